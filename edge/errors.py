@@ -1,0 +1,5 @@
+"""The one kind of error that is meant for the person at the terminal."""
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what is wrong and what to do; no traceback is shown."""

@@ -1,0 +1,81 @@
+"""What a fleet learns. One file a task; the agent, the simulator and the server read the same."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.errors import UserError
+from edge.program import Program
+
+NAMES = ("digits", "omniglot")
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """The samples that one device holds, in the form that the C stream replays (see mote_stream.h).
+
+    features: uint8 [samples, size], rows sorted by class; a feature's value is its byte times `scale`.
+    starts: uint32 [classes + 1]; class c has rows starts[c] to starts[c + 1] - 1.
+    ways: how many classes make one task.
+    """
+
+    features: NDArray[np.uint8]
+    starts: NDArray[np.uint32]
+    scale: float
+    ways: int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One few-shot task: float32 samples [n, size] and int64 labels [n] in 0 .. ways - 1; no sample is in both halves."""
+
+    support_x: NDArray[np.float32]
+    support_y: NDArray[np.int64]
+    query_x: NDArray[np.float32]
+    query_y: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A learning problem, split by class: what devices hold and what the server scores on never share a class."""
+
+    name: str
+    ways: int
+    program: Program
+    #: (index, of) -> what device number `index` of a fleet of `of` holds.
+    client: Callable[[int, int], ClientData]
+    #: (seed, shots, queries per class) -> a task of held-out classes.
+    held_out: Callable[[int, int, int], Episode]
+    #: as held_out, from training classes: what rates and step counts are tuned on.
+    validation: Callable[[int, int, int], Episode]
+
+
+def load(name: str) -> Task:
+    """The task of that name. Raises UserError if there is none, or if its data cannot be had."""
+    if name not in NAMES:
+        raise UserError(f"there is no task named '{name}'; known tasks: {', '.join(NAMES)}")
+    task: Task = importlib.import_module(f"edge.tasks.{name}").load()
+    return task
+
+
+def draw_episode(classes: list[NDArray[np.float32]], ways: int, seed: int, shots: int, queries: int) -> Episode:
+    """A task of `ways` of the classes (each an array [samples, size]) under a random labelling."""
+    random = np.random.default_rng(seed)
+    chosen = random.choice(len(classes), ways, replace=False)
+    rows = [random.permutation(len(classes[c]))[: shots + queries] for c in chosen]
+    if any(len(r) < shots + queries for r in rows):
+        raise ValueError(f"a class has fewer than {shots} + {queries} samples")
+    picked = [classes[c][r] for c, r in zip(chosen, rows, strict=True)]
+    order = random.permutation(ways * shots)
+    label = np.arange(ways)
+    return Episode(
+        support_x=np.concatenate([p[:shots] for p in picked])[order],
+        support_y=label.repeat(shots)[order],
+        query_x=np.concatenate([p[shots:] for p in picked]),
+        query_y=label.repeat(queries),
+    )
