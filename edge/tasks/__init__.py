@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,12 @@ class ClientData:
     scale: float
     ways: int
 
+    @classmethod
+    def of(cls, classes: Sequence[NDArray[np.uint8]], scale: float, ways: int) -> ClientData:
+        """From one array [samples, size] a class."""
+        starts = np.cumsum([0, *(len(c) for c in classes)]).astype(np.uint32)
+        return cls(np.ascontiguousarray(np.concatenate(classes)), starts, scale, ways)
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -38,6 +44,17 @@ class Episode:
     support_y: NDArray[np.int64]
     query_x: NDArray[np.float32]
     query_y: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a device works in one round, and what the server makes of it. Tuned on validation tasks."""
+
+    head_steps: int  # samples that fit the head alone, the rest frozen; 0: there is no local part
+    steps: int  # samples that train everything, one step each
+    rate: float  # of the device
+    alpha: float  # of the server, where the strategy has one
+    top: float  # share of the changes that is sent
 
 
 @dataclass(frozen=True)
@@ -53,6 +70,9 @@ class Task:
     held_out: Callable[[int, int, int], Episode]
     #: as held_out, from training classes: what rates and step counts are tuned on.
     validation: Callable[[int, int, int], Episode]
+    #: what TinyMetaFed does with it, and what FedAvg does.
+    meta: Recipe
+    fedavg: Recipe
 
 
 def load(name: str) -> Task:

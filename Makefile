@@ -1,0 +1,39 @@
+# Two commands do all the set-up: `make demo` (the main job) and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+NATIVE = $(wildcard edge/mote/*.[ch]) edge/protocol.cddl edge/mote_build.py setup.py pyproject.toml
+
+.PHONY: demo test test-slow check lock clean tools-demo tools-test
+
+demo: $(VENV)/.demo
+	$(BIN)/tinyfleet demo $(ARGS)
+
+test: $(VENV)/.test check
+	$(BIN)/pytest $(ARGS)
+
+test-slow: $(VENV)/.test
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Packages from the lock, tools from Debian at the same time, then the project with its C engine.
+$(VENV)/.demo: requirements.lock $(NATIVE)
+	@sh tools/install.sh $(PYTHON) $(VENV) requirements.lock mosquitto qemu-system-arm gcc-arm-none-eabi
+	@touch $@
+
+$(VENV)/.test: requirements-dev.lock $(NATIVE)
+	@sh tools/install.sh $(PYTHON) $(VENV) requirements-dev.lock mosquitto qemu-system-arm gcc-arm-none-eabi clang
+	@touch $@ $(VENV)/.demo
+
+# Needs `uv`. Writes no index address.
+LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header pyproject.toml
+lock:
+	echo 'setuptools>=75' | $(LOCK) - --extra edge --extra server --extra firmware -o requirements.lock
+	echo 'setuptools>=75' | $(LOCK) - --extra dev -o requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info edge/_mote*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .tinyfleet

@@ -1,0 +1,46 @@
+#!/bin/sh
+# install.sh PYTHON VENV LOCK TOOL...: a virtual environment with the locked packages and this project in it, and
+# Debian's packages for whichever of the tools is missing, where this user may install them.
+set -eu
+python=$1 venv=$2 lock=$3
+shift 3
+
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
+    echo "error: TinyFleet needs Python 3.11, 3.12 or 3.13; $python is $("$python" --version). Try: make PYTHON=python3.11" >&2
+    exit 2
+}
+
+packages=
+missing() { ! command -v "$1" >/dev/null 2>&1; }
+for tool in "$@"; do
+    case $tool in
+    gcc-arm-none-eabi) missing arm-none-eabi-gcc && packages="$packages gcc-arm-none-eabi libnewlib-arm-none-eabi" ;;
+    clang) missing clang && missing clang-14 && packages="$packages clang libclang-rt-14-dev" ;;
+    *) missing "$tool" && ! [ -x "/usr/sbin/$tool" ] && packages="$packages $tool" ;;
+    esac
+done
+missing cc && packages="$packages gcc libc6-dev"
+
+apt() {
+    sudo=
+    [ "$(id -u)" = 0 ] || sudo="sudo -n"
+    $sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $packages
+}
+tools=
+if [ -n "$packages" ]; then
+    if command -v apt-get >/dev/null 2>&1 && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; then
+        echo "installing Debian packages:$packages"
+        apt >"${TMPDIR:-/tmp}/tinyfleet-apt.log" 2>&1 &
+        tools=$!
+    else
+        echo "not installed, and no right to install:$packages (going on without)" >&2
+    fi
+fi
+
+echo "installing $lock into $venv"
+[ -x "$venv/bin/pip" ] || "$python" -m venv "$venv"
+"$venv/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+if [ -n "$tools" ] && ! wait "$tools"; then
+    echo "these could not be installed:$packages (see ${TMPDIR:-/tmp}/tinyfleet-apt.log); going on without" >&2
+fi
+"$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
