@@ -1,0 +1,46 @@
+"""What many tests share: a real broker on a free loopback port."""
+
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_mosquitto(folder: Path, port: int) -> "subprocess.Popen[str]":
+    """Starts mosquitto and returns once it takes connections."""
+    program = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin")
+    if program is None:
+        pytest.skip("mosquitto is not installed: apt-get install mosquitto")
+    config = folder / "mosquitto.conf"
+    options = [f"listener {port} 127.0.0.1", "allow_anonymous true", "persistence false", "max_queued_messages 0"]
+    config.write_text("\n".join([*options, "set_tcp_nodelay true", ""]))
+    broker = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.PIPE, text=True)
+    assert broker.stderr is not None
+    for line in broker.stderr:
+        if " running" in line:
+            break
+    else:
+        raise RuntimeError(f"mosquitto ended with {broker.wait()}")
+    threading.Thread(target=broker.stderr.read, daemon=True).start()  # a full pipe must not stop it
+    return broker
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """(host, port) of a fresh mosquitto without authentication or persistence."""
+    port = free_port()
+    process = start_mosquitto(tmp_path, port)
+    yield "127.0.0.1", port
+    process.terminate()
+    process.wait()
