@@ -21,7 +21,8 @@ enum {
     MOTE_ERR_CRC = -3,      /* the program's bytes are damaged */
     MOTE_ERR_ARENA = -4,    /* the arena is too small or not aligned to 4 bytes */
     MOTE_ERR_FROZEN = -5,   /* asked to train a layer that this program was not planned to train */
-    MOTE_ERR_TARGET = -6    /* a class index out of range, or a target that is not finite */
+    MOTE_ERR_TARGET = -6,   /* a class index out of range, or a target that is not finite */
+    MOTE_ERR_DIVERGED = -7  /* the loss is not finite: the parameters, or the rate, are too large */
 };
 
 typedef struct {

@@ -1,0 +1,79 @@
+/* Few-shot tasks drawn from a data set in memory; the same on every target, since it counts in integers alone. */
+#include "mote_stream.h"
+
+#include "mote.h"
+
+/* xorshift32 (Marsaglia 2003, "Xorshift RNGs"): period 2^32 - 1, never 0. */
+static uint32_t next_random(mote_stream_t *s)
+{
+    uint32_t r = s->random;
+    r ^= r << 13;
+    r ^= r >> 17;
+    r ^= r << 5;
+    return s->random = r;
+}
+
+/* 0 .. n-1, by the high half of a product (Lemire 2019); its bias of n / 2^32 does not matter here. */
+static uint32_t below(mote_stream_t *s, uint32_t n)
+{
+    return (uint32_t)(((uint64_t)next_random(s) * n) >> 32);
+}
+
+static int is_chosen(const mote_stream_t *s, uint32_t count, uint32_t class)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        if (s->chosen[i] == class) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+int mote_stream_open(mote_stream_t *s, uint32_t seed)
+{
+    if (s == NULL || s->features == NULL || s->starts == NULL || s->size == 0 || s->ways == 0 ||
+        s->ways > MOTE_STREAM_MAX_WAYS || s->classes < s->ways || !(s->scale - s->scale == 0.0f)) {
+        return MOTE_ERR_ARGUMENT;
+    }
+    for (uint32_t c = 0; c < s->classes; c++) {
+        if (s->starts[c + 1] < s->starts[c] || s->starts[c + 1] - s->starts[c] < 2) {
+            return MOTE_ERR_ARGUMENT;
+        }
+    }
+    /* Neighbouring seeds must not give neighbouring states: the finaliser of MurmurHash3 (Appleby, public domain). */
+    seed ^= seed >> 16;
+    seed *= 0x85ebca6bu;
+    seed ^= seed >> 13;
+    seed *= 0xc2b2ae35u;
+    seed ^= seed >> 16;
+    s->random = seed == 0 ? 0x9e3779b9u : seed;
+
+    /* A random subset without a list of all classes (Floyd, in Bentley 1987, "A sample of brilliance") ... */
+    for (uint32_t i = 0; i < s->ways; i++) {
+        uint32_t last = s->classes - s->ways + i;
+        uint32_t class = below(s, last + 1);
+        s->chosen[i] = is_chosen(s, i, class) ? last : class;
+    }
+    /* ... in a random order (Fisher and Yates), since the order is the labelling. */
+    for (uint32_t i = s->ways - 1; i > 0; i--) {
+        uint32_t j = below(s, i + 1);
+        uint32_t class = s->chosen[i];
+        s->chosen[i] = s->chosen[j];
+        s->chosen[j] = class;
+    }
+    return MOTE_OK;
+}
+
+void mote_stream_next(mote_stream_t *s, int query, float *x, float *y)
+{
+    uint32_t label = below(s, s->ways);
+    uint32_t first = s->starts[s->chosen[label]];
+    uint32_t count = s->starts[s->chosen[label] + 1] - first;
+    uint32_t kept = count < 8 ? 1 : count / 4;
+    uint32_t row = query ? first + count - kept + below(s, kept) : first + below(s, count - kept);
+    const uint8_t *features = s->features + (size_t)row * s->size;
+    for (uint32_t j = 0; j < s->size; j++) {
+        x[j] = (float)features[j] * s->scale;
+    }
+    *y = (float)label;
+}
