@@ -1,0 +1,163 @@
+"""Reptile: the mean of what the clients learned pulls the start they all learn from.
+
+Nichol, Achiam and Schulman, "On First-Order Meta-Learning Algorithms" (2018), the batched version of algorithm 2:
+``g += alpha * mean(g_k - g)``, where g_k is what client k made of g with a few steps of stochastic gradient descent on
+a task of its own. At least two steps: with one, this is joint training on the mixture of all tasks.
+"""
+
+from collections.abc import Iterable, Sequence
+from logging import INFO, WARNING
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
+
+from edge.errors import UserError
+from edge.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
+from server.flower import log
+
+
+class Reptile(Strategy):
+    """A batch of clients a round.
+
+    alpha: the server's rate. beta: the devices'. steps: of each client, one sample each, at least 2. clients: how many
+    a round, drawn from those that the grid offers (fewer if it offers fewer). query: samples that each client scores
+    itself on after it has learned. half: updates come back as f16. seed: draws the clients, and each one's task.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        beta: float = 0.01,
+        steps: int = 16,
+        clients: int = 5,
+        query: int = 0,
+        half: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if steps < 2:
+            raise UserError("meta-learning takes at least 2 steps on each client (1 is joint training); raise steps")
+        if clients < 1:
+            raise UserError("a round needs at least one client; raise clients")
+        self.alpha = alpha
+        self.beta = beta
+        self.clients = clients
+        self.query = query
+        self.seed = seed
+        self.phases: Sequence[Phase] = (Phase(ALL_LAYERS, steps, beta),)
+        self.update = UpdateFormat(half=half)
+        self._sent: dict[str, NDArray[np.float32]] = {}
+
+    def rate(self, server_round: int) -> float:
+        """The server's rate alpha in this round, which counts from 1."""
+        return self.alpha
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The same arrays to every chosen client, with a task seed of its own. Raises UserError if none is there."""
+        nodes = sorted(grid.get_node_ids())
+        if not nodes:
+            raise UserError(f"no client is there for round {server_round}; start devices, or widen the selection")
+        random = np.random.default_rng([self.seed, server_round])
+        chosen = random.choice(len(nodes), min(self.clients, len(nodes)), replace=False)
+        log(INFO, "configure_train: %d of %d nodes", len(chosen), len(nodes))
+        self._sent = {key: array.numpy() for key, array in arrays.items()}
+        return [self._message(server_round, arrays, config, nodes[i]) for i in sorted(chosen)]
+
+    def _message(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, node: int) -> Message:
+        task_seed = int(np.random.SeedSequence([self.seed, server_round, node]).generate_state(1)[0])
+        plan = Plan(tuple(self.phases), self.query, self.update, task_seed)
+        instructions = ConfigRecord({**config, "server-round": server_round, **config_from_plan(plan)})
+        return Message(RecordDict({"arrays": arrays, "config": instructions}), node, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The new start, and the round's metrics (see `mean_metrics`); (None, None) if no client gave a good reply.
+
+        Replies that are errors, or whose arrays differ from those sent in name or shape or are not finite, are left
+        out. The order in which replies came does not matter: they are added up by node id, in float64.
+        """
+        good = sorted((r for r in replies if self._is_good(r)), key=lambda r: r.metadata.src_node_id)
+        if not good:
+            return None, None
+        alpha = self.rate(server_round)
+        updated = ArrayRecord()
+        for key, sent in self._sent.items():
+            if self._is_shared(key):
+                learned = [_arrays(reply)[key].numpy() for reply in good]
+                pull = np.mean([g_k.astype(np.float64) - sent for g_k in learned], axis=0)
+                updated[key] = Array(np.asarray(sent + alpha * pull, dtype=np.float32))
+            else:
+                updated[key] = Array(sent)
+        metrics = mean_metrics([next(iter(reply.content.metric_records.values())) for reply in good])
+        metrics["alpha"] = alpha
+        return updated, metrics
+
+    def _is_shared(self, key: str) -> bool:
+        """Whether this array belongs to the fleet; the others keep their initial values here."""
+        layers = list(dict.fromkeys(name.partition("/")[0] for name in self._sent))
+        return bool(self.update.shared >> layers.index(key.partition("/")[0]) & 1)
+
+    def _is_good(self, reply: Message) -> bool:
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            log(INFO, "node %d: %s", node, reply.error.reason)
+            return False
+        if len(reply.content.array_records) != 1 or len(reply.content.metric_records) != 1:
+            log(WARNING, "node %d: a reply has one ArrayRecord and one MetricRecord; left out", node)
+            return False
+        arrays = _arrays(reply)
+        if {key: tuple(a.shape) for key, a in arrays.items()} != {key: a.shape for key, a in self._sent.items()}:
+            log(WARNING, "node %d: its arrays are not those it was sent; left out", node)
+            return False
+        if not all(np.isfinite(array.numpy()).all() for array in arrays.values()):
+            log(WARNING, "node %d: its arrays are not finite; left out (is beta too large?)", node)
+            return False
+        return True
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: clients score themselves on `query` samples as they train, the server on held-out tasks."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing, as nothing was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Logs the settings."""
+        log(INFO, "\talpha %g, beta %g, up to %d clients a round", self.alpha, self.beta, self.clients)
+        for phase in self.phases:
+            log(INFO, "\tlayers %#x: %d steps at %g", phase.layers, phase.steps, phase.rate)
+        log(INFO, "\tupdates: layers %#x, %s", self.update.shared, "f16" if self.update.half else "f32")
+
+
+def _arrays(reply: Message) -> ArrayRecord:
+    return next(iter(reply.content.array_records.values()))
+
+
+def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:
+    """One round's metrics from its clients'.
+
+    clients: how many. num-examples, bytes-up and bytes-dense: summed. arena-bytes: the largest. Every other number that
+    all clients report: the mean, weighted by num-examples.
+    """
+    weights = np.array([record["num-examples"] for record in records], dtype=np.float64)
+    result = MetricRecord({"clients": len(records)})
+    for key in records[0]:
+        if not all(isinstance(record.get(key), int | float) for record in records):
+            continue
+        values = [record[key] for record in records]
+        if key in ("num-examples", "bytes-up", "bytes-dense"):
+            result[key] = sum(values)  # type: ignore[arg-type]
+        elif key == "arena-bytes":
+            result[key] = max(values)  # type: ignore[type-var]
+        else:
+            result[key] = float(np.average(np.asarray(values, dtype=np.float64), weights=weights))
+    return result
