@@ -32,7 +32,7 @@ $(VENV)/.test: requirements-dev.lock $(NATIVE)
 # Needs `uv`. Writes no index address.
 LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header pyproject.toml
 lock:
-	echo 'setuptools>=75' | $(LOCK) - --extra edge --extra server --extra firmware -o requirements.lock
+	echo 'setuptools>=75' | $(LOCK) - --extra edge --extra server --extra broker --extra firmware -o requirements.lock
 	echo 'setuptools>=75' | $(LOCK) - --extra dev -o requirements-dev.lock
 
 clean:

@@ -39,7 +39,7 @@ fi
 
 echo "installing $lock into $venv"
 [ -x "$venv/bin/pip" ] || "$python" -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+"$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --require-hashes -r "$lock"
 if [ -n "$tools" ] && ! wait "$tools"; then
     echo "these could not be installed:$packages (see ${TMPDIR:-/tmp}/tinyfleet-apt.log); going on without" >&2
 fi
