@@ -15,6 +15,8 @@
 #define MOTE_MAX_CHUNKS 1024u   /* so at most 1 MiB of either */
 #define MOTE_TOPIC 128u         /* bytes of the longest topic, with its NUL */
 #define MOTE_MAX_PHASES 4u
+#define MOTE_OUT 256u           /* the least room for one outgoing payload */
+#define MOTE_RECENT 8u          /* orders remembered, so that a late double of one is known */
 
 /* Where samples come from. open starts the task of this seed (a sensor may ignore it); next fills x and y and returns
  * 1, or returns 0 if no sample is there yet. query asks for samples that are never learned from. */
@@ -40,7 +42,7 @@ typedef struct {
     size_t sample_count;
     uint8_t *adopted; /* room for a program received over the air, or NULL: then the built-in one stays */
     size_t adopted_size;
-    uint8_t *out; /* room for one outgoing payload */
+    uint8_t *out; /* room for one outgoing payload, at least MOTE_OUT bytes; larger updates go in parts */
     size_t out_size;
     mote_source_t source;
 } mote_node_config_t;
@@ -60,3 +62,71 @@ typedef struct {
     uint32_t samples;   /* learned from, since the start */
 } mote_counters_t;
 
+typedef struct {
+    uint32_t layers, steps;
+    float rate;
+} mote_phase_t;
+
+/* The owner keeps one of these, zeroed or not; what is in it is the node's own. */
+typedef struct {
+    mote_node_config_t config;
+    mote_t mote;
+    uint8_t model[8]; /* of the program that runs */
+    mote_counters_t counters;
+    uint32_t pending; /* what poll has to give, one bit each */
+    char topic[MOTE_TOPIC];
+
+    /* The order in hand, or the last one done. An order is known by the CRC of its bytes, so that a doubled one is. */
+    uint32_t state;
+    uint32_t recent[MOTE_RECENT]; /* orders seen, recent[0] the one in hand */
+    uint32_t id;
+    uint32_t has_round; /* whether run and round are those of an order */
+    uint32_t run, round, seed, query;
+    uint32_t phases;
+    mote_phase_t phase[MOTE_MAX_PHASES];
+    uint32_t update, shared, half; /* whether an update goes back, of which layers, as f16 */
+    float top;
+
+    /* What is being received: the round's weights, or a program. */
+    uint8_t wanted_model[8];
+    uint32_t wanted_size, wanted_crc, missing; /* bytes, CRC-32, chunks */
+    uint32_t received[MOTE_MAX_CHUNKS / 32];
+    uint32_t left; /* what to unsubscribe from: the state in which it was wanted, and */
+    uint32_t left_run, left_round;
+    uint8_t left_model[8];
+
+    /* Where the work is. */
+    uint32_t at_phase, at_step;
+    uint32_t learned, queried, correct;
+    float loss, query_loss; /* sums */
+
+    /* The reply. */
+    uint32_t error;
+    int32_t detail;
+    uint32_t part, parts, next; /* next: the parameter where the next part begins */
+    uint32_t threshold, ties;   /* of a sparse reply: bits of the smallest change sent, how many such are still to send */
+    uint32_t rejected_id, rejected_error; /* an order that was turned down at once */
+    int32_t rejected_detail;
+} mote_node_t;
+
+/* Checks the configuration and loads the built-in program. All that the configuration points to must stay there.
+ * MOTE_ERR_ARGUMENT: a name that is not 1..32 of A-Z a-z 0-9 . _ -, or a buffer that is missing or too small; else the
+ * program's error. */
+int mote_node_init(mote_node_t *n, const mote_node_config_t *config);
+
+/* To be called whenever the session with the broker is new: the node announces itself and subscribes again. */
+void mote_node_connected(mote_node_t *n);
+
+/* What the session must leave as its will, retained: topic and payload of the status "offline". */
+void mote_node_will(mote_node_t *n, mote_out_t *out);
+
+/* A message has arrived; the topic need not be NUL-terminated. */
+void mote_node_receive(mote_node_t *n, const char *topic, size_t topic_size, const uint8_t *payload, size_t size);
+
+/* Learns from, or scores, one sample. 1: call again; 0: nothing more to do until a message or a sample arrives. */
+int mote_node_step(mote_node_t *n);
+
+/* The next thing to send: 1 and *out, or 0 if there is none. To be called until 0 after each of the calls above. */
+int mote_node_poll(mote_node_t *n, mote_out_t *out);
+
+#endif
