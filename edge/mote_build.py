@@ -14,7 +14,7 @@ from pathlib import Path
 
 import cffi
 
-ROOT = Path(os.path.abspath(__file__)).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 MOTE = Path("edge/mote")
 
 # What Python sees, in the order of their dependencies.
@@ -65,7 +65,7 @@ def build() -> Path:
         built = Path(builder().compile(tmpdir=scratch))
         target = ROOT / "edge" / built.name
         shutil.copy(built, target.with_suffix(".new"))
-        os.replace(target.with_suffix(".new"), target)  # a process that uses the old one keeps it
+        target.with_suffix(".new").replace(target)  # a process that uses the old one keeps it
     return target
 
 
