@@ -1,0 +1,61 @@
+"""The rules of the house: who may import whom, what `edge` does without, what the lock files may not say."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "edge": (),
+    "ontology": ("edge.errors", "edge.protocol"),
+    "firmware_tools": ("edge", "ontology"),
+    "server": ("edge", "ontology"),
+}
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_whom_it_may(package: str) -> None:
+    others = set(MAY_IMPORT) - {package}
+    for file in (ROOT / package).rglob("*.py"):
+        for name in imported(file):
+            if name.split(".")[0] in others:
+                allowed = any(name == may or name.startswith(may + ".") for may in MAY_IMPORT[package])
+                assert allowed, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_edge_imports_without_tensorflow_and_flower() -> None:
+    modules = [
+        "edge" if file.stem == "__init__" else f"edge.{file.stem}"
+        for file in (ROOT / "edge").glob("*.py")
+        if file.stem not in ("client_app", "mote_build", "mote_codegen")  # a Flower app; the build
+    ]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "print([m for m in ('tensorflow', 'keras', 'flwr', 'rdflib', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("lock", sorted(ROOT.glob("*.lock")), ids=lambda path: path.name)
+def test_a_lock_file_has_hashes_and_no_index_address(lock: Path) -> None:
+    text = lock.read_text()
+    assert not re.search(r"://|--index-url|--extra-index-url|--find-links", text)
+    pins = re.findall(r"^[A-Za-z0-9._-]+==.*$", text, re.MULTILINE)
+    assert pins and all(pin.endswith("\\") for pin in pins)

@@ -1,0 +1,92 @@
+"""What a fleet learns: classes are kept apart, samples are not shared, the same seed gives the same task."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edge import tasks
+from edge.errors import UserError
+from edge.tasks import Task, digits, omniglot
+
+needs_omniglot = pytest.mark.skipif(
+    not (os.environ.get("TINYFLEET_DATA") and Path(os.environ["TINYFLEET_DATA"], "omniglot").is_dir()),
+    reason="Omniglot is not in TINYFLEET_DATA",
+)
+
+
+@pytest.fixture(params=["digits", pytest.param("omniglot", marks=needs_omniglot)])
+def task(request: pytest.FixtureRequest) -> Task:
+    return tasks.load(request.param)
+
+
+def test_clients_fit_the_program_and_the_stream(task: Task) -> None:
+    for index in range(14):
+        data = task.client(index, 14)
+        assert data.features.dtype == np.uint8
+        assert data.features.shape[1] == int(np.prod(task.program.layers[0].in_shape))
+        sizes = np.diff(data.starts.astype(int))
+        assert data.starts[0] == 0 and data.starts[-1] == len(data.features)
+        assert len(sizes) >= data.ways == task.ways
+        assert sizes.min() >= 4, "every class needs samples to learn from and a quarter to be asked about"
+        assert data.features.max() * data.scale <= 1
+
+
+@pytest.mark.parametrize("shots", [1, 5, 10])
+def test_episodes_are_balanced_repeatable_and_disjoint(task: Task, shots: int) -> None:
+    for draw in (task.held_out, task.validation):
+        one, two, other = draw(3, shots, 10), draw(3, shots, 10), draw(4, shots, 10)
+        for a, b in zip(vars(one).values(), vars(two).values(), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(one.query_x, other.query_x)
+        np.testing.assert_array_equal(np.bincount(one.support_y), np.full(task.ways, shots))
+        np.testing.assert_array_equal(np.bincount(one.query_y), np.full(task.ways, 10))
+        assert one.support_x.dtype == one.query_x.dtype == np.float32
+        support, query = ({x.tobytes() for x in half} for half in (one.support_x, one.query_x))
+        assert len(support & query) <= 1, "a sample to learn from is asked about"  # the sets hold a few equal images
+
+
+def test_held_out_digits_are_on_no_device() -> None:
+    task = tasks.load("digits")
+    on_devices = {bytes(row) for index in range(16) for row in task.client(index, 16).features}
+    held_out = {
+        bytes((x / digits.SCALE).round().astype(np.uint8)) for seed in range(32) for x in task.held_out(seed, 5, 15).query_x
+    }
+    assert not on_devices & held_out
+
+
+def test_devices_share_no_digit() -> None:
+    task = tasks.load("digits")
+    shares = [task.client(index, 14).features for index in range(14)]
+    assert sum(map(len, shares)) == sum(map(len, [task.client(0, 1).features]))
+
+
+def test_a_task_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"no task named 'cats'; known tasks: digits, omniglot"):
+        tasks.load("cats")
+
+
+def test_omniglot_reads_its_authors_archive(tmp_path: Path) -> None:
+    path = tmp_path / "images_background.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for character in ("character01", "character02"):
+            for drawer in range(3):
+                image = Image.new("1", (105, 105), 1)
+                image.paste(0, (0, 0, 52, 105) if character == "character01" else (0, 0, 105, 52))
+                image.save(tmp_path / "page.png")
+                archive.write(tmp_path / "page.png", f"images_background/Greek/{character}/000{drawer}.png")
+    characters = omniglot.read_zip(path)
+    assert characters.shape == (2, 3, omniglot.SIDE**2)
+    left, top = characters[:, 0].reshape(2, omniglot.SIDE, omniglot.SIDE)
+    assert (left[:, :6] == 60).all() and (left[:, 8:] == 0).all()
+    np.testing.assert_array_equal(left.T, top)
+
+
+def test_omniglot_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TINYFLEET_DATA", str(tmp_path))
+    monkeypatch.setattr(omniglot, "SOURCE", "http://127.0.0.1:9/")
+    with pytest.raises(UserError, match="set TINYFLEET_DATA"):
+        omniglot.load()
