@@ -19,14 +19,16 @@ void board_start(void);
 void systick_interrupt(void);
 void uart_interrupt(void);
 
-void board_reset(void) {
+void board_reset(void)
+{
     __asm volatile("dsb" ::: "memory");
     SCB_AIRCR = AIRCR_SYSRESETREQ;
     for (;;) {
     }
 }
 
-void board_start(void) {
+void board_start(void)
+{
 #ifdef __ARM_FP
     SCB_CPACR |= CPACR_CP10_CP11;
     __asm volatile("dsb\n\tisb" ::: "memory");

@@ -24,7 +24,8 @@ static volatile uint32_t overruns;
 
 void uart_interrupt(void);
 
-void uart_interrupt(void) {
+void uart_interrupt(void)
+{
     UART->interrupt = CLEAR_RX;
     while (UART->state & RX_FULL) {
         if (UART->state & RX_OVERRUN) {
@@ -40,13 +41,15 @@ void uart_interrupt(void) {
     }
 }
 
-void uart_open(void) {
+void uart_open(void)
+{
     UART->divider = BOARD_CLOCK_HZ / BOARD_UART_BAUD;
     UART->control = TX_ENABLE | RX_ENABLE | RX_INTERRUPT;
     NVIC_ENABLE = 1u << (BOARD_UART_RX_IRQ % 32u);
 }
 
-size_t uart_read(uint8_t *bytes, size_t size) {
+size_t uart_read(uint8_t *bytes, size_t size)
+{
     size_t got = 0;
     while (got < size && read != written) {
         bytes[got++] = ring[read % UART_RING];
@@ -63,7 +66,8 @@ size_t uart_read(uint8_t *bytes, size_t size) {
 
 int uart_ready(void) { return read != written; }
 
-void uart_write(const uint8_t *bytes, size_t size) {
+void uart_write(const uint8_t *bytes, size_t size)
+{
     for (size_t i = 0; i < size; i++) {
         while (UART->state & TX_FULL) {
         }

@@ -1,0 +1,362 @@
+"""Firmware for a board: the engine, the node, start-up code and a device's own data, compiled into one ELF file.
+
+`node` builds a fleet device. `link` is the general part under it, for programs that only measure or check something.
+`size` reads back from an ELF what it takes of the board, beside what the model's plan says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
+
+import edge
+from edge import mote_codegen
+from edge.errors import UserError
+from edge.protocol import ProtocolError, Topics
+from edge.program import Program
+from edge.tasks import ClientData
+from edge.thing import thing_description
+from firmware_tools.boards import Target, load
+
+SOURCES = Path(__file__).parent / "src"
+MOTE = Path(edge.__file__).parent / "mote"
+
+COMPILER = "arm-none-eabi-gcc"
+# Contraction would fuse a product and a sum, and round once where another target rounds twice.
+FLAGS = ("-std=c99", "-O2", "-ffp-contract=off", "-g", "-ffunction-sections", "-fdata-sections")
+STRICT = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
+# nano: newlib's small build. Only memcpy and its like are taken from it.
+LINK = ("--specs=nano.specs", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--fatal-warnings")
+
+ENGINE_VERSION = "0.1.0"
+ENGINE = ("mote.c", "mote_load.c", "mote_kernels.c", "mote_math.c", "mote_crc.c")
+NODE = (*ENGINE, "mote_stream.c", "mote_node.c", "mote_frame.c")
+
+#: Bytes of the largest program that a node takes over the air, unless the caller says otherwise.
+ADOPT_BYTES = 4096
+
+Blob = bytes | bytearray
+
+
+def available() -> bool:
+    """Whether the compiler is installed."""
+    return shutil.which(COMPILER) is not None
+
+
+def _compiler() -> str:
+    found = shutil.which(COMPILER)
+    if found is None:
+        raise UserError(
+            f"the compiler {COMPILER} is not installed; install it with: "
+            "apt-get install gcc-arm-none-eabi libnewlib-arm-none-eabi"
+        )
+    return found
+
+
+def _call(command: Sequence[str], what: str) -> None:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    if "nano.specs" in done.stderr or re.search(r"fatal error: string\.h", done.stderr):
+        raise UserError("the compiler's C library is not installed; install it with: apt-get install libnewlib-arm-none-eabi")
+    raise BuildError(f"{what} does not build:\n{done.stderr}")
+
+
+class BuildError(Exception):
+    """The compiler or the linker refused our own sources; the message is theirs."""
+
+
+def link(
+    target: Target,
+    elf: Path,
+    sources: Iterable[Path],
+    *,
+    blobs: Mapping[str, Blob] | None = None,
+    defines: Mapping[str, int | float | str] | None = None,
+    foreign: Iterable[Path] = (),
+    include: Iterable[Path] = (),
+    macros: Iterable[str] = (),
+    note: Mapping[str, str] | None = None,
+) -> Path:
+    """Compiles and links a program for a board; returns `elf`.
+
+    sources: our C files, compiled with every warning an error; start-up code is added. foreign: others' C files.
+    blobs: constants for the flash, by name; the program finds `device_{name}` and DEVICE_{NAME}_BYTES in "device.h",
+    aligned to 4 bytes. defines: more constants of "device.h". macros: defined for every file. note: kept in the ELF and
+    not loaded.
+    Raises UserError if the compiler is missing or the program does not fit the board.
+    """
+    build = target.buildable()
+    compiler = _compiler()
+    work = elf.parent / f"{elf.stem}.build"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+    (work / "device.h").write_text(_header(blobs or {}, defines or {}))
+    (work / "device.S").write_text(_assembly(work, blobs or {}, {"board": target.board.id, **(note or {})}))
+    script = work / "firmware.ld"
+    script.write_text(
+        Template((SOURCES / "firmware.ld.in").read_text()).substitute(
+            board=target.board.title,
+            stack_bytes=build.stack_bytes,
+            flash_origin=hex(build.flash.origin),
+            flash_bytes=build.flash.bytes,
+            ram_origin=hex(build.ram.origin),
+            ram_bytes=build.ram.bytes,
+        )
+    )
+    common = [
+        compiler,
+        *build.cpu,
+        *FLAGS,
+        f"-DBOARD_CLOCK_HZ={target.board.clock_hz}u",
+        f"-DBOARD_UART_BASE={build.uart.base:#x}u",
+        f"-DBOARD_UART_RX_IRQ={build.uart.rx_irq}u",
+        f"-DBOARD_UART_BAUD={build.uart.baud}u",
+        *(f"-D{macro}" for macro in macros),
+        *(f"-I{folder}" for folder in (work, SOURCES, MOTE)),
+    ]
+    jobs = [(path, [*STRICT, *(f"-isystem{folder}" for folder in include)])
+            for path in (*sources, SOURCES / "startup.c", work / "device.S")]
+    jobs += [(path, [f"-I{folder}" for folder in include]) for path in foreign]
+    objects = [str(work / f"{index}_{path.stem}.o") for index, (path, _) in enumerate(jobs)]
+
+    def compile_one(index: int) -> None:
+        path, flags = jobs[index]
+        _call([*common, *flags, "-c", str(path), "-o", objects[index]], path.name)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, range(len(jobs))))
+    map_ = work / "firmware.map"
+    command = [compiler, *build.cpu, *LINK, f"-Wl,-Map={map_}", "-T", str(script), *objects, "-lgcc", "-o", str(elf)]
+    try:
+        _call(command, elf.name)
+    except BuildError as error:
+        raise _overflow(error, target) or error from None
+    return elf
+
+
+def _header(blobs: Mapping[str, Blob], defines: Mapping[str, int | float | str]) -> str:
+    lines = ["/* Generated: what this device holds. */", "#ifndef DEVICE_H", "#define DEVICE_H", "#include <stdint.h>"]
+    for name, data in blobs.items():
+        lines.append(f"#define DEVICE_{name.upper()}_BYTES {len(data)}u")
+        lines.append(f"extern const uint8_t device_{name}[DEVICE_{name.upper()}_BYTES];")
+    for name, value in defines.items():
+        if isinstance(value, str):
+            literal = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        else:
+            literal = f"{value}u" if isinstance(value, int) else f"{float(value).hex()}f"
+        lines.append(f"#define DEVICE_{name.upper()} {literal}")
+    return "\n".join([*lines, "#endif", ""])
+
+
+def _assembly(work: Path, blobs: Mapping[str, Blob], note: Mapping[str, str]) -> str:
+    """Assembler that takes the blobs in as they are: a C array of a large one would take a compiler minutes."""
+    lines = []
+    for name, data in blobs.items():
+        (work / f"{name}.bin").write_bytes(data)
+        symbol = f"device_{name}"
+        lines += [
+            f'.section .rodata.{symbol}, "a", %progbits',
+            ".balign 4",
+            f".global {symbol}",
+            f".type {symbol}, %object",
+            f'{symbol}: .incbin "{work / f"{name}.bin"}"',
+            f".size {symbol}, . - {symbol}",
+        ]
+    (work / "note.json").write_text(json.dumps(note))
+    lines += ['.section .tinyfleet, "", %progbits', f'.incbin "{work / "note.json"}"']
+    return "\n".join([*lines, ""])
+
+
+def _overflow(error: BuildError, target: Target) -> UserError | None:
+    """The linker's 'does not fit', in the user's terms."""
+    overflows = re.findall(r"region `(FLASH|RAM)' overflowed by (\d+) bytes", str(error))
+    if not overflows:
+        return None
+    have = {"FLASH": target.buildable().flash.bytes, "RAM": target.buildable().ram.bytes}
+    said = ", and ".join(
+        f"{int(over):,} bytes more {'flash' if where == 'FLASH' else where} than its {have[where]:,}"
+        for where, over in overflows
+    )
+    return UserError(f"the program is too large for board '{target.board.id}': it needs {said}; use a smaller model, "
+                     "fewer trainable layers, or a larger board")
+
+
+def build(
+    board: str,
+    program: Program,
+    data: ClientData,
+    fleet: str,
+    device_id: str,
+    out: Path,
+    *,
+    adopt_bytes: int = ADOPT_BYTES,
+) -> Path:
+    """A fleet device's firmware: returns {out}/{device_id}.elf.
+
+    It learns `program` from the samples of `data`, which lie in flash. adopt_bytes: room in RAM for a program received
+    over the air (its arena must fit that of `program`); 0 leaves it out.
+    Raises UserError for an unknown board or a name that cannot be in a topic, if the compiler is missing, and if it does
+    not fit the board.
+    """
+    target = load(board)
+    target.buildable()
+    _compiler()
+    try:
+        Topics(fleet).do(device_id)
+    except ProtocolError as error:
+        raise UserError(str(error)) from error
+    td = thing_description(
+        fleet,
+        device_id,
+        target.board,
+        engine="mote",
+        engine_version=ENGINE_VERSION,
+        arena_bytes=program.arena_bytes,
+        model=program.model_id,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    generated = mote_codegen.generate(out / f"{device_id}.wire")
+    return link(
+        target,
+        out / f"{device_id}.elf",
+        [
+            SOURCES / "main_node.c",
+            SOURCES / f"uart_{target.buildable().uart.driver}.c",
+            *(MOTE / name for name in NODE),
+        ],
+        blobs={
+            "program": program.data,
+            "model": program.model_id,
+            "td": json.dumps(td, separators=(",", ":")).encode(),
+            "features": np.ascontiguousarray(data.features, np.uint8).tobytes(),
+            "starts": np.asarray(data.starts, "<u4").tobytes(),
+        },
+        defines={
+            "fleet": fleet,
+            "id": device_id,
+            "arena_bytes": program.arena_bytes,
+            "parameters": program.n_params,
+            "inputs": _count(program.layers[0].in_shape),
+            "outputs": _count(program.layers[-1].out_shape),
+            "classes": len(data.starts) - 1,
+            "scale": float(data.scale),
+            "ways": data.ways,
+            "adopt_bytes": adopt_bytes,
+        },
+        foreign=generated,
+        include=[generated[0].parent],
+        macros=mote_codegen.DEFINES,
+        note={"fleet": fleet, "device": device_id},
+    )
+
+
+def bench(target: Target, program: Program, elf: Path) -> Path:
+    """The program that counts the instructions of `program`'s training step (see src/main_bench.c)."""
+    sources = [SOURCES / "main_bench.c", SOURCES / "semihost.c", *(MOTE / name for name in ENGINE)]
+    defines = {
+        "arena_bytes": program.arena_bytes,
+        "inputs": _count(program.layers[0].in_shape),
+        "outputs": _count(program.layers[-1].out_shape),
+    }
+    return link(target, elf, sources, blobs={"program": program.data}, defines=defines)
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an ELF takes of its board, in bytes.
+
+    text: code, constants and the device's data, in flash. data: initialised variables, in RAM and, to start from, in
+    flash. bss: all other variables. stack: the RAM kept for it. held: the device's data in flash, by name. variables:
+    the larger ones in RAM, by name. plan: the arena as the model's program plans it, None without a model.
+    """
+
+    board: str
+    text: int
+    data: int
+    bss: int
+    stack: int
+    held: Mapping[str, int]
+    variables: Mapping[str, int]
+    plan: int | None
+
+    @property
+    def flash(self) -> int:
+        """Flash in all."""
+        return self.text + self.data
+
+    @property
+    def ram(self) -> int:
+        """RAM in all."""
+        return self.data + self.bss + self.stack
+
+    @property
+    def arena(self) -> int | None:
+        """The engine's arena; None in a program without one."""
+        return self.variables.get("mote_arena")
+
+
+def size(path: Path) -> Size:
+    """Reads an ELF that `link` made. Raises UserError for anything else."""
+    try:
+        with path.open("rb") as file:
+            return _size(ELFFile(file))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; build firmware with: tinyfleet firmware build") from error
+    except (ELFError, AttributeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not firmware made by this command; build it with: tinyfleet firmware build") from error
+
+
+def board_of(path: Path) -> str:
+    """The board that an ELF was built for. Raises UserError as `size` does."""
+    return size(path).board
+
+
+def _size(elf: ELFFile) -> Size:
+    note = json.loads(elf.get_section_by_name(".tinyfleet").data())
+    sections = {section.name: section for section in elf.iter_sections()}
+    index = {section.name: number for number, section in enumerate(elf.iter_sections())}
+    table = sections[".symtab"]
+    assert isinstance(table, SymbolTableSection)
+    objects = [s for s in table.iter_symbols() if s["st_info"]["type"] == "STT_OBJECT" and s["st_size"] > 0]
+    text = [s for s in objects if s["st_shndx"] == index[".text"] and s.name.startswith("device_")]
+    ram = [s for s in objects if s["st_shndx"] in {index.get(".data"), index.get(".bss")} and s["st_size"] >= 64]
+    plan = None
+    for symbol in text:
+        if symbol.name == "device_program":
+            start = symbol["st_value"] - sections[".text"]["sh_addr"]
+            plan = Program.parse(sections[".text"].data()[start : start + symbol["st_size"]]).arena_bytes
+
+    def length(name: str) -> int:
+        return int(sections[name]["sh_size"]) if name in sections else 0
+
+    return Size(
+        board=str(note["board"]),
+        text=length(".text") + length(".ARM.exidx"),
+        data=length(".data"),
+        bss=length(".bss"),
+        stack=length(".stack"),
+        held={s.name.removeprefix("device_"): int(s["st_size"]) for s in text},
+        variables={s.name: int(s["st_size"]) for s in sorted(ram, key=lambda s: -int(s["st_size"]))},
+        plan=plan,
+    )

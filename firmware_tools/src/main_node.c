@@ -1,0 +1,157 @@
+/* A fleet device on a serial line: the node behind COBS frames, learning from samples held in flash. */
+#include <string.h>
+
+#include "board.h"
+#include "device.h"
+#include "mote_frame.h"
+#include "mote_node.h"
+#include "mote_stream.h"
+#include "uart.h"
+
+enum {
+    FRAME = 2 + 255 + MOTE_CHUNK + 64 + 4, /* head, topic, a chunk in its CBOR, CRC */
+    OUT = MOTE_CHUNK + 128,
+    TARGETS = DEVICE_OUTPUTS, /* at most: one of them under softmax cross-entropy */
+};
+
+float mote_arena[DEVICE_ARENA_BYTES / sizeof(float)];
+static float base[DEVICE_PARAMETERS];
+static float sample[DEVICE_INPUTS + TARGETS];
+static uint8_t out[OUT];
+static uint8_t frame_buffer[FRAME];
+#if DEVICE_ADOPT_BYTES > 0
+static union {
+    uint8_t bytes[DEVICE_ADOPT_BYTES];
+    uint32_t aligned;
+} adopted;
+#endif
+
+static mote_node_t node;
+static mote_stream_t stream;
+static mote_frame_reader_t reader;
+
+void board_fault(void) { board_reset(); }
+
+static int open_stream(void *context, uint32_t seed)
+{
+    (void)context;
+    if (mote_inputs(&node.mote) != DEVICE_INPUTS || mote_outputs(&node.mote) < DEVICE_WAYS) {
+        return MOTE_ERR_ARGUMENT; /* a program over the air that these samples do not fit */
+    }
+    return mote_stream_open(&stream, seed);
+}
+
+static int next_sample(void *context, int query, float *x, float *y)
+{
+    (void)context;
+    mote_stream_next(&stream, query, x, y);
+    return 1;
+}
+
+static void put(void *context, const uint8_t *bytes, size_t size)
+{
+    (void)context;
+    uart_write(bytes, size);
+}
+
+static void send(int kind, const char *topic, const uint8_t *payload, size_t size)
+{
+    mote_frame_write(put, NULL, kind, topic, payload, size);
+}
+
+/* The will goes first: with it the gateway opens the session. */
+static void hello(void)
+{
+    mote_out_t will;
+    mote_node_will(&node, &will);
+    send(MOTE_FRAME_HELLO, will.topic, will.payload, will.size);
+}
+
+static void send_all(void)
+{
+    mote_out_t message;
+    while (mote_node_poll(&node, &message)) {
+        if (message.kind == MOTE_REBOOT) {
+            board_reset();
+        }
+        send(message.kind, message.topic, message.payload, message.size);
+    }
+}
+
+static void take(const mote_frame_t *frame)
+{
+    if (frame->kind == MOTE_FRAME_HELLO) {
+        hello();
+    } else if (frame->kind == MOTE_FRAME_CONNECTED) {
+        mote_node_connected(&node);
+    } else if (frame->kind == MOTE_FRAME_MESSAGE) {
+        mote_node_receive(&node, frame->topic, frame->topic_size, frame->payload, frame->size);
+    }
+    send_all();
+}
+
+static void start(void)
+{
+    stream.features = device_features;
+    stream.starts = (const uint32_t *)(const void *)device_starts; /* aligned by the build */
+    stream.classes = DEVICE_CLASSES;
+    stream.size = DEVICE_INPUTS;
+    stream.scale = DEVICE_SCALE;
+    stream.ways = DEVICE_WAYS;
+
+    mote_node_config_t config;
+    memset(&config, 0, sizeof config);
+    config.fleet = DEVICE_FLEET;
+    config.id = DEVICE_ID;
+    config.td = (const char *)device_td;
+    config.td_size = DEVICE_TD_BYTES;
+    config.program = device_program;
+    config.program_size = DEVICE_PROGRAM_BYTES;
+    memcpy(config.model, device_model, sizeof config.model);
+    config.arena = mote_arena;
+    config.arena_size = sizeof mote_arena;
+    config.base = base;
+    config.base_count = DEVICE_PARAMETERS;
+    config.sample = sample;
+    config.sample_count = DEVICE_INPUTS + TARGETS;
+#if DEVICE_ADOPT_BYTES > 0
+    config.adopted = adopted.bytes;
+    config.adopted_size = DEVICE_ADOPT_BYTES;
+#endif
+    config.out = out;
+    config.out_size = sizeof out;
+    config.source.open = open_stream;
+    config.source.next = next_sample;
+    if (mote_node_init(&node, &config) != MOTE_OK) {
+        board_fault();
+    }
+    mote_frame_reader_init(&reader, frame_buffer, sizeof frame_buffer);
+}
+
+int main(void)
+{
+    start();
+    uart_open();
+    hello();
+    for (;;) {
+        uint8_t byte;
+        mote_frame_t frame;
+        int received = 0;
+        while (uart_read(&byte, 1)) {
+            received = 1;
+            if (mote_frame_read(&reader, byte, &frame)) {
+                take(&frame);
+                break; /* and a sample, so that a busy line cannot starve learning */
+            }
+        }
+        const int more = mote_node_step(&node);
+        send_all();
+        if (!more && !received) {
+            board_mask();
+            if (!uart_ready()) {
+                board_sleep();
+            }
+            board_unmask();
+        }
+    }
+}
