@@ -99,9 +99,11 @@ class Reptile(Strategy):
         return updated, metrics
 
     def _is_shared(self, key: str) -> bool:
-        """Whether this array belongs to the fleet; the others keep their initial values here."""
-        layers = list(dict.fromkeys(name.partition("/")[0] for name in self._sent))
-        return bool(self.update.shared >> layers.index(key.partition("/")[0]) & 1)
+        """Whether this array belongs to the fleet; the others keep their initial values here. Arrays are named as in a
+        program: dense_2/weights belongs to layer 2."""
+        if self.update.shared == ALL_LAYERS:
+            return True
+        return bool(self.update.shared >> int(key.partition("/")[0].rpartition("_")[2]) & 1)
 
     def _is_good(self, reply: Message) -> bool:
         node = reply.metadata.src_node_id
