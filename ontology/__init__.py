@@ -1,0 +1,1 @@
+"""What the fleet knows about itself: vocabulary, descriptions, store, registry, queries."""

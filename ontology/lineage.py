@@ -1,0 +1,167 @@
+"""Runs, rounds and model versions as PROV-O: who learned what from what, and with what result.
+
+A run trains one model; each round takes the run's newest version and makes the next one out of its devices' replies.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from ontology import shapes
+from ontology.names import PROV, RDF, TF, Iri, device_iri, fleet_name, round_iri, run_iri, version_iri
+from ontology.store import Binding, Store
+
+
+@dataclass(frozen=True)
+class Part:
+    """One device's part in a round: what it reported, None where it reported nothing of the kind.
+
+    loss: mean over the samples learned from; accuracy: 0 to 1, on samples never learned from; bytes_up: payload sent.
+    """
+
+    device: str
+    loss: float | None = None
+    accuracy: float | None = None
+    samples: int | None = None
+    bytes_up: int | None = None
+
+
+class Lineage:
+    """Writes one fleet's runs into the store. Saying the same thing twice changes nothing."""
+
+    def __init__(self, store: Store, fleet: str) -> None:
+        self._store = store
+        self._fleet = fleet_name(fleet)
+
+    def begin(
+        self,
+        run: int,
+        model: Iri,
+        strategy: str,
+        sha256: str,
+        *,
+        task: str | None = None,
+        derived_from: Iri | None = None,
+        at: datetime | None = None,
+    ) -> Iri:
+        """A run begins, with parameters of this hash; derived_from is the version they come from, if from any.
+
+        The IRI of version 0.
+        """
+        about, version = run_iri(self._fleet, run), version_iri(self._fleet, run, 0)
+        facts: dict[Iri, dict[Iri, Binding | None]] = {
+            about: {
+                RDF.type: [TF.Run, PROV.Activity],
+                TF.fleet: self._fleet,
+                TF.runNumber: run,
+                TF.strategy: strategy,
+                TF.task: task,
+                TF.ofModel: model,
+                PROV.used: [model] if derived_from is None else [model, derived_from],
+                PROV.startedAtTime: at or datetime.now(UTC),
+            },
+            version: self._version(model, 0, sha256, about, derived_from),
+        }
+        shapes.admit(self._store, f"run {run}", facts)
+        return version
+
+    def round(
+        self,
+        run: int,
+        number: int,
+        parts: Sequence[Part],
+        *,
+        asked: int,
+        started: datetime,
+        ended: datetime | None = None,
+        sha256: str | None = None,
+        bytes_up: int | None = None,
+        bytes_down: int | None = None,
+        accuracy: float | None = None,
+    ) -> Iri | None:
+        """A round has ended: `asked` devices were asked, `parts` took part, and the parameters now have this hash.
+
+        The IRI of the version that the round made, derived from the run's newest before it; None if it made none
+        (sha256 is None: nobody replied). The round's loss is the mean of its parts' losses.
+        """
+        about = round_iri(self._fleet, run, number)
+        losses = [p.loss for p in parts if p.loss is not None and math.isfinite(p.loss)]
+        model, before = self._newest(run, number)
+        devices = [device_iri(self._fleet, p.device) for p in parts]
+        facts: dict[Iri, dict[Iri, Binding | None]] = {
+            about: {
+                RDF.type: [TF.Round, PROV.Activity],
+                TF.inRun: run_iri(self._fleet, run),
+                TF.roundNumber: number,
+                TF.asked: asked,
+                TF.loss: sum(losses) / len(losses) if losses else None,
+                TF.accuracy: _finite(accuracy),
+                TF.bytesUp: bytes_up,
+                TF.bytesDown: bytes_down,
+                PROV.used: before,
+                PROV.wasAssociatedWith: devices,
+                PROV.qualifiedAssociation: [Iri(f"{about}:{p.device}") for p in parts],
+                PROV.startedAtTime: started,
+                PROV.endedAtTime: ended or datetime.now(UTC),
+            }
+        }
+        for p, device in zip(parts, devices, strict=True):
+            facts[Iri(f"{about}:{p.device}")] = {
+                RDF.type: [TF.Participation, PROV.Association],
+                TF.inRound: about,
+                TF.device: device,
+                PROV.agent: device,
+                TF.loss: _finite(p.loss),
+                TF.accuracy: _finite(p.accuracy),
+                TF.samples: p.samples,
+                TF.bytesUp: p.bytes_up,
+            }
+        version = None
+        if sha256 is not None:
+            version = version_iri(self._fleet, run, number)
+            facts[version] = self._version(model, number, sha256, about, before)
+        shapes.admit(self._store, f"round {number} of run {run}", facts)
+        return version
+
+    def end(self, run: int, at: datetime | None = None) -> None:
+        """A run has ended."""
+        self._store.write({run_iri(self._fleet, run): {PROV.endedAtTime: at or datetime.now(UTC)}})
+
+    def _newest(self, run: int, number: int) -> tuple[Iri, Iri | None]:
+        """The model of the run, and its newest version before this round."""
+        rows = self._store.query(
+            """PREFIX tf: <https://w3id.org/tinyfleet#>
+            PREFIX prov: <http://www.w3.org/ns/prov#>
+            SELECT ?model ?version WHERE {
+              VALUES ?run { UNDEF }
+              VALUES ?number { UNDEF }
+              ?run tf:ofModel ?model .
+              OPTIONAL {
+                ?version prov:wasGeneratedBy/tf:inRun? ?run ; a tf:ModelVersion ; tf:versionNumber ?n .
+                FILTER(?n < ?number)
+              }
+            } ORDER BY DESC(?n) LIMIT 1""",
+            run=run_iri(self._fleet, run),
+            number=number,
+        )
+        if not rows:
+            raise shapes.ShapeError(f"round {number} of run {run}", ["the run has not begun; call begin first"])
+        model, version = rows[0]["model"], rows[0].get("version")
+        return Iri(str(model)), None if version is None else Iri(str(version))
+
+    def _version(
+        self, model: Iri, number: int, sha256: str, activity: Iri, before: Iri | None
+    ) -> dict[Iri, Binding | None]:
+        return {
+            RDF.type: [TF.ModelVersion, PROV.Entity],
+            TF.ofModel: model,
+            TF.versionNumber: number,
+            TF.sha256: sha256,
+            PROV.wasGeneratedBy: activity,
+            PROV.wasDerivedFrom: before,
+        }
+
+
+def _finite(number: float | None) -> float | None:
+    return None if number is None or not math.isfinite(number) else float(number)

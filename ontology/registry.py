@@ -1,0 +1,252 @@
+"""MQTT in, graph out: what devices say of themselves becomes facts, once it is checked.
+
+`Registry.handle` takes a topic and its payload and touches no network. A Thing Description is read as JSON-LD with our
+own context, checked against the shapes, and written flat: facts about the device on the device, facts about its kind
+of board once on the board. A status is a few flat facts. What cannot be right is refused, counted and logged with its
+reason, and leaves the graph as it was; what comes twice, late or in another order ends in the same graph.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyoxigraph as ox
+
+from edge.errors import UserError
+from edge.protocol import ProtocolError, Topics, decode_status
+from ontology import shapes
+from ontology.names import BOARDS, RDF, TD, TF, Iri, device_iri, fleet_name, model_iri
+from ontology.store import Binding, Store, StoreError, Value, value
+
+MAX_BYTES = 65_536
+"""A Thing Description may be so long."""
+MAX_DEPTH = 16
+"""Objects and arrays may nest so deep in it."""
+
+TD_CONTEXT = "https://www.w3.org/2022/wot/td/v1.1"
+_CONTEXT_FILE = Path(__file__).with_name("context.jsonld")
+
+# What is taken from a description. All else that it says (affordances, forms) stays in the retained message.
+_DEVICE = (TD.title, TF.fleet, TF.deviceId, TF.board, TF.engine, TF.engineVersion, TF.arenaBytes, TF.model)
+_BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)
+_STATE = (TF.online, TF.currentModel, TF.samples, TF.malformed, TF.stale, TF.battery, TF.drift)
+
+# JSON-LD keywords with which a description could say things of other nodes, or change what its words mean.
+_KEYWORDS = {"@context", "@id", "@type"}
+
+log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """Why a message was not taken."""
+
+
+@cache
+def _context() -> dict[str, Any]:
+    context: dict[str, Any] = json.loads(_CONTEXT_FILE.read_text(encoding="utf-8"))["@context"]
+    return context
+
+
+class Registry:
+    """Keeps one fleet's devices in the graph. `accepted` and `refused` count messages; `last_refusal` says why."""
+
+    def __init__(self, store: Store, fleet: str) -> None:
+        self._store = store
+        self._fleet = fleet_name(fleet)
+        self._topics = Topics(fleet)
+        self.accepted = 0
+        self.refused = 0
+        self.last_refusal: str | None = None
+
+    def handle(self, topic: str, payload: bytes) -> bool:
+        """Takes one message. True if it went into the graph; False if it was refused or is none of the registry's.
+
+        An empty description (a cleared retained message) takes the device out of the graph. Raises StoreError if the
+        store fails: the message can then be handed over again.
+        """
+        found = self._topics.parse(topic)
+        if found is None or found[0] not in ("td", "status"):
+            return False
+        kind, (device,) = found
+        try:
+            if kind == "status":
+                self._status(device, payload)
+            elif payload:
+                self._description(device, payload)
+            else:
+                self._store.remove(device_iri(self._fleet, device))
+        except StoreError:
+            raise
+        except (Refused, ProtocolError, UserError) as reason:
+            self.refused += 1
+            self.last_refusal = f"{'Thing Description' if kind == 'td' else 'status'} of {device!r} refused: {reason}"
+            log.warning("%s", self.last_refusal)
+            return False
+        self.accepted += 1
+        return True
+
+    def _status(self, device: str, payload: bytes) -> None:
+        if not payload:
+            raise Refused("it is empty")
+        status = decode_status(payload)
+        facts: dict[Iri, Binding | None] = {TF.online: status.online}
+        if status.online:  # a will was written before the device did anything: it knows nothing else
+            if status.battery is not None and not 0 <= status.battery <= 1:
+                raise Refused(f"battery must be from 0 to 1, not {status.battery}")
+            if status.drift is not None and not math.isfinite(status.drift):
+                raise Refused(f"drift must be a number, not {status.drift}")
+            facts |= {
+                TF.currentModel: model_iri(status.model),
+                TF.samples: status.samples,
+                TF.malformed: status.malformed,
+                TF.stale: status.stale,
+                TF.battery: status.battery,
+                TF.drift: status.drift,
+            }
+        self._store.write({device_iri(self._fleet, device): facts})
+
+    def _description(self, device: str, payload: bytes) -> None:
+        iri = device_iri(self._fleet, device)
+        document = read(payload)
+        if document.get("id", document.get("@id")) != iri:
+            raise Refused(f"its id must be {iri} on this topic, not {document.get('id')!r:.100}")
+        triples = to_triples(document)
+        thing = _facts(triples, iri)
+        if TF.Device not in thing.get(RDF.type, ()) or TD.Thing not in thing.get(RDF.type, ()):
+            raise Refused('its @type must be ["Thing", "tf:Device"]')
+        for subject in _typed(triples, TF.Device):
+            if subject != iri:
+                raise Refused(f"it describes another device, {subject}")
+        wrong = shapes.violations(triples)
+        if wrong:
+            raise Refused("; ".join(wrong))
+        for predicate, expected in ((TF.fleet, self._fleet), (TF.deviceId, device)):
+            if thing[predicate] != [expected]:
+                raise Refused(f"its {predicate.removeprefix(TF.iri)} must be {expected!r}, not {thing[predicate][0]!r}")
+        board = Iri(str(thing[TF.board][0]))
+        said = {p: v for p, v in _facts(triples, board).items() if p in _BOARD}
+        if said and board not in _typed(triples, TF.Board):
+            raise Refused("what its tf:board points to must have the @type tf:Board")
+        known = self._about(board)
+        if not known and TF.ramBytes not in said:
+            raise Refused(f"its board {board} is not known and it does not describe it")
+        for predicate, values in said.items():
+            if known and set(values) != set(known.get(predicate, ())):
+                raise Refused(
+                    f"it says {predicate.split('#')[-1]} of its board is {_text(values)}, but {board} is known with "
+                    f"{_text(known.get(predicate, []))}"
+                )
+        ram, arena = (known or said).get(TF.ramBytes, [math.inf])[0], thing.get(TF.arenaBytes, [0])[0]
+        if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
+            raise Refused(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
+        facts: dict[Iri, dict[Iri, Binding | None]] = {iri: {p: thing.get(p) for p in _DEVICE}}
+        facts[iri][RDF.type] = [TD.Thing, TF.Device]
+        if not known:
+            facts[board] = {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}
+        self._store.write(facts)
+
+    def _about(self, subject: Iri) -> dict[Iri, list[Value]]:
+        """What the graph says of a subject."""
+        rows = self._store.query("SELECT ?p ?o WHERE { VALUES ?s { UNDEF } ?s ?p ?o }", s=subject)
+        facts: dict[Iri, list[Value]] = {}
+        for row in rows:
+            facts.setdefault(Iri(str(row["p"])), []).append(row["o"])
+        return facts
+
+
+def _text(values: list[Value]) -> str:
+    return ", ".join(sorted(str(v) for v in values)) or "nothing"
+
+
+def _facts(triples: list[ox.Triple], subject: str) -> dict[Iri, list[Value]]:
+    facts: dict[Iri, list[Value]] = {}
+    for t in triples:
+        if isinstance(t.subject, ox.NamedNode) and t.subject.value == subject:
+            facts.setdefault(Iri(t.predicate.value), []).append(value(t.object))
+    return facts
+
+
+def _typed(triples: list[ox.Triple], kind: Iri) -> Iterator[str]:
+    for t in triples:
+        if t.predicate.value == RDF.type and isinstance(t.object, ox.NamedNode) and t.object.value == kind:
+            yield t.subject.value if isinstance(t.subject, ox.NamedNode) else str(t.subject)
+
+
+def read(payload: bytes) -> dict[str, Any]:
+    """The JSON object of a Thing Description. Raises Refused if it is too long, too deep or not one JSON object."""
+    if len(payload) > MAX_BYTES:
+        raise Refused(f"{len(payload)} bytes are more than the {MAX_BYTES} that a description may have")
+    try:
+        document = json.loads(payload.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise Refused(f"it is not UTF-8 text: {error}") from None
+    except RecursionError:
+        raise Refused(f"it nests deeper than {MAX_DEPTH}") from None
+    except ValueError as error:
+        raise Refused(f"it is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise Refused("it is not a JSON object")
+    level: list[Any] = [document]
+    for _ in range(MAX_DEPTH):
+        level = [v for node in level for v in (node.values() if isinstance(node, dict) else node)]
+        level = [v for v in level if isinstance(v, (dict, list))]
+        if not level:
+            return document
+    raise Refused(f"it nests deeper than {MAX_DEPTH}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return result
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def to_triples(document: Mapping[str, Any]) -> list[ox.Triple]:
+    """A Thing Description's triples, read with our own context: nothing is fetched.
+
+    Its @context must be that of TD 1.1, and may add prefixes of its own, as objects of names and IRIs. Raises Refused
+    for any other context, for a context further in, and for keywords that speak of other nodes.
+    """
+    given = document.get("@context")
+    entries = given if isinstance(given, list) else [given]
+    if TD_CONTEXT not in entries:
+        raise Refused(f"its @context must hold {TD_CONTEXT}")
+    context = dict(_context())
+    for entry in entries:
+        if entry == TD_CONTEXT:
+            continue
+        if not isinstance(entry, dict):
+            raise Refused(f"its @context names {entry!r:.100}; only {TD_CONTEXT} is known, and nothing is fetched")
+        for name, iri in entry.items():
+            if name.startswith("@") or not isinstance(iri, str) or not iri.endswith(("#", "/", ":")):
+                raise Refused(f"its @context may add prefixes only, such as tf; {name!r:.50} is none")
+            if context.get(name, iri) != iri:
+                raise Refused(f"its @context gives {name!r:.50} another meaning")
+            context[name] = iri
+    body = {name: v for name, v in document.items() if name != "@context"}
+    _no_keywords(body)
+    try:
+        quads = ox.parse(json.dumps({"@context": context, **body}), ox.RdfFormat.JSON_LD, without_named_graphs=True)
+        return [quad.triple for quad in quads]
+    except (SyntaxError, ValueError) as error:
+        raise Refused(f"it is not valid JSON-LD: {error}") from None
+
+
+def _no_keywords(node: object) -> None:
+    if isinstance(node, dict):
+        for name, inner in node.items():
+            if name.startswith("@") and (name not in _KEYWORDS or name == "@context"):
+                raise Refused(f"it may not use {name!r:.50} inside")
+            _no_keywords(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            _no_keywords(inner)

@@ -1,0 +1,352 @@
+"""One interface over embedded Oxigraph and any SPARQL 1.1 endpoint.
+
+Everything lies in the default graph. A query takes parameters where its text says `VALUES ?name { UNDEF }`: the text is
+valid SPARQL as it stands (the parameter is then free), and binding puts terms in place of UNDEF, so the same text and
+the same values work on every store. Terms are written by Oxigraph's own serialiser: a value cannot end its literal.
+"""
+
+import json
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import overload
+
+import pyoxigraph as ox
+
+from edge.errors import UserError
+from ontology.names import XSD, Iri
+
+Value = Iri | str | bool | int | float | datetime
+Binding = Value | Iterable[Value]
+Triple = tuple[Iri, Iri, Value]
+Facts = Mapping[Iri, Mapping[Iri, Binding | None]]
+"""What is said of each subject: for each predicate, its value or values."""
+Answer = ox.QuerySolutions | ox.QueryBoolean | ox.QueryTriples
+Row = dict[str, Value]
+
+
+class StoreError(UserError):
+    """The store did not answer, or refused the query or the update: the message says which and what to do."""
+
+
+class Rows(Sequence[Row]):
+    """The rows of a SELECT: `variables` in their order, each row a dict without the unbound ones."""
+
+    def __init__(self, variables: Sequence[str], rows: list[Row]) -> None:
+        self.variables = tuple(variables)
+        self._rows = rows
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def column(self, variable: str) -> list[Value]:
+        """The values of one variable, row by row, the unbound left out."""
+        return [row[variable] for row in self._rows if variable in row]
+
+
+def term(value: Value) -> ox.NamedNode | ox.Literal:
+    """A Python value as a term of the graph. StoreError for what no term can hold (a bad IRI, a lone surrogate)."""
+    try:
+        if isinstance(value, Iri):
+            return ox.NamedNode(value)
+        if isinstance(value, datetime):
+            return ox.Literal(value.isoformat(), datatype=ox.NamedNode(XSD.dateTime))
+        if isinstance(value, (str, bool, int, float)):
+            return ox.Literal(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise StoreError(f"{value!r} cannot be a term of the graph: {error}") from None
+    raise StoreError(f"{value!r} cannot be a term of the graph; use Iri, str, bool, int, float or datetime")
+
+
+def _node(iri: Iri) -> ox.NamedNode:
+    node = term(iri)
+    if not isinstance(node, ox.NamedNode):
+        raise StoreError(f"{iri!r} is text; a subject or predicate is an Iri")
+    return node
+
+
+_INTEGERS = {
+    XSD[name]
+    for name in (
+        "integer", "int", "long", "short", "byte", "nonNegativeInteger", "positiveInteger", "nonPositiveInteger",
+        "negativeInteger", "unsignedInt", "unsignedLong", "unsignedShort", "unsignedByte",
+    )
+}  # fmt: skip
+_FLOATS = {XSD.decimal, XSD.double, XSD.float}
+
+
+def value(node: ox.NamedNode | ox.BlankNode | ox.Literal | ox.Triple) -> Value:
+    """A term of the graph as a Python value: Iri, int, float, bool, datetime, or else its text."""
+    if isinstance(node, ox.NamedNode):
+        return Iri(node.value)
+    if not isinstance(node, ox.Literal):
+        return str(node)
+    text, datatype = node.value, node.datatype.value
+    try:
+        if datatype in _INTEGERS:
+            return int(text)
+        if datatype in _FLOATS:
+            return float(text)
+        if datatype == XSD.boolean:
+            return {"true": True, "1": True, "false": False, "0": False}[text]
+        if datatype == XSD.dateTime:
+            return datetime.fromisoformat(text)
+    except (ValueError, KeyError):
+        pass  # not of its own datatype: its text is all there is
+    return text
+
+
+# Comments, IRIs and strings are matched first, so that nothing inside them is taken for a parameter.
+_PARAMETER = re.compile(
+    r"#[^\n\r]*"
+    r"|<[^<>\"{}|^`\\\x00-\x20]*>"
+    r"|\"\"\"(?:[^\"\\]|\\.|\"{1,2}(?!\"))*\"\"\""
+    r"|'''(?:[^'\\]|\\.|'{1,2}(?!'))*'''"
+    r"|\"(?:[^\"\\\n\r]|\\.)*\""
+    r"|'(?:[^'\\\n\r]|\\.)*'"
+    r"|\bVALUES\s*[?$](?P<name>\w+)\s*\{\s*UNDEF\s*\}",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def parameters(sparql: str) -> list[str]:
+    """The names of a query's parameters: where it says `VALUES ?name { UNDEF }`."""
+    return list(dict.fromkeys(m["name"] for m in _PARAMETER.finditer(sparql) if m["name"]))
+
+
+def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
+    """The query with its parameters bound; those not named stay free.
+
+    A list binds the parameter to each of its values; an empty one lets nothing match. StoreError if the query has no
+    such parameter.
+    """
+    if not bindings:
+        return sparql
+    known = parameters(sparql)
+    for name in bindings:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise StoreError(f"the query has no parameter {name!r} ({has}); write VALUES ?{name} {{ UNDEF }} into it")
+
+    def put(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name is None or name not in bindings:
+            return match[0]
+        return f"VALUES ?{name} {{ {' '.join(str(term(v)) for v in _values(bindings[name]))} }}"
+
+    return _PARAMETER.sub(put, sparql)
+
+
+class Store(ABC):
+    """A graph that is asked and changed in SPARQL 1.1. Every change is atomic; safe to share between threads."""
+
+    @abstractmethod
+    def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
+        """The raw answer to any query, as terms: solutions, a boolean or triples."""
+
+    @abstractmethod
+    def update(self, sparql: str) -> None:
+        """Runs a SPARQL update: all of it or, on an error, nothing."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the store; nothing may be asked afterwards."""
+
+    def query(self, sparql: str, **bindings: Binding) -> Rows:
+        """The rows of a SELECT, as Python values."""
+        answer = self.evaluate(sparql, **bindings)
+        if not isinstance(answer, ox.QuerySolutions):
+            raise StoreError("this query is not a SELECT; ask() takes an ASK and construct() a CONSTRUCT or DESCRIBE")
+        names = [variable.value for variable in answer.variables]
+        rows: list[Row] = []
+        for solution in answer:
+            row = {}
+            for name in names:
+                node = solution[name]
+                if node is not None:
+                    row[name] = value(node)
+            rows.append(row)
+        return Rows(names, rows)
+
+    def ask(self, sparql: str, **bindings: Binding) -> bool:
+        """The answer to an ASK."""
+        answer = self.evaluate(sparql, **bindings)
+        if not isinstance(answer, ox.QueryBoolean):
+            raise StoreError("this query is not an ASK")
+        return bool(answer)
+
+    def construct(self, sparql: str, **bindings: Binding) -> list[ox.Triple]:
+        """The triples of a CONSTRUCT or DESCRIBE, as terms."""
+        answer = self.evaluate(sparql, **bindings)
+        if not isinstance(answer, ox.QueryTriples):
+            raise StoreError("this query is not a CONSTRUCT or DESCRIBE")
+        return list(answer)
+
+    def add(self, triples: Iterable[Triple]) -> None:
+        """Adds triples; those that are there already stay as they are."""
+        text = _data(triples)
+        if text:
+            self.update(f"INSERT DATA {{\n{text}}}")
+
+    def write(self, facts: Facts) -> None:
+        """Makes these the only values of these predicates of these subjects; None takes a predicate away."""
+        pairs = " ".join(f"({_node(s)} {_node(p)})" for s, said in facts.items() for p in said)
+        if pairs:
+            self.update(
+                f"DELETE {{ ?s ?p ?o }} WHERE {{ VALUES (?s ?p) {{ {pairs} }} ?s ?p ?o }} ;\n"
+                f"INSERT DATA {{\n{_data(triples(facts))}}}"
+            )
+
+    def remove(self, subject: Iri) -> None:
+        """Takes away everything that is said of the subject."""
+        self.update(f"DELETE WHERE {{ {_node(subject)} ?p ?o }}")
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def triples(facts: Facts) -> Iterator[Triple]:
+    """The triples of these facts."""
+    for subject, said in facts.items():
+        for predicate, given in said.items():
+            for o in _values(given):
+                yield subject, predicate, o
+
+
+def _values(given: Binding | None) -> Iterable[Value]:
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, (str, bool, int, float, datetime)) else given
+
+
+def _data(given: Iterable[Triple]) -> str:
+    return "".join(f"{_node(s)} {_node(p)} {term(o)} .\n" for s, p, o in given)
+
+
+class EmbeddedStore(Store):
+    """Oxigraph in this process: on disk (RocksDB) in the folder `path`, made if need be, or in memory without one."""
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        if path is None:
+            self._store: ox.Store | None = ox.Store()
+            return
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+            self._store = ox.Store(str(path))
+        except OSError as error:
+            if "lock" in str(error).lower():
+                raise StoreError(
+                    f"the graph in {path} is in use by another process; ask the running server's endpoint, or stop it"
+                ) from None
+            raise StoreError(f"the graph in {path} cannot be opened ({error}); choose another folder") from None
+
+    @property
+    def _open(self) -> ox.Store:
+        if self._store is None:
+            raise StoreError("the store is closed")
+        return self._store
+
+    def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
+        text = bind(sparql, bindings)
+        try:
+            return self._open.query(text)
+        except SyntaxError as error:
+            raise StoreError(f"the query is not valid SPARQL: {error}") from None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise StoreError(f"the query failed: {error}") from None
+
+    def update(self, sparql: str) -> None:
+        try:
+            self._open.update(sparql)
+        except SyntaxError as error:
+            raise StoreError(f"the update is not valid SPARQL: {error}") from None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise StoreError(f"the update failed: {error}") from None
+
+    def add(self, triples: Iterable[Triple]) -> None:
+        self._open.extend([ox.Quad(_node(s), _node(p), term(o), ox.DefaultGraph()) for s, p, o in triples])
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def close(self) -> None:
+        """Writes what is left and frees the folder for another process."""
+        if self._store is not None:
+            self._store.flush()
+            self._store = None
+
+
+class RemoteStore(Store):
+    """Any server of the SPARQL 1.1 Protocol. The token, if one is given, goes with every request as a bearer token.
+
+    `update_url` is where updates go, if that is another address (Fuseki, oxigraph and GraphDB have two).
+    """
+
+    def __init__(
+        self, url: str, token: str | None = None, *, update_url: str | None = None, timeout: float = 30.0
+    ) -> None:
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise StoreError(f"{url!r} is no address of a SPARQL endpoint; it begins with http:// or https://")
+        self._url = url
+        self._update_url = update_url or url
+        self._token = token
+        self._timeout = timeout
+        host = urllib.parse.urlsplit(url).hostname or ""
+        # A proxy from the environment is never meant for this machine's own server.
+        proxies: dict[str, str] | None = {} if host in ("localhost", "::1") or host.startswith("127.") else None
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+
+    def _post(self, url: str, form: Mapping[str, str], accept: str) -> tuple[str, bytes]:
+        try:
+            body = urllib.parse.urlencode(form).encode()
+        except UnicodeEncodeError as error:
+            raise StoreError(f"the text cannot be sent: {error}") from None
+        request = urllib.request.Request(url, data=body, headers={"Accept": accept})
+        if self._token:
+            request.add_header("Authorization", f"Bearer {self._token}")
+        try:
+            with self._opener.open(request, timeout=self._timeout) as response:
+                return response.headers.get_content_type(), response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                detail = error.read(2000).decode(errors="replace").strip() or error.reason
+            raise StoreError(f"{url} refused ({error.code}): {detail}") from None
+        except (OSError, urllib.error.URLError) as error:
+            reason = getattr(error, "reason", error)
+            raise StoreError(f"no answer from {url} ({reason}); is the server running?") from None
+
+    def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
+        text = bind(sparql, bindings)
+        kind, body = self._post(
+            self._url, {"query": text}, "application/sparql-results+json, application/n-triples;q=0.9"
+        )
+        try:
+            if kind == "application/sparql-results+json":
+                return ox.parse_query_results(body, ox.QueryResultsFormat.JSON)
+            # Oxigraph has no public way to make QueryTriples: let it read them as a graph of their own.
+            own = ox.Store()
+            own.load(body, ox.RdfFormat.N_TRIPLES)
+            return own.query("CONSTRUCT { ?s ?p ?o } WHERE { ?s ?p ?o }")
+        except (SyntaxError, ValueError, json.JSONDecodeError) as error:
+            raise StoreError(f"{self._url} answered what is no SPARQL result ({kind}): {error}") from None
+
+    def update(self, sparql: str) -> None:
+        self._post(self._update_url, {"update": sparql}, "*/*")
+
+    def close(self) -> None:
+        """Nothing is held between requests."""
