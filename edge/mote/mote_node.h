@@ -103,8 +103,10 @@ typedef struct {
     /* The reply. */
     uint32_t error;
     int32_t detail;
+    uint32_t measured;          /* whether metrics are in it */
     uint32_t part, parts, next; /* next: the parameter where the next part begins */
-    uint32_t threshold, ties;   /* of a sparse reply: bits of the smallest change sent, how many such are still to send */
+    uint32_t threshold, ties;   /* of a sparse reply: the bits of the smallest change sent, and how many such are */
+    uint32_t ties_left;
     uint32_t rejected_id, rejected_error; /* an order that was turned down at once */
     int32_t rejected_detail;
 } mote_node_t;

@@ -1,0 +1,964 @@
+/* The device node: what the messages of ../protocol.cddl make a device do. mote_node.h says how it is used.
+ *
+ * Weights are received straight into the model's parameters and programs straight into the buffer for them, chunk by
+ * chunk in any order. Replies are encoded when they are polled, from the parameters as they are, so that a part that
+ * was lost can be had again.
+ */
+#include "mote_node.h"
+
+#include <string.h>
+
+#include "mote_internal.h"
+#include "protocol_decode.h"
+#include "protocol_encode.h"
+
+/* What the node is doing; an order that is done keeps its reply until the next one. */
+enum { IDLE, WANT_WEIGHTS, WANT_PROGRAM, LEARN, QUERY, DONE };
+
+/* What poll has to give, in this order. */
+enum {
+    SUBSCRIBE_DO = 1,
+    SEND_TD = 2,
+    SEND_STATUS = 4,
+    UNSUBSCRIBE_CHUNKS = 8, /* before the next line: both may be of one round */
+    SUBSCRIBE_CHUNKS = 16,
+    SEND_REJECTION = 32,
+    SEND_REPLY = 64,
+    REBOOT = 128
+};
+
+/* As ErrorCode in ../protocol.py. */
+enum { NO_ERROR, WRONG_MODEL, BAD_PROGRAM, NO_ROOM, NO_SAMPLES, ENGINE, DIVERGED };
+
+/* The most that the head of an update takes: what is in out before its values. */
+enum { REPLY_HEAD = 72 };
+enum { NAME = 32 };
+
+static const char ROOT[] = "tinyfleet/";
+
+/* ---------------------------------------------------------------------------------------------------------- topics */
+
+static void add_text(mote_node_t *n, size_t *at, const char *text)
+{
+    size_t size = strlen(text);
+    memcpy(n->topic + *at, text, size + 1);
+    *at += size;
+}
+
+static void add_number(mote_node_t *n, size_t *at, uint32_t value)
+{
+    char digits[11];
+    size_t i = sizeof digits - 1;
+    digits[i] = 0;
+    do {
+        digits[--i] = (char)('0' + value % 10);
+        value /= 10;
+    } while (value > 0);
+    add_text(n, at, digits + i);
+}
+
+static void add_hash(mote_node_t *n, size_t *at, const uint8_t model[8])
+{
+    static const char hex[] = "0123456789abcdef";
+    for (size_t i = 0; i < 8; i++) {
+        n->topic[(*at)++] = hex[model[i] >> 4];
+        n->topic[(*at)++] = hex[model[i] & 15];
+    }
+    n->topic[*at] = 0;
+}
+
+/* Names are at most NAME long (mote_node_init), so every topic fits MOTE_TOPIC. */
+static size_t begin_topic(mote_node_t *n)
+{
+    size_t at = 0;
+    add_text(n, &at, ROOT);
+    add_text(n, &at, n->config.fleet);
+    return at;
+}
+
+static const char *device_topic(mote_node_t *n, const char *what)
+{
+    size_t at = begin_topic(n);
+    add_text(n, &at, "/devices/");
+    add_text(n, &at, n->config.id);
+    add_text(n, &at, what);
+    return n->topic;
+}
+
+static const char *weights_filter(mote_node_t *n, uint32_t run, uint32_t round)
+{
+    size_t at = begin_topic(n);
+    add_text(n, &at, "/runs/");
+    add_number(n, &at, run);
+    add_text(n, &at, "/");
+    add_number(n, &at, round);
+    add_text(n, &at, "/+");
+    return n->topic;
+}
+
+static const char *program_filter(mote_node_t *n, const uint8_t model[8])
+{
+    size_t at = begin_topic(n);
+    add_text(n, &at, "/models/");
+    add_hash(n, &at, model);
+    add_text(n, &at, "/+");
+    return n->topic;
+}
+
+/* The topic's rest if it begins as this filter does, up to its '+'; else NULL. */
+static const char *match_filter(const char *filter, const char *topic, size_t *size)
+{
+    size_t prefix = strlen(filter) - 1;
+    if (*size <= prefix || memcmp(topic, filter, prefix) != 0) {
+        return NULL;
+    }
+    *size -= prefix;
+    return topic + prefix;
+}
+
+/* A chunk's number, less than MOTE_MAX_CHUNKS; or MOTE_MAX_CHUNKS if the text is none. */
+static uint32_t chunk_number(const char *text, size_t size)
+{
+    uint32_t value = 0;
+    if (size == 0 || size > 4 || (size > 1 && text[0] == '0')) {
+        return MOTE_MAX_CHUNKS;
+    }
+    for (size_t i = 0; i < size; i++) {
+        if (text[i] < '0' || text[i] > '9') {
+            return MOTE_MAX_CHUNKS;
+        }
+        value = value * 10 + (uint32_t)(text[i] - '0');
+    }
+    return value < MOTE_MAX_CHUNKS ? value : MOTE_MAX_CHUNKS;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- update */
+
+static uint32_t float_bits(float v)
+{
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+
+/* The f16 nearest to v, ties to even (IEEE 754). */
+static uint16_t to_half(float v)
+{
+    uint32_t bits = float_bits(v);
+    uint32_t sign = bits >> 16 & 0x8000u;
+    uint32_t magnitude = bits & 0x7fffffffu;
+    uint32_t half, rest, tie;
+    if (magnitude > 0x7f800000u) {
+        return (uint16_t)(sign | 0x7e00u); /* not a number */
+    }
+    if (magnitude >= 0x477ff000u) {
+        return (uint16_t)(sign | 0x7c00u); /* at least 65520: infinity */
+    }
+    if (magnitude < 0x38800000u) { /* below 2^-14: subnormal, counted in 2^-24 */
+        uint32_t shift = 126 - (magnitude >> 23);
+        if (shift > 24) {
+            return (uint16_t)sign; /* below 2^-25 */
+        }
+        uint32_t fraction = (magnitude & 0x7fffffu) | 0x800000u;
+        half = fraction >> shift;
+        rest = fraction & ((1u << shift) - 1);
+        tie = 1u << (shift - 1);
+    } else {
+        half = (magnitude - 0x38000000u) >> 13;
+        rest = magnitude & 0x1fffu;
+        tie = 0x1000u;
+    }
+    half += rest > tie || (rest == tie && (half & 1)); /* may carry into the exponent, which is right */
+    return (uint16_t)(sign | half);
+}
+
+static size_t write_number(const mote_node_t *n, uint8_t *at, float v)
+{
+    if (n->half) {
+        uint16_t half = to_half(v);
+        memcpy(at, &half, sizeof half);
+        return sizeof half;
+    }
+    memcpy(at, &v, sizeof v);
+    return sizeof v;
+}
+
+static uint32_t number_size(const mote_node_t *n)
+{
+    return n->half ? 2 : 4;
+}
+
+static int is_sparse(const mote_node_t *n)
+{
+    return n->top < 1.0f;
+}
+
+static float change(const mote_node_t *n, uint32_t i)
+{
+    return n->mote.arena[i] - n->config.base[i];
+}
+
+/* The first stretch of shared parameters that ends behind `from`: [*first, *end), 0 if there is none. */
+static int shared_range(const mote_node_t *n, uint32_t from, uint32_t *first, uint32_t *end)
+{
+    int found = 0;
+    for (uint32_t layer = 0; layer < n->mote.layers; layer++) {
+        size_t at = 0, count = 0;
+        if (!(n->shared >> layer & 1) || mote_layer(&n->mote, layer, &at, &count) != MOTE_OK || count == 0 ||
+            at + count <= from) {
+            continue;
+        }
+        if (!found) {
+            *first = at > from ? (uint32_t)at : from;
+        } else if (*end != at) {
+            break;
+        }
+        *end = (uint32_t)(at + count);
+        found = 1;
+    }
+    return found;
+}
+
+/* Walks over the shared parameters: for (i = next_shared(n, 0, &end); i < end; i = next_shared(n, i + 1, &end)),
+ * end = 0 before the first call. Returns UINT32_MAX, with end 0, behind the last one. */
+static uint32_t next_shared(const mote_node_t *n, uint32_t i, uint32_t *end)
+{
+    uint32_t first = i;
+    if (i < *end) {
+        return i;
+    }
+    if (!shared_range(n, i, &first, end)) {
+        *end = 0;
+        return UINT32_MAX;
+    }
+    return first;
+}
+
+static uint32_t change_bits(const mote_node_t *n, uint32_t i)
+{
+    return float_bits(change(n, i)) & 0x7fffffffu;
+}
+
+/* How many shared parameters have changed by at least this much. */
+static uint32_t count_changes(const mote_node_t *n, uint32_t bits)
+{
+    uint32_t count = 0, end = 0;
+    for (uint32_t i = next_shared(n, 0, &end); i < end; i = next_shared(n, i + 1, &end)) {
+        count += change_bits(n, i) >= bits;
+    }
+    return count;
+}
+
+/* 1 unless a value to be sent is not finite as it would travel. */
+static int update_is_finite(const mote_node_t *n)
+{
+    uint32_t limit = n->half ? 0x477ff000u : 0x7f800000u;
+    uint32_t end = 0;
+    for (uint32_t i = next_shared(n, 0, &end); i < end; i = next_shared(n, i + 1, &end)) {
+        uint32_t bits = is_sparse(n) ? change_bits(n, i) : float_bits(n->mote.arena[i]) & 0x7fffffffu;
+        if (bits >= limit) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* The k-th largest change, by bisecting on the bits: those of positive floats are ordered as the floats are. Changes
+ * of 0 are never sent. Of equal ones at the threshold the first are, so that exactly k are. */
+static void choose_threshold(mote_node_t *n)
+{
+    uint32_t count = count_changes(n, 0);
+    float wanted = n->top * (float)count;
+    uint32_t k = (uint32_t)wanted;
+    k += (float)k < wanted || k == 0;
+    uint32_t low = 1, high = 0x7f800000u; /* at least k changes reach low, or low is 1; fewer reach high */
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        if (count_changes(n, middle) >= k) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    n->threshold = low;
+    n->ties = k - count_changes(n, low + 1);
+}
+
+/* Whether parameter i is sent; *ties is how many changes equal to the threshold still are. */
+static int is_chosen(const mote_node_t *n, uint32_t i, uint32_t *ties)
+{
+    uint32_t bits = change_bits(n, i);
+    if (bits == n->threshold && *ties > 0) {
+        (*ties)--;
+        return 1;
+    }
+    return bits > n->threshold;
+}
+
+/* An update's part: what [from, next) gives. */
+typedef struct {
+    uint32_t from, next, count, gaps; /* numbers, and bytes of gaps */
+    uint32_t ties;                    /* left behind it */
+} part_t;
+
+static uint32_t varint_size(uint32_t value)
+{
+    uint32_t size = 1;
+    while (value >= 0x80) {
+        value >>= 7;
+        size++;
+    }
+    return size;
+}
+
+/* How much of the update, from parameter `from` on, fits one message. 0 if there is nothing left. */
+static int plan_part(const mote_node_t *n, uint32_t from, uint32_t ties, part_t *part)
+{
+    uint32_t room = (uint32_t)(n->config.out_size - REPLY_HEAD);
+    uint32_t size = number_size(n), end = 0;
+    part->from = part->next = from;
+    part->ties = ties;
+    part->count = part->gaps = 0;
+    if (!is_sparse(n)) {
+        if (!shared_range(n, from, &part->from, &end)) {
+            return 0;
+        }
+        part->count = end - part->from < room / size ? end - part->from : room / size;
+        part->next = part->from + part->count;
+        return 1;
+    }
+    uint32_t before = UINT32_MAX; /* the parameter before the first */
+    for (uint32_t i = next_shared(n, from, &end); i < end; i = next_shared(n, i + 1, &end)) {
+        uint32_t left = part->ties;
+        if (!is_chosen(n, i, &left)) {
+            continue;
+        }
+        uint32_t gap = varint_size(i - before - 1);
+        if (part->gaps + gap + (part->count + 1) * size > room) {
+            break;
+        }
+        part->gaps += gap;
+        part->count++;
+        part->ties = left;
+        part->next = i + 1;
+        before = i;
+    }
+    return part->count > 0;
+}
+
+static void write_dense(const mote_node_t *n, const part_t *part, uint8_t *values)
+{
+    for (uint32_t i = 0; i < part->count; i++) {
+        values += write_number(n, values, n->mote.arena[part->from + i]);
+    }
+}
+
+static void write_sparse(const mote_node_t *n, const part_t *part, uint32_t ties, uint8_t *gaps, uint8_t *values)
+{
+    uint32_t before = UINT32_MAX, end = 0;
+    for (uint32_t i = next_shared(n, part->from, &end); i < part->next && i < end; i = next_shared(n, i + 1, &end)) {
+        if (!is_chosen(n, i, &ties)) {
+            continue;
+        }
+        uint32_t gap = i - before - 1;
+        while (gap >= 0x80) {
+            *gaps++ = (uint8_t)(gap | 0x80);
+            gap >>= 7;
+        }
+        *gaps++ = (uint8_t)gap;
+        values += write_number(n, values, change(n, i));
+        before = i;
+    }
+}
+
+/* --------------------------------------------------------------------------------------------------------- replies */
+
+static size_t encode_failed(mote_node_t *n, uint32_t id, uint32_t error, int32_t detail)
+{
+    struct did_r did;
+    size_t size = 0;
+    memset(&did, 0, sizeof did);
+    did.did_choice = did_failed_m_c;
+    did.did_failed_m.failed_id = id;
+    did.did_failed_m.failed_error = error;
+    did.did_failed_m.failed_detail = detail;
+    return cbor_encode_did(n->config.out, n->config.out_size, &did, &size) == ZCBOR_SUCCESS ? size : 0;
+}
+
+static void set_metrics(const mote_node_t *n, struct metrics *m)
+{
+    m->metrics_samples = n->learned;
+    m->metrics_loss = n->learned > 0 ? n->loss / (float)n->learned : 0.0f;
+    m->metrics_queried = n->queried;
+    m->metrics_correct = n->correct;
+    m->metrics_query_loss = n->queried > 0 ? n->query_loss / (float)n->queried : 0.0f;
+    m->metrics_arena_bytes = (mote_header(&n->mote)->params + mote_header(&n->mote)->activations) * 4;
+}
+
+static void set_numbers(const mote_node_t *n, struct numbers_r *numbers, const uint8_t *values, uint32_t count)
+{
+    struct zcbor_string bytes = {values, (size_t)count * number_size(n)};
+    if (n->half) {
+        numbers->numbers_choice = numbers_float16s_m_c;
+        numbers->numbers_float16s_m = bytes;
+    } else {
+        numbers->numbers_choice = numbers_float32s_m_c;
+        numbers->numbers_float32s_m = bytes;
+    }
+}
+
+/* Encodes the reply's next part and moves on to the one behind it. */
+static size_t encode_part(mote_node_t *n)
+{
+    struct did_r did;
+    struct done *done = &did.did_done_m;
+    size_t size = 0;
+    memset(&did, 0, sizeof did);
+    did.did_choice = did_done_m_c;
+    done->done_id = n->id;
+    done->done_part = n->part;
+    done->done_parts = n->parts;
+    done->done_measured_choice = done_measured_nil_c;
+    done->done_update_choice = done_update_nil_c;
+    if (n->part == 0 && n->measured) {
+        done->done_measured_choice = done_measured_metrics_m_c;
+        set_metrics(n, &done->done_measured_metrics_m);
+    }
+    if (n->update) {
+        uint8_t *values = n->config.out + REPLY_HEAD;
+        part_t part;
+        plan_part(n, n->next, n->ties_left, &part);
+        if (is_sparse(n)) {
+            struct zcbor_string gaps = {values, part.gaps};
+            values += part.gaps;
+            write_sparse(n, &part, n->ties_left, n->config.out + REPLY_HEAD, values);
+            done->done_update_choice = done_update_sparse_m_c;
+            done->done_update_sparse_m.sparse_gaps = gaps;
+            set_numbers(n, &done->done_update_sparse_m.sparse_changes, values, part.count);
+        } else {
+            write_dense(n, &part, values);
+            done->done_update_choice = done_update_dense_m_c;
+            done->done_update_dense_m.dense_offset = part.from;
+            set_numbers(n, &done->done_update_dense_m.dense_values, values, part.count);
+        }
+        n->next = part.next;
+        n->ties_left = part.ties;
+    }
+    n->part++;
+    /* Encoding moves the values, which lie REPLY_HEAD into out, down to where they belong. */
+    return cbor_encode_did(n->config.out, n->config.out_size, &did, &size) == ZCBOR_SUCCESS ? size : 0;
+}
+
+/* Sends the reply from its first part on. */
+static void reply(mote_node_t *n)
+{
+    n->part = 0;
+    n->next = 0;
+    n->ties_left = n->ties;
+    n->pending |= SEND_REPLY;
+}
+
+static void finish(mote_node_t *n, uint32_t error, int32_t detail)
+{
+    n->state = DONE;
+    n->error = error;
+    n->detail = detail;
+    n->parts = 1;
+    if (error != NO_ERROR) {
+        n->update = 0;
+    } else if (n->update) {
+        uint32_t parts = 0, at = 0;
+        part_t part;
+        n->ties = 0;
+        if (is_sparse(n)) {
+            choose_threshold(n);
+        }
+        part.ties = n->ties;
+        while (plan_part(n, at, part.ties, &part)) {
+            at = part.next;
+            parts++;
+        }
+        n->parts = parts > 0 ? parts : 1;
+    }
+    n->pending |= SEND_STATUS;
+    reply(n);
+}
+
+static void reject(mote_node_t *n, uint32_t id, uint32_t error, int32_t detail)
+{
+    n->rejected_id = id;
+    n->rejected_error = error;
+    n->rejected_detail = detail;
+    n->pending |= SEND_REJECTION;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- orders */
+
+static int load_builtin(mote_node_t *n)
+{
+    memcpy(n->model, n->config.model, sizeof n->model);
+    return mote_load(&n->mote, n->config.program, n->config.program_size, n->config.arena, n->config.arena_size);
+}
+
+/* Wants no more chunks: what was subscribed to is left. */
+static void leave_chunks(mote_node_t *n)
+{
+    if (n->state == WANT_WEIGHTS || n->state == WANT_PROGRAM) {
+        n->left = n->state;
+        n->left_run = n->run;
+        n->left_round = n->round;
+        memcpy(n->left_model, n->wanted_model, sizeof n->left_model);
+        n->pending |= UNSUBSCRIBE_CHUNKS;
+    }
+    n->pending &= ~(uint32_t)SUBSCRIBE_CHUNKS;
+}
+
+/* Drops what the node was at, and begins another order. */
+static void begin(mote_node_t *n, uint32_t order, uint32_t id, uint32_t state)
+{
+    leave_chunks(n);
+    n->pending &= ~(uint32_t)SEND_REPLY;
+    memmove(n->recent + 1, n->recent, sizeof n->recent - sizeof n->recent[0]);
+    n->recent[0] = order;
+    n->state = state;
+    n->id = id;
+    n->measured = 0;
+    n->update = 0;
+}
+
+static void want_chunks(mote_node_t *n, uint32_t size)
+{
+    memset(n->received, 0, sizeof n->received);
+    n->wanted_size = size;
+    n->missing = size / MOTE_CHUNK + (size % MOTE_CHUNK != 0);
+    n->pending |= SUBSCRIBE_CHUNKS;
+}
+
+/* The reason to turn this work down at once, or NO_ERROR. */
+static uint32_t work_error(const mote_node_t *n, const struct work *work, int32_t *detail)
+{
+    uint32_t params = mote_header(&n->mote)->params;
+    *detail = 0;
+    if (memcmp(work->work_model.value, n->model, sizeof n->model) != 0) {
+        return WRONG_MODEL;
+    }
+    if (params > MOTE_CHUNK * MOTE_MAX_CHUNKS / sizeof(float)) {
+        return NO_ROOM;
+    }
+    if (work->work_order_choice == work_order_train_m_c && work->work_update_choice == work_update_update_format_m_c &&
+        work->work_update_update_format_m.update_format_top < 1.0f && n->config.base_count < params) {
+        return NO_ROOM;
+    }
+    for (size_t i = 0; i < work->work_phases_phase_m_count; i++) {
+        uint32_t layers = work->work_phases_phase_m[i].phase_layers;
+        if (layers != UINT32_MAX && (layers & ~n->mote.trainable) != 0) {
+            *detail = MOTE_ERR_FROZEN;
+            return ENGINE;
+        }
+    }
+    return NO_ERROR;
+}
+
+static void start_learning(mote_node_t *n);
+
+static void take_work(mote_node_t *n, uint32_t order, const struct work *work)
+{
+    int32_t detail;
+    uint32_t error = work_error(n, work, &detail);
+    if (work->work_update_choice == work_update_update_format_m_c) {
+        float top = work->work_update_update_format_m.update_format_top;
+        if (!(top > 0.0f && top <= 1.0f)) {
+            n->counters.malformed++;
+            return;
+        }
+    }
+    if (n->has_round && work->work_run == n->run && work->work_round < n->round) {
+        n->counters.stale++;
+        return;
+    }
+    if (error != NO_ERROR) {
+        reject(n, work->work_id, error, detail);
+        return;
+    }
+    begin(n, order, work->work_id, WANT_WEIGHTS);
+    n->has_round = 1;
+    n->run = work->work_run;
+    n->round = work->work_round;
+    n->seed = work->work_seed;
+    n->query = work->work_query;
+    n->phases = (uint32_t)work->work_phases_phase_m_count;
+    for (uint32_t i = 0; i < n->phases; i++) {
+        const struct phase *phase = &work->work_phases_phase_m[i];
+        n->phase[i].layers = phase->phase_layers == UINT32_MAX ? n->mote.trainable : phase->phase_layers;
+        n->phase[i].steps = phase->phase_steps;
+        n->phase[i].rate = phase->phase_rate;
+    }
+    if (work->work_order_choice == work_order_train_m_c && work->work_update_choice == work_update_update_format_m_c) {
+        n->update = 1;
+        n->shared = work->work_update_update_format_m.update_format_shared;
+        n->half = work->work_update_update_format_m.update_format_half;
+        n->top = work->work_update_update_format_m.update_format_top;
+    }
+    want_chunks(n, mote_header(&n->mote)->params * (uint32_t)sizeof(float));
+    if (n->missing == 0) {
+        start_learning(n);
+    }
+}
+
+static void take_adopt(mote_node_t *n, uint32_t order, const struct adopt *adopt)
+{
+    if (memcmp(adopt->adopt_model.value, n->model, sizeof n->model) == 0) {
+        begin(n, order, adopt->adopt_id, DONE);
+        finish(n, NO_ERROR, 0);
+        return;
+    }
+    if (n->config.adopted == NULL || adopt->adopt_size == 0 || adopt->adopt_size > n->config.adopted_size ||
+        adopt->adopt_size > MOTE_CHUNK * MOTE_MAX_CHUNKS) {
+        reject(n, adopt->adopt_id, NO_ROOM, 0);
+        return;
+    }
+    begin(n, order, adopt->adopt_id, WANT_PROGRAM);
+    if (n->mote.program == n->config.adopted) { /* the new program will overwrite the one that runs */
+        (void)load_builtin(n);                  /* it loaded before */
+        n->pending |= SEND_STATUS;
+    }
+    memcpy(n->wanted_model, adopt->adopt_model.value, sizeof n->wanted_model);
+    n->wanted_crc = adopt->adopt_crc;
+    want_chunks(n, adopt->adopt_size);
+}
+
+static void take_again(mote_node_t *n)
+{
+    if (n->state == WANT_WEIGHTS || n->state == WANT_PROGRAM) {
+        n->pending |= SUBSCRIBE_CHUNKS; /* the retained chunks come again, with them those that were lost */
+    } else if (n->state == DONE) {
+        reply(n);
+    } else {
+        n->counters.stale++;
+    }
+}
+
+static void receive_do(mote_node_t *n, const uint8_t *payload, size_t size)
+{
+    struct do_r order;
+    size_t read = 0;
+    if (payload == NULL || cbor_decode_Do(payload, size, &order, &read) != ZCBOR_SUCCESS || read != size) {
+        n->counters.malformed++;
+        return;
+    }
+    uint32_t crc = mote_crc32(0, payload, size);
+    if (n->state != IDLE && n->recent[0] == crc) {
+        take_again(n);
+        return;
+    }
+    for (uint32_t i = 0; i < MOTE_RECENT; i++) {
+        if (n->recent[i] == crc) {
+            n->counters.stale++;
+            return;
+        }
+    }
+    if (order.Do_choice == do_work_m_c) {
+        take_work(n, crc, &order.do_work_m);
+    } else if (order.Do_choice == do_adopt_m_c) {
+        take_adopt(n, crc, &order.do_adopt_m);
+    } else {
+        begin(n, crc, order.do_reboot_m.reboot_id, DONE);
+        finish(n, NO_ERROR, 0);
+        n->pending |= REBOOT;
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------------- chunks */
+
+/* All weights are there. */
+static void start_learning(mote_node_t *n)
+{
+    leave_chunks(n);
+    n->measured = 1;
+    n->at_phase = n->at_step = 0;
+    n->learned = n->queried = n->correct = 0;
+    n->loss = n->query_loss = 0.0f;
+    if (n->update && is_sparse(n)) {
+        memcpy(n->config.base, n->mote.arena, mote_header(&n->mote)->params * sizeof(float));
+    }
+    n->state = LEARN;
+    int error = n->config.source.open(n->config.source.context, n->seed);
+    if (error != MOTE_OK) {
+        finish(n, NO_SAMPLES, error);
+    }
+}
+
+/* The whole program is there. */
+static void start_program(mote_node_t *n)
+{
+    const mote_node_config_t *c = &n->config;
+    mote_t adopted;
+    leave_chunks(n);
+    int error = mote_crc32(0, c->adopted, n->wanted_size) == n->wanted_crc ? MOTE_OK : MOTE_ERR_CRC;
+    if (error == MOTE_OK) {
+        size_t inputs = mote_inputs(&n->mote), targets = mote_targets(&n->mote);
+        error = mote_load(&adopted, c->adopted, n->wanted_size, c->arena, c->arena_size);
+        if (error == MOTE_OK && (mote_inputs(&adopted) != inputs || mote_targets(&adopted) != targets)) {
+            error = MOTE_ERR_ARGUMENT; /* not for the samples of this device */
+            (void)load_builtin(n);     /* its parameters are gone, but it runs */
+        }
+    }
+    if (error == MOTE_OK) {
+        n->mote = adopted;
+        memcpy(n->model, n->wanted_model, sizeof n->model);
+    }
+    finish(n, error == MOTE_OK ? NO_ERROR : BAD_PROGRAM, error);
+}
+
+static void receive_chunk(mote_node_t *n, uint32_t number, const uint8_t *payload, size_t size)
+{
+    struct chunk chunk;
+    size_t read = 0;
+    if (size == 0) { /* cleared: the round is over */
+        n->counters.stale++;
+        return;
+    }
+    if (payload == NULL || cbor_decode_chunk(payload, size, &chunk, &read) != ZCBOR_SUCCESS || read != size ||
+        number >= MOTE_MAX_CHUNKS || chunk.chunk_offset != number * MOTE_CHUNK ||
+        chunk.chunk_offset >= n->wanted_size) {
+        n->counters.malformed++;
+        return;
+    }
+    uint32_t left = n->wanted_size - chunk.chunk_offset;
+    size_t count = chunk.chunk_data.len;
+    if (count != (left < MOTE_CHUNK ? left : MOTE_CHUNK) ||
+        mote_crc32(0, chunk.chunk_data.value, count) != chunk.chunk_crc) {
+        n->counters.malformed++;
+        return;
+    }
+    uint32_t bit = 1u << (number % 32);
+    if (n->received[number / 32] & bit) {
+        n->counters.stale++;
+        return;
+    }
+    n->received[number / 32] |= bit;
+    uint8_t *to = n->state == WANT_WEIGHTS ? (uint8_t *)n->mote.arena : n->config.adopted;
+    memcpy(to + chunk.chunk_offset, chunk.chunk_data.value, count);
+    if (--n->missing > 0) {
+        return;
+    }
+    if (n->state == WANT_WEIGHTS) {
+        start_learning(n);
+    } else {
+        start_program(n);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------------- public */
+
+static int is_name(const char *name)
+{
+    size_t size = 0;
+    if (name == NULL) {
+        return 0;
+    }
+    for (; name[size] != 0; size++) {
+        char c = name[size];
+        int good = (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '_' ||
+                   c == '-';
+        if (!good || size == NAME) {
+            return 0;
+        }
+    }
+    return size > 0;
+}
+
+int mote_node_init(mote_node_t *n, const mote_node_config_t *c)
+{
+    if (n == NULL || c == NULL || !is_name(c->fleet) || !is_name(c->id) || c->td == NULL || c->sample == NULL ||
+        c->out == NULL || c->out_size < MOTE_OUT || c->source.open == NULL || c->source.next == NULL ||
+        (c->base == NULL && c->base_count > 0) || c->out_size > MOTE_CHUNK * MOTE_MAX_CHUNKS) {
+        return MOTE_ERR_ARGUMENT;
+    }
+    memset(n, 0, sizeof *n);
+    n->config = *c;
+    int error = load_builtin(n);
+    if (error != MOTE_OK) {
+        return error;
+    }
+    return mote_inputs(&n->mote) + mote_targets(&n->mote) <= c->sample_count ? MOTE_OK : MOTE_ERR_ARGUMENT;
+}
+
+void mote_node_connected(mote_node_t *n)
+{
+    n->pending |= SUBSCRIBE_DO | SEND_TD | SEND_STATUS;
+    n->pending &= ~(uint32_t)UNSUBSCRIBE_CHUNKS;
+    if (n->state == WANT_WEIGHTS || n->state == WANT_PROGRAM) {
+        n->pending |= SUBSCRIBE_CHUNKS;
+    }
+}
+
+static void give(mote_out_t *out, int kind, const char *topic, const uint8_t *payload, size_t size)
+{
+    out->kind = kind;
+    out->topic = topic;
+    out->payload = payload;
+    out->size = size;
+}
+
+static void give_status(mote_node_t *n, int online, mote_out_t *out)
+{
+    struct status status;
+    size_t size = 0;
+    memset(&status, 0, sizeof status);
+    status.status_online = online != 0;
+    status.status_model.value = n->model;
+    status.status_model.len = sizeof n->model;
+    status.status_samples = n->counters.samples;
+    status.status_malformed = n->counters.malformed;
+    status.status_stale = n->counters.stale;
+    status.status_battery_choice = status_battery_nil_c;
+    status.status_drift_choice = status_drift_nil_c;
+    (void)cbor_encode_status(n->config.out, n->config.out_size, &status, &size); /* it fits MOTE_OUT */
+    give(out, MOTE_PUBLISH_RETAINED, device_topic(n, "/status"), n->config.out, size);
+}
+
+void mote_node_will(mote_node_t *n, mote_out_t *out)
+{
+    give_status(n, 0, out);
+}
+
+void mote_node_receive(mote_node_t *n, const char *topic, size_t topic_size, const uint8_t *payload, size_t size)
+{
+    const char *filter = device_topic(n, "/do");
+    if (topic_size == strlen(filter) && memcmp(topic, filter, topic_size) == 0) {
+        receive_do(n, payload, size);
+        return;
+    }
+    if (n->state == WANT_WEIGHTS || n->state == WANT_PROGRAM) {
+        filter = n->state == WANT_WEIGHTS ? weights_filter(n, n->run, n->round) : program_filter(n, n->wanted_model);
+        const char *number = match_filter(filter, topic, &topic_size);
+        if (number != NULL) {
+            receive_chunk(n, chunk_number(number, topic_size), payload, size);
+            return;
+        }
+    }
+    n->counters.stale++; /* of something that was left in the meantime */
+}
+
+/* 1: *x and *y are a sample; 0: there is none yet. */
+static int next_sample(mote_node_t *n, int query, float **x, float **y)
+{
+    *x = n->config.sample;
+    *y = n->config.sample + mote_inputs(&n->mote);
+    return n->config.source.next(n->config.source.context, query, *x, *y);
+}
+
+static void learn_one(mote_node_t *n, const mote_phase_t *phase, const float *x, const float *y)
+{
+    float loss = 0.0f;
+    int error = mote_train_mask(&n->mote, phase->layers);
+    if (error == MOTE_OK) {
+        error = mote_learn(&n->mote, x, y, phase->rate, &loss);
+    }
+    if (error != MOTE_OK) {
+        finish(n, ENGINE, error);
+    } else if (!mote_finite(loss)) {
+        finish(n, DIVERGED, 0);
+    } else {
+        n->loss += loss;
+        n->learned++;
+        n->counters.samples++;
+        n->at_step++;
+    }
+}
+
+static void score_one(mote_node_t *n, const float *x, const float *target)
+{
+    const float *y = NULL;
+    float loss = 0.0f;
+    int error = mote_loss(&n->mote, x, target, &loss, &y);
+    if (error != MOTE_OK) {
+        finish(n, ENGINE, error);
+        return;
+    }
+    if (!mote_finite(loss)) {
+        finish(n, DIVERGED, 0);
+        return;
+    }
+    n->query_loss += loss;
+    n->queried++;
+    if (mote_header(&n->mote)->loss == MOTE_CROSS_ENTROPY) {
+        size_t best = 0;
+        for (size_t i = 1; i < mote_outputs(&n->mote); i++) {
+            best = y[i] > y[best] ? i : best;
+        }
+        n->correct += (float)best == *target;
+    }
+}
+
+int mote_node_step(mote_node_t *n)
+{
+    float *x, *y;
+    while (n->state == LEARN && n->at_phase < n->phases && n->at_step >= n->phase[n->at_phase].steps) {
+        n->at_phase++;
+        n->at_step = 0;
+    }
+    if (n->state == LEARN && n->at_phase == n->phases) {
+        n->state = QUERY;
+    }
+    if (n->state == LEARN) {
+        if (!next_sample(n, 0, &x, &y)) {
+            return 0;
+        }
+        learn_one(n, &n->phase[n->at_phase], x, y);
+    } else if (n->state == QUERY && n->queried < n->query) {
+        if (!next_sample(n, 1, &x, &y)) {
+            return 0;
+        }
+        score_one(n, x, y);
+    } else if (n->state == QUERY) {
+        finish(n, n->update && !update_is_finite(n) ? DIVERGED : NO_ERROR, 0);
+    }
+    return n->state == LEARN || n->state == QUERY;
+}
+
+int mote_node_poll(mote_node_t *n, mote_out_t *out)
+{
+    uint32_t first = n->pending & (~n->pending + 1); /* the lowest bit */
+    n->pending &= ~first;
+    switch (first) {
+    case SUBSCRIBE_DO:
+        give(out, MOTE_SUBSCRIBE, device_topic(n, "/do"), NULL, 0);
+        return 1;
+    case SEND_TD:
+        give(out, MOTE_PUBLISH_RETAINED, device_topic(n, "/td"), (const uint8_t *)n->config.td, n->config.td_size);
+        return 1;
+    case SEND_STATUS:
+        give_status(n, 1, out);
+        return 1;
+    case SUBSCRIBE_CHUNKS:
+    case UNSUBSCRIBE_CHUNKS: {
+        int leave = first == UNSUBSCRIBE_CHUNKS;
+        const char *filter =
+            (leave ? n->left : n->state) == WANT_WEIGHTS
+                ? weights_filter(n, leave ? n->left_run : n->run, leave ? n->left_round : n->round)
+                : program_filter(n, leave ? n->left_model : n->wanted_model);
+        give(out, leave ? MOTE_UNSUBSCRIBE : MOTE_SUBSCRIBE, filter, NULL, 0);
+        return 1;
+    }
+    case SEND_REJECTION: {
+        size_t size = encode_failed(n, n->rejected_id, n->rejected_error, n->rejected_detail);
+        give(out, MOTE_PUBLISH, device_topic(n, "/did"), n->config.out, size);
+        return 1;
+    }
+    case SEND_REPLY: {
+        size_t size = n->error != NO_ERROR ? encode_failed(n, n->id, n->error, n->detail) : encode_part(n);
+        if (n->error == NO_ERROR && n->part < n->parts) {
+            n->pending |= SEND_REPLY;
+        }
+        give(out, MOTE_PUBLISH, device_topic(n, "/did"), n->config.out, size);
+        return 1;
+    }
+    case REBOOT:
+        give(out, MOTE_REBOOT, "", NULL, 0);
+        return 1;
+    default:
+        return 0;
+    }
+}
