@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -242,21 +243,9 @@ def build(
             "program": program.data,
             "model": program.model_id,
             "td": json.dumps(td, separators=(",", ":")).encode(),
-            "features": np.ascontiguousarray(data.features, np.uint8).tobytes(),
-            "starts": np.asarray(data.starts, "<u4").tobytes(),
+            **_samples(data),
         },
-        defines={
-            "fleet": fleet,
-            "id": device_id,
-            "arena_bytes": program.arena_bytes,
-            "parameters": program.n_params,
-            "inputs": _count(program.layers[0].in_shape),
-            "outputs": _count(program.layers[-1].out_shape),
-            "classes": len(data.starts) - 1,
-            "scale": float(data.scale),
-            "ways": data.ways,
-            "adopt_bytes": adopt_bytes,
-        },
+        defines={**_shape(program), **_task(data), "fleet": fleet, "id": device_id, "adopt_bytes": adopt_bytes},
         foreign=generated,
         include=[generated[0].parent],
         macros=mote_codegen.DEFINES,
@@ -267,19 +256,39 @@ def build(
 def bench(target: Target, program: Program, elf: Path) -> Path:
     """The program that counts the instructions of `program`'s training step (see src/main_bench.c)."""
     sources = [SOURCES / "main_bench.c", SOURCES / "semihost.c", *(MOTE / name for name in ENGINE)]
-    defines = {
-        "arena_bytes": program.arena_bytes,
-        "inputs": _count(program.layers[0].in_shape),
-        "outputs": _count(program.layers[-1].out_shape),
+    return link(target, elf, sources, blobs={"program": program.data}, defines=_shape(program))
+
+
+def exactness(target: Target, program: Program, data: ClientData, elf: Path, *, seed: int, steps: int, rate: float) -> Path:
+    """The program that learns `steps` samples and prints a checksum of the parameters (see src/main_exactness.c)."""
+    sources = [SOURCES / "main_exactness.c", SOURCES / "semihost.c", *(MOTE / name for name in (*ENGINE, "mote_stream.c"))]
+    return link(
+        target,
+        elf,
+        sources,
+        blobs={"program": program.data, **_samples(data)},
+        defines={**_shape(program), **_task(data), "seed": seed, "steps": steps, "rate": rate},
+    )
+
+
+def _samples(data: ClientData) -> dict[str, Blob]:
+    return {
+        "features": np.ascontiguousarray(data.features, np.uint8).tobytes(),
+        "starts": np.asarray(data.starts, "<u4").tobytes(),
     }
-    return link(target, elf, sources, blobs={"program": program.data}, defines=defines)
 
 
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
+def _task(data: ClientData) -> dict[str, int | float | str]:
+    return {"classes": len(data.starts) - 1, "scale": float(data.scale), "ways": data.ways}
+
+
+def _shape(program: Program) -> dict[str, int | float | str]:
+    return {
+        "arena_bytes": program.arena_bytes,
+        "parameters": program.n_params,
+        "inputs": math.prod(program.input_shape),
+        "outputs": math.prod(program.output_shape),
+    }
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,7 @@ def _lower_all(layers: list[_Layer]) -> tuple[Network, bool]:
     _, *given = first.config["batch_shape"]
     if not 1 <= len(given) <= 3 or None in given:
         raise first.error(
-            f"takes shape {tuple(given)}; supported are features (n,) and images (height, width, channels), no size None"
+            f"takes shape {tuple(given)}; supported are features (n,) and images (height, width, channels)"
         )
     input_shape = shape = tuple(given) if len(given) != 2 else (*given, 1)
     grid = len(given) == 2  # only Flatten gives a matrix a meaning here
@@ -337,7 +337,7 @@ def _lower_all(layers: list[_Layer]) -> tuple[Network, bool]:
 
 
 def _lower(layer: _Layer, shape: tuple[int, ...]) -> tuple[list[Layer], tuple[int, ...], bool]:
-    """The engine's layers for one of Keras's on an input of this shape; the output's shape; whether a softmax ends it."""
+    """The engine's layers for one of Keras's on an input of this shape, the output's shape, and if a softmax ends it."""
     config = layer.config
     dtype = config.get("dtype", "float32")
     dtype = dtype["config"].get("name") if isinstance(dtype, dict) else dtype
@@ -445,7 +445,7 @@ def _loss(softmax: bool, asked: str | None, compiled: Mapping[str, Any]) -> Loss
         )
     if name not in known or (known[name] == CROSS_ENTROPY and not logits):
         raise CompileError(
-            f"the model is compiled with the loss {name}, which does not fit its outputs here; supported without a softmax: "
-            f"cross-entropy with from_logits=True, mean squared error. Or choose a loss: {CROSS_ENTROPY}, {MSE}"
+            f"the model is compiled with the loss {name}, which does not fit its outputs; without a softmax at the "
+            f"end these do: cross-entropy with from_logits=True, mean squared error. Choose {CROSS_ENTROPY} or {MSE}"
         )
     return known[name]
