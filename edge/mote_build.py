@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,11 +17,16 @@ import cffi
 
 ROOT = Path(__file__).resolve().parent.parent
 MOTE = Path("edge/mote")
+GENERATED = Path("build/mote")  # the wire's C, made from protocol.cddl
+
+sys.path.insert(0, str(ROOT))  # pip runs this file by itself
+from edge.mote_codegen import DEFINES, generate  # noqa: E402
 
 # What Python sees, in the order of their dependencies.
-HEADERS = ["mote.h", "mote_stream.h"]
+HEADERS = ["mote.h", "mote_stream.h", "mote_node.h", "mote_frame.h"]
 # Our own C: clean under STRICT, which the tests build it with.
 SOURCES = ["mote.c", "mote_load.c", "mote_kernels.c", "mote_math.c", "mote_crc.c", "mote_stream.c"]
+SOURCES += ["mote_node.c", "mote_frame.c"]
 
 # Contraction would let a compiler fuse a product and a sum, and round once where another target rounds twice.
 FLAGS = ["-std=c99", "-O2", "-ffp-contract=off"]
@@ -41,15 +47,17 @@ def declarations(header: str) -> str:
 
 
 def builder() -> cffi.FFI:
-    """The extension's description; its paths are relative to the project's root."""
+    """The extension's description; its paths are relative to the current folder, the project's root."""
+    generated = generate(GENERATED)
     ffi = cffi.FFI()
     for header in HEADERS:
         ffi.cdef(declarations(header))
     ffi.set_source(
         "edge._mote",
         "\n".join(f'#include "{header}"' for header in HEADERS),
-        sources=[str(MOTE / source) for source in SOURCES],
-        include_dirs=[str(MOTE)],
+        sources=[str(MOTE / source) for source in SOURCES] + [str(source) for source in generated],
+        include_dirs=[str(MOTE), str(GENERATED)],
+        define_macros=[(name, None) for name in DEFINES],
         extra_compile_args=FLAGS,
     )
     return ffi
@@ -57,9 +65,9 @@ def builder() -> cffi.FFI:
 
 def build() -> Path:
     """Compiles the extension beside this file and returns its path."""
-    os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as scratch:
-        # The compiler runs in the scratch folder: a link to the sources keeps the paths as they are.
+        # All is made in the scratch folder: a link to the sources keeps the paths as they are.
+        os.chdir(scratch)
         (Path(scratch) / "edge").mkdir()
         (Path(scratch) / MOTE).symlink_to(ROOT / MOTE)
         built = Path(builder().compile(tmpdir=scratch))

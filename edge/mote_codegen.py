@@ -14,8 +14,7 @@ from pathlib import Path
 
 ENTRIES = ["do", "did", "status", "chunk"]
 
-# What zcbor's run-time needs to know. CANONICAL: arrays of known length, as every CBOR reader expects.
-# STOP_ON_ERROR and VERBOSE stay off: a failed decoding is one return value.
+# What zcbor's run-time needs to know. Canonical: arrays of known length, which is what small CBOR readers expect.
 DEFINES = ["ZCBOR_CANONICAL"]
 
 
@@ -29,9 +28,10 @@ def generate(out: Path) -> list[Path]:
     package = find_spec("zcbor")
     if package is None or package.submodule_search_locations is None:
         raise RuntimeError("zcbor is not installed: pip install zcbor==0.9.1")
-    command = ["code", "--cddl", cddl, "--entry-types", *ENTRIES, "--decode", "--encode"]
-    command += ["--output-c", out / "protocol.c", "--output-h", out / "protocol.h"]
-    result = subprocess.run([sys.executable, "-c", "import zcbor; zcbor.main()", *command], capture_output=True, text=True)
+    command = [sys.executable, "-c", "import zcbor; zcbor.main()", "code", "--decode", "--encode"]
+    command += ["--cddl", str(cddl), "--entry-types", *ENTRIES]
+    command += ["--output-c", str(out / "protocol.c"), "--output-h", str(out / "protocol.h")]
+    result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"zcbor does not accept {cddl}:\n{result.stderr}")
     root = Path(package.submodule_search_locations[0])

@@ -54,7 +54,7 @@ class ErrorCode(IntEnum):
     ENGINE = 5
     """The engine refused; detail is its error."""
     DIVERGED = 6
-    """The loss or a parameter stopped being a finite number (or left the range of f16, where that was asked for)."""
+    """The weights, the loss or the update are not finite numbers (or, where f16 was asked for, leave its range)."""
 
 
 # ---------------------------------------------------------------------------------------------------------- messages

@@ -249,6 +249,16 @@ static uint32_t count_changes(const mote_node_t *n, uint32_t bits)
     return count;
 }
 
+static int weights_are_finite(const mote_node_t *n)
+{
+    for (uint32_t i = 0; i < mote_header(&n->mote)->params; i++) {
+        if (!mote_finite(n->mote.arena[i])) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 /* 1 unless a value to be sent is not finite as it would travel. */
 static int update_is_finite(const mote_node_t *n)
 {
@@ -681,6 +691,10 @@ static void start_learning(mote_node_t *n)
     if (n->update && is_sparse(n)) {
         memcpy(n->config.base, n->mote.arena, mote_header(&n->mote)->params * sizeof(float));
     }
+    if (!weights_are_finite(n)) {
+        finish(n, DIVERGED, 0);
+        return;
+    }
     n->state = LEARN;
     int error = n->config.source.open(n->config.source.context, n->seed);
     if (error != MOTE_OK) {
@@ -849,6 +863,11 @@ static int next_sample(mote_node_t *n, int query, float **x, float **y)
     return n->config.source.next(n->config.source.context, query, *x, *y);
 }
 
+static void fail_engine(mote_node_t *n, int error)
+{
+    finish(n, error == MOTE_ERR_DIVERGED ? DIVERGED : ENGINE, error);
+}
+
 static void learn_one(mote_node_t *n, const mote_phase_t *phase, const float *x, const float *y)
 {
     float loss = 0.0f;
@@ -857,9 +876,7 @@ static void learn_one(mote_node_t *n, const mote_phase_t *phase, const float *x,
         error = mote_learn(&n->mote, x, y, phase->rate, &loss);
     }
     if (error != MOTE_OK) {
-        finish(n, ENGINE, error);
-    } else if (!mote_finite(loss)) {
-        finish(n, DIVERGED, 0);
+        fail_engine(n, error);
     } else {
         n->loss += loss;
         n->learned++;
@@ -874,11 +891,7 @@ static void score_one(mote_node_t *n, const float *x, const float *target)
     float loss = 0.0f;
     int error = mote_loss(&n->mote, x, target, &loss, &y);
     if (error != MOTE_OK) {
-        finish(n, ENGINE, error);
-        return;
-    }
-    if (!mote_finite(loss)) {
-        finish(n, DIVERGED, 0);
+        fail_engine(n, error);
         return;
     }
     n->query_loss += loss;
