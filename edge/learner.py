@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -142,3 +145,132 @@ class MoteLearner:
     def ram_bytes(self) -> int:
         """The arena: parameters, values and gradients."""
         return self.program.arena_bytes
+
+
+def _interpreter(model: bytes, threads: int) -> Any:
+    """A TFLite interpreter: tflite-runtime's, or LiteRT's where that has no wheel or TensorFlow came first.
+
+    A process that has imported tensorflow cannot open an interpreter of tflite-runtime any more (the two clash in
+    `vector::reserve`); LiteRT's works there, and so does tflite-runtime's if it was imported before tensorflow.
+    """
+    clash = "tensorflow" in sys.modules and "tflite_runtime" not in sys.modules
+    for name in ("ai_edge_litert",) if clash else ("tflite_runtime", "ai_edge_litert"):
+        try:
+            module = importlib.import_module(f"{name}.interpreter")
+        except ImportError:
+            continue
+        try:
+            return module.Interpreter(model_content=model, num_threads=threads)
+        except ValueError as e:
+            raise LearnerError(f"this is no .tflite model ({e}); export one with `tinyfleet model export`") from e
+    if clash:
+        raise LearnerError(
+            "TensorFlow is loaded in this process, and tflite-runtime cannot start after it; pip install "
+            "ai-edge-litert, or open the learner before importing tensorflow"
+        )
+    raise LearnerError("running a .tflite model needs tflite-runtime or ai-edge-litert; pip install 'tinyfleet[edge]'")
+
+
+class LiteRTLearner:
+    """A .tflite model with training signatures (firmware_tools/export.py lists them), in TFLite's interpreter.
+
+    The parameters are the same vector as a MoteLearner's of the same model, so both can be in one fleet; the numbers
+    agree to rounding, not to the bit.
+    """
+
+    def __init__(self, model: bytes | Path | str, threads: int = 1) -> None:
+        """Opens a model: its bytes, or its file. Raises LearnerError."""
+        if not isinstance(model, bytes):
+            path = Path(model)
+            try:
+                model = path.read_bytes()
+            except OSError as e:
+                raise LearnerError(f"cannot read the model '{path}': {e.strerror}") from e
+        self._interpreter = _interpreter(model, threads)
+        missing = {"train", "loss", "infer", "get", "set"} - set(self._interpreter.get_signature_list())
+        if missing:
+            raise LearnerError(
+                f"this .tflite model cannot learn: it lacks the signatures {', '.join(sorted(missing))}; export one "
+                "with `tinyfleet model export`"
+            )
+        runner = self._interpreter.get_signature_runner
+        self._train, self._loss, self._infer = runner("train"), runner("loss"), runner("infer")
+        self._get, self._set = runner("get"), runner("set")
+        details = self._train.get_input_details()
+        self._shape: tuple[int, ...] = tuple(details["x"]["shape"])
+        self._target_shape: tuple[int, ...] = tuple(details["y"]["shape"])
+        self._classes = 0 if details["y"]["dtype"] is np.float32 else self._outputs()
+        sizes = self._get()["sizes"]
+        self._count = int(sizes.sum())
+        self._trainable = sum(1 << i for i, size in enumerate(sizes) if size)
+        self._mask = np.asarray(sizes > 0, np.float32)
+
+    def _outputs(self) -> int:
+        return int(np.prod(self._infer.get_output_details()["output"]["shape"]))
+
+    def _sample(self, x: ArrayLike) -> Vector:
+        array = np.asarray(x, np.float32)
+        if array.size != np.prod(self._shape):
+            raise LearnerError(f"the sample has {array.size} features; this model takes {np.prod(self._shape)}")
+        if not np.isfinite(array).all():
+            raise LearnerError(_REASONS[lib.MOTE_ERR_ARGUMENT])
+        return array.reshape(self._shape)
+
+    def _target(self, y: ArrayLike) -> NDArray[Any]:
+        target = np.asarray(y, np.float32)
+        if target.size != np.prod(self._target_shape):
+            raise LearnerError(f"the target has {target.size} numbers; this model takes {np.prod(self._target_shape)}")
+        if not self._classes:
+            if not np.isfinite(target).all():
+                raise LearnerError(_REASONS[lib.MOTE_ERR_TARGET])
+            return target.reshape(self._target_shape)
+        if target.item() not in range(self._classes):
+            raise LearnerError(_REASONS[lib.MOTE_ERR_TARGET])
+        return np.asarray(target.item(), np.int32)
+
+    def learn(self, x: ArrayLike, y: ArrayLike, rate: float) -> float:
+        """See Learner."""
+        if not np.isfinite(rate):
+            raise LearnerError(_REASONS[lib.MOTE_ERR_ARGUMENT])
+        return self._finite(self._train(x=self._sample(x), y=self._target(y), rates=np.float32(rate) * self._mask))
+
+    def infer(self, x: ArrayLike) -> Vector:
+        """See Learner."""
+        output: Vector = self._infer(x=self._sample(x))["output"].ravel()
+        return output
+
+    def loss(self, x: ArrayLike, y: ArrayLike) -> float:
+        """See Learner."""
+        return self._finite(self._loss(x=self._sample(x), y=self._target(y)))
+
+    @staticmethod
+    def _finite(result: Any) -> float:
+        if not np.isfinite(result["loss"]):
+            raise LearnerError(_REASONS[lib.MOTE_ERR_DIVERGED])
+        return float(result["loss"])
+
+    @property
+    def parameters(self) -> Vector:
+        """See Learner."""
+        parameters: Vector = self._get()["parameters"]
+        return parameters
+
+    def set_parameters(self, vector: ArrayLike) -> None:
+        """See Learner."""
+        array = np.asarray(vector, np.float32)
+        if array.shape != (self._count,):
+            raise LearnerError(f"the parameters have the shape {array.shape}; this model has ({self._count},)")
+        if not np.isfinite(array).all():
+            raise LearnerError("the parameters have numbers that are not finite; the old ones stay")
+        self._set(parameters=array)
+
+    @property
+    def mask(self) -> int:
+        """Which layers train now: bit i is the i-th layer with parameters."""
+        return sum(1 << i for i, trains in enumerate(self._mask) if trains)
+
+    @mask.setter
+    def mask(self, layers: int) -> None:
+        if layers & ~self._trainable:
+            raise LearnerError(_REASONS[lib.MOTE_ERR_FROZEN])
+        self._mask = np.asarray([layers >> i & 1 for i in range(len(self._mask))], np.float32)
