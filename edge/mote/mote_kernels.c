@@ -3,11 +3,22 @@
 
 #include "mote_internal.h"
 
-/* Sum of a[j] * b[j], in four lanes by j & 3 that are joined in a fixed order: vectors can compute the same bits. */
+/* Sum of a[j] * b[j], j < n, n > 0, in four lanes by j & 3 that are joined in a fixed order: vectors can compute the
+ * same bits. A lane begins with its first product. */
 static inline float dot(const float *a, const float *b, uint32_t n)
 {
-    float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
-    for (; n >= 4; n -= 4, a += 4, b += 4) {
+    if (n < 4) { /* common in a convolution of few channels */
+        float s = a[0] * b[0];
+        if (n > 1) {
+            s += a[1] * b[1];
+        }
+        if (n > 2) {
+            s += a[2] * b[2];
+        }
+        return s;
+    }
+    float s0 = a[0] * b[0], s1 = a[1] * b[1], s2 = a[2] * b[2], s3 = a[3] * b[3];
+    for (n -= 4, a += 4, b += 4; n >= 4; n -= 4, a += 4, b += 4) {
         s0 += a[0] * b[0];
         s1 += a[1] * b[1];
         s2 += a[2] * b[2];
@@ -36,6 +47,24 @@ static inline void add_scaled(float *restrict y, float a, const float *restrict 
     }
     for (uint32_t j = 0; j < n; j++) {
         y[j] += a * x[j];
+    }
+}
+
+/* y += a * x, and x += b * z. */
+static inline void add_scaled_both(float *restrict y, float a, float *restrict x, float b, const float *restrict z,
+                                   uint32_t n)
+{
+    for (; n >= 2; n -= 2, x += 2, y += 2, z += 2) {
+        float x0 = x[0], x1 = x[1];
+        y[0] += a * x0;
+        y[1] += a * x1;
+        x[0] = x0 + b * z[0];
+        x[1] = x1 + b * z[1];
+    }
+    if (n > 0) {
+        float x0 = x[0];
+        y[0] += a * x0;
+        x[0] = x0 + b * z[0];
     }
 }
 
@@ -88,14 +117,17 @@ void mote_dense_back(const mote_op_t *op, const float *w, float *update, float r
         if (d == 0.0f) {
             continue; /* as behind a ReLU that is off */
         }
-        if (dx != NULL) {
+        float step = -(rate * d);
+        if (update == NULL) {
             add_scaled(dx, d, w + o * in, in);
+            continue;
         }
-        if (update != NULL) {
-            float step = -(rate * d);
+        if (dx == NULL) {
             add_scaled(update + o * in, step, x, in);
-            update[in * out + o] += step;
+        } else {
+            add_scaled_both(dx, d, update + o * in, step, x, in);
         }
+        update[in * out + o] += step;
     }
 }
 
