@@ -280,6 +280,11 @@ def _put_shape(
 
 
 def put_model(store: Store, model: ModelDescription) -> Iri:
-    """Writes a model into the graph, in place of what was said of it. ShapeError if it cannot be right."""
-    shapes.admit(store, f"model {model.name!r}", model_facts(model))
+    """Writes a model into the graph, in place of what was said of it, but for an earlier plan's figures where this
+    description has none. ShapeError if it cannot be right."""
+    facts = model_facts(model)
+    for planned in (TF.engine, TF.runRamBytes, TF.trainRamBytes, TF.storageBytes):
+        if facts[model.iri][planned] is None:
+            del facts[model.iri][planned]
+    shapes.admit(store, f"model {model.name!r}", facts)
     return model.iri

@@ -51,6 +51,9 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __repr__(self) -> str:
+        return f"Rows({self._rows!r})"
+
     def column(self, variable: str) -> list[Value]:
         """The values of one variable, row by row, the unbound left out."""
         return [row[variable] for row in self._rows if variable in row]
@@ -234,6 +237,12 @@ def _values(given: Binding | None) -> Iterable[Value]:
     return (given,) if isinstance(given, (str, bool, int, float, datetime)) else given
 
 
+def _short(error: Exception) -> str:
+    """Oxigraph's message without the long list of what the grammar would have taken."""
+    text = str(error).partition(": expected one of ")[0]
+    return text if len(text) <= 300 else text[:300] + "…"
+
+
 def _data(given: Iterable[Triple]) -> str:
     return "".join(f"{_node(s)} {_node(p)} {term(o)} .\n" for s, p, o in given)
 
@@ -266,7 +275,7 @@ class EmbeddedStore(Store):
         try:
             return self._open.query(text)
         except SyntaxError as error:
-            raise StoreError(f"the query is not valid SPARQL: {error}") from None
+            raise StoreError(f"the query is not valid SPARQL: {_short(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
             raise StoreError(f"the query failed: {error}") from None
 
@@ -274,7 +283,7 @@ class EmbeddedStore(Store):
         try:
             self._open.update(sparql)
         except SyntaxError as error:
-            raise StoreError(f"the update is not valid SPARQL: {error}") from None
+            raise StoreError(f"the update is not valid SPARQL: {_short(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
             raise StoreError(f"the update failed: {error}") from None
 

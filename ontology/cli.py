@@ -1,0 +1,204 @@
+"""`tinyfleet query`: asks the graph, from a file, from the query library or from the command line."""
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import pyoxigraph as ox
+import typer
+
+from edge.errors import UserError
+from ontology import library, names
+from ontology.names import Iri
+from ontology.store import Binding, EmbeddedStore, RemoteStore, Rows, Store, Value, parameters
+
+GRAPH = "graph"
+"""The folder of the graph in the data directory."""
+SERVER = "server.json"
+"""Where a running server says how to reach it."""
+
+_PREFIXES = {
+    "dcterms": "http://purl.org/dc/terms/",
+    "nnet": names.NNET.iri,
+    "owl": names.OWL.iri,
+    "prov": names.PROV.iri,
+    "rdf": names.RDF.iri,
+    "rdfs": names.RDFS.iri,
+    "s3n": names.S3N.iri,
+    "schema": names.SCHEMA.iri,
+    "skos": "http://www.w3.org/2004/02/skos/core#",
+    "sosa": names.SOSA.iri,
+    "ssn": names.SSN.iri,
+    "td": names.TD.iri,
+    "tf": names.TF.iri,
+    "xsd": names.XSD.iri,
+}
+
+
+def query(
+    file: Annotated[
+        str | None, typer.Argument(help="A SPARQL file, or the name of a query of the library (see --list).")
+    ] = None,
+    sparql: Annotated[
+        str | None, typer.Option("--sparql", help="The query itself; tf:, td:, prov: … are known.")
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", help="NAME=VALUE for a parameter, VALUES ?NAME { UNDEF } in the query. Repeatable."),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show the queries of the library.")] = False,
+    data: Annotated[Path, typer.Option("--data", help="The data directory.")] = Path(".tinyfleet"),
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", help="A SPARQL endpoint, instead of the data directory's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Ask the fleet's knowledge graph a SPARQL question.
+
+    It asks the server that runs on the data directory or, if none does, the graph on disk.
+
+    Examples:
+
+      tinyfleet query trainable --param model=urn:tinyfleet:model:0123456789abcdef
+
+      tinyfleet query --sparql 'SELECT ?id { ?device tf:deviceId ?id ; tf:online true }'
+    """
+    if list_:
+        _print_library(as_json)
+        return
+    if (file is None) == (sparql is None):
+        raise UserError("give a query: a FILE, the name of one of the library (--list shows them), or --sparql TEXT")
+    text = _with_prefixes(sparql) if sparql is not None else _read(str(file))
+    bindings = dict(_parameter(p, parameters(text)) for p in param or ())
+    with _store(data, endpoint) as store:
+        answer = store.evaluate(text, **bindings)
+        if isinstance(answer, ox.QueryBoolean):
+            typer.echo("true" if answer else "false")
+        elif isinstance(answer, ox.QueryTriples):
+            typer.echo(ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=_PREFIXES).decode().rstrip())
+        else:
+            rows = store.query(text, **bindings)
+            if as_json:
+                typer.echo(json.dumps(list(rows), indent=2, default=str))
+            else:
+                print_rows(rows)
+
+
+def print_rows(rows: Rows) -> None:
+    """The rows as a table, with known namespaces as prefixes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for variable in rows.variables:
+        numeric = all(isinstance(v, (int, float)) for v in rows.column(variable))
+        table.add_column(variable, justify="right" if numeric and len(rows) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(variable)) for variable in rows.variables))
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    console.print(f"{len(rows)} row{'' if len(rows) == 1 else 's'}")
+
+
+def _cell(value: Value | None) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}"
+        case Iri():
+            for prefix, iri in _PREFIXES.items():
+                if value.startswith(iri):
+                    return f"{prefix}:{value.removeprefix(iri)}"
+            return value
+        case datetime():
+            return value.isoformat(sep=" ", timespec="seconds")
+        case _:
+            return re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", str(value))  # from a device: nothing for the terminal to obey
+
+
+def _print_library(as_json: bool) -> None:
+    about = {}
+    for name in library.names():
+        head = [line.removeprefix("#").strip() for line in library.text(name).split("\n\n")[0].splitlines()]
+        about[name] = {"about": " ".join(head[: head.index("")]), "parameters": parameters(library.text(name))}
+    if as_json:
+        typer.echo(json.dumps(about, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("query", "parameters", "answers"):
+        table.add_column(column)
+    for name, said in about.items():
+        table.add_row(name, ", ".join(said["parameters"]), str(said["about"]))
+    Console(markup=False, highlight=False).print(table)
+
+
+def _read(file: str) -> str:
+    path = Path(file)
+    if not path.exists() and file in library.names():
+        return library.text(file)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error.strerror}), nor is it a query of the library: {', '.join(library.names())}"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not text; give a file with a SPARQL query") from None
+
+
+def _with_prefixes(sparql: str) -> str:
+    declared = {m[1] for m in re.finditer(r"\bPREFIX\s+([\w.-]*)\s*:", sparql, re.IGNORECASE)}
+    return "".join(f"PREFIX {p}: <{iri}>\n" for p, iri in _PREFIXES.items() if p not in declared) + sparql
+
+
+def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:
+    name, equals, given = text.partition("=")
+    if not equals:
+        raise UserError(f"--param takes NAME=VALUE, not {text!r}")
+    if name not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UserError(f"the query has no parameter {name!r}: {has}")
+    return name, _value(given)
+
+
+def _value(text: str) -> Value:
+    """What a word of the command line means: an IRI, a number, true or false, or text (always so in quotes)."""
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        return text[1:-1]
+    if text.startswith("<") and text.endswith(">"):
+        return Iri(text[1:-1])
+    if re.match(r"(urn:|https?://)", text):
+        return Iri(text)
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?", text):
+        return float(text)
+    return text
+
+
+def _store(data: Path, endpoint: str | None) -> Store:
+    if endpoint is not None:
+        return RemoteStore(endpoint)
+    server = data / SERVER
+    if server.exists():
+        try:
+            return RemoteStore(json.loads(server.read_text(encoding="utf-8"))["endpoint"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{server} does not say where the server is ({error}); start the server again") from None
+    graph = data / GRAPH
+    if not graph.is_dir():
+        raise UserError(
+            f"there is no graph in {data} and no server runs on it; start `tinyfleet server`, or name the directory "
+            "with --data, or an endpoint with --endpoint"
+        )
+    return EmbeddedStore(graph)
