@@ -458,6 +458,7 @@ class Program:
             and 1 <= loss <= len(LOSSES)
             and _HEADER.size + n_ops * _OP.size + 4 * floats == len(data)
             and all(1 <= r[0] <= len(KINDS) and all(r[8:14]) for r in program._records)
+            and max(n_params, n_constants, header[14]) <= MAX_FLOATS
             and sum(op.params for op in program._ops if op.trainable) == n_params
             and sum(op.params for op in program._ops if not op.trainable) == n_constants
         )

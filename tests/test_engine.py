@@ -1,0 +1,358 @@
+"""The C engine through its Python learner: gradients, masks, determinism, and everything that it must refuse."""
+
+import math
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import HEADER, Net, forward, gradient, hostile, nets, random_weights, sealed
+from nets import loss as reference_loss
+from numpy.typing import NDArray
+
+from edge import program as p
+from edge._mote import ffi, lib
+from edge.errors import UserError
+from edge.learner import MoteLearner
+
+Vector = NDArray[np.float32]
+MLP = p.build([p.Dense(32), p.ReLU(), p.Dense(10)], (64,), "softmax_cross_entropy")
+CNN = p.build([p.Conv2D(4), p.Tanh(), p.MaxPool2D(), p.Flatten(), p.Dense(3)], (8, 8, 1), "mse")
+
+
+def sample(program: p.Program, seed: int) -> tuple[Vector, Vector]:
+    """A random input and a target that fits."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=program.input_shape).astype(np.float32)
+    outputs = math.prod(program.output_shape)
+    if program.loss == "mse":
+        return x, random.normal(size=outputs).astype(np.float32)
+    return x, np.array([random.integers(outputs)], np.float32)
+
+
+@given(nets(), st.integers(0, 2**32 - 1))
+@settings(max_examples=150, deadline=None)
+def test_a_step_follows_the_gradient(net: Net, seed: int) -> None:
+    weights = random_weights(net.whole(), seed)
+    program = net.build(weights)
+    learner = MoteLearner(program)
+    before = program.split(learner.parameters)
+    x, y = sample(program, seed)
+    exact = {name: array.astype(np.float64) for name, array in weights.items()}
+    output = forward(net, exact, x.astype(np.float64))
+    if net.loss == "softmax_cross_entropy":
+        output = np.exp(output - output.max())
+        output /= output.sum()
+    assert np.allclose(learner.infer(x), output, rtol=1e-5, atol=1e-6)
+    loss = reference_loss(net, exact, x.astype(np.float64), y.astype(np.float64))
+    assert learner.loss(x, y) == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    assert np.array_equal(learner.parameters, program.join(before)), "asking for the loss must not teach"
+
+    rate = 0.5
+    assert learner.learn(x, y, rate) == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    after = program.split(learner.parameters)
+    for name in after:
+        slope = gradient(net, exact, x.astype(np.float64), y.astype(np.float64), name)
+        change = (before[name].astype(np.float64) - after[name]) / rate
+        # Relative to the largest slope, beside what rounding the weights themselves does.
+        assert np.allclose(change, slope, rtol=0, atol=1e-5 * max(np.abs(slope).max(), np.abs(before[name]).max(), 0.1))
+
+
+@given(nets(), st.integers(0, 1000), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_mask_trains_its_layers_alone_and_as_if_all_trained(net: Net, seed: int, data: st.DataObject) -> None:
+    weights = random_weights(net.whole(), seed)
+    whole = MoteLearner(p.build(net.layers, net.input_shape, net.loss, weights=weights))
+    masked = MoteLearner(whole.program)
+    if masked.mask:
+        masked.mask = data.draw(st.integers(0, masked.mask))
+    x, y = sample(whole.program, seed)
+    assert whole.learn(x, y, 0.1) == masked.learn(x, y, 0.1)
+    trained = whole.program.split(whole.parameters)
+    part = whole.program.split(masked.parameters)
+    for i, layer in enumerate(layer for layer in whole.program.layers if layer.params):
+        for name in (f"{layer.name}/weights", f"{layer.name}/bias"):
+            expected = trained[name] if masked.mask >> i & 1 else weights[name]
+            assert np.array_equal(part[name], expected), name
+
+
+@given(nets(), st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_a_plan_for_some_layers_learns_the_same_bits_in_no_more_memory(net: Net, seed: int) -> None:
+    weights = random_weights(net.whole(), seed)
+    whole = MoteLearner(p.build(net.layers, net.input_shape, net.loss, weights=weights))
+    part = MoteLearner(net.build(weights))
+    frozen = set(whole.program.parameters) - set(part.program.parameters)
+    layers = [layer for layer in part.program.layers if layer.params]
+    whole.mask = sum(1 << i for i, layer in enumerate(layers) if layer.trainable)
+    assert part.mask == whole.mask
+    assert part.ram_bytes == part.program.arena_bytes
+    for step in range(3):
+        x, y = sample(whole.program, seed + step)
+        assert part.learn(x, y, 0.1) == whole.learn(x, y, 0.1)
+        assert np.array_equal(part.infer(x), whole.infer(x))
+    learned = whole.program.split(whole.parameters)
+    for name, array in part.program.split(part.parameters).items():
+        assert np.array_equal(array, learned[name])
+    for name, _ in frozen:
+        assert np.array_equal(learned[name], weights[name])
+
+
+def test_online_learning_tells_ten_patterns_apart() -> None:
+    random = np.random.default_rng(0)
+    patterns = random.normal(size=(10, 64))
+    learner = MoteLearner(MLP)
+    learner.set_parameters(MLP.initial(0))
+
+    def noisy(label: int) -> Vector:
+        return (patterns[label] + 0.5 * random.normal(size=64)).astype(np.float32)
+
+    for step in range(1000):
+        learner.learn(noisy(step % 10), step % 10, 0.02)
+    right = sum(int(learner.infer(noisy(i % 10)).argmax()) == i % 10 for i in range(200))
+    assert right >= 195
+
+
+def test_the_same_samples_give_the_same_bits() -> None:
+    hashes = set()
+    for _ in range(2):
+        learner = MoteLearner(MLP)
+        learner.set_parameters(MLP.initial(1))
+        for step in range(50):
+            learner.learn(*sample(MLP, step), 0.05)
+        hashes.add(learner.parameters.tobytes())
+    assert len(hashes) == 1
+
+
+def test_probabilities_and_loss_stay_finite_where_one_class_is_certain() -> None:
+    program = p.build([p.Dense(2)], (1,), "softmax_cross_entropy")
+    learner = MoteLearner(program)
+    learner.set_parameters([200.0, -200.0, 0.0, 0.0])
+    assert learner.infer([1.0]).tolist() == [1.0, 0.0]
+    assert learner.loss([1.0], 1) == pytest.approx(400.0)
+    assert learner.learn([1.0], 1, 0.5) == pytest.approx(400.0)
+    assert learner.parameters.tolist() == [199.5, -199.5, -0.5, 0.5]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("program", [MLP, CNN], ids=["mlp", "cnn"])
+def test_a_number_that_is_not_finite_teaches_nothing(program: p.Program, bad: float) -> None:
+    learner = MoteLearner(program)
+    learner.set_parameters(program.initial(1))
+    before = learner.parameters
+    x, y = sample(program, 0)
+    spoilt = x.copy()
+    spoilt.flat[-1] = bad
+    for call in (
+        lambda: learner.learn(spoilt, y, 0.1),
+        lambda: learner.loss(spoilt, y),
+        lambda: learner.infer(spoilt),
+        lambda: learner.learn(x, y, bad),
+        lambda: learner.learn(x, np.full_like(y, bad), 0.1),
+        lambda: learner.set_parameters(np.full_like(before, bad)),
+    ):
+        with pytest.raises(UserError, match="finite|class"):
+            call()
+    assert np.array_equal(learner.parameters, before)
+
+
+def test_a_diverged_loss_is_an_error_and_leaves_the_parameters() -> None:
+    learner = MoteLearner(CNN)
+    learner.set_parameters(np.full(CNN.n_params, 1e30, np.float32))
+    x, y = sample(CNN, 0)
+    with pytest.raises(UserError, match="lower the rate"):
+        learner.learn(x, y, 0.1)
+    assert (learner.parameters == np.float32(1e30)).all()
+
+
+@pytest.mark.parametrize("label", [-1, 10, 0.5, 1e20])
+def test_a_label_that_is_no_class_is_refused(label: float) -> None:
+    learner = MoteLearner(MLP)
+    with pytest.raises(UserError, match="no class"):
+        learner.learn(np.zeros(64), label, 0.1)
+    assert not learner.parameters.any()
+
+
+def test_wrong_sizes_are_refused() -> None:
+    learner = MoteLearner(CNN)
+    x, y = sample(CNN, 0)
+    with pytest.raises(UserError, match="63 features; this model takes 64"):
+        learner.infer(x.ravel()[1:])
+    with pytest.raises(UserError, match="2 numbers; this model takes 3"):
+        learner.learn(x, y[1:], 0.1)
+    with pytest.raises(UserError, match="this model has"):
+        learner.set_parameters(np.zeros(CNN.n_params + 1))
+
+
+def test_a_mask_beyond_the_plan_is_refused() -> None:
+    learner = MoteLearner(p.build([p.Dense(1), p.Dense(1)], (1,), "mse", trainable={1}, weights=_ones(0)))
+    assert learner.mask == 2
+    with pytest.raises(UserError, match="not planned to train"):
+        learner.mask = 3
+    assert learner.mask == 2
+
+
+def _ones(layer: int) -> dict[str, Vector]:
+    return {f"dense_{layer}/weights": np.ones((1, 1), np.float32), f"dense_{layer}/bias": np.ones(1, np.float32)}
+
+
+def test_where_a_layer_lies_in_the_vector() -> None:
+    program = p.build([p.Dense(3), p.Dense(2), p.Dense(1)], (4,), "mse", trainable={0, 2}, weights=_frozen_middle())
+    mote, arena = ffi.new("mote_t *"), ffi.new("float[]", program.arena_bytes // 4)
+    assert lib.mote_load(mote, ffi.from_buffer(program.data), len(program.data), arena, program.arena_bytes) == 0
+    first, count = ffi.new("size_t *"), ffi.new("size_t *")
+    found = []
+    for layer in range(3):
+        assert lib.mote_layer(mote, layer, first, count) == lib.MOTE_OK
+        found.append((first[0], count[0]))
+    assert found == [(0, 15), (0, 0), (15, 3)]
+    assert lib.mote_layer(mote, 3, first, count) == lib.MOTE_ERR_ARGUMENT
+    assert (mote.layers, mote.trainable, mote.mask) == (3, 0b101, 0b101)
+
+
+def _frozen_middle() -> dict[str, Vector]:
+    return {"dense_1/weights": np.ones((2, 3), np.float32), "dense_1/bias": np.ones(2, np.float32)}
+
+
+def load(data: bytes, arena_bytes: int | None = None) -> int:
+    """What mote_load says to these bytes."""
+    mote = ffi.new("mote_t *")
+    buffer = ffi.from_buffer(data)
+    need = lib.mote_arena_bytes(buffer, len(data)) if arena_bytes is None else arena_bytes
+    return int(lib.mote_load(mote, buffer, len(data), ffi.new("float[]", need // 4 + 1), need))
+
+
+def test_each_wrong_program_has_its_error() -> None:
+    data = MLP.data
+    assert load(data) == lib.MOTE_OK
+    assert lib.mote_arena_bytes(ffi.from_buffer(data), len(data)) == MLP.arena_bytes
+    assert lib.mote_arena_bytes(ffi.from_buffer(data), len(data) - 1) == 0
+    assert load(data, MLP.arena_bytes - 1) == lib.MOTE_ERR_ARENA
+    assert load(data[:-1] + bytes([data[-1] ^ 1])) == lib.MOTE_ERR_CRC
+    for cut in range(len(data)):
+        assert load(data[:cut]) == lib.MOTE_ERR_FORMAT
+    assert load(b"") == lib.MOTE_ERR_FORMAT
+    mote, arena = ffi.new("mote_t *"), ffi.new("float[]", MLP.arena_bytes // 4 + 1)
+    shifted = ffi.new("char[]", b"?" + data)
+    assert lib.mote_load(mote, shifted + 1, len(data), arena, MLP.arena_bytes) == lib.MOTE_ERR_ARGUMENT
+    buffer = ffi.from_buffer(data)
+    assert lib.mote_load(mote, buffer, len(data), ffi.cast("char *", arena) + 1, MLP.arena_bytes) == lib.MOTE_ERR_ARENA
+    assert lib.mote_load(mote, ffi.NULL, len(data), arena, MLP.arena_bytes) == lib.MOTE_ERR_ARGUMENT
+    assert lib.mote_load(ffi.NULL, buffer, len(data), arena, MLP.arena_bytes) == lib.MOTE_ERR_ARGUMENT
+
+
+def test_tensors_that_live_together_in_one_place_are_refused() -> None:
+    """Every op's output and gradient moved onto every other place of the arena: right only if the plan allows it."""
+    for program in (MLP, CNN):
+        data = program.data
+        accepted = 0
+        for field in range(HEADER.size, HEADER.size + len(program.layers) * 32, 32):
+            for at in (field + 24, field + 28):
+                for offset in range(program.activation_bytes // 4 + 1):
+                    moved = sealed(data[:at] + offset.to_bytes(4, "little") + data[at + 4 :])
+                    if load(moved) == lib.MOTE_OK:
+                        accepted += 1
+                        assert learns_the_same(moved, program), (at, offset)
+        assert accepted >= 2 * len(program.layers) - 3  # those of the plan itself, where a gradient is wanted
+
+
+def learns_the_same(data: bytes, program: p.Program) -> bool:
+    learners = [MoteLearner(program), MoteLearner(data)]
+    for learner in learners:
+        learner.set_parameters(program.initial(2))
+        for step in range(2):
+            learner.learn(*sample(program, step), 0.1)
+    return np.array_equal(learners[0].parameters, learners[1].parameters)
+
+
+@given(hostile(), st.integers(0, 2**32 - 1))
+@settings(max_examples=1500, deadline=None)
+def test_a_hostile_program_is_refused_or_stays_in_its_arena(data: bytes, seed: int) -> None:
+    buffer = ffi.from_buffer(data)
+    need = lib.mote_arena_bytes(buffer, len(data))
+    assert need % 4 == 0
+    if need > 1 << 20:
+        return
+    guard = 64
+    arena = np.full(need // 4 + 2 * guard, 7.0, np.float32)
+    mote = ffi.new("mote_t *")
+    start = ffi.cast("float *", ffi.from_buffer(arena)) + guard
+    code = lib.mote_load(mote, buffer, len(data), start, need)
+    if code == lib.MOTE_OK:
+        x = np.random.default_rng(seed).normal(size=lib.mote_inputs(mote)).astype(np.float32)
+        y = np.zeros(lib.mote_targets(mote), np.float32)
+        loss, out = ffi.new("float *"), ffi.new("float **")
+        assert lib.mote_infer(mote, ffi.from_buffer("float[]", x), out) == lib.MOTE_OK
+        pointers = ffi.from_buffer("float[]", x), ffi.from_buffer("float[]", y)
+        for mask in {mote.trainable, mote.trainable & seed, 0}:
+            assert lib.mote_train_mask(mote, mask) == lib.MOTE_OK
+            assert lib.mote_learn(mote, *pointers, 0.1, loss) in (lib.MOTE_OK, lib.MOTE_ERR_DIVERGED)
+        outside = np.concatenate([arena[:guard], arena[len(arena) - guard :]])
+    else:
+        assert code in (lib.MOTE_ERR_FORMAT, lib.MOTE_ERR_CRC)
+        outside = arena
+    assert (outside == 7.0).all()
+
+
+@given(st.binary(max_size=300))
+def test_the_checksum_is_that_of_zlib(data: bytes) -> None:
+    assert lib.mote_crc32(0, data, len(data)) == zlib.crc32(data)
+    half = len(data) // 2
+    assert lib.mote_crc32(lib.mote_crc32(0, data[:half], half), data[half:], len(data) - half) == zlib.crc32(data)
+
+
+# The stream
+
+
+def stream(counts: list[int], ways: int) -> tuple[object, object]:
+    """A stream whose feature is the row's number, and what must be kept alive for it."""
+    starts = np.cumsum([0, *counts]).astype(np.uint32)
+    features = np.arange(starts[-1], dtype=np.uint8)
+    s = ffi.new("mote_stream_t *")
+    keep = ffi.from_buffer("uint8_t[]", features), ffi.from_buffer("uint32_t[]", starts)
+    s.features, s.starts = keep
+    s.classes, s.size, s.scale, s.ways = len(counts), 1, 1.0, ways
+    return s, keep
+
+
+def draw(s: object, query: int) -> tuple[int, int]:
+    x, y = ffi.new("float *"), ffi.new("float *")
+    lib.mote_stream_next(s, query, x, y)
+    return int(x[0]), int(y[0])
+
+
+@given(st.lists(st.integers(2, 12), min_size=1, max_size=20), st.integers(1, 20), st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_a_stream_draws_tasks_and_keeps_queries_apart(counts: list[int], ways: int, seed: int) -> None:
+    s, _keep = stream(counts, ways)
+    if ways > len(counts):
+        assert lib.mote_stream_open(s, seed) == lib.MOTE_ERR_ARGUMENT
+        return
+    assert lib.mote_stream_open(s, seed) == lib.MOTE_OK
+    chosen = list(s.chosen)[:ways]
+    assert len(set(chosen)) == ways and all(c < len(counts) for c in chosen)
+    starts = np.cumsum([0, *counts])
+    for query in (0, 1):
+        for _ in range(30):
+            row, label = draw(s, query)
+            first, last = starts[chosen[label]], starts[chosen[label] + 1]
+            kept = max(1, (last - first) // 4)
+            assert (last - kept <= row < last) if query else (first <= row < last - kept)
+
+
+def test_a_seed_names_a_task() -> None:
+    s, _keep = stream([4] * 50, 5)
+    tasks = []
+    for seed in [*range(200), *range(200)]:
+        assert lib.mote_stream_open(s, seed) == lib.MOTE_OK
+        tasks.append((tuple(list(s.chosen)[:5]), tuple(draw(s, 0) for _ in range(5))))
+    assert tasks[:200] == tasks[200:]
+    assert len(set(tasks)) == 200
+    drawn = [c for task, _ in tasks[:200] for c in task]
+    assert len(set(drawn)) == 50 and max(np.bincount(drawn)) < 45  # 20 each on average
+
+
+def test_a_stream_refuses_a_class_of_one_sample() -> None:
+    s, _keep = stream([4, 1, 4], 2)
+    assert lib.mote_stream_open(s, 1) == lib.MOTE_ERR_ARGUMENT
