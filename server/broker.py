@@ -103,10 +103,10 @@ class _Amqtt:
 
     def __init__(self, host: str, port: int) -> None:
         try:
-            from amqtt.broker import Broker as AmqttBroker
+            from amqtt.broker import Broker as AmqttBroker  # type: ignore[import-untyped]
         except ImportError as error:
             raise UserError(
-                "there is no MQTT broker on this machine; install mosquitto (apt-get install mosquitto), or a broker in "
+                "there is no MQTT broker on this machine; install mosquitto (apt-get install mosquitto), or one in "
                 "pure Python (pip install 'tinyfleet[broker]'), or name one elsewhere with --broker HOST:PORT"
             ) from error
         for name in ("amqtt", "transitions"):

@@ -81,13 +81,13 @@ class _Plan(NamedTuple):
     server_round: int
 
 
-@dataclass
+@dataclass(eq=False)
 class _Broadcast:
     """The weights of one round, while a device may still need them."""
 
     vector: Vector
     record: ArrayRecord
-    topics: list[str]
+    chunks: dict[str, bytes]  # topic -> payload
     open_jobs: int = 0
 
 
@@ -154,9 +154,11 @@ class MqttGrid(Grid):
         self._jobs: dict[str, _Job] = {}  # by message id
         self._by_work: dict[int, _Job] = {}  # by the wire's correlation id, while open
         self._events: list[Event] = []
-        self._session = Session(host, port, f"tinyfleet-grid-{secrets.token_hex(4)}", on_message=self._receive)
-        self._session.subscribe(self._topics.status("+"))
-        self._session.subscribe(self._topics.did("+"))
+        self._broadcasts: list[_Broadcast] = []
+        self._session: Session | None = None
+        name = f"tinyfleet-grid-{secrets.token_hex(4)}"
+        self._session = Session(host, port, name, on_message=self._receive, on_connect=self._connected)
+        self._connected()
 
     def __enter__(self) -> "MqttGrid":
         return self
@@ -171,9 +173,12 @@ class MqttGrid(Grid):
             for job in jobs:
                 self._fail(job, NO_REPLY, "the grid was closed")
             self._jobs.clear()
-        for broadcast in {id(job.broadcast): job.broadcast for job in jobs}.values():
+            broadcasts = list(self._broadcasts)
+        for broadcast in broadcasts:
             self._clear(broadcast)
-        self._session.close()
+        if self._session is not None:
+            self._session.flush(2)
+            self._session.close()
 
     # Flower's Grid
 
@@ -287,20 +292,41 @@ class MqttGrid(Grid):
         two sets of weights, one to train and one to evaluate."""
         vector = self._flatten(record)
         number = next(self._rounds)
-        payloads = list(chunks(vector.astype("<f4").tobytes()))
         run = self._run.run_id & 0xFFFFFFFF
-        broadcast = _Broadcast(vector, record, [self._topics.weights(run, number, n) for n in range(len(payloads))])
-        for topic, payload in zip(broadcast.topics, payloads, strict=True):
-            self._publish(topic, payload, retain=True)
+        payloads = enumerate(chunks(vector.astype("<f4").tobytes()))
+        broadcast = _Broadcast(vector, record, {self._topics.weights(run, number, n): data for n, data in payloads})
         with self._changed:
+            self._broadcasts.append(broadcast)
             self._events.append(Event("broadcast", server_round))
+        for topic, payload in broadcast.chunks.items():
+            self._publish(topic, payload, retain=True)
         return number, broadcast
 
     def _clear(self, broadcast: _Broadcast) -> None:
-        for topic in broadcast.topics:
+        with self._changed:
+            self._broadcasts.remove(broadcast)
+        for topic in broadcast.chunks:
             self._publish(topic, b"", retain=True)
 
+    def _connected(self) -> None:
+        """A new connection has no subscriptions, and if the broker is new too, it has no weights either."""
+        if self._session is None:
+            return
+        self._session.subscribe(self._topics.status("+"))
+        self._session.subscribe(self._topics.did("+"))
+        with self._changed:
+            broadcasts = list(self._broadcasts)
+        for broadcast in broadcasts:
+            for topic, payload in broadcast.chunks.items():
+                self._publish(topic, payload, retain=True)
+            with self._changed:
+                over = not any(broadcast is other for other in self._broadcasts)
+            if over:  # it ended meanwhile
+                for topic in broadcast.chunks:
+                    self._publish(topic, b"", retain=True)
+
     def _publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
+        assert self._session is not None
         self._session.publish(topic, payload, retain=retain)
         self.traffic.bytes_down += len(payload)
 

@@ -153,13 +153,13 @@ def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:
     weights = np.array([record["num-examples"] for record in records], dtype=np.float64)
     result = MetricRecord({"clients": len(records)})
     for key in records[0]:
-        if not all(isinstance(record.get(key), int | float) for record in records):
+        values = [value for record in records if isinstance(value := record.get(key), int | float)]
+        if len(values) < len(records):
             continue
-        values = [record[key] for record in records]
         if key in ("num-examples", "bytes-up", "bytes-dense"):
-            result[key] = sum(values)  # type: ignore[arg-type]
+            result[key] = sum(values)
         elif key == "arena-bytes":
-            result[key] = max(values)  # type: ignore[type-var]
+            result[key] = max(values)
         else:
-            result[key] = float(np.average(np.asarray(values, dtype=np.float64), weights=weights))
+            result[key] = float(np.average(values, weights=weights))
     return result

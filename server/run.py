@@ -1,0 +1,296 @@
+"""Rounds of federated (meta-)learning on the devices that a SPARQL query selects, written into the graph as they end.
+
+What `tinyfleet run` and the demo share.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import flwr.serverapp.strategy as flower_strategies
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import FedAvg, Strategy
+from numpy.typing import NDArray
+
+from edge.errors import UserError
+from edge.program import Program
+from edge.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
+from edge.tasks import Recipe, Task
+from ontology import describe, library
+from ontology.lineage import Lineage, Part
+from ontology.names import Iri
+from ontology.store import Binding, Store, parameters
+from server.grid import Event, MqttGrid
+from server.strategies import Reptile, TinyMetaFed, TinyReptile
+
+Vector = NDArray[np.float32]
+
+META = ("tinymetafed", "tinyreptile", "reptile")
+
+
+def head(program: Program) -> int:
+    """The mask of the last layer that can train."""
+    trainable = [i for i, layer in enumerate(layer for layer in program.layers if layer.params) if layer.trainable]
+    return 1 << trainable[-1]
+
+
+def phases(recipe: Recipe, program: Program) -> tuple[Phase, ...]:
+    """How a device adapts under a recipe: the head alone first, if it says so, then everything."""
+    everything = Phase(ALL_LAYERS, recipe.steps, recipe.rate)
+    return (Phase(head(program), recipe.head_steps, recipe.rate), everything) if recipe.head_steps else (everything,)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A strategy, what it tells the devices beside what it says itself, and its name in the graph."""
+
+    name: str
+    strategy: Strategy
+    train_config: Mapping[str, int | float | bool | list[int] | list[float]] = field(default_factory=dict)
+
+
+def method(name: str, task: Task, *, rounds: int, clients: int, query: int = 16, seed: int = 0) -> Method:
+    """One of ours (META), or any of Flower's by its class name in any case, with the task's recipe for it.
+
+    clients: how many a round. query: samples that each device scores itself on. Raises UserError for an unknown name.
+    """
+    key = name.lower()
+    recipe = task.meta if key in META else task.fedavg
+    alpha, beta, steps = recipe.alpha, recipe.rate, recipe.steps
+    if key == "reptile":
+        return Method(key, Reptile(alpha=alpha, beta=beta, steps=steps, clients=clients, query=query, seed=seed))
+    if key == "tinyreptile":
+        return Method(key, TinyReptile(alpha=alpha, beta=beta, steps=steps, query=query, seed=seed))
+    if key == "tinymetafed":
+        strategy = TinyMetaFed(
+            rounds=rounds,
+            alpha=alpha,
+            beta=beta,
+            steps=steps,
+            local=head(task.program) if recipe.head_steps else 0,
+            local_steps=recipe.head_steps,
+            top=recipe.top,
+            clients=clients,
+            query=query,
+            seed=seed,
+        )
+        return Method(key, strategy)
+    classes = {name: getattr(flower_strategies, name) for name in flower_strategies.__all__}
+    known = {name.lower(): kind for name, kind in classes.items() if issubclass(kind, FedAvg)}
+    if key not in known:
+        raise UserError(f"there is no strategy '{name}'; choose one of {', '.join((*META, *sorted(known)))}")
+    # fraction_train instead of a number of nodes: Flower's waits for that many, for ever if a device is gone for good.
+    flowers = known[key](fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+    plan = Plan(phases(recipe, task.program), query, UpdateFormat(top=recipe.top), seed)
+    config = config_from_plan(plan)
+    del config["seed"]  # then the round is the seed: every round draws its samples anew
+    random.seed(seed)  # Flower's draw their nodes with it
+    return Method(known[key].__name__, flowers, config)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round came to. loss and accuracy are None where no device reported one."""
+
+    number: int
+    asked: int
+    parts: Sequence[Part]
+    lost: Mapping[str, str]  # device -> why
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over the devices."""
+        return _mean([part.loss for part in self.parts])
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean over the devices, on samples that they had not learned from."""
+        return _mean([part.accuracy for part in self.parts])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that has ended: its number, the parameters, and its rounds."""
+
+    run: int
+    parameters: Vector
+    rounds: Sequence[Round]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def select(store: Store, sparql: str, model: Iri, fleet: str) -> list[str]:
+    """The device ids that a query selects: its column ?id. It may have the parameters ?model and ?fleet."""
+    given: dict[str, Binding] = {"model": model, "fleet": fleet}
+    known = parameters(sparql)
+    rows = store.query(sparql, **{name: term for name, term in given.items() if name in known})
+    if "id" not in rows.variables:
+        raise UserError("a query that selects clients has a column ?id, the devices' ids; add it to its SELECT")
+    return [str(device) for device in rows.column("id")]
+
+
+def explain(store: Store, model: Iri, fleet: str) -> list[str]:
+    """For every device of the fleet, why it may not be able to train the model; what the graph can tell."""
+    rows = store.query(
+        """PREFIX tf: <https://w3id.org/tinyfleet#>
+        SELECT ?id ?online ?current ?arena ?takes WHERE {
+          VALUES ?model { UNDEF }
+          VALUES ?fleet { UNDEF }
+          ?device tf:deviceId ?id ; a tf:Device ; tf:fleet ?fleet .
+          OPTIONAL { ?model tf:trainRamBytes ?takes }
+          OPTIONAL { ?device tf:online ?online }
+          OPTIONAL { ?device tf:currentModel ?current }
+          OPTIONAL { ?device tf:arenaBytes ?arena }
+        } ORDER BY ?id""",
+        model=model,
+        fleet=fleet,
+    )
+    reasons = []
+    for row in rows:
+        arena, takes = row.get("arena"), row.get("takes")
+        if not row.get("online"):
+            reason = "is offline"
+        elif row.get("current") != model:
+            reason = f"runs another model ({row.get('current', 'unknown')})"
+        elif isinstance(arena, int) and isinstance(takes, int) and arena < takes:
+            reason = f"has an arena of {arena} bytes, and training takes {takes}"
+        else:
+            reason = "could train it, but is not selected"
+        reasons.append(f"{row['id']} {reason}")
+    return reasons
+
+
+def _nobody(store: Store, model: Iri, fleet: str, selected: Sequence[str]) -> UserError:
+    reasons = explain(store, model, fleet)
+    if not reasons:
+        return UserError(
+            f"no client is eligible: the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device), "
+            "or name another fleet with --fleet"
+        )
+    shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+    if selected:
+        what = f"the query selects {', '.join(selected[:5])}, but none of them is online at the broker with {model}"
+    else:
+        what = f"the query selects none of the fleet's {len(reasons)} devices to train {model}"
+    return UserError(f"no client is eligible: {what} ({shown}); start such devices, or change the query")
+
+
+def run(
+    task: Task,
+    how: Method,
+    *,
+    broker: tuple[str, int],
+    fleet: str,
+    store: Store,
+    rounds: int,
+    query: str | None = None,
+    start: Vector | None = None,
+    seed: int = 0,
+    clients: int = 1,
+    wait: float = 10.0,
+    timeout: float = 60.0,
+    on_event: Callable[[Event], None] | None = None,
+    on_round: Callable[[Round], None] | None = None,
+) -> Outcome:
+    """Runs the rounds, and writes the model, the rounds and the lineage into the store.
+
+    query: SPARQL whose column ?id are the devices that may take part, asked anew in every round; the library's
+    `clients` by default. start: the first parameters, by default random from the seed. clients: how many devices to
+    wait for, `wait` seconds at most; it begins with fewer, but not with none. timeout: seconds that a round may take.
+    on_round: called as each round ends.
+
+    Raises UserError if no device can take part, at the beginning or in a round.
+    """
+    program, sparql = task.program, query or library.text("clients")
+    model = describe.put_model(store, describe.from_program(program, task.name))
+    vector = program.initial(seed) if start is None else np.asarray(start, np.float32)
+    record = ArrayRecord({key: Array(array) for key, array in program.split(vector).items()})
+    asked: list[str] = []
+    parts: list[Part] = []
+    lost: dict[str, str] = {}
+
+    def watch(event: Event) -> None:
+        if event.kind == "asked":
+            asked.append(event.device)
+        elif event.kind == "replied" and event.metrics is not None:
+            parts.append(_part(event.device, event.metrics))
+        elif event.kind == "lost":
+            lost[event.device] = event.reason
+        if on_event is not None:
+            on_event(event)
+
+    with MqttGrid(*broker, fleet, program, select=lambda: select(store, sparql, model, fleet), on_event=watch) as grid:
+        if not grid.wait_for_nodes(clients, wait):
+            raise _nobody(store, model, fleet, select(store, sparql, model, fleet))
+        number = grid.run.run_id
+        lineage = Lineage(store, fleet)
+        lineage.begin(number, model, how.name, _sha256(vector), task=task.name)
+        done: list[Round] = []
+        newest, began = vector, datetime.now(UTC)
+        up, down = 0, 0
+
+        def close(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            """Flower calls this with the parameters it begins with, as round 0, and after every round."""
+            nonlocal newest, began, up, down
+            if server_round == 0:
+                return None
+            now = datetime.now(UTC)
+            learned = program.join({key: array.numpy() for key, array in arrays.items()})
+            this = Round(
+                number=server_round,
+                asked=len(asked),
+                parts=sorted(parts, key=lambda part: part.device),
+                lost=dict(lost),
+                bytes_up=grid.traffic.bytes_up - up,
+                bytes_down=grid.traffic.bytes_down - down,
+                seconds=(now - began).total_seconds(),
+            )
+            lineage.round(
+                number,
+                server_round,
+                this.parts,
+                asked=this.asked,
+                started=began,
+                ended=now,
+                sha256=_sha256(learned) if this.parts else None,
+                bytes_up=this.bytes_up,
+                bytes_down=this.bytes_down,
+                accuracy=this.accuracy,
+            )
+            done.append(this)
+            newest, began, up, down = learned, now, grid.traffic.bytes_up, grid.traffic.bytes_down
+            asked.clear()
+            parts.clear()
+            lost.clear()
+            if on_round is not None:
+                on_round(this)
+            return None
+
+        how.strategy.start(
+            grid, record, rounds, timeout, train_config=ConfigRecord(dict(how.train_config)), evaluate_fn=close
+        )
+        lineage.end(number)
+    return Outcome(number, newest, done)
+
+
+def _part(device: str, metrics: MetricRecord) -> Part:
+    def number(key: str) -> float | None:
+        value = metrics.get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+    samples, size = metrics["num-examples"], metrics["bytes-up"]
+    assert isinstance(samples, int) and isinstance(size, int)
+    return Part(device, number("loss"), number("accuracy"), samples, size)
+
+
+def _sha256(vector: Vector) -> str:
+    return hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()

@@ -1,0 +1,402 @@
+"""The grid, over a real broker, against a device that does what a test wants: replies lost, doubled, cut, forged."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paho.mqtt.client as paho
+import pytest
+from conftest import free_port, start_mosquitto
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from numpy.typing import NDArray
+
+from edge import program as p
+from edge.errors import UserError
+from edge.protocol import (
+    Assembly,
+    Dense,
+    Did,
+    Done,
+    ErrorCode,
+    Failed,
+    Metrics,
+    Sparse,
+    Status,
+    Topics,
+    Work,
+    decode_chunk,
+    decode_do,
+    encode,
+)
+from server.grid import Event, MqttGrid, node_id
+
+PROGRAM = p.build([p.Dense(16), p.ReLU(), p.Dense(3)], (20,), "softmax_cross_entropy")
+SIZE = PROGRAM.n_params
+TOPICS = Topics("test")
+METRICS = Metrics(samples=8, loss=0.5, queried=4, correct=3, query_loss=0.25, arena_bytes=PROGRAM.arena_bytes)
+
+
+class Puppet:
+    """A device of which a test holds the strings."""
+
+    def __init__(self, broker: tuple[str, int], name: str) -> None:
+        self.name = name
+        self.requests: queue.Queue[Work] = queue.Queue()
+        self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name)
+        self._client.on_message = self._on_message
+        self._weights: Assembly | None = None
+        self._complete = threading.Event()
+        self._client.will_set(TOPICS.status(name), encode(Status(False, PROGRAM.model_id)), qos=1, retain=True)
+        self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.do(name), qos=1)
+        self._client.connect(*broker)
+        self._client.loop_start()
+        self.say(Status(True, PROGRAM.model_id))
+
+    def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
+        if message.topic == TOPICS.do(self.name):
+            work = decode_do(message.payload)
+            assert isinstance(work, Work)
+            self.requests.put(work)
+        elif self._weights is not None and message.payload:
+            self._weights.add(decode_chunk(message.payload))
+            if self._weights.complete:
+                self._complete.set()
+
+    def say(self, status: Status) -> None:
+        self._client.publish(TOPICS.status(self.name), encode(status), qos=1, retain=True).wait_for_publish(15)
+
+    def work(self) -> Work:
+        return self.requests.get(timeout=15)
+
+    def weights(self, work: Work) -> NDArray[np.float32]:
+        """What the broker has retained for this work."""
+        self._weights = Assembly(4 * SIZE)
+        self._complete.clear()
+        self._client.subscribe(TOPICS.weights(work.run, work.round), qos=1)
+        assert self._complete.wait(15)
+        self._client.unsubscribe(TOPICS.weights(work.run, work.round))
+        return np.frombuffer(self._weights.data(), "<f4")
+
+    def reply(self, did: Did | bytes, as_: str | None = None) -> None:
+        payload = did if isinstance(did, bytes) else encode(did)
+        self._client.publish(TOPICS.did(as_ or self.name), payload, qos=1).wait_for_publish(15)
+
+    def vanish(self) -> None:
+        """Breaks the connection, so that the broker publishes the will."""
+        self._client._sock_close()  # paho has no public way to die
+        self._client.loop_stop()
+
+    def leave(self) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+Start = Callable[[str], Puppet]
+
+
+@pytest.fixture
+def puppet(broker: tuple[str, int]) -> Iterator[Start]:
+    puppets: list[Puppet] = []
+
+    def start(name: str) -> Puppet:
+        puppets.append(Puppet(broker, name))
+        return puppets[-1]
+
+    yield start
+    for started in puppets:
+        started.leave()
+
+
+@pytest.fixture
+def events() -> list[Event]:
+    return []
+
+
+@pytest.fixture
+def grid(broker: tuple[str, int], events: list[Event]) -> Iterator[MqttGrid]:
+    with MqttGrid(*broker, "test", PROGRAM, on_event=events.append, repeat=0.2, grace=0.1) as grid:
+        yield grid
+
+
+def record(vector: NDArray[np.float32]) -> ArrayRecord:
+    return ArrayRecord({key: Array(array) for key, array in PROGRAM.split(vector).items()})
+
+
+def flat(message: Message) -> NDArray[np.float32]:
+    (arrays,) = message.content.array_records.values()
+    return PROGRAM.join({key: array.numpy() for key, array in arrays.items()})
+
+
+def message(device: str, arrays: ArrayRecord, config: Mapping[str, Any] | None = None) -> Message:
+    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1, **(config or {})})})
+    return Message(content, node_id(device), MessageType.TRAIN)
+
+
+START = PROGRAM.initial(1)
+
+
+@contextmanager
+def asked(grid: MqttGrid, *messages: Message, timeout: float = 10.0) -> Iterator[Future[list[Message]]]:
+    """A round on its way, in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(grid.send_and_receive, messages, timeout=timeout)
+
+
+def dense(work: Work, values: NDArray[np.float32], parts: int = 1, half: bool = False) -> list[Done]:
+    pieces = np.array_split(values, parts)
+    offsets = np.cumsum([0, *map(len, pieces)])
+    return [
+        Done(work.id, i, parts, METRICS if i == 0 else None, Dense(int(offsets[i]), piece, half))
+        for i, piece in enumerate(pieces)
+    ]
+
+
+def test_a_reply_in_parts_arrives_in_any_order_and_more_than_once(grid: MqttGrid, puppet: Start) -> None:
+    device = puppet("a")
+    assert grid.wait_for_nodes(1, 5) == [node_id("a")]
+    learned = START + np.float32(0.5)
+    with asked(grid, message("a", record(START))) as result:
+        work = device.work()
+        assert device.weights(work).tolist() == START.tolist()
+        first, second, third = dense(work, learned, parts=3)
+        for part in (third, first, third, first, second):
+            device.reply(part)
+        (reply,) = result.result(5)
+    assert flat(reply).tolist() == learned.tolist()
+    metrics = reply.content.metric_records["metrics"]
+    assert metrics["num-examples"] == 8 and metrics["accuracy"] == 0.75 and metrics["query-loss"] == 0.25
+    assert metrics["bytes-up"] == sum(len(encode(part)) for part in (first, second, third))
+    assert metrics["bytes-dense"] == 4 * SIZE
+    assert grid.traffic.stale >= 2 and grid.traffic.malformed == 0
+
+
+def test_a_lost_request_or_reply_is_made_good_by_asking_again(grid: MqttGrid, puppet: Start) -> None:
+    device = puppet("a")
+    grid.wait_for_nodes(1, 5)
+    with asked(grid, message("a", record(START))) as result:
+        first = device.work()  # not answered, as if it or its reply were lost
+        second = device.work()
+        assert second == first, "the same work under the same id, so that a device does it once"
+        device.reply(dense(second, START)[0])
+        assert len(result.result(5)) == 1
+
+
+def test_malformed_replies_are_counted_and_dropped(grid: MqttGrid, puppet: Start) -> None:
+    device = puppet("a")
+    grid.wait_for_nodes(1, 5)
+    with asked(grid, message("a", record(START))) as result:
+        work = device.work()
+        good = encode(dense(work, START)[0])
+        bad = [
+            b"",
+            b"\xff\xff",
+            good[:-1],  # cut
+            good + b"\x00",
+            encode(Done(work.id, 0, 1, METRICS, Dense(1, START))),  # beyond the end
+            encode(Done(work.id, 0, 1, METRICS, Sparse(np.array([SIZE], np.uint32), np.ones(1, np.float32)))),
+            encode(Done(work.id, 0, 1, None, Dense(0, START))),  # no metrics
+            encode(Done(work.id, 0, 2**31, METRICS, Dense(0, START))),  # it would never end
+        ]
+        for payload in bad:
+            device.reply(payload)
+        device.reply(good)
+        assert not result.result(5)[0].has_error()
+    assert grid.traffic.malformed == len(bad)
+
+
+def test_stale_and_forged_replies_change_nothing(grid: MqttGrid, puppet: Start) -> None:
+    a, b = puppet("a"), puppet("b")
+    grid.wait_for_nodes(2, 5)
+    with asked(grid, message("a", record(START)), message("b", record(START))) as result:
+        for_a, for_b = a.work(), b.work()
+        b.reply(dense(for_a, START + np.float32(9))[0])  # on its own topic, with another's id
+        a.reply(Done(for_a.id ^ 1 << 31, 0, 1, METRICS, Dense(0, START)))  # of a round that nobody knows
+        a.reply(dense(for_a, START)[0])
+        b.reply(dense(for_b, START)[0])
+        replies = result.result(5)
+    assert [flat(reply).tolist() for reply in replies] == [START.tolist()] * 2
+    assert grid.traffic.malformed == 1 and grid.traffic.stale == 1
+    with asked(grid, message("a", record(START))) as result:
+        a.reply(dense(for_a, START + np.float32(9))[0])  # the last round's, once more
+        again = a.work()
+        assert again.round > for_a.round
+        a.reply(dense(again, START)[0])
+        assert flat(result.result(5)[0]).tolist() == START.tolist()
+
+
+def test_a_device_that_starts_anew_is_asked_anew_and_its_halves_are_not_mixed(grid: MqttGrid, puppet: Start) -> None:
+    device = puppet("a")
+    device.say(Status(True, PROGRAM.model_id, samples=50))
+    grid.wait_for_nodes(1, 5)
+    with asked(grid, message("a", record(START))) as result:
+        work = device.work()
+        device.reply(dense(work, START + np.float32(1), parts=2)[0])
+        device.say(Status(True, PROGRAM.model_id, samples=0))
+        assert device.work() == work
+        for part in dense(work, START + np.float32(2), parts=2):
+            device.reply(part)
+        assert flat(result.result(5)[0]).tolist() == (START + np.float32(2)).tolist()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_sparse_changes_are_added_to_what_was_sent(grid: MqttGrid, puppet: Start, half: bool) -> None:
+    device = puppet("a")
+    grid.wait_for_nodes(1, 5)
+    indices = np.array([0, 7, 130, SIZE - 1], np.uint32)
+    changes = np.array([0.5, -0.25, 1e-3, 2.0], np.float32)
+    with asked(grid, message("a", record(START), {"top": 0.01, "half": half})) as result:
+        work = device.work()
+        assert work.update is not None and work.update.top == pytest.approx(0.01) and work.update.half is half
+        device.reply(Done(work.id, 0, 2, METRICS, Sparse(indices[:2], changes[:2], half)))
+        device.reply(Done(work.id, 1, 2, None, Sparse(indices[2:], changes[2:], half)))
+        (reply,) = result.result(5)
+    expected = START.copy()
+    expected[indices] += changes.astype(np.float16).astype(np.float32) if half else changes
+    assert flat(reply).tolist() == expected.tolist()
+    assert reply.content.metric_records["metrics"]["bytes-up"] < 100
+
+
+def test_the_weights_go_out_once_and_are_gone_after_the_round(
+    grid: MqttGrid, puppet: Start, events: list[Event], broker: tuple[str, int]
+) -> None:
+    devices = [puppet(name) for name in "abc"]
+    grid.wait_for_nodes(3, 5)
+    # Equal arrays, not the same object: what a strategy that copies them sends.
+    with asked(grid, *(message(device.name, record(START)) for device in devices)) as result:
+        works = [device.work() for device in devices]
+        assert len({(work.run, work.round) for work in works}) == 1
+        for device, work in zip(devices, works, strict=True):
+            assert device.weights(work).tolist() == START.tolist()
+            device.reply(dense(work, START)[0])
+        assert len(result.result(5)) == 3
+    assert 4 * SIZE < grid.traffic.bytes_down < 4 * SIZE + 2000, "one broadcast, and three short requests"
+    assert [event.kind for event in events].count("broadcast") == 1
+    assert retained(broker) == {TOPICS.status(name) for name in "abc"}
+
+
+def retained(broker: tuple[str, int]) -> set[str]:
+    """The topics that hold a retained message; a message of our own marks the end of them."""
+    topics: set[str] = set()
+    over = threading.Event()
+
+    def on_message(_client: object, _data: object, message: paho.MQTTMessage) -> None:
+        if message.retain and message.topic.startswith("tinyfleet/"):
+            topics.add(message.topic)
+        elif message.topic == "over":
+            over.set()
+
+    client = paho.Client(paho.CallbackAPIVersion.VERSION2)
+    client.on_message = on_message
+    client.on_subscribe = lambda *_: client.publish("over", b"")
+    client.connect(*broker)
+    client.loop_start()
+    client.subscribe("#", qos=1)
+    assert over.wait(5)
+    client.disconnect()
+    client.loop_stop()
+    return topics
+
+
+def test_a_device_that_vanishes_costs_its_own_reply_only(
+    grid: MqttGrid, puppet: Start, events: list[Event], broker: tuple[str, int]
+) -> None:
+    steady, weak = puppet("steady"), puppet("weak")
+    grid.wait_for_nodes(2, 5)
+    with asked(grid, message("steady", record(START)), message("weak", record(START)), timeout=60) as result:
+        weak.work()
+        weak.vanish()
+        work = steady.work()
+        steady.reply(dense(work, START)[0])
+        replies = result.result(5)  # far less than the timeout: the will says that it is gone
+    assert sorted(reply.has_error() for reply in replies) == [False, True]
+    (error,) = [reply.error.reason for reply in replies if reply.has_error()]
+    assert error == "weak: went offline"
+    assert [(event.device, event.reason) for event in events if event.kind == "lost"] == [("weak", "went offline")]
+    assert list(grid.get_node_ids()) == [node_id("steady")]
+    assert retained(broker) == {TOPICS.status("steady"), TOPICS.status("weak")}
+
+
+def test_a_device_that_says_it_failed_is_believed(grid: MqttGrid, puppet: Start) -> None:
+    device = puppet("a")
+    grid.wait_for_nodes(1, 5)
+    with asked(grid, message("a", record(START))) as result:
+        device.reply(Failed(device.work().id, ErrorCode.DIVERGED, -7))
+        (reply,) = result.result(5)
+    assert reply.has_error() and reply.error.reason == "a: diverged (-7)"
+
+
+def test_numbers_that_are_not_finite_never_reach_a_strategy(grid: MqttGrid, puppet: Start) -> None:
+    device = puppet("a")
+    grid.wait_for_nodes(1, 5)
+    with asked(grid, message("a", record(START))) as result:
+        poison = START.copy()
+        poison[3] = np.nan
+        device.reply(dense(device.work(), poison)[0])
+        (reply,) = result.result(5)
+    assert reply.has_error() and "not finite" in str(reply.error.reason)
+
+
+def test_silence_ends_with_the_timeout(grid: MqttGrid, puppet: Start, broker: tuple[str, int]) -> None:
+    puppet("a")
+    grid.wait_for_nodes(1, 5)
+    (reply,) = grid.send_and_receive([message("a", record(START))], timeout=0.3)
+    assert reply.has_error() and reply.error.reason == "a: no reply within 0.3 s"
+    assert retained(broker) == {TOPICS.status("a")}
+
+
+def test_a_broker_that_restarts_costs_no_reply(tmp_path: Path) -> None:
+    port = free_port()
+    broker = start_mosquitto(tmp_path, port)
+    device = Puppet(("127.0.0.1", port), "a")
+    with MqttGrid("127.0.0.1", port, "test", PROGRAM, repeat=0.2, grace=30) as grid:
+        grid.wait_for_nodes(1, 5)
+        with asked(grid, message("a", record(START)), timeout=60) as result:
+            work = device.work()
+            broker.terminate()
+            broker.wait()
+            broker = start_mosquitto(tmp_path, port)  # it has forgotten everything
+            assert device.work() == work
+            assert device.weights(work).tolist() == START.tolist(), "the grid has published them again"
+            device.reply(dense(work, START)[0])
+            assert not result.result(15)[0].has_error()
+    device.leave()
+    broker.terminate()
+    broker.wait()
+
+
+def test_only_selected_devices_that_run_the_program_are_nodes(broker: tuple[str, int], puppet: Start) -> None:
+    for name in ("a", "b", "other"):
+        puppet(name)
+    selected = ["a", "other", "unheard-of"]
+    with MqttGrid(*broker, "test", PROGRAM, select=lambda: selected) as grid:
+        grid.wait_for_nodes(2, 5)
+        puppet("other").say(Status(True, b"another!"))
+        assert grid.wait_for_nodes(2, 0.5) == [node_id("a")]
+        selected.append("b")
+        assert grid.get_node_ids() == sorted([node_id("a"), node_id("b")])
+
+
+def test_what_no_device_can_be_asked_is_refused_before_anything_is_published(grid: MqttGrid, puppet: Start) -> None:
+    puppet("a")
+    grid.wait_for_nodes(1, 5)
+    good = message("a", record(START))
+    for bad in (
+        message("a", ArrayRecord([START])),
+        message("nobody", record(START)),
+        message("a", record(START), {"phase-steps": [1, 2, 3, 4, 5]}),
+        Message(RecordDict({"arrays": record(START)}), node_id("a"), MessageType.TRAIN),
+    ):
+        with pytest.raises(ValueError):
+            grid.push_messages([good, bad])
+    assert grid.traffic.bytes_down == 0
+
+
+def test_a_broker_that_is_not_there_is_one_clear_error() -> None:
+    port = free_port()
+    with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}"):
+        MqttGrid("127.0.0.1", port, "test", PROGRAM)
