@@ -91,6 +91,20 @@ def method(name: str, task: Task, *, rounds: int, clients: int, query: int = 16,
     return Method(known[key].__name__, flowers, config)
 
 
+def first_parameters(program: Program, how: Method, seed: int = 0) -> Vector:
+    """What a run begins with: random from the seed, but 0 in layers that stay on the devices, which each fits its own
+    from there. (A random one would favour some labels over others, and no task has the labels of another.)"""
+    vector = program.initial(seed)
+    parts = program.split(vector)
+    mask = getattr(how.strategy, "local", 0)
+    for i, layer in enumerate(layer for layer in program.layers if layer.params):
+        if mask >> i & 1:
+            for name in parts:
+                if name.startswith(f"{layer.name}/"):
+                    parts[name] = np.zeros_like(parts[name])
+    return program.join(parts)
+
+
 @dataclass(frozen=True)
 class Round:
     """What one round came to. loss and accuracy are None where no device reported one."""
@@ -204,7 +218,7 @@ def run(
     """Runs the rounds, and writes the model, the rounds and the lineage into the store.
 
     query: SPARQL whose column ?id are the devices that may take part, asked anew in every round; the library's
-    `clients` by default. start: the first parameters, by default random from the seed. clients: how many devices to
+    `clients` by default. start: the first parameters, by default `first_parameters`. clients: how many devices to
     wait for, `wait` seconds at most; it begins with fewer, but not with none. timeout: seconds that a round may take.
     on_round: called as each round ends.
 
@@ -212,7 +226,7 @@ def run(
     """
     program, sparql = task.program, query or library.text("clients")
     model = describe.put_model(store, describe.from_program(program, task.name))
-    vector = program.initial(seed) if start is None else np.asarray(start, np.float32)
+    vector = first_parameters(program, how, seed) if start is None else np.asarray(start, np.float32)
     record = ArrayRecord({key: Array(array) for key, array in program.split(vector).items()})
     asked: list[str] = []
     parts: list[Part] = []

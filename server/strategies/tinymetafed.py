@@ -45,6 +45,7 @@ class TinyMetaFed(Reptile):
             raise UserError(f"top is the fraction of the parameters that is sent, in (0, 1]; got {top:g}")
         self.rounds = rounds
         self.alpha_end = alpha_end
+        self.local = local
         if local and local_steps:
             self.phases = (Phase(local, local_steps, beta if local_beta is None else local_beta), *self.phases)
         self.update = UpdateFormat(shared=ALL_LAYERS & ~local, half=half, top=top)

@@ -1,0 +1,282 @@
+"""`tinyfleet demo`: a whole fleet on this machine, from devices that announce themselves to results.
+
+The devices are processes of their own, started with the commands that users start them with.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from edge import tasks
+from edge.errors import UserError
+from edge.protocol import ALL_LAYERS, Phase
+from edge.tasks import Task
+from ontology import library
+from ontology.cli import print_rows
+from ontology.names import Iri
+from server import show
+from server.evaluate import Score, few_shot
+from server.run import Outcome, Round, method, run
+from server.serve import FleetServer
+
+FLEET = "demo"
+BOARD = "mps2-an386"
+SHOTS = (1, 5, 10)
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # that adaptation is tried at, for every start alike
+QUERIES = 10  # samples a class that a held-out task is scored on
+ANNOUNCE_TIMEOUT = 45.0
+
+
+def demo(
+    task_name: Annotated[str, typer.Option("--task", help=f"What is learned: {', '.join(tasks.NAMES)}.")] = "digits",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each strategy.")] = 40,
+    clients: Annotated[int, typer.Option(min=1, help="Devices that take part in a round of TinyMetaFed.")] = 8,
+    devices: Annotated[int, typer.Option(min=1, help="Virtual devices; a board and an agent come on top.")] = 12,
+    board: Annotated[bool, typer.Option(help="Build firmware and run it on an emulated Cortex-M4F.")] = True,
+    data: Annotated[Path, typer.Option(help="Folder for the graph and the plot; emptied first.")] = Path(
+        ".tinyfleet/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the parameters, the tasks and the choice of clients.")] = 0,
+) -> None:
+    """Run a whole fleet on this machine: devices, server, graph, results.
+
+    Examples:
+
+      tinyfleet demo
+
+      tinyfleet demo --task omniglot --rounds 60
+    """
+    console = Console(highlight=False)
+    began = time.monotonic()
+    task = tasks.load(task_name)
+    shutil.rmtree(data, ignore_errors=True)
+    with ExitStack() as stack:
+        news = threading.Event()
+        server = stack.enter_context(FleetServer(data, FLEET, port=0, on_news=lambda _: news.set()))
+        host, port = server.broker
+        console.print(f"broker      {server.broker_kind} on {host}:{port}")
+        console.print(f"graph       {data}, SPARQL at {server.endpoint}")
+        emulator = _why_no_board() if board else "--no-board was given"
+        fleet = _Fleet(task, devices, board=emulator is None, broker=f"{host}:{port}", data=data)
+        stack.enter_context(fleet.running())
+        console.print(f"devices     {devices} virtual ones: the C node and engine, natively, an MQTT session each")
+        if emulator is None:
+            console.print(f"            1 {BOARD} in QEMU: the same C as firmware, behind its UART and a gateway")
+        else:
+            console.print(f"            no emulated board: {emulator}")
+        console.print("            1 Python agent, as on a Raspberry Pi")
+        _wait_until_announced(server, news, fleet)
+        console.print(f"            all {fleet.size} announced themselves; their descriptions passed the shapes\n")
+
+        sparql = library.text("clients")
+        console.print("The clients of every round are what this query selects:")
+        console.print(Syntax(sparql.strip(), "sparql", background_color="default", word_wrap=True))
+        console.print()
+
+        runs = {
+            name: _learn(
+                console, server, task, strategy, rounds, clients, seed, began if name == "TinyMetaFed" else None
+            )
+            for name, strategy in (("TinyMetaFed", "tinymetafed"), ("FedAvg", "fedavg"))
+        }
+        starts = {
+            "meta-learned (TinyMetaFed)": runs["TinyMetaFed"].parameters,
+            "random weights": task.program.initial(seed),
+            "FedAvg's global model": runs["FedAvg"].parameters,
+        }
+        with console.status("adapting every start to held-out tasks"):
+            results = {name: [_score(task, start, shots, seed) for shots in SHOTS] for name, start in starts.items()}
+        console.print()
+        console.print(show.scores(results))
+        console.print(_costs(task, runs))
+        picture = data / f"{task.name}.png"
+        show.plot(
+            picture,
+            f"{task.name}: {fleet.size} devices, {rounds} rounds",
+            {name: outcome.rounds for name, outcome in runs.items()},
+            results,
+        )
+        console.print(f"\nplot        {picture}\n")
+
+        model = Iri(f"urn:tinyfleet:model:{task.program.model_id.hex()}")
+        for question, query in (
+            ("Which devices can train this model?", "trainable"),
+            ("Which ran the last round, and with what loss?", "last-round"),
+            ("Where does the model come from?", "lineage"),
+        ):
+            console.print(f"[bold]{question}[/]  (tinyfleet query {query} --data {data})")
+            print_rows(server.store.query(library.text(query), **({} if query == "last-round" else {"model": model})))
+            console.print()
+    console.print(f"done in {time.monotonic() - began:.0f} s")
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True)
+class _Fleet:
+    """The processes of the demo's devices. Every device has its own number among all, and so its own samples."""
+
+    task: Task
+    virtual: int
+    board: bool
+    broker: str
+    data: Path
+
+    @property
+    def size(self) -> int:
+        return self.virtual + 1 + self.board
+
+    def commands(self) -> list[list[str]]:
+        """Each device's command line."""
+        common = ["--fleet", FLEET, "--task", self.task.name, "--of", str(self.size)]
+        broker = ["--broker", self.broker]
+        virtual = ["device", "--count", str(self.virtual), "--first", "0", *common, *broker]
+        agent = ["agent", "--id", "pi", "--client", str(self.virtual), *common, *broker]
+        return [virtual, agent]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Starts the devices, and ends them. What they say goes to files in the data folder."""
+        with ExitStack() as stack:
+            for command in self.commands():
+                stack.enter_context(_process(command, self.data / f"{command[0]}.log"))
+            if self.board:
+                image = self.data / "firmware"
+                build = ["firmware", "build", "--board", BOARD, "--task", self.task.name, "--fleet", FLEET]
+                build += [
+                    "--client",
+                    str(self.virtual + 1),
+                    "--of",
+                    str(self.size),
+                    "--id",
+                    "board",
+                    "--out",
+                    str(image),
+                ]
+                built = subprocess.run(_tinyfleet(build), capture_output=True, text=True, check=False)
+                if built.returncode:
+                    raise UserError(f"the firmware could not be built: {built.stderr.strip()}; go on with --no-board")
+                start = ["firmware", "run", "--board", BOARD, str(image / "firmware.elf"), "--gateway"]
+                stack.enter_context(_process([*start, "--broker", self.broker], self.data / "board.log"))
+            yield
+
+
+def _tinyfleet(command: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "tinyfleet", *command]
+
+
+@contextmanager
+def _process(command: Sequence[str], log: Path) -> Iterator[None]:
+    with log.open("wb") as output:
+        process = subprocess.Popen(_tinyfleet(command), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _why_no_board() -> str | None:
+    """What the emulated board lacks on this machine, and how to get it; None if nothing."""
+    tools = {"arm-none-eabi-gcc": "gcc-arm-none-eabi libnewlib-arm-none-eabi", "qemu-system-arm": "qemu-system-arm"}
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    packages = " ".join(tools[tool] for tool in missing)
+    return f"{' and '.join(missing)} not installed (apt-get install {packages})" if missing else None
+
+
+def _wait_until_announced(server: FleetServer, news: threading.Event, fleet: _Fleet) -> None:
+    announced = f"""PREFIX tf: <https://w3id.org/tinyfleet#>
+        SELECT ?id {{ ?device tf:fleet "{FLEET}" ; tf:deviceId ?id ; tf:board ?board ; tf:online true }}"""
+    deadline = time.monotonic() + ANNOUNCE_TIMEOUT
+    while True:
+        news.clear()
+        there = len(server.store.query(announced))
+        if there >= fleet.size:
+            return
+        if not news.wait(deadline - time.monotonic()):
+            logs = ", ".join(str(path) for path in sorted(fleet.data.glob("*.log")))
+            raise UserError(
+                f"only {there} of {fleet.size} devices announced themselves in {ANNOUNCE_TIMEOUT:.0f} s; see {logs}"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ learning
+
+
+def _learn(
+    console: Console,
+    server: FleetServer,
+    task: Task,
+    strategy: str,
+    rounds: int,
+    clients: int,
+    seed: int,
+    began: float | None,
+) -> Outcome:
+    """began: when the demo was started, if this is its first run."""
+    how = method(strategy, task, rounds=rounds, clients=clients, seed=seed)
+    with show.Rounds(console, how.name, rounds) as shown:
+
+        def ended(this: Round) -> None:
+            if began is not None and this.number == 1:
+                console.print(f"first round {time.monotonic() - began:.1f} s after the start")
+            shown(this)
+
+        return run(
+            task,
+            how,
+            broker=server.broker,
+            fleet=FLEET,
+            store=server.store,
+            rounds=rounds,
+            seed=seed,
+            clients=clients,
+            on_round=ended,
+        )
+
+
+def _score(task: Task, start: NDArray[np.float32], shots: int, seed: int) -> Score:
+    """Adapts as a device would, online and once through the samples, at the rate that is best on validation tasks."""
+    steps = shots * task.ways
+
+    def at(rate: float, **how: object) -> Score:
+        return few_shot(task, start, [Phase(ALL_LAYERS, steps, rate)], shots=shots, queries=QUERIES, **how)  # type: ignore[arg-type]
+
+    best = max(RATES, key=lambda rate: at(rate, episodes=50, seed=seed + 1, draw=task.validation).mean)
+    return at(best, episodes=200, seed=seed + 2)
+
+
+def _costs(task: Task, runs: dict[str, Outcome]) -> Table:
+    table = Table(title="What a round costs a device")
+    for column in ("", "bytes up", "of the dense float32 size", "RAM of the engine", "of it beside the parameters"):
+        table.add_column(column, justify="right" if column else "left")
+    dense = 4 * task.program.n_params
+    for name, outcome in runs.items():
+        sent = [part.bytes_up for ended in outcome.rounds for part in ended.parts if part.bytes_up]
+        mean = sum(sent) / len(sent) if sent else float("nan")
+        ram, beside = task.program.arena_bytes, task.program.activation_bytes
+        table.add_row(name, f"{mean:,.0f} B", f"{mean / dense:.1%} of {dense:,} B", f"{ram:,} B", f"{beside:,} B")
+    return table
