@@ -26,7 +26,7 @@ class Memory:
         self.cells: list[object] = [None] * size
 
     def write(self, name: object, where: range) -> None:
-        assert 0 <= where.start and where.stop <= len(self.cells)
+        assert where.start >= 0 and where.stop <= len(self.cells)
         self.cells[where.start : where.stop] = [name] * len(where)
 
     def read(self, name: object, where: range) -> None:

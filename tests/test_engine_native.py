@@ -1,0 +1,136 @@
+"""The C engine compiled by itself: strict warnings, sanitizers, equal bits from every compiler, no libc behind it."""
+
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from nets import hostile, nets, random_weights
+
+from edge.mote_build import FLAGS, STRICT
+
+ROOT = Path(__file__).parents[1]
+MOTE = ROOT / "edge" / "mote"
+ENGINE = [MOTE / f"mote{part}.c" for part in ("", "_load", "_kernels", "_math", "_crc", "_stream")]
+CORTEX_M4 = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16"]
+
+
+def compiler(*names: str) -> str:
+    """The first of these that is installed; else the test is skipped."""
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    pytest.skip(f"{names[0]} is not installed")
+
+
+CLANG = ("clang", *(f"clang-{version}" for version in range(21, 12, -1)))
+
+
+def run(command: Sequence[str | Path]) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def corpus(path: Path, programs: Sequence[bytes]) -> Path:
+    path.write_bytes(b"".join(struct.pack("<I", len(data)) + data for data in programs))
+    return path
+
+
+def collect(strategy: st.SearchStrategy[bytes], count: int) -> list[bytes]:
+    """The same programs at every run."""
+    found: list[bytes] = []
+
+    @seed(1)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def add(data: bytes) -> None:
+        found.append(data)
+
+    add()
+    return found
+
+
+@pytest.fixture(scope="module")
+def good() -> list[bytes]:
+    return collect(nets().map(lambda net: net.build(random_weights(net.whole(), 1)).data), 150)
+
+
+@pytest.fixture(scope="module")
+def bad(good: list[bytes]) -> list[bytes]:
+    return collect(hostile(), 800) + [good[0][:cut] for cut in range(len(good[0]))]
+
+
+@pytest.mark.parametrize("sanitizing", [CLANG, ("gcc",)], ids=["clang", "gcc"])
+def test_sanitizers_find_nothing_in_good_and_hostile_programs(
+    sanitizing: tuple[str, ...], good: list[bytes], bad: list[bytes], tmp_path: Path
+) -> None:
+    cc = compiler(*sanitizing)
+    flags = ["-std=c99", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    run([cc, *flags, f"-I{MOTE}", ROOT / "tests/c/programs.c", *ENGINE, "-o", tmp_path / "programs"])
+    lines = run([tmp_path / "programs", corpus(tmp_path / "corpus", good + bad), "5"]).splitlines()
+    assert len(lines) == len(good) + len(bad)
+    assert all(line.startswith("0 ") for line in lines[: len(good)])
+    assert sum(line.startswith("-") for line in lines[len(good) :]) > len(bad) / 2
+
+
+def test_every_compiler_and_level_gives_the_same_bits(good: list[bytes], tmp_path: Path) -> None:
+    path = corpus(tmp_path / "corpus", good)
+    outputs = {}
+    for cc in (compiler("gcc"), shutil.which("clang") or shutil.which("clang-14")):
+        for level in ("-O0", "-O2", "-O3"):
+            if cc is None:
+                continue
+            flags = ["-std=c99", level, "-ffp-contract=off", *(["-march=native"] if level == "-O3" else [])]
+            run([cc, *flags, f"-I{MOTE}", ROOT / "tests/c/programs.c", *ENGINE, "-o", tmp_path / "programs"])
+            outputs[f"{cc} {level}"] = run([tmp_path / "programs", path, "20"])
+    assert len(set(outputs.values())) == 1, outputs.keys()
+    assert len(set(next(iter(outputs.values())).splitlines())) > 50
+
+
+def test_exponential_logarithm_and_tanh_are_right_to_the_last_bits(tmp_path: Path) -> None:
+    run(
+        [
+            compiler("gcc", *CLANG),
+            *FLAGS,
+            f"-I{MOTE}",
+            ROOT / "tests/c/accuracy.c",
+            *ENGINE,
+            "-lm",
+            "-o",
+            tmp_path / "a",
+        ]
+    )
+    found = dict(line.split() for line in run([tmp_path / "a"]).splitlines())
+    assert found.pop("edges") == "right"
+    assert all(float(error) < 1.4e-7 for error in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("names", "flags"),
+    [(("gcc",), []), (CLANG, []), (("arm-none-eabi-gcc",), CORTEX_M4)],
+    ids=["gcc", "clang", "cortex-m4"],
+)
+def test_the_engine_is_clean_and_needs_nothing_but_memory_functions(
+    names: tuple[str, ...], flags: list[str], tmp_path: Path
+) -> None:
+    cc = compiler(*names)
+    for source in ENGINE:
+        run([cc, *FLAGS, *STRICT, *flags, "-c", source, "-o", tmp_path / f"{source.stem}.o"])
+    nm = cc.removesuffix("gcc") + "nm" if "arm" in names[0] else compiler("nm", "llvm-nm-14")
+    listing = [line.split() for line in run([nm, *tmp_path.glob("*.o")]).splitlines() if line.strip()]
+    defined = {words[-1] for words in listing if len(words) == 3 and words[1] in "TDBR"}
+    wanted = {words[-1] for words in listing if len(words) == 2 and words[0] == "U"}
+    assert all(name.startswith("mote_") for name in defined), defined
+    assert wanted - defined <= {"memcpy", "memset", "memcmp"}
+    assert not [words for words in listing if len(words) == 3 and words[1] in "dDbBcC"], "the engine has no variables"
