@@ -77,7 +77,7 @@ def query(
         if isinstance(answer, ox.QueryBoolean):
             typer.echo("true" if answer else "false")
         elif isinstance(answer, ox.QueryTriples):
-            typer.echo(ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=_PREFIXES).decode().rstrip())
+            typer.echo((ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=_PREFIXES) or b"").decode().rstrip())
         else:
             rows = store.query(text, **bindings)
             if as_json:
@@ -155,8 +155,10 @@ def _read(file: str) -> str:
 
 
 def _with_prefixes(sparql: str) -> str:
+    """The query with the known prefixes that it uses and does not declare, on a line before it."""
     declared = {m[1] for m in re.finditer(r"\bPREFIX\s+([\w.-]*)\s*:", sparql, re.IGNORECASE)}
-    return "".join(f"PREFIX {p}: <{iri}>\n" for p, iri in _PREFIXES.items() if p not in declared) + sparql
+    used = [p for p in _PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
+    return " ".join(f"PREFIX {p}: <{_PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
 
 
 def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:
