@@ -18,7 +18,14 @@ Vector = NDArray[np.float32]
 
 
 class LearnerError(UserError):
-    """A sample or a parameter that a learner cannot take, or training that has diverged."""
+    """A sample or a parameter that a learner cannot take, or training that has diverged.
+
+    `code` is the C engine's error (mote.h), 0 where it has none for it.
+    """
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Learner(Protocol):
@@ -60,9 +67,13 @@ _REASONS = {
 }
 
 
+def _error(code: int) -> LearnerError:
+    return LearnerError(_REASONS.get(code, f"the engine failed with error {code}"), code)
+
+
 def _check(code: int) -> None:
     if code != lib.MOTE_OK:
-        raise LearnerError(_REASONS.get(code, f"the engine failed with error {code}"))
+        raise _error(code)
 
 
 class MoteLearner:
@@ -213,7 +224,7 @@ class LiteRTLearner:
         if array.size != np.prod(self._shape):
             raise LearnerError(f"the sample has {array.size} features; this model takes {np.prod(self._shape)}")
         if not np.isfinite(array).all():
-            raise LearnerError(_REASONS[lib.MOTE_ERR_ARGUMENT])
+            raise _error(lib.MOTE_ERR_ARGUMENT)
         return array.reshape(self._shape)
 
     def _target(self, y: ArrayLike) -> NDArray[Any]:
@@ -222,16 +233,16 @@ class LiteRTLearner:
             raise LearnerError(f"the target has {target.size} numbers; this model takes {np.prod(self._target_shape)}")
         if not self._classes:
             if not np.isfinite(target).all():
-                raise LearnerError(_REASONS[lib.MOTE_ERR_TARGET])
+                raise _error(lib.MOTE_ERR_TARGET)
             return target.reshape(self._target_shape)
         if target.item() not in range(self._classes):
-            raise LearnerError(_REASONS[lib.MOTE_ERR_TARGET])
+            raise _error(lib.MOTE_ERR_TARGET)
         return np.asarray(target.item(), np.int32)
 
     def learn(self, x: ArrayLike, y: ArrayLike, rate: float) -> float:
         """See Learner."""
         if not np.isfinite(rate):
-            raise LearnerError(_REASONS[lib.MOTE_ERR_ARGUMENT])
+            raise _error(lib.MOTE_ERR_ARGUMENT)
         return self._finite(self._train(x=self._sample(x), y=self._target(y), rates=np.float32(rate) * self._mask))
 
     def infer(self, x: ArrayLike) -> Vector:
@@ -246,7 +257,7 @@ class LiteRTLearner:
     @staticmethod
     def _finite(result: Any) -> float:
         if not np.isfinite(result["loss"]):
-            raise LearnerError(_REASONS[lib.MOTE_ERR_DIVERGED])
+            raise _error(lib.MOTE_ERR_DIVERGED)
         return float(result["loss"])
 
     @property
@@ -272,5 +283,5 @@ class LiteRTLearner:
     @mask.setter
     def mask(self, layers: int) -> None:
         if layers & ~self._trainable:
-            raise LearnerError(_REASONS[lib.MOTE_ERR_FROZEN])
+            raise _error(lib.MOTE_ERR_FROZEN)
         self._mask = np.asarray([layers >> i & 1 for i in range(len(self._mask))], np.float32)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # pip runs this file by itself
 from edge.mote_codegen import DEFINES, generate  # noqa: E402
 
 # What Python sees, in the order of their dependencies.
-HEADERS = ["mote.h", "mote_stream.h", "mote_node.h", "mote_frame.h"]
+HEADERS = ["mote.h", "mote_node.h", "mote_stream.h", "mote_frame.h"]
 # Our own C: clean under STRICT, which the tests build it with.
 SOURCES = ["mote.c", "mote_load.c", "mote_kernels.c", "mote_math.c", "mote_crc.c", "mote_stream.c"]
 SOURCES += ["mote_node.c", "mote_frame.c"]

@@ -335,6 +335,14 @@ def _from_numbers(value: object) -> tuple[Floats, bool]:
     return np.frombuffer(data, "<f2" if half else "<f4").astype(np.float32), half
 
 
+def varint_sizes(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bytes of each value, in 0..2^32-1, as a LEB128 varint."""
+    sizes = np.ones(len(values), np.int64)
+    for bits in (7, 14, 21, 28):
+        sizes += values >= 1 << bits
+    return sizes
+
+
 def _to_gaps(indices: NDArray[np.uint32]) -> bytes:
     gaps = np.diff(np.asarray(indices).astype(np.int64), prepend=-1) - 1
     if gaps.size and gaps.min() < 0:

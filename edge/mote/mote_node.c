@@ -865,7 +865,11 @@ static int next_sample(mote_node_t *n, int query, float **x, float **y)
 
 static void fail_engine(mote_node_t *n, int error)
 {
-    finish(n, error == MOTE_ERR_DIVERGED ? DIVERGED : ENGINE, error);
+    if (error == MOTE_ERR_DIVERGED) {
+        finish(n, DIVERGED, 0);
+    } else {
+        finish(n, ENGINE, error);
+    }
 }
 
 static void learn_one(mote_node_t *n, const mote_phase_t *phase, const float *x, const float *y)

@@ -77,3 +77,20 @@ void mote_stream_next(mote_stream_t *s, int query, float *x, float *y)
     }
     *y = (float)label;
 }
+
+static int source_open(void *context, uint32_t seed)
+{
+    return mote_stream_open(context, seed);
+}
+
+static int source_next(void *context, int query, float *x, float *y)
+{
+    mote_stream_next(context, query, x, y);
+    return 1;
+}
+
+mote_source_t mote_stream_source(mote_stream_t *s)
+{
+    mote_source_t source = {s, source_open, source_next};
+    return source;
+}

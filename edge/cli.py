@@ -1,0 +1,150 @@
+"""The commands of a device: `tinyfleet agent` and `tinyfleet device`."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge import tasks
+from edge.agent import AgentNode, MaskedLearner
+from edge.device import Device, virtual_device
+from edge.errors import UserError
+from edge.learner import LiteRTLearner, MoteLearner
+from edge.node import ENGINE_VERSION
+from edge.program import Program
+from edge.protocol import ProtocolError
+from edge.streams import DatasetStream
+from edge.thing import this_machine, thing_description
+
+BrokerOption = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="The MQTT broker. Default: the running server's, else 127.0.0.1:1883."),
+]
+FleetOption = Annotated[str, typer.Option(help="The fleet to join.")]
+TaskOption = Annotated[str, typer.Option(help=f"What to learn: {', '.join(tasks.NAMES)}.")]
+DataOption = Annotated[Path, typer.Option(help="The folder of a server on this machine, to find its broker.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for each device that is up.")]
+
+
+def broker_address(broker: str | None, data: Path) -> tuple[str, int]:
+    """(host, port) of --broker, of the server whose folder `data` is, or the default. Raises UserError."""
+    if broker is None:
+        running = data / "server.json"
+        broker = "127.0.0.1:1883"
+        if running.exists():
+            try:
+                broker = str(json.loads(running.read_text())["broker"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{running} is damaged; name the broker with --broker HOST:PORT") from error
+    host, _, port = broker.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"'{broker}' is no broker's address; write HOST:PORT, such as 127.0.0.1:1883")
+    return host.strip("[]"), int(port)
+
+
+def device(
+    count: Annotated[int, typer.Option(min=1, help="How many, in this process.")] = 1,
+    first: Annotated[int, typer.Option(min=0, help="The number of the first: it decides which samples it holds.")] = 0,
+    of: Annotated[int | None, typer.Option(min=1, help="The fleet's size. Default: --first + --count.")] = None,
+    name: Annotated[str, typer.Option(help="Devices are called NAME-0, NAME-1, ...")] = "device",
+    task: TaskOption = "digits",
+    broker: BrokerOption = None,
+    fleet: FleetOption = "home",
+    data: DataOption = Path(".tinyfleet"),
+    as_json: JsonOption = False,
+) -> None:
+    """Run virtual microcontrollers: the firmware's C node and engine, natively, until interrupted.
+
+    Each has its own samples, thread and MQTT session.
+
+    \b
+    Examples:
+      tinyfleet device
+      tinyfleet device --count 12 --task omniglot
+      tinyfleet device --broker 192.168.1.5:1883 --first 12 --count 4 --of 16
+    """
+    what = tasks.load(task)
+    host, port = broker_address(broker, data)
+    size = first + count if of is None else of
+    if first + count > size:
+        raise UserError(f"devices {first} to {first + count - 1} are not in a fleet of {size}; raise --of")
+    devices = []
+    try:
+        for i in range(first, first + count):
+            samples = what.client(i, size)
+            devices.append(virtual_device(host, port, fleet, f"{name}-{i}", what.program, samples))
+    except ProtocolError as error:
+        raise UserError(str(error)) from error
+    run(devices, as_json)
+
+
+def agent(
+    name: Annotated[str | None, typer.Option(help="This device's name in the fleet. Default: the host's.")] = None,
+    index: Annotated[int, typer.Option(min=0, help="Which of the task's clients it is: what samples it holds.")] = 0,
+    of: Annotated[int, typer.Option(min=1, help="The fleet's size.")] = 16,
+    tflite: Annotated[
+        Path | None,
+        typer.Option(help="Learn with this .tflite model in TFLite's interpreter, instead of the C engine."),
+    ] = None,
+    task: TaskOption = "digits",
+    broker: BrokerOption = None,
+    fleet: FleetOption = "home",
+    data: DataOption = Path(".tinyfleet"),
+    as_json: JsonOption = False,
+) -> None:
+    """Run this machine as a device that learns, a Raspberry Pi say, until interrupted.
+
+    \b
+    Examples:
+      tinyfleet agent
+      tinyfleet agent --name kitchen --broker 192.168.1.5:1883
+      tinyfleet agent --tflite model.tflite --index 3
+    """
+    what = tasks.load(task)
+    host, port = broker_address(broker, data)
+    if index >= of:
+        raise UserError(f"there is no client {index} in a fleet of {of}; raise --of")
+    id = name or re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:32] or "agent"
+    stream = DatasetStream(what.client(index, of))
+    board = this_machine()
+    engine, version = ("mote", ENGINE_VERSION) if tflite is None else ("tflite", "builtin")
+    arena = board.ram_bytes // 4  # what it may learn in; more than any program asks for
+    td = thing_description(fleet, id, board, engine, version, arena, what.program.model_id)
+
+    def learner(program: Program) -> MaskedLearner:
+        return MoteLearner(program) if tflite is None else LiteRTLearner(tflite)
+
+    def node() -> AgentNode:
+        return AgentNode(fleet, id, td, what.program, stream, learner, adopt_bytes=0 if tflite else 1 << 20)
+
+    try:
+        one = Device(node, host, port, fleet)
+    except ProtocolError as error:
+        raise UserError(str(error)) from error
+    run([one], as_json)
+
+
+def run(devices: list[Device], as_json: bool) -> None:
+    """Runs them until SIGINT or SIGTERM; all say goodbye before this returns."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        for one in devices:
+            one.stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    for one in devices:
+        one.start()
+        up = {"device": one.node.id, "model": one.node.model.hex()}
+        typer.echo(json.dumps(up) if as_json else f"{one.node.id} is up (model {one.node.model.hex()})")
+    for one in devices:
+        while not one.join(0.5):
+            pass
+    if not as_json:
+        typer.echo(f"stopped; {sum(one.node.counters.samples for one in devices)} samples learned from")

@@ -1,0 +1,170 @@
+"""One session with an MQTT 3.1.1 broker, kept up: the only place that knows paho."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.reasoncodes import ReasonCode
+
+from edge.errors import UserError
+
+KEEPALIVE = 30
+"""Seconds of silence after which each side asks whether the other is still there; 1.5 times that, and the broker
+publishes the will."""
+CONNECT_TIMEOUT = 10.0
+RETRY = (1, 10)
+"""Seconds between attempts to reconnect: at first, and at most."""
+
+
+class Session:
+    """Connects on construction, and again whenever the broker is lost, until closed.
+
+    on_message(topic, payload) gets every message. on_connect() is called whenever the session is new, the first time
+    too: nothing is subscribed to then. Without on_connect, what was subscribed to is subscribed to again.
+    will: (topic, payload) that the broker publishes, retained, should this session break.
+
+    With `background`, paho's thread does the talking and calls back; without, `pump` does, in the caller's thread.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        client_id: str,
+        *,
+        on_message: Callable[[str, bytes], None],
+        on_connect: Callable[[], None] | None = None,
+        will: tuple[str, bytes] | None = None,
+        background: bool = True,
+    ) -> None:
+        """Raises UserError if no broker answers there, or if it refuses."""
+        self._where = f"{host}:{port}"
+        self._on_connect = on_connect
+        self._background = background
+        self._filters: dict[str, None] = {}
+        self._last: mqtt.MQTTMessageInfo | None = None
+        self._refusal: str | None = None
+        self._connected = threading.Event()
+        self._closing = threading.Event()
+        self._retry_at, self._retry = 0.0, RETRY[0]
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311)
+        self._client.reconnect_delay_set(*RETRY)
+        self._client.on_socket_open = self._opened
+        self._client.on_connect = self._accepted
+        self._client.on_disconnect = self._lost
+        self._client.on_message = lambda _client, _data, message: on_message(message.topic, bytes(message.payload))
+        if will is not None:
+            self._client.will_set(*will, qos=1, retain=True)
+        try:
+            self._client.connect(host, port, KEEPALIVE)
+        except (OSError, ValueError) as error:
+            raise UserError(self._nobody(str(error))) from error
+        if background:
+            self._client.loop_start()
+        self._wait_until_accepted()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker is there now. If not, what is published waits for it."""
+        return self._connected.is_set()
+
+    def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
+        """Publishes at QoS 1. Does not wait."""
+        self._last = self._client.publish(topic, payload, qos=1, retain=retain)
+
+    def subscribe(self, filter: str) -> None:
+        """Subscribes at QoS 1. Doing so again brings the retained messages again."""
+        self._filters[filter] = None
+        self._client.subscribe(filter, qos=1)
+
+    def unsubscribe(self, filter: str) -> None:
+        self._filters.pop(filter, None)
+        self._client.unsubscribe(filter)
+
+    def pump(self, timeout: float) -> None:
+        """Sends and receives, waiting for at most so many seconds; reconnects when it is time to. Not for a session
+        in the background."""
+        if self._client.socket() is None:
+            now = time.monotonic()
+            if now < self._retry_at:
+                self._closing.wait(min(timeout, self._retry_at - now))
+                return
+            self._retry_at, self._retry = now + self._retry, min(2 * self._retry, RETRY[1])
+            try:
+                self._client.reconnect()
+            except OSError:
+                return
+        self._client.loop(timeout)
+
+    def flush(self, timeout: float) -> bool:
+        """Waits until the broker has what was published last. False if it has not in so many seconds."""
+        end = time.monotonic() + timeout
+        while self._last is not None:
+            try:
+                if self._last.is_published():
+                    return True
+                left = end - time.monotonic()
+                if left <= 0:
+                    return False
+                if self._background:
+                    self._last.wait_for_publish(left)
+                else:
+                    self.pump(min(left, 0.1))
+            except (RuntimeError, ValueError):  # it was published while there was no connection
+                return False
+        return True
+
+    def close(self) -> None:
+        """Says goodbye: the broker drops the will. Does not wait for what was published: flush does."""
+        self._closing.set()
+        self._client.disconnect()
+        if self._background:
+            self._client.loop_stop()
+        else:
+            self._client.loop(0)
+
+    def _wait_until_accepted(self) -> None:
+        end = time.monotonic() + CONNECT_TIMEOUT
+        while not self._connected.is_set() and self._refusal is None:
+            left = end - time.monotonic()
+            if left <= 0:
+                self._refusal = self._nobody("it does not speak MQTT")
+            elif self._background:
+                self._connected.wait(min(left, 0.05))
+            elif self._client.loop(min(left, 0.05)) != mqtt.MQTT_ERR_SUCCESS and self._refusal is None:
+                self._refusal = self._nobody("it closed the connection")
+        if self._refusal is not None:
+            self.close()
+            raise UserError(self._refusal)
+
+    def _nobody(self, reason: str) -> str:
+        return (
+            f"no MQTT broker answers at {self._where} ({reason}); start one with `tinyfleet server`, or name another "
+            "with --broker HOST:PORT"
+        )
+
+    # Called by paho.
+
+    def _opened(self, _client: mqtt.Client, _data: Any, sock: Any) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages, one after the other
+
+    def _accepted(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        if reason.is_failure:
+            self._refusal = f"the MQTT broker at {self._where} refuses this session: {reason}"
+            return
+        self._retry_at, self._retry = 0.0, RETRY[0]
+        self._connected.set()
+        if self._on_connect is not None:
+            self._filters.clear()
+            self._on_connect()
+        for filter in list(self._filters):
+            self._client.subscribe(filter, qos=1)
+
+    def _lost(self, _client: mqtt.Client, _data: Any, _flags: Any, _reason: ReasonCode, _properties: Any) -> None:
+        self._connected.clear()

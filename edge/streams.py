@@ -1,0 +1,78 @@
+"""Where samples come from."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge.tasks import ClientData
+
+Sample = tuple[NDArray[np.float32], float]
+"""Features, and the class."""
+
+MAX_WAYS = 32
+
+
+class Stream(Protocol):
+    """A source of labelled samples for an agent."""
+
+    def open(self, seed: int) -> None:
+        """Starts the task of this seed; a sensor may ignore it. Raises ValueError if there are no samples."""
+        ...
+
+    def next(self, query: bool) -> Sample | None:
+        """The next sample, or None if there is none yet. `query`: one that is never learned from."""
+        ...
+
+
+class DatasetStream:
+    """mote_stream.c in Python: the same seed gives the same task and the same samples, to the bit."""
+
+    def __init__(self, data: ClientData) -> None:
+        """Raises ValueError if the data can't give a task."""
+        sizes = np.diff(data.starts.astype(np.int64))
+        if not 1 <= data.ways <= min(MAX_WAYS, len(sizes)) or sizes.min() < 2 or not np.isfinite(data.scale):
+            raise ValueError(f"{len(sizes)} classes, at least 2 samples each, can't give a task of {data.ways} ways")
+        if data.starts[0] != 0 or data.starts[-1] != len(data.features):
+            raise ValueError("the classes are not all the samples")
+        self._data = data
+        self._scale = np.float32(data.scale)
+        self._random = 1
+        self._chosen: list[int] = []
+
+    def _below(self, n: int) -> int:
+        """0 .. n-1: xorshift32 (Marsaglia 2003), scaled by a product (Lemire 2019)."""
+        r = self._random
+        r ^= r << 13 & 0xFFFFFFFF
+        r ^= r >> 17
+        r ^= r << 5 & 0xFFFFFFFF
+        self._random = r
+        return r * n >> 32
+
+    def open(self, seed: int) -> None:
+        """See Stream."""
+        seed &= 0xFFFFFFFF
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            seed = (seed ^ seed >> shift) * factor & 0xFFFFFFFF
+        self._random = seed or 0x9E3779B9
+        ways, classes = self._data.ways, len(self._data.starts) - 1
+        chosen: list[int] = []
+        for i in range(ways):
+            last = classes - ways + i
+            drawn = self._below(last + 1)
+            chosen.append(last if drawn in chosen else drawn)
+        for i in range(ways - 1, 0, -1):
+            j = self._below(i + 1)
+            chosen[i], chosen[j] = chosen[j], chosen[i]
+        self._chosen = chosen
+
+    def next(self, query: bool) -> Sample:
+        """See Stream; there always is a sample once a task is open."""
+        label = self._below(self._data.ways)
+        first, end = (int(row) for row in self._data.starts[self._chosen[label] : self._chosen[label] + 2])
+        count = end - first
+        kept = 1 if count < 8 else count // 4
+        row = first + count - kept + self._below(kept) if query else first + self._below(count - kept)
+        return self._data.features[row].astype(np.float32) * self._scale, float(label)

@@ -1,0 +1,74 @@
+"""What a device says of itself: a W3C Thing Description 1.1 with TinyFleet's terms."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Board:
+    """What all devices of one kind have in common. clock_hz None: not known."""
+
+    id: str
+    title: str
+    mcu: str
+    clock_hz: int | None
+    ram_bytes: int
+    flash_bytes: int
+    sensors: tuple[str, ...] = field(default=())
+
+
+VIRTUAL = Board("virtual", "Virtual microcontroller", "host", None, 262_144, 1_048_576, ("replay",))
+"""Stands for the board of a virtual device: the RAM and flash of a common Cortex-M4F."""
+
+
+def this_machine() -> Board:
+    """The machine that this process runs on, as a board: its model where it names one (a Raspberry Pi does)."""
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    disk = os.statvfs("/")
+    flash = disk.f_frsize * disk.f_blocks
+    model = Path("/proc/device-tree/model")
+    title = model.read_text(errors="replace").strip("\0 \n") if model.exists() else ""
+    if not title:
+        title = f"{platform.system()} {platform.machine()}, {-(-ram // 2**30)} GiB"
+    name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    return Board(name[:64].strip("-") or "machine", title[:200], platform.machine() or "unknown", None, ram, flash)
+
+
+def thing_description(
+    fleet: str, id: str, board: Board, engine: str, engine_version: str, arena_bytes: int, model: bytes
+) -> dict[str, Any]:
+    """The description as JSON-LD. `arena_bytes` is the memory there is to learn in; `model` the built-in program's id.
+
+    What is not known is left out, never 0.
+    """
+    described: dict[str, Any] = {
+        "@id": f"https://w3id.org/tinyfleet/board/{board.id}",
+        "@type": "tf:Board",
+        "title": board.title,
+        "tf:mcu": board.mcu,
+        "tf:clockHz": board.clock_hz,
+        "tf:ramBytes": board.ram_bytes,
+        "tf:flashBytes": board.flash_bytes,
+        "tf:sensor": list(board.sensors) or None,
+    }
+    return {
+        "@context": ["https://www.w3.org/2022/wot/td/v1.1", {"tf": "https://w3id.org/tinyfleet#"}],
+        "id": f"urn:tinyfleet:{fleet}:{id}",
+        "@type": ["Thing", "tf:Device"],
+        "title": id,
+        "securityDefinitions": {"nosec_sc": {"scheme": "nosec"}},
+        "security": ["nosec_sc"],
+        "tf:fleet": fleet,
+        "tf:deviceId": id,
+        "tf:board": {key: value for key, value in described.items() if value is not None},
+        "tf:engine": engine,
+        "tf:engineVersion": engine_version,
+        "tf:arenaBytes": arena_bytes,
+        "tf:model": {"@id": f"urn:tinyfleet:model:{model.hex()}"},
+    }
