@@ -20,7 +20,7 @@ from edge.node import ENGINE_VERSION
 from edge.program import Program
 from edge.protocol import ProtocolError
 from edge.streams import DatasetStream
-from edge.thing import this_machine, thing_description
+from edge.thing import thing_description, this_machine
 
 BrokerOption = Annotated[
     str | None,
