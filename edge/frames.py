@@ -4,43 +4,36 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from enum import IntEnum
 from typing import NamedTuple
 
-from cobs import cobs
+from cobs import cobs  # type: ignore[import-untyped]
 
 MAX_FRAME = 65_536
 """Bytes of the largest frame that a reader takes; longer ones are dropped."""
 
 
-class FrameKind(IntEnum):
-    """What a frame carries. The first four a device sends; HELLO both send."""
-
-    PUBLISH = 1
-    PUBLISH_RETAINED = 2
-    SUBSCRIBE = 3
-    UNSUBSCRIBE = 4
-    HELLO = 16
-    CONNECTED = 17
-    MESSAGE = 18
+# What a frame carries. A device sends the first five; a gateway HELLO, CONNECTED and MESSAGE.
+PUBLISH, PUBLISH_RETAINED, SUBSCRIBE, UNSUBSCRIBE = 1, 2, 3, 4
+HELLO, CONNECTED, MESSAGE = 16, 17, 18
 
 
 class Frame(NamedTuple):
     kind: int
-    topic: str
-    payload: bytes
+    topic: str = ""
+    payload: bytes = b""
 
 
-def encode_frame(kind: int, topic: str = "", payload: bytes = b"") -> bytes:
+def encode(frame: Frame) -> bytes:
     """The frame's bytes, delimiters included. Raises ValueError if the topic is longer than 255 bytes."""
-    name = topic.encode()
+    name = frame.topic.encode()
     if len(name) > 255:
         raise ValueError(f"a topic of {len(name)} bytes does not fit a frame; 255 do")
-    body = bytes((kind, len(name))) + name + payload
-    return b"\0" + cobs.encode(body + zlib.crc32(body).to_bytes(4, "little")) + b"\0"
+    body = bytes((frame.kind, len(name))) + name + frame.payload
+    coded: bytes = cobs.encode(body + zlib.crc32(body).to_bytes(4, "little"))
+    return b"\0" + coded + b"\0"
 
 
-class FrameReader:
+class Reader:
     """Finds the frames in what a serial line brings, in pieces of any size. `dropped` counts the damaged ones."""
 
     def __init__(self, max_frame: int = MAX_FRAME) -> None:
@@ -74,7 +67,7 @@ class FrameReader:
 
 def _decode(data: bytes) -> Frame | None:
     try:
-        body = cobs.decode(data)
+        body: bytes = cobs.decode(data)
         size = len(body) - 4
         if size < 2 or size < 2 + body[1] or zlib.crc32(body[:size]) != int.from_bytes(body[size:], "little"):
             return None
