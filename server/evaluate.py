@@ -11,8 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.learner import MoteLearner
-from edge.protocol import Phase
+from edge.protocol import ALL_LAYERS, Phase
 from edge.tasks import Episode, Task
+
+Draw = Callable[[int, int, int], Episode]
+"""(seed, shots, queries a class) -> a task."""
+
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""That `one_pass` tries."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ def few_shot(
     episodes: int = 100,
     queries: int = 15,
     seed: int = 0,
-    draw: Callable[[int, int, int], Episode] | None = None,
+    draw: Draw | None = None,
 ) -> Score:
     """Adapts `start` (the program's parameter vector) to each of `episodes` tasks through the phases, and scores it.
 
@@ -67,6 +73,21 @@ def few_shot(
         answers = [int(np.argmax(learner.infer(x))) for x in episode.query_x]
         accuracies[e] = np.mean(np.asarray(answers) == episode.query_y)
     return Score(shots, accuracies)
+
+
+def one_pass(
+    task: Task, start: NDArray[np.float32], *, shots: int, episodes: int = 200, queries: int = 10, seed: int = 0
+) -> Score:
+    """Adapts once through the K samples a class, all layers, at the rate that is best for this start on validation
+    tasks: what a start is worth to a device that cannot keep its samples."""
+    steps = shots * task.ways
+
+    def at(rate: float, count: int, draw: Draw, seed: int) -> Score:
+        phases = [Phase(ALL_LAYERS, steps, rate)]
+        return few_shot(task, start, phases, shots=shots, episodes=count, queries=queries, seed=seed, draw=draw)
+
+    best = max(RATES, key=lambda rate: at(rate, 50, task.validation, seed + 1).mean)
+    return at(best, episodes, task.held_out, seed)
 
 
 def _endless(count: int, random: np.random.Generator) -> Iterator[int]:

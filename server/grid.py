@@ -18,17 +18,17 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from edge.client_app import patched, the_records, to_metrics, to_record, to_vector
 from edge.program import Program
 from edge.protocol import (
     Dense,
     Done,
     Failed,
     Kind,
-    Metrics,
     Plan,
     ProtocolError,
     Sparse,
@@ -230,7 +230,7 @@ class MqttGrid(Grid):
         broadcasts: dict[bytes, tuple[int, _Broadcast]] = {}
         message_ids = []
         for message, work in asked:
-            record = next(iter(message.content.array_records.values()))
+            record, _ = the_records(message)
             digest = hashlib.sha256(b"".join(key.encode() + array.data for key, array in record.items())).digest()
             if digest not in broadcasts:
                 broadcasts[digest] = self._broadcast(record, work.server_round)
@@ -290,7 +290,7 @@ class MqttGrid(Grid):
     def _broadcast(self, record: ArrayRecord, server_round: int) -> tuple[int, _Broadcast]:
         """Publishes the weights under a round number of the wire's own, which only ever rises: a Flower round may send
         two sets of weights, one to train and one to evaluate."""
-        vector = self._flatten(record)
+        vector = to_vector(record, self.program)
         number = next(self._rounds)
         run = self._run.run_id & 0xFFFFFFFF
         payloads = enumerate(chunks(vector.astype("<f4").tobytes()))
@@ -332,15 +332,12 @@ class MqttGrid(Grid):
 
     def _plan(self, message: Message) -> _Plan:
         """What a message asks for. Raises ValueError if it is not something that a device can be asked."""
-        arrays, configs = message.content.array_records, message.content.config_records
-        if len(arrays) != 1 or len(configs) != 1:
-            raise ValueError("a message to a device carries one ArrayRecord and one ConfigRecord")
-        self._flatten(next(iter(arrays.values())))
+        arrays, config = the_records(message)
+        to_vector(arrays, self.program)
         try:
             device = self.device(message.metadata.dst_node_id)
         except KeyError:
             raise ValueError(f"no device has the node id {message.metadata.dst_node_id}") from None
-        config = next(iter(configs.values()))
         kind: Kind = "evaluate" if message.metadata.message_type.startswith(MessageType.EVALUATE) else "train"
         value = config.get("server-round", 0)
         return _Plan(device, kind, plan_from_config(config, kind), value if isinstance(value, int) else 0)
@@ -486,38 +483,16 @@ class MqttGrid(Grid):
         assert metrics is not None  # _fits saw to it
         if job.work.update is not None and all(part.update is None for part in parts):
             return self._fail(job, NODE_FAILED, "replied without an update")
-        vector = job.broadcast.vector.copy()
-        for part in parts:
-            match part.update:
-                case Dense(offset=offset, values=values):
-                    vector[offset : offset + len(values)] = values
-                case Sparse(indices=indices, changes=changes):
-                    vector[indices] = job.broadcast.vector[indices] + changes
+        vector = patched(job.broadcast.vector, parts)
         numbers = [metrics.loss, metrics.query_loss]
         if not (np.isfinite(vector).all() and np.isfinite(numbers).all()):
             return self._fail(job, NODE_FAILED, "replied with numbers that are not finite")
-        content = RecordDict({"metrics": self._metrics(job, metrics)})
+        size = sum(len(payload) for _, payload in job.parts.values())
+        content = RecordDict({"metrics": to_metrics(metrics, job.work.kind, size, self.program)})
         if job.work.kind == "train":
-            content["arrays"] = self._unflatten(vector, job.broadcast.record)
+            content["arrays"] = to_record(vector, self.program, job.broadcast.record)
         job.reply = Message(content, reply_to=job.message)
         self._close_job(job, Event("replied", job.server_round, job.device, metrics=content.metric_records["metrics"]))
-
-    def _metrics(self, job: _Job, metrics: Metrics) -> MetricRecord:
-        """Unknown is absent: no loss without a sample, no accuracy without a query."""
-        record = MetricRecord(
-            {
-                "num-examples": metrics.samples if job.work.kind == "train" else metrics.queried,
-                "bytes-up": sum(len(payload) for _, payload in job.parts.values()),
-                "bytes-dense": 4 * self.program.n_params,
-                "arena-bytes": metrics.arena_bytes,
-            }
-        )
-        if metrics.samples:
-            record["loss"] = metrics.loss
-        if metrics.queried:
-            record["accuracy"] = metrics.correct / metrics.queried
-            record["query-loss"] = metrics.query_loss
-        return record
 
     def _fail(self, job: _Job, code: int, reason: str) -> None:
         if job.reply is None:
@@ -536,24 +511,6 @@ class MqttGrid(Grid):
         if self._on_event is not None:
             for event in events:
                 self._on_event(event)
-
-    # Arrays
-
-    def _flatten(self, record: ArrayRecord) -> Vector:
-        """One vector in the program's order; arrays that do not have the program's names are taken as they come."""
-        names = [name for name, _ in self.program.parameters]
-        keys = names if set(names) == set(record) else list(record)
-        shapes = [tuple(record[key].shape) for key in keys]
-        expected = [tuple(shape) for _, shape in self.program.parameters]
-        if shapes != expected:
-            raise ValueError(f"the arrays' shapes {shapes} are not the program's {expected}")
-        return np.concatenate([record[key].numpy().astype(np.float32).ravel() for key in keys])
-
-    def _unflatten(self, vector: Vector, like: ArrayRecord) -> ArrayRecord:
-        arrays = self.program.split(vector)
-        keys = list(arrays) if set(arrays) == set(like) else list(like)
-        by_key = dict(zip(keys, arrays.values(), strict=True))
-        return ArrayRecord({key: Array(np.ascontiguousarray(by_key[key])) for key in like})
 
 
 class CompositeGrid(Grid):

@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 
 import flwr.serverapp.strategy as flower_strategies
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg, Strategy
 from numpy.typing import NDArray
 
+from edge.client_app import to_record, to_vector
 from edge.errors import UserError
 from edge.program import Program
 from edge.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
@@ -227,7 +228,6 @@ def run(
     program, sparql = task.program, query or library.text("clients")
     model = describe.put_model(store, describe.from_program(program, task.name))
     vector = first_parameters(program, how, seed) if start is None else np.asarray(start, np.float32)
-    record = ArrayRecord({key: Array(array) for key, array in program.split(vector).items()})
     asked: list[str] = []
     parts: list[Part] = []
     lost: dict[str, str] = {}
@@ -258,7 +258,7 @@ def run(
             if server_round == 0:
                 return None
             now = datetime.now(UTC)
-            learned = program.join({key: array.numpy() for key, array in arrays.items()})
+            learned = to_vector(arrays, program)
             this = Round(
                 number=server_round,
                 asked=len(asked),
@@ -290,7 +290,12 @@ def run(
             return None
 
         how.strategy.start(
-            grid, record, rounds, timeout, train_config=ConfigRecord(dict(how.train_config)), evaluate_fn=close
+            grid,
+            to_record(vector, program),
+            rounds,
+            timeout,
+            train_config=ConfigRecord(dict(how.train_config)),
+            evaluate_fn=close,
         )
         lineage.end(number)
     return Outcome(number, newest, done)

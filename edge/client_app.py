@@ -1,0 +1,157 @@
+"""The Flower ClientApp: a device on Flower's own transport, be it a Raspberry Pi with a SuperNode or simulated.
+
+It is the C node itself, with the message carried to it in memory: what is asked and answered is the same, to the bit,
+as over MQTT. The node config says which part of the data it holds: partition-id, of num-partitions.
+
+Also how Flower's records and the wire's messages map to each other, for both transports. The only file in edge that
+imports Flower.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+
+from edge import tasks
+from edge.node import MoteNode, Publish
+from edge.program import Program
+from edge.protocol import (
+    Dense,
+    Done,
+    Failed,
+    Kind,
+    Metrics,
+    Sparse,
+    Topics,
+    Work,
+    chunks,
+    decode_did,
+    encode,
+    plan_from_config,
+)
+
+Vector = NDArray[np.float32]
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Learns what the message's config asks for, and replies with the parameters and metrics."""
+    return _serve(message, context, "train")
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The same, and replies with metrics alone."""
+    return _serve(message, context, "evaluate")
+
+
+def _serve(message: Message, context: Context, kind: Kind) -> Message:
+    """Raises RuntimeError if the node fails; Flower sends the server an error then."""
+    task = _task(str(context.run_config["task"]))
+    index, of = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    arrays, config = the_records(message)
+    start = to_vector(arrays, task.program)
+    plan = plan_from_config(config, kind)
+    work = Work(1, kind, 1, 1, task.program.model_id, plan.seed, plan.phases, plan.query, plan.update)
+    node = MoteNode(
+        "flower", "node", {}, task.program, task.client(index, of), arena_bytes=task.program.arena_bytes, adopt_bytes=0
+    )
+    parts = _run(node, work, start)
+    metrics = parts[0].metrics
+    assert metrics is not None  # the node's first part has them
+    content = RecordDict()
+    size = 0
+    if kind == "train":
+        content["arrays"] = reply = to_record(patched(start, parts), task.program, arrays)
+        size = sum(len(array.data) for array in reply.values())  # Flower's own transport is always dense
+    content["metrics"] = to_metrics(metrics, kind, size, task.program)
+    return Message(content, reply_to=message)
+
+
+_task = lru_cache(tasks.load)  # a process serves many messages
+
+
+def _run(node: MoteNode, work: Work, start: Vector) -> list[Done]:
+    """Carries one piece of work to the node, and its reply back."""
+    topics = Topics("flower")
+    node.receive(topics.do(node.id), encode(work))
+    list(node.poll())
+    for n, chunk in enumerate(chunks(start.astype("<f4").tobytes())):
+        node.receive(topics.weights(work.run, work.round, n), chunk)
+    while node.step():
+        pass
+    replies = [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.did(node.id)]
+    parts = []
+    for did in map(decode_did, replies):
+        if isinstance(did, Failed):
+            raise RuntimeError(f"the node failed: {did.error.name.lower()} ({did.detail})")
+        parts.append(did)
+    return parts
+
+
+# Records
+
+
+def the_records(message: Message) -> tuple[ArrayRecord, ConfigRecord]:
+    """The message's one ArrayRecord and one ConfigRecord. ValueError if it has not just these."""
+    arrays, configs = message.content.array_records, message.content.config_records
+    if len(arrays) != 1 or len(configs) != 1:
+        raise ValueError("a message to a device carries one ArrayRecord and one ConfigRecord")
+    return next(iter(arrays.values())), next(iter(configs.values()))
+
+
+def to_vector(record: ArrayRecord, program: Program) -> Vector:
+    """The parameters as one vector; arrays that do not have the program's names are taken in their order. ValueError
+    if their shapes are not the program's."""
+    keys = _keys(record, program)
+    shapes, expected = [tuple(record[key].shape) for key in keys], [shape for _, shape in program.parameters]
+    if shapes != expected:
+        raise ValueError(f"the arrays' shapes {shapes} are not the program's {expected}")
+    return np.concatenate([record[key].numpy().astype(np.float32).ravel() for key in keys])
+
+
+def to_record(vector: Vector, program: Program, like: ArrayRecord | None = None) -> ArrayRecord:
+    """The vector as arrays, under the names and in the order of `like`; by default, of the program."""
+    arrays = program.split(vector)
+    by_key = arrays if like is None else dict(zip(_keys(like, program), arrays.values(), strict=True))
+    return ArrayRecord({key: Array(np.ascontiguousarray(by_key[key])) for key in like or by_key})
+
+
+def _keys(record: ArrayRecord, program: Program) -> list[str]:
+    names = [name for name, _ in program.parameters]
+    return names if set(names) == set(record) else list(record)
+
+
+def to_metrics(metrics: Metrics, kind: Kind, bytes_up: int, program: Program) -> MetricRecord:
+    """A reply's metrics. Unknown is absent: no loss without a sample, no accuracy without a query."""
+    record = MetricRecord(
+        {
+            "num-examples": metrics.samples if kind == "train" else metrics.queried,
+            "bytes-up": bytes_up,
+            "bytes-dense": 4 * program.n_params,
+            "arena-bytes": metrics.arena_bytes,
+        }
+    )
+    if metrics.samples:
+        record["loss"] = metrics.loss
+    if metrics.queried:
+        record["accuracy"] = metrics.correct / metrics.queried
+        record["query-loss"] = metrics.query_loss
+    return record
+
+
+def patched(start: Vector, parts: Iterable[Done]) -> Vector:
+    """What a reply's parts make of the vector that was sent; what they do not mention stays as it was."""
+    vector = start.copy()
+    for part in parts:
+        match part.update:
+            case Dense(offset=offset, values=values):
+                vector[offset : offset + len(values)] = values
+            case Sparse(indices=indices, changes=changes):
+                vector[indices] = start[indices] + changes
+    return vector

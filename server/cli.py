@@ -1,0 +1,174 @@
+"""The commands of the server: `tinyfleet server` and `tinyfleet run`."""
+
+import json
+import logging
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+
+from edge import tasks
+from edge.cli import BrokerOption, DataOption, TaskOption, broker_address
+from edge.errors import UserError
+from ontology import library
+from ontology.store import RemoteStore
+
+FleetOption = Annotated[str, typer.Option(help="The fleet's name.")]
+
+SHOTS = (1, 5, 10)
+
+
+def server(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the broker to start; 0: a free one.")] = 1883,
+    broker: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Use this broker instead of starting one.")
+    ] = None,
+    endpoint_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the SPARQL endpoint, on loopback; 0: a free one.")
+    ] = 0,
+    fleet: FleetOption = "home",
+    data: Annotated[Path, typer.Option(help="Folder of the graph, and of what others need to find the server.")] = Path(
+        ".tinyfleet"
+    ),
+) -> None:
+    """Run the fleet's server: broker, registry, knowledge graph, SPARQL endpoint; until interrupted.
+
+    \b
+    Examples:
+      tinyfleet server
+      tinyfleet server --port 0 --fleet greenhouse --data /var/lib/tinyfleet
+      tinyfleet server --broker 192.168.1.5:1883
+    """
+    from server.serve import FleetServer
+
+    stopped = threading.Event()
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        stopped.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    given = None if broker is None else broker_address(broker, data)
+    logging.getLogger("ontology.registry").setLevel(logging.ERROR)  # refusals are news, below
+    with FleetServer(
+        data, fleet, broker=given, port=port, endpoint_port=endpoint_port, on_news=lambda line: typer.echo(line)
+    ) as running:
+        typer.echo(f"broker:   {running.broker_kind} on {running.broker[0]}:{running.broker[1]}")
+        typer.echo(f"endpoint: {running.endpoint}")
+        typer.echo(f"ready: fleet '{fleet}', data in {data}")
+        while not stopped.wait(1.0):  # a wait without end would not let signals through everywhere
+            pass
+    typer.echo("stopped")
+
+
+def run(
+    strategy: Annotated[
+        str, typer.Option(help="tinymetafed, tinyreptile, reptile, or one of Flower's, such as fedavg or krum.")
+    ] = "tinymetafed",
+    task: TaskOption = "digits",
+    rounds: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
+    clients: Annotated[int, typer.Option(min=1, help="Devices a round, where the strategy lets one choose.")] = 5,
+    select: Annotated[
+        str, typer.Option(help="Who may take part: a SPARQL file with a column ?id, or a query of the library.")
+    ] = "clients",
+    start: Annotated[
+        Path | None, typer.Option(help="Parameters to begin with (.npz, as --out writes them). Default: random.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the learned parameters (.npz).")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a round may take.")] = 60.0,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for that many devices, at first.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Of the first parameters, the tasks and the choice of devices.")] = 0,
+    broker: BrokerOption = None,
+    fleet: FleetOption = "home",
+    data: DataOption = Path(".tinyfleet"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each round, and one more.")] = False,
+) -> None:
+    """Run rounds of federated (meta-)learning on the devices that a query selects, with the running server's graph.
+
+    \b
+    Examples:
+      tinyfleet run
+      tinyfleet run --strategy fedavg --rounds 10 --clients 8
+      tinyfleet run --select my-clients.rq --out start.npz
+    """
+    from server import show
+    from server.evaluate import one_pass
+    from server.flower import log_level
+    from server.run import Round, method
+    from server.run import run as run_rounds
+    from server.serve import find
+
+    log_level(logging.ERROR)  # the rounds are shown below
+    what = tasks.load(task)
+    how = method(strategy, what, rounds=rounds, clients=clients, seed=seed)
+    begin = None if start is None else _parameters(start, what.program.n_params)
+    found = find(data)
+    if "endpoint" not in found:
+        raise UserError(f"no server runs on {data}; start one with `tinyfleet server --data {data}`")
+    sparql = _query(select)
+    console = Console(highlight=False, quiet=as_json)
+
+    def report(this: Round) -> None:
+        line = {
+            "round": this.number, "asked": this.asked, "clients": [part.device for part in this.parts],
+            "lost": dict(this.lost), "loss": this.loss, "accuracy": this.accuracy, "bytes-up": this.bytes_up,
+            "bytes-down": this.bytes_down, "seconds": round(this.seconds, 3),
+        }  # fmt: skip
+        typer.echo(json.dumps(line))
+
+    with RemoteStore(found["endpoint"], found.get("token")) as store, show.Rounds(console, how.name, rounds) as bar:
+        outcome = run_rounds(
+            what,
+            how,
+            broker=broker_address(broker, data),
+            fleet=fleet,
+            store=store,
+            rounds=rounds,
+            query=sparql,
+            start=begin,
+            seed=seed,
+            clients=clients,
+            wait=wait,
+            timeout=timeout,
+            on_round=report if as_json else bar,
+        )
+    if out is not None:
+        np.savez(out, **what.program.split(outcome.parameters))
+    scores = {}
+    for name, parameters in (("learned", outcome.parameters), ("random", what.program.initial(seed))):
+        scores[name] = [one_pass(what, parameters, shots=k, seed=seed) for k in SHOTS]
+    if as_json:
+        means = {name: {str(s.shots): s.mean for s in row} for name, row in scores.items()}
+        typer.echo(json.dumps({"run": outcome.run, "accuracy-by-shots": means}))
+    else:
+        console.print(show.scores(scores))
+        console.print(f"run {outcome.run}; its lineage: tinyfleet query lineage --data {data}")
+
+
+def _query(select: str) -> str:
+    path = Path(select)
+    if not path.is_file():
+        return library.text(select)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{select} cannot be read ({error}); give a file with a SPARQL query") from None
+
+
+def _parameters(path: Path, count: int) -> NDArray[np.float32]:
+    try:
+        with np.load(path) as arrays:
+            vector: NDArray[np.float32] = np.concatenate(
+                [np.asarray(arrays[name], np.float32).ravel() for name in arrays.files]
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} has no parameters ({error}); give a file that `tinyfleet run --out` wrote") from None
+    if len(vector) != count:
+        raise UserError(f"{path} has {len(vector)} parameters and the model {count}; give a file of the same task")
+    return vector
