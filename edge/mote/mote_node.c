@@ -109,7 +109,7 @@ static const char *program_filter(mote_node_t *n, const uint8_t model[8])
 static const char *match_filter(const char *filter, const char *topic, size_t *size)
 {
     size_t prefix = strlen(filter) - 1;
-    if (*size <= prefix || memcmp(topic, filter, prefix) != 0) {
+    if (*size < prefix || memcmp(topic, filter, prefix) != 0) {
         return NULL;
     }
     *size -= prefix;

@@ -1,0 +1,508 @@
+"""The device node: the C one and the Python agent's do the same, whatever the network does to the messages."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edge.agent import AgentNode
+from edge.errors import UserError
+from edge.learner import MoteLearner
+from edge.node import Counters, MoteNode, Node, Out, Publish, Reboot, Subscribe, Unsubscribe
+from edge.program import Dense as DenseLayer
+from edge.program import Program, ReLU, build
+from edge.protocol import (
+    ALL_LAYERS,
+    Adopt,
+    Dense,
+    Did,
+    Done,
+    ErrorCode,
+    Failed,
+    Phase,
+    ProtocolError,
+    Sparse,
+    Topics,
+    UpdateFormat,
+    Work,
+    chunks,
+    decode_did,
+    decode_status,
+    encode,
+)
+from edge.protocol import Reboot as RebootOrder
+from edge.streams import DatasetStream
+from edge.tasks import ClientData
+
+FLEET, ID = "home", "one"
+TOPICS = Topics(FLEET)
+PROGRAM = build([DenseLayer(40), ReLU(), DenseLayer(3)], (6,), "softmax_cross_entropy")
+HEAD_ONLY = build(
+    [DenseLayer(40), ReLU(), DenseLayer(3)],
+    (6,),
+    "softmax_cross_entropy",
+    trainable=[1],
+    weights={"dense_0/weights": np.ones((40, 6), np.float32), "dense_0/bias": np.zeros(40, np.float32)},
+)
+WEIGHTS = PROGRAM.initial(3)
+
+
+def samples() -> ClientData:
+    random = np.random.default_rng(0)
+    return ClientData.of([random.integers(0, 255, (12, 6), np.uint8) for _ in range(5)], 1 / 255, 3)
+
+
+DATA = samples()
+Make = Callable[..., Node]
+
+
+def mote(program: Program = PROGRAM, **options: Any) -> Node:
+    return MoteNode(FLEET, ID, {"title": ID}, program, DATA, **options)
+
+
+def agent(program: Program = PROGRAM, **options: Any) -> Node:
+    return AgentNode(FLEET, ID, {"title": ID}, program, DatasetStream(DATA), MoteLearner, **options)
+
+
+both = pytest.mark.parametrize("make", [mote, agent])
+
+
+def work(id: int = 7, round: int = 1, **fields: Any) -> Work:
+    defaults: dict[str, Any] = {
+        "kind": "train",
+        "run": 5,
+        "model": PROGRAM.model_id,
+        "seed": 11,
+        "phases": (Phase(ALL_LAYERS, 20, 0.1),),
+        "query": 10,
+        "update": UpdateFormat(),
+    }
+    return Work(id=id, round=round, **(defaults | fields))
+
+
+def broadcast(order: Work, vector: NDArray[np.float32] = WEIGHTS) -> list[tuple[str, bytes]]:
+    """The round's retained messages."""
+    payloads = chunks(vector.astype("<f4").tobytes())
+    return [(TOPICS.weights(order.run, order.round, i), payload) for i, payload in enumerate(payloads)]
+
+
+def carried(program: Program) -> list[tuple[str, bytes]]:
+    return [(TOPICS.program(program.model_id, i), payload) for i, payload in enumerate(chunks(program.data))]
+
+
+def do(node: Node, order: Any) -> list[Out]:
+    node.receive(TOPICS.do(ID), encode(order))
+    return list(node.poll())
+
+
+def deliver(node: Node, messages: Iterable[tuple[str, bytes]]) -> list[Out]:
+    """Hands the messages over and lets the node work until it rests."""
+    outs: list[Out] = []
+    for topic, payload in messages:
+        node.receive(topic, payload)
+        outs += node.poll()
+    while node.step():
+        outs += node.poll()
+    return outs + list(node.poll())
+
+
+def replies(outs: Iterable[Out]) -> list[Did]:
+    return [decode_did(o.payload) for o in outs if isinstance(o, Publish) and o.topic == TOPICS.did(ID)]
+
+
+def serve(node: Node, order: Work, vector: NDArray[np.float32] = WEIGHTS) -> list[Done]:
+    """The replies to an order on a network that loses nothing."""
+    assert Subscribe(TOPICS.weights(order.run, order.round)) in do(node, order)
+    done = [did for did in replies(deliver(node, broadcast(order, vector))) if isinstance(did, Done)]
+    assert [d.part for d in done] == list(range(len(done))) and {d.parts for d in done} == {len(done)}
+    return done
+
+
+def expected(order: Work, vector: NDArray[np.float32] = WEIGHTS) -> tuple[MoteLearner, np.float32, np.float32, int]:
+    """The learner after the order's phases; the mean loss; the queries' mean loss, and how many were right."""
+    learner = MoteLearner(PROGRAM)
+    learner.set_parameters(vector)
+    stream = DatasetStream(DATA)
+    stream.open(order.seed)
+    loss = query_loss = np.float32(0)
+    correct = 0
+    for phase in order.phases:
+        learner.mask = 3 if phase.layers == ALL_LAYERS else phase.layers
+        for _ in range(phase.steps):
+            loss += np.float32(learner.learn(*stream.next(False), phase.rate))
+    for _ in range(order.query):
+        x, y = stream.next(True)
+        query_loss += np.float32(learner.loss(x, y))
+        correct += int(np.argmax(learner.infer(x))) == y
+    steps = sum(phase.steps for phase in order.phases)
+    return learner, loss / np.float32(max(steps, 1)), query_loss / np.float32(max(order.query, 1)), correct
+
+
+def dense(done: Iterable[Done]) -> NDArray[np.float32]:
+    """The vector that a dense reply's parts give, NaN where they give nothing."""
+    vector = np.full(PROGRAM.n_params, np.nan, np.float32)
+    for d in done:
+        assert isinstance(d.update, Dense)
+        vector[d.update.offset : d.update.offset + len(d.update.values)] = d.update.values
+    return vector
+
+
+def test_topics_are_checked_for_names() -> None:
+    for name in ("", "a/b", "x" * 33, "+", "ä"):
+        with pytest.raises(ProtocolError):
+            Topics(name)
+    with pytest.raises(ProtocolError):
+        MoteNode(FLEET, "a#b", {}, PROGRAM, DATA)
+
+
+def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
+    with pytest.raises(UserError, match=f"needs {PROGRAM.arena_bytes} bytes"):
+        mote(arena_bytes=PROGRAM.arena_bytes - 4)
+    with pytest.raises(UserError, match="6 features"):
+        mote(build([DenseLayer(3)], (7,), "softmax_cross_entropy"))
+
+
+@both
+def test_a_new_session_is_announced(make: Make) -> None:
+    node = make()
+    assert list(node.poll()) == []
+    node.connected()
+    subscribe, td, status = node.poll()
+    assert subscribe == Subscribe(TOPICS.do(ID))
+    assert td == Publish(TOPICS.td(ID), b'{"title": "one"}', True)
+    assert isinstance(status, Publish) and status.retain and status.topic == TOPICS.status(ID)
+    assert decode_status(status.payload).online and decode_status(status.payload).model == PROGRAM.model_id
+    will = node.will()
+    assert will.topic == TOPICS.status(ID) and will.retain and not decode_status(will.payload).online
+
+
+@both
+def test_training_gives_the_engines_numbers(make: Make) -> None:
+    order = work(phases=(Phase(2, 15, 0.2), Phase(ALL_LAYERS, 25, 0.05)))
+    (done,) = serve(make(), order)
+    learner, loss, query_loss, correct = expected(order)
+    assert np.array_equal(dense([done]), learner.parameters)
+    m = done.metrics
+    assert m is not None and (m.samples, m.queried, m.correct) == (40, 10, correct)
+    assert (m.loss, m.query_loss, m.arena_bytes) == (float(loss), float(query_loss), PROGRAM.arena_bytes)
+
+
+@both
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("out_bytes", [256, 8192])
+def test_dense_replies(make: Make, half: bool, out_bytes: int) -> None:
+    """In one part or in many; all layers or only the shared."""
+    node = make(out_bytes=out_bytes)
+    wanted = expected(work())[0].parameters
+    wanted = wanted.astype(np.float16).astype(np.float32) if half else wanted
+    done = serve(node, work(update=UpdateFormat(half=half)))
+    assert (len(done) > 1) == (out_bytes == 256)
+    assert np.array_equal(dense(done), wanted)
+    assert done[0].metrics is not None and all(d.metrics is None for d in done[1:])
+    shared = serve(node, work(id=8, update=UpdateFormat(shared=1, half=half)))
+    assert np.array_equal(dense(shared)[:280], wanted[:280]) and np.isnan(dense(shared)[280:]).all()
+    (nothing,) = serve(node, work(id=9, update=UpdateFormat(shared=0, half=half)))
+    assert isinstance(nothing.update, Dense) and len(nothing.update.values) == 0
+
+
+@both
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("out_bytes", [256, 8192])
+@pytest.mark.parametrize("top", [0.001, 0.3, 0.999])
+def test_sparse_replies(make: Make, half: bool, out_bytes: int, top: float) -> None:
+    """Exactly the share asked for, of the largest changes."""
+    node = make(out_bytes=out_bytes)
+    changes = expected(work())[0].parameters - WEIGHTS
+    for id, shared, part in ((7, ALL_LAYERS, slice(0, PROGRAM.n_params)), (8, 2, slice(280, PROGRAM.n_params))):
+        own = np.zeros_like(changes)
+        own[part] = changes[part]
+        k = int(np.ceil(np.float32(top) * np.float32(len(changes[part]))))
+        chosen = np.argsort(-np.abs(own), kind="stable")[:k]
+        wanted = np.sort(chosen[own[chosen] != 0])
+        updates = [d.update for d in serve(node, work(id=id, update=UpdateFormat(shared, half, top)))]
+        got = [u for u in updates if isinstance(u, Sparse)]
+        assert len(got) == len(updates)
+        assert np.array_equal(np.concatenate([u.indices for u in got]), wanted)
+        values = own[wanted].astype(np.float16).astype(np.float32) if half else own[wanted]
+        assert np.array_equal(np.concatenate([u.changes for u in got]), values)
+
+
+@both
+def test_equal_changes_are_sent_first_come_first_served(make: Make) -> None:
+    """Without a step nothing changes; and among equal changes the count is still exact."""
+    node = make()
+    (done,) = serve(node, work(phases=(), update=UpdateFormat(top=0.5)))
+    assert isinstance(done.update, Sparse) and len(done.update.indices) == 0
+    # From weights of 0, all of the first layer's changes are 0, and the output bias's are p - y: two of them equal.
+    zeros = np.zeros_like(WEIGHTS)
+    order = work(id=8, phases=(Phase(ALL_LAYERS, 1, 0.1),), update=UpdateFormat(shared=2, top=2 / 123))
+    (done,) = serve(node, order, zeros)
+    changes = expected(order, zeros)[0].parameters
+    largest = np.flatnonzero(np.abs(changes) > 0)
+    assert len(largest) == 3
+    assert isinstance(done.update, Sparse) and len(done.update.indices) == 2
+    assert set(done.update.indices) < set(largest)
+
+
+@both
+def test_an_evaluation_sends_no_update(make: Make) -> None:
+    (done,) = serve(make(), work(kind="evaluate", update=UpdateFormat()))
+    assert done.update is None and done.metrics is not None and done.metrics.queried == 10
+
+
+@both
+def test_a_lost_chunk_is_asked_for_by_a_repeated_order(make: Make) -> None:
+    node, order = make(), work()
+    messages = broadcast(order)
+    do(node, order)
+    assert replies(deliver(node, messages[1:])) == []
+    assert do(node, order) == [Subscribe(TOPICS.weights(5, 1))]
+    outs = deliver(node, messages)
+    assert np.array_equal(dense(replies(outs)), expected(order)[0].parameters)  # type: ignore[arg-type]
+    assert Unsubscribe(TOPICS.weights(5, 1)) in outs
+    assert node.counters.malformed == 0
+
+
+@both
+def test_a_repeated_order_that_is_done_is_answered_again(make: Make) -> None:
+    node = make(out_bytes=256)
+    do(node, work())
+    first = [o for o in deliver(node, broadcast(work())) if isinstance(o, Publish) and not o.retain]
+    again = [o for o in do(node, work()) if isinstance(o, Publish)]
+    assert len(first) > 1 and again == first
+    assert node.counters.samples == 20, "it is not learned from twice"
+
+
+@both
+def test_a_repeated_order_under_way_is_ignored(make: Make) -> None:
+    node = make()
+    do(node, work())
+    for topic, payload in broadcast(work()):
+        node.receive(topic, payload)
+    assert node.step() and do(node, work()) == [Unsubscribe(TOPICS.weights(5, 1))]
+    assert len(replies(deliver(node, []))) == 1
+    assert node.counters.stale == 1
+
+
+@both
+def test_a_newer_order_replaces_the_older(make: Make) -> None:
+    node, old, new = make(), work(round=1), work(id=8, round=2)
+    do(node, old)
+    deliver(node, broadcast(old)[:1])
+    assert do(node, new) == [Unsubscribe(TOPICS.weights(5, 1)), Subscribe(TOPICS.weights(5, 2))]
+    assert replies(deliver(node, broadcast(old))) == []
+    assert do(node, old) == [], "it comes too late"
+    (done,) = replies(deliver(node, broadcast(new)))
+    assert isinstance(done, Done) and done.id == 8
+    assert do(node, work(id=9, round=1)) == [], "a round that is over"
+    assert node.counters.stale == len(broadcast(old)) + 2
+
+
+@both
+def test_another_order_of_the_same_round_loads_the_weights_anew(make: Make) -> None:
+    node = make()
+    serve(node, work())
+    assert np.array_equal(dense(serve(node, work(id=8))), expected(work())[0].parameters)
+
+
+@both
+def test_another_run_may_begin_with_round_1(make: Make) -> None:
+    node = make()
+    serve(node, work(round=9))
+    assert serve(node, work(id=8, run=6, round=1))
+
+
+@both
+def test_orders_that_cannot_be_done_are_turned_down(make: Make) -> None:
+    node = make()
+    do(node, work())
+    assert replies(do(node, work(id=8, model=bytes(8)))) == [Failed(8, ErrorCode.WRONG_MODEL)]
+    frozen = replies(do(make(HEAD_ONLY), work(model=HEAD_ONLY.model_id, phases=(Phase(1, 1, 0.1),))))
+    assert frozen == [Failed(7, ErrorCode.ENGINE, -5)]
+    assert len(replies(deliver(node, broadcast(work())))) == 1, "and the one in hand goes on"
+
+
+def test_sparse_replies_need_room_for_the_weights() -> None:
+    node = mote(sparse=False)
+    assert replies(do(node, work(update=UpdateFormat(top=0.5)))) == [Failed(7, ErrorCode.ROOM)]
+    assert serve(node, work(update=UpdateFormat()))
+
+
+@both
+@pytest.mark.parametrize("top", [0.0, -1.0, 1.5, float("nan")])
+def test_a_share_that_is_none_is_malformed(make: Make, top: float) -> None:
+    node = make()
+    assert do(node, work(update=UpdateFormat(top=top))) == []
+    assert node.counters == Counters(1, 0, 0)
+
+
+@both
+@pytest.mark.parametrize(
+    ("vector", "order"),
+    [
+        (np.full_like(WEIGHTS, np.nan), work()),
+        (WEIGHTS, work(phases=(Phase(ALL_LAYERS, 30, 1e20),))),
+        (WEIGHTS, work(phases=(Phase(ALL_LAYERS, 1, 3e6),), query=0, update=UpdateFormat(half=True))),
+        (WEIGHTS, work(phases=(Phase(ALL_LAYERS, 1, 3e6),), query=0, update=UpdateFormat(half=True, top=0.5))),
+    ],
+)
+def test_what_is_not_finite_is_not_sent(make: Make, vector: NDArray[np.float32], order: Work) -> None:
+    node = make()
+    do(node, order)
+    assert replies(deliver(node, broadcast(order, vector))) == [Failed(7, ErrorCode.DIVERGED)]
+    assert serve(node, work(id=8)), "and the node goes on"
+
+
+@both
+def test_a_rate_that_is_no_number_is_refused_by_the_engine(make: Make) -> None:
+    node, order = make(), work(phases=(Phase(ALL_LAYERS, 1, float("inf")),))
+    do(node, order)
+    assert replies(deliver(node, broadcast(order))) == [Failed(7, ErrorCode.ENGINE, -1)]
+
+
+@both
+def test_a_program_is_adopted_over_the_air(make: Make) -> None:
+    node = make()
+    adopt = Adopt(3, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data))
+    assert do(node, adopt) == [Subscribe(TOPICS.program(HEAD_ONLY.model_id))]
+    outs = deliver(node, carried(HEAD_ONLY))
+    assert Unsubscribe(TOPICS.program(HEAD_ONLY.model_id)) in outs
+    (done,) = replies(outs)
+    assert isinstance(done, Done) and done.id == 3 and done.metrics is None and done.update is None
+    (status,) = [decode_status(o.payload) for o in outs if isinstance(o, Publish) and o.topic == TOPICS.status(ID)]
+    assert status.model == HEAD_ONLY.model_id == node.model
+    assert replies(do(node, adopt)) != [], "a repeated order is answered again"
+    assert replies(do(node, work())) == [Failed(7, ErrorCode.WRONG_MODEL)]
+    order = work(id=8, model=HEAD_ONLY.model_id)
+    do(node, order)
+    (learned,) = replies(deliver(node, broadcast(order, HEAD_ONLY.initial(0))))
+    assert isinstance(learned, Done) and isinstance(learned.update, Dense) and len(learned.update.values) == 123
+    back = Adopt(4, PROGRAM.model_id, len(PROGRAM.data), zlib.crc32(PROGRAM.data))
+    do(node, back)
+    deliver(node, carried(PROGRAM))
+    assert node.model == PROGRAM.model_id and serve(node, work(id=9))
+
+
+OTHER_SIZE = build([DenseLayer(3)], (5,), "softmax_cross_entropy")
+
+
+@both
+@pytest.mark.parametrize(
+    ("program", "crc", "error", "detail"),
+    [
+        (HEAD_ONLY.data, 1, ErrorCode.PROGRAM, -3),  # not the bytes that were promised
+        (b"MOTE" + bytes(200), None, ErrorCode.PROGRAM, -2),  # no program
+        (OTHER_SIZE.data, None, ErrorCode.PROGRAM, -1),  # takes other samples than this device has
+        (bytes(2000), None, ErrorCode.ROOM, 0),  # too large
+    ],
+)
+def test_a_program_that_does_not_fit_leaves_the_builtin_one(
+    make: Make, program: bytes, crc: int | None, error: ErrorCode, detail: int
+) -> None:
+    node = make(adopt_bytes=1500)
+    model = b"12345678"
+    adopt = Adopt(3, model, len(program), zlib.crc32(program) if crc is None else crc)
+    outs = do(node, adopt)
+    outs += deliver(node, [(TOPICS.program(model, i), payload) for i, payload in enumerate(chunks(program))])
+    assert replies(outs) == [Failed(3, error, detail)]
+    assert node.model == PROGRAM.model_id
+    assert np.array_equal(dense(serve(node, work())), expected(work())[0].parameters)
+
+
+@both
+def test_a_reboot_is_answered_first(make: Make) -> None:
+    outs = do(make(), RebootOrder(4))
+    assert [did.id for did in replies(outs)] == [4] and outs[-1] == Reboot()
+
+
+@both
+def test_a_new_session_subscribes_to_what_is_missing(make: Make) -> None:
+    node = make()
+    do(node, work())
+    node.connected()
+    assert [o for o in node.poll() if isinstance(o, Subscribe)] == [
+        Subscribe(TOPICS.do(ID)),
+        Subscribe(TOPICS.weights(5, 1)),
+    ]
+
+
+@both
+@given(payload=st.binary(max_size=80), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_anything_else_is_counted_and_dropped(make: Make, payload: bytes, data: st.DataObject) -> None:
+    """Random bytes, and cut messages, on every topic."""
+    node = make()
+    valid = encode(work())
+    payload = data.draw(st.one_of(st.just(payload), st.integers(0, len(valid) - 1).map(lambda n: valid[:n])))
+    node.receive(TOPICS.do(ID), payload)
+    assert list(node.poll()) == [] and node.counters.malformed == 1
+    do(node, work())
+    for number in ("0", "00", "1", "-1", "4294967296", "99999", "+", ""):
+        node.receive(TOPICS.weights(5, 1, number), payload or b"\0")
+    node.receive(data.draw(st.text(max_size=40)), payload)
+    assert list(node.poll()) == [] and node.counters == Counters(9, 1, 0)
+    assert len(replies(deliver(node, broadcast(work())))) == 1
+
+
+# ------------------------------------------------------------------------------------- the two nodes, side by side
+
+ORDERS = [
+    work(1, 1),
+    work(2, 1, phases=(Phase(2, 3, 0.1), Phase(3, 4, 0.2)), update=UpdateFormat(half=True, top=0.1)),
+    work(3, 2, update=UpdateFormat(shared=1, top=0.9), query=3),
+    work(4, 3, kind="evaluate", update=None),
+    work(5, 3, model=HEAD_ONLY.model_id),
+    work(6, 4, phases=(Phase(3, 9, float("inf")),)),
+    Adopt(7, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data)),
+    Adopt(8, PROGRAM.model_id, len(PROGRAM.data), zlib.crc32(PROGRAM.data)),
+    Adopt(9, b"12345678", len(HEAD_ONLY.data), 5),
+    RebootOrder(10),
+]
+MESSAGES: list[tuple[str, bytes]] = [(TOPICS.do(ID), encode(order)) for order in ORDERS]
+for _round in (1, 2, 3, 4):
+    MESSAGES += broadcast(work(round=_round))
+MESSAGES += broadcast(work(round=3), HEAD_ONLY.initial(1))
+MESSAGES += carried(HEAD_ONLY) + carried(PROGRAM)
+MESSAGES += [(TOPICS.program(b"12345678", i), payload) for i, payload in enumerate(chunks(HEAD_ONLY.data))]
+MESSAGES += [(TOPICS.weights(5, 1, 0), b""), (TOPICS.do("two"), encode(work())), (TOPICS.weights(5, 1, 0), b"\x80")]
+
+actions = st.one_of(
+    st.integers(0, len(MESSAGES) - 1),
+    st.integers(0, len(ORDERS) - 1),
+    st.sampled_from(["step", "steps", "work", "connected", "weights"]),
+    st.tuples(st.integers(0, len(MESSAGES) - 1), st.integers(0, 20)),  # one that is cut
+)
+
+
+@given(st.lists(actions, max_size=40))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_agent_and_the_c_node_agree_to_the_bit(history: list[Any]) -> None:
+    """Messages lost, doubled, reordered and cut, with sessions that break: the same answers, and the same counts."""
+    nodes = [mote(out_bytes=300), agent(out_bytes=300)]
+    for action in history:
+        said = []
+        for node in nodes:
+            match action:
+                case int():
+                    node.receive(*MESSAGES[action])
+                case (int(message), int(cut)):
+                    topic, payload = MESSAGES[message]
+                    node.receive(topic, payload[: -1 - cut])
+                case "connected":
+                    node.connected()
+                case "weights":
+                    for topic, payload in broadcast(work(round=1)):
+                        node.receive(topic, payload)
+                case _:
+                    limit = {"step": 1, "steps": 12, "work": 1000}[action]
+                    while limit > 0 and node.step():
+                        limit -= 1
+            said.append((list(node.poll()), node.counters, node.model, node.will()))
+        assert said[0] == said[1], action
