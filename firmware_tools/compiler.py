@@ -66,6 +66,13 @@ class Network:
         """Shape of every weight and bias by the program's names, e.g. {"dense_0/weights": (32, 64)}."""
         return dict(self.program().all_parameters)
 
+    def frozen(
+        self, trainable: Collection[int], weights: Mapping[str, NDArray[np.float32]]
+    ) -> dict[str, NDArray[np.float32]]:
+        """Those of the weights, by the program's names, that do not train."""
+        ours = list(self.layer_names().values())
+        return {name: w for name, w in weights.items() if ours.index(name.rpartition("/")[0]) not in trainable}
+
     def layer_names(self) -> dict[str, str]:
         """Keras's layer name -> the program's, e.g. {"hidden": "dense_0"}."""
         ours = dict.fromkeys(name.rpartition("/")[0] for name in self.shapes())
@@ -73,14 +80,13 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What it takes to train from one layer to the end.
+class Memory:
+    """What a network takes on a device when certain of its layers may train; all other weights stay in flash.
 
-    parameters: floats that train (and travel). ram_bytes: the whole arena. flash_bytes: the program, with the weights
-    of the frozen layers; initial_bytes: the same with the initial weights of the trained layers too.
+    parameters: floats that train (and travel). ram_bytes: the whole arena. flash_bytes: the program without the initial
+    values of what trains; initial_bytes: with them.
     """
 
-    train_from: str
     parameters: int
     ram_bytes: int
     flash_bytes: int
@@ -89,13 +95,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a model takes: to run (all weights in flash), and to train from each layer with weights to the end."""
+    """What a model takes: to run only, to train what is trainable in Keras, to train from each layer to the end."""
 
     parameters: int
     macs: int
-    inference_ram_bytes: int
-    inference_flash_bytes: int
-    training: tuple[Training, ...]
+    run: Memory
+    trainable: Memory
+    train_from: dict[str, Memory]
 
 
 def read_network(model: Any, loss: str | None = None) -> Network:
@@ -126,34 +132,26 @@ def compile_model(
     network = read_network(model, loss)
     trainable = network.trainable if train_from is None else network.suffix(train_from)
     weights = weights_from_keras(model)
-    if architecture_only:
-        ours = list(network.layer_names().values())
-        kept = {name for index, name in enumerate(ours) if index not in trainable}
-        weights = {name: value for name, value in weights.items() if name.rpartition("/")[0] in kept}
-    return network.program(trainable, weights)
+    return network.program(trainable, network.frozen(trainable, weights) if architecture_only else weights)
 
 
 def plan(network: Network) -> Plan:
-    """RAM and flash of running the network, and of training each of its suffixes. Needs no weights."""
-    shapes = network.shapes()
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    ours = list(network.layer_names().values())
+    """RAM and flash of running the network, and of training it. Needs no weights, only their shapes."""
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in network.shapes().items()}
     run = network.program((), zeros)
-    training = []
-    for first, name in enumerate(network.names):
-        suffix = network.suffix(name)
-        frozen = {n: w for n, w in zeros.items() if ours.index(n.rpartition("/")[0]) < first}
-        lean = network.program(suffix, frozen)
-        training.append(
-            Training(name, lean.n_params, lean.arena_bytes, len(lean.data), len(network.program(suffix, zeros).data))
-        )
     return Plan(
-        parameters=sum(int(np.prod(shape)) for shape in shapes.values()),
+        parameters=sum(layer.params for layer in run.layers),
         macs=sum(layer.macs for layer in run.layers),
-        inference_ram_bytes=run.arena_bytes,
-        inference_flash_bytes=len(run.data),
-        training=tuple(training),
+        run=_memory(network, frozenset(), zeros),
+        trainable=_memory(network, network.trainable, zeros),
+        train_from={name: _memory(network, network.suffix(name), zeros) for name in network.names},
     )
+
+
+def _memory(network: Network, trainable: frozenset[int], weights: Mapping[str, NDArray[np.float32]]) -> Memory:
+    lean = network.program(trainable, network.frozen(trainable, weights))
+    full = network.program(trainable, weights)
+    return Memory(lean.n_params, lean.arena_bytes, len(lean.data), len(full.data))
 
 
 def weights_from_keras(model: Any) -> dict[str, NDArray[np.float32]]:
@@ -275,6 +273,13 @@ def _straight_line(description: Mapping[str, Any], prefix: str = "", trainable: 
                 trainable and entry["config"].get("trainable", True),
             )
 
+    if kind == "Functional":
+        outputs = config["output_layers"]
+        if [o[0] for o in ([outputs] if isinstance(outputs[0], str) else outputs)] != [before]:
+            raise CompileError(
+                f"the model '{config['name']}' has other outputs than its last layer's; give it one output"
+            )
+
 
 def _sources(entry: Mapping[str, Any]) -> list[str]:
     """The layers whose outputs a layer of a functional model takes, once for every use."""
@@ -337,7 +342,7 @@ def _lower_all(layers: list[_Layer]) -> tuple[Network, bool]:
 
 
 def _lower(layer: _Layer, shape: tuple[int, ...]) -> tuple[list[Layer], tuple[int, ...], bool]:
-    """The engine's layers for one of Keras's on an input of this shape, the output's shape, and if a softmax ends it."""
+    """The engine's layers for a Keras layer on an input of this shape, the output's shape, if it ends in softmax."""
     config = layer.config
     dtype = config.get("dtype", "float32")
     dtype = dtype["config"].get("name") if isinstance(dtype, dict) else dtype

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +20,7 @@ from edge.errors import UserError
 from firmware_tools import compiler
 
 app = typer.Typer(
-    help="Compile, plan and export models. Reads Keras 3 models (.keras). Compiling from .tflite files is not there yet.",
+    help="Compile, plan and export models. Reads Keras 3 models (.keras); .tflite files cannot be compiled yet.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -31,9 +36,7 @@ TrainFrom = Annotated[
 ]
 Loss = Annotated[
     str | None,
-    typer.Option(
-        help="softmax_cross_entropy or mse; default: as the model ends in a softmax, or as it was compiled."
-    ),
+    typer.Option(help="softmax_cross_entropy or mse; default: as the model ends in a softmax, or as it was compiled."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -57,7 +60,8 @@ def compile_(
 
     Example: tinyfleet model compile model.keras --out model.mote --train-from head
     """
-    program = compiler.compile_model(model, train_from=train_from, loss=loss, architecture_only=architecture_only)
+    with _quiet():
+        program = compiler.compile_model(model, train_from=train_from, loss=loss, architecture_only=architecture_only)
     _write(out, program.data)
     facts: dict[str, Any] = {
         "file": str(out),
@@ -77,24 +81,23 @@ def compile_(
 
 
 @app.command("plan")
-def plan(model: Model, as_json: AsJson = False) -> None:
+def plan(model: Model, loss: Loss = None, as_json: AsJson = False) -> None:
     """Print what a Keras model takes: to run, and to train from each of its layers to the end.
 
     Example: tinyfleet model plan model.keras
     """
-    network = compiler.read_network(model, any_loss=True)
+    network = compiler.read_network(model, loss)
     takes = compiler.plan(network)
     if as_json:
         print(json.dumps(asdict(takes), indent=2))
         return
     table = Table(title=f"{model.name}: {takes.parameters:,} parameters, {takes.macs:,} MACs")
     table.add_column("")
-    for column in ("parameters that train", "RAM, bytes", "flash, bytes", "flash with initial weights"):
+    for column in ("parameters\nthat train", "RAM,\nbytes", "flash,\nbytes", "with initial\nweights"):
         table.add_column(column, justify="right")
-    table.add_row("run only", "0", f"{takes.inference_ram_bytes:,}", f"{takes.inference_flash_bytes:,}", "")
-    for row in takes.training:
-        numbers = (row.parameters, row.ram_bytes, row.flash_bytes, row.initial_bytes)
-        table.add_row(f"train from '{row.train_from}'", *(f"{n:,}" for n in numbers))
+    rows = {"run only": takes.run} | {f"train from '{name}'": memory for name, memory in takes.train_from.items()}
+    for name, memory in rows.items():
+        table.add_row(name, *(f"{number:,}" for number in astuple(memory)))
     Console().print(table)
 
 
@@ -106,8 +109,30 @@ def export(model: Model, out: Out = Path("model.tflite"), train_from: TrainFrom 
     """
     from firmware_tools.export import export_tflite
 
-    _write(out, export_tflite(model, train_from=train_from, loss=loss))
+    with _quiet():
+        content = export_tflite(model, train_from=train_from, loss=loss)
+    _write(out, content)
     print(f"{out}: {out.stat().st_size:,} B, signatures train, loss, infer, get, set")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what TensorFlow's C++ parts say on standard error, unless something unforeseen happens."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        screen = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except UserError:
+            raise
+        except BaseException:
+            said.seek(0)
+            os.write(screen, said.read())
+            raise
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
 
 
 def _write(path: Path, data: bytes) -> None:

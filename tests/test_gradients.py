@@ -123,11 +123,11 @@ def test_gradients_are_tensorflows(network, seed):
     y = random.integers(outputs) if loss == "softmax_cross_entropy" else random.normal(size=outputs).astype(np.float32)
     output, value, gradients, margin = reference(layers, x, y, loss, weights)
     assume(margin > 1e-5)  # else float32 may see a ReLU or a maximum on the other side than float64
-    # Where rounding the weights and the input already moves a gradient (sums that cancel, a p - 1 of a p near 1), no
-    # float32 arithmetic has its digits.
+    assume(value > 0.05)  # a gradient p - 1 of a p that is nearly 1 has few digits in float32
+    # Where rounding the weights and the input already moves a gradient (sums that cancel), float32 has few digits too.
     rounded = {name: w * (1 + EPSILON * random.choice([-1, 1], w.shape)) for name, w in weights.items()}
     _, _, moved, _ = reference(layers, x * (1 + EPSILON * random.choice([-1, 1], x.shape)), y, loss, rounded)
-    assume(all(relative_error(moved[name].numpy(), g.numpy()) < TOLERANCE / 5 for name, g in gradients.items()))
+    assume(all(relative_error(moved[name].numpy(), g.numpy()) < TOLERANCE / 20 for name, g in gradients.items()))
 
     learner = MoteLearner(build(layers, shape, loss, weights=weights))
     before = learner.parameters

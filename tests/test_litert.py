@@ -1,0 +1,181 @@
+"""Training in TFLite's interpreter: the same learning as the C engine's, and the same manners.
+
+Every test of the interpreter runs in a process of its own, which imports TensorFlow only where the test says so: in one
+process, tflite-runtime cannot start after TensorFlow.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge.learner import LearnerError, LiteRTLearner, MoteLearner
+
+RUNTIMES = [name for name in ("tflite_runtime", "ai_edge_litert") if find_spec(name)]
+STEPS = 60
+
+needs_runtime = pytest.mark.skipif(not RUNTIMES, reason="neither tflite-runtime nor ai-edge-litert is installed")
+
+
+def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a process that has imported nothing yet."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def export(folder: Path) -> None:
+    """Two models, each as a program and as a .tflite file that starts from the same weights."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import keras
+
+    from firmware_tools.compiler import compile_model
+    from firmware_tools.export import export_tflite
+
+    layers = keras.layers
+    images = keras.Sequential(
+        [
+            keras.Input((11, 10, 2)),
+            layers.Conv2D(4, 3, strides=(2, 1), padding="same", activation="tanh", name="frozen"),
+            layers.MaxPooling2D(3, strides=2, padding="same"),
+            layers.Conv2D(6, 3, strides=(1, 2), padding="same", activation="relu", name="conv"),
+            layers.MaxPooling2D((2, 1)),
+            layers.Conv2D(3, (1, 2), name="small"),
+            layers.AveragePooling2D((2, 2), strides=1, padding="same"),
+            layers.Flatten(),
+            layers.Dense(8, activation="relu"),
+            layers.Dense(4, activation="softmax"),
+        ]
+    )
+    values = keras.Sequential([keras.Input((6,)), layers.Dense(9, activation="tanh"), layers.Dense(2)])
+    random = np.random.default_rng(0)
+    for name, model, options in (("images", images, {"train_from": "conv"}), ("values", values, {"loss": "mse"})):
+        model.set_weights([random.normal(0, 0.3, w.shape) for w in model.get_weights()])
+        (folder / f"{name}.mote").write_bytes(compile_model(model, **options).data)
+        (folder / f"{name}.tflite").write_bytes(export_tflite(model, **options))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `export` filled."""
+    if not find_spec("tensorflow"):
+        pytest.skip("exports with TensorFlow, which is not installed")
+    folder = tmp_path_factory.mktemp("models")
+    export(folder)
+    return folder
+
+
+def hide(*modules: str) -> None:
+    """As if these packages were not installed."""
+    sys.modules.update(dict.fromkeys(modules))
+
+
+def compare(folder: Path, name: str, runtime: str) -> dict[str, float]:
+    """Trains both learners on the same samples; the largest differences."""
+    hide(*{"tflite_runtime", "ai_edge_litert"} - {runtime})
+    litert, mote = LiteRTLearner(folder / f"{name}.tflite"), MoteLearner((folder / f"{name}.mote").read_bytes())
+    assert runtime in sys.modules
+    assert "tensorflow" not in sys.modules
+    random = np.random.default_rng(1)
+    shape = mote.program.input_shape
+    start = mote.parameters
+    apart = {"start": float(np.abs(start - litert.parameters).max()), "loss": 0.0, "output": 0.0}
+    for step in range(STEPS):
+        if step == STEPS // 2:  # from now on only the last layer learns
+            litert.mask = mote.mask = 1 << (len(mote.program.all_parameters) // 2 - 1)
+        x = random.normal(size=shape).astype(np.float32)
+        y: Any = int(random.integers(4)) if name == "images" else random.normal(size=2).astype(np.float32)
+        apart["loss"] = max(apart["loss"], abs(litert.loss(x, y) - mote.loss(x, y)))
+        apart["output"] = max(apart["output"], float(np.abs(litert.infer(x) - mote.infer(x)).max()))
+        apart["loss"] = max(apart["loss"], abs(litert.learn(x, y, 0.05) - mote.learn(x, y, 0.05)))
+    apart["parameters"] = float(np.abs(litert.parameters - mote.parameters).max())
+    apart["moved"] = float(np.abs(mote.parameters - start).max())
+    return apart
+
+
+@needs_runtime
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", ["images", "values"])
+def test_tflite_learns_what_the_engine_learns(models, name, runtime):
+    apart = fresh(compare, models, name, runtime)
+    assert apart.pop("start") == 0.0
+    assert apart.pop("moved") > 0.1
+    assert max(apart.values()) < 1e-5, apart
+
+
+def refusals(folder: Path) -> None:
+    """Everything that a learner must refuse, and that it has then learned nothing."""
+    images, values = LiteRTLearner(folder / "images.tflite"), LiteRTLearner((folder / "values.tflite").read_bytes())
+    x, start = np.ones((11, 10, 2), np.float32), images.parameters
+    nan = np.full_like(x, np.nan)
+    refused = [
+        ("takes 220", lambda: images.learn(x[:-1], 0, 0.1)),
+        ("not finite", lambda: images.learn(nan, 0, 0.1)),
+        ("not finite", lambda: images.learn(x, 0, float("nan"))),
+        ("no class", lambda: images.learn(x, 4, 0.1)),
+        ("no class", lambda: images.loss(x, -1)),
+        ("no class", lambda: images.loss(x, 0.5)),
+        ("target has 2", lambda: images.loss(x, [0, 1])),
+        ("target has 1", lambda: values.loss(np.ones(6), 1.0)),
+        ("not finite", lambda: values.loss(np.ones(6), [1.0, np.inf])),
+        ("have the shape", lambda: images.set_parameters(start[:-1])),
+        ("not finite", lambda: images.set_parameters(start * np.nan)),
+        ("not planned to train", lambda: setattr(images, "mask", 0b11111)),
+        ("cannot read", lambda: LiteRTLearner(folder / "absent.tflite")),
+        ("no .tflite model", lambda: LiteRTLearner(b"not a model")),
+    ]
+    for words, call in refused:
+        with pytest.raises(LearnerError, match=words):
+            call()
+    np.testing.assert_array_equal(images.parameters, start)
+    assert images.mask == 0b11110
+
+    images.mask = 0
+    images.learn(x, 1, 0.5)
+    np.testing.assert_array_equal(images.parameters, start)
+
+    huge = np.full_like(values.parameters, 3e38)
+    values.set_parameters(huge)
+    with pytest.raises(LearnerError, match="diverged"):
+        values.learn(np.ones(6), [0.0, 0.0], 0.1)
+    np.testing.assert_array_equal(values.parameters, huge)
+
+
+@needs_runtime
+def test_what_cannot_be_learned_is_refused_and_changes_nothing(models):
+    fresh(refusals, models)
+
+
+def after_tensorflow(folder: Path) -> None:
+    """Opens a learner in a process that has already imported TensorFlow."""
+    import tensorflow  # noqa: F401
+
+    hide("ai_edge_litert")
+    with pytest.raises(LearnerError, match="pip install ai-edge-litert"):
+        LiteRTLearner(folder / "values.tflite")
+    if "ai_edge_litert" in RUNTIMES:
+        del sys.modules["ai_edge_litert"]
+        assert LiteRTLearner(folder / "values.tflite").learn(np.ones(6), [0.0, 0.0], 0.1) > 0
+
+
+@needs_runtime
+def test_after_tensorflow_a_learner_opens_with_litert_or_says_what_to_do(models):
+    fresh(after_tensorflow, models)
+
+
+def without_runtime() -> None:
+    hide("tflite_runtime", "ai_edge_litert")
+    with pytest.raises(LearnerError, match=r"pip install 'tinyfleet\[edge\]'"):
+        LiteRTLearner(b"TFL3")
+
+
+def test_without_a_runtime_the_error_says_what_to_install():
+    fresh(without_runtime)
