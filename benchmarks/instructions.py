@@ -3,8 +3,8 @@
     python benchmarks/instructions.py [--board mps2-an386] [--json]
 
 Every model is built into a benchmark program and run in QEMU with its clock driven by instructions, so the counts are
-exact and the same on every run. A step is forward, backward and update on one sample; how many instructions it takes
-depends on the sample (a unit that is silent has nothing to update), so the least, the mean and the most of 500 are given.
+exact and the same on every run. A step is forward, backward and update on one sample. How many instructions it takes
+depends on the sample (a unit that is silent has nothing to update): the least, the mean and the most of 500 are given.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from edge.errors import UserError
 from firmware_tools import boards, build, emulate
 
 MODELS = {
-    "MLP 64-32-10": program.build([program.Dense(32), program.ReLU(), program.Dense(10)], (64,), "softmax_cross_entropy"),
+    "MLP 64-32-10": program.build(
+        [program.Dense(32), program.ReLU(), program.Dense(10)], (64,), "softmax_cross_entropy"
+    ),
     "conv 3x3x8, max pool, dense 10 on 12x12": program.build(
         [program.Conv2D(8, 3), program.ReLU(), program.MaxPool2D(2), program.Flatten(), program.Dense(10)],
         (12, 12, 1),

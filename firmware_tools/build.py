@@ -25,8 +25,9 @@ from elftools.elf.sections import SymbolTableSection
 import edge
 from edge import mote_codegen
 from edge.errors import UserError
-from edge.protocol import ProtocolError, Topics
+from edge.node import ENGINE_VERSION
 from edge.program import Program
+from edge.protocol import ProtocolError, Topics
 from edge.tasks import ClientData
 from edge.thing import thing_description
 from firmware_tools.boards import Target, load
@@ -41,7 +42,6 @@ STRICT = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
 # nano: newlib's small build. Only memcpy and its like are taken from it.
 LINK = ("--specs=nano.specs", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--fatal-warnings")
 
-ENGINE_VERSION = "0.1.0"
 ENGINE = ("mote.c", "mote_load.c", "mote_kernels.c", "mote_math.c", "mote_crc.c")
 NODE = (*ENGINE, "mote_stream.c", "mote_node.c", "mote_frame.c")
 
@@ -71,7 +71,9 @@ def _call(command: Sequence[str], what: str) -> None:
     if done.returncode == 0:
         return
     if "nano.specs" in done.stderr or re.search(r"fatal error: string\.h", done.stderr):
-        raise UserError("the compiler's C library is not installed; install it with: apt-get install libnewlib-arm-none-eabi")
+        raise UserError(
+            "the compiler's C library is not installed; install it with: apt-get install libnewlib-arm-none-eabi"
+        )
     raise BuildError(f"{what} does not build:\n{done.stderr}")
 
 
@@ -129,8 +131,10 @@ def link(
         *(f"-D{macro}" for macro in macros),
         *(f"-I{folder}" for folder in (work, SOURCES, MOTE)),
     ]
-    jobs = [(path, [*STRICT, *(f"-isystem{folder}" for folder in include)])
-            for path in (*sources, SOURCES / "startup.c", work / "device.S")]
+    jobs = [
+        (path, [*STRICT, *(f"-isystem{folder}" for folder in include)])
+        for path in (*sources, SOURCES / "startup.c", work / "device.S")
+    ]
     jobs += [(path, [f"-I{folder}" for folder in include]) for path in foreign]
     objects = [str(work / f"{index}_{path.stem}.o") for index, (path, _) in enumerate(jobs)]
 
@@ -192,8 +196,10 @@ def _overflow(error: BuildError, target: Target) -> UserError | None:
         f"{int(over):,} bytes more {'flash' if where == 'FLASH' else where} than its {have[where]:,}"
         for where, over in overflows
     )
-    return UserError(f"the program is too large for board '{target.board.id}': it needs {said}; use a smaller model, "
-                     "fewer trainable layers, or a larger board")
+    return UserError(
+        f"the program is too large for board '{target.board.id}': it needs {said}; use a smaller model, "
+        "fewer trainable layers, or a larger board"
+    )
 
 
 def build(
@@ -206,12 +212,12 @@ def build(
     *,
     adopt_bytes: int = ADOPT_BYTES,
 ) -> Path:
-    """A fleet device's firmware: returns {out}/{device_id}.elf.
+    """A fleet device's firmware: returns {out}/firmware.elf.
 
     It learns `program` from the samples of `data`, which lie in flash. adopt_bytes: room in RAM for a program received
     over the air (its arena must fit that of `program`); 0 leaves it out.
-    Raises UserError for an unknown board or a name that cannot be in a topic, if the compiler is missing, and if it does
-    not fit the board.
+    Raises UserError for an unknown board, a name that cannot be in a topic, a missing compiler, samples that are not
+    the model's, and if it does not fit the board.
     """
     target = load(board)
     target.buildable()
@@ -220,6 +226,12 @@ def build(
         Topics(fleet).do(device_id)
     except ProtocolError as error:
         raise UserError(str(error)) from error
+    inputs = math.prod(program.input_shape)
+    if data.features.shape[1] != inputs:
+        raise UserError(
+            f"the samples have {data.features.shape[1]} features and the model takes {inputs}; choose the model of the "
+            "same task"
+        )
     td = thing_description(
         fleet,
         device_id,
@@ -230,10 +242,10 @@ def build(
         model=program.model_id,
     )
     out.mkdir(parents=True, exist_ok=True)
-    generated = mote_codegen.generate(out / f"{device_id}.wire")
+    generated = mote_codegen.generate(out / "firmware.wire")
     return link(
         target,
-        out / f"{device_id}.elf",
+        out / "firmware.elf",
         [
             SOURCES / "main_node.c",
             SOURCES / f"uart_{target.buildable().uart.driver}.c",
@@ -259,9 +271,15 @@ def bench(target: Target, program: Program, elf: Path) -> Path:
     return link(target, elf, sources, blobs={"program": program.data}, defines=_shape(program))
 
 
-def exactness(target: Target, program: Program, data: ClientData, elf: Path, *, seed: int, steps: int, rate: float) -> Path:
+def exactness(
+    target: Target, program: Program, data: ClientData, elf: Path, *, seed: int, steps: int, rate: float
+) -> Path:
     """The program that learns `steps` samples and prints a checksum of the parameters (see src/main_exactness.c)."""
-    sources = [SOURCES / "main_exactness.c", SOURCES / "semihost.c", *(MOTE / name for name in (*ENGINE, "mote_stream.c"))]
+    sources = [
+        SOURCES / "main_exactness.c",
+        SOURCES / "semihost.c",
+        *(MOTE / name for name in (*ENGINE, "mote_stream.c")),
+    ]
     return link(
         target,
         elf,
@@ -331,19 +349,14 @@ def size(path: Path) -> Size:
         with path.open("rb") as file:
             return _size(ELFFile(file))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; build firmware with: tinyfleet firmware build") from error
-    except (ELFError, AttributeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not firmware made by this command; build it with: tinyfleet firmware build") from error
-
-
-def board_of(path: Path) -> str:
-    """The board that an ELF was built for. Raises UserError as `size` does."""
-    return size(path).board
+        raise UserError(f"cannot read {path} ({error.strerror}); build it with: tinyfleet firmware build") from error
+    except (ELFError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a fleet's firmware; build it with: tinyfleet firmware build") from error
 
 
 def _size(elf: ELFFile) -> Size:
-    note = json.loads(elf.get_section_by_name(".tinyfleet").data())
     sections = {section.name: section for section in elf.iter_sections()}
+    note = json.loads(sections[".tinyfleet"].data())
     index = {section.name: number for number, section in enumerate(elf.iter_sections())}
     table = sections[".symtab"]
     assert isinstance(table, SymbolTableSection)

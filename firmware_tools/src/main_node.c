@@ -41,13 +41,6 @@ static int open_stream(void *context, uint32_t seed)
     return mote_stream_open(&stream, seed);
 }
 
-static int next_sample(void *context, int query, float *x, float *y)
-{
-    (void)context;
-    mote_stream_next(&stream, query, x, y);
-    return 1;
-}
-
 static void put(void *context, const uint8_t *bytes, size_t size)
 {
     (void)context;
@@ -120,8 +113,8 @@ static void start(void)
 #endif
     config.out = out;
     config.out_size = sizeof out;
+    config.source = mote_stream_source(&stream);
     config.source.open = open_stream;
-    config.source.next = next_sample;
     if (mote_node_init(&node, &config) != MOTE_OK) {
         board_fault();
     }

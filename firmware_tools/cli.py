@@ -1,0 +1,182 @@
+"""The commands `tinyfleet firmware ...` and `tinyfleet gateway`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from edge import tasks
+from edge.cli import BrokerOption, DataOption, FleetOption, TaskOption, broker_address
+from edge.errors import UserError
+from firmware_tools import boards, emulate
+from firmware_tools import build as building
+from firmware_tools.gateway import Gateway
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Build, measure and run firmware for a board.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Elf = Annotated[Path, typer.Argument(help="Firmware made by `tinyfleet firmware build`.", show_default=False)]
+DATA = Path(".tinyfleet")
+BAUD = 115200
+
+
+@app.command()
+def build(
+    board: Annotated[str, typer.Option(help="The board to build for.", show_default=False)],
+    task: TaskOption = "digits",
+    client: Annotated[int, typer.Option(min=0, help="Its number in the fleet: it decides which samples it holds.")] = 0,
+    of: Annotated[int, typer.Option(min=1, help="The fleet's size.")] = 1,
+    id: Annotated[str, typer.Option(help="The device's name in the fleet.")] = "board-01",
+    fleet: FleetOption = "home",
+    out: Annotated[Path, typer.Option(help="The folder for firmware.elf.")] = Path("build"),
+    adopt_bytes: Annotated[
+        int, typer.Option(min=0, help="Room for a model received over the air; 0: it keeps the built-in one.")
+    ] = building.ADOPT_BYTES,
+    as_json: Json = False,
+) -> None:
+    """Build a fleet device's firmware, and show what it takes of the board.
+
+    \b
+    Examples:
+      tinyfleet firmware build --board mps2-an386 --task digits --id board-01
+      tinyfleet firmware build --board mps2-an385 --client 3 --of 12 --id board-03 --out build/board-03
+    """
+    boards.load(board).buildable()
+    if client >= of:
+        raise UserError(f"device {client} of {of} does not exist: --client counts from 0 to {of - 1}")
+    learned = tasks.load(task)
+    elf = building.build(board, learned.program, learned.client(client, of), fleet, id, out, adopt_bytes=adopt_bytes)
+    _show(elf, as_json)
+
+
+@app.command()
+def size(elf: Elf, as_json: Json = False) -> None:
+    """Show what firmware takes of its board's flash and RAM, beside the model's plan.
+
+    \b
+    Example:
+      tinyfleet firmware size build/firmware.elf
+    """
+    _show(elf, as_json)
+
+
+@app.command()
+def run(
+    elf: Elf,
+    board: Annotated[str | None, typer.Option(help="The board. Default: the one it was built for.")] = None,
+    gateway: Annotated[bool, typer.Option("--gateway", help="Join the board to the broker, too.")] = False,
+    broker: BrokerOption = None,
+    data: DataOption = DATA,
+) -> None:
+    """Run firmware on an emulated board until Ctrl-C.
+
+    Prints the address of the board's serial port, for `tinyfleet gateway`; with --gateway that is done here.
+
+    \b
+    Examples:
+      tinyfleet firmware run build/firmware.elf
+      tinyfleet firmware run build/firmware.elf --gateway --broker 127.0.0.1:1883
+    """
+    built_for = building.size(elf).board
+    if board is not None and board != built_for:
+        raise UserError(f"{elf} was built for board '{built_for}', not '{board}'; build it again with --board {board}")
+    with _stop_on_signals() as stop, emulate.Emulator(boards.load(built_for), elf) as emulator:
+        typer.echo(f"{built_for} is running; its serial port is {emulator.url}")
+
+        def stop_with_it() -> None:
+            emulator.wait()
+            stop.set()
+
+        threading.Thread(target=stop_with_it, daemon=True).start()
+        if gateway:
+            _join([emulator.url], broker_address(broker, data), BAUD, stop)
+        else:
+            stop.wait()
+        if not emulator.running:
+            raise UserError(f"the emulator has ended: {emulator.said or 'it says nothing'}")
+
+
+def gateway(
+    port: Annotated[
+        list[str],
+        typer.Option(metavar="PORT", help="A serial port, or socket://HOST:PORT of an emulator. May be repeated."),
+    ],
+    broker: BrokerOption = None,
+    baud: Annotated[int, typer.Option(help="Bits a second of the serial port.")] = BAUD,
+    data: DataOption = DATA,
+) -> None:
+    """Join boards on serial lines to the fleet's broker, until Ctrl-C.
+
+    \b
+    Examples:
+      tinyfleet gateway --port /dev/ttyUSB0
+      tinyfleet gateway --port socket://127.0.0.1:40123 --broker 127.0.0.1:1883
+    """
+    with _stop_on_signals() as stop:
+        _join(port, broker_address(broker, data), baud, stop)
+
+
+def _join(ports: Sequence[str], broker: tuple[str, int], baud: int, stop: threading.Event) -> None:
+    """Runs a gateway for every port until `stop`; the first one's error ends all."""
+    gateways = [Gateway(port, broker, baud=baud, report=typer.echo) for port in ports]
+    with ThreadPoolExecutor(len(gateways)) as pool:
+        running = [pool.submit(each.run, stop) for each in gateways]
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        stop.set()
+    for each in done:
+        each.result()
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, instead of ending the process where it is."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show(elf: Path, as_json: bool) -> None:
+    size = building.size(elf)
+    board = boards.load(size.board).buildable()
+    if as_json:
+        sums = {"flash": size.flash, "ram": size.ram, "arena": size.arena}
+        typer.echo(json.dumps({"elf": str(elf), **asdict(size), **sums}, indent=2))
+        return
+    table = Table(title=f"{elf} on {size.board}", title_justify="left")
+    table.add_column("")
+    table.add_column("bytes", justify="right")
+    table.add_column("of the board's", justify="right")
+    table.add_row("flash", f"{size.flash:,}", f"{size.flash / board.flash.bytes:.1%} of {board.flash.bytes:,}")
+    table.add_row("  code and constants", f"{size.text - sum(size.held.values()):,}", "")
+    for name, length in size.held.items():
+        table.add_row(f"  {name}", f"{length:,}", "")
+    if size.data:
+        table.add_row("  first values of variables", f"{size.data:,}", "")
+    table.add_section()
+    table.add_row("RAM", f"{size.ram:,}", f"{size.ram / board.ram.bytes:.1%} of {board.ram.bytes:,}")
+    table.add_row("  stack", f"{size.stack:,}", "")
+    for name, length in size.variables.items():
+        beside = f"the plan says {size.plan:,}" if name == "mote_arena" and size.plan is not None else ""
+        table.add_row(f"  {name}", f"{length:,}", beside)
+    table.add_row("  other variables", f"{size.data + size.bss - sum(size.variables.values()):,}", "")
+    Console(highlight=False).print(table)

@@ -1,0 +1,253 @@
+"""Joins a board on a serial line to the fleet's broker: COBS frames on one side, one MQTT session on the other.
+
+The board says who it is and what its last will is; the gateway opens a session with that will and from then on carries
+messages both ways (how they greet each other is told in edge/mote/mote_frame.h). A queue that is full drops, a damaged
+frame is dropped: the wire's protocol asks again. The gateway itself repeats only the greeting, since boards need no
+clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import serial
+
+from edge import frames
+from edge.errors import UserError
+from edge.protocol import MAX_CHUNKS, Topics
+from edge.session import Session
+
+#: Messages that wait for the line: the chunks of the largest program, and what else may come meanwhile.
+QUEUE = 2 * MAX_CHUNKS
+#: Seconds between two greetings of a board that does not answer, or two attempts to open a line again.
+AGAIN = 1.0
+#: Bytes handed to the line at a time.
+BLOCK = 1024
+
+_PUBLISHES = {frames.PUBLISH, frames.PUBLISH_RETAINED}
+_KINDS = {*_PUBLISHES, frames.SUBSCRIBE, frames.UNSUBSCRIBE}
+_WILL = re.compile(r"tinyfleet/([A-Za-z0-9._-]{1,32})/devices/([A-Za-z0-9._-]{1,32})/status")
+
+
+class LineLost(Exception):
+    """The serial line is gone, for now."""
+
+
+@dataclass
+class Counters:
+    """What passed, in messages, since the start. damaged: frames that did not decode. refused: frames that a board may
+    not send, such as one to another device's topic. dropped: messages that found the queue to the line full."""
+
+    up: int = 0
+    down: int = 0
+    damaged: int = 0
+    refused: int = 0
+    dropped: int = 0
+
+
+class Gateway:
+    """One serial line, the board on it, and its MQTT session.
+
+    port: a device such as /dev/ttyUSB0, or socket://HOST:PORT (an emulator's). report: gets a line of text whenever
+    something happens that a user may want to know.
+    """
+
+    def __init__(
+        self,
+        port: str,
+        broker: tuple[str, int],
+        *,
+        baud: int = 115200,
+        report: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.port = port
+        self.broker = broker
+        self.baud = baud
+        self.counters = Counters()
+        #: Set while the board is part of the fleet and has announced itself.
+        self.joined = threading.Event()
+        #: The board's name, once it has said it.
+        self.device = ""
+        self._report = report
+        self._session: Session | None = None
+        self._was_joined = False
+        self._new = threading.Event()  # the broker has a new session, to which the board must announce itself
+        self._will: tuple[str, bytes] | None = None
+        self._root = ""  # of the topics that the board may listen to
+        self._own: set[str] = set()  # topics that it may publish to
+        self._announcement: set[str] = set()  # what a board says when its session is new
+        self._awaited: set[str] = set()  # and has yet to say
+        self._queue: deque[bytes] = deque()
+        # The session's thread wakes the line's through this pair.
+        self._woken, self._wake = socket.socketpair()
+        self._woken.setblocking(False)
+        self._wake.setblocking(False)
+
+    def run(self, stop: threading.Event) -> None:
+        """Carries messages until `stop` is set. A line that is lost is opened again, and so is the session.
+
+        Raises UserError if the line cannot be opened, or the broker not be reached, when first tried.
+        """
+        line = self._open()
+        while True:
+            try:
+                self._serve(line, stop)
+            except LineLost as lost:
+                self._report(f"{self.port}: {lost}; waiting for it to come back")
+            finally:
+                line.close()
+                self._leave()
+            while not stop.wait(AGAIN):
+                with contextlib.suppress(UserError):
+                    line = self._open()
+                    break
+            if stop.is_set():
+                return
+
+    def _open(self) -> serial.SerialBase:
+        try:
+            # Nothing blocks: reads and writes do what is possible at once, and select says when something is.
+            return serial.serial_for_url(self.port, baudrate=self.baud, timeout=0, write_timeout=0)
+        except (serial.SerialException, ValueError) as error:
+            raise UserError(
+                f"cannot open the serial line {self.port} ({error}); check its name, that the board is connected, and "
+                "that no other program uses it"
+            ) from error
+
+    def _serve(self, line: serial.SerialBase, stop: threading.Event) -> None:
+        """Until `stop`, or LineLost."""
+        reader = frames.Reader()
+        pending = b""
+        greeted = -AGAIN
+        here, woken = line.fileno(), self._woken.fileno()
+        while not stop.is_set():
+            if self._new.is_set():
+                self._new.clear()
+                self.joined.clear()
+                self._awaited = set(self._announcement)
+                greeted = -AGAIN
+            if not self.joined.is_set() and time.monotonic() - greeted >= AGAIN:
+                self._greet()
+                greeted = time.monotonic()
+            if not pending and self._queue:
+                pending = self._queue.popleft()
+            try:
+                readable, writable, _ = select.select([here, woken], [here] if pending else [], [], 0.2)
+                data = line.read(65536) if here in readable else b""
+                if writable:
+                    pending = pending[line.write(pending[:BLOCK]) or 0 :]
+            except (serial.SerialException, OSError) as error:
+                raise LineLost("the line is lost") from error
+            if woken in readable:
+                self._woken.recv(4096)
+            for frame in reader.feed(data):
+                self._from_board(frame)
+            self.counters.damaged = reader.dropped
+
+    # From the board; in the line's thread.
+
+    def _from_board(self, frame: frames.Frame) -> None:
+        if frame.kind == frames.HELLO:
+            self._join(frame.topic, frame.payload)
+            return
+        session = self._session
+        if session is None:
+            self.counters.refused += 1  # of a board that thinks it is connected; it is greeted in any case
+            return
+        allowed = frame.topic in self._own if frame.kind in _PUBLISHES else frame.topic.startswith(self._root)
+        if frame.kind not in _KINDS or not allowed:
+            self.counters.refused += 1
+            return
+        if not session.connected:
+            self.counters.dropped += 1  # the board says it again when the session is new
+            return
+        if frame.kind == frames.SUBSCRIBE:
+            session.subscribe(frame.topic)
+        elif frame.kind == frames.UNSUBSCRIBE:
+            session.unsubscribe(frame.topic)
+        else:
+            session.publish(frame.topic, frame.payload, retain=frame.kind == frames.PUBLISH_RETAINED)
+            self.counters.up += 1
+        self._awaited.discard(frame.topic)
+        if not self._awaited and not self.joined.is_set():
+            self.joined.set()
+            self._report(f"{self.port}: {self.device} is part of the fleet")
+
+    def _join(self, topic: str, will: bytes) -> None:
+        """Opens the session of the board that has said this will."""
+        found = _WILL.fullmatch(topic)
+        if not found:
+            self.counters.refused += 1
+            return
+        fleet, device = found.groups()
+        topics = Topics(fleet)
+        self._end_session()
+        self.device = device
+        self._root = f"tinyfleet/{fleet}/"
+        self._own = {topics.td(device), topics.status(device), topics.did(device)}
+        self._announcement = {topics.td(device), topics.status(device), topics.do(device)}
+        self._will = topic, will
+        try:
+            self._session = Session(
+                *self.broker,
+                f"tinyfleet-{fleet}-{device}",
+                on_message=self._from_broker,
+                on_connect=self._session_is_new,
+                will=self._will,
+            )
+        except UserError as error:
+            if not self._was_joined:
+                raise
+            self._report(f"{self.port}: {error}")
+            return
+        self._was_joined = True
+
+    def _end_session(self) -> None:
+        session, self._session = self._session, None
+        self.joined.clear()
+        if session is not None:
+            session.close()
+
+    def _leave(self) -> None:
+        """The board is not there any more: its will is done."""
+        if self._session is not None and self._will is not None and self._session.connected:
+            self._session.publish(*self._will, retain=True)
+            self._session.flush(2.0)
+        self._end_session()
+        self._queue.clear()
+
+    # From the broker; in the session's thread.
+
+    def _session_is_new(self) -> None:
+        self._new.set()
+        self._rouse()
+
+    def _from_broker(self, topic: str, payload: bytes) -> None:
+        self.counters.down += 1
+        self._send(frames.MESSAGE, topic, payload)
+
+    # To the board.
+
+    def _greet(self) -> None:
+        self._send(frames.HELLO if self._session is None else frames.CONNECTED)
+
+    def _send(self, kind: int, topic: str = "", payload: bytes = b"") -> None:
+        """Queues a frame; any thread."""
+        if len(self._queue) >= QUEUE:
+            self.counters.dropped += 1
+            return
+        self._queue.append(frames.encode(frames.Frame(kind, topic, payload)))
+        self._rouse()
+
+    def _rouse(self) -> None:
+        """Ends the line's waiting; any thread."""
+        with contextlib.suppress(BlockingIOError):  # full: it is awake already
+            self._wake.send(b"\0")

@@ -1,0 +1,523 @@
+"""Firmware on emulated boards: what is built, what it computes, and how it takes part in a fleet."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import free_port, start_mosquitto
+
+from edge import program
+from edge._mote import ffi, lib
+from edge.errors import UserError
+from edge.learner import MoteLearner
+from edge.node import MoteNode, Publish
+from edge.program import Program
+from edge.protocol import (
+    ALL_LAYERS,
+    Done,
+    Phase,
+    Reboot,
+    Topics,
+    UpdateFormat,
+    Work,
+    chunks,
+    decode_did,
+    decode_status,
+    encode,
+)
+from edge.session import Session
+from edge.tasks import ClientData
+from firmware_tools import boards, build, emulate
+from firmware_tools.gateway import Gateway
+
+ROOT = Path(__file__).parents[1]
+BOARDS = ["mps2-an385", "mps2-an386", "mps2-an500"]
+FLEET, ID = "test", "board-01"
+TOPICS = Topics(FLEET)
+LIMIT = 30.0  # seconds that anything may take on a busy machine
+
+pytestmark = [
+    pytest.mark.skipif(
+        not build.available(), reason="no cross compiler: apt-get install gcc-arm-none-eabi libnewlib-arm-none-eabi"
+    ),
+    pytest.mark.skipif(not emulate.available(), reason="no emulator: apt-get install qemu-system-arm"),
+]
+
+
+def samples() -> ClientData:
+    """Six classes of ten made-up samples, 64 features each."""
+    features = np.random.default_rng(1).integers(0, 256, (60, 64), np.uint8)
+    return ClientData(features, np.arange(0, 61, 10, dtype=np.uint32), 1 / 255, 5)
+
+
+def mlp() -> Program:
+    return program.build([program.Dense(32), program.ReLU(), program.Dense(5)], (64,), "softmax_cross_entropy")
+
+
+@pytest.fixture(scope="module")
+def firmware(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The firmware of one device for a board, built once."""
+    built: dict[str, Path] = {}
+
+    def get(board: str) -> Path:
+        if board not in built:
+            built[board] = build.build(board, mlp(), samples(), FLEET, ID, tmp_path_factory.mktemp(board))
+        return built[board]
+
+    return get
+
+
+# ----------------------------------------------------------------------------------------------- what is built
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_firmware_fits_its_board_and_the_arena_is_the_planned_one(board: str, firmware: Callable[[str], Path]) -> None:
+    size = build.size(firmware(board))
+    target = boards.load(board).buildable()
+    assert size.board == board
+    assert size.arena == size.plan == mlp().arena_bytes
+    assert size.held["program"] == len(mlp().data)
+    assert size.held["features"] == 60 * 64
+    assert 10_000 < size.flash < target.flash.bytes
+    assert size.arena < size.ram < target.ram.bytes
+
+
+def test_firmware_uses_neither_malloc_nor_stdio(firmware: Callable[[str], Path]) -> None:
+    done = subprocess.run(["arm-none-eabi-nm", firmware("mps2-an386")], capture_output=True, text=True, check=True)
+    names = {line.split()[-1] for line in done.stdout.splitlines()}
+    assert "mote_learn" in names
+    assert not names & {"malloc", "_malloc_r", "free", "_sbrk", "printf", "puts", "_write", "exit"}
+
+
+@pytest.mark.parametrize("board", BOARDS)
+def test_500_steps_give_the_same_bits_on_every_core(board: str, tmp_path: Path) -> None:
+    """A net with every kind of kernel, over a stream of samples: all weights, and the last loss."""
+    layers = [
+        program.Conv2D(4, 3, padding="same"),
+        program.Tanh(),
+        program.MaxPool2D(2),
+        program.Conv2D(4, 2),
+        program.AvgPool2D(3),
+        program.Flatten(),
+        program.Dense(16),
+        program.ReLU(),
+        program.Dense(5),
+    ]
+    shape = (8, 8, 1)
+    blank = program.build(layers, shape, "softmax_cross_entropy")
+    net = program.build(layers, shape, "softmax_cross_entropy", weights=blank.split(blank.initial(3)))
+    data = samples()
+
+    learner = MoteLearner(net)
+    stream = ffi.new("mote_stream_t *")
+    keep = ffi.from_buffer("uint8_t[]", data.features), ffi.from_buffer("uint32_t[]", data.starts)
+    stream.features, stream.starts = keep
+    stream.classes, stream.size, stream.scale, stream.ways = 6, 64, data.scale, data.ways
+    assert lib.mote_stream_open(stream, 7) == lib.MOTE_OK
+    x, y, loss = np.zeros(64, np.float32), ffi.new("float *"), 0.0
+    for _ in range(500):
+        lib.mote_stream_next(stream, 0, ffi.from_buffer("float[]", x), y)
+        loss = learner.learn(x, int(y[0]), 0.05)
+    weights = learner.parameters
+
+    target = boards.load(board)
+    elf = build.exactness(target, net, data, tmp_path / "exact.elf", seed=7, steps=500, rate=0.05)
+    count, checksum, bits = (int(word, 16) for word in emulate.run(target, elf, timeout=LIMIT).split())
+    assert count == len(weights)
+    assert not np.array_equal(weights, net.initial(3))
+    assert checksum == zlib.crc32(weights.tobytes())
+    assert bits == int(np.float32(loss).view(np.uint32))
+
+
+def test_a_training_step_is_counted_in_instructions() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "instructions.py", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    step = json.loads(done.stdout)["models"]["MLP 64-32-10"]
+    assert step["beyond_parameters"] == 296
+    assert 20_000 < step["least"] < step["mean"] < step["most"] < 32_000
+
+
+# ------------------------------------------------------------------------------------------------ in a fleet
+
+
+class Observer:
+    """A client of the broker that keeps what it hears."""
+
+    def __init__(self, broker: tuple[str, int]) -> None:
+        self._heard: list[tuple[str, bytes]] = []
+        self._news = threading.Condition()
+        self.session = Session(*broker, f"observer-{os.urandom(4).hex()}", on_message=self._receive)
+        for topic in (TOPICS.td(ID), TOPICS.status(ID), TOPICS.did(ID)):
+            self.session.subscribe(topic)
+
+    def _receive(self, topic: str, payload: bytes) -> None:
+        with self._news:
+            self._heard.append((topic, payload))
+            self._news.notify_all()
+
+    def heard(self, topic: str) -> list[bytes]:
+        with self._news:
+            return [payload for at, payload in self._heard if at == topic]
+
+    def wait(self, reached: Callable[[], bool], timeout: float = LIMIT) -> bool:
+        """Until `reached`, looked at whenever a message arrives."""
+        with self._news:
+            return self._news.wait_for(reached, timeout)
+
+    def online(self) -> bool | None:
+        """What the last status said; None if there was none."""
+        said = [payload for at, payload in self._heard if at == TOPICS.status(ID)]
+        return decode_status(said[-1]).online if said else None
+
+    def forget(self) -> None:
+        with self._news:
+            self._heard.clear()
+
+    def parts(self, order: int) -> dict[int, bytes]:
+        """The parts of the reply to an order that have arrived."""
+        found = {}
+        for at, payload in self._heard:
+            if at == TOPICS.did(ID):
+                did = decode_did(payload)
+                if isinstance(did, Done) and did.id == order:
+                    found[did.part] = payload
+        return found
+
+    def replied(self, order: int) -> bool:
+        parts = self.parts(order)
+        return bool(parts) and len(parts) == decode_did(next(iter(parts.values()))).parts  # type: ignore[union-attr]
+
+    def ask(self, order: Work, again: float) -> dict[int, bytes]:
+        """Sends an order, and again whenever nothing new has come for so many seconds, as a server does."""
+        for _ in range(int(LIMIT * 3 / again)):
+            before = len(self._heard)
+            self.session.publish(TOPICS.do(ID), encode(order))
+            while self.wait(lambda: self.replied(order.id) or len(self._heard) > before, again):  # noqa: B023
+                if self.replied(order.id):
+                    return self.parts(order.id)
+                before = len(self._heard)
+        raise AssertionError(f"no reply to {order}; heard {[topic for topic, _ in self._heard]}")
+
+
+@contextmanager
+def joined(port: str, broker: tuple[str, int]) -> Iterator[Gateway]:
+    """A gateway between a serial line and a broker, once the board on it has announced itself."""
+    gateway, stop = Gateway(port, broker), threading.Event()
+    thread = threading.Thread(target=gateway.run, args=(stop,))
+    thread.start()
+    try:
+        assert gateway.joined.wait(LIMIT)
+        yield gateway
+    finally:
+        stop.set()
+        thread.join(LIMIT)
+        assert not thread.is_alive()
+
+
+def order(number: int, top: float = 1.0, half: bool = False) -> Work:
+    return Work(
+        id=number,
+        kind="train",
+        run=9,
+        round=number,
+        model=mlp().model_id,
+        seed=number,
+        phases=(Phase(2, 10, 0.05), Phase(ALL_LAYERS, 40, 0.02)),
+        query=8,
+        update=UpdateFormat(ALL_LAYERS, half, top),
+    )
+
+
+def weights_of(number: int) -> dict[str, bytes]:
+    """The round's weights, as retained messages."""
+    vector = mlp().initial(number)
+    return {TOPICS.weights(9, number, i): chunk for i, chunk in enumerate(chunks(vector.tobytes()))}
+
+
+def host_reply(work: Work) -> list[bytes]:
+    """What the C node on this machine replies, in order."""
+    node = MoteNode(FLEET, ID, {}, mlp(), samples(), out_bytes=1024 + 128)
+    node.connected()
+    list(node.poll())
+    node.receive(TOPICS.do(ID), encode(work))
+    list(node.poll())
+    for topic, payload in weights_of(work.round).items():
+        node.receive(topic, payload)
+        list(node.poll())
+    said: list[bytes] = []
+    busy = True
+    while busy:
+        busy = node.step()
+        said += [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == TOPICS.did(ID)]
+    return said
+
+
+def test_a_board_behind_a_gateway_learns_what_the_host_learns(
+    firmware: Callable[[str], Path], broker: tuple[str, int]
+) -> None:
+    observer = Observer(broker)
+    with emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator:
+        with joined(emulator.url, broker) as gateway:
+            assert observer.wait(lambda: observer.online() is True)
+            assert gateway.device == ID
+            td = json.loads(observer.heard(TOPICS.td(ID))[-1])
+            assert td["tf:board"]["tf:mcu"] == "Cortex-M4F"
+            assert td["tf:arenaBytes"] == mlp().arena_bytes
+
+            for work in (order(1), order(2, top=0.2, half=True)):
+                for topic, payload in weights_of(work.round).items():
+                    observer.session.publish(topic, payload, retain=True)
+                parts = observer.ask(work, again=LIMIT / 3)
+                assert [parts[i] for i in range(len(parts))] == host_reply(work)
+
+            observer.forget()
+            observer.session.publish(TOPICS.do(ID), encode(Reboot(3)))
+            assert observer.wait(lambda: bool(observer.heard(TOPICS.td(ID))))  # it has announced itself anew
+            assert observer.wait(lambda: observer.online() is True)
+            assert gateway.counters.damaged == gateway.counters.dropped == 0
+        assert observer.wait(lambda: observer.online() is False)
+    observer.session.close()
+
+
+class Noise:
+    """A line that damages what passes: between a gateway and a board's serial port. rate: errors a byte.
+
+    cut() breaks the connection; the next one to come is carried on."""
+
+    def __init__(self, url: str, rate: float) -> None:
+        host, port = url.removeprefix("socket://").split(":")
+        self._board = socket.create_connection((host, int(port)))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"socket://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.errors = 0
+        self._rate = rate
+        self._random = random.Random(5)
+        self._client: socket.socket | None = None
+        for work in (self._accept, self._up):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _damaged(self, data: bytes) -> bytes:
+        out = bytearray()
+        for byte in data:
+            if self._random.random() >= self._rate:
+                out.append(byte)
+                continue
+            self.errors += 1
+            match self._random.randrange(3):
+                case 0:
+                    out.append(byte ^ 1 << self._random.randrange(8))
+                case 1:
+                    out += self._random.randbytes(self._random.randrange(1, 40))
+                case _:
+                    pass  # lost
+        return bytes(out)
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                self._client, _ = self._listener.accept()
+                with suppress(OSError):  # cut
+                    while data := self._client.recv(4096):
+                        self._board.sendall(self._damaged(data))
+
+    def _up(self) -> None:
+        with suppress(OSError):  # closed
+            while data := self._board.recv(4096):
+                if self._client is not None:
+                    with suppress(OSError):  # cut
+                        self._client.sendall(self._damaged(data))
+
+    def cut(self) -> None:
+        assert self._client is not None
+        self._client.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+        self._board.close()
+
+
+def test_noise_on_the_line_costs_time_and_nothing_else(
+    firmware: Callable[[str], Path], broker: tuple[str, int]
+) -> None:
+    observer = Observer(broker)
+    work = order(4)
+    for topic, payload in weights_of(work.round).items():
+        observer.session.publish(topic, payload, retain=True)
+    with emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator:
+        line = Noise(emulator.url, rate=1 / 4000)
+        with joined(line.url, broker) as gateway:
+            parts = observer.ask(work, again=1.0)
+            assert [parts[i] for i in range(len(parts))] == host_reply(work)
+            assert line.errors > 0
+            assert gateway.counters.refused == 0
+        line.close()
+    observer.session.close()
+
+
+def test_a_board_comes_back_after_line_and_broker_were_lost(firmware: Callable[[str], Path], tmp_path: Path) -> None:
+    port = free_port()
+    mosquitto = start_mosquitto(tmp_path, port)
+    observer = Observer(("127.0.0.1", port))
+    with emulate.Emulator(boards.load("mps2-an385"), firmware("mps2-an385")) as emulator:
+        line = Noise(emulator.url, rate=0.0)
+        with joined(line.url, ("127.0.0.1", port)):
+            assert observer.wait(lambda: observer.online() is True)
+            line.cut()
+            assert observer.wait(lambda: observer.online() is False)
+            assert observer.wait(lambda: observer.online() is True)
+
+            mosquitto.kill()
+            mosquitto.wait()
+            observer.forget()
+            mosquitto = start_mosquitto(tmp_path, port)
+            assert observer.wait(lambda: observer.online() is True)  # nothing is retained: the board says it again
+            work = order(5)
+            for topic, payload in weights_of(work.round).items():
+                observer.session.publish(topic, payload, retain=True)
+            parts = observer.ask(work, again=LIMIT / 3)
+            assert [parts[i] for i in range(len(parts))] == host_reply(work)
+        line.close()
+    observer.session.close()
+    mosquitto.terminate()
+    mosquitto.wait()
+
+
+def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
+    command = [sys.executable, "-m", "tinyfleet", "firmware"]
+    choice = ["--task", "digits", "--client", "2", "--of", "3", "--id", ID, "--fleet", FLEET]
+    built = subprocess.run(
+        [*command, "build", "--board", "mps2-an500", *choice, "--out", tmp_path, "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    size = json.loads(built.stdout)
+    assert size["arena"] == size["plan"]
+    assert size["flash"] == size["text"] + size["data"]
+    observer = Observer(broker)
+    start = [*command, "run", size["elf"], "--gateway", "--broker", f"{broker[0]}:{broker[1]}"]
+    running = subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert observer.wait(lambda: observer.online() is True)
+        running.send_signal(signal.SIGTERM)
+        said, _ = running.communicate(timeout=LIMIT)
+    finally:
+        running.kill()
+    assert running.returncode == 0
+    assert "socket://127.0.0.1:" in said
+    assert observer.wait(lambda: observer.online() is False)
+    observer.session.close()
+
+
+def test_no_emulator_outlives_the_program_that_started_it(firmware: Callable[[str], Path]) -> None:
+    code = (
+        "import pathlib, sys, time; from firmware_tools import boards, emulate\n"
+        "board = emulate.Emulator(boards.load('mps2-an386'), pathlib.Path(sys.argv[1]))\n"
+        "print(board.url, flush=True); board.wait()"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, firmware("mps2-an386")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert parent.stdout is not None
+    host, port = parent.stdout.readline().strip().removeprefix("socket://").split(":")
+    with socket.create_connection((host, int(port)), timeout=LIMIT) as serial:
+        parent.kill()
+        parent.wait()
+        with suppress(ConnectionResetError):
+            while serial.recv(4096):
+                pass  # what the board said before
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)))
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_an_unknown_board_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"no board named 'uno'.*mps2-an385, mps2-an386"):
+        boards.load("uno")
+
+
+def test_a_board_without_firmware_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no firmware is built for board 'raspberry-pi-4'.*mps2-an386"):
+        build.build("raspberry-pi-4", mlp(), samples(), FLEET, ID, tmp_path)
+
+
+def test_a_damaged_board_file_is_refused_with_the_entry(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    good = (boards.FOLDER / "mps2-an386.toml").read_text()
+    path.write_text(good.replace("ram_bytes = 4_194_304", 'ram_bytes = "4 MB"'))
+    with pytest.raises(UserError, match=r"x\.toml: 'ram_bytes' must be a int.*'4 MB'"):
+        boards.read(path)
+
+
+@pytest.mark.parametrize(("fleet", "id"), [("home/garden", ID), (FLEET, "#"), (FLEET, "")])
+def test_a_name_that_cannot_be_in_a_topic_is_refused(fleet: str, id: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"name is 1 to 32 letters"):
+        build.build("mps2-an386", mlp(), samples(), fleet, id, tmp_path)
+
+
+def test_a_missing_compiler_or_emulator_is_named_with_its_package(
+    firmware: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elf = firmware("mps2-an386")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"apt-get install gcc-arm-none-eabi libnewlib-arm-none-eabi"):
+        build.build("mps2-an386", mlp(), samples(), FLEET, ID, tmp_path)
+    with pytest.raises(UserError, match=r"apt-get install qemu-system-arm"):
+        emulate.Emulator(boards.load("mps2-an386"), elf)
+
+
+def test_a_program_larger_than_the_board_is_refused_by_how_much(tmp_path: Path) -> None:
+    data = ClientData(np.zeros((12, 1000), np.uint8), np.arange(0, 13, 2, dtype=np.uint32), 1.0, 5)
+    large = program.build([program.Dense(1100), program.ReLU(), program.Dense(5)], (1000,), "softmax_cross_entropy")
+    with pytest.raises(UserError, match=r"too large for board 'mps2-an386'.* [\d,]+ bytes more RAM than its 4,194,304"):
+        build.build("mps2-an386", large, data, FLEET, ID, tmp_path)
+    many = ClientData(np.zeros((70_000, 64), np.uint8), np.array([0, 35_000, 70_000], np.uint32), 1.0, 2)
+    with pytest.raises(UserError, match=r" [\d,]+ bytes more flash than its 4,194,304"):
+        build.exactness(boards.load("mps2-an386"), mlp(), many, tmp_path / "x.elf", seed=1, steps=1, rate=0.1)
+
+
+def test_samples_of_another_size_than_the_model_takes_are_refused(tmp_path: Path) -> None:
+    other = program.build([program.Dense(5)], (32,), "softmax_cross_entropy")
+    with pytest.raises(UserError, match=r"the samples have 64 features and the model takes 32"):
+        build.build("mps2-an386", other, samples(), FLEET, ID, tmp_path)
+
+
+def test_what_is_not_firmware_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "readme.txt"
+    text.write_text("hello")
+    for path in (text, Path("/bin/sh"), tmp_path / "nothing.elf"):
+        with pytest.raises(UserError, match=r"tinyfleet firmware build"):
+            build.size(path)
+
+
+def test_a_line_or_broker_that_is_not_there_is_named(firmware: Callable[[str], Path]) -> None:
+    nowhere = free_port()
+    with pytest.raises(UserError, match=rf"cannot open the serial line socket://127\.0\.0\.1:{nowhere}"):
+        Gateway(f"socket://127.0.0.1:{nowhere}", ("127.0.0.1", 1883)).run(threading.Event())
+    with pytest.raises(UserError, match=r"cannot open the serial line /dev/none"):
+        Gateway("/dev/none", ("127.0.0.1", 1883)).run(threading.Event())
+    with (
+        emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator,
+        pytest.raises(UserError, match=rf"no MQTT broker answers at 127\.0\.0\.1:{nowhere}"),
+    ):
+        Gateway(emulator.url, ("127.0.0.1", nowhere)).run(threading.Event())
