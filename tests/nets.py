@@ -2,7 +2,7 @@
 
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,14 +169,16 @@ def sealed(data: bytes) -> bytes:
     return data[:12] + struct.pack("<I", zlib.crc32(data[16:])) + data[16:]
 
 
+TRICKY = (0, 1, 2, 3, 4, 5, 6, 7, 8, 127, 128, 254, 255)
+TRICKY_WORDS = (0, 1, 0x0FFFFFFF, 0x10000000, 0x3FFFFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+
+
 @st.composite
 def hostile(draw: st.DrawFn) -> bytes:
     """Programs of which some bytes or fields are wrong under a right checksum."""
     net = draw(nets())
     data = bytearray(net.build(random_weights(net.whole(), 1)).data if draw(st.booleans()) else net.whole().data)
-    header = list(HEADER.unpack_from(data))
-    body_end = HEADER.size + header[5] * OP.size
-    tricky = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 127, 128, 254, 255])
+    body_end = HEADER.size + HEADER.unpack_from(data)[5] * OP.size
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(5, body_end - 1))
         how = draw(st.integers(0, 3))
@@ -185,11 +187,42 @@ def hostile(draw: st.DrawFn) -> bytes:
         elif how == 1:
             data[at] = (data[at] + draw(st.sampled_from([-4, -1, 1, 4]))) % 256
         elif how == 2:
-            data[at] = draw(tricky)
+            data[at] = draw(st.sampled_from(TRICKY))
         else:  # one whole word, as of a count or an offset
-            word = draw(st.sampled_from([0, 1, 0x0FFFFFFF, 0x10000000, 0x3FFFFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]))
             at = min(at & ~3, body_end - 4)
-            data[at : at + 4] = struct.pack("<I", word)
+            data[at : at + 4] = struct.pack("<I", draw(st.sampled_from(TRICKY_WORDS)))
     if draw(st.integers(0, 9)) == 0:
         data = data[: draw(st.integers(0, len(data)))]
     return sealed(bytes(data)) if len(data) >= 16 else bytes(data)
+
+
+def spoilt(data: bytes) -> Iterator[bytes]:
+    """The program with each byte and word of its header and ops, each shape between two ops, and each place of a
+    tensor, made wrong in turn, under a right checksum; and cut at every length."""
+    n_ops, activations = HEADER.unpack_from(data)[5], HEADER.unpack_from(data)[14]
+    end = HEADER.size + n_ops * OP.size
+
+    def put(*changes: tuple[int, bytes]) -> bytes:
+        copy = bytearray(data)
+        for at, new in changes:
+            copy[at : at + len(new)] = new
+        return sealed(bytes(copy))
+
+    for at in range(end):
+        for value in {*TRICKY, data[at] ^ 1, (data[at] + 1) % 256, (data[at] - 1) % 256}:
+            yield put((at, bytes([value])))
+    for at in range(0, end, 4):
+        for word in TRICKY_WORDS:
+            yield put((at, struct.pack("<I", word)))
+    records = range(HEADER.size, end, OP.size)
+    for record in records:
+        before = 20 if record == HEADER.size else record - OP.size + 14  # where that shape stands first
+        for dimension in (0, 2, 4):
+            for value in (1, 2, 3, 5, 8, 300, 65535):
+                new = struct.pack("<H", value)
+                yield put((before + dimension, new), (record + 8 + dimension, new))
+        for field in (24, 28):
+            for offset in range(activations + 1):
+                yield put((record + field, struct.pack("<I", offset)))
+    for cut in range(len(data)):
+        yield data[:cut]

@@ -6,11 +6,13 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from nets import hostile, nets, random_weights
+from nets import nets, random_weights, spoilt
 
+from edge import program as p
 from edge.mote_build import FLAGS, STRICT
 
 ROOT = Path(__file__).parents[1]
@@ -66,9 +68,22 @@ def good() -> list[bytes]:
     return collect(nets().map(lambda net: net.build(random_weights(net.whole(), 1)).data), 150)
 
 
+SPOILT = [
+    p.build([p.Dense(3), p.Tanh(), p.Dense(3)], (4,), "softmax_cross_entropy"),
+    p.build([p.Conv2D(2, 2, 1, "same"), p.Tanh(), p.MaxPool2D(2), p.Flatten(), p.Tanh()], (4, 4, 1), "mse"),
+    p.build(
+        [p.Conv2D(1, 3, 2, "same"), p.AvgPool2D(2, 1), p.Conv2D(1, 1), p.MaxPool2D(2, 1), p.ReLU(), p.Flatten()],
+        (6, 6, 1),
+        "mse",
+        trainable={1},
+        weights={"conv2d_0/weights": np.ones((1, 3, 3, 1)), "conv2d_0/bias": np.ones(1)},
+    ),
+]
+
+
 @pytest.fixture(scope="module")
-def bad(good: list[bytes]) -> list[bytes]:
-    return collect(hostile(), 800) + [good[0][:cut] for cut in range(len(good[0]))]
+def bad() -> list[bytes]:
+    return [data for program in SPOILT for data in spoilt(program.data)]
 
 
 @pytest.mark.parametrize("sanitizing", [CLANG, ("gcc",)], ids=["clang", "gcc"])
@@ -81,7 +96,7 @@ def test_sanitizers_find_nothing_in_good_and_hostile_programs(
     lines = run([tmp_path / "programs", corpus(tmp_path / "corpus", good + bad), "5"]).splitlines()
     assert len(lines) == len(good) + len(bad)
     assert all(line.startswith("0 ") for line in lines[: len(good)])
-    assert sum(line.startswith("-") for line in lines[len(good) :]) > len(bad) / 2
+    assert len(bad) > 5000 and sum(line.startswith("-") for line in lines[len(good) :]) > len(bad) / 2
 
 
 def test_every_compiler_and_level_gives_the_same_bits(good: list[bytes], tmp_path: Path) -> None:

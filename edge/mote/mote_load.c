@@ -51,7 +51,7 @@ static int shapes_fit(const mote_op_t *op)
     case MOTE_DENSE:
         return in == op->in_c && out == op->out_c;
     case MOTE_FLATTEN:
-        return in == op->out_c && !trainable && op->params == 0;
+        return in == op->out_c && in == out && !trainable && op->params == 0;
     case MOTE_RELU:
     case MOTE_TANH:
         return op->in_h == op->out_h && op->in_w == op->out_w && op->in_c == op->out_c && !trainable &&
