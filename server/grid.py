@@ -177,7 +177,6 @@ class MqttGrid(Grid):
         for broadcast in broadcasts:
             self._clear(broadcast)
         if self._session is not None:
-            self._session.flush(2)
             self._session.close()
 
     # Flower's Grid
@@ -307,6 +306,8 @@ class MqttGrid(Grid):
             self._broadcasts.remove(broadcast)
         for topic in broadcast.chunks:
             self._publish(topic, b"", retain=True)
+        if self._session is not None and self._session.connected:
+            self._session.flush(2)  # a round that has ended has left nothing at the broker
 
     def _connected(self) -> None:
         """A new connection has no subscriptions, and if the broker is new too, it has no weights either."""
