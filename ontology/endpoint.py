@@ -276,7 +276,10 @@ class Endpoint:
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/sparql"
         self._server = uvicorn.Server(
             uvicorn.Config(
-                application(store, token, timeout=timeout, workers=workers), log_level="warning", lifespan="off"
+                application(store, token, timeout=timeout, workers=workers),
+                log_level="warning",
+                lifespan="off",
+                ws="none",
             )
         )
         self._thread = threading.Thread(

@@ -2,8 +2,9 @@
 
 `Registry.handle` takes a topic and its payload and touches no network. A Thing Description is read as JSON-LD with our
 own context, checked against the shapes, and written flat: facts about the device on the device, facts about its kind
-of board once on the board. A status is a few flat facts. What cannot be right is refused, counted and logged with its
-reason, and leaves the graph as it was; what comes twice, late or in another order ends in the same graph.
+of board once on the board, by whoever says them first (so put the known boards in before: describe.put_boards). A
+status is a few flat facts. What cannot be right is refused, counted and logged with its reason, and leaves the graph
+as it was; what comes twice, late or in another order ends in the same graph.
 """
 
 import json
@@ -136,11 +137,15 @@ class Registry:
             raise Refused(f"its board {board} is not known and it does not describe it")
         for predicate, values in said.items():
             if known and set(values) != set(known.get(predicate, ())):
-                raise Refused(
-                    f"it says {predicate.split('#')[-1]} of its board is {_text(values)}, but {board} is known with "
-                    f"{_text(known.get(predicate, []))}"
+                log.warning(
+                    "%s says that %s of its board is %s; %s stays known with %s",
+                    iri,
+                    predicate.split("#")[-1],
+                    _text(values),
+                    board,
+                    _text(known.get(predicate, [])),
                 )
-        ram, arena = (known or said).get(TF.ramBytes, [math.inf])[0], thing.get(TF.arenaBytes, [0])[0]
+        ram, arena = {**known, **said}.get(TF.ramBytes, [math.inf])[0], thing.get(TF.arenaBytes, [0])[0]
         if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
             raise Refused(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
         facts: dict[Iri, dict[Iri, Binding | None]] = {iri: {p: thing.get(p) for p in _DEVICE}}

@@ -239,7 +239,8 @@ def _lstm_macs(shapes: list[Shape], _: Shape, operator: Any) -> int:
     axis = 0 if options.TimeMajor() else 1
     # Inputs 1 to 8 are the gates' matrices, 16 the projection's.
     matrices = [shapes[i] for i in (*range(1, 9), 16) if i < len(shapes)]
-    return shapes[0][axis] * sum(math.prod(shape) for shape in matrices if len(shape) == 2)
+    per_step: int = sum(math.prod(shape) for shape in matrices if len(shape) == 2)
+    return shapes[0][axis] * per_step
 
 
 # (input shapes, output shape of one sample, operator) -> multiply-accumulates. Layouts: TensorFlow Lite's kernels.

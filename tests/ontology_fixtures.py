@@ -1,0 +1,71 @@
+"""What the tests of the graph share: a Thing Description, and stores of every kind."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edge.protocol import Status, encode
+from ontology.endpoint import Endpoint
+from ontology.store import EmbeddedStore, RemoteStore, Store
+
+MODEL = bytes.fromhex("0123456789abcdef")
+TOKEN = "a token"
+
+
+@contextmanager
+def open_store(kind: str, folder: Path) -> Iterator[Store]:
+    """A fresh store: in memory, on disk, or an endpoint's over HTTP."""
+    if kind == "remote":
+        with EmbeddedStore() as served, Endpoint(served, TOKEN) as endpoint, RemoteStore(endpoint.url, TOKEN) as remote:
+            yield remote
+    else:
+        with EmbeddedStore(folder / "graph" if kind == "disk" else None) as store:
+            yield store
+
+
+def description(device: str = "dev-1", fleet: str = "home", **changes: Any) -> dict[str, Any]:
+    """A Thing Description as a device sends it. Changes replace its fields; None takes a field away."""
+    td = {
+        "@context": ["https://www.w3.org/2022/wot/td/v1.1", {"tf": "https://w3id.org/tinyfleet#"}],
+        "id": f"urn:tinyfleet:{fleet}:{device}",
+        "@type": ["Thing", "tf:Device"],
+        "title": "A device",
+        "securityDefinitions": {"nosec_sc": {"scheme": "nosec"}},
+        "security": ["nosec_sc"],
+        "tf:fleet": fleet,
+        "tf:deviceId": device,
+        "tf:board": {
+            "@id": "https://w3id.org/tinyfleet/board/nano33ble",
+            "@type": "tf:Board",
+            "title": "Arduino Nano 33 BLE",
+            "tf:mcu": "nrf52840",
+            "tf:clockHz": 64_000_000,
+            "tf:ramBytes": 262_144,
+            "tf:flashBytes": 983_040,
+            "tf:sensor": ["hts221", "pdm-microphone"],
+        },
+        "tf:engine": "mote",
+        "tf:engineVersion": "0.1.0",
+        "tf:arenaBytes": 65_536,
+        "tf:model": {"@id": f"urn:tinyfleet:model:{MODEL.hex()}"},
+        "actions": {"learn": {"title": "Learn", "forms": [{"href": "mqtt://broker/x", "op": "invokeaction"}]}},
+    }
+    td |= {name.replace("__", ":"): value for name, value in changes.items()}
+    return {name: value for name, value in td.items() if value is not None}
+
+
+def payload(td: Any) -> bytes:
+    return json.dumps(td).encode()
+
+
+def status(online: bool = True, model: bytes = MODEL, **rest: Any) -> bytes:
+    return encode(Status(online, model, **rest))
+
+
+def everything(store: Store) -> list[tuple[str, ...]]:
+    """All triples of a graph without blank nodes, sorted."""
+    return sorted(
+        (str(row["s"]), str(row["p"]), repr(row["o"])) for row in store.query("SELECT ?s ?p ?o WHERE { ?s ?p ?o }")
+    )

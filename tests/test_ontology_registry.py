@@ -1,0 +1,360 @@
+"""The registry: what devices say becomes facts once, and what cannot be right leaves no trace."""
+
+import copy
+import itertools
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ontology_fixtures import MODEL, description, everything, open_store, payload, status
+
+from edge.protocol import Topics
+from edge.thing import VIRTUAL, thing_description
+from ontology import describe
+from ontology.names import TF, board_iri, device_iri, model_iri
+from ontology.registry import MAX_BYTES, Registry
+from ontology.store import EmbeddedStore, Store, StoreError
+
+TOPICS = Topics("home")
+TD = TOPICS.td("dev-1")
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with EmbeddedStore() as opened:
+        yield opened
+
+
+@pytest.fixture
+def registry(store: Store) -> Registry:
+    return Registry(store, "home")
+
+
+def about(store: Store, subject: str) -> dict[str, list[Any]]:
+    facts: dict[str, list[Any]] = {}
+    for row in store.query(f"SELECT ?p ?o WHERE {{ <{subject}> ?p ?o }} ORDER BY ?o"):
+        facts.setdefault(str(row["p"]).removeprefix(TF.iri), []).append(row["o"])
+    return facts
+
+
+def test_a_description_becomes_facts_on_the_device_and_on_its_board(store: Store, registry: Registry) -> None:
+    assert registry.handle(TD, payload(description()))
+    device = about(store, device_iri("home", "dev-1"))
+    assert device["arenaBytes"] == [65_536]
+    assert device["engine"] == ["mote"]
+    assert device["board"] == [board_iri("nano33ble")]
+    assert device["model"] == [model_iri(MODEL)]
+    assert "ramBytes" not in device
+    board = about(store, board_iri("nano33ble"))
+    assert board["ramBytes"] == [262_144]
+    assert board["sensor"] == ["hts221", "pdm-microphone"]
+    assert len(everything(store)) == sum(map(len, device.values())) + sum(map(len, board.values()))
+
+
+def test_what_the_devices_of_this_project_send_is_taken(store: Store, registry: Registry) -> None:
+    td = thing_description("home", "dev-1", VIRTUAL, "mote", "0.1.0", 9_936, MODEL)
+    assert registry.handle(TD, payload(td)), registry.last_refusal
+
+
+def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> None:
+    registry.handle(TD, payload(description()))
+    one = len(everything(store))
+    for i in range(2, 11):
+        assert registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
+    per_device = len(about(store, device_iri("home", "dev-2")))
+    assert len(everything(store)) <= one + 9 * (per_device + 1)
+    assert len(store.query("SELECT ?b WHERE { ?b <https://w3id.org/tinyfleet#ramBytes> ?r }")) == 1
+
+
+def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
+    adopted = bytes(8)
+    assert registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    assert registry.handle(TOPICS.status("dev-1"), status(model=adopted, samples=9, stale=1))
+    state = about(store, device_iri("home", "dev-1"))
+    assert state == {
+        "online": [True],
+        "currentModel": [model_iri(adopted)],
+        "samples": [9],
+        "malformed": [0],
+        "stale": [1],
+    }
+
+
+def test_a_will_marks_a_device_offline_and_nothing_else(store: Store, registry: Registry) -> None:
+    registry.handle(TD, payload(description()))
+    registry.handle(TOPICS.status("dev-1"), status(samples=5))
+    before = everything(store)
+    assert registry.handle(TOPICS.status("dev-1"), status(online=False, model=bytes(8)))
+    changed = set(before) ^ set(everything(store))
+    assert changed == {(device_iri("home", "dev-1"), TF.online, "True"), (device_iri("home", "dev-1"), TF.online, "False")}
+
+
+def test_repeats_and_any_order_end_in_the_same_graph() -> None:
+    messages = [
+        (TD, payload(description())),
+        (TOPICS.status("dev-1"), status(samples=3, drift=0.25)),
+        (TOPICS.td("dev-2"), payload(description("dev-2", title="The second"))),
+        (TOPICS.status("dev-2"), status(online=False)),
+    ]
+    graphs = set()
+    for order in itertools.permutations(messages):
+        with EmbeddedStore() as store:
+            registry = Registry(store, "home")
+            for topic, data in (*order, *order[::-1], order[0]):
+                assert registry.handle(topic, data)
+            graphs.add(tuple(everything(store)))
+    assert len(graphs) == 1
+
+
+def test_a_newer_description_takes_the_place_of_the_older(store: Store, registry: Registry) -> None:
+    registry.handle(TD, payload(description()))
+    assert registry.handle(TD, payload(description(tf__arenaBytes=None, tf__engineVersion="0.2.0", title="Renamed")))
+    device = about(store, device_iri("home", "dev-1"))
+    assert device["engineVersion"] == ["0.2.0"]
+    assert "arenaBytes" not in device
+
+
+def test_a_cleared_description_takes_the_device_away(store: Store, registry: Registry) -> None:
+    registry.handle(TD, payload(description()))
+    registry.handle(TOPICS.status("dev-1"), status())
+    assert registry.handle(TD, b"")
+    assert about(store, device_iri("home", "dev-1")) == {}
+    assert about(store, board_iri("nano33ble")) != {}
+
+
+def test_a_known_board_stays_as_it_is_known(
+    store: Store, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.handle(TD, payload(description()))
+    board = about(store, board_iri("nano33ble"))
+    other = description("dev-2")
+    other["tf:board"] |= {"tf:ramBytes": 1 << 20}
+    assert registry.handle(TOPICS.td("dev-2"), payload(other))
+    assert about(store, board_iri("nano33ble")) == board
+    assert "ramBytes of its board is 1048576" in caplog.text and "stays known with 262144" in caplog.text
+    linked = description("dev-3", tf__board={"@id": board_iri("nano33ble")})
+    assert registry.handle(TOPICS.td("dev-3"), payload(linked))
+
+
+def without_board(name: str) -> dict[str, Any]:
+    td = description()
+    del td["tf:board"][name]
+    return td
+
+
+def with_board(**changes: Any) -> dict[str, Any]:
+    td = description()
+    td["tf:board"] |= {name.replace("__", ":").replace("at_", "@"): value for name, value in changes.items()}
+    return td
+
+
+def nested(depth: int) -> dict[str, Any]:
+    inner: dict[str, Any] = {}
+    for _ in range(depth):
+        inner = {"properties": inner}
+    return description(properties=inner)
+
+
+REMOTE = "https://example.org/context.jsonld"
+BAD = {
+    "another device's id": (description("dev-2"), "its id must be urn:tinyfleet:home:dev-1"),
+    "another fleet's id": (description(fleet="away"), "its id must be"),
+    "no id": (description(id=None), "its id must be"),
+    "another id inside": (description(tf__deviceId="dev-2"), "deviceId must be 'dev-1'"),
+    "another fleet inside": (description(tf__fleet="away"), "fleet must be 'home'"),
+    "no title": (description(title=None), "title: one text"),
+    "two titles": (description(title=["a", "b"]), "title: one text"),
+    "a title that is a number": (description(title=5), "title: one text"),
+    "no security": (description(security=None), "security"),
+    "no board": (description(tf__board=None), "tf:board"),
+    "a board of another house": (description(tf__board={"@id": "https://example.org/board"}), "tf:board"),
+    "a board that is not described": (description(tf__board={"@id": board_iri("x")}), "does not describe it"),
+    "a board without its type": (without_board("@type"), "must have the @type tf:Board"),
+    "a board without RAM": (without_board("tf:ramBytes"), "tf:ramBytes"),
+    "a board without a processor": (without_board("tf:mcu"), "tf:mcu"),
+    "a board with negative RAM": (with_board(tf__ramBytes=-1), "tf:ramBytes"),
+    "a board with no RAM": (with_board(tf__ramBytes=0), "tf:ramBytes"),
+    "a board with RAM in words": (with_board(tf__ramBytes="256 KB"), "tf:ramBytes"),
+    "a board with two RAMs": (with_board(tf__ramBytes=[1, 2]), "tf:ramBytes"),
+    "a board with part of a byte": (with_board(tf__ramBytes=1.5), "tf:ramBytes"),
+    "a board with an unknown clock of 0": (with_board(tf__clockHz=0), "tf:clockHz"),
+    "no engine": (description(tf__engine=None), "tf:engine"),
+    "no engine version": (description(tf__engineVersion=None), "tf:engineVersion"),
+    "an arena of 0 for unknown": (description(tf__arenaBytes=0), "tf:arenaBytes"),
+    "an arena larger than the RAM": (description(tf__arenaBytes=262_145), "larger than the 262144 bytes"),
+    "a model that is none": (description(tf__model={"@id": "urn:x:y"}), "tf:model"),
+    "not a device": (description(**{"@type": "Thing"}), "@type"),
+    "not a thing": (description(**{"@type": "tf:Device"}), "@type"),
+    "no context": (description(**{"@context": None}), "its @context must hold"),
+    "a remote context": (description(**{"@context": REMOTE}), "its @context must hold"),
+    "a remote context besides": (
+        description(**{"@context": ["https://www.w3.org/2022/wot/td/v1.1", REMOTE]}),
+        "nothing is fetched",
+    ),
+    "a context that imports": (
+        description(**{"@context": ["https://www.w3.org/2022/wot/td/v1.1", {"@import": REMOTE}]}),
+        "prefixes only",
+    ),
+    "a context that redefines": (
+        description(**{"@context": ["https://www.w3.org/2022/wot/td/v1.1", {"title": "https://w3id.org/tinyfleet#"}]}),
+        "another meaning",
+    ),
+    "a context within": (description(actions={"x": {"@context": REMOTE}}), "may not use '@context'"),
+    "a reverse property": (description(**{"@reverse": {"tf:board": {"@id": "urn:x:y"}}}), "may not use '@reverse'"),
+    "a graph": (description(**{"@graph": [description("dev-2")]}), "may not use '@graph'"),
+    "another device within": (
+        description(actions={"x": {"@id": "urn:tinyfleet:home:dev-2", "@type": "tf:Device"}}),
+        "describes another device",
+    ),
+    "too deep": (nested(40), "nests deeper"),
+    "an array": ([description()], "not a JSON object"),
+    "a text": ("urn:tinyfleet:home:dev-1", "not a JSON object"),
+}
+RAW = {
+    "10 MB": (payload(description(title="x" * 10_000_000)), f"more than the {MAX_BYTES}"),
+    "10 MB of brackets": (b"[" * 10_000_000, f"more than the {MAX_BYTES}"),
+    "very deep": (b"[" * 60_000, "nests deeper"),
+    "very deep objects": (b'{"a":' * 9_000 + b"1" + b"}" * 9_000, "nests deeper"),
+    "not JSON": (b"<td/>", "not JSON"),
+    "cut": (payload(description())[:-20], "not JSON"),
+    "not UTF-8": (b'{"id": "\xff"}', "not UTF-8"),
+    "CBOR": (status(), "not UTF-8"),
+    "not a number": (payload(description()).replace(b"65536", b"NaN"), "no JSON number"),
+    "an infinite number": (payload(description()).replace(b"65536", b"1e999"), "JSON-LD"),
+    "a number of 5,000 digits": (payload(description()).replace(b"65536", b"9" * 5000), "not JSON"),
+    "a number of 4,000 digits": (payload(description()).replace(b"65536", b"9" * 4000), ""),
+    "half a character": (payload(description()).replace(b"A device", b"\\ud800"), "JSON-LD"),
+    "a name twice": (payload(description()).replace(b'"title"', b'"id": "urn:x", "title"', 1), "twice"),
+}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [pytest.param(payload(td), reason, id=name) for name, (td, reason) in BAD.items()]
+    + [pytest.param(data, reason, id=name) for name, (data, reason) in RAW.items()],
+)
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+def test_a_bad_description_is_refused_with_its_reason_and_leaves_no_trace(
+    store: Store, registry: Registry, caplog: pytest.LogCaptureFixture, data: bytes, reason: str, known: bool
+) -> None:
+    if known:
+        registry.handle(TD, payload(description()))
+    before = everything(store)
+    with caplog.at_level(logging.WARNING):
+        assert not registry.handle(TD, data)
+    assert everything(store) == before
+    assert registry.refused == 1
+    assert registry.last_refusal is not None and reason in registry.last_refusal
+    assert registry.last_refusal in caplog.text
+    assert len(registry.last_refusal) < 2_000
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff", b"{}", status()[:-1], status() + b"\0", status(battery=1.5), status(drift=float("nan"))],
+    ids=["empty", "break", "JSON", "cut", "longer", "battery above 1", "drift not a number"],
+)
+def test_a_bad_status_is_refused_and_leaves_no_trace(store: Store, registry: Registry, data: bytes) -> None:
+    registry.handle(TOPICS.status("dev-1"), status(samples=5))
+    before = everything(store)
+    assert not registry.handle(TOPICS.status("dev-1"), data)
+    assert (registry.accepted, registry.refused) == (1, 1)
+    assert everything(store) == before
+
+
+@pytest.mark.parametrize(
+    "topic", ["tinyfleet/away/devices/dev-1/td", TOPICS.do("dev-1"), TOPICS.did("dev-1"), "tinyfleet/home/devices/a b/td", ""]
+)  # fmt: skip
+def test_other_topics_are_none_of_its_business(store: Store, registry: Registry, topic: str) -> None:
+    assert not registry.handle(topic, payload(description()))
+    assert (registry.accepted, registry.refused, everything(store)) == (0, 0, [])
+
+
+def test_nothing_is_fetched(store: Store, registry: Registry) -> None:
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/context.jsonld"
+        known = "https://www.w3.org/2022/wot/td/v1.1"
+        contexts = (url, [known, url], [known, {"@import": url}], [known, {"x": {"@id": "tf:x", "@context": url}}])
+        for context in contexts:
+            assert not registry.handle(TD, payload(description(**{"@context": context})))
+        assert not registry.handle(TD, payload(description(actions={"x": {"@context": url}})))
+        assert registry.handle(TD, payload(description(links=[{"href": url}], support=url)))
+        server.shutdown()
+    assert asked == []
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=8,
+)
+paths = st.sampled_from(
+    [(name,) for name in description()] + [("tf:board", name) for name in description()["tf:board"]] + [("x",), ("@id",)]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(path=paths, value=json_values)
+def test_no_description_breaks_the_registry(path: tuple[str, ...], value: Any) -> None:
+    td = copy.deepcopy(description())
+    node = td
+    for name in path[:-1]:
+        node = node[name]
+    node[path[-1]] = value
+    with EmbeddedStore() as store:
+        registry = Registry(store, "home")
+        taken = registry.handle(TD, json.dumps(td).encode())
+        assert (registry.accepted, registry.refused) == ((1, 0) if taken else (0, 1))
+        subjects = set(store.query("SELECT DISTINCT ?s WHERE { ?s ?p ?o }").column("s"))
+        device = device_iri("home", "dev-1")
+        boards = {s for s in subjects if s != device}
+        assert subjects == set() if not taken else device in subjects and len(boards) <= 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=40))
+def test_no_status_breaks_the_registry(data: bytes) -> None:
+    with EmbeddedStore() as store:
+        Registry(store, "home").handle(TOPICS.status("dev-1"), data)
+
+
+def test_a_store_that_fails_is_not_the_devices_fault() -> None:
+    store = EmbeddedStore()
+    registry = Registry(store, "home")
+    store.close()
+    with pytest.raises(StoreError):
+        registry.handle(TD, payload(description()))
+    assert registry.refused == 0
+
+
+def test_the_registry_works_on_a_remote_store(tmp_path: Any) -> None:
+    with open_store("remote", tmp_path) as remote, EmbeddedStore() as local:
+        for store in (remote, local):
+            registry = Registry(store, "home")
+            assert registry.handle(TD, payload(description()))
+            assert registry.handle(TOPICS.status("dev-1"), status(samples=5))
+        assert everything(remote) == everything(local)
+
+
+def test_boards_put_in_before_are_what_counts(store: Store, registry: Registry) -> None:
+    describe.put_board(store, VIRTUAL)
+    td = thing_description("home", "dev-1", VIRTUAL, "mote", "0.1.0", 9_936, MODEL)
+    td["tf:board"]["tf:flashBytes"] = 5
+    assert registry.handle(TD, payload(td))
+    assert about(store, board_iri("virtual"))["flashBytes"] == [VIRTUAL.flash_bytes]
