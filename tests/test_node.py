@@ -23,6 +23,7 @@ from edge.protocol import (
     Adopt,
     Dense,
     Did,
+    Do,
     Done,
     ErrorCode,
     Failed,
@@ -453,7 +454,7 @@ def test_anything_else_is_counted_and_dropped(make: Make, payload: bytes, data: 
 
 # ------------------------------------------------------------------------------------- the two nodes, side by side
 
-ORDERS = [
+ORDERS: list[Do] = [
     work(1, 1),
     work(2, 1, phases=(Phase(2, 3, 0.1), Phase(3, 4, 0.2)), update=UpdateFormat(half=True, top=0.1)),
     work(3, 2, update=UpdateFormat(shared=1, top=0.9), query=3),
@@ -465,20 +466,51 @@ ORDERS = [
     Adopt(9, b"12345678", len(HEAD_ONLY.data), 5),
     RebootOrder(10),
 ]
-MESSAGES: list[tuple[str, bytes]] = [(TOPICS.do(ID), encode(order)) for order in ORDERS]
-for _round in (1, 2, 3, 4):
-    MESSAGES += broadcast(work(round=_round))
-MESSAGES += broadcast(work(round=3), HEAD_ONLY.initial(1))
-MESSAGES += carried(HEAD_ONLY) + carried(PROGRAM)
-MESSAGES += [(TOPICS.program(b"12345678", i), payload) for i, payload in enumerate(chunks(HEAD_ONLY.data))]
+# What the broker keeps for each order, and so brings to whoever subscribes.
+RETAINED: list[list[tuple[str, bytes]]] = [
+    [*broadcast(order), *(broadcast(order, HEAD_ONLY.initial(1)) if order.round == 3 else [])]
+    if isinstance(order, Work)
+    else carried(HEAD_ONLY)
+    if isinstance(order, Adopt) and order.model == HEAD_ONLY.model_id
+    else carried(PROGRAM)
+    if isinstance(order, Adopt) and order.model == PROGRAM.model_id
+    else [(TOPICS.program(b"12345678", i), payload) for i, payload in enumerate(chunks(HEAD_ONLY.data))]
+    for order in ORDERS
+]
+MESSAGES = [(TOPICS.do(ID), encode(order)) for order in ORDERS] + [m for kept in RETAINED for m in kept]
 MESSAGES += [(TOPICS.weights(5, 1, 0), b""), (TOPICS.do("two"), encode(work())), (TOPICS.weights(5, 1, 0), b"\x80")]
 
 actions = st.one_of(
-    st.integers(0, len(MESSAGES) - 1),
     st.integers(0, len(ORDERS) - 1),
-    st.sampled_from(["step", "steps", "work", "connected", "weights"]),
-    st.tuples(st.integers(0, len(MESSAGES) - 1), st.integers(0, 20)),  # one that is cut
+    st.integers(0, len(MESSAGES) - 1),
+    st.tuples(st.just("serve"), st.integers(0, len(ORDERS) - 1), st.randoms(use_true_random=False), st.booleans()),
+    st.tuples(st.just("cut"), st.integers(0, len(MESSAGES) - 1), st.integers(1, 20)),
+    st.tuples(st.just("step"), st.sampled_from([1, 12, 1000])),
+    st.just("connected"),
 )
+
+
+def act(nodes: list[Node], action: Any) -> None:
+    messages: list[tuple[str, bytes]] = []
+    steps = 0
+    match action:
+        case int():
+            messages = [MESSAGES[action]]
+        case ("serve", int(i), random, lossy):  # a whole order, its chunks in any order, perhaps one of them lost
+            kept = random.sample(RETAINED[i], len(RETAINED[i]) - lossy)
+            messages, steps = [MESSAGES[i], *kept], 1000
+        case ("cut", int(i), int(cut)):
+            messages = [(MESSAGES[i][0], MESSAGES[i][1][:-cut])]
+        case ("step", int(count)):
+            steps = count
+    for node in nodes:
+        for topic, payload in messages:
+            node.receive(topic, payload)
+        if action == "connected":
+            node.connected()
+        for _ in range(steps):
+            if not node.step():
+                break
 
 
 @given(st.lists(actions, max_size=40))
@@ -487,22 +519,6 @@ def test_the_agent_and_the_c_node_agree_to_the_bit(history: list[Any]) -> None:
     """Messages lost, doubled, reordered and cut, with sessions that break: the same answers, and the same counts."""
     nodes = [mote(out_bytes=300), agent(out_bytes=300)]
     for action in history:
-        said = []
-        for node in nodes:
-            match action:
-                case int():
-                    node.receive(*MESSAGES[action])
-                case (int(message), int(cut)):
-                    topic, payload = MESSAGES[message]
-                    node.receive(topic, payload[: -1 - cut])
-                case "connected":
-                    node.connected()
-                case "weights":
-                    for topic, payload in broadcast(work(round=1)):
-                        node.receive(topic, payload)
-                case _:
-                    limit = {"step": 1, "steps": 12, "work": 1000}[action]
-                    while limit > 0 and node.step():
-                        limit -= 1
-            said.append((list(node.poll()), node.counters, node.model, node.will()))
+        act(nodes, action)
+        said = [(list(node.poll()), node.counters, node.model, node.will()) for node in nodes]
         assert said[0] == said[1], action
