@@ -5,6 +5,7 @@ The devices are processes of their own, started with the commands that users sta
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -18,30 +19,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
 from edge import tasks
 from edge.errors import UserError
-from edge.protocol import ALL_LAYERS, Phase
 from edge.tasks import Task
 from ontology import library
 from ontology.cli import print_rows
 from ontology.names import Iri
 from server import show
-from server.evaluate import Score, few_shot
+from server.cli import SHOTS
+from server.evaluate import one_pass
+from server.flower import log_level
 from server.run import Outcome, Round, method, run
 from server.serve import FleetServer
 
 FLEET = "demo"
 BOARD = "mps2-an386"
-SHOTS = (1, 5, 10)
-RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # that adaptation is tried at, for every start alike
-QUERIES = 10  # samples a class that a held-out task is scored on
 ANNOUNCE_TIMEOUT = 45.0
 
 
@@ -65,6 +62,7 @@ def demo(
       tinyfleet demo --task omniglot --rounds 60
     """
     console = Console(highlight=False)
+    log_level(logging.ERROR)  # the rounds are shown below
     began = time.monotonic()
     task = tasks.load(task_name)
     shutil.rmtree(data, ignore_errors=True)
@@ -103,7 +101,7 @@ def demo(
             "FedAvg's global model": runs["FedAvg"].parameters,
         }
         with console.status("adapting every start to held-out tasks"):
-            results = {name: [_score(task, start, shots, seed) for shots in SHOTS] for name, start in starts.items()}
+            results = {name: [one_pass(task, start, shots=shots, seed=seed) for shots in SHOTS] for name, start in starts.items()}
         console.print()
         console.print(show.scores(results))
         console.print(_costs(task, runs))
@@ -150,7 +148,7 @@ class _Fleet:
         common = ["--fleet", FLEET, "--task", self.task.name, "--of", str(self.size)]
         broker = ["--broker", self.broker]
         virtual = ["device", "--count", str(self.virtual), "--first", "0", *common, *broker]
-        agent = ["agent", "--id", "pi", "--client", str(self.virtual), *common, *broker]
+        agent = ["agent", "--name", "pi", "--index", str(self.virtual), *common, *broker]
         return [virtual, agent]
 
     @contextmanager
@@ -256,17 +254,6 @@ def _learn(
             clients=clients,
             on_round=ended,
         )
-
-
-def _score(task: Task, start: NDArray[np.float32], shots: int, seed: int) -> Score:
-    """Adapts as a device would, online and once through the samples, at the rate that is best on validation tasks."""
-    steps = shots * task.ways
-
-    def at(rate: float, **how: object) -> Score:
-        return few_shot(task, start, [Phase(ALL_LAYERS, steps, rate)], shots=shots, queries=QUERIES, **how)  # type: ignore[arg-type]
-
-    best = max(RATES, key=lambda rate: at(rate, episodes=50, seed=seed + 1, draw=task.validation).mean)
-    return at(best, episodes=200, seed=seed + 2)
 
 
 def _costs(task: Task, runs: dict[str, Outcome]) -> Table:
