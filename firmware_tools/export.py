@@ -127,9 +127,9 @@ def export_network(
     rates = tf.TensorSpec([len(ours)], tf.float32, name="rates")
     vector = tf.TensorSpec([sum(sizes)], tf.float32, name="parameters")
     signatures = {
+        "infer": tf.function(infer, autograph=False, input_signature=[x]),
         "train": tf.function(train, autograph=False, input_signature=[x, y, rates]),
         "loss": tf.function(measure, autograph=False, input_signature=[x, y]),
-        "infer": tf.function(infer, autograph=False, input_signature=[x]),
         "get": tf.function(get, autograph=False, input_signature=[]),
         "set": tf.function(put, autograph=False, input_signature=[vector]),
     }

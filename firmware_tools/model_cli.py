@@ -1,4 +1,4 @@
-"""`tinyfleet model`: compile Keras models for the engine, see what they take, export them for a Raspberry Pi."""
+"""`tinyfleet model`: compile Keras models for the engine, see what they take, describe and export them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from edge.errors import UserError
+from edge.program import Program
 from firmware_tools import compiler
 
+if TYPE_CHECKING:
+    from ontology.describe import ModelDescription
+
 app = typer.Typer(
-    help="Compile, plan and export models. Reads Keras 3 models (.keras); .tflite files cannot be compiled yet.",
+    help="Compile, plan, describe and export Keras 3 models (.keras). Compiling .tflite files is not there yet.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -113,6 +117,65 @@ def export(model: Model, out: Out = Path("model.tflite"), train_from: TrainFrom 
         content = export_tflite(model, train_from=train_from, loss=loss)
     _write(out, content)
     print(f"{out}: {out.stat().st_size:,} B, signatures train, loss, infer, get, set")
+
+
+@app.command("describe")
+def describe(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .keras, .tflite or .mote file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print what a model is, as RDF (Turtle) or JSON: layers, shapes, MACs, parameters, and the memory it takes.
+
+    Example: tinyfleet model describe model.keras
+    """
+    import pyoxigraph
+
+    from ontology import names
+    from ontology.describe import put_model
+    from ontology.store import EmbeddedStore
+
+    about = description(file)
+    for note in about.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if as_json:
+        facts = asdict(about) | {"model": about.sha256[:16], "macs": about.macs, "parameters": about.parameters}
+        print(json.dumps(facts, indent=2))
+        return
+    with EmbeddedStore() as store:
+        put_model(store, about)
+        triples = store.construct("CONSTRUCT WHERE { ?s ?p ?o }")
+    triples.sort(key=lambda triple: ("#" in str(triple.subject), str(triple)))  # the model first, then its parts
+    prefixes = {"tf": names.TF.iri, "prov": names.PROV.iri, "schema": names.SCHEMA.iri, "rdf": names.RDF.iri}
+    turtle = pyoxigraph.serialize(triples, format=pyoxigraph.RdfFormat.TURTLE, prefixes=prefixes) or b""
+    print(turtle.decode().rstrip())
+
+
+def description(file: Path) -> ModelDescription:
+    """What a model's file says, and for a Keras model that the engine can run, the memory that its plan takes.
+
+    Raises UserError if it is no model's file.
+    """
+    from ontology.describe import from_file, from_program
+
+    if file.suffix == ".mote":
+        try:
+            return from_program(Program.parse(file.read_bytes()), file.stem)
+        except OSError as e:
+            raise UserError(f"cannot read '{file}': {e.strerror}; give the path of a model's file") from e
+    about = from_file(file)
+    if file.suffix != ".keras":
+        return about
+    try:
+        takes = compiler.plan(compiler.read_network(file))
+    except UserError as e:
+        return replace(about, notes=(*about.notes, f"the engine cannot run it: {e}"))
+    return replace(
+        about,
+        engine="mote",
+        run_ram_bytes=takes.run.ram_bytes,
+        train_ram_bytes=takes.trainable.ram_bytes,
+        storage_bytes=takes.trainable.initial_bytes,
+    )
 
 
 @contextmanager

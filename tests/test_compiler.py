@@ -329,6 +329,31 @@ def test_the_commands(tmp_path):
     assert "cannot write" in str(refused.exception)
 
 
+def test_a_description_says_what_the_engine_needs(tmp_path):
+    path, program = tmp_path / "model.keras", tmp_path / "model.mote"
+    model = randomise(mlp())
+    model.save(path)
+    program.write_bytes(compiler.compile_model(model).data)
+    run = CliRunner()
+    takes = compiler.plan(compiler.read_network(path))
+    about = json.loads(run.invoke(model_cli.app, ["describe", str(path), "--json"]).stdout)
+    assert (about["engine"], about["run_ram_bytes"], about["train_ram_bytes"], about["storage_bytes"]) == (
+        "mote",
+        takes.run.ram_bytes,
+        takes.trainable.ram_bytes,
+        takes.trainable.initial_bytes,
+    )
+    assert (
+        f"tf:trainRamBytes {takes.trainable.ram_bytes} ;" in run.invoke(model_cli.app, ["describe", str(path)]).stdout
+    )
+    assert json.loads(run.invoke(model_cli.app, ["describe", str(program), "--json"]).stdout)["parameters"] == 2410
+
+    flat(L.Dense(4, "gelu", name="g")).save(path)  # not for the engine: described all the same, without its memory
+    described = run.invoke(model_cli.app, ["describe", str(path), "--json"])
+    assert json.loads(described.stdout)["run_ram_bytes"] is None
+    assert "note: the engine cannot run it: layer 'g' (Dense)" in described.stderr
+
+
 def test_a_plan_needs_neither_keras_nor_tensorflow(tmp_path):
     path = tmp_path / "model.keras"
     mlp().save(path)
