@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("tinyfleet", deadline=None)  # a busy machine is no error
+settings.load_profile("tinyfleet")
 
 
 def free_port() -> int:

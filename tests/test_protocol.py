@@ -1,0 +1,261 @@
+"""The wire: Python and the generated C read and write the same bytes; what is no message is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cbor2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from edge.mote_codegen import generate
+from edge.protocol import (
+    ALL_LAYERS,
+    CHUNK,
+    MAX_CHUNKS,
+    Adopt,
+    Assembly,
+    Dense,
+    Done,
+    ErrorCode,
+    Failed,
+    Metrics,
+    Phase,
+    Plan,
+    ProtocolError,
+    Reboot,
+    Sparse,
+    Status,
+    Topics,
+    UpdateFormat,
+    Work,
+    chunks,
+    config_from_plan,
+    decode_chunk,
+    decode_did,
+    decode_do,
+    decode_status,
+    encode,
+    plan_from_config,
+)
+
+u32 = st.integers(0, 2**32 - 1)
+f32 = st.floats(width=32, allow_nan=False)
+model = st.binary(min_size=8, max_size=8)
+formats = st.builds(UpdateFormat, u32, st.booleans(), f32)
+phases = st.lists(st.builds(Phase, u32, u32, f32), max_size=4).map(tuple)
+works = st.builds(Work, u32, st.sampled_from(["train", "evaluate"]), u32, u32, model, u32, phases, u32)
+works = st.builds(lambda work, update: replace(work, update=update), works, st.none() | formats)
+orders = st.one_of(works, st.builds(Adopt, u32, model, u32, u32), st.builds(Reboot, u32))
+metrics = st.builds(Metrics, u32, f32, u32, u32, f32, u32)
+values = arrays(np.float32, st.integers(0, 40), elements=st.floats(width=16, allow_nan=False))
+denses = st.builds(Dense, u32, values, st.booleans())
+sparses = st.builds(
+    lambda indices, change, half: Sparse(
+        np.array(sorted(indices), np.uint32), np.full(len(indices), change, np.float32), half
+    ),
+    st.sets(st.one_of(u32, st.integers(0, 500)), max_size=40),
+    st.floats(width=16, allow_nan=False),
+    st.booleans(),
+)
+dones = st.builds(Done, u32, st.just(0), st.integers(1, 2**32 - 1), st.none() | metrics, st.none() | denses | sparses)
+dids = st.one_of(dones, st.builds(Failed, u32, st.sampled_from(ErrorCode), st.integers(-(2**31), 2**31 - 1)))
+statuses = st.builds(Status, st.booleans(), model, u32, u32, u32, st.none() | f32, st.none() | f32)
+
+Transcode = Callable[[str, bytes], bytes | None]
+
+
+@pytest.fixture(scope="module")
+def transcode(tmp_path_factory: pytest.TempPathFactory) -> Transcode:
+    """(message's name, payload) -> what the generated C makes of it, None if it does not read it."""
+    folder = tmp_path_factory.mktemp("transcode")
+    sources = [Path(__file__).parent / "c" / "transcode.c", *generate(folder)]
+    library = folder / "transcode.so"
+    command: list[str | Path] = [
+        "cc",
+        "-std=c99",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        *defines,
+        f"-I{folder}",
+        *sources,
+        "-o",
+        library,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    c = ctypes.CDLL(str(library))
+
+    def run(name: str, payload: bytes) -> bytes | None:
+        out = ctypes.create_string_buffer(len(payload) + 64)
+        function = c[f"transcode_{name}"]
+        size = function(payload, ctypes.c_size_t(len(payload)), out, ctypes.c_size_t(len(out)))
+        return None if size < 0 else out.raw[:size]
+
+    return run
+
+
+@given(message=orders)
+def test_orders_go_round(transcode: Transcode, message: Any) -> None:
+    payload = encode(message)
+    assert decode_do(payload) == message
+    assert transcode("Do", payload) == payload
+
+
+@given(message=dids)
+def test_replies_go_round(transcode: Transcode, message: Any) -> None:
+    payload = encode(message)
+    read = decode_did(payload)
+    assert encode(read) == payload
+    if isinstance(message, Done) and isinstance(read, Done):
+        for field in ("offset", "values", "indices", "changes", "half"):
+            assert str(getattr(message.update, field, None)) == str(getattr(read.update, field, None))
+        message, read = replace(message, update=None), replace(read, update=None)
+        assert vars(read) == vars(message)
+    else:
+        assert read == message
+    assert transcode("did", payload) == payload
+
+
+@given(message=statuses)
+def test_statuses_go_round(transcode: Transcode, message: Status) -> None:
+    payload = encode(message)
+    assert decode_status(payload) == message
+    assert transcode("status", payload) == payload
+
+
+@given(data=st.binary(max_size=5000), random=st.randoms(use_true_random=False))
+def test_chunks_go_round_in_any_order(transcode: Transcode, data: bytes, random: Any) -> None:
+    payloads = list(chunks(data))
+    assert all(transcode("chunk", payload) == payload for payload in payloads)
+    assembly = Assembly(len(data))
+    random.shuffle(payloads)
+    for payload in payloads:
+        assert not assembly.complete
+        assert assembly.add(decode_chunk(payload))
+        assert not assembly.add(decode_chunk(payload)), "it came before"
+    assert assembly.complete and assembly.data() == data
+
+
+def test_an_assembly_takes_only_its_own() -> None:
+    payloads = [decode_chunk(payload) for payload in chunks(bytes(2 * CHUNK))]
+    short = Assembly(CHUNK + 1)
+    with pytest.raises(ProtocolError, match="do not belong"):
+        short.add(payloads[1])
+    with pytest.raises(ProtocolError, match="2 chunks are missing"):
+        short.data()
+    with pytest.raises(ProtocolError, match="more than"):
+        list(chunks(bytes(CHUNK * MAX_CHUNKS + 1)))
+
+
+@given(message=st.one_of(orders, dids, statuses), cut=st.integers(1, 60), more=st.binary(min_size=1, max_size=3))
+def test_a_message_that_is_cut_or_too_long_is_refused(
+    transcode: Transcode, message: Any, cut: int, more: bytes
+) -> None:
+    whole = encode(message)
+    name, decode = next(
+        (name, decode)
+        for name, decode, kinds in (
+            ("Do", decode_do, (Work, Adopt, Reboot)),
+            ("did", decode_did, (Done, Failed)),
+            ("status", decode_status, (Status,)),
+        )
+        if isinstance(message, kinds)
+    )
+    for payload in (whole[:-cut], whole + more):
+        assert transcode(name, payload) is None
+        with pytest.raises(ProtocolError):
+            decode(payload)
+
+
+@given(payload=st.binary(max_size=60))
+@settings(max_examples=300)
+def test_random_bytes_raise_nothing_else(payload: bytes) -> None:
+    for decode in (decode_do, decode_did, decode_status, decode_chunk):
+        with contextlib.suppress(ProtocolError):
+            decode(payload)
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 2**33) | st.floats() | st.binary(max_size=9) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=9) | st.builds(cbor2.CBORTag, st.sampled_from([0, 1, 2, 84, 85, 28]), inner),
+    max_leaves=12,
+)
+
+
+@given(value=st.one_of(json_like, st.tuples(st.integers(0, 5), *[json_like] * 5).map(list)))
+@settings(max_examples=300)
+def test_other_cbor_raises_nothing_else(value: Any) -> None:
+    try:
+        payload = cbor2.dumps(value)
+    except Exception:  # not every tag takes every value
+        return
+    test_random_bytes_raise_nothing_else.hypothesis.inner_test(payload)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Reboot(-1),
+        Reboot(2**32),
+        Reboot(True),
+        Adopt(1, b"short", 1, 1),
+        Failed(1, ErrorCode.ROOM, 2**31),
+        Work(1, "train", 1, 1, bytes(8), 1, (Phase(1, 1, 0.1),) * 5),
+        Work(1, "train", 1, 1, bytes(8), 1, (Phase(1, 1, 1e39),)),
+        Done(1, update=Sparse(np.array([2, 1], np.uint32), np.zeros(2, np.float32))),
+        Done(1, update=Sparse(np.array([1, 1], np.uint32), np.zeros(2, np.float32))),
+        Done(1, update=Sparse(np.array([1], np.uint32), np.zeros(2, np.float32))),
+    ],
+)
+def test_what_the_wire_cannot_carry_is_refused(message: Any) -> None:
+    with pytest.raises(ProtocolError):
+        encode(message)
+
+
+def test_a_gap_that_is_too_long_is_refused() -> None:
+    values = cbor2.CBORTag(85, bytes(4))
+    for gaps in (b"\x80", b"\xff\xff\xff\xff\xff\x01", b"\xff\xff\xff\xff\x7f", b"\x00\x00"):
+        with pytest.raises(ProtocolError):
+            decode_did(cbor2.dumps([1, 1, 0, 1, None, [2, gaps, values]]))
+
+
+def test_messages_are_small() -> None:
+    """What the tables of bytes rest on."""
+    work = Work(1, "train", 1, 1, bytes(8), 1, (Phase(ALL_LAYERS, 32, 0.1),), 8, UpdateFormat())
+    assert len(encode(work)) <= 45
+    hundred = Sparse(np.arange(0, 2000, 20, dtype=np.uint32), np.ones(100, np.float32), half=True)
+    assert len(encode(Done(1, update=hundred))) <= 100 * 3 + 20
+
+
+def test_topics() -> None:
+    t = Topics("home")
+    assert t.parse(t.do("a")) == ("do", ("a",)) and t.parse(t.did("a-1")) == ("did", ("a-1",))
+    assert t.parse(t.status("a")) == ("status", ("a",)) and t.parse(t.td("a")) == ("td", ("a",))
+    assert t.parse(t.weights(1, 2, 3)) == ("weights", (1, 2, 3))
+    assert t.parse(t.program(bytes(8), 3)) == ("program", (bytes(8), 3))
+    for other in ("", "tinyfleet/work/devices/a/do", t.do("a") + "/x", t.do("a") + "\n", t.weights(1, 2), "tinyfleet"):
+        assert t.parse(other) is None
+    assert t.parse("tinyfleet/home/runs/4294967296/1/1") is None and t.parse("tinyfleet/home/runs/01/1/1") is None
+    assert t.do("+") == "tinyfleet/home/devices/+/do"
+
+
+def test_a_rounds_config() -> None:
+    """What a strategy puts into a ConfigRecord, and what another's means."""
+    plan = Plan((Phase(2, 8, 0.5), Phase(3, 16, 0.25)), 5, UpdateFormat(1, True, 0.25), 9)
+    assert plan_from_config(config_from_plan(plan)) == plan
+    evaluation = Plan((), 32, None, 4)
+    assert plan_from_config({"server-round": 4}, "evaluate") == evaluation
+    assert plan_from_config({"server-round": 4, "lr": 0.5}) == Plan((Phase(ALL_LAYERS, 32, 0.5),), 0, UpdateFormat(), 4)
+    for bad in ({"phase-steps": [1, 2], "phase-rates": [0.1]}, {"phase-steps": [1] * 5}, {"top": float("nan")}):
+        with pytest.raises(ProtocolError):
+            plan_from_config(bad)
