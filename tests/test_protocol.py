@@ -80,18 +80,8 @@ def transcode(tmp_path_factory: pytest.TempPathFactory) -> Transcode:
     folder = tmp_path_factory.mktemp("transcode")
     sources = [Path(__file__).parent / "c" / "transcode.c", *generate(folder)]
     library = folder / "transcode.so"
-    command: list[str | Path] = [
-        "cc",
-        "-std=c99",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        *defines,
-        f"-I{folder}",
-        *sources,
-        "-o",
-        library,
-    ]
+    flags = ["-std=c99", "-O1", "-shared", "-fPIC", f"-I{folder}", *(f"-D{name}" for name in DEFINES)]
+    command: list[str | Path] = ["cc", *flags, *sources, "-o", library]
     subprocess.run(command, check=True, capture_output=True)
     c = ctypes.CDLL(str(library))
 
