@@ -9,6 +9,7 @@ import subprocess
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from edge.errors import UserError
 
@@ -18,22 +19,25 @@ _PLACES = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin"
 class Broker:
     """A running broker that takes anyone on this machine as a client; loopback only.
 
-    port: 0 means a free one. folder: for its configuration. Raises UserError if the port is taken, or if neither broker
-    is installed. Use it in a `with`, or stop it.
+    port: 0 means a free one. folder: for its configuration. kind: which of the two it must be. Raises UserError if the
+    port is taken, or if neither broker is installed. Use it in a `with`, or stop it.
     """
 
     host = "127.0.0.1"
 
-    def __init__(self, port: int, folder: Path) -> None:
+    def __init__(self, port: int, folder: Path, kind: Literal["mosquitto", "amqtt"] | None = None) -> None:
         self.port = _free_port(self.host, port)
         self._mosquitto: subprocess.Popen[str] | None = None
         self._amqtt: _Amqtt | None = None
-        program = shutil.which("mosquitto") or shutil.which("mosquitto", path=_PLACES)
+        program = None
+        if kind != "amqtt":
+            program = shutil.which("mosquitto") or shutil.which("mosquitto", path=_PLACES)
+        self.kind = "amqtt" if program is None else "mosquitto"
         if program is not None:
-            self.kind = "mosquitto"
             self._mosquitto = _start_mosquitto(program, self.host, self.port, folder)
+        elif kind == "mosquitto":
+            raise UserError("mosquitto is not installed; apt-get install mosquitto")
         else:
-            self.kind = "amqtt"
             self._amqtt = _Amqtt(self.host, self.port)
 
     def __enter__(self) -> "Broker":

@@ -1,0 +1,390 @@
+"""Flower's strategies, unchanged, on virtual devices over a real broker; and what a run leaves in the graph."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
+from numpy.typing import NDArray
+
+from edge import program as p
+from edge import tasks
+from edge.client_app import to_record, to_vector
+from edge.device import Device, virtual_device
+from edge.errors import UserError
+from edge.learner import MoteLearner
+from edge.protocol import Status, Topics, encode, plan_from_config
+from edge.streams import DatasetStream
+from edge.tasks import ClientData, Episode, Recipe, Task, draw_episode
+from edge.thing import VIRTUAL, thing_description
+from ontology import library
+from ontology.store import EmbeddedStore, Rows
+from server.broker import Broker
+from server.flower import log_level
+from server.grid import CompositeGrid, Event, MqttGrid
+from server.run import Method, Outcome, method, run
+from server.serve import FleetServer
+
+Vector = NDArray[np.float32]
+
+WAYS, FEATURES = 3, 12
+PROGRAM = p.build([p.Dense(16), p.ReLU(), p.Dense(WAYS)], (FEATURES,), "softmax_cross_entropy")
+START = PROGRAM.initial(3)
+
+
+def client(index: int, of: int) -> ClientData:
+    """Four noisy patterns, seen by every device in its own way."""
+    random = np.random.default_rng([7, index])
+    patterns = np.random.default_rng(7).integers(0, 256, (4, 1, FEATURES))
+    noisy = [np.clip(pattern + random.normal(0, 30, (16, FEATURES)), 0, 255).astype(np.uint8) for pattern in patterns]
+    return ClientData.of(noisy, 1 / 255, WAYS)
+
+
+def episode(seed: int, shots: int, queries: int) -> Episode:
+    data = client(99, 100)
+    classes = np.split(data.features.astype(np.float32) * np.float32(data.scale), data.starts[1:-1].tolist())
+    return draw_episode(classes, WAYS, seed, shots, queries)
+
+
+RECIPE = Recipe(head_steps=4, steps=16, rate=0.1, alpha=1.0, top=0.25)
+TASK = Task("patterns", WAYS, PROGRAM, client, episode, episode, RECIPE, RECIPE)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    log_level(30)
+
+
+@pytest.fixture
+def devices(broker: tuple[str, int]) -> Iterator[Callable[..., list[Device]]]:
+    started: list[Device] = []
+
+    def start(count: int, fleet: str = "test", broker: tuple[str, int] = broker) -> list[Device]:
+        new = [virtual_device(*broker, fleet, f"{fleet}-{i}", PROGRAM, client(i, count)) for i in range(count)]
+        for device in new:
+            device.start()
+        started.extend(new)
+        return new
+
+    yield start
+    for device in started:
+        device.stop()
+    for device in started:
+        assert device.join(10)
+
+
+Start = Callable[..., list[Device]]
+
+
+def replay(index: int, start: Vector, config: ConfigRecord) -> Vector:
+    """What device `index` must have learned: same engine, same samples."""
+    plan = plan_from_config(config)
+    learner, stream = MoteLearner(PROGRAM), DatasetStream(client(index, 100))
+    learner.set_parameters(start)
+    stream.open(plan.seed)
+    for phase in plan.phases:
+        for _ in range(phase.steps):
+            learner.learn(*stream.next(query=False), phase.rate)
+    return learner.parameters
+
+
+def learned(strategy: Strategy, broker: tuple[str, int], count: int) -> Vector:
+    config = ConfigRecord({"lr": 0.1, "phase-steps": [20]})
+    with MqttGrid(*broker, "test", PROGRAM) as grid:
+        assert len(grid.wait_for_nodes(count, 10)) == count
+        result = strategy.start(grid, to_record(START, PROGRAM), num_rounds=1, timeout=30, train_config=config)
+    return to_vector(result.arrays, PROGRAM)
+
+
+def replayed(count: int) -> NDArray[np.float32]:
+    config = ConfigRecord({"lr": 0.1, "phase-steps": [20], "server-round": 1})
+    return np.stack([replay(i, START, config) for i in range(count)])
+
+
+def test_flowers_fedavg_averages_what_the_devices_learned(broker: tuple[str, int], devices: Start) -> None:
+    devices(4)
+    result = learned(FedAvg(), broker, 4)
+    np.testing.assert_allclose(result, replayed(4).mean(axis=0), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(result, START, atol=1e-3)
+
+
+def test_flowers_fedmedian_takes_the_median(broker: tuple[str, int], devices: Start) -> None:
+    devices(5)
+    np.testing.assert_array_equal(learned(FedMedian(), broker, 5), np.median(replayed(5), axis=0))
+
+
+def test_flowers_krum_takes_one_device_to_the_bit(broker: tuple[str, int], devices: Start) -> None:
+    devices(5)
+    result = learned(Krum(num_malicious_nodes=1), broker, 5)
+    assert any(np.array_equal(result, one) for one in replayed(5))
+
+
+def test_evaluation_over_the_same_grid(broker: tuple[str, int], devices: Start) -> None:
+    devices(3)
+    with MqttGrid(*broker, "test", PROGRAM) as grid:
+        grid.wait_for_nodes(3, 10)
+        result = FedAvg().start(
+            grid,
+            to_record(START, PROGRAM),
+            num_rounds=3,
+            timeout=30,
+            train_config=ConfigRecord({"phase-steps": [60], "lr": 0.1, "seed": 5}),
+            evaluate_config=ConfigRecord({"query": 16, "seed": 5}),
+        )
+    accuracies = [metrics["accuracy"] for metrics in result.evaluate_metrics_clientapp.values()]
+    assert len(accuracies) == 3 and accuracies[-1] > 0.8, "devices score the new weights on what they never learn from"
+
+
+def test_two_fleets_as_one_grid(broker: tuple[str, int], devices: Start) -> None:
+    devices(2, "test"), devices(2, "other")
+    with MqttGrid(*broker, "test", PROGRAM) as first, MqttGrid(*broker, "other", PROGRAM) as second:
+        both = CompositeGrid([first, second])
+        nodes = first.wait_for_nodes(2, 10) + second.wait_for_nodes(2, 10)
+        assert both.get_node_ids() == sorted(nodes)
+        config = ConfigRecord({"lr": 0.1, "phase-steps": [20]})
+        strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=4)
+        result = strategy.start(both, to_record(START, PROGRAM), num_rounds=1, timeout=30, train_config=config)
+        assert first.traffic.bytes_up > 0 and second.traffic.bytes_up > 0
+    # Device i of either fleet has the same samples, so this is the mean of two.
+    np.testing.assert_allclose(to_vector(result.arrays, PROGRAM), replayed(2).mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_round_over_the_broker_in_pure_python(tmp_path: Path, devices: Start) -> None:
+    pytest.importorskip("amqtt")
+    with Broker(0, tmp_path, kind="amqtt") as broker, ExitStack() as stack:
+        fleet = devices(3, broker=(broker.host, broker.port))
+        stack.callback(lambda: [device.stop() for device in fleet])
+        result = learned(FedAvg(fraction_evaluate=0.0), (broker.host, broker.port), 3)
+    np.testing.assert_allclose(result, replayed(3).mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+# Runs, with the graph
+
+
+@pytest.fixture
+def server(tmp_path: Path, broker: tuple[str, int]) -> Iterator[FleetServer]:
+    with FleetServer(tmp_path / "data", "test", broker=broker) as server:
+        yield server
+
+
+def start_run(server: FleetServer, how: Method, rounds: int, clients: int = 1, **more: object) -> object:
+    return run(
+        TASK, how, broker=server.broker, fleet="test", store=server.store, rounds=rounds, clients=clients, **more
+    )  # type: ignore[arg-type]
+
+
+def learn(server: FleetServer, how: Method, rounds: int, **more: Any) -> Outcome:
+    return run(TASK, how, broker=server.broker, fleet="test", store=server.store, rounds=rounds, **more)
+
+
+@pytest.mark.parametrize("name", ["tinymetafed", "tinyreptile", "reptile", "fedavg"])
+def test_a_run_learns_and_leaves_its_lineage(server: FleetServer, devices: Start, name: str) -> None:
+    devices(4)
+    outcome = learn(
+        server,
+        method(name, TASK, rounds=6, clients=3, query=8),
+        6,
+        clients=4,
+    )
+    assert [this.number for this in outcome.rounds] == [1, 2, 3, 4, 5, 6]
+    expected = {"tinyreptile": 1, "fedavg": 4}.get(name, 3)
+    assert all(len(this.parts) == this.asked == expected and not this.lost for this in outcome.rounds)
+    assert not np.array_equal(outcome.parameters, PROGRAM.initial(0))
+    if name == "tinymetafed":
+        dense = 4 * PROGRAM.n_params
+        assert all(part.bytes_up is not None and part.bytes_up < dense / 4 for part in outcome.rounds[0].parts)
+    last = server.store.query(library.text("last-round"), fleet="test")
+    assert last.column("number") == [6] * expected and last.column("run") == [outcome.run] * expected
+    lineage = server.store.query(library.text("lineage"), fleet="test")
+    assert lineage.column("version") == [6, 5, 4, 3, 2, 1, 0]
+    assert lineage.column("strategy")[0] == method(name, TASK, rounds=1, clients=1).name
+
+
+def test_the_same_seed_gives_the_same_run(server: FleetServer, devices: Start) -> None:
+    devices(4)
+    runs = [
+        learn(
+            server,
+            method("tinymetafed", TASK, rounds=4, clients=3, seed=11),
+            4,
+            clients=4,
+            seed=11,
+        )
+        for _ in range(2)
+    ]
+    assert np.array_equal(runs[0].parameters, runs[1].parameters)
+    assert [r.loss for r in runs[0].rounds] == [r.loss for r in runs[1].rounds]
+
+
+def test_a_query_decides_who_takes_part(server: FleetServer, devices: Start) -> None:
+    devices(4)
+    chosen = """PREFIX tf: <https://w3id.org/tinyfleet#>
+        SELECT ?id { VALUES ?fleet { UNDEF } ?d tf:fleet ?fleet ; tf:deviceId ?id ; tf:online true .
+                     FILTER(?id IN ("test-1", "test-2")) }"""
+    outcome = learn(
+        server,
+        method("reptile", TASK, rounds=2, clients=4),
+        2,
+        query=chosen,
+        clients=2,
+    )
+    assert {part.device for this in outcome.rounds for part in this.parts} == {"test-1", "test-2"}
+
+
+def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
+    broker: tuple[str, int], tmp_path: Path
+) -> None:
+    task = tasks.load("digits")
+    root = Path(__file__).parent.parent
+    fleet = [virtual_device(*broker, "test", f"steady-{i}", task.program, task.client(i, 4)) for i in range(3)]
+    for device in fleet:
+        device.start()
+    command = [sys.executable, "-m", "tinyfleet", "device", "--name", "weak", "--first", "3", "--fleet", "test"]
+    weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
+
+    def kill(event: Event) -> None:
+        if event.kind == "asked" and event.device == "weak-3":
+            weak.send_signal(signal.SIGKILL)
+
+    online = """PREFIX tf: <https://w3id.org/tinyfleet#>
+        SELECT ?id ?online { ?d tf:fleet "test" ; tf:deviceId ?id ; tf:online ?online }"""
+    how = method("fedavg", task, rounds=2, clients=4)
+    how = Method(how.name, how.strategy, {**how.train_config, "phase-steps": [20_000]})
+    try:
+        with FleetServer(tmp_path, "test", broker=broker) as server:
+            outcome = run(
+                task, how, broker=broker, fleet="test", store=server.store, rounds=2, clients=4, wait=30, on_event=kill
+            )
+            states = {row["id"]: row["online"] for row in server.store.query(online)}
+    finally:
+        weak.kill()
+        weak.wait()
+        for device in fleet:
+            device.stop()
+        assert all(device.join(10) for device in fleet)
+    first, second = outcome.rounds
+    assert first.asked == 4 and len(first.parts) == 3 and first.lost == {"weak-3": "went offline"}
+    assert second.asked == 3 and len(second.parts) == 3 and not second.lost
+    assert states == {"steady-0": True, "steady-1": True, "steady-2": True, "weak-3": False}
+
+
+def announced(
+    server: FleetServer, name: str, *, online: bool = True, model: bytes = PROGRAM.model_id, arena: int = 65536
+) -> None:
+    topics = Topics("test")
+    td = thing_description("test", name, VIRTUAL, "mote", "0.1.0", arena, model)
+    assert server.registry.handle(topics.td(name), json.dumps(td).encode())
+    assert server.registry.handle(topics.status(name), encode(Status(True, model)))
+    if not online:
+        assert server.registry.handle(topics.status(name), encode(Status(False, model)))
+
+
+def test_without_an_eligible_client_the_error_says_why(server: FleetServer) -> None:
+    def attempt(**more: Any) -> str:
+        how = method("reptile", TASK, rounds=1, clients=1)
+        with pytest.raises(UserError) as error:
+            learn(server, how, 1, wait=0, **more)
+        return str(error.value)
+
+    assert "the graph knows no device of the fleet 'test'; start some" in attempt()
+    announced(server, "asleep", online=False)
+    announced(server, "other", model=b"another!")
+    announced(server, "small", arena=100)
+    said = attempt()
+    assert "selects none of the fleet's 3 devices" in said
+    assert "asleep is offline" in said and "other runs another model" in said
+    assert f"small has an arena of 100 bytes, and training takes {PROGRAM.arena_bytes}" in said
+    announced(server, "ghost")  # the graph says it is there, the broker knows nothing of it
+    assert "selects ghost, but none of them is online at the broker" in attempt()
+    assert "column ?id" in attempt(query="SELECT ?s { ?s ?p ?o }")
+
+
+# The server
+
+
+def test_the_server_writes_where_it_is_for_its_owner_only(tmp_path: Path, broker: tuple[str, int]) -> None:
+    with FleetServer(tmp_path, "test", broker=broker) as server:
+        path = tmp_path / "server.json"
+        assert path.stat().st_mode & 0o777 == 0o600
+        said = json.loads(path.read_text())
+        assert said["broker"] == f"{broker[0]}:{broker[1]}" and said["endpoint"] == server.endpoint
+        with pytest.raises(UserError, match="in use by another process"):
+            FleetServer(tmp_path, "test", broker=broker)
+        assert path.exists()
+    assert not path.exists()
+
+
+def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path, broker: tuple[str, int]) -> None:
+    with pytest.raises(UserError, match=f"port {broker[1]} on 127.0.0.1 is taken"):
+        FleetServer(tmp_path / "a", "test", port=broker[1])
+    with pytest.raises(UserError, match=f"port {broker[1]} for the SPARQL endpoint"):
+        FleetServer(tmp_path / "b", "test", broker=broker, endpoint_port=broker[1])
+    EmbeddedStore(tmp_path / "a" / "graph").close()  # nothing was left open
+
+
+def test_a_device_that_was_there_before_the_server_is_known(tmp_path: Path, broker: tuple[str, int]) -> None:
+    device = virtual_device(*broker, "test", "early", PROGRAM, client(0, 1))
+    device.start()
+    rows: list[Rows] = []
+    heard: list[str] = []
+    try:
+        with FleetServer(tmp_path, "test", broker=broker, on_news=heard.append) as server:
+            how = method("tinyreptile", TASK, rounds=1, clients=1)
+            learn(server, how, 1)
+            rows.append(server.store.query(library.text("clients"), fleet="test"))
+    finally:
+        device.stop()
+        assert device.join(10)
+    assert rows[0].column("id") == ["early"]
+    assert "early: online" in heard and "early: described" in heard
+    with FleetServer(tmp_path, "test", broker=broker) as server:  # it has left, and the graph knows
+        assert not server.store.query(library.text("clients"), fleet="test")
+
+
+def test_server_device_and_run_as_commands(tmp_path: Path) -> None:
+    """A server with a broker of its own, devices that find it by its folder, and a run."""
+    root, data = Path(__file__).parent.parent, tmp_path / "data"
+
+    def command(*words: object) -> list[str]:
+        return [sys.executable, "-m", "tinyfleet", *map(str, words), "--data", str(data)]
+
+    def finish(*words: object) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(command(*words), cwd=root, capture_output=True, text=True, timeout=60, env=os.environ)
+
+    def started(words: Sequence[object], until: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(command(*words), cwd=root, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if until in line:
+                return process
+        raise AssertionError(f"{words} ended with {process.wait()}")
+
+    nothing = finish("run")
+    assert nothing.returncode == 2 and nothing.stderr.startswith("error: no server runs on")
+    server = started(["server", "--port", 0], "ready")
+    fleet = started(["device", "--count", 3], "device-2")
+    try:
+        out = tmp_path / "start.npz"
+        first = finish("run", "--rounds", 2, "--clients", 3, "--out", out, "--json")
+        assert first.returncode == 0, first.stderr
+        *rounds, result = [json.loads(line) for line in first.stdout.splitlines()]
+        assert [line["round"] for line in rounds] == [1, 2] and len(rounds[0]["clients"]) == 3
+        assert set(result["accuracy-by-shots"]["learned"]) == {"1", "5", "10"}
+        second = finish("run", "--strategy", "nonsense")
+        assert second.returncode == 2 and "there is no strategy 'nonsense'" in second.stderr
+        wrong = finish("run", "--start", __file__)
+        assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    finally:
+        for process in (fleet, server):
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=20)
+    assert server.returncode == 0 and not (data / "server.json").exists()
