@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edge.mote_codegen import generate
+from edge.mote_codegen import DEFINES, generate
 from edge.protocol import (
     ALL_LAYERS,
     CHUNK,
