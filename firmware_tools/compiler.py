@@ -396,8 +396,10 @@ def _activation(layer: _Layer, function: Any) -> tuple[list[Layer], bool]:
     """The operations of an activation function, and whether it is the softmax (which the loss brings along)."""
     known: dict[str, list[Layer]] = {"linear": [], "softmax": [], "relu": [ReLU()], "tanh": [Tanh()]}
     if not isinstance(function, str) or function not in known:
-        name = function if isinstance(function, str) else (function or {}).get("config", function)
-        raise layer.error(f"has the activation {name}, which is not supported. Supported: {', '.join(known)}")
+        if isinstance(function, dict):  # a function by its name, or a layer in its place
+            name = function.get("config")
+            function = name if isinstance(name, str) else function.get("class_name", "of its own")
+        raise layer.error(f"has the activation {function}, which is not supported. Supported: {', '.join(known)}")
     return known[function], function == "softmax"
 
 

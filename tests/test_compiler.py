@@ -241,6 +241,7 @@ SUPPORTED = "Supported: InputLayer, Dense, Conv2D"
         (lambda: flat(L.ReLU(6, name="six")), ["'six'", "ReLU", "plain ReLU()"]),
         (lambda: flat(L.Dense(4, "gelu", name="g")), ["'g'", "gelu", "Supported: linear, softmax, relu, tanh"]),
         (lambda: flat(L.Dense(4, lambda x: x * 2, name="mine")), ["'mine'", "not supported"]),
+        (lambda: flat(L.Dense(4, L.PReLU(), name="layer")), ["'layer'", "PReLU", "Supported: linear, softmax"]),
         (lambda: flat(L.Dense(4, use_bias=False, name="bare")), ["'bare'", "use_bias=True"]),
         (lambda: flat(L.Softmax(name="early")), ["'dense", "softmax must be the last layer"]),
         (lambda: image(L.Dense(4, name="per_pixel")), ["'per_pixel'", "(8, 8, 2)", "Flatten"]),
