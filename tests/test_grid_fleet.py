@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -176,25 +177,15 @@ def server(tmp_path: Path, broker: tuple[str, int]) -> Iterator[FleetServer]:
         yield server
 
 
-def start_run(server: FleetServer, how: Method, rounds: int, clients: int = 1, **more: object) -> object:
-    return run(
-        TASK, how, broker=server.broker, fleet="test", store=server.store, rounds=rounds, clients=clients, **more
-    )  # type: ignore[arg-type]
-
-
 def learn(server: FleetServer, how: Method, rounds: int, **more: Any) -> Outcome:
+    """A run of `rounds` rounds on the fleet that this server knows."""
     return run(TASK, how, broker=server.broker, fleet="test", store=server.store, rounds=rounds, **more)
 
 
 @pytest.mark.parametrize("name", ["tinymetafed", "tinyreptile", "reptile", "fedavg"])
 def test_a_run_learns_and_leaves_its_lineage(server: FleetServer, devices: Start, name: str) -> None:
     devices(4)
-    outcome = learn(
-        server,
-        method(name, TASK, rounds=6, clients=3, query=8),
-        6,
-        clients=4,
-    )
+    outcome = learn(server, method(name, TASK, rounds=6, clients=3, query=8), 6, clients=4)
     assert [this.number for this in outcome.rounds] == [1, 2, 3, 4, 5, 6]
     expected = {"tinyreptile": 1, "fedavg": 4}.get(name, 3)
     assert all(len(this.parts) == this.asked == expected and not this.lost for this in outcome.rounds)
@@ -212,13 +203,7 @@ def test_a_run_learns_and_leaves_its_lineage(server: FleetServer, devices: Start
 def test_the_same_seed_gives_the_same_run(server: FleetServer, devices: Start) -> None:
     devices(4)
     runs = [
-        learn(
-            server,
-            method("tinymetafed", TASK, rounds=4, clients=3, seed=11),
-            4,
-            clients=4,
-            seed=11,
-        )
+        learn(server, method("tinymetafed", TASK, rounds=4, clients=3, seed=11), 4, clients=4, seed=11)
         for _ in range(2)
     ]
     assert np.array_equal(runs[0].parameters, runs[1].parameters)
@@ -230,13 +215,7 @@ def test_a_query_decides_who_takes_part(server: FleetServer, devices: Start) -> 
     chosen = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { VALUES ?fleet { UNDEF } ?d tf:fleet ?fleet ; tf:deviceId ?id ; tf:online true .
                      FILTER(?id IN ("test-1", "test-2")) }"""
-    outcome = learn(
-        server,
-        method("reptile", TASK, rounds=2, clients=4),
-        2,
-        query=chosen,
-        clients=2,
-    )
+    outcome = learn(server, method("reptile", TASK, rounds=2, clients=4), 2, query=chosen, clients=2)
     assert {part.device for this in outcome.rounds for part in this.parts} == {"test-1", "test-2"}
 
 
@@ -251,6 +230,14 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     command = [sys.executable, "-m", "tinyfleet", "device", "--name", "weak", "--first", "3", "--fleet", "test"]
     weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
 
+    there, gone = threading.Event(), threading.Event()
+
+    def news(line: str) -> None:
+        if line == "weak-3: online":
+            there.set()
+        elif line == "weak-3: offline":
+            gone.set()
+
     def kill(event: Event) -> None:
         if event.kind == "asked" and event.device == "weak-3":
             weak.send_signal(signal.SIGKILL)
@@ -258,11 +245,12 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     online = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id ?online { ?d tf:fleet "test" ; tf:deviceId ?id ; tf:online ?online }"""
     how = method("fedavg", task, rounds=2, clients=4)
-    how = Method(how.name, how.strategy, {**how.train_config, "phase-steps": [20_000]})
     try:
-        with FleetServer(tmp_path, "test", broker=broker) as server:
+        with FleetServer(tmp_path, "test", broker=broker, on_news=news) as server:
+            assert there.wait(30)
+            weak.send_signal(signal.SIGSTOP)  # so that it can't have replied before it dies
             outcome = run(
-                task, how, broker=broker, fleet="test", store=server.store, rounds=2, clients=4, wait=30, on_event=kill
+                task, how, broker=broker, fleet="test", store=server.store, rounds=2, clients=4, on_event=kill
             )
             states = {row["id"]: row["online"] for row in server.store.query(online)}
     finally:
