@@ -125,6 +125,28 @@ def test_the_same_samples_give_the_same_bits() -> None:
     assert len(hashes) == 1
 
 
+def pinned(program: p.Program) -> str:
+    """The checksum of all parameters after 500 steps, from samples and a start that need no arithmetic to make."""
+    random = np.random.default_rng(2)
+    learner = MoteLearner(program)
+    learner.set_parameters(random.integers(-200, 200, program.n_params) / 1024)
+    for _ in range(500):
+        x = random.integers(-128, 128, program.input_shape) / 128
+        y = random.integers(10) if program.loss == "softmax_cross_entropy" else random.integers(-9, 9, 3) / 8
+        learner.learn(x, y, 0.02)
+    return f"{zlib.crc32(learner.parameters.tobytes()):08x}"
+
+
+def test_the_arithmetic_is_part_of_the_format() -> None:
+    """Another result here means that devices in the field and the server no longer agree: a new format version."""
+    average = [p.Conv2D(3, 5, 2, "same"), p.ReLU(), p.AvgPool2D(3, 2), p.Flatten(), p.Dense(10)]
+    assert [
+        pinned(MLP),
+        pinned(CNN),
+        pinned(p.build(average, (12, 12, 2), "softmax_cross_entropy")),
+    ] == ["5b6a2ac8", "473dbddc", "52948909"]
+
+
 def test_probabilities_and_loss_stay_finite_where_one_class_is_certain() -> None:
     program = p.build([p.Dense(2)], (1,), "softmax_cross_entropy")
     learner = MoteLearner(program)
@@ -244,9 +266,15 @@ def test_each_wrong_program_has_its_error() -> None:
 
 def test_tensors_that_live_together_in_one_place_are_refused() -> None:
     """Every op's output and gradient moved onto every other place of the arena: right only if the plan allows it."""
-    small = [p.Conv2D(2, 2, 1, "same"), p.Tanh(), p.MaxPool2D(2), p.Flatten(), p.Tanh()]
-    odd = [p.Conv2D(2, 2), p.AvgPool2D(2), p.ReLU(), p.Dense(3), p.MaxPool2D(1), p.Tanh()]
-    programs = [MLP, CNN, p.build(small, (4, 4, 1), "softmax_cross_entropy"), p.build(odd, (3, 3, 1), "mse")]
+    pools = [p.Conv2D(1, 1), p.MaxPool2D(2, 1, "same"), p.Conv2D(1, 2), p.MaxPool2D(2, 1), p.Flatten(), p.Dense(2)]
+    programs = [
+        MLP,
+        CNN,
+        p.build([p.Dense(3), p.Dense(3), p.Tanh()], (3,), "mse"),
+        p.build([p.Conv2D(2, 2, 1, "same"), p.Tanh(), p.MaxPool2D(2), p.Flatten()], (4, 4, 1), "softmax_cross_entropy"),
+        p.build([p.Conv2D(2, 2), p.AvgPool2D(2), p.ReLU(), p.Dense(3), p.MaxPool2D(1), p.Tanh()], (3, 3, 1), "mse"),
+        p.build(pools, (3, 3, 1), "softmax_cross_entropy"),
+    ]
     for program in programs:
         data = program.data
         accepted = 0
@@ -267,6 +295,14 @@ def learns_the_same(data: bytes, program: p.Program) -> bool:
         for step in range(2):
             learner.learn(*sample(program, step), 0.1)
     return np.array_equal(learners[0].parameters, learners[1].parameters)
+
+
+def test_more_layers_than_a_mask_has_bits_or_ops_than_are_checked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(p, "MAX_LAYERS", 1000)
+    monkeypatch.setattr(p, "MAX_OPS", 1000)
+    for layer, most in ((p.Dense(1), 32), (p.Tanh(), 256)):
+        assert load(p.build([layer] * most, (1,), "mse").data) == lib.MOTE_OK
+        assert load(p.build([layer] * (most + 1), (1,), "mse").data) == lib.MOTE_ERR_FORMAT
 
 
 @given(hostile(), st.integers(0, 2**32 - 1))
