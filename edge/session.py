@@ -50,6 +50,7 @@ class Session:
         self._filters: dict[str, None] = {}
         self._last: mqtt.MQTTMessageInfo | None = None
         self._refusal: str | None = None
+        self._known = False  # whether a broker has ever accepted
         self._connected = threading.Event()
         self._closing = threading.Event()
         self._retry_at, self._retry = 0.0, RETRY[0]
@@ -134,11 +135,11 @@ class Session:
         while not self._connected.is_set() and self._refusal is None:
             left = end - time.monotonic()
             if left <= 0:
-                self._refusal = self._nobody("it does not speak MQTT")
+                self._refusal = self._nobody("something is there, and stays silent")
             elif self._background:
                 self._connected.wait(min(left, 0.05))
-            elif self._client.loop(min(left, 0.05)) != mqtt.MQTT_ERR_SUCCESS and self._refusal is None:
-                self._refusal = self._nobody("it closed the connection")
+            else:
+                self._client.loop(min(left, 0.05))
         if self._refusal is not None:
             self.close()
             raise UserError(self._refusal)
@@ -159,6 +160,7 @@ class Session:
             self._refusal = f"the MQTT broker at {self._where} refuses this session: {reason}"
             return
         self._retry_at, self._retry = 0.0, RETRY[0]
+        self._known = True
         self._connected.set()
         if self._on_connect is not None:
             self._filters.clear()
@@ -168,3 +170,5 @@ class Session:
 
     def _lost(self, _client: mqtt.Client, _data: Any, _flags: Any, _reason: ReasonCode, _properties: Any) -> None:
         self._connected.clear()
+        if not self._known and self._refusal is None:
+            self._refusal = self._nobody("something else than a broker is there")

@@ -1,0 +1,290 @@
+"""A virtual device and the agent against a real broker: presence, work, a broker that comes back, errors."""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import free_port, start_mosquitto
+
+import tinyfleet
+from edge.agent import AgentNode
+from edge.cli import broker_address
+from edge.device import Device, virtual_device
+from edge.errors import UserError
+from edge.learner import MoteLearner
+from edge.program import Dense as DenseLayer
+from edge.program import Program, ReLU, build
+from edge.protocol import (
+    ALL_LAYERS,
+    Adopt,
+    Dense,
+    Did,
+    Done,
+    Phase,
+    Reboot,
+    Status,
+    Topics,
+    UpdateFormat,
+    Work,
+    chunks,
+    decode_did,
+    decode_status,
+    encode,
+)
+from edge.session import Session
+from edge.streams import DatasetStream
+from edge.tasks import ClientData
+
+ROOT = Path(__file__).parents[1]
+TOPICS = Topics("home")
+PROGRAM = build([DenseLayer(300), ReLU(), DenseLayer(3)], (6,), "softmax_cross_entropy")
+WIDER = build([DenseLayer(310), ReLU(), DenseLayer(3)], (6,), "softmax_cross_entropy")
+Broker = tuple[str, int]
+
+
+def samples() -> ClientData:
+    random = np.random.default_rng(0)
+    return ClientData.of([random.integers(0, 255, (12, 6), np.uint8) for _ in range(5)], 1 / 255, 3)
+
+
+def mote(broker: Broker, id: str) -> Device:
+    return virtual_device(*broker, "home", id, PROGRAM, samples())
+
+
+def agent(broker: Broker, id: str) -> Device:
+    def node() -> AgentNode:
+        return AgentNode("home", id, {"title": id}, PROGRAM, DatasetStream(samples()), MoteLearner)
+
+    return Device(node, *broker, "home")
+
+
+class Server:
+    """What a server sees and says."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._messages: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        self.session = Session(
+            *broker, "server", on_message=lambda topic, payload: self._messages.put((topic, payload))
+        )
+        for what in (TOPICS.status("+"), TOPICS.did("+"), TOPICS.td("+")):
+            self.session.subscribe(what)
+
+    def wait(self, topic: str, wanted: Callable[[Any], bool] = lambda _: True) -> Any:
+        """The next message of this topic that is wanted; others are dropped."""
+        decoders: dict[str, Callable[[bytes], Any]] = {"status": decode_status, "did": decode_did, "td": json.loads}
+        decode = decoders[topic.rsplit("/", 1)[1]]
+        end = time.monotonic() + 20
+        while True:
+            name, payload = self._messages.get(timeout=max(0.0, end - time.monotonic()))
+            if name == topic and wanted(message := decode(payload)):
+                return message
+
+    def status(self, id: str, online: bool) -> Status:
+        status: Status = self.wait(TOPICS.status(id), lambda s: s.online == online)
+        return status
+
+    def ask(self, id: str, order: Work | Adopt | Reboot) -> None:
+        self.session.publish(TOPICS.do(id), encode(order))
+
+    def broadcast(self, run: int, round: int, program: Program = PROGRAM) -> None:
+        for i, payload in enumerate(chunks(program.initial(1).tobytes())):
+            self.session.publish(TOPICS.weights(run, round, i), payload, retain=True)
+
+    def result(self, id: str, order: int) -> list[Did]:
+        """All parts of a reply."""
+        parts = [self.wait(TOPICS.did(id), lambda did: did.id == order)]
+        while len(parts) < getattr(parts[0], "parts", 1):
+            parts.append(self.wait(TOPICS.did(id), lambda did: did.id == order))
+        return parts
+
+
+@pytest.fixture
+def server(broker: Broker) -> Iterator[Server]:
+    server = Server(broker)
+    yield server
+    server.session.close()
+
+
+@pytest.fixture(params=[mote, agent])
+def device(request: pytest.FixtureRequest, server: Server, broker: Broker) -> Iterator[Device]:
+    """A device that is online; its name is `one`. A dense reply of its model takes two parts."""
+    device: Device = request.param(broker, "one")
+    device.start()
+    server.status("one", online=True)
+    yield device
+    device.stop()
+    assert device.join(10)
+
+
+def work(id: int, round: int, program: Program = PROGRAM, **fields: Any) -> Work:
+    phases = (Phase(ALL_LAYERS, 20, 0.1),)
+    return Work(id, "train", 5, round, program.model_id, 3, phases, 5, UpdateFormat(**fields))
+
+
+def test_a_device_works_and_says_goodbye(server: Server, device: Device) -> None:
+    server.broadcast(5, 1)
+    server.ask("one", work(1, 1))
+    first, second = server.result("one", 1)
+    assert isinstance(first, Done) and first.metrics is not None and first.metrics.samples == 20
+    assert isinstance(second, Done) and second.metrics is None and second.update is not None
+    server.broadcast(5, 2)
+    server.ask("one", work(2, 2, top=0.1, half=True))
+    (done,) = server.result("one", 2)
+    assert isinstance(done, Done) and done.update is not None
+    device.stop()
+    assert device.join(10)
+    assert server.status("one", online=False).samples == 40
+
+
+def test_an_order_before_its_weights_is_served_when_they_come(server: Server, device: Device) -> None:
+    server.ask("one", work(1, 1))
+    server.broadcast(5, 1)
+    assert isinstance(server.result("one", 1)[0], Done)
+
+
+def test_a_program_over_the_air(server: Server, device: Device) -> None:
+    for i, payload in enumerate(chunks(WIDER.data)):
+        server.session.publish(TOPICS.program(WIDER.model_id, i), payload, retain=True)
+    server.ask("one", Adopt(1, WIDER.model_id, len(WIDER.data), zlib.crc32(WIDER.data)))
+    server.wait(TOPICS.status("one"), lambda s: s.model == WIDER.model_id)
+    server.broadcast(5, 1, WIDER)
+    server.ask("one", work(2, 1, WIDER))
+    updates = [did.update for did in server.result("one", 2) if isinstance(did, Done)]
+    assert sum(len(update.values) for update in updates if isinstance(update, Dense)) == WIDER.n_params
+
+
+def test_a_reboot_brings_the_device_back(server: Server, device: Device) -> None:
+    server.ask("one", Reboot(1))
+    server.status("one", online=False)
+    server.status("one", online=True)
+    server.broadcast(5, 1)
+    server.ask("one", work(2, 1))
+    assert isinstance(server.result("one", 2)[0], Done)
+
+
+@pytest.mark.parametrize("make", [mote, agent])
+def test_a_broker_that_comes_back(make: Callable[[Broker, str], Device], tmp_path: Path) -> None:
+    broker = "127.0.0.1", free_port()
+    process = start_mosquitto(tmp_path, broker[1])
+    device = make(broker, "one")
+    device.start()
+    server = Server(broker)
+    server.status("one", online=True)
+    process.terminate()
+    process.wait()
+    process = start_mosquitto(tmp_path, broker[1])
+    try:
+        server.status("one", online=True)
+        server.broadcast(5, 1)
+        server.ask("one", work(1, 1))
+        assert isinstance(server.result("one", 1)[0], Done)
+    finally:
+        device.stop()
+        assert device.join(10)
+        server.session.close()
+        process.terminate()
+        process.wait()
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tinyfleet.py"), *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, broker: Broker) -> None:
+    address = f"{broker[0]}:{broker[1]}"
+    process = command("device", "--count", "2", "--name", "v", "--broker", address)
+    server.status("v-0", online=True)
+    server.status("v-1", online=True)
+    process.kill()
+    process.wait()
+    assert not server.status("v-0", online=False).online
+    late: queue.Queue[bytes] = queue.Queue()
+    session = Session(*broker, "late", on_message=lambda _topic, payload: late.put(payload))
+    session.subscribe(TOPICS.status("v-1"))
+    assert not decode_status(late.get(timeout=10)).online, "retained: who comes later sees it too"
+    session.close()
+
+
+@pytest.mark.parametrize(("what", "number"), [("device", signal.SIGTERM), ("agent", signal.SIGINT)])
+def test_a_command_ends_cleanly(server: Server, broker: Broker, what: str, number: int) -> None:
+    named = ["--count", "2", "--name", "v"] if what == "device" else ["--name", "v-0"]
+    process = command(what, *named, "--json", "--broker", f"{broker[0]}:{broker[1]}")
+    status = server.status("v-0", online=True)
+    td = server.session
+    td.subscribe(TOPICS.td("v-0"))
+    described = server.wait(TOPICS.td("v-0"))
+    assert described["tf:model"] == {"@id": f"urn:tinyfleet:model:{status.model.hex()}"}
+    assert described["id"] == "urn:tinyfleet:home:v-0" and described["tf:arenaBytes"] > 0
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and err == ""
+    assert json.loads(out.splitlines()[0]) == {"device": "v-0", "model": status.model.hex()}
+    server.status("v-0", online=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--broker", "127.0.0.1:{port}"], "no MQTT broker answers at 127.0.0.1:{port}"),
+        (["--broker", "nonsense"], "'nonsense' is no broker's address; write HOST:PORT"),
+        (["--task", "chess"], "there is no task named 'chess'"),
+        (["--first", "3", "--of", "2"], "devices 3 to 3 are not in a fleet of 2; raise --of"),
+        (["--name", "a/b"], "a device's name is 1 to 32 letters"),
+        (["--fleet", "a b"], "a fleet's name is 1 to 32 letters"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_said_in_one_line(
+    arguments: list[str], said: str, broker: Broker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nobody = free_port()
+    if "--broker" not in arguments:
+        arguments = [*arguments, "--broker", f"{broker[0]}:{broker[1]}"]
+    monkeypatch.setattr(sys, "argv", ["tinyfleet", "device", *(a.format(port=nobody) for a in arguments)])
+    with pytest.raises(SystemExit) as end:
+        tinyfleet.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert err.startswith(f"error: {said.format(port=nobody)}") and err.count("\n") == 1
+
+
+def test_something_else_than_a_broker_is_told_apart() -> None:
+    class Closes(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(b"220 mail here\r\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Closes) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        port = other.server_address[1]
+        for background in (True, False):
+            with pytest.raises(UserError, match="no MQTT broker answers"):
+                Session("127.0.0.1", port, "x", on_message=lambda _topic, _payload: None, background=background)
+        other.shutdown()
+
+
+def test_the_brokers_address(tmp_path: Path) -> None:
+    assert broker_address(None, tmp_path) == ("127.0.0.1", 1883)
+    (tmp_path / "server.json").write_text('{"broker": "10.0.0.1:1999"}')
+    assert broker_address(None, tmp_path) == ("10.0.0.1", 1999)
+    assert broker_address("[::1]:5", tmp_path) == ("::1", 5)
+    (tmp_path / "server.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        broker_address(None, tmp_path)
