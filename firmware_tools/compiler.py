@@ -109,7 +109,7 @@ def read_network(model: Any, loss: str | None = None) -> Network:
 
     model: a Keras 3 model (Sequential or functional, built), or the path of a .keras file.
     loss: "softmax_cross_entropy" or "mse"; None takes it from the model: softmax at the end, or the loss that it was
-    compiled with. Raises CompileError.
+    compiled with. Raises CompileError, or ProgramError if it is too large for the engine.
     """
     description = _describe(model)
     network, softmax = _read(description)
@@ -127,7 +127,7 @@ def compile_model(
     loss: as in read_network.
     architecture_only: leave out the initial weights of trainable layers (a fleet sends them every round, and all
     devices of one architecture then have the same model id). The weights of frozen layers are always carried.
-    Raises CompileError.
+    Raises CompileError, or ProgramError if it is too large for the engine.
     """
     network = read_network(model, loss)
     trainable = network.trainable if train_from is None else network.suffix(train_from)
