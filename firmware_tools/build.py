@@ -23,7 +23,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
 import edge
-from edge import mote_codegen
+from edge import mote_build, mote_codegen
 from edge.errors import UserError
 from edge.node import ENGINE_VERSION
 from edge.program import Program
@@ -36,14 +36,12 @@ SOURCES = Path(__file__).parent / "src"
 MOTE = Path(edge.__file__).parent / "mote"
 
 COMPILER = "arm-none-eabi-gcc"
-# Contraction would fuse a product and a sum, and round once where another target rounds twice.
-FLAGS = ("-std=c99", "-O2", "-ffp-contract=off", "-g", "-ffunction-sections", "-fdata-sections")
-STRICT = ("-Wall", "-Wextra", "-Wconversion", "-Werror")
+SPLIT = ("-g", "-ffunction-sections", "-fdata-sections")
 # nano: newlib's small build. Only memcpy and its like are taken from it.
 LINK = ("--specs=nano.specs", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--fatal-warnings")
 
-ENGINE = ("mote.c", "mote_load.c", "mote_kernels.c", "mote_math.c", "mote_crc.c")
-NODE = (*ENGINE, "mote_stream.c", "mote_node.c", "mote_frame.c")
+NODE = tuple(MOTE / name for name in mote_build.SOURCES)
+ENGINE = tuple(path for path in NODE if path.name not in ("mote_node.c", "mote_frame.c", "mote_stream.c"))
 
 #: Bytes of the largest program that a node takes over the air, unless the caller says otherwise.
 ADOPT_BYTES = 4096
@@ -123,7 +121,8 @@ def link(
     common = [
         compiler,
         *build.cpu,
-        *FLAGS,
+        *mote_build.FLAGS,
+        *SPLIT,
         f"-DBOARD_CLOCK_HZ={target.board.clock_hz}u",
         f"-DBOARD_UART_BASE={build.uart.base:#x}u",
         f"-DBOARD_UART_RX_IRQ={build.uart.rx_irq}u",
@@ -132,7 +131,7 @@ def link(
         *(f"-I{folder}" for folder in (work, SOURCES, MOTE)),
     ]
     jobs = [
-        (path, [*STRICT, *(f"-isystem{folder}" for folder in include)])
+        (path, [*mote_build.STRICT, *(f"-isystem{folder}" for folder in include)])
         for path in (*sources, SOURCES / "startup.c", work / "device.S")
     ]
     jobs += [(path, [f"-I{folder}" for folder in include]) for path in foreign]
@@ -249,7 +248,7 @@ def build(
         [
             SOURCES / "main_node.c",
             SOURCES / f"uart_{target.buildable().uart.driver}.c",
-            *(MOTE / name for name in NODE),
+            *NODE,
         ],
         blobs={
             "program": program.data,
@@ -267,7 +266,7 @@ def build(
 
 def bench(target: Target, program: Program, elf: Path) -> Path:
     """The program that counts the instructions of `program`'s training step (see src/main_bench.c)."""
-    sources = [SOURCES / "main_bench.c", SOURCES / "semihost.c", *(MOTE / name for name in ENGINE)]
+    sources = [SOURCES / "main_bench.c", SOURCES / "semihost.c", *ENGINE]
     return link(target, elf, sources, blobs={"program": program.data}, defines=_shape(program))
 
 
@@ -278,7 +277,8 @@ def exactness(
     sources = [
         SOURCES / "main_exactness.c",
         SOURCES / "semihost.c",
-        *(MOTE / name for name in (*ENGINE, "mote_stream.c")),
+        *ENGINE,
+        MOTE / "mote_stream.c",
     ]
     return link(
         target,

@@ -6,6 +6,7 @@ killed, with it (by the kernel's parent-death signal, where util-linux' `setpriv
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -66,7 +67,9 @@ class Emulator:
     def __init__(self, target: Target, elf: Path) -> None:
         command = _command(target, elf)
         if shutil.which("setpriv"):
-            command = ["setpriv", "--pdeathsig", "KILL", *command]
+            # The shell covers the moment before the signal was asked for: it looks whether this process still is there.
+            guard = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+            command = [*guard, *command]
         # The port is bound here and handed over: no other process can take it in between.
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.url = f"socket://127.0.0.1:{listener.getsockname()[1]}"

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tty
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +26,10 @@ from edge.node import MoteNode, Publish
 from edge.program import Program
 from edge.protocol import (
     ALL_LAYERS,
+    Adopt,
     Done,
+    ErrorCode,
+    Failed,
     Phase,
     Reboot,
     Topics,
@@ -171,18 +175,17 @@ class Observer:
             self._heard.append((topic, payload))
             self._news.notify_all()
 
-    def heard(self, topic: str) -> list[bytes]:
-        with self._news:
-            return [payload for at, payload in self._heard if at == topic]
-
     def wait(self, reached: Callable[[], bool], timeout: float = LIMIT) -> bool:
         """Until `reached`, looked at whenever a message arrives."""
         with self._news:
             return self._news.wait_for(reached, timeout)
 
+    def said(self, topic: str) -> list[bytes]:
+        return [payload for at, payload in list(self._heard) if at == topic]
+
     def online(self) -> bool | None:
         """What the last status said; None if there was none."""
-        said = [payload for at, payload in self._heard if at == TOPICS.status(ID)]
+        said = self.said(TOPICS.status(ID))
         return decode_status(said[-1]).online if said else None
 
     def forget(self) -> None:
@@ -192,11 +195,10 @@ class Observer:
     def parts(self, order: int) -> dict[int, bytes]:
         """The parts of the reply to an order that have arrived."""
         found = {}
-        for at, payload in self._heard:
-            if at == TOPICS.did(ID):
-                did = decode_did(payload)
-                if isinstance(did, Done) and did.id == order:
-                    found[did.part] = payload
+        for payload in self.said(TOPICS.did(ID)):
+            did = decode_did(payload)
+            if isinstance(did, Done) and did.id == order:
+                found[did.part] = payload
         return found
 
     def replied(self, order: int) -> bool:
@@ -276,7 +278,7 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
         with joined(emulator.url, broker) as gateway:
             assert observer.wait(lambda: observer.online() is True)
             assert gateway.device == ID
-            td = json.loads(observer.heard(TOPICS.td(ID))[-1])
+            td = json.loads(observer.said(TOPICS.td(ID))[-1])
             assert td["tf:board"]["tf:mcu"] == "Cortex-M4F"
             assert td["tf:arenaBytes"] == mlp().arena_bytes
 
@@ -288,10 +290,86 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
 
             observer.forget()
             observer.session.publish(TOPICS.do(ID), encode(Reboot(3)))
-            assert observer.wait(lambda: bool(observer.heard(TOPICS.td(ID))))  # it has announced itself anew
+            assert observer.wait(lambda: bool(observer.said(TOPICS.td(ID))))  # it has announced itself anew
             assert observer.wait(lambda: observer.online() is True)
             assert gateway.counters.damaged == gateway.counters.dropped == 0
         assert observer.wait(lambda: observer.online() is False)
+    observer.session.close()
+
+
+def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path], broker: tuple[str, int]) -> None:
+    small = program.build([program.Dense(8), program.Tanh(), program.Dense(5)], (64,), "softmax_cross_entropy")
+    large = program.build([program.Dense(64), program.Tanh(), program.Dense(5)], (64,), "softmax_cross_entropy")
+    observer = Observer(broker)
+    for offered in (small, large):
+        for i, chunk in enumerate(chunks(offered.data)):
+            observer.session.publish(TOPICS.program(offered.model_id, i), chunk, retain=True)
+
+    def adopt(number: int, offered: Program) -> None:
+        order = Adopt(number, offered.model_id, len(offered.data), zlib.crc32(offered.data))
+        observer.session.publish(TOPICS.do(ID), encode(order))
+
+    def runs(model: bytes) -> bool:
+        said = observer.said(TOPICS.status(ID))
+        return bool(said) and decode_status(said[-1]).model == model
+
+    with (
+        emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator,
+        joined(emulator.url, broker),
+    ):
+        assert observer.wait(lambda: runs(mlp().model_id))
+        adopt(1, large)  # which its arena has no room for
+        assert observer.wait(lambda: bool(observer.said(TOPICS.did(ID))))
+        failed = decode_did(observer.said(TOPICS.did(ID))[-1])
+        assert isinstance(failed, Failed)
+        assert (failed.id, failed.error, failed.detail) == (1, ErrorCode.PROGRAM, lib.MOTE_ERR_ARENA)
+        adopt(2, small)
+        assert observer.wait(lambda: runs(small.model_id))
+    observer.session.close()
+
+
+@contextmanager
+def terminal(url: str) -> Iterator[str]:
+    """A terminal device of this machine with a board's serial port behind it."""
+    host, port = url.removeprefix("socket://").split(":")
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    with socket.create_connection((host, int(port))) as board:
+
+        def up() -> None:
+            with suppress(OSError):
+                while data := board.recv(4096):
+                    os.write(ours, data)
+
+        def down() -> None:
+            with suppress(OSError):
+                while data := os.read(ours, 4096):
+                    board.sendall(data)
+
+        threads = [threading.Thread(target=work) for work in (up, down)]
+        for thread in threads:
+            thread.start()
+        yield os.ttyname(theirs)
+        os.close(theirs)
+        board.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(LIMIT)
+    os.close(ours)
+
+
+def test_a_gateway_speaks_through_a_terminal_device(firmware: Callable[[str], Path], broker: tuple[str, int]) -> None:
+    observer = Observer(broker)
+    with (
+        emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator,
+        terminal(emulator.url) as device,
+        joined(device, broker) as gateway,
+    ):
+        work = order(6)
+        for topic, payload in weights_of(work.round).items():
+            observer.session.publish(topic, payload, retain=True)
+        parts = observer.ask(work, again=LIMIT / 3)
+        assert [parts[i] for i in range(len(parts))] == host_reply(work)
+        assert gateway.counters.damaged == 0
     observer.session.close()
 
 
