@@ -250,7 +250,10 @@ def from_file(path: str | Path) -> ModelDescription:
     except OSError as error:
         raise DescribeError(f"{path} cannot be read: {error.strerror}; give the path of a model's file") from None
     if path.suffix == ".tflite":
-        from ontology import tflite_file
+        try:
+            from ontology import tflite_file
+        except ImportError:
+            raise DescribeError(f"{path} needs the package tflite to be read; pip install tflite") from None
 
         return tflite_file.describe(data, path.stem)
     if path.suffix == ".keras":

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import IO, TypeVar, cast
+from typing import IO, Self, TypeVar, cast
 from urllib.parse import parse_qs
 
 import pyoxigraph as ox
@@ -293,7 +293,7 @@ class Endpoint:
         self._thread.join()
         self._socket.close()
 
-    def __enter__(self) -> "Endpoint":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import overload
+from typing import Self, overload
 
 import pyoxigraph as ox
 
@@ -216,7 +216,7 @@ class Store(ABC):
         """Takes away everything that is said of the subject."""
         self.update(f"DELETE WHERE {{ {_node(subject)} ?p ?o }}")
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

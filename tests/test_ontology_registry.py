@@ -92,7 +92,10 @@ def test_a_will_marks_a_device_offline_and_nothing_else(store: Store, registry: 
     before = everything(store)
     assert registry.handle(TOPICS.status("dev-1"), status(online=False, model=bytes(8)))
     changed = set(before) ^ set(everything(store))
-    assert changed == {(device_iri("home", "dev-1"), TF.online, "True"), (device_iri("home", "dev-1"), TF.online, "False")}
+    assert changed == {
+        (device_iri("home", "dev-1"), TF.online, "True"),
+        (device_iri("home", "dev-1"), TF.online, "False"),
+    }
 
 
 def test_repeats_and_any_order_end_in_the_same_graph() -> None:
@@ -128,9 +131,7 @@ def test_a_cleared_description_takes_the_device_away(store: Store, registry: Reg
     assert about(store, board_iri("nano33ble")) != {}
 
 
-def test_a_known_board_stays_as_it_is_known(
-    store: Store, registry: Registry, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_known_board_stays_as_it_is_known(store: Store, registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
     registry.handle(TD, payload(description()))
     board = about(store, board_iri("nano33ble"))
     other = description("dev-2")
@@ -269,8 +270,9 @@ def test_a_bad_status_is_refused_and_leaves_no_trace(store: Store, registry: Reg
 
 
 @pytest.mark.parametrize(
-    "topic", ["tinyfleet/away/devices/dev-1/td", TOPICS.do("dev-1"), TOPICS.did("dev-1"), "tinyfleet/home/devices/a b/td", ""]
-)  # fmt: skip
+    "topic",
+    ["tinyfleet/away/devices/dev-1/td", TOPICS.do("dev-1"), TOPICS.did("dev-1"), "tinyfleet/home/devices/a b/td", ""],
+)
 def test_other_topics_are_none_of_its_business(store: Store, registry: Registry, topic: str) -> None:
     assert not registry.handle(topic, payload(description()))
     assert (registry.accepted, registry.refused, everything(store)) == (0, 0, [])
@@ -305,7 +307,9 @@ json_values = st.recursive(
     max_leaves=8,
 )
 paths = st.sampled_from(
-    [(name,) for name in description()] + [("tf:board", name) for name in description()["tf:board"]] + [("x",), ("@id",)]
+    [(name,) for name in description()]
+    + [("tf:board", name) for name in description()["tf:board"]]
+    + [("x",), ("@id",)]
 )
 
 

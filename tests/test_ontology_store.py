@@ -75,7 +75,7 @@ def test_binding_finds_no_parameters_in_texts_comments_and_iris() -> None:
     bound = bind(query, {"b": 1, "c": "x"})
     assert bound.count("VALUES ?a { UNDEF }") == 6
     assert 'VALUES ?c { "x" }' in bound
-    with pytest.raises(StoreError, match="no parameter 'a' .it has b, c."):
+    with pytest.raises(StoreError, match=r"no parameter 'a' \(it has b, c\)"):
         bind(query, {"a": 1})
     with pytest.raises(StoreError, match="it has none"):
         bind("ASK { }", {"a": 1})
@@ -135,7 +135,7 @@ def test_what_no_term_can_hold_is_refused(bad: Value) -> None:
 def test_writing_replaces_the_predicates_it_names_and_no_others(store: Store) -> None:
     store.add([(S, P, 1), (S, P, 2), (S, Q, 3), (Q, P, 4)])
     store.write({S: {P: [5, 6]}})
-    assert sorted(store.query(ALL, p=P).column("o")) == [4, 5, 6]  # type: ignore[type-var]
+    assert sorted(store.query(ALL, p=P).column("o")) == [4, 5, 6]
     store.write({S: {P: None, Q: 3}})
     assert everything(store) == [("urn:q", "urn:p", "4"), ("urn:s", "urn:q", "3")]
     before = everything(store)

@@ -73,9 +73,9 @@ def test_every_term_that_code_and_queries_use_is_defined() -> None:
     for path in ONTOLOGY.glob("*.py"):
         text = path.read_text(encoding="utf-8")
         used |= {term: path.name for term in re.findall(r"\bTF\.([a-zA-Z]\w*)", text) if term != "iri"}
-        used |= {term: path.name for term in re.findall(r"\btf:([a-zA-Z]\w*)", text)}
+        used |= dict.fromkeys(re.findall(r"\btf:([a-zA-Z]\w*)", text), path.name)
     for name in library.names():
-        used |= {term: name for term in re.findall(r"\btf:([a-zA-Z]\w*)", library.text(name))}
+        used |= dict.fromkeys(re.findall(r"\btf:([a-zA-Z]\w*)", library.text(name)), name)
     assert len(used) > 40
     for term, where in used.items():
         assert TF[term] in defined(), f"tf:{term} in {where}"
