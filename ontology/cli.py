@@ -12,7 +12,7 @@ import typer
 from edge.errors import UserError
 from ontology import library, names
 from ontology.names import Iri
-from ontology.store import Binding, EmbeddedStore, RemoteStore, Rows, Store, Value, parameters
+from ontology.store import Binding, EmbeddedStore, RemoteStore, Rows, Store, Unreachable, Value, parameters
 
 GRAPH = "graph"
 """The folder of the graph in the data directory."""
@@ -191,13 +191,17 @@ def _value(text: str) -> Value:
 def _store(data: Path, endpoint: str | None) -> Store:
     if endpoint is not None:
         return RemoteStore(endpoint)
-    server = data / SERVER
+    server, graph = data / SERVER, data / GRAPH
     if server.exists():
         try:
-            return RemoteStore(json.loads(server.read_text(encoding="utf-8"))["endpoint"])
+            remote = RemoteStore(json.loads(server.read_text(encoding="utf-8"))["endpoint"])
+            remote.ask("ASK { }")
+            return remote
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{server} does not say where the server is ({error}); start the server again") from None
-    graph = data / GRAPH
+            raise UserError(f"{server} does not say where the server is ({error!r}); start the server again") from None
+        except Unreachable:  # the server has died and left its address behind; if it is only slow, it holds the graph
+            if not graph.is_dir():
+                raise
     if not graph.is_dir():
         raise UserError(
             f"there is no graph in {data} and no server runs on it; start `tinyfleet server`, or name the directory "

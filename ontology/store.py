@@ -34,6 +34,10 @@ class StoreError(UserError):
     """The store did not answer, or refused the query or the update: the message says which and what to do."""
 
 
+class Unreachable(StoreError):
+    """Nothing answers at the store's address."""
+
+
 class Rows(Sequence[Row]):
     """The rows of a SELECT: `variables` in their order, each row a dict without the unbound ones."""
 
@@ -337,7 +341,7 @@ class RemoteStore(Store):
             raise StoreError(f"{url} refused ({error.code}): {detail}") from None
         except (OSError, urllib.error.URLError) as error:
             reason = getattr(error, "reason", error)
-            raise StoreError(f"no answer from {url} ({reason}); is the server running?") from None
+            raise Unreachable(f"no answer from {url} ({reason}); is the server running?") from None
 
     def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
         text = bind(sparql, bindings)

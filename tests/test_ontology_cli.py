@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
 
 from edge.protocol import Topics
@@ -122,3 +123,10 @@ def test_a_damaged_server_file_is_said(tmp_path: Path) -> None:
     (tmp_path / SERVER).write_text("{}")
     done = query("clients", data=tmp_path)
     assert (done.returncode, "start the server again" in done.stderr) == (2, True)
+
+
+def test_the_address_of_a_server_that_has_died_is_passed_over(tmp_path: Path) -> None:
+    with EmbeddedStore(tmp_path / GRAPH) as store:
+        fill(store)
+    (tmp_path / SERVER).write_text(json.dumps({"endpoint": f"http://127.0.0.1:{free_port()}/sparql"}))
+    assert query("--sparql", "ASK { ?d tf:online true }", data=tmp_path).stdout == "true\n"
