@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nets import HEADER, Net, forward, gradient, hostile, nets, random_weights, sealed
 from nets import loss as reference_loss
@@ -31,7 +31,16 @@ def sample(program: p.Program, seed: int) -> tuple[Vector, Vector]:
     return x, np.array([random.integers(outputs)], np.float32)
 
 
+def pooled(*layers: p.Layer) -> Net:
+    return Net((p.Conv2D(2, 2), *layers, p.Flatten(), p.Dense(3)), (6, 6, 2), "softmax_cross_entropy")
+
+
 @given(nets(), st.integers(0, 2**32 - 1))
+@example(pooled(p.MaxPool2D(2)), 1)  # with a row and a column that no window covers
+@example(pooled(p.MaxPool2D((3, 2), 1, "same"), p.Tanh()), 1)
+@example(pooled(p.MaxPool2D(1, 2), p.AvgPool2D(2, 1, "same")), 1)
+@example(pooled(p.AvgPool2D((2, 3)), p.ReLU()), 1)
+@example(pooled(p.Tanh(), p.Conv2D(3, (3, 2), (2, 1), "same"), p.Tanh()), 1)
 @settings(max_examples=150, deadline=None)
 def test_a_step_follows_the_gradient(net: Net, seed: int) -> None:
     weights = random_weights(net.whole(), seed)

@@ -37,7 +37,7 @@ static inline float dot(const float *a, const float *b, uint32_t n)
 }
 
 /* y += a * x */
-static inline void add_scaled(float *restrict y, float a, const float *restrict x, uint32_t n)
+static void add_scaled(float *restrict y, float a, const float *restrict x, uint32_t n)
 {
     for (; n >= 4; n -= 4, x += 4, y += 4) {
         y[0] += a * x[0];
@@ -45,14 +45,19 @@ static inline void add_scaled(float *restrict y, float a, const float *restrict 
         y[2] += a * x[2];
         y[3] += a * x[3];
     }
-    for (uint32_t j = 0; j < n; j++) {
-        y[j] += a * x[j];
+    if (n > 0) {
+        y[0] += a * x[0];
+    }
+    if (n > 1) {
+        y[1] += a * x[1];
+    }
+    if (n > 2) {
+        y[2] += a * x[2];
     }
 }
 
 /* y += a * x, and x += b * z. */
-static inline void add_scaled_both(float *restrict y, float a, float *restrict x, float b, const float *restrict z,
-                                   uint32_t n)
+static void add_scaled_both(float *restrict y, float a, float *restrict x, float b, const float *restrict z, uint32_t n)
 {
     for (; n >= 2; n -= 2, x += 2, y += 2, z += 2) {
         float x0 = x[0], x1 = x[1];

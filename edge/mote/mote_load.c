@@ -8,8 +8,8 @@
 static int header_fits(const mote_header_t *h, size_t size)
 {
     if (memcmp(h->magic, "MOTE", sizeof h->magic) != 0 || h->version != MOTE_FORMAT_VERSION ||
-        h->header_size != sizeof *h || h->total_size != size || h->reserved != 0 || h->ops == 0 || h->ops > MOTE_MAX_OPS ||
-        (h->flags & ~MOTE_CARRIES_PARAMETERS) != 0 ||
+        h->header_size != sizeof *h || h->total_size != size || h->reserved != 0 || h->ops == 0 ||
+        h->ops > MOTE_MAX_OPS || (h->flags & ~MOTE_CARRIES_PARAMETERS) != 0 ||
         (h->loss != MOTE_CROSS_ENTROPY && h->loss != MOTE_SQUARED_ERROR) || h->params > MOTE_MAX_FLOATS ||
         h->constants > MOTE_MAX_FLOATS || h->activations > MOTE_MAX_FLOATS) {
         return 0;
@@ -28,7 +28,7 @@ static uint32_t volume(uint32_t h, uint32_t w, uint32_t c)
 /* 1 if every one of `out` windows in a dimension covers at least one of its `in` elements. */
 static int windows_fit(uint32_t in, uint32_t out, uint32_t kernel, uint32_t stride, uint32_t pad)
 {
-    return kernel > 0 && stride > 0 && pad < kernel && (out - 1) * stride < in + pad;
+    return stride > 0 && pad < kernel && (out - 1) * stride < in + pad;
 }
 
 /* 1 if the op takes and gives the shapes that it says, and has only the fields that its kind has. */
@@ -54,8 +54,7 @@ static int shapes_fit(const mote_op_t *op)
         return in == op->out_c && in == out && !trainable && op->params == 0;
     case MOTE_RELU:
     case MOTE_TANH:
-        return op->in_h == op->out_h && op->in_w == op->out_w && op->in_c == op->out_c && !trainable &&
-               op->params == 0;
+        return op->in_h == op->out_h && op->in_w == op->out_w && op->in_c == op->out_c && !trainable && op->params == 0;
     default:
         return 0;
     }
@@ -81,10 +80,7 @@ typedef struct {
     uint32_t offset, size, birth, death;
 } tensor_t;
 
-static int is_pointwise(const mote_op_t *op)
-{
-    return op->kind == MOTE_RELU || op->kind == MOTE_TANH;
-}
+static int is_pointwise(const mote_op_t *op) { return op->kind == MOTE_RELU || op->kind == MOTE_TANH; }
 
 /* The output of op i, which is no flatten, and of the flattens behind it. */
 static tensor_t value(const plan_t *p, uint32_t i)
@@ -97,8 +93,8 @@ static tensor_t value(const plan_t *p, uint32_t i)
     t.death = next;
     if (is_pointwise(&p->ops[i]) && i > p->first) {
         t.death = 2 * p->count - i;
-    } else if (next < p->count && ((next > p->first && p->ops[next].kind == MOTE_MAXPOOL) ||
-                                   (p->ops[next].flags & MOTE_TRAINABLE) != 0)) {
+    } else if (next < p->count &&
+               ((next > p->first && p->ops[next].kind == MOTE_MAXPOOL) || (p->ops[next].flags & MOTE_TRAINABLE) != 0)) {
         t.death = 2 * p->count - next;
     }
     return t;
@@ -194,10 +190,7 @@ static int program_fits(const mote_header_t *h, const mote_op_t *ops, mote_t *m)
             if (op->params != *sum || m->layers == MOTE_MAX_LAYERS) {
                 return 0;
             }
-            *sum += params_of(op);
-            if (*sum > MOTE_MAX_FLOATS) {
-                return 0;
-            }
+            *sum += params_of(op); /* 256 of at most 2^48 do not overflow */
             if (op->flags & MOTE_TRAINABLE) {
                 m->trainable |= 1u << m->layers;
                 plan.first = plan.first == h->ops ? i : plan.first;

@@ -20,7 +20,7 @@ typedef struct {
     uint32_t size;           /* features a sample */
     float scale;
     uint32_t ways;
-    uint32_t random;         /* state of the generator */
+    uint32_t random; /* state of the generator */
     uint32_t chosen[MOTE_STREAM_MAX_WAYS];
 } mote_stream_t;
 
