@@ -1,0 +1,194 @@
+/* Drives a node with whatever messages the fuzzer makes up, under AddressSanitizer and UBSan.
+ *
+ * The input is a list of actions: one byte that says what, and for messages two bytes of size and the bytes. A chunk's
+ * CRC is computed here, so that the fuzzer gets behind it. Everything that the node sends is read, byte by byte. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "mote_frame.h"
+#include "mote_node.h"
+#include "protocol_decode.h"
+#include "protocol_encode.h"
+
+enum { INPUTS = 6, ARENA = 2048, BASE = 200, ADOPTED = 2048 };
+
+/* The built-in program, written by the test: static const uint32_t program[] = {...}; */
+#include "fuzz_program.h"
+
+static uint32_t state = 1;
+
+static int open_source(void *context, uint32_t seed)
+{
+    (void)context;
+    state = seed | 1;
+    return seed % 16 == 5 ? MOTE_ERR_ARGUMENT : MOTE_OK;
+}
+
+static int next_sample(void *context, int query, float *x, float *y)
+{
+    (void)context;
+    (void)query;
+    for (int i = 0; i < INPUTS; i++) {
+        state = state * 1664525u + 1013904223u;
+        x[i] = (float)(state >> 8) / 16777216.0f;
+    }
+    *y = (float)(state >> 30);
+    return state >> 16 & 31 ? 1 : 0;
+}
+
+static volatile uint32_t seen;
+
+static void look(const void *bytes, size_t size)
+{
+    for (size_t i = 0; i < size; i++) {
+        seen += ((const uint8_t *)bytes)[i];
+    }
+}
+
+static void send_all(mote_node_t *n)
+{
+    mote_out_t out;
+    for (int i = 0; i < 10000; i++) {
+        if (!mote_node_poll(n, &out)) {
+            return;
+        }
+        look(out.topic, strlen(out.topic));
+        if (out.payload != NULL) {
+            look(out.payload, out.size);
+        }
+    }
+    abort(); /* it talks without end */
+}
+
+/* Every message is a copy of its own size, so that a read behind its end is seen. */
+static void receive(mote_node_t *n, const char *topic, const uint8_t *bytes, size_t size)
+{
+    uint8_t *payload = malloc(size > 0 ? size : 1);
+    char *name = malloc(strlen(topic) + 1);
+    memcpy(payload, bytes, size);
+    memcpy(name, topic, strlen(topic));
+    mote_node_receive(n, name, strlen(topic), payload, size);
+    free(name);
+    free(payload);
+}
+
+static void receive_chunk(mote_node_t *n, const char *topic, uint32_t offset, const uint8_t *bytes, size_t size)
+{
+    uint8_t payload[1200];
+    size_t written = 0;
+    struct chunk chunk = {offset, mote_crc32(0, bytes, size), {bytes, size}};
+    if (size > 0 && cbor_encode_chunk(payload, sizeof payload, &chunk, &written) == ZCBOR_SUCCESS) {
+        receive(n, topic, payload, written);
+    }
+}
+
+/* Exactly as large as promised, so that a write behind the end is seen. */
+static void *room(size_t size)
+{
+    return memset(malloc(size), 0x55, size);
+}
+
+static void discard(void *context, const uint8_t *bytes, size_t size)
+{
+    (void)context;
+    look(bytes, size);
+}
+
+/* The input as a serial line brings it. */
+static void read_frames(const uint8_t *data, size_t size)
+{
+    enum { CAPACITY = 300 };
+    mote_frame_reader_t reader;
+    mote_frame_t frame;
+    uint8_t *buffer = room(CAPACITY);
+    mote_frame_reader_init(&reader, buffer, CAPACITY);
+    for (size_t i = 0; i < size; i++) {
+        if (mote_frame_read(&reader, data[i], &frame)) {
+            look(frame.topic, frame.topic_size);
+            look(frame.payload, frame.size);
+        }
+    }
+    mote_frame_write(discard, NULL, 1, "topic", data, size);
+    free(buffer);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    mote_node_config_t config;
+    memset(&config, 0, sizeof config);
+    config.fleet = "home";
+    config.id = "one";
+    config.td = "{}";
+    config.td_size = 2;
+    config.program = program;
+    config.program_size = sizeof program;
+    memcpy(config.model, "\0\0\0\0\0\0\0\1", 8);
+    config.arena = room(ARENA);
+    config.arena_size = ARENA;
+    config.base = room(BASE * sizeof(float));
+    config.base_count = BASE;
+    config.sample = room((INPUTS + 1) * sizeof(float));
+    config.sample_count = INPUTS + 1;
+    config.adopted = room(ADOPTED);
+    config.adopted_size = ADOPTED;
+    config.out = room(MOTE_OUT);
+    config.out_size = MOTE_OUT;
+    config.source.open = open_source;
+    config.source.next = next_sample;
+    mote_node_t *n = room(sizeof *n);
+    if (mote_node_init(n, &config) != MOTE_OK) {
+        abort();
+    }
+    read_frames(data, size);
+    while (size > 0) {
+        uint8_t what = *data++;
+        size_t length = 0;
+        size--;
+        if (what >= 0x80 && size >= 2) {
+            length = data[0] | (size_t)data[1] << 8;
+            data += 2;
+            size -= 2;
+            length = length < size ? length : size;
+        }
+        uint32_t number = what & 3;
+        char topic[MOTE_TOPIC];
+        if (what < 0x40) {
+            for (int i = 0; i <= what && mote_node_step(n); i++) {
+            }
+        } else if (what < 0x80) {
+            mote_out_t will;
+            mote_node_connected(n);
+            mote_node_will(n, &will);
+            look(will.payload, will.size);
+        } else if (what < 0xa0) {
+            receive(n, "tinyfleet/home/devices/one/do", data, length);
+        } else if (what < 0xc0) {
+            strcpy(topic, "tinyfleet/home/runs/5/1/0");
+            topic[24] = (char)('0' + number);
+            receive_chunk(n, topic, number * MOTE_CHUNK, data, length < MOTE_CHUNK ? length : MOTE_CHUNK);
+        } else if (what < 0xe0) {
+            strcpy(topic, "tinyfleet/home/models/0000000000000002/0");
+            topic[39] = (char)('0' + number);
+            receive_chunk(n, topic, number * MOTE_CHUNK, data, length < MOTE_CHUNK ? length : MOTE_CHUNK);
+        } else if (what < 0xf0) {
+            receive(n, "tinyfleet/home/runs/5/1/0", data, length);
+        } else {
+            size_t name = length < sizeof topic - 1 ? length : sizeof topic - 1;
+            memcpy(topic, data, name);
+            topic[name] = 0;
+            receive(n, topic, data, length);
+        }
+        data += length;
+        size -= length;
+        send_all(n);
+    }
+    free(config.arena);
+    free(config.base);
+    free(config.sample);
+    free(config.adopted);
+    free(config.out);
+    free(n);
+    return 0;
+}
