@@ -121,7 +121,8 @@ class MqttGrid(Grid):
     host, port: the broker. program: the model that the fleet learns; devices that say they run another are not nodes.
     select: returns the ids of the devices that may take part (a query of the graph); None: all. on_event: called from
     the thread that waits for a round. repeat: seconds until a device that has not replied is asked again (then twice
-    that, and so on, up to 16 times that); grace: seconds that a device may be offline in a round and still take part.
+    that, and so on, up to 16 times that); grace: seconds that a device may be offline in a round and still take part;
+    wait: seconds to wait for a node where there is none, as after a restart of the broker.
 
     Raises UserError if the broker is not there. Close it, or use it in a `with`.
     """
@@ -137,6 +138,7 @@ class MqttGrid(Grid):
         on_event: Callable[[Event], None] | None = None,
         repeat: float = 2.0,
         grace: float = 2.0,
+        wait: float = 0.0,
     ) -> None:
         self.program = program
         self.traffic = Traffic()
@@ -144,6 +146,7 @@ class MqttGrid(Grid):
         self._on_event = on_event
         self._repeat = repeat
         self._grace = grace
+        self._wait = wait
         self._topics = Topics(fleet)
         self._run = new_run(secrets.randbits(32))
         self._rounds = itertools.count(1)
@@ -198,6 +201,9 @@ class MqttGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         """The selected devices that are online and run this grid's program, in a fixed order."""
+        return self.wait_for_nodes(1, self._wait)
+
+    def _nodes(self) -> list[int]:
         selected = None if self._select is None else set(self._select())
         with self._changed:
             ready = [d for d, s in self._status.items() if s.online and s.model == self.program.model_id]
@@ -212,7 +218,7 @@ class MqttGrid(Grid):
         """The node ids as soon as there are `count` of them, or those that are there after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
-            nodes = self.get_node_ids()
+            nodes = self._nodes()
             left = deadline - time.monotonic()
             if len(nodes) >= count or left <= 0:
                 return nodes

@@ -83,8 +83,8 @@ def method(name: str, task: Task, *, rounds: int, clients: int, query: int = 16,
     known = {name.lower(): kind for name, kind in classes.items() if issubclass(kind, FedAvg)}
     if key not in known:
         raise UserError(f"there is no strategy '{name}'; choose one of {', '.join((*META, *sorted(known)))}")
-    # fraction_train instead of a number of nodes: Flower's waits for that many, for ever if a device is gone for good.
-    flowers = known[key](fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+    # No least number of nodes: Flower's would wait for them without end.
+    flowers = known[key](fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=0, min_available_nodes=0)
     plan = Plan(phases(recipe, task.program), query, UpdateFormat(top=recipe.top), seed)
     config = config_from_plan(plan)
     del config["seed"]  # then the round is the seed: every round draws its samples anew
@@ -220,8 +220,8 @@ def run(
 
     query: SPARQL whose column ?id are the devices that may take part, asked anew in every round; the library's
     `clients` by default. start: the first parameters, by default `first_parameters`. clients: how many devices to
-    wait for, `wait` seconds at most; it begins with fewer, but not with none. timeout: seconds that a round may take.
-    on_round: called as each round ends.
+    wait for, `wait` seconds at most; it begins with fewer, but not with none, and in a round waits as long for a first
+    one. timeout: seconds that a round may take. on_round: called as each round ends.
 
     Raises UserError if no device can take part, at the beginning or in a round.
     """
@@ -242,7 +242,9 @@ def run(
         if on_event is not None:
             on_event(event)
 
-    with MqttGrid(*broker, fleet, program, select=lambda: select(store, sparql, model, fleet), on_event=watch) as grid:
+    with MqttGrid(
+        *broker, fleet, program, select=lambda: select(store, sparql, model, fleet), on_event=watch, wait=wait
+    ) as grid:
         if not grid.wait_for_nodes(clients, wait):
             raise _nobody(store, model, fleet, select(store, sparql, model, fleet))
         number = grid.run.run_id
@@ -257,6 +259,8 @@ def run(
             nonlocal newest, began, up, down
             if server_round == 0:
                 return None
+            if not asked:  # ours say so themselves; Flower's would go on with nobody
+                raise UserError(f"no client is there for round {server_round}; start devices, or widen the selection")
             now = datetime.now(UTC)
             learned = to_vector(arrays, program)
             this = Round(

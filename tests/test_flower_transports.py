@@ -160,24 +160,29 @@ def test_flwr_run_on_the_simulation_engine(flower: tuple[dict[str, str], int], t
 
 
 @pytest.mark.slow
-def test_superlink_with_two_supernodes(flower: tuple[dict[str, str], int], tmp_path: Path) -> None:
+def test_superlink_with_two_supernodes_and_a_device(
+    flower: tuple[dict[str, str], int], tmp_path: Path, broker: tuple[str, int]
+) -> None:
+    """Two nodes on Flower's transport and one on MQTT, in the same round."""
     environment, port = flower
     log = tmp_path / "superlink.log"
     link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
+    task = tasks.load("digits")
+    device = virtual_device(*broker, "mixed", "one", task.program, task.client(2, 3))
+    device.start()
     with ExitStack() as stack:
+        stack.callback(device.join, 10)
+        stack.callback(device.stop)
         started = stack.enter_context(process(link, environment, log))
         listening(port, started, log)
         for i in range(2):
             words = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", "--port", str(free_port())]
+            words += ["--node-config", f"partition-id={i} num-partitions=3"]
             home = tmp_path / f"node-{i}"
             home.mkdir()
-            stack.enter_context(
-                process(
-                    [*words, "--node-config", f"partition-id={i} num-partitions=2"],
-                    {**environment, "FLWR_HOME": str(home)},
-                    tmp_path / f"node-{i}.log",
-                )
-            )
-        said = flwr_run(environment, 'rounds=1 clients=2 strategy="fedavg"')
-    assert "Received 2 results and 0 failures" in said, said
+            log = tmp_path / f"node-{i}.log"
+            stack.enter_context(process(words, {**environment, "FLWR_HOME": str(home)}, log))
+        settings = f'rounds=1 clients=3 strategy="fedavg" broker="{broker[0]}:{broker[1]}" fleet="mixed"'
+        said = flwr_run(environment, settings)
+    assert "Received 3 results and 0 failures" in said, said
     assert "learned start, 10 shots: accuracy" in said, said

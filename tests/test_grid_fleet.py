@@ -32,7 +32,7 @@ from ontology.store import EmbeddedStore, Rows
 from server.broker import Broker
 from server.flower import log_level
 from server.grid import CompositeGrid, Event, MqttGrid
-from server.run import Method, Outcome, method, run
+from server.run import Method, Outcome, Round, method, run
 from server.serve import FleetServer
 
 Vector = NDArray[np.float32]
@@ -263,6 +263,20 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     assert first.asked == 4 and len(first.parts) == 3 and first.lost == {"weak-3": "went offline"}
     assert second.asked == 3 and len(second.parts) == 3 and not second.lost
     assert states == {"steady-0": True, "steady-1": True, "steady-2": True, "weak-3": False}
+
+
+@pytest.mark.parametrize("name", ["tinymetafed", "fedavg", "krum"])
+def test_a_fleet_that_is_gone_ends_the_run_with_one_clear_error(server: FleetServer, devices: Start, name: str) -> None:
+    fleet = devices(2)
+
+    def stop(_ended: Round) -> None:
+        for device in fleet:
+            device.stop()
+        assert all(device.join(10) for device in fleet)
+
+    with pytest.raises(UserError, match="no client is there for round 2; start devices"):
+        learn(server, method(name, TASK, rounds=3, clients=2), 3, clients=2, wait=1, on_round=stop)
+    assert server.store.query(library.text("last-round"), fleet="test").column("number") == [1, 1]
 
 
 def announced(
