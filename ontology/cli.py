@@ -12,7 +12,7 @@ import typer
 from edge.errors import UserError
 from ontology import library, names
 from ontology.names import Iri
-from ontology.store import Binding, EmbeddedStore, RemoteStore, Rows, Store, Unreachable, Value, parameters
+from ontology.store import Binding, EmbeddedStore, RemoteStore, Rows, Store, Value, parameters, rows
 
 GRAPH = "graph"
 """The folder of the graph in the data directory."""
@@ -20,6 +20,7 @@ SERVER = "server.json"
 """Where a running server says how to reach it."""
 
 _PREFIXES = {
+    "model": "urn:tinyfleet:model:",
     "dcterms": "http://purl.org/dc/terms/",
     "nnet": names.NNET.iri,
     "owl": names.OWL.iri,
@@ -79,27 +80,29 @@ def query(
         elif isinstance(answer, ox.QueryTriples):
             typer.echo((ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=_PREFIXES) or b"").decode().rstrip())
         else:
-            rows = store.query(text, **bindings)
+            found = rows(answer)
             if as_json:
-                typer.echo(json.dumps(list(rows), indent=2, default=str))
+                typer.echo(json.dumps(list(found), indent=2, default=str))
             else:
-                print_rows(rows)
+                print_rows(found)
 
 
-def print_rows(rows: Rows) -> None:
-    """The rows as a table, with known namespaces as prefixes."""
+def print_rows(found: Rows, most: int | None = None) -> None:
+    """The rows, or the first of them, as a table, with known namespaces as prefixes."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for variable in rows.variables:
-        numeric = all(isinstance(v, (int, float)) for v in rows.column(variable))
-        table.add_column(variable, justify="right" if numeric and len(rows) else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(row.get(variable)) for variable in rows.variables))
+    for variable in found.variables:
+        numeric = all(isinstance(v, (int, float)) for v in found.column(variable))
+        table.add_column(variable, justify="right" if numeric and len(found) else "left", overflow="fold")
+    shown = found[:most]
+    for row in shown:
+        table.add_row(*(_cell(row.get(variable)) for variable in found.variables))
     console = Console(markup=False, highlight=False)
     console.print(table)
-    console.print(f"{len(rows)} row{'' if len(rows) == 1 else 's'}")
+    first = "" if len(shown) == len(found) else f"the first {len(shown)} of "
+    console.print(f"{first}{len(found)} row{'' if len(found) == 1 else 's'}")
 
 
 def _cell(value: Value | None) -> str:

@@ -84,6 +84,16 @@ def _node(iri: Iri) -> ox.NamedNode:
     return node
 
 
+def rows(answer: ox.QuerySolutions) -> Rows:
+    """The answer to a SELECT as Python values."""
+    names = [variable.value for variable in answer.variables]
+    found: list[Row] = []
+    for solution in answer:
+        nodes = {name: solution[name] for name in names}
+        found.append({name: value(node) for name, node in nodes.items() if node is not None})
+    return Rows(names, found)
+
+
 _INTEGERS = {
     XSD[name]
     for name in (
@@ -176,16 +186,7 @@ class Store(ABC):
         answer = self.evaluate(sparql, **bindings)
         if not isinstance(answer, ox.QuerySolutions):
             raise StoreError("this query is not a SELECT; ask() takes an ASK and construct() a CONSTRUCT or DESCRIBE")
-        names = [variable.value for variable in answer.variables]
-        rows: list[Row] = []
-        for solution in answer:
-            row = {}
-            for name in names:
-                node = solution[name]
-                if node is not None:
-                    row[name] = value(node)
-            rows.append(row)
-        return Rows(names, rows)
+        return rows(answer)
 
     def ask(self, sparql: str, **bindings: Binding) -> bool:
         """The answer to an ASK."""

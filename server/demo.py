@@ -29,7 +29,7 @@ from edge.errors import UserError
 from edge.tasks import Task
 from ontology import library
 from ontology.cli import print_rows
-from ontology.names import Iri
+from ontology.names import Iri, model_iri
 from server import show
 from server.cli import SHOTS
 from server.evaluate import one_pass
@@ -101,7 +101,10 @@ def demo(
             "FedAvg's global model": runs["FedAvg"].parameters,
         }
         with console.status("adapting every start to held-out tasks"):
-            results = {name: [one_pass(task, start, shots=shots, seed=seed) for shots in SHOTS] for name, start in starts.items()}
+            results = {
+                name: [one_pass(task, start, shots=shots, seed=seed) for shots in SHOTS]
+                for name, start in starts.items()
+            }
         console.print()
         console.print(show.scores(results))
         console.print(_costs(task, runs))
@@ -114,14 +117,16 @@ def demo(
         )
         console.print(f"\nplot        {picture}\n")
 
-        model = Iri(f"urn:tinyfleet:model:{task.program.model_id.hex()}")
-        for question, query in (
-            ("Which devices can train this model?", "trainable"),
-            ("Which ran the last round, and with what loss?", "last-round"),
-            ("Where does the model come from?", "lineage"),
-        ):
-            console.print(f"[bold]{question}[/]  (tinyfleet query {query} --data {data})")
-            print_rows(server.store.query(library.text(query), **({} if query == "last-round" else {"model": model})))
+        model = model_iri(task.program.model_id)
+        questions: tuple[tuple[str, str, dict[str, Iri | int]], ...] = (
+            ("Which devices can train this model?", "trainable", {"model": model}),
+            ("Which ran the last round, and with what loss?", "last-round", {}),
+            ("Where does the model come from?", "lineage", {"run": runs["TinyMetaFed"].run}),
+        )
+        for question, query, given in questions:
+            options = "".join(f" --param {name}={value}" for name, value in given.items())
+            console.print(f"[bold]{question}[/]  tinyfleet query {query}{options} --data {data}", soft_wrap=True)
+            print_rows(server.store.query(library.text(query), **given), most=14)
             console.print()
     console.print(f"done in {time.monotonic() - began:.0f} s")
 
