@@ -12,7 +12,7 @@ import typer
 from edge.errors import UserError
 from ontology import library, names
 from ontology.names import Iri
-from ontology.store import Binding, EmbeddedStore, RemoteStore, Rows, Store, Value, parameters, rows
+from ontology.store import Binding, EmbeddedStore, RemoteStore, Rows, Store, Unreachable, Value, parameters, rows
 
 GRAPH = "graph"
 """The folder of the graph in the data directory."""
