@@ -80,7 +80,10 @@ typedef struct {
     uint32_t offset, size, birth, death;
 } tensor_t;
 
-static int is_pointwise(const mote_op_t *op) { return op->kind == MOTE_RELU || op->kind == MOTE_TANH; }
+static int is_pointwise(const mote_op_t *op)
+{
+    return op->kind == MOTE_RELU || op->kind == MOTE_TANH;
+}
 
 /* The output of op i, which is no flatten, and of the flattens behind it. */
 static tensor_t value(const plan_t *p, uint32_t i)
