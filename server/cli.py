@@ -19,8 +19,6 @@ from edge.errors import UserError
 from ontology import library
 from ontology.store import RemoteStore
 
-FleetOption = Annotated[str, typer.Option(help="The fleet's name.")]
-
 SHOTS = (1, 5, 10)
 
 
@@ -32,7 +30,7 @@ def server(
     endpoint_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Of the SPARQL endpoint, on loopback; 0: a free one.")
     ] = 0,
-    fleet: FleetOption = "home",
+    fleet: Annotated[str, typer.Option(help="The fleet's name.")] = "home",
     data: Annotated[Path, typer.Option(help="Folder of the graph, and of what others need to find the server.")] = Path(
         ".tinyfleet"
     ),
@@ -85,7 +83,7 @@ def run(
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for that many devices, at first.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the first parameters, the tasks and the choice of devices.")] = 0,
     broker: BrokerOption = None,
-    fleet: FleetOption = "home",
+    fleet: Annotated[str | None, typer.Option(help="The fleet's name. Default: the running server's.")] = None,
     data: DataOption = Path(".tinyfleet"),
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each round, and one more.")] = False,
 ) -> None:
@@ -127,7 +125,7 @@ def run(
             what,
             how,
             broker=broker_address(broker, data),
-            fleet=fleet,
+            fleet=fleet or found.get("fleet", "home"),
             store=store,
             rounds=rounds,
             query=sparql,
