@@ -71,7 +71,8 @@ def build() -> Path:
         (Path(scratch) / "edge").mkdir()
         (Path(scratch) / MOTE).symlink_to(ROOT / MOTE)
         built = Path(builder().compile(tmpdir=scratch))
-        target = ROOT / "edge" / built.name
+        # cffi keeps to the stable ABI; under the name that pip gives it, none of the two can hide the other.
+        target = ROOT / "edge" / "_mote.abi3.so"
         shutil.copy(built, target.with_suffix(".new"))
         target.with_suffix(".new").replace(target)  # a process that uses the old one keeps it
     return target
