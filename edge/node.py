@@ -11,6 +11,7 @@ from edge._mote import ffi, lib
 from edge.errors import UserError
 from edge.program import Program
 from edge.protocol import Topics
+from edge.streams import DatasetStream
 from edge.tasks import ClientData
 
 ENGINE_VERSION = "0.1.0"
@@ -104,9 +105,11 @@ class MoteNode:
     ) -> None:
         """`td` is its Thing Description. arena_bytes: memory to learn in; adopt_bytes: room for a program over the
         air (0: none is adopted); out_bytes: room for one payload; sparse: whether there is room for the copy of the
-        weights that sparse replies need. Raises UserError, or ProtocolError for a bad name.
+        weights that sparse replies need. Raises UserError; ProtocolError for a bad name; ValueError for samples that
+        can't give a task.
         """
-        Topics(fleet).do(id)
+        Topics(fleet).do(id)  # checks the names,
+        DatasetStream(data)  # and this the data
         self.id = id
         inputs = math.prod(program.input_shape)
         if data.features.shape[1] != inputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import edge.node
 from edge.agent import AgentNode
 from edge.errors import UserError
 from edge.learner import MoteLearner
-from edge.node import Counters, MoteNode, Node, Out, Publish, Reboot, Subscribe, Unsubscribe
+from edge.node import ENGINE_VERSION, Counters, MoteNode, Node, Out, Publish, Reboot, Subscribe, Unsubscribe
 from edge.program import Dense as DenseLayer
 from edge.program import Program, ReLU, build
 from edge.protocol import (
@@ -168,6 +170,11 @@ def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
         mote(arena_bytes=PROGRAM.arena_bytes - 4)
     with pytest.raises(UserError, match="6 features"):
         mote(build([DenseLayer(3)], (7,), "softmax_cross_entropy"))
+
+
+def test_the_engines_version_is_the_headers() -> None:
+    header = Path(edge.node.__file__).parent / "mote" / "mote.h"
+    assert f'#define MOTE_VERSION "{ENGINE_VERSION}"' in header.read_text()
 
 
 @both

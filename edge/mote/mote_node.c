@@ -952,10 +952,9 @@ int mote_node_poll(mote_node_t *n, mote_out_t *out)
     case SUBSCRIBE_CHUNKS:
     case UNSUBSCRIBE_CHUNKS: {
         int leave = first == UNSUBSCRIBE_CHUNKS;
-        const char *filter =
-            (leave ? n->left : n->state) == WANT_WEIGHTS
-                ? weights_filter(n, leave ? n->left_run : n->run, leave ? n->left_round : n->round)
-                : program_filter(n, leave ? n->left_model : n->wanted_model);
+        const char *filter = (leave ? n->left : n->state) == WANT_WEIGHTS
+                                 ? weights_filter(n, leave ? n->left_run : n->run, leave ? n->left_round : n->round)
+                                 : program_filter(n, leave ? n->left_model : n->wanted_model);
         give(out, leave ? MOTE_UNSUBSCRIBE : MOTE_SUBSCRIBE, filter, NULL, 0);
         return 1;
     }

@@ -11,12 +11,12 @@
 
 #include "mote.h"
 
-#define MOTE_CHUNK 1024u        /* bytes of every chunk of weights or program but the last */
-#define MOTE_MAX_CHUNKS 1024u   /* so at most 1 MiB of either */
-#define MOTE_TOPIC 128u         /* bytes of the longest topic, with its NUL */
+#define MOTE_CHUNK 1024u      /* bytes of every chunk of weights or program but the last */
+#define MOTE_MAX_CHUNKS 1024u /* so at most 1 MiB of either */
+#define MOTE_TOPIC 128u       /* bytes of the longest topic, with its NUL */
 #define MOTE_MAX_PHASES 4u
-#define MOTE_OUT 256u           /* the least room for one outgoing payload */
-#define MOTE_RECENT 8u          /* orders remembered, so that a late double of one is known */
+#define MOTE_OUT 256u  /* the least room for one outgoing payload */
+#define MOTE_RECENT 8u /* orders remembered, so that a late double of one is known */
 
 /* Where samples come from. open starts the task of this seed (a sensor may ignore it); next fills x and y and returns
  * 1, or returns 0 if no sample is there yet. query asks for samples that are never learned from. */
@@ -29,7 +29,7 @@ typedef struct {
 typedef struct {
     const char *fleet; /* as in the topics tinyfleet/{fleet}/devices/{id}/... */
     const char *id;
-    const char *td;    /* the Thing Description, JSON, td_size bytes */
+    const char *td; /* the Thing Description, JSON, td_size bytes */
     size_t td_size;
     const void *program; /* the built-in model, and the first 8 bytes of its SHA-256 */
     size_t program_size;
