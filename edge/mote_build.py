@@ -26,7 +26,7 @@ from edge.mote_codegen import DEFINES, generate  # noqa: E402
 HEADERS = ["mote.h", "mote_node.h", "mote_stream.h", "mote_frame.h"]
 # Our own C: clean under STRICT, which the tests build it with.
 SOURCES = ["mote.c", "mote_load.c", "mote_kernels.c", "mote_math.c", "mote_crc.c", "mote_stream.c"]
-SOURCES += ["mote_node.c", "mote_frame.c"]
+SOURCES += ["mote_node.c", "mote_update.c", "mote_frame.c"]
 
 # Contraction would let a compiler fuse a product and a sum, and round once where another target rounds twice.
 FLAGS = ["-std=c99", "-O2", "-ffp-contract=off"]

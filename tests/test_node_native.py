@@ -21,7 +21,7 @@ from edge.protocol import ALL_LAYERS, Adopt, Phase, Reboot, UpdateFormat, Work, 
 ROOT = Path(__file__).parents[1]
 MOTE = ROOT / "edge" / "mote"
 ENGINE = [MOTE / f"mote{part}.c" for part in ("", "_load", "_kernels", "_math", "_crc")]
-NODE = [MOTE / "mote_node.c", MOTE / "mote_frame.c"]
+NODE = [MOTE / "mote_node.c", MOTE / "mote_update.c", MOTE / "mote_frame.c"]
 CLANG = ("clang", *(f"clang-{version}" for version in range(21, 12, -1)))
 CORTEX_M4 = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16"]
 PROGRAM = build([Dense(9), ReLU(), Dense(4)], (6,), "softmax_cross_entropy")
