@@ -29,12 +29,15 @@ from edge.session import Session
 QUEUE = 2 * MAX_CHUNKS
 #: Seconds between two greetings of a board that does not answer, or two attempts to open a line again.
 AGAIN = 1.0
+#: Seconds after which a user is told that no board answers.
+SILENT = 5.0
 #: Bytes handed to the line at a time.
 BLOCK = 1024
 
 _PUBLISHES = {frames.PUBLISH, frames.PUBLISH_RETAINED}
 _KINDS = {*_PUBLISHES, frames.SUBSCRIBE, frames.UNSUBSCRIBE}
 _WILL = re.compile(r"tinyfleet/([A-Za-z0-9._-]{1,32})/devices/([A-Za-z0-9._-]{1,32})/status")
+_NOTHING = re.compile(r"(?!)")
 
 
 class LineLost(Exception):
@@ -81,8 +84,8 @@ class Gateway:
         self._was_joined = False
         self._new = threading.Event()  # the broker has a new session, to which the board must announce itself
         self._will: tuple[str, bytes] | None = None
-        self._root = ""  # of the topics that the board may listen to
-        self._own: set[str] = set()  # topics that it may publish to
+        self._own: set[str] = set()  # topics that the board may publish to
+        self._heard = _NOTHING  # filters that it may listen to
         self._announcement: set[str] = set()  # what a board says when its session is new
         self._awaited: set[str] = set()  # and has yet to say
         self._queue: deque[bytes] = deque()
@@ -115,7 +118,7 @@ class Gateway:
     def _open(self) -> serial.SerialBase:
         try:
             # Nothing blocks: reads and writes do what is possible at once, and select says when something is.
-            return serial.serial_for_url(self.port, baudrate=self.baud, timeout=0, write_timeout=0)
+            return serial.serial_for_url(self.port, baudrate=self.baud, timeout=0, write_timeout=0, exclusive=True)
         except (serial.SerialException, ValueError) as error:
             raise UserError(
                 f"cannot open the serial line {self.port} ({error}); check its name, that the board is connected, and "
@@ -127,6 +130,7 @@ class Gateway:
         reader = frames.Reader()
         pending = b""
         greeted = -AGAIN
+        silent_since: float | None = time.monotonic()
         here, woken = line.fileno(), self._woken.fileno()
         while not stop.is_set():
             if self._new.is_set():
@@ -137,6 +141,9 @@ class Gateway:
             if not self.joined.is_set() and time.monotonic() - greeted >= AGAIN:
                 self._greet()
                 greeted = time.monotonic()
+            if silent_since is not None and time.monotonic() - silent_since >= SILENT:
+                self._report(f"{self.port}: no board answers; does it run a node's firmware, at {self.baud} baud?")
+                silent_since = None
             if not pending and self._queue:
                 pending = self._queue.popleft()
             try:
@@ -149,6 +156,7 @@ class Gateway:
             if woken in readable:
                 self._woken.recv(4096)
             for frame in reader.feed(data):
+                silent_since = None
                 self._from_board(frame)
             self.counters.damaged = reader.dropped
 
@@ -162,7 +170,7 @@ class Gateway:
         if session is None:
             self.counters.refused += 1  # of a board that thinks it is connected; it is greeted in any case
             return
-        allowed = frame.topic in self._own if frame.kind in _PUBLISHES else frame.topic.startswith(self._root)
+        allowed = frame.topic in self._own if frame.kind in _PUBLISHES else self._heard.fullmatch(frame.topic)
         if frame.kind not in _KINDS or not allowed:
             self.counters.refused += 1
             return
@@ -191,7 +199,9 @@ class Gateway:
         topics = Topics(fleet)
         self._end_session()
         self.device = device
-        self._root = f"tinyfleet/{fleet}/"
+        root = re.escape(f"tinyfleet/{fleet}")
+        do = re.escape(topics.do(device))
+        self._heard = re.compile(rf"{do}|{root}/runs/[0-9]+/[0-9]+/\+|{root}/models/[0-9a-f]{{16}}/\+")
         self._own = {topics.td(device), topics.status(device), topics.did(device)}
         self._announcement = {topics.td(device), topics.status(device), topics.do(device)}
         self._will = topic, will

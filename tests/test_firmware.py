@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import free_port, start_mosquitto
 
-from edge import program
+from edge import frames, program
 from edge._mote import ffi, lib
 from edge.errors import UserError
 from edge.learner import MoteLearner
@@ -586,6 +586,39 @@ def test_what_is_not_firmware_is_refused(tmp_path: Path) -> None:
     for path in (text, Path("/bin/sh"), tmp_path / "nothing.elf"):
         with pytest.raises(UserError, match=r"tinyfleet firmware build"):
             build.size(path)
+
+
+def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -> None:
+    observer = Observer(broker)
+    observer.session.subscribe("tinyfleet/#")
+    other = Topics(FLEET).status("other")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gateway, stop = Gateway(f"socket://127.0.0.1:{listener.getsockname()[1]}", broker), threading.Event()
+        thread = threading.Thread(target=gateway.run, args=(stop,))
+        thread.start()
+        line, _ = listener.accept()
+        for frame in (
+            frames.Frame(frames.PUBLISH, TOPICS.did(ID), b"before any session"),
+            frames.Frame(frames.HELLO, "tinyfleet/test/devices/+/status", b"a will on a topic that is none"),
+            frames.Frame(frames.HELLO, "somewhere", b"else"),
+            frames.Frame(frames.HELLO, TOPICS.status(ID), b"its will"),
+            frames.Frame(frames.PUBLISH_RETAINED, other, b"another device's"),
+            frames.Frame(frames.PUBLISH, "tinyfleet/test/devices/+/did", b"no topic"),
+            frames.Frame(frames.SUBSCRIBE, "#"),
+            frames.Frame(frames.SUBSCRIBE, Topics(FLEET).do("other")),
+            frames.Frame(frames.SUBSCRIBE, "tinyfleet/test/runs/a#b"),
+            frames.Frame(99, TOPICS.did(ID), b"no such kind"),
+            frames.Frame(frames.PUBLISH, TOPICS.did(ID), b"last"),
+        ):
+            line.sendall(frames.encode(frame))
+        assert observer.wait(lambda: observer.said(TOPICS.did(ID)) == [b"last"])
+        assert not observer.said(other)
+        assert gateway.counters.refused == 9
+        line.close()
+        assert observer.wait(lambda: observer.said(TOPICS.status(ID)) == [b"its will"])
+        stop.set()
+        thread.join(LIMIT)
+    observer.session.close()
 
 
 def test_a_line_or_broker_that_is_not_there_is_named(firmware: Callable[[str], Path]) -> None:
