@@ -82,6 +82,7 @@ class Gateway:
         self._report = report
         self._session: Session | None = None
         self._was_joined = False
+        self._told = False  # the user, that the board is part of the fleet
         self._new = threading.Event()  # the broker has a new session, to which the board must announce itself
         self._will: tuple[str, bytes] | None = None
         self._own: set[str] = set()  # topics that the board may publish to
@@ -187,13 +188,18 @@ class Gateway:
         self._awaited.discard(frame.topic)
         if not self._awaited and not self.joined.is_set():
             self.joined.set()
-            self._report(f"{self.port}: {self.device} is part of the fleet")
+            if not self._told:
+                self._report(f"{self.port}: {self.device} is part of the fleet")
+                self._told = True
 
     def _join(self, topic: str, will: bytes) -> None:
         """Opens the session of the board that has said this will."""
         found = _WILL.fullmatch(topic)
         if not found:
             self.counters.refused += 1
+            return
+        if self._session is not None and self._will == (topic, will):
+            self._new.set()  # it has started anew, or heard the greeting twice: the session is still right
             return
         fleet, device = found.groups()
         topics = Topics(fleet)
@@ -222,6 +228,7 @@ class Gateway:
 
     def _end_session(self) -> None:
         session, self._session = self._session, None
+        self._told = False
         self.joined.clear()
         if session is not None:
             session.close()
