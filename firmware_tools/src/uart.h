@@ -1,7 +1,7 @@
 /* The board's serial port, 8N1. Receiving is interrupt-driven into a ring; sending waits.
  *
  * A full ring leaves the next byte in the port and stops the interrupt until there is room: a sender that can be held
- * back (an emulator, flow control) loses nothing, and one that cannot is counted.
+ * back (an emulator does) loses nothing; one that cannot loses a frame, which the wire's protocol asks for again.
  */
 #ifndef UART_H
 #define UART_H
@@ -20,8 +20,5 @@ size_t uart_read(uint8_t *bytes, size_t size);
 int uart_ready(void);
 
 void uart_write(const uint8_t *bytes, size_t size);
-
-/* Bytes that arrived while the port still held one, since the start. */
-uint32_t uart_overruns(void);
 
 #endif

@@ -13,14 +13,13 @@ typedef struct {
 #define UART ((cmsdk_uart_t *)BOARD_UART_BASE)
 #define NVIC_ENABLE (*(volatile uint32_t *)(0xE000E100u + 4u * (BOARD_UART_RX_IRQ / 32u)))
 
-enum { TX_FULL = 1u << 0, RX_FULL = 1u << 1, RX_OVERRUN = 1u << 3 };
+enum { TX_FULL = 1u << 0, RX_FULL = 1u << 1 };
 enum { TX_ENABLE = 1u << 0, RX_ENABLE = 1u << 1, RX_INTERRUPT = 1u << 3 };
 enum { CLEAR_RX = 1u << 1 };
 
 static volatile uint8_t ring[UART_RING]; /* volatile, as the counters: filled before `written` says so */
 static volatile uint32_t written; /* by the interrupt */
 static volatile uint32_t read;    /* by uart_read */
-static volatile uint32_t overruns;
 
 void uart_interrupt(void);
 
@@ -28,10 +27,6 @@ void uart_interrupt(void)
 {
     UART->interrupt = CLEAR_RX;
     while (UART->state & RX_FULL) {
-        if (UART->state & RX_OVERRUN) {
-            UART->state = RX_OVERRUN;
-            overruns++;
-        }
         if (written - read == UART_RING) {
             UART->control = TX_ENABLE | RX_ENABLE; /* full: the byte stays where it is */
             return;
@@ -74,5 +69,3 @@ void uart_write(const uint8_t *bytes, size_t size)
         UART->data = bytes[i];
     }
 }
-
-uint32_t uart_overruns(void) { return overruns; }
