@@ -32,6 +32,7 @@ from edge.protocol import (
     encode,
     plan_from_config,
 )
+from edge.tasks import Task
 
 Vector = NDArray[np.float32]
 
@@ -51,12 +52,16 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _serve(message: Message, context: Context, kind: Kind) -> Message:
-    """Raises RuntimeError if the node fails; Flower sends the server an error then."""
-    task = _task(str(context.run_config["task"]))
     index, of = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    return serve(message, kind, _task(str(context.run_config["task"])), index, of)
+
+
+def serve(message: Message, kind: Kind, task: Task, index: int, of: int) -> Message:
+    """What device number `index` of a fleet of `of` replies. Raises RuntimeError if the node fails; Flower sends the
+    server an error then."""
     arrays, config = the_records(message)
     start = to_vector(arrays, task.program)
-    plan = plan_from_config(config, kind)
+    plan = plan_from_config(config, kind, index)
     work = Work(1, kind, 1, 1, task.program.model_id, plan.seed, plan.phases, plan.query, plan.update)
     node = MoteNode(
         "flower", "node", {}, task.program, task.client(index, of), arena_bytes=task.program.arena_bytes, adopt_bytes=0

@@ -599,12 +599,13 @@ class Plan(NamedTuple):
     seed: int
 
 
-def plan_from_config(config: Mapping[str, Any], kind: Kind = "train") -> Plan:
-    """Reads a round's work from a Flower ConfigRecord, which any strategy may have filled.
+def plan_from_config(config: Mapping[str, Any], kind: Kind = "train", node: int = 0) -> Plan:
+    """Reads a round's work for a node from a Flower ConfigRecord, which any strategy may have filled.
 
     A key that is absent: "phase-steps" is [32] to train and [] to evaluate, "phase-layers" all layers,
     "phase-rates" the value of "lr" (as Flower's own examples call it), else 0.05; "query" 0 to train, 32 to evaluate;
-    "shared-layers" all, "top" 1, "half" false; "seed" the round. An evaluation sends no update. Raises ProtocolError.
+    "shared-layers" all, "top" 1, "half" false; "seed" another for every round and node. An evaluation sends no
+    update. Raises ProtocolError.
     """
     steps = _sequence(config, "phase-steps", [32] if kind == "train" else [])
     layers = _sequence(config, "phase-layers", [ALL_LAYERS] * len(steps))
@@ -623,7 +624,8 @@ def plan_from_config(config: Mapping[str, Any], kind: Kind = "train") -> Plan:
         shared = _uint(int(config.get("shared-layers", ALL_LAYERS)), "shared-layers")
         update = UpdateFormat(shared, bool(config.get("half", False)), _finite(config.get("top", 1.0), "top"))
     query = _uint(int(config.get("query", 0 if kind == "train" else 32)), "query")
-    return Plan(phases, query, update, int(config.get("seed", config.get("server-round", 0))) & 0xFFFFFFFF)
+    seed = config["seed"] if "seed" in config else config.get("server-round", 0) + node * 0x9E3779B1
+    return Plan(phases, query, update, int(seed) & 0xFFFFFFFF)
 
 
 def config_from_plan(plan: Plan) -> dict[str, int | float | bool | list[int] | list[float]]:

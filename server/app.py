@@ -20,7 +20,7 @@ from edge.tasks import load
 from server.evaluate import one_pass
 from server.flower import log
 from server.grid import CompositeGrid, MqttGrid
-from server.run import method
+from server.run import first_parameters, limit_clients, method
 
 SHOTS = (1, 5, 10)
 
@@ -38,13 +38,14 @@ def main(grid: Grid, context: Context) -> None:
     task = load(str(config["task"]))
     seed, rounds, clients = number("seed"), number("rounds"), number("clients")
     how = method(str(config["strategy"]), task, rounds=rounds, clients=clients, query=number("query"), seed=seed)
-    start = task.program.initial(seed)
+    start = first_parameters(task.program, how, seed)
     with ExitStack() as stack:
         if config["broker"]:
             host, port = broker_address(str(config["broker"]), Path())
             devices = stack.enter_context(MqttGrid(host, port, str(config["fleet"]), task.program))
             grid = CompositeGrid([grid, devices])
-        wait_for_nodes(grid, clients, float(config["wait"]))
+        nodes = wait_for_nodes(grid, clients, float(config["wait"]))
+        limit_clients(how.strategy, clients, len(nodes))
         result = how.strategy.start(
             grid,
             to_record(start, task.program),

@@ -71,7 +71,7 @@ def run(
     ] = "tinymetafed",
     task: TaskOption = "digits",
     rounds: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
-    clients: Annotated[int, typer.Option(min=1, help="Devices a round, where the strategy lets one choose.")] = 5,
+    clients: Annotated[int, typer.Option(min=1, help="Devices a round (TinyReptile: one at a time).")] = 5,
     select: Annotated[
         str, typer.Option(help="Who may take part: a SPARQL file with a column ?id, or a query of the library.")
     ] = "clients",

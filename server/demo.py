@@ -45,7 +45,7 @@ ANNOUNCE_TIMEOUT = 45.0
 def demo(
     task_name: Annotated[str, typer.Option("--task", help=f"What is learned: {', '.join(tasks.NAMES)}.")] = "digits",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each strategy.")] = 40,
-    clients: Annotated[int, typer.Option(min=1, help="Devices that take part in a round of TinyMetaFed.")] = 8,
+    clients: Annotated[int, typer.Option(min=1, help="Devices that take part in a round.")] = 8,
     devices: Annotated[int, typer.Option(min=1, help="Virtual devices; a board and an agent come on top.")] = 12,
     board: Annotated[bool, typer.Option(help="Build firmware and run it on an emulated Cortex-M4F.")] = True,
     data: Annotated[Path, typer.Option(help="Folder for the graph and the plot; emptied first.")] = Path(

@@ -288,7 +288,7 @@ class MqttGrid(Grid):
                     self._fail(self._jobs[message_id], NO_REPLY, "interrupted")
             if waiting:
                 self.pull_messages(waiting)
-        return replies
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)  # sums do not depend on who came first
 
     # Down
 
@@ -347,7 +347,8 @@ class MqttGrid(Grid):
             raise ValueError(f"no device has the node id {message.metadata.dst_node_id}") from None
         kind: Kind = "evaluate" if message.metadata.message_type.startswith(MessageType.EVALUATE) else "train"
         value = config.get("server-round", 0)
-        return _Plan(device, kind, plan_from_config(config, kind), value if isinstance(value, int) else 0)
+        plan = plan_from_config(config, kind, message.metadata.dst_node_id)
+        return _Plan(device, kind, plan, value if isinstance(value, int) else 0)
 
     def _start(self, message: Message, asked: _Plan, number: int, broadcast: _Broadcast) -> str:
         work = Work(

@@ -62,9 +62,9 @@ def method(name: str, task: Task, *, rounds: int, clients: int, query: int = 16,
     recipe = task.meta if key in META else task.fedavg
     alpha, beta, steps = recipe.alpha, recipe.rate, recipe.steps
     if key == "reptile":
-        return Method(key, Reptile(alpha=alpha, beta=beta, steps=steps, clients=clients, query=query, seed=seed))
+        return Method("Reptile", Reptile(alpha=alpha, beta=beta, steps=steps, clients=clients, query=query, seed=seed))
     if key == "tinyreptile":
-        return Method(key, TinyReptile(alpha=alpha, beta=beta, steps=steps, query=query, seed=seed))
+        return Method("TinyReptile", TinyReptile(alpha=alpha, beta=beta, steps=steps, query=query, seed=seed))
     if key == "tinymetafed":
         strategy = TinyMetaFed(
             rounds=rounds,
@@ -78,7 +78,7 @@ def method(name: str, task: Task, *, rounds: int, clients: int, query: int = 16,
             query=query,
             seed=seed,
         )
-        return Method(key, strategy)
+        return Method("TinyMetaFed", strategy)
     classes = {name: getattr(flower_strategies, name) for name in flower_strategies.__all__}
     known = {name.lower(): kind for name, kind in classes.items() if issubclass(kind, FedAvg)}
     if key not in known:
@@ -87,7 +87,7 @@ def method(name: str, task: Task, *, rounds: int, clients: int, query: int = 16,
     flowers = known[key](fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=0, min_available_nodes=0)
     plan = Plan(phases(recipe, task.program), query, UpdateFormat(top=recipe.top), seed)
     config = config_from_plan(plan)
-    del config["seed"]  # then the round is the seed: every round draws its samples anew
+    del config["seed"]  # then every device draws samples of its own in every round
     random.seed(seed)  # Flower's draw their nodes with it
     return Method(known[key].__name__, flowers, config)
 
@@ -104,6 +104,12 @@ def first_parameters(program: Program, how: Method, seed: int = 0) -> Vector:
                 if name.startswith(f"{layer.name}/"):
                     parts[name] = np.zeros_like(parts[name])
     return program.join(parts)
+
+
+def limit_clients(strategy: Strategy, clients: int, nodes: int) -> None:
+    """Has one of Flower's strategies, which take a share of the nodes, take so many of them; ours know their number."""
+    if isinstance(strategy, FedAvg):
+        strategy.fraction_train = min(1.0, (clients + 0.5) / nodes)  # it rounds down
 
 
 @dataclass(frozen=True)
@@ -245,8 +251,10 @@ def run(
     with MqttGrid(
         *broker, fleet, program, select=lambda: select(store, sparql, model, fleet), on_event=watch, wait=wait
     ) as grid:
-        if not grid.wait_for_nodes(clients, wait):
+        nodes = grid.wait_for_nodes(clients, wait)
+        if not nodes:
             raise _nobody(store, model, fleet, select(store, sparql, model, fleet))
+        limit_clients(how.strategy, clients, len(nodes))
         number = grid.run.run_id
         lineage = Lineage(store, fleet)
         lineage.begin(number, model, how.name, _sha256(vector), task=task.name)

@@ -31,7 +31,7 @@ from ontology import library
 from ontology.store import EmbeddedStore, Rows
 from server.broker import Broker
 from server.flower import log_level
-from server.grid import CompositeGrid, Event, MqttGrid
+from server.grid import CompositeGrid, Event, MqttGrid, node_id
 from server.run import Method, Outcome, Round, method, run
 from server.serve import FleetServer
 
@@ -86,9 +86,9 @@ def devices(broker: tuple[str, int]) -> Iterator[Callable[..., list[Device]]]:
 Start = Callable[..., list[Device]]
 
 
-def replay(index: int, start: Vector, config: ConfigRecord) -> Vector:
-    """What device `index` must have learned: same engine, same samples."""
-    plan = plan_from_config(config)
+def replay(fleet: str, index: int, start: Vector, config: ConfigRecord) -> Vector:
+    """What device `index` of the fleet must have learned: same engine, same samples."""
+    plan = plan_from_config(config, node=node_id(f"{fleet}-{index}"))
     learner, stream = MoteLearner(PROGRAM), DatasetStream(client(index, 100))
     learner.set_parameters(start)
     stream.open(plan.seed)
@@ -106,9 +106,9 @@ def learned(strategy: Strategy, broker: tuple[str, int], count: int) -> Vector:
     return to_vector(result.arrays, PROGRAM)
 
 
-def replayed(count: int) -> NDArray[np.float32]:
+def replayed(count: int, *fleets: str) -> NDArray[np.float32]:
     config = ConfigRecord({"lr": 0.1, "phase-steps": [20], "server-round": 1})
-    return np.stack([replay(i, START, config) for i in range(count)])
+    return np.stack([replay(fleet, i, START, config) for fleet in fleets or ("test",) for i in range(count)])
 
 
 def test_flowers_fedavg_averages_what_the_devices_learned(broker: tuple[str, int], devices: Start) -> None:
@@ -155,8 +155,8 @@ def test_two_fleets_as_one_grid(broker: tuple[str, int], devices: Start) -> None
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=4)
         result = strategy.start(both, to_record(START, PROGRAM), num_rounds=1, timeout=30, train_config=config)
         assert first.traffic.bytes_up > 0 and second.traffic.bytes_up > 0
-    # Device i of either fleet has the same samples, so this is the mean of two.
-    np.testing.assert_allclose(to_vector(result.arrays, PROGRAM), replayed(2).mean(axis=0), rtol=1e-5, atol=1e-6)
+    expected = replayed(2, "test", "other").mean(axis=0)
+    np.testing.assert_allclose(to_vector(result.arrays, PROGRAM), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_round_over_the_broker_in_pure_python(tmp_path: Path, devices: Start) -> None:

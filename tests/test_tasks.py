@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from edge import tasks
 from edge.errors import UserError
-from edge.tasks import Task, digits, omniglot
+from edge.tasks import Episode, Task, omniglot
 
 needs_omniglot = pytest.mark.skipif(
     not (os.environ.get("TINYFLEET_DATA") and Path(os.environ["TINYFLEET_DATA"], "omniglot").is_dir()),
@@ -49,13 +50,17 @@ def test_episodes_are_balanced_repeatable_and_disjoint(task: Task, shots: int) -
         assert len(support & query) <= 1, "a sample to learn from is asked about"  # the sets hold a few equal images
 
 
-def test_held_out_digits_are_on_no_device() -> None:
-    task = tasks.load("digits")
-    on_devices = {bytes(row) for index in range(16) for row in task.client(index, 16).features}
-    held_out = {
-        bytes((x / digits.SCALE).round().astype(np.uint8)) for seed in range(32) for x in task.held_out(seed, 5, 15).query_x
+def test_what_devices_hold_and_what_is_tuned_on_and_scored_share_no_sample(task: Task) -> None:
+    def seen(draw: Callable[[int, int, int], Episode]) -> set[bytes]:
+        return {x.tobytes() for seed in range(40) for x in draw(seed, 5, 10).query_x}
+
+    scale = np.float32(task.client(0, 16).scale)
+    on_devices = {
+        (row.astype(np.float32) * scale).tobytes() for index in range(16) for row in task.client(index, 16).features
     }
-    assert not on_devices & held_out
+    validation, held_out = seen(task.validation), seen(task.held_out)
+    assert len(validation) > 500 and len(held_out) > 500
+    assert not on_devices & held_out and not on_devices & validation and not validation & held_out
 
 
 def test_devices_share_no_digit() -> None:

@@ -38,7 +38,7 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Episode:
-    """One few-shot task: float32 samples [n, size] and int64 labels [n] in 0 .. ways - 1; no sample is in both halves."""
+    """One few-shot task: float32 samples [n, size], int64 labels [n] in 0 .. ways - 1; no sample is in both halves."""
 
     support_x: NDArray[np.float32]
     support_y: NDArray[np.int64]
@@ -59,7 +59,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """A learning problem, split by class: what devices hold and what the server scores on never share a class."""
+    """A learning problem, split by class: what devices hold, what is tuned on and what is scored never share one."""
 
     name: str
     ways: int
@@ -68,7 +68,7 @@ class Task:
     client: Callable[[int, int], ClientData]
     #: (seed, shots, queries per class) -> a task of held-out classes.
     held_out: Callable[[int, int, int], Episode]
-    #: as held_out, from training classes: what rates and step counts are tuned on.
+    #: as held_out, of classes that no device holds either: what rates and step counts are tuned on.
     validation: Callable[[int, int, int], Episode]
     #: what TinyMetaFed does with it, and what FedAvg does.
     meta: Recipe

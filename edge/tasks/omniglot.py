@@ -1,8 +1,9 @@
 """Omniglot: handwritten characters of fifty alphabets, 14x14 pixels, as five-way few-shot classification.
 
-The background alphabets train, the evaluation alphabets are held out, as Lake et al. (2015) split them. Every device
-holds characters of its own, each from twenty drawers. The data is read from the folder `omniglot` of TINYFLEET_DATA if
-there is one, else downloaded once from its authors' repository and kept in the user's cache.
+The background alphabets train, the evaluation alphabets are held out, as Lake et al. (2015) split them; every tenth
+background character is for validation. Every device holds training characters of its own, each from twenty drawers.
+The data is read from the folder `omniglot` of TINYFLEET_DATA if there is one, else downloaded once from its authors'
+repository and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -52,10 +53,12 @@ def load() -> Task:
     folder = os.environ.get("TINYFLEET_DATA")
     packed = Path(folder, "omniglot", "omniglot_28x28_4bit.npz") if folder else None
     background, evaluation = read_packed(packed) if packed and packed.exists() else _download()
+    for_validation = np.arange(len(background)) % 10 == 9
+    validation, training = background[for_validation], background[~for_validation]
 
     def client(index: int, of: int) -> ClientData:
-        own = np.random.default_rng(index).choice(len(background), CHARACTERS, replace=False)
-        return ClientData.of([background[c] for c in own], SCALE, WAYS)
+        own = np.random.default_rng(index).choice(len(training), CHARACTERS, replace=False)
+        return ClientData.of([training[c] for c in own], SCALE, WAYS)
 
     def episode(characters: Characters, seed: int, shots: int, queries: int) -> Episode:
         few = np.random.default_rng(seed).choice(len(characters), WAYS, replace=False)
@@ -67,10 +70,10 @@ def load() -> Task:
         ways=WAYS,
         program=PROGRAM,
         client=client,
-        validation=lambda seed, shots, queries: episode(background, seed, shots, queries),
+        validation=lambda seed, shots, queries: episode(validation, seed, shots, queries),
         held_out=lambda seed, shots, queries: episode(evaluation, seed, shots, queries),
         meta=Recipe(head_steps=32, steps=128, rate=0.1, alpha=2.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.02, alpha=1.0, top=1.0),
+        fedavg=Recipe(head_steps=0, steps=160, rate=0.1, alpha=1.0, top=1.0),
     )
 
 
@@ -90,8 +93,9 @@ def read_zip(path: Path) -> Characters:
         names = sorted(name for name in archive.namelist() if name.endswith(".png"))
         characters = []
         for _, drawers in groupby(names, key=lambda name: name.rsplit("/", 1)[0]):
-            pages = [Image.open(archive.open(name)).convert("L").resize((28, 28), Image.Resampling.BOX) for name in drawers]
-            characters.append(np.stack([15 - np.asarray(page) // 16 for page in pages]))
+            pages = [Image.open(archive.open(name)).convert("L") for name in drawers]
+            small = [np.asarray(page.resize((28, 28), Image.Resampling.BOX)) for page in pages]
+            characters.append(15 - np.stack(small) // 16)
     return _shrink(np.stack(characters))
 
 
@@ -99,7 +103,7 @@ def _download() -> tuple[Characters, Characters]:
     try:
         import pooch
 
-        paths = [pooch.retrieve(SOURCE + name, f"sha256:{digest}", progressbar=False) for name, digest in SHA256.items()]
+        paths = [pooch.retrieve(SOURCE + name, f"sha256:{digest}") for name, digest in SHA256.items()]
     except ImportError as error:
         raise UserError("downloading Omniglot needs pooch: pip install 'tinyfleet[edge]'") from error
     except (OSError, ValueError) as error:
@@ -114,5 +118,5 @@ def _download() -> tuple[Characters, Characters]:
 def _shrink(images: NDArray[np.uint8]) -> Characters:
     """[n, drawers, 28, 28] of 0 to 15 -> [n, drawers, 196] of 0 to 60, each the sum of 2x2 pixels."""
     n, drawers = images.shape[:2]
-    quarters = images.reshape(n, drawers, SIDE, 2, SIDE, 2).sum(axis=(3, 5), dtype=np.uint8)
-    return quarters.reshape(n, drawers, SIDE * SIDE)
+    quarters: NDArray[np.uint8] = images.reshape(n, drawers, SIDE, 2, SIDE, 2).sum(axis=(3, 5), dtype=np.uint8)
+    return np.reshape(quarters, (n, drawers, SIDE * SIDE))

@@ -1,0 +1,120 @@
+"""Tunes the recipes of edge/tasks on validation tasks: TinyMetaFed's and FedAvg's, eight trials each.
+
+    python benchmarks/recipes.py digits
+    python benchmarks/recipes.py omniglot --rounds 40 --seeds 2
+
+A trial is a whole run of the real strategy on C nodes in this process, without a network. It is scored on validation
+tasks, by the mean accuracy after 1, 5 and 10 shots; held-out classes are not looked at. The best trial is the recipe.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Annotated
+
+import numpy as np
+import typer
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from rich.console import Console
+from rich.table import Table
+
+from edge import tasks
+from edge.client_app import serve, to_record, to_vector
+from edge.tasks import Recipe, Task
+from server.cli import SHOTS
+from server.evaluate import one_pass
+from server.flower import Run, log_level, new_run, stamp
+from server.run import first_parameters, limit_clients, method
+
+FLEET = 14
+CLIENTS = 8
+SAMPLES = 160  # of a client in a round
+
+META = [
+    Recipe(head_steps, SAMPLES - head_steps, rate, alpha, top=0.1)
+    for head_steps, rate, alpha in itertools.product((16, 32), (0.05, 0.1), (1.0, 2.0))
+]
+FEDAVG = [Recipe(0, SAMPLES, rate, 1.0, 1.0) for rate in (0.005, 0.01, 0.02, 0.035, 0.05, 0.07, 0.1, 0.15)]
+
+
+class LocalGrid(Grid):
+    """A fleet in this process, one device after the other."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._run = new_run(1)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        return list(range(1, FLEET + 1))
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        raise TypeError("a grid in one process sends and receives in one go")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        raise TypeError("a grid in one process sends and receives in one go")
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        replies = []
+        for message in messages:
+            stamp(message)
+            replies.append(serve(message, "train", self._task, message.metadata.dst_node_id - 1, FLEET))
+        return replies
+
+
+def trial(task: Task, strategy: str, rounds: int, seed: int) -> float:
+    """Mean accuracy on validation tasks after a run with the task's recipe for this strategy."""
+    how = method(strategy, task, rounds=rounds, clients=CLIENTS, query=0, seed=seed)
+    limit_clients(how.strategy, CLIENTS, FLEET)
+    start = to_record(first_parameters(task.program, how, seed), task.program)
+    config = ConfigRecord(dict(how.train_config))
+    result = how.strategy.start(LocalGrid(task), start, rounds, train_config=config)
+    learned = to_vector(result.arrays, task.program)
+    if not np.isfinite(learned).all():
+        return 0.0
+    unseen = replace(task, held_out=task.validation)
+    return float(np.mean([one_pass(unseen, learned, shots=k, episodes=100, seed=seed).mean for k in SHOTS]))
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"The task: {', '.join(tasks.NAMES)}.")],
+    rounds: Annotated[int, typer.Option(help="Of every trial.")] = 40,
+    seeds: Annotated[int, typer.Option(help="Every trial is run with so many seeds.")] = 2,
+) -> None:
+    """Tune the recipes of a task."""
+    log_level(logging.ERROR)
+    task = tasks.load(name)
+    console = Console(highlight=False)
+    for strategy, recipes in (("tinymetafed", META), ("fedavg", FEDAVG)):
+        table = Table(title=f"{strategy} on {name}: {rounds} rounds, {CLIENTS} clients of {FLEET}, {seeds} seeds")
+        for column in ("head steps", "steps", "rate", "alpha", "validation accuracy"):
+            table.add_column(column, justify="right")
+        scores = []
+        for recipe in recipes:
+            tried = replace(task, meta=recipe, fedavg=recipe)
+            scores.append(float(np.mean([trial(tried, strategy, rounds, seed) for seed in range(seeds)])))
+        for recipe, score in zip(recipes, scores, strict=True):
+            now = recipe == (task.meta if strategy == "tinymetafed" else task.fedavg)
+            marks = " best" * (score == max(scores)) + " in use" * now
+            numbers = (recipe.head_steps, recipe.steps, recipe.rate, recipe.alpha)
+            table.add_row(*(f"{n:g}" for n in numbers), f"{score:.1%}{marks}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
