@@ -52,7 +52,7 @@ def device(
     count: Annotated[int, typer.Option(min=1, help="How many, in this process.")] = 1,
     first: Annotated[int, typer.Option(min=0, help="The number of the first: it decides which samples it holds.")] = 0,
     of: Annotated[int | None, typer.Option(min=1, help="The fleet's size. Default: --first + --count.")] = None,
-    name: Annotated[str, typer.Option(help="Devices are called NAME-0, NAME-1, ...")] = "device",
+    prefix: Annotated[str, typer.Option(help="Devices are called PREFIX-0, PREFIX-1, ...")] = "device",
     task: TaskOption = "digits",
     broker: BrokerOption = None,
     fleet: FleetOption = "home",
@@ -78,15 +78,15 @@ def device(
     try:
         for i in range(first, first + count):
             samples = what.client(i, size)
-            devices.append(virtual_device(host, port, fleet, f"{name}-{i}", what.program, samples))
+            devices.append(virtual_device(host, port, fleet, f"{prefix}-{i}", what.program, samples))
     except ProtocolError as error:
         raise UserError(str(error)) from error
     run(devices, as_json)
 
 
 def agent(
-    name: Annotated[str | None, typer.Option(help="This device's name in the fleet. Default: the host's.")] = None,
-    index: Annotated[int, typer.Option(min=0, help="Which of the task's clients it is: what samples it holds.")] = 0,
+    id: Annotated[str | None, typer.Option(help="The device's name in the fleet. Default: the host's.")] = None,
+    client: Annotated[int, typer.Option(min=0, help="Its number in the fleet: it decides which samples it holds.")] = 0,
     of: Annotated[int, typer.Option(min=1, help="The fleet's size.")] = 16,
     tflite: Annotated[
         Path | None,
@@ -103,15 +103,15 @@ def agent(
     \b
     Examples:
       tinyfleet agent
-      tinyfleet agent --name kitchen --broker 192.168.1.5:1883
-      tinyfleet agent --tflite model.tflite --index 3
+      tinyfleet agent --id kitchen --broker 192.168.1.5:1883
+      tinyfleet agent --tflite model.tflite --client 3
     """
     what = tasks.load(task)
     host, port = broker_address(broker, data)
-    if index >= of:
-        raise UserError(f"there is no client {index} in a fleet of {of}; raise --of")
-    id = name or re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:32] or "agent"
-    stream = DatasetStream(what.client(index, of))
+    if client >= of:
+        raise UserError(f"there is no client {client} in a fleet of {of}; raise --of")
+    id = id or re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:32] or "agent"
+    stream = DatasetStream(what.client(client, of))
     board = this_machine()
     engine, version = ("mote", ENGINE_VERSION) if tflite is None else ("tflite", "builtin")
     arena = board.ram_bytes // 4  # what it may learn in; more than any program asks for

@@ -33,9 +33,9 @@ def this_machine() -> Board:
     disk = os.statvfs("/")
     flash = disk.f_frsize * disk.f_blocks
     model = Path("/proc/device-tree/model")
-    title = model.read_text(errors="replace").strip("\0 \n") if model.exists() else ""
-    if not title:
-        title = f"{platform.system()} {platform.machine()}, {-(-ram // 2**30)} GiB"
+    kind = model.read_text(errors="replace").strip("\0 \n") if model.exists() else ""
+    # The same model comes with more RAM or less, and what is said of a board holds for all that are called the same.
+    title = f"{kind or f'{platform.system()} {platform.machine()}'}, {-(-ram // 2**30)} GiB"
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     return Board(name[:64].strip("-") or "machine", title[:200], platform.machine() or "unknown", None, ram, flash)
 

@@ -153,7 +153,7 @@ class _Fleet:
         common = ["--fleet", FLEET, "--task", self.task.name, "--of", str(self.size)]
         broker = ["--broker", self.broker]
         virtual = ["device", "--count", str(self.virtual), "--first", "0", *common, *broker]
-        agent = ["agent", "--name", "pi", "--index", str(self.virtual), *common, *broker]
+        agent = ["agent", "--id", "pi", "--client", str(self.virtual), *common, *broker]
         return [virtual, agent]
 
     @contextmanager

@@ -211,7 +211,7 @@ def command(*arguments: str) -> subprocess.Popen[str]:
 
 def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, broker: Broker) -> None:
     address = f"{broker[0]}:{broker[1]}"
-    process = command("device", "--count", "2", "--name", "v", "--broker", address)
+    process = command("device", "--count", "2", "--prefix", "v", "--broker", address)
     server.status("v-0", online=True)
     server.status("v-1", online=True)
     process.kill()
@@ -226,7 +226,7 @@ def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, br
 
 @pytest.mark.parametrize(("what", "number"), [("device", signal.SIGTERM), ("agent", signal.SIGINT)])
 def test_a_command_ends_cleanly(server: Server, broker: Broker, what: str, number: int) -> None:
-    named = ["--count", "2", "--name", "v"] if what == "device" else ["--name", "v-0"]
+    named = ["--count", "2", "--prefix", "v"] if what == "device" else ["--id", "v-0"]
     process = command(what, *named, "--json", "--broker", f"{broker[0]}:{broker[1]}")
     status = server.status("v-0", online=True)
     td = server.session
@@ -248,7 +248,7 @@ def test_a_command_ends_cleanly(server: Server, broker: Broker, what: str, numbe
         (["--broker", "nonsense"], "'nonsense' is no broker's address; write HOST:PORT"),
         (["--task", "chess"], "there is no task named 'chess'"),
         (["--first", "3", "--of", "2"], "devices 3 to 3 are not in a fleet of 2; raise --of"),
-        (["--name", "a/b"], "a device's name is 1 to 32 letters"),
+        (["--prefix", "a/b"], "a device's name is 1 to 32 letters"),
         (["--fleet", "a b"], "a fleet's name is 1 to 32 letters"),
     ],
 )

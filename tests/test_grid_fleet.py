@@ -227,7 +227,7 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     fleet = [virtual_device(*broker, "test", f"steady-{i}", task.program, task.client(i, 4)) for i in range(3)]
     for device in fleet:
         device.start()
-    command = [sys.executable, "-m", "tinyfleet", "device", "--name", "weak", "--first", "3", "--fleet", "test"]
+    command = [sys.executable, "-m", "tinyfleet", "device", "--prefix", "weak", "--first", "3", "--fleet", "test"]
     weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
 
     there, gone = threading.Event(), threading.Event()
