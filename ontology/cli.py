@@ -100,6 +100,8 @@ def print_rows(found: Rows, most: int | None = None) -> None:
     for row in shown:
         table.add_row(*(_cell(row.get(variable)) for variable in found.variables))
     console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # nothing is gained by folding what no screen limits
     console.print(table)
     first = "" if len(shown) == len(found) else f"the first {len(shown)} of "
     console.print(f"{first}{len(found)} row{'' if len(found) == 1 else 's'}")

@@ -87,6 +87,7 @@ def plot(path: Path, title: str, runs: Mapping[str, Sequence[Round]], results: M
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     learning, adapting = figure.subplots(1, 2)
+    colours: dict[str, str] = {}
     for name, rounds in runs.items():
         sent, kilobytes = 0, []
         for ended in rounds:
@@ -97,10 +98,10 @@ def plot(path: Path, title: str, runs: Mapping[str, Sequence[Round]], results: M
         )
     learning.set(xlabel="sent by all devices (kB)", ylabel="mean loss on the devices", xscale="log")
     for name, row in results.items():
+        colour = next((colour for run, colour in colours.items() if run in name), "grey")
         shots = [score.shots for score in row]
-        adapting.errorbar(
-            shots, [100 * s.mean for s in row], [100 * half_width(s) for s in row], marker="o", capsize=3, label=name
-        )
+        means, errors = [100 * score.mean for score in row], [100 * half_width(score) for score in row]
+        adapting.errorbar(shots, means, errors, marker="o", capsize=3, label=name, color=colour)
     adapting.set(xlabel="samples a class (K)", ylabel="accuracy on held-out tasks (%)", xticks=shots)
     for axes in (learning, adapting):
         axes.grid(alpha=0.3)
