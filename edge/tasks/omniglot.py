@@ -72,8 +72,8 @@ def load() -> Task:
         client=client,
         validation=lambda seed, shots, queries: episode(validation, seed, shots, queries),
         held_out=lambda seed, shots, queries: episode(evaluation, seed, shots, queries),
-        meta=Recipe(head_steps=32, steps=128, rate=0.1, alpha=2.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.1, alpha=1.0, top=1.0),
+        meta=Recipe(head_steps=16, steps=144, rate=0.1, alpha=2.0, top=0.1),
+        fedavg=Recipe(head_steps=0, steps=160, rate=0.07, alpha=1.0, top=1.0),
     )
 
 
