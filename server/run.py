@@ -88,7 +88,6 @@ def method(name: str, task: Task, *, rounds: int, clients: int, query: int = 16,
     plan = Plan(phases(recipe, task.program), query, UpdateFormat(top=recipe.top), seed)
     config = config_from_plan(plan)
     del config["seed"]  # then every device draws samples of its own in every round
-    random.seed(seed)  # Flower's draw their nodes with it
     return Method(known[key].__name__, flowers, config)
 
 
@@ -251,7 +250,8 @@ def run(
     with MqttGrid(
         *broker, fleet, program, select=lambda: select(store, sparql, model, fleet), on_event=watch, wait=wait
     ) as grid:
-        nodes = grid.wait_for_nodes(clients, wait)
+        # All that the graph knows of, so that a draw among them does not depend on who was heard of first.
+        nodes = grid.wait_for_nodes(max(clients, len(select(store, sparql, model, fleet))), wait)
         if not nodes:
             raise _nobody(store, model, fleet, select(store, sparql, model, fleet))
         limit_clients(how.strategy, clients, len(nodes))
@@ -265,6 +265,7 @@ def run(
         def close(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             """Flower calls this with the parameters it begins with, as round 0, and after every round."""
             nonlocal newest, began, up, down
+            random.seed(f"{seed} {server_round}")  # Flower's strategies draw the next round's nodes with it
             if server_round == 0:
                 return None
             if not asked:  # ours say so themselves; Flower's would go on with nobody
