@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -20,6 +21,10 @@ publishes the will."""
 CONNECT_TIMEOUT = 10.0
 RETRY = (1, 10)
 """Seconds between attempts to reconnect: at first, and at most."""
+SHORT = 5.0
+"""Seconds: a session that ends sooner is suspicious. Two clients of one name end each other's."""
+
+log = logging.getLogger(__name__)
 
 
 class Session:
@@ -45,12 +50,15 @@ class Session:
     ) -> None:
         """Raises UserError if no broker answers there, or if it refuses."""
         self._where = f"{host}:{port}"
+        self._client_id = client_id
         self._on_connect = on_connect
         self._background = background
         self._filters: dict[str, None] = {}
         self._last: mqtt.MQTTMessageInfo | None = None
         self._refusal: str | None = None
         self._known = False  # whether a broker has ever accepted
+        self._since = 0.0  # when it last did
+        self._short = 0  # sessions in a row that ended soon
         self._connected = threading.Event()
         self._closing = threading.Event()
         self._retry_at, self._retry = 0.0, RETRY[0]
@@ -159,12 +167,13 @@ class Session:
         if reason.is_failure:
             self._refusal = f"the MQTT broker at {self._where} refuses this session: {reason}"
             return
-        self._retry_at, self._retry = 0.0, RETRY[0]
         self._known = True
+        self._since = time.monotonic()
         self._connected.set()
         if self._on_connect is not None:
             self._filters.clear()
             self._on_connect()
+            return
         for filter in list(self._filters):
             self._client.subscribe(filter, qos=1)
 
@@ -172,3 +181,13 @@ class Session:
         self._connected.clear()
         if not self._known and self._refusal is None:
             self._refusal = self._nobody("something else than a broker is there")
+        if time.monotonic() - self._since > SHORT:
+            self._retry_at, self._retry, self._short = 0.0, RETRY[0], 0
+        elif not self._closing.is_set():
+            self._short += 1
+            if self._short == 3:
+                log.warning(
+                    "the broker at %s ends this session soon after it begins; is another one called %s? Trying on",
+                    self._where,
+                    self._client_id,
+                )

@@ -199,6 +199,20 @@ def test_a_broker_that_comes_back(make: Callable[[Broker, str], Device], tmp_pat
         process.wait()
 
 
+def test_two_of_one_name_are_warned(server: Server, broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    """They end each other's session, which MQTT 3.1.1 does not explain."""
+    devices = [mote(broker, "one"), mote(broker, "one")]
+    for one in devices:
+        one.start()
+    end = time.monotonic() + 30
+    while not caplog.messages and time.monotonic() < end:
+        server.status("one", online=True)
+    assert "is another one called tinyfleet-home-one?" in caplog.messages[0]
+    for one in devices:
+        one.stop()
+    assert all(one.join(10) for one in devices)
+
+
 def command(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tinyfleet.py"), *arguments],
