@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from typing import Any
 
@@ -62,6 +63,7 @@ cli = Commands(
 
 def main() -> None:
     """Runs the command line; an error that is meant for the user is one line and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, as after Ctrl-C
     try:
         cli()
     except UserError as error:

@@ -12,7 +12,18 @@ import typer
 from edge.errors import UserError
 from ontology import library, names
 from ontology.names import Iri
-from ontology.store import Binding, EmbeddedStore, RemoteStore, Rows, Store, Unreachable, Value, parameters, rows
+from ontology.store import (
+    Binding,
+    EmbeddedStore,
+    RemoteStore,
+    Rows,
+    Store,
+    Unreachable,
+    Value,
+    parameters,
+    printable,
+    rows,
+)
 
 GRAPH = "graph"
 """The folder of the graph in the data directory."""
@@ -71,7 +82,7 @@ def query(
         return
     if (file is None) == (sparql is None):
         raise UserError("give a query: a FILE, the name of one of the library (--list shows them), or --sparql TEXT")
-    text = _with_prefixes(sparql) if sparql is not None else _read(str(file))
+    text = _with_prefixes(sparql) if sparql is not None else read_query(str(file))
     bindings = dict(_parameter(p, parameters(text)) for p in param or ())
     with _store(data, endpoint) as store:
         answer = store.evaluate(text, **bindings)
@@ -123,7 +134,7 @@ def _cell(value: Value | None) -> str:
         case datetime():
             return value.isoformat(sep=" ", timespec="seconds")
         case _:
-            return re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", str(value))  # from a device: nothing for the terminal to obey
+            return printable(str(value))
 
 
 def _print_library(as_json: bool) -> None:
@@ -145,7 +156,8 @@ def _print_library(as_json: bool) -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-def _read(file: str) -> str:
+def read_query(file: str) -> str:
+    """The SPARQL of a file, or of the library's query of that name. Raises UserError."""
     path = Path(file)
     if not path.exists() and file in library.names():
         return library.text(file)

@@ -44,31 +44,32 @@ TD = Namespace("https://www.w3.org/2019/wot/td#")
 XSD = Namespace("http://www.w3.org/2001/XMLSchema#")
 
 BOARDS = "https://w3id.org/tinyfleet/board/"
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _MODEL = re.compile(r"[0-9a-f]{16}")
 
 
-def _name(kind: str, name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} is no {kind} name; use 1 to 64 letters, digits, '.', '_' or '-'")
+def _name(kind: str, name: str, longest: int) -> str:
+    if not _NAME.fullmatch(name) or len(name) > longest:
+        raise UserError(f"{name!r} is no {kind} name; use 1 to {longest} letters, digits, '.', '_' or '-'")
     return name
 
 
 def fleet_name(name: str) -> str:
-    """The fleet's name, checked. `model` is taken: urn:tinyfleet:model:… names the models of all fleets."""
+    """The fleet's name, checked: 32 characters are what a topic takes (edge.protocol.Topics). `model` is taken:
+    urn:tinyfleet:model:… names the models of all fleets."""
     if name == "model":
         raise UserError("a fleet cannot be called 'model'; choose another name")
-    return _name("fleet", name)
+    return _name("fleet", name, 32)
 
 
 def device_iri(fleet: str, device: str) -> Iri:
     """urn:tinyfleet:{fleet}:{device}: also the `id` of the device's Thing Description."""
-    return Iri(f"urn:tinyfleet:{fleet_name(fleet)}:{_name('device', device)}")
+    return Iri(f"urn:tinyfleet:{fleet_name(fleet)}:{_name('device', device, 32)}")
 
 
 def board_iri(board: str) -> Iri:
     """https://w3id.org/tinyfleet/board/{board}"""
-    return Iri(BOARDS + _name("board", board))
+    return Iri(BOARDS + _name("board", board, 64))
 
 
 def model_iri(model: bytes | str) -> Iri:

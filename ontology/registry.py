@@ -21,7 +21,7 @@ from edge.errors import UserError
 from edge.protocol import ProtocolError, Topics, decode_status
 from ontology import shapes
 from ontology.names import BOARDS, RDF, TD, TF, Iri, device_iri, fleet_name, model_iri
-from ontology.store import Binding, Store, StoreError, Value, value
+from ontology.store import Binding, Store, StoreError, Value, printable, value
 
 MAX_BYTES = 65_536
 """A Thing Description may be so long."""
@@ -84,7 +84,8 @@ class Registry:
             raise
         except (Refused, ProtocolError, UserError) as reason:
             self.refused += 1
-            self.last_refusal = f"{'Thing Description' if kind == 'td' else 'status'} of {device!r} refused: {reason}"
+            what = "Thing Description" if kind == "td" else "status"
+            self.last_refusal = printable(f"{what} of {device!r} refused: {reason}")
             log.warning("%s", self.last_refusal)
             return False
         self.accepted += 1
@@ -164,7 +165,7 @@ class Registry:
 
 
 def _text(values: list[Value]) -> str:
-    return ", ".join(sorted(str(v) for v in values)) or "nothing"
+    return ", ".join(sorted(printable(str(v)) for v in values)) or "nothing"
 
 
 def _facts(triples: list[ox.Triple], subject: str) -> dict[Iri, list[Value]]:

@@ -125,6 +125,11 @@ def value(node: ox.NamedNode | ox.BlankNode | ox.Literal | ox.Triple) -> Value:
     return text
 
 
+def printable(text: str) -> str:
+    """The text without control characters: what a device says of itself must not steer the terminal that shows it."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", text)
+
+
 # Comments, IRIs and strings are matched first, so that nothing inside them is taken for a parameter.
 _PARAMETER = re.compile(
     r"#[^\n\r]*"

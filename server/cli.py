@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
+from zipfile import BadZipFile
 
 import numpy as np
 import typer
@@ -16,7 +17,9 @@ from rich.console import Console
 from edge import tasks
 from edge.cli import BrokerOption, DataOption, TaskOption, broker_address
 from edge.errors import UserError
-from ontology import library
+from edge.program import Program, ProgramError
+from ontology.cli import read_query
+from ontology.names import fleet_name
 from ontology.store import RemoteStore
 
 SHOTS = (1, 5, 10)
@@ -103,13 +106,15 @@ def run(
     from server.serve import find
 
     log_level(logging.ERROR)  # the rounds are shown below
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent} to write {out.name} into; make it, or choose another --out")
     what = tasks.load(task)
     how = method(strategy, what, rounds=rounds, clients=clients, seed=seed)
-    begin = None if start is None else _parameters(start, what.program.n_params)
+    begin = None if start is None else _parameters(start, what.program)
     found = find(data)
     if "endpoint" not in found:
         raise UserError(f"no server runs on {data}; start one with `tinyfleet server --data {data}`")
-    sparql = _query(select)
+    sparql = read_query(select)
     console = Console(highlight=False, quiet=as_json)
 
     def report(this: Round) -> None:
@@ -125,7 +130,7 @@ def run(
             what,
             how,
             broker=broker_address(broker, data),
-            fleet=fleet or found.get("fleet", "home"),
+            fleet=fleet_name(fleet or found.get("fleet", "home")),
             store=store,
             rounds=rounds,
             query=sparql,
@@ -149,24 +154,11 @@ def run(
         console.print(f"run {outcome.run}; its lineage: tinyfleet query lineage --data {data}")
 
 
-def _query(select: str) -> str:
-    path = Path(select)
-    if not path.is_file():
-        return library.text(select)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{select} cannot be read ({error}); give a file with a SPARQL query") from None
-
-
-def _parameters(path: Path, count: int) -> NDArray[np.float32]:
+def _parameters(path: Path, program: Program) -> NDArray[np.float32]:
     try:
         with np.load(path) as arrays:
-            vector: NDArray[np.float32] = np.concatenate(
-                [np.asarray(arrays[name], np.float32).ravel() for name in arrays.files]
-            )
-    except (OSError, ValueError) as error:
+            return program.join(arrays)
+    except ProgramError as error:
+        raise UserError(f"{path} has other parameters than the model ({error}); give a file of the same task") from None
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} has no parameters ({error}); give a file that `tinyfleet run --out` wrote") from None
-    if len(vector) != count:
-        raise UserError(f"{path} has {len(vector)} parameters and the model {count}; give a file of the same task")
-    return vector

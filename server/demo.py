@@ -48,9 +48,9 @@ def demo(
     clients: Annotated[int, typer.Option(min=1, help="Devices that take part in a round.")] = 8,
     devices: Annotated[int, typer.Option(min=1, help="Virtual devices; a board and an agent come on top.")] = 12,
     board: Annotated[bool, typer.Option(help="Build firmware and run it on an emulated Cortex-M4F.")] = True,
-    data: Annotated[Path, typer.Option(help="Folder for the graph and the plot; emptied first.")] = Path(
-        ".tinyfleet/demo"
-    ),
+    data: Annotated[
+        Path, typer.Option(help="Folder for the graph and the plot; what an earlier demo left is deleted.")
+    ] = Path(".tinyfleet/demo"),
     seed: Annotated[int, typer.Option(help="Of the parameters, the tasks and the choice of clients.")] = 0,
 ) -> None:
     """Run a whole fleet on this machine: devices, server, graph, results.
@@ -65,7 +65,7 @@ def demo(
     log_level(logging.ERROR)  # the rounds are shown below
     began = time.monotonic()
     task = tasks.load(task_name)
-    shutil.rmtree(data, ignore_errors=True)
+    _clear(data)
     with ExitStack() as stack:
         news = threading.Event()
         server = stack.enter_context(FleetServer(data, FLEET, port=0, on_news=lambda _: news.set()))
@@ -129,6 +129,16 @@ def demo(
             print_rows(server.store.query(library.text(query), **given), most=14)
             console.print()
     console.print(f"done in {time.monotonic() - began:.0f} s")
+
+
+def _clear(data: Path) -> None:
+    """Empties the folder of an earlier demo. Raises UserError if it holds anything else."""
+    mark = data / "demo.txt"
+    if data.exists() and not mark.exists() and any(data.iterdir()):
+        raise UserError(f"{data} is not empty, and not of an earlier demo; name another folder with --data")
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(parents=True)
+    mark.write_text("What `tinyfleet demo` left here. The next one in this folder deletes it.\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- devices

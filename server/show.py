@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -87,15 +88,15 @@ def plot(path: Path, title: str, runs: Mapping[str, Sequence[Round]], results: M
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     learning, adapting = figure.subplots(1, 2)
-    colours: dict[str, str] = {}
+    colours: dict[str, Any] = {}
     for name, rounds in runs.items():
         sent, kilobytes = 0, []
         for ended in rounds:
             sent += ended.bytes_up
             kilobytes.append(sent / 1000)
-        learning.plot(
-            kilobytes, [ended.loss if ended.loss is not None else float("nan") for ended in rounds], label=name
-        )
+        losses = [ended.loss if ended.loss is not None else float("nan") for ended in rounds]
+        (line,) = learning.plot(kilobytes, losses, label=name)
+        colours[name] = line.get_color()
     learning.set(xlabel="sent by all devices (kB)", ylabel="mean loss on the devices", xscale="log")
     for name, row in results.items():
         colour = next((colour for run, colour in colours.items() if run in name), "grey")

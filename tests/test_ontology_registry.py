@@ -256,6 +256,12 @@ def test_a_bad_description_is_refused_with_its_reason_and_leaves_no_trace(
     assert len(registry.last_refusal) < 2_000
 
 
+def test_what_a_device_says_cannot_steer_the_terminal_that_shows_why_it_is_refused(registry: Registry) -> None:
+    assert not registry.handle(TD, payload(description(tf__engine="\x1b]0;x\x07")))
+    assert registry.last_refusal is not None and "tf:engine" in registry.last_refusal
+    assert registry.last_refusal.isprintable()
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"\xff", b"{}", status()[:-1], status() + b"\0", status(battery=1.5), status(drift=float("nan"))],
