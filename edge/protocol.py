@@ -6,7 +6,6 @@ whatever is not exactly such a message: their input may come from anyone.
 """
 
 import io
-import math
 import re
 import struct
 import zlib
@@ -623,6 +622,8 @@ def plan_from_config(config: Mapping[str, Any], kind: Kind = "train", node: int 
     if kind == "train":
         shared = _uint(int(config.get("shared-layers", ALL_LAYERS)), "shared-layers")
         update = UpdateFormat(shared, bool(config.get("half", False)), _finite(config.get("top", 1.0), "top"))
+        if not 0 < update.top <= 1:
+            raise ProtocolError(f"top is the share of the changes to send, in (0, 1], not {update.top:g}")
     query = _uint(int(config.get("query", 0 if kind == "train" else 32)), "query")
     seed = config["seed"] if "seed" in config else config.get("server-round", 0) + node * 0x9E3779B1
     return Plan(phases, query, update, int(seed) & 0xFFFFFFFF)
@@ -649,6 +650,6 @@ def _sequence(config: Mapping[str, Any], key: str, default: list[Any]) -> Sequen
 
 def _finite(value: Any, what: str) -> float:
     number = float(value)
-    if not math.isfinite(number):
-        raise ProtocolError(f"{what} must be a finite number, not {value}")
+    if not abs(number) <= np.finfo(np.float32).max:
+        raise ProtocolError(f"{what} must be a finite float32, not {value}")
     return number

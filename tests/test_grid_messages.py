@@ -388,6 +388,8 @@ def test_what_no_device_can_be_asked_is_refused_before_anything_is_published(gri
         message("a", ArrayRecord([START])),
         message("nobody", record(START)),
         message("a", record(START), {"phase-steps": [1, 2, 3, 4, 5]}),
+        message("a", record(START), {"top": 0.0}),
+        message("a", record(START), {"lr": 1e39}),
         Message(RecordDict({"arrays": record(START)}), node_id("a"), MessageType.TRAIN),
     ):
         with pytest.raises(ValueError):

@@ -246,6 +246,14 @@ def test_a_rounds_config() -> None:
     evaluation = Plan((), 32, None, 4)
     assert plan_from_config({"server-round": 4}, "evaluate") == evaluation
     assert plan_from_config({"server-round": 4, "lr": 0.5}) == Plan((Phase(ALL_LAYERS, 32, 0.5),), 0, UpdateFormat(), 4)
-    for bad in ({"phase-steps": [1, 2], "phase-rates": [0.1]}, {"phase-steps": [1] * 5}, {"top": float("nan")}):
+    several: list[dict[str, object]] = [
+        {"phase-steps": [1, 2], "phase-rates": [0.1]},
+        {"phase-steps": [1] * 5},
+        {"top": float("nan")},
+        {"top": 0.0},
+        {"top": 1.5},
+        {"lr": 1e39},
+    ]
+    for bad in several:
         with pytest.raises(ProtocolError):
             plan_from_config(bad)
