@@ -330,7 +330,7 @@ def test_the_commands(tmp_path):
     assert "cannot write" in str(refused.exception)
 
 
-def test_a_description_says_what_the_engine_needs(tmp_path):
+def test_a_description_says_what_the_engine_needs(tmp_path, capsys):
     path, program = tmp_path / "model.keras", tmp_path / "model.mote"
     model = randomise(mlp())
     model.save(path)
@@ -350,9 +350,10 @@ def test_a_description_says_what_the_engine_needs(tmp_path):
     assert json.loads(run.invoke(model_cli.app, ["describe", str(program), "--json"]).stdout)["parameters"] == 2410
 
     flat(L.Dense(4, "gelu", name="g")).save(path)  # not for the engine: described all the same, without its memory
-    described = run.invoke(model_cli.app, ["describe", str(path), "--json"])
-    assert json.loads(described.stdout)["run_ram_bytes"] is None
-    assert "note: the engine cannot run it: layer 'g' (Dense)" in described.stderr
+    model_cli.describe(path, as_json=True)
+    described = capsys.readouterr()
+    assert json.loads(described.out)["run_ram_bytes"] is None
+    assert "note: the engine cannot run it: layer 'g' (Dense)" in described.err
 
 
 def test_a_plan_needs_neither_keras_nor_tensorflow(tmp_path):
