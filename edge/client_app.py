@@ -30,6 +30,7 @@ from edge.protocol import (
     chunks,
     decode_did,
     encode,
+    explain,
     plan_from_config,
 )
 from edge.tasks import Task
@@ -94,7 +95,7 @@ def _run(node: MoteNode, work: Work, start: Vector) -> list[Done]:
     parts = []
     for did in map(decode_did, replies):
         if isinstance(did, Failed):
-            raise RuntimeError(f"the node failed: {did.error.name.lower()} ({did.detail})")
+            raise RuntimeError(f"the node failed: {explain(did)}")
         parts.append(did)
     return parts
 

@@ -173,6 +173,21 @@ class Chunk(NamedTuple):
     data: bytes
 
 
+_FAILURES = {
+    ErrorCode.WRONG_MODEL: "it runs another model than this work is for; start it with this model, or let it adopt it",
+    ErrorCode.PROGRAM: "the program it was to adopt is damaged or not valid; compile it again",
+    ErrorCode.ROOM: "it has no room for this; use a smaller model, or have all changes sent (top 1)",
+    ErrorCode.SAMPLES: "its source gave no samples; check its sensor or its data",
+    ErrorCode.ENGINE: "its engine refused; see the error's number in edge/mote/mote.h",
+    ErrorCode.DIVERGED: "its numbers left the range of floats; lower the rate",
+}
+
+
+def explain(failed: Failed) -> str:
+    """What happened on the device and what to do, for the log and for people."""
+    return f"{failed.error.name.lower()} ({failed.detail}): {_FAILURES[failed.error]}"
+
+
 # ------------------------------------------------------------------------------------------------------------- checks
 
 

@@ -39,6 +39,7 @@ from edge.protocol import (
     decode_did,
     decode_status,
     encode,
+    explain,
     plan_from_config,
 )
 from edge.session import Session
@@ -456,7 +457,7 @@ class MqttGrid(Grid):
             elif job.device != device:
                 self.traffic.malformed += 1
             elif isinstance(did, Failed):
-                self._fail(job, NODE_FAILED, f"{did.error.name.lower()} ({did.detail})")
+                self._fail(job, NODE_FAILED, explain(did))
             elif not self._fits(did):
                 self.traffic.malformed += 1
             else:

@@ -48,7 +48,6 @@ class FleetServer:
         self._online: dict[str, bool] = {}
         with ExitStack() as stack:
             self.store = stack.enter_context(EmbeddedStore(data / GRAPH))
-            self._forget_states()
             if broker is None:
                 started = stack.enter_context(Broker(port, data / "broker"))
                 self.broker = started.host, started.port
@@ -59,10 +58,11 @@ class FleetServer:
             self.endpoint = stack.enter_context(Endpoint(self.store, token, endpoint_port)).url
             self.token = token
             self.registry = Registry(self.store, fleet)
-            session = Session(*self.broker, f"tinyfleet-server-{secrets.token_hex(4)}", on_message=self._receive)
-            stack.callback(session.close)
-            session.subscribe(self._topics.td("+"))
-            session.subscribe(self._topics.status("+"))
+            self._session: Session | None = None
+            name = f"tinyfleet-server-{secrets.token_hex(4)}"
+            self._session = Session(*self.broker, name, on_message=self._receive, on_connect=self._connected)
+            stack.callback(self._session.close)
+            self._connected()
             self._publish_address(data / SERVER)
             stack.callback((data / SERVER).unlink, missing_ok=True)
             self._close = stack.pop_all()
@@ -77,13 +77,18 @@ class FleetServer:
         """Stops what was started; the graph stays on disk."""
         self._close.close()
 
-    def _forget_states(self) -> None:
-        """Devices that are online say so again as soon as the registry listens; of the others nothing is known."""
+    def _connected(self) -> None:
+        """Devices that are online have said so at the broker, or will; of all others, such as those whose wills died
+        with a broker, nothing is known. Called for every new session; for the first one, maybe twice."""
+        if self._session is None:
+            return
         self.store.update(
             f"""PREFIX tf: <https://w3id.org/tinyfleet#>
             DELETE {{ ?device tf:online true }} INSERT {{ ?device tf:online false }}
             WHERE {{ ?device tf:fleet {json.dumps(self.fleet)} ; tf:online true }}"""
         )
+        self._session.subscribe(self._topics.td("+"))
+        self._session.subscribe(self._topics.status("+"))
 
     def _publish_address(self, path: Path) -> None:
         host, port = self.broker

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import free_port, start_mosquitto
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from edge.device import Device, virtual_device
 from edge.errors import UserError
 from edge.learner import MoteLearner
 from edge.protocol import Status, Topics, encode, plan_from_config
+from edge.session import Session
 from edge.streams import DatasetStream
 from edge.tasks import ClientData, Episode, Recipe, Task, draw_episode
 from edge.thing import VIRTUAL, thing_description
@@ -171,6 +174,16 @@ def test_a_round_over_the_broker_in_pure_python(tmp_path: Path, devices: Start) 
 # Runs, with the graph
 
 
+class News(queue.Queue[str]):
+    """The lines that a server says as they come."""
+
+    def until(self, *lines: str) -> None:
+        """Returns once it has said all of these."""
+        missing = set(lines)
+        while missing:
+            missing.discard(self.get(timeout=30))
+
+
 @pytest.fixture
 def server(tmp_path: Path, broker: tuple[str, int]) -> Iterator[FleetServer]:
     with FleetServer(tmp_path / "data", "test", broker=broker) as server:
@@ -265,17 +278,20 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
 
 
 @pytest.mark.parametrize("name", ["tinymetafed", "fedavg", "krum"])
-def test_a_fleet_that_is_gone_ends_the_run_with_one_clear_error(server: FleetServer, devices: Start, name: str) -> None:
-    fleet = devices(2)
+def test_a_fleet_that_is_gone_ends_the_run_with_one_clear_error(
+    tmp_path: Path, broker: tuple[str, int], devices: Start, name: str
+) -> None:
+    fleet, heard = devices(2), News()
 
     def stop(_ended: Round) -> None:
         for device in fleet:
             device.stop()
-        assert all(device.join(10) for device in fleet)
+        heard.until("test-0: offline", "test-1: offline")
 
-    with pytest.raises(UserError, match="no client is there for round 2; start devices"):
-        learn(server, method(name, TASK, rounds=3, clients=2), 3, clients=2, wait=1, on_round=stop)
-    assert server.store.query(library.text("last-round"), fleet="test").column("number") == [1, 1]
+    with FleetServer(tmp_path / "data", "test", broker=broker, on_news=heard.put) as server:
+        with pytest.raises(UserError, match="no client is there for round 2; start devices"):
+            learn(server, method(name, TASK, rounds=3, clients=2), 3, clients=2, wait=1, on_round=stop)
+        assert server.store.query(library.text("last-round"), fleet="test").column("number") == [1, 1]
 
 
 def announced(
@@ -349,6 +365,50 @@ def test_a_device_that_was_there_before_the_server_is_known(tmp_path: Path, brok
     assert "early: online" in heard and "early: described" in heard
     with FleetServer(tmp_path, "test", broker=broker) as server:  # it has left, and the graph knows
         assert not server.store.query(library.text("clients"), fleet="test")
+
+
+def test_devices_that_died_while_the_broker_was_gone_are_offline(tmp_path: Path) -> None:
+    port = free_port()
+    broker = start_mosquitto(tmp_path, port)
+    command = [sys.executable, "-m", "tinyfleet", "device", "--fleet", "test", "--broker", f"127.0.0.1:{port}"]
+    root = Path(__file__).parent.parent
+    online = """PREFIX tf: <https://w3id.org/tinyfleet#>
+        SELECT ?id { ?d tf:fleet "test" ; tf:deviceId ?id ; tf:online true }"""
+    heard = News()
+
+    with FleetServer(tmp_path / "data", "test", broker=("127.0.0.1", port), on_news=heard.put) as server:
+        weak = subprocess.Popen([*command, "--prefix", "weak"], cwd=root, stdout=subprocess.DEVNULL)
+        try:
+            heard.until("weak-0: online")
+            assert server.store.query(online).column("id") == ["weak-0"]
+            broker.kill()  # without a word, and so without the wills
+            broker.wait()
+        finally:
+            weak.kill()
+            weak.wait()
+        broker = start_mosquitto(tmp_path, port)
+        late = virtual_device("127.0.0.1", port, "test", "late", PROGRAM, client(0, 1))
+        late.start()
+        try:
+            heard.until("late: online")
+            assert server.store.query(online).column("id") == ["late"]
+        finally:
+            late.stop()
+            assert late.join(10)
+            broker.terminate()
+            broker.wait()
+
+
+def test_what_the_server_refuses_is_news(broker: tuple[str, int], tmp_path: Path) -> None:
+    heard = News()
+    td = thing_description("other", "one", VIRTUAL, "mote", "0.1.0", 65536, PROGRAM.model_id) | {"tf:arenaBytes": 0}
+    with FleetServer(tmp_path / "more", "other", broker=broker, on_news=heard.put) as other:
+        session = Session(*broker, "one", on_message=lambda _topic, _payload: None)
+        session.publish(Topics("other").td("one"), json.dumps(td).encode(), retain=True)
+        said = heard.get(timeout=10)
+        session.close()
+        assert not other.store.query(library.text("clients"))
+    assert said.startswith("Thing Description of 'one' refused: tf:arenaBytes: one whole number of bytes from 1")
 
 
 def test_server_device_and_run_as_commands(tmp_path: Path) -> None:

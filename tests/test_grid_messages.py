@@ -1,6 +1,7 @@
 """The grid, over a real broker, against a device that does what a test wants: replies lost, doubled, cut, forged."""
 
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -321,13 +322,20 @@ def test_a_device_that_vanishes_costs_its_own_reply_only(
     assert retained(broker) == {TOPICS.status("steady"), TOPICS.status("weak")}
 
 
-def test_a_device_that_says_it_failed_is_believed(grid: MqttGrid, puppet: Start) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ErrorCode.DIVERGED, r"a: diverged \(-7\): .*lower the rate"),
+        (ErrorCode.WRONG_MODEL, r"a: wrong_model \(-7\): it runs another model .*; start it with this model"),
+    ],
+)
+def test_a_device_that_says_it_failed_is_believed(grid: MqttGrid, puppet: Start, error: ErrorCode, said: str) -> None:
     device = puppet("a")
     grid.wait_for_nodes(1, 5)
     with asked(grid, message("a", record(START))) as result:
-        device.reply(Failed(device.work().id, ErrorCode.DIVERGED, -7))
+        device.reply(Failed(device.work().id, error, -7))
         (reply,) = result.result(5)
-    assert reply.has_error() and reply.error.reason == "a: diverged (-7)"
+    assert reply.has_error() and re.match(said, reply.error.reason)
 
 
 def test_numbers_that_are_not_finite_never_reach_a_strategy(grid: MqttGrid, puppet: Start) -> None:

@@ -45,6 +45,7 @@ from edge.protocol import (
     decode_do,
     decode_status,
     encode,
+    explain,
     plan_from_config,
 )
 
@@ -114,6 +115,10 @@ def test_replies_go_round(transcode: Transcode, message: Any) -> None:
     else:
         assert read == message
     assert transcode("did", payload) == payload
+
+
+def test_every_failure_says_what_to_do() -> None:
+    assert all("; " in explain(Failed(1, error)) for error in ErrorCode)
 
 
 @given(message=statuses)
