@@ -9,12 +9,12 @@ from ontology_fixtures import description, everything, open_store, payload, stat
 
 from edge.program import Dense, ReLU, build
 from edge.protocol import Topics
-from ontology import describe, library, match
+from ontology import describe, library
 from ontology.lineage import Lineage, Part
 from ontology.names import PROV, Iri, model_iri, run_iri, version_iri
 from ontology.registry import Registry
 from ontology.shapes import ShapeError
-from ontology.store import Store
+from ontology.store import Store, Value
 
 PROGRAM = build([Dense(32), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")
 MODEL = model_iri(PROGRAM.model_id)
@@ -48,13 +48,17 @@ def fleet(store: Store) -> None:
     join(store, "fit", "elsewhere")
 
 
+def clients(store: Store, model: Iri, fleet: str) -> list[Value]:
+    return store.query(library.text("clients"), model=model, fleet=fleet).column("id")
+
+
 def test_the_clients_of_a_round_are_those_that_can_train_now(store: Store) -> None:
     fleet(store)
-    assert match.clients(store, MODEL, "home") == ["fit", "tight"]
-    assert match.clients(store, MODEL, "elsewhere") == ["fit"]
-    assert match.clients(store, model_iri(bytes(8)), "home") == []
+    assert clients(store, MODEL, "home") == ["fit", "tight"]
+    assert clients(store, MODEL, "elsewhere") == ["fit"]
+    assert clients(store, model_iri(bytes(8)), "home") == []
     Registry(store, "home").handle(Topics("home").status("fit"), status(online=False))
-    assert match.clients(store, MODEL, "home") == ["tight"]
+    assert clients(store, MODEL, "home") == ["tight"]
 
 
 def test_the_devices_that_could_train_the_model(store: Store) -> None:
@@ -66,8 +70,9 @@ def test_the_devices_that_could_train_the_model(store: Store) -> None:
         "id": "tight", "board": "nano33ble", "model": MODEL, "arena": PROGRAM.arena_bytes,
         "takes": PROGRAM.arena_bytes, "room": 0, "online": True,
     }  # fmt: skip
-    assert len(match.trainable(store, MODEL)) == 5
-    assert match.runnable(store, MODEL).column("id") == match.trainable(store, MODEL).column("id")
+    everywhere = store.query(library.text("trainable"), model=MODEL)
+    assert len(everywhere) == 5
+    assert store.query(library.text("runnable"), model=MODEL).column("id") == everywhere.column("id")
 
 
 def train(store: Store) -> Lineage:
