@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
-NATIVE = $(wildcard edge/mote/*.[ch]) edge/protocol.cddl edge/mote_build.py setup.py pyproject.toml
+NATIVE = $(wildcard edge/mote/*.[ch]) edge/protocol.cddl edge/mote_build.py edge/mote_codegen.py setup.py pyproject.toml
 
 .PHONY: demo test test-slow check lock clean tools-demo tools-test
 
