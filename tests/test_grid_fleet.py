@@ -72,8 +72,11 @@ def quiet() -> None:
 def devices(broker: tuple[str, int]) -> Iterator[Callable[..., list[Device]]]:
     started: list[Device] = []
 
-    def start(count: int, fleet: str = "test", broker: tuple[str, int] = broker) -> list[Device]:
-        new = [virtual_device(*broker, fleet, f"{fleet}-{i}", PROGRAM, client(i, count)) for i in range(count)]
+    def start(
+        count: int, prefix: str = "test", broker: tuple[str, int] = broker, fleet: str | None = None
+    ) -> list[Device]:
+        fleet = fleet or prefix
+        new = [virtual_device(*broker, fleet, f"{prefix}-{i}", PROGRAM, client(i, count)) for i in range(count)]
         for device in new:
             device.start()
         started.extend(new)
@@ -292,6 +295,22 @@ def test_a_fleet_that_is_gone_ends_the_run_with_one_clear_error(
         with pytest.raises(UserError, match="no client is there for round 2; start devices"):
             learn(server, method(name, TASK, rounds=3, clients=2), 3, clients=2, wait=1, on_round=stop)
         assert server.store.query(library.text("last-round"), fleet="test").column("number") == [1, 1]
+
+
+def test_a_device_that_comes_during_a_run_takes_part(tmp_path: Path, broker: tuple[str, int], devices: Start) -> None:
+    devices(2)
+    heard = News()
+
+    def another(ended: Round) -> None:
+        if ended.number == 1:
+            devices(1, "late", fleet="test")
+            heard.until("late-0: described", "late-0: online")
+
+    with FleetServer(tmp_path / "data", "test", broker=broker, on_news=heard.put) as server:
+        how = method("reptile", TASK, rounds=30, clients=3)
+        outcome = learn(server, how, 30, clients=2, on_round=another)  # 30: until the grid has heard of it, too
+    first, *_, last = ({part.device for part in ended.parts} for ended in outcome.rounds)
+    assert first == {"test-0", "test-1"} and last == {*first, "late-0"}
 
 
 def announced(
