@@ -300,6 +300,8 @@ def run(
             lost.clear()
             if on_round is not None:
                 on_round(this)
+            if there := grid.wait_for_nodes(1, 0):  # the fleet may have shrunk or grown
+                limit_clients(how.strategy, clients, len(there))
             return None
 
         how.strategy.start(

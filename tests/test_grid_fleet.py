@@ -313,6 +313,23 @@ def test_a_device_that_comes_during_a_run_takes_part(tmp_path: Path, broker: tup
     assert first == {"test-0", "test-1"} and last == {*first, "late-0"}
 
 
+def test_flowers_strategies_keep_to_their_number_of_clients_as_the_fleet_shrinks(
+    tmp_path: Path, broker: tuple[str, int], devices: Start
+) -> None:
+    fleet, heard = devices(6), News()
+
+    def leave(ended: Round) -> None:
+        if ended.number == 1:
+            for device in fleet[:4]:
+                device.stop()
+            heard.until(*(f"test-{i}: offline" for i in range(4)))
+
+    with FleetServer(tmp_path / "data", "test", broker=broker, on_news=heard.put) as server:
+        heard.until(*(f"test-{i}: online" for i in range(6)))
+        outcome = learn(server, method("fedavg", TASK, rounds=3, clients=1), 3, clients=1, on_round=leave)
+    assert [ended.asked for ended in outcome.rounds] == [1, 1, 1]
+
+
 def announced(
     server: FleetServer, name: str, *, online: bool = True, model: bytes = PROGRAM.model_id, arena: int = 65536
 ) -> None:
