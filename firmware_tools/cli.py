@@ -22,6 +22,8 @@ from edge.errors import UserError
 from firmware_tools import boards, emulate
 from firmware_tools import build as building
 from firmware_tools.gateway import Gateway
+from ontology.cli import open_store
+from ontology.describe import put_board
 
 app = typer.Typer(
     add_completion=False,
@@ -34,6 +36,38 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Elf = Annotated[Path, typer.Argument(help="Firmware made by `tinyfleet firmware build`.", show_default=False)]
 DATA = Path(".tinyfleet")
 BAUD = 115200
+
+
+@app.command("boards")
+def list_boards(
+    describe: Annotated[bool, typer.Option("--describe", help="Put what is known of them into the graph.")] = False,
+    data: DataOption = DATA,
+    as_json: Json = False,
+) -> None:
+    """List the boards that are known, and describe them in the fleet's graph.
+
+    \b
+    Examples:
+      tinyfleet firmware boards
+      tinyfleet firmware boards --describe
+    """
+    known = [boards.load(name) for name in boards.known()]
+    if describe:
+        with open_store(data) as store:
+            for target in known:
+                put_board(store, target.board)
+    if as_json:
+        typer.echo(json.dumps([asdict(target.board) for target in known], indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("board", "core", "clock", "RAM", "flash", "firmware", "stands in"):
+        table.add_column(column, justify="right" if column in ("clock", "RAM", "flash") else "left")
+    for target in known:
+        board, mhz = target.board, f"{target.board.clock_hz / 1e6:g} MHz" if target.board.clock_hz else ""
+        firmware, emulator = "yes" if target.build else "", f"QEMU {target.machine}" if target.machine else ""
+        ram, flash = (f"{size / 2**20:g} MiB" for size in (board.ram_bytes, board.flash_bytes))
+        table.add_row(board.id, board.mcu, mhz, ram, flash, firmware, emulator)
+    Console(highlight=False).print(table)
 
 
 @app.command()

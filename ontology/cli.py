@@ -84,7 +84,7 @@ def query(
         raise UserError("give a query: a FILE, the name of one of the library (--list shows them), or --sparql TEXT")
     text = _with_prefixes(sparql) if sparql is not None else read_query(str(file))
     bindings = dict(_parameter(p, parameters(text)) for p in param or ())
-    with _store(data, endpoint) as store:
+    with open_store(data, endpoint) as store:
         answer = store.evaluate(text, **bindings)
         if isinstance(answer, ox.QueryBoolean):
             typer.echo("true" if answer else "false")
@@ -205,13 +205,15 @@ def _value(text: str) -> Value:
     return text
 
 
-def _store(data: Path, endpoint: str | None) -> Store:
+def open_store(data: Path, endpoint: str | None = None) -> Store:
+    """The graph of the server that runs on a data directory (its owner may update it), or, if none does, on disk."""
     if endpoint is not None:
         return RemoteStore(endpoint)
     server, graph = data / SERVER, data / GRAPH
     if server.exists():
         try:
-            remote = RemoteStore(json.loads(server.read_text(encoding="utf-8"))["endpoint"])
+            said = json.loads(server.read_text(encoding="utf-8"))
+            remote = RemoteStore(said["endpoint"], said.get("token"))
             remote.ask("ASK { }")
             return remote
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,7 +5,6 @@ memory that a planner would compute, the shape of an operator that we do not kno
 """
 
 import hashlib
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,43 +170,6 @@ def put_board(store: Store, board: BoardLike) -> Iri:
     """Writes a board into the graph, in place of what was said of it. ShapeError if it cannot be right."""
     shapes.admit(store, f"board {board.id!r}", board_facts(board))
     return board_iri(board.id)
-
-
-def put_boards(store: Store, folder: str | Path) -> list[Iri]:
-    """Writes every board of a folder of .toml files into the graph. DescribeError if one is not a board's."""
-    return [put_board(store, read_board(path)) for path in sorted(Path(folder).glob("*.toml"))]
-
-
-def read_board(path: str | Path) -> BoardLike:
-    """A board's .toml file; what it says of building for the board is left aside."""
-    try:
-        said = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        return _Board(
-            said["id"],
-            said["title"],
-            said["mcu"],
-            said.get("clock_hz"),
-            said["ram_bytes"],
-            said["flash_bytes"],
-            tuple(said.get("sensors", ())),
-        )
-    except OSError as error:
-        raise DescribeError(f"{path} cannot be read: {error.strerror}; give the path of a board's file") from None
-    except (ValueError, TypeError) as error:
-        raise DescribeError(f"{path} is no board's file: {error}") from None
-    except KeyError as error:
-        raise DescribeError(f"{path} does not say the board's {error}") from None
-
-
-@dataclass(frozen=True)
-class _Board:
-    id: str
-    title: str
-    mcu: str
-    clock_hz: int | None
-    ram_bytes: int
-    flash_bytes: int
-    sensors: tuple[str, ...]
 
 
 def from_program(program: ProgramLike, name: str) -> ModelDescription:

@@ -2,9 +2,9 @@
 
 `Registry.handle` takes a topic and its payload and touches no network. A Thing Description is read as JSON-LD with our
 own context, checked against the shapes, and written flat: facts about the device on the device, facts about its kind
-of board once on the board, by whoever says them first (so put the known boards in before: describe.put_boards). A
-status is a few flat facts. What cannot be right is refused, counted and logged with its reason, and leaves the graph
-as it was; what comes twice, late or in another order ends in the same graph.
+of board once on the board, by whoever says them first (`tinyfleet firmware boards --describe` says those that are
+known). A status is a few flat facts. What cannot be right is refused, counted and logged with its reason, and leaves
+the graph as it was; what comes twice, late or in another order ends in the same graph.
 """
 
 import json

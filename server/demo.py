@@ -72,7 +72,7 @@ def demo(
         host, port = server.broker
         console.print(f"broker      {server.broker_kind} on {host}:{port}")
         console.print(f"graph       {data}, SPARQL at {server.endpoint}")
-        emulator = _why_no_board() if board else "--no-board was given"
+        emulator = why_no_board() if board else "--no-board was given"
         fleet = _Fleet(task, devices, board=emulator is None, broker=f"{host}:{port}", data=data)
         stack.enter_context(fleet.running())
         console.print(f"devices     {devices} virtual ones: the C node and engine, natively, an MQTT session each")
@@ -212,7 +212,7 @@ def _process(command: Sequence[str], log: Path) -> Iterator[None]:
                 process.wait()
 
 
-def _why_no_board() -> str | None:
+def why_no_board() -> str | None:
     """What the emulated board lacks on this machine, and how to get it; None if nothing."""
     tools = {"arm-none-eabi-gcc": "gcc-arm-none-eabi libnewlib-arm-none-eabi", "qemu-system-arm": "qemu-system-arm"}
     missing = [tool for tool in tools if shutil.which(tool) is None]
@@ -279,6 +279,7 @@ def _costs(task: Task, runs: dict[str, Outcome]) -> Table:
     for name, outcome in runs.items():
         sent = [part.bytes_up for ended in outcome.rounds for part in ended.parts if part.bytes_up]
         mean = sum(sent) / len(sent) if sent else float("nan")
-        ram, beside = task.program.arena_bytes, task.program.activation_bytes
+        ram = max(ended.arena_bytes or 0 for ended in outcome.rounds)  # as the devices say
+        beside = ram - dense
         table.add_row(name, f"{mean:,.0f} B", f"{mean / dense:.1%} of {dense:,} B", f"{ram:,} B", f"{beside:,} B")
     return table

@@ -121,6 +121,7 @@ class Round:
     lost: Mapping[str, str]  # device -> why
     bytes_up: int
     bytes_down: int
+    arena_bytes: int | None  # the most that a device's engine has to work in
     seconds: float
 
     @property
@@ -236,12 +237,14 @@ def run(
     asked: list[str] = []
     parts: list[Part] = []
     lost: dict[str, str] = {}
+    arenas: list[int] = []
 
     def watch(event: Event) -> None:
         if event.kind == "asked":
             asked.append(event.device)
         elif event.kind == "replied" and event.metrics is not None:
             parts.append(_part(event.device, event.metrics))
+            arenas.append(int(event.metrics["arena-bytes"]))  # type: ignore[arg-type]
         elif event.kind == "lost":
             lost[event.device] = event.reason
         if on_event is not None:
@@ -279,6 +282,7 @@ def run(
                 lost=dict(lost),
                 bytes_up=grid.traffic.bytes_up - up,
                 bytes_down=grid.traffic.bytes_down - down,
+                arena_bytes=max(arenas, default=None),
                 seconds=(now - began).total_seconds(),
             )
             lineage.round(
@@ -298,6 +302,7 @@ def run(
             asked.clear()
             parts.clear()
             lost.clear()
+            arenas.clear()
             if on_round is not None:
                 on_round(this)
             if there := grid.wait_for_nodes(1, 0):  # the fleet may have shrunk or grown

@@ -1,6 +1,7 @@
 """`tinyfleet demo`, whole and interrupted; what `tinyfleet run` says to mistakes; the plot."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 import tinyfleet
 from edge import tasks
 from ontology.lineage import Part
+from server.demo import why_no_board
 from server.evaluate import Score
 from server.run import Round
 from server.show import plot
@@ -44,6 +46,38 @@ def test_the_demo_shows_a_fleet_from_its_devices_to_its_graph(tmp_path: Path) ->
     assert all(device in can_train for device in ("pi", "device-0", "device-1"))
     assert "2 rows" in last_round and "loss" in last_round
     assert "3 rows" in lineage
+
+
+@pytest.mark.slow
+def test_the_demo_with_an_emulated_board(tmp_path: Path) -> None:
+    if why_no_board() is not None:
+        pytest.skip(str(why_no_board()))
+    demo = start(tmp_path / "demo", "--rounds", "3", "--clients", "4", "--board")
+    said, wrong = demo.communicate(timeout=180)
+    assert demo.returncode == 0, wrong
+    assert "all 4 announced themselves" in said and "3/3: 4/4 clients" in said
+    assert re.search(r"^board +mps2-an386 ", said, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (os.environ.get("TINYFLEET_DATA") and Path(os.environ["TINYFLEET_DATA"], "omniglot").is_dir()),
+    reason="Omniglot is not in TINYFLEET_DATA",
+)
+def test_the_demo_on_omniglot(tmp_path: Path) -> None:
+    demo = start(tmp_path / "demo", "--rounds", "3", "--task", "omniglot")
+    said, wrong = demo.communicate(timeout=180)
+    assert demo.returncode == 0, wrong
+    assert "TinyMetaFed round 3/3: 2/2 clients" in said
+    assert (tmp_path / "demo" / "omniglot.png").exists()
+
+
+def test_a_machine_without_an_emulator_is_told_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert why_no_board() == (
+        "arm-none-eabi-gcc and qemu-system-arm not installed "
+        "(apt-get install gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm)"
+    )
 
 
 def test_a_demo_that_is_terminated_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -115,7 +149,7 @@ def test_what_run_cannot_use_is_said_before_it_begins(
 def test_a_method_has_one_colour_in_the_whole_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, _path, **_: figures.append(figure))
-    rounds = [Round(i, 1, [Part("a", loss=1 / i)], {}, 1000, 1000, 0.1) for i in (1, 2)]
+    rounds = [Round(i, 1, [Part("a", loss=1 / i)], {}, 1000, 1000, 9256, 0.1) for i in (1, 2)]
     scores = [Score(shots, np.array([0.5, 0.6])) for shots in (1, 5)]
     starts = {"meta-learned (TinyMetaFed)": scores, "random weights": scores, "FedAvg's global model": scores}
     plot(tmp_path / "plot.png", "title", {"TinyMetaFed": rounds, "FedAvg": rounds}, starts)

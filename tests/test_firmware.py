@@ -44,6 +44,7 @@ from edge.session import Session
 from edge.tasks import ClientData
 from firmware_tools import boards, build, emulate
 from firmware_tools.gateway import Gateway
+from server.serve import FleetServer
 
 ROOT = Path(__file__).parents[1]
 BOARDS = ["mps2-an385", "mps2-an386", "mps2-an500"]
@@ -620,6 +621,17 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
         stop.set()
         thread.join(LIMIT)
     observer.session.close()
+
+
+def test_the_known_boards_go_into_the_graph(tmp_path: Path) -> None:
+    with FleetServer(tmp_path, "test", port=0) as server:
+        words = ["-m", "tinyfleet", "firmware", "boards", "--describe", "--json", "--data", str(tmp_path)]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+        assert {board["id"] for board in json.loads(done.stdout)} == set(boards.known())
+        rows = server.store.query(
+            "PREFIX tf: <https://w3id.org/tinyfleet#> SELECT ?ram { ?b tf:boardId 'mps2-an386' ; tf:ramBytes ?ram }"
+        )
+        assert rows.column("ram") == [4_194_304]
 
 
 def test_a_line_or_broker_that_is_not_there_is_named(firmware: Callable[[str], Path]) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.program import Dense, Program, ReLU, build
+from edge.thing import VIRTUAL
 from ontology import describe
 from ontology.describe import DescribeError, ModelDescription
 from ontology.names import Iri
 from ontology.shapes import ShapeError
 from ontology.store import EmbeddedStore
 
-BOARDS = Path(__file__).parents[1] / "firmware_tools" / "boards"
 PREFIXES = """PREFIX tf: <https://w3id.org/tinyfleet#>
 PREFIX rdf: <http://www.w3.org/1999/02/22-rdf-syntax-ns#>
 PREFIX schema: <https://schema.org/>
@@ -42,32 +43,24 @@ def mlp() -> Program:
 # ------------------------------------------------------------------------------------------------------------- boards
 
 
-def test_every_board_of_the_project_is_described() -> None:
+def test_a_board_is_described_once() -> None:
     with EmbeddedStore() as store:
-        boards = describe.put_boards(store, BOARDS)
-        assert len(boards) == len(list(BOARDS.glob("*.toml"))) > 2
-        rows = store.query(PREFIXES + "SELECT ?ram { ?b a tf:Board ; tf:boardId 'mps2-an386' ; tf:ramBytes ?ram }")
-        assert rows.column("ram") == [4_194_304]
+        describe.put_board(store, VIRTUAL)
+        rows = store.query(
+            PREFIXES
+            + "SELECT ?ram ?clock { ?b tf:boardId 'virtual' ; tf:ramBytes ?ram OPTIONAL { ?b tf:clockHz ?clock } }"
+        )
+        assert list(rows) == [{"ram": VIRTUAL.ram_bytes}], "a clock that is not known is absent"
         before = len(store)
-        describe.put_boards(store, BOARDS)
+        describe.put_board(store, VIRTUAL)
         assert len(store) == before
 
 
-def test_a_board_that_cannot_be_right_is_refused(tmp_path: Path) -> None:
-    good = 'id = "b"\ntitle = "B"\nmcu = "m"\nram_bytes = 1\nflash_bytes = 1\n'
+def test_a_board_that_cannot_be_right_is_refused() -> None:
     with EmbeddedStore() as store:
-        for text, error, reason in (
-            (good.replace("ram_bytes = 1", "ram_bytes = 0"), ShapeError, "tf:ramBytes: one whole number"),
-            (good.replace("ram_bytes = 1\n", ""), DescribeError, "does not say the board's 'ram_bytes'"),
-            (good + "sensors = 5", DescribeError, "is no board's file"),
-            ("[", DescribeError, "is no board's file"),
-        ):
-            (tmp_path / "b.toml").write_text(text)
-            with pytest.raises(error, match=reason):
-                describe.put_boards(store, tmp_path)
+        with pytest.raises(ShapeError, match="tf:ramBytes: one whole number"):
+            describe.put_board(store, replace(VIRTUAL, ram_bytes=0))
         assert len(store) == 0
-        with pytest.raises(DescribeError, match="cannot be read"):
-            describe.read_board(tmp_path / "none.toml")
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
