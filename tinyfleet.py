@@ -26,6 +26,10 @@ COMMANDS = {
 }
 
 
+#: folder -> the extras that bring what its commands need
+EXTRAS = {"edge": "edge", "server": "edge,server,firmware", "ontology": "server", "firmware_tools": "edge,firmware"}
+
+
 class Commands(click.Group):
     """The commands of COMMANDS, imported on use."""
 
@@ -68,6 +72,14 @@ def main() -> None:
         cli()
     except UserError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        needs = next((EXTRAS[COMMANDS[word][0].split(".")[0]] for word in sys.argv[1:] if word in COMMANDS), "dev")
+        if (error.name or "").split(".")[0] in EXTRAS:
+            raise
+        click.echo(
+            f"error: this needs {error.name}, which is not installed: pip install 'tinyfleet[{needs}]'", err=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

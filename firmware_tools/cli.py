@@ -22,8 +22,6 @@ from edge.errors import UserError
 from firmware_tools import boards, emulate
 from firmware_tools import build as building
 from firmware_tools.gateway import Gateway
-from ontology.cli import open_store
-from ontology.describe import put_board
 
 app = typer.Typer(
     add_completion=False,
@@ -53,6 +51,9 @@ def list_boards(
     """
     known = [boards.load(name) for name in boards.known()]
     if describe:
+        from ontology.cli import open_store  # a machine beside a board may have no graph store
+        from ontology.describe import put_board
+
         with open_store(data) as store:
             for target in known:
                 put_board(store, target.board)

@@ -53,6 +53,26 @@ def test_edge_imports_without_tensorflow_and_flower() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("words", "lacks", "extras"),
+    [
+        (["query", "clients"], "pyoxigraph", "server"),
+        (["server"], "pyoxigraph", "edge,server,firmware"),
+        (["gateway", "--port", "x"], "serial", "edge,firmware"),
+    ],
+)
+def test_a_command_whose_packages_are_missing_says_how_to_get_them(words: list[str], lacks: str, extras: str) -> None:
+    code = f"import sys; sys.modules[{lacks!r}] = None; sys.argv[1:] = {words!r}; import tinyfleet; tinyfleet.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = f"error: this needs {lacks}, which is not installed: pip install 'tinyfleet[{extras}]'\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_a_gateway_needs_no_graph_store() -> None:
+    code = "import sys; sys.modules['pyoxigraph'] = None; import firmware_tools.cli, firmware_tools.model_cli"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("lock", sorted(ROOT.glob("*.lock")), ids=lambda path: path.name)
 def test_a_lock_file_has_hashes_and_no_index_address(lock: Path) -> None:
     text = lock.read_text()
