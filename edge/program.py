@@ -413,6 +413,9 @@ def _assemble(ops: Sequence[_Op], loss: Loss, weights: Mapping[str, NDArray[Any]
         parts[trains].append(array.tobytes())
 
     where = plan(ops, loss)
+    sizes = [sum(op.params for op in ops if op.trainable is trains) for trains in (True, False)]
+    if max(*sizes, where.size) > MAX_FLOATS:
+        raise ProgramError(f"the model needs more than {MAX_FLOATS} floats; make it smaller")
     counts = {True: 0, False: 0}
     records = []
     for i, op in enumerate(ops):
@@ -423,8 +426,6 @@ def _assemble(ops: Sequence[_Op], loss: Loss, weights: Mapping[str, NDArray[Any]
             )
         )  # fmt: skip
         counts[op.trainable] += op.params
-    if max(*counts.values(), where.size) > MAX_FLOATS:
-        raise ProgramError(f"the model needs more than {MAX_FLOATS} floats; make it smaller")
     body = b"".join([*records, *parts[True], *parts[False]])
     rest = struct.pack(
         "<HBBHHHHIIII", len(ops), LOSSES.index(loss) + 1, int(carries), *ops[0].in_shape, 0, counts[True],

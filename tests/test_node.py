@@ -342,6 +342,21 @@ def test_sparse_replies_need_room_for_the_weights() -> None:
     assert replies(do(node, work(update=UpdateFormat(top=0.5)))) == [Failed(7, ErrorCode.ROOM)]
     assert serve(node, work(update=UpdateFormat()))
 
+    layer = {"dense_0/weights": np.ones((3, 6), np.float32), "dense_0/bias": np.zeros(3, np.float32)}
+    frozen = build([DenseLayer(3)], (6,), "softmax_cross_entropy", trainable=[], weights=layer)
+    node, order = mote(frozen, sparse=False), work(model=frozen.model_id, update=UpdateFormat(top=0.5))
+    assert replies(do(node, order)) == [Failed(7, ErrorCode.ROOM)], "not even of no weights"
+
+
+@both
+def test_samples_that_are_no_targets_of_the_model_are_not_learned(make: Make) -> None:
+    regression = build([DenseLayer(3)], (6,), "mse")
+    node, order = make(regression), work(model=regression.model_id)
+    do(node, order)
+    (failed,) = replies(deliver(node, broadcast(order, regression.initial(0))))
+    assert isinstance(failed, Failed) and failed.error is ErrorCode.ENGINE
+    assert node.counters.samples == 0
+
 
 @both
 @pytest.mark.parametrize("top", [0.0, -1.0, 1.5, float("nan")])

@@ -212,6 +212,7 @@ BAD_MODELS = {
     "too large a flatten": ([p.Flatten()], (256, 256, 1), "mse", {}, "65535"),
     "a dense layer on an image": ([p.Dense(1)], (4, 4, 1), "mse", {}, "Flatten"),
     "no units": ([p.Dense(0)], (4,), "mse", {}, "65535"),
+    "more parameters than a field can count": ([p.Dense(65535)] * 3, (65535,), "mse", {}, "smaller"),
     "a kernel larger than its input": ([p.Conv2D(1, 5)], (4, 4, 1), "mse", {}, "padding='same'"),
     "a stride of 0": ([p.Conv2D(1, 3, 0)], (4, 4, 1), "mse", {}, "1 to 255"),
     "a padding that is not there": ([p.MaxPool2D(2, 2, "full")], (4, 4, 1), "mse", {}, "'valid' or 'same'"),  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ int mote_train_mask(mote_t *m, uint32_t layers)
     return MOTE_OK;
 }
 
-static int all_finite(const float *x, size_t n)
+int mote_all_finite(const float *x, size_t n)
 {
     for (size_t j = 0; j < n; j++) {
         if (!mote_finite(x[j])) {
@@ -168,7 +168,7 @@ static uint32_t first_trained(const mote_t *m)
 
 int mote_infer(mote_t *m, const float *x, const float **y)
 {
-    if (m == NULL || x == NULL || y == NULL || !all_finite(x, mote_inputs(m))) {
+    if (m == NULL || x == NULL || y == NULL || !mote_all_finite(x, mote_inputs(m))) {
         return MOTE_ERR_ARGUMENT;
     }
     *y = forward(m, x);
@@ -182,7 +182,7 @@ int mote_infer(mote_t *m, const float *x, const float **y)
 
 int mote_loss(mote_t *m, const float *x, const float *target, float *loss, const float **y)
 {
-    if (m == NULL || x == NULL || target == NULL || loss == NULL || y == NULL || !all_finite(x, mote_inputs(m))) {
+    if (m == NULL || x == NULL || target == NULL || loss == NULL || y == NULL || !mote_all_finite(x, mote_inputs(m))) {
         return MOTE_ERR_ARGUMENT;
     }
     const mote_header_t *header = mote_header(m);
@@ -192,7 +192,7 @@ int mote_loss(mote_t *m, const float *x, const float *target, float *loss, const
             return MOTE_ERR_TARGET;
         }
         class = (uint32_t)target[0];
-    } else if (!all_finite(target, n)) {
+    } else if (!mote_all_finite(target, n)) {
         return MOTE_ERR_TARGET;
     }
     *y = forward(m, x);

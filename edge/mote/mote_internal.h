@@ -108,6 +108,9 @@ static inline int mote_finite(float v)
     return v - v == 0.0f;
 }
 
+/* 1 if all n numbers are. */
+int mote_all_finite(const float *x, size_t n);
+
 /* x, y: an op's input and output; dy, dx: the loss's gradients with respect to them. w: weights, then bias. */
 void mote_dense(const mote_op_t *op, const float *w, const float *x, float *y);
 void mote_conv2d(const mote_op_t *op, const float *w, const float *x, float *y);

@@ -85,15 +85,20 @@ static int is_pointwise(const mote_op_t *op)
     return op->kind == MOTE_RELU || op->kind == MOTE_TANH;
 }
 
+/* The op behind op i that computes with its output, past flattens; count if that is the loss. */
+static uint32_t reader(const plan_t *p, uint32_t i)
+{
+    do {
+        i++;
+    } while (i < p->count && p->ops[i].kind == MOTE_FLATTEN);
+    return i;
+}
+
 /* The output of op i, which is no flatten, and of the flattens behind it. */
 static tensor_t value(const plan_t *p, uint32_t i)
 {
-    tensor_t t = {p->ops[i].out, mote_out_size(&p->ops[i]), i, 0};
-    uint32_t next = i + 1;
-    while (next < p->count && p->ops[next].kind == MOTE_FLATTEN) {
-        next++;
-    }
-    t.death = next;
+    uint32_t next = reader(p, i);
+    tensor_t t = {p->ops[i].out, mote_out_size(&p->ops[i]), i, next};
     if (is_pointwise(&p->ops[i]) && i > p->first) {
         t.death = 2 * p->count - i;
     } else if (next < p->count &&
@@ -106,12 +111,7 @@ static tensor_t value(const plan_t *p, uint32_t i)
 /* The gradient with respect to that output. Asked for only where i >= first. */
 static tensor_t gradient(const plan_t *p, uint32_t i)
 {
-    tensor_t t = {p->ops[i].grad, mote_out_size(&p->ops[i]), 0, 2 * p->count - i};
-    uint32_t next = i + 1;
-    while (next < p->count && p->ops[next].kind == MOTE_FLATTEN) {
-        next++;
-    }
-    t.birth = 2 * p->count - next;
+    tensor_t t = {p->ops[i].grad, mote_out_size(&p->ops[i]), 2 * p->count - reader(p, i), 2 * p->count - i};
     return t;
 }
 

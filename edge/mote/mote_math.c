@@ -14,7 +14,7 @@ static float from_bits(uint32_t bits)
     return value;
 }
 
-/* e^x. Results below the normal range are 0; above 88 it stays at e^88. */
+/* e^x. Below -87, just above the subnormal results, it is 0; above 88 it stays at e^88. */
 float mote_expf(float x)
 {
     if (!(x >= -87.0f)) {

@@ -294,7 +294,8 @@ static uint32_t work_error(const mote_node_t *n, const struct work *work, int32_
         return NO_ROOM;
     }
     if (work->work_order_choice == work_order_train_m_c && work->work_update_choice == work_update_update_format_m_c &&
-        work->work_update_update_format_m.update_format_top < 1.0f && n->config.base_count < params) {
+        work->work_update_update_format_m.update_format_top < 1.0f &&
+        (n->config.base == NULL || n->config.base_count < params)) {
         return NO_ROOM;
     }
     for (size_t i = 0; i < work->work_phases_phase_m_count; i++) {
@@ -418,28 +419,19 @@ static void receive_do(mote_node_t *n, const uint8_t *payload, size_t size)
 
 /* ---------------------------------------------------------------------------------------------------------- chunks */
 
-static int weights_are_finite(const mote_node_t *n)
-{
-    for (uint32_t i = 0; i < mote_header(&n->mote)->params; i++) {
-        if (!mote_finite(n->mote.arena[i])) {
-            return 0;
-        }
-    }
-    return 1;
-}
-
 /* All weights are there. */
 static void start_learning(mote_node_t *n)
 {
+    uint32_t params = mote_header(&n->mote)->params;
     leave_chunks(n);
     n->measured = 1;
     n->at_phase = n->at_step = 0;
     n->learned = n->queried = n->correct = 0;
     n->loss = n->query_loss = 0.0f;
     if (n->update && mote_is_sparse(n)) {
-        memcpy(n->config.base, n->mote.arena, mote_header(&n->mote)->params * sizeof(float));
+        memcpy(n->config.base, n->mote.arena, params * sizeof(float));
     }
-    if (!weights_are_finite(n)) {
+    if (!mote_all_finite(n->mote.arena, params)) {
         finish(n, DIVERGED, 0);
         return;
     }
@@ -543,6 +535,8 @@ int mote_node_init(mote_node_t *n, const mote_node_config_t *c)
     if (error != MOTE_OK) {
         return error;
     }
+    /* Not numbers: what a source leaves out makes the engine refuse the sample. */
+    memset(c->sample, 0xff, c->sample_count * sizeof *c->sample);
     return mote_inputs(&n->mote) + mote_targets(&n->mote) <= c->sample_count ? MOTE_OK : MOTE_ERR_ARGUMENT;
 }
 

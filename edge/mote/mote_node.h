@@ -18,8 +18,9 @@
 #define MOTE_OUT 256u  /* the least room for one outgoing payload */
 #define MOTE_RECENT 8u /* orders remembered, so that a late double of one is known */
 
-/* Where samples come from. open starts the task of this seed (a sensor may ignore it); next fills x and y and returns
- * 1, or returns 0 if no sample is there yet. query asks for samples that are never learned from. */
+/* Where samples come from. open starts the task of this seed (a sensor may ignore it); next fills x and y (mote_inputs
+ * and mote_targets floats) and returns 1, or returns 0 if no sample is there yet. query asks for samples that are never
+ * learned from. */
 typedef struct {
     void *context;
     int (*open)(void *context, uint32_t seed); /* MOTE_OK or an error */
@@ -40,7 +41,7 @@ typedef struct {
     size_t base_count; /* floats */
     float *sample;     /* room for one input and one target */
     size_t sample_count;
-    uint8_t *adopted; /* room for a program received over the air, or NULL: then the built-in one stays */
+    uint8_t *adopted; /* room for a program over the air, aligned to 4 bytes; or NULL: then the built-in one stays */
     size_t adopted_size;
     uint8_t *out; /* room for one outgoing payload, at least MOTE_OUT bytes; larger updates go in parts */
     size_t out_size;

@@ -30,7 +30,7 @@ int mote_stream_open(mote_stream_t *s, uint32_t seed);
 /* The next sample: x gets size floats, y the label. query != 0 draws from the kept quarter. */
 void mote_stream_next(mote_stream_t *s, int query, float *x, float *y);
 
-/* The stream as a node's source of samples. Its size must be the inputs of the node's program. */
+/* The stream as a node's source of samples, for a program of that many inputs and one target: the label. */
 mote_source_t mote_stream_source(mote_stream_t *s);
 
 #endif
