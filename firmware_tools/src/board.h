@@ -14,8 +14,17 @@ void board_reset(void) __attribute__((noreturn));
 void board_fault(void) __attribute__((noreturn));
 
 /* Interrupts off, and on again. Between the two, board_sleep returns as soon as an interrupt is pending. */
-static inline void board_mask(void) { __asm volatile("cpsid i" ::: "memory"); }
-static inline void board_unmask(void) { __asm volatile("cpsie i" ::: "memory"); }
-static inline void board_sleep(void) { __asm volatile("dsb\n\twfi" ::: "memory"); }
+static inline void board_mask(void)
+{
+    __asm volatile("cpsid i" ::: "memory");
+}
+static inline void board_unmask(void)
+{
+    __asm volatile("cpsie i" ::: "memory");
+}
+static inline void board_sleep(void)
+{
+    __asm volatile("dsb\n\twfi" ::: "memory");
+}
 
 #endif

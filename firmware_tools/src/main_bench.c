@@ -1,7 +1,7 @@
 /* How many instructions one training step takes. Prints `name value` lines through semihosting and ends.
  *
- * Time is the 24-bit SysTick counter, extended by its wraps. In an emulator whose clock runs by instructions a tick is a
- * fixed number of them: `loop_instructions` and `loop_ticks` of a plain loop tell the reader which.
+ * Time is the 24-bit SysTick counter, extended by its wraps. In an emulator whose clock runs by instructions a tick is
+ * a fixed number of them: `loop_instructions` and `loop_ticks` of a plain loop tell the reader which.
  */
 #include <stddef.h>
 
@@ -23,9 +23,15 @@ static float sample[DEVICE_INPUTS];
 static volatile uint32_t wraps;
 
 void systick_interrupt(void);
-void systick_interrupt(void) { wraps++; }
+void systick_interrupt(void)
+{
+    wraps++;
+}
 
-void board_fault(void) { semihost_exit(70); }
+void board_fault(void)
+{
+    semihost_exit(70);
+}
 
 static uint64_t ticks(void)
 {

@@ -13,7 +13,10 @@
 float mote_arena[DEVICE_ARENA_BYTES / sizeof(float)];
 static float sample[DEVICE_INPUTS];
 
-void board_fault(void) { semihost_exit(70); }
+void board_fault(void)
+{
+    semihost_exit(70);
+}
 
 static void check(int status)
 {

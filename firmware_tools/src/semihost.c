@@ -10,7 +10,10 @@ static void call(int operation, const void *argument)
     __asm volatile("bkpt 0xAB" : "+r"(r0) : "r"(r1) : "memory");
 }
 
-void semihost_print(const char *text) { call(SYS_WRITE0, text); }
+void semihost_print(const char *text)
+{
+    call(SYS_WRITE0, text);
+}
 
 void semihost_number(uint64_t value, unsigned base)
 {

@@ -44,11 +44,20 @@ void board_start(void)
     board_fault(); /* no program returns */
 }
 
-static void fault(void) { board_fault(); }
+static void fault(void)
+{
+    board_fault();
+}
 
 /* Programs that use neither the clock nor the UART leave these out. */
-__attribute__((weak)) void systick_interrupt(void) { board_fault(); }
-__attribute__((weak)) void uart_interrupt(void) { board_fault(); }
+__attribute__((weak)) void systick_interrupt(void)
+{
+    board_fault();
+}
+__attribute__((weak)) void uart_interrupt(void)
+{
+    board_fault();
+}
 
 typedef void (*vector_t)(void);
 

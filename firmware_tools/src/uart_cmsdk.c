@@ -18,8 +18,8 @@ enum { TX_ENABLE = 1u << 0, RX_ENABLE = 1u << 1, RX_INTERRUPT = 1u << 3 };
 enum { CLEAR_RX = 1u << 1 };
 
 static volatile uint8_t ring[UART_RING]; /* volatile, as the counters: filled before `written` says so */
-static volatile uint32_t written; /* by the interrupt */
-static volatile uint32_t read;    /* by uart_read */
+static volatile uint32_t written;        /* by the interrupt */
+static volatile uint32_t read;           /* by uart_read */
 
 void uart_interrupt(void);
 
@@ -59,7 +59,10 @@ size_t uart_read(uint8_t *bytes, size_t size)
     return got;
 }
 
-int uart_ready(void) { return read != written; }
+int uart_ready(void)
+{
+    return read != written;
+}
 
 void uart_write(const uint8_t *bytes, size_t size)
 {
