@@ -111,12 +111,7 @@ class MoteNode:
         Topics(fleet).do(id)  # checks the names,
         DatasetStream(data)  # and this the data
         self.id = id
-        inputs = math.prod(program.input_shape)
-        if data.features.shape[1] != inputs:
-            raise UserError(
-                f"the samples have {data.features.shape[1]} features and the model takes {inputs}; choose the model "
-                "of the same task"
-            )
+        data.must_fit(program)
         description = json.dumps(td).encode()
         self._node: Any = ffi.new("mote_node_t *")
         self._stream: Any = ffi.new("mote_stream_t *")
@@ -143,7 +138,9 @@ class MoteNode:
         config.arena, config.arena_size = keep(ffi.new("uint32_t[]", arena_bytes // 4)), arena_bytes // 4 * 4
         if sparse:
             config.base, config.base_count = keep(ffi.new("float[]", arena_bytes // 4)), arena_bytes // 4
-        config.sample_count = inputs + math.prod(program.output_shape)  # a target is one class, or all outputs
+        config.sample_count = math.prod(program.input_shape) + math.prod(
+            program.output_shape
+        )  # a target is one class, or all outputs
         config.sample = keep(ffi.new("float[]", config.sample_count))
         if adopt_bytes:
             adopted = keep(ffi.new("uint32_t[]", adopt_bytes // 4))

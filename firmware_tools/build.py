@@ -225,12 +225,7 @@ def build(
         Topics(fleet).do(device_id)
     except ProtocolError as error:
         raise UserError(str(error)) from error
-    inputs = math.prod(program.input_shape)
-    if data.features.shape[1] != inputs:
-        raise UserError(
-            f"the samples have {data.features.shape[1]} features and the model takes {inputs}; choose the model of the "
-            "same task"
-        )
+    data.must_fit(program)
     td = thing_description(
         fleet,
         device_id,

@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Server:
         """The next message of this topic that is wanted; others are dropped."""
         decoders: dict[str, Callable[[bytes], Any]] = {"status": decode_status, "did": decode_did, "td": json.loads}
         decode = decoders[topic.rsplit("/", 1)[1]]
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while True:
             name, payload = self._messages.get(timeout=max(0.0, end - time.monotonic()))
             if name == topic and wanted(message := decode(payload)):
@@ -213,17 +214,26 @@ def test_two_of_one_name_are_warned(server: Server, broker: Broker, caplog: pyte
     assert all(one.join(10) for one in devices)
 
 
-def command(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tinyfleet.py"), *arguments],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+Command = Callable[..., "subprocess.Popen[str]"]
 
 
-def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, broker: Broker) -> None:
+@pytest.fixture
+def command() -> Iterator[Command]:
+    """Starts the command with these arguments; it ends with the test at the latest."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str) -> subprocess.Popen[str]:
+            words = [sys.executable, str(ROOT / "tinyfleet.py"), *arguments]
+            process = stack.enter_context(
+                subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            )
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, broker: Broker, command: Command) -> None:
     address = f"{broker[0]}:{broker[1]}"
     process = command("device", "--count", "2", "--prefix", "v", "--broker", address)
     server.status("v-0", online=True)
@@ -234,12 +244,12 @@ def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, br
     late: queue.Queue[bytes] = queue.Queue()
     session = Session(*broker, "late", on_message=lambda _topic, payload: late.put(payload))
     session.subscribe(TOPICS.status("v-1"))
-    assert not decode_status(late.get(timeout=10)).online, "retained: who comes later sees it too"
+    assert not decode_status(late.get(timeout=60)).online, "retained: who comes later sees it too"
     session.close()
 
 
 @pytest.mark.parametrize(("what", "number"), [("device", signal.SIGTERM), ("agent", signal.SIGINT)])
-def test_a_command_ends_cleanly(server: Server, broker: Broker, what: str, number: int) -> None:
+def test_a_command_ends_cleanly(server: Server, broker: Broker, command: Command, what: str, number: int) -> None:
     named = ["--count", "2", "--prefix", "v"] if what == "device" else ["--id", "v-0"]
     process = command(what, *named, "--json", "--broker", f"{broker[0]}:{broker[1]}")
     status = server.status("v-0", online=True)
@@ -249,7 +259,7 @@ def test_a_command_ends_cleanly(server: Server, broker: Broker, what: str, numbe
     assert described["tf:model"] == {"@id": f"urn:tinyfleet:model:{status.model.hex()}"}
     assert described["id"] == "urn:tinyfleet:home:v-0" and described["tf:arenaBytes"] > 0
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == ""
     assert json.loads(out.splitlines()[0]) == {"device": "v-0", "model": status.model.hex()}
     server.status("v-0", online=False)

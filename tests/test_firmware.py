@@ -222,7 +222,7 @@ class Observer:
 def joined(port: str, broker: tuple[str, int]) -> Iterator[Gateway]:
     """A gateway between a serial line and a broker, once the board on it has announced itself."""
     gateway, stop = Gateway(port, broker), threading.Event()
-    thread = threading.Thread(target=gateway.run, args=(stop,))
+    thread = threading.Thread(target=gateway.run, args=(stop,), daemon=True)
     thread.start()
     try:
         assert gateway.joined.wait(LIMIT)
@@ -347,7 +347,7 @@ def terminal(url: str) -> Iterator[str]:
                 while data := os.read(ours, 4096):
                     board.sendall(data)
 
-        threads = [threading.Thread(target=work) for work in (up, down)]
+        threads = [threading.Thread(target=work, daemon=True) for work in (up, down)]
         for thread in threads:
             thread.start()
         yield os.ttyname(theirs)
@@ -595,7 +595,7 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
     other = Topics(FLEET).status("other")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gateway, stop = Gateway(f"socket://127.0.0.1:{listener.getsockname()[1]}", broker), threading.Event()
-        thread = threading.Thread(target=gateway.run, args=(stop,))
+        thread = threading.Thread(target=gateway.run, args=(stop,), daemon=True)
         thread.start()
         line, _ = listener.accept()
         assert line.recv(4096)  # greeted: what arrives before the gateway has opened its end of the line is lost

@@ -251,7 +251,7 @@ def test_many_ask_while_one_writes(client: Client, served: Endpoint, filled: Emb
             if rows[0].get("l") != rows[0].get("r"):
                 errors.append(rows[0])
 
-    readers = [threading.Thread(target=read) for _ in range(3)]
+    readers = [threading.Thread(target=read, daemon=True) for _ in range(3)]
     for reader in readers:
         reader.start()
     writer = RemoteStore(served.url, TOKEN)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from edge import tasks
 from edge.errors import UserError
+from edge.program import Dense, Layer, Loss, build
 from edge.tasks import Episode, Task, omniglot
 
 needs_omniglot = pytest.mark.skipif(
@@ -67,6 +68,20 @@ def test_devices_share_no_digit() -> None:
     task = tasks.load("digits")
     shares = [task.client(index, 14).features for index in range(14)]
     assert sum(map(len, shares)) == sum(map(len, [task.client(0, 1).features]))
+
+
+@pytest.mark.parametrize(
+    ("layers", "inputs", "loss", "said"),
+    [
+        ([Dense(5)], 63, "softmax_cross_entropy", "the samples have 64 features and the model takes 63"),
+        ([Dense(4)], 64, "softmax_cross_entropy", "a task has 5 classes and the model 4"),
+        ([Dense(5)], 64, "mse", "a sample has one class and the model learns 5 values"),
+    ],
+)
+def test_samples_and_model_that_do_not_fit(layers: list[Layer], inputs: int, loss: Loss, said: str) -> None:
+    data = tasks.load("digits").client(0, 14)
+    with pytest.raises(UserError, match=said):
+        data.must_fit(build(layers, (inputs,), loss))
 
 
 def test_a_task_that_is_not_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,20 @@ class ClientData:
         """From one array [samples, size] a class."""
         starts = np.cumsum([0, *(len(c) for c in classes)]).astype(np.uint32)
         return cls(np.ascontiguousarray(np.concatenate(classes)), starts, scale, ways)
+
+    def must_fit(self, program: Program) -> None:
+        """Raises UserError unless this model can learn from these samples: their features, and a class for a target."""
+        has, takes, gives = self.features.shape[1], math.prod(program.input_shape), math.prod(program.output_shape)
+        if has != takes:
+            raise UserError(
+                f"the samples have {has} features and the model takes {takes}; choose the same task's model"
+            )
+        if program.loss == "mse" and gives > 1:
+            raise UserError(
+                f"a sample has one class and the model learns {gives} values; choose one that ends in softmax"
+            )
+        if program.loss != "mse" and gives < self.ways:
+            raise UserError(f"a task has {self.ways} classes and the model {gives}; choose the same task's model")
 
 
 @dataclass(frozen=True)
