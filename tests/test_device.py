@@ -93,6 +93,14 @@ class Server:
             if name == topic and wanted(message := decode(payload)):
                 return message
 
+    def online(self, *ids: str) -> None:
+        """Waits until all of them are, whoever is first."""
+        absent = {TOPICS.status(id) for id in ids}
+        while absent:
+            name, payload = self._messages.get(timeout=60)
+            if name in absent and decode_status(payload).online:
+                absent.remove(name)
+
     def status(self, id: str, online: bool) -> Status:
         status: Status = self.wait(TOPICS.status(id), lambda s: s.online == online)
         return status
@@ -236,8 +244,7 @@ def command() -> Iterator[Command]:
 def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, broker: Broker, command: Command) -> None:
     address = f"{broker[0]}:{broker[1]}"
     process = command("device", "--count", "2", "--prefix", "v", "--broker", address)
-    server.status("v-0", online=True)
-    server.status("v-1", online=True)
+    server.online("v-0", "v-1")
     process.kill()
     process.wait()
     assert not server.status("v-0", online=False).online
