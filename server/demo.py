@@ -118,10 +118,11 @@ def demo(
         console.print(f"\nplot        {picture}\n")
 
         model = model_iri(task.program.model_id)
+        number = runs["TinyMetaFed"].run
         questions: tuple[tuple[str, str, dict[str, Iri | int]], ...] = (
             ("Which devices can train this model?", "trainable", {"model": model}),
-            ("Which ran the last round, and with what loss?", "last-round", {}),
-            ("Where does the model come from?", "lineage", {"run": runs["TinyMetaFed"].run}),
+            ("Which ran the last round, and with what loss?", "last-round", {"run": number}),
+            ("Where does the model come from?", "lineage", {"run": number}),
         )
         for question, query, given in questions:
             options = "".join(f" --param {name}={value}" for name, value in given.items())
