@@ -98,6 +98,7 @@ def demo(
         starts = {
             "meta-learned (TinyMetaFed)": runs["TinyMetaFed"].parameters,
             "random weights": task.program.initial(seed),
+            "random weights, head at 0": runs["TinyMetaFed"].start,  # which alone is worth something at few shots
             "FedAvg's global model": runs["FedAvg"].parameters,
         }
         with console.status("adapting every start to held-out tasks"):

@@ -137,9 +137,10 @@ class Round:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run that has ended: its number, the parameters, and its rounds."""
+    """A run that has ended: its number, the parameters that it began with and that it learned, and its rounds."""
 
     run: int
+    start: Vector
     parameters: Vector
     rounds: Sequence[Round]
 
@@ -318,7 +319,7 @@ def run(
             evaluate_fn=close,
         )
         lineage.end(number)
-    return Outcome(number, newest, done)
+    return Outcome(number, vector, newest, done)
 
 
 def _part(device: str, metrics: MetricRecord) -> Part:

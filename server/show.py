@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -98,8 +99,9 @@ def plot(path: Path, title: str, runs: Mapping[str, Sequence[Round]], results: M
         (line,) = learning.plot(kilobytes, losses, label=name)
         colours[name] = line.get_color()
     learning.set(xlabel="sent by all devices (kB)", ylabel="mean loss on the devices", xscale="log")
+    greys = itertools.cycle(("grey", "silver"))
     for name, row in results.items():
-        colour = next((colour for run, colour in colours.items() if run in name), "grey")
+        colour = next((colour for run, colour in colours.items() if run in name), None) or next(greys)
         shots = [score.shots for score in row]
         means, errors = [100 * score.mean for score in row], [100 * half_width(score) for score in row]
         adapting.errorbar(shots, means, errors, marker="o", capsize=3, label=name, color=colour)
