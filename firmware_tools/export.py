@@ -22,12 +22,12 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.program import AvgPool2D, Conv2D, Dense, Flatten, MaxPool2D, ReLU, Tanh
+from edge.program import AvgPool2D, Conv2D, Dense, Flatten, Layer, MaxPool2D, ReLU, Tanh
 from firmware_tools.compiler import CROSS_ENTROPY, CompileError, Network, read_network, weights_from_keras
 
 #: A TensorFlow tensor; TensorFlow has no types of its own to check against.
@@ -141,7 +141,7 @@ def export_network(
         return bytes(converter.convert())
 
 
-def _operation(tf: Any, op: Any, x: Tensor, *pair: Tensor) -> tuple[Tensor, Backward]:
+def _operation(tf: Any, op: Layer, x: Tensor, *pair: Tensor) -> tuple[Tensor, Backward]:
     """One operation's output and backward pass."""
     match op:
         case Dense():
@@ -158,7 +158,7 @@ def _operation(tf: Any, op: Any, x: Tensor, *pair: Tensor) -> tuple[Tensor, Back
         case Tanh():
             y = tf.tanh(x)
             return y, lambda d: (d * (1.0 - y * y), [])
-    raise NotImplementedError(op)
+    assert_never(op)
 
 
 def _dense(tf: Any, x: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Backward]:

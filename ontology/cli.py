@@ -205,19 +205,30 @@ def _value(text: str) -> Value:
     return text
 
 
+def find_server(data: Path) -> dict[str, str]:
+    """What a running server says of itself in its data directory: broker, endpoint, token, fleet; empty if none does.
+
+    Raises UserError if the file is damaged."""
+    path = data / SERVER
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return {"endpoint": said["endpoint"], **{str(key): str(value) for key, value in said.items()}}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not say where the server is ({error!r}); start the server again") from None
+
+
 def open_store(data: Path, endpoint: str | None = None) -> Store:
     """The graph of the server that runs on a data directory (its owner may update it), or, if none does, on disk."""
     if endpoint is not None:
         return RemoteStore(endpoint)
-    server, graph = data / SERVER, data / GRAPH
-    if server.exists():
+    graph = data / GRAPH
+    if server := find_server(data):
         try:
-            said = json.loads(server.read_text(encoding="utf-8"))
-            remote = RemoteStore(said["endpoint"], said.get("token"))
+            remote = RemoteStore(server["endpoint"], server.get("token"))
             remote.ask("ASK { }")
             return remote
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{server} does not say where the server is ({error!r}); start the server again") from None
         except Unreachable:  # the server has died and left its address behind; if it is only slow, it holds the graph
             if not graph.is_dir():
                 raise

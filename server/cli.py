@@ -18,7 +18,7 @@ from edge import tasks
 from edge.cli import BrokerOption, DataOption, TaskOption, broker_address
 from edge.errors import UserError
 from edge.program import Program, ProgramError
-from ontology.cli import read_query
+from ontology.cli import find_server, read_query
 from ontology.names import fleet_name
 from ontology.store import RemoteStore
 
@@ -103,7 +103,6 @@ def run(
     from server.flower import log_level
     from server.run import Round, method
     from server.run import run as run_rounds
-    from server.serve import find
 
     log_level(logging.ERROR)  # the rounds are shown below
     if out is not None and not out.parent.is_dir():
@@ -111,8 +110,8 @@ def run(
     what = tasks.load(task)
     how = method(strategy, what, rounds=rounds, clients=clients, seed=seed)
     begin = None if start is None else _parameters(start, what.program)
-    found = find(data)
-    if "endpoint" not in found:
+    found = find_server(data)
+    if not found:
         raise UserError(f"no server runs on {data}; start one with `tinyfleet server --data {data}`")
     sparql = read_query(select)
     console = Console(highlight=False, quiet=as_json)

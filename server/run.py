@@ -306,7 +306,8 @@ def run(
             arenas.clear()
             if on_round is not None:
                 on_round(this)
-            if there := grid.wait_for_nodes(1, 0):  # the fleet may have shrunk or grown
+            # The fleet may have shrunk or grown; only Flower's strategies need to be told.
+            if isinstance(how.strategy, FedAvg) and (there := grid.wait_for_nodes(1, 0)):
                 limit_clients(how.strategy, clients, len(there))
             return None
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from edge.errors import UserError
 from edge.protocol import ProtocolError, Topics, decode_status
 from edge.session import Session
 from ontology.cli import GRAPH, SERVER
@@ -122,17 +121,3 @@ class FleetServer:
             if self._online.get(device) != online:
                 self._online[device] = online
                 self._on_news(f"{device}: {'online' if online else 'offline'}")
-
-
-def find(data: Path) -> dict[str, str]:
-    """What a running server says of itself in its data folder: broker, endpoint, token, fleet; empty if none runs.
-
-    Raises UserError if the file is damaged."""
-    path = data / SERVER
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not say where the server is ({error}); start the server again") from None
-    return {str(key): str(value) for key, value in said.items()} if isinstance(said, dict) else {}
