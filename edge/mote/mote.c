@@ -1,56 +1,128 @@
 /* The engine: runs a checked program forward, and backward with the update of every layer that trains. */
+#include <string.h>
+
 #include "mote_internal.h"
 
 size_t mote_inputs(const mote_t *m)
 {
-    return mote_in_size(&mote_ops(m)[0]);
+    return mote_size(mote_tensor(m, mote_header(m)->input));
 }
 
 size_t mote_outputs(const mote_t *m)
 {
-    return mote_out_size(&mote_ops(m)[mote_header(m)->ops - 1]);
+    return m->outputs;
 }
 
 size_t mote_targets(const mote_t *m)
 {
-    return mote_header(m)->loss == MOTE_CROSS_ENTROPY ? 1 : mote_outputs(m);
+    return mote_header(m)->loss == MOTE_CROSS_ENTROPY ? 1 : m->outputs;
+}
+
+int mote_input_type(const mote_t *m)
+{
+    return mote_tensor(m, mote_header(m)->input)->type;
+}
+
+int mote_output_type(const mote_t *m)
+{
+    return mote_tensor(m, mote_header(m)->output)->type;
 }
 
 float *mote_parameters(mote_t *m, size_t *count)
 {
+    int has_floats = !(mote_header(m)->flags & MOTE_TRAINS_INT8);
     if (count != NULL) {
-        *count = mote_header(m)->params;
+        *count = has_floats ? mote_header(m)->params / sizeof(float) : 0;
     }
-    return m->arena;
+    return has_floats ? (float *)(void *)m->arena : NULL;
+}
+
+/* The op of a layer that trains. */
+static const mote_op_t *op_of(const mote_t *m, uint32_t layer)
+{
+    const mote_op_t *op = mote_ops(m);
+    while (op->trained == 0 || op->layer != layer) {
+        op++;
+    }
+    return op;
 }
 
 int mote_layer(const mote_t *m, uint32_t layer, size_t *first, size_t *count)
 {
-    const mote_op_t *op = mote_ops(m);
     if (layer >= m->layers || first == NULL || count == NULL) {
         return MOTE_ERR_ARGUMENT;
     }
-    for (;; op++) {
-        if (mote_has_params(op) && layer-- == 0) {
-            break;
-        }
-    }
-    int trains = op->flags & MOTE_TRAINABLE;
-    *first = trains ? op->params : 0;
-    *count = trains ? mote_weights(op) + op->out_c : 0;
+    uint32_t begin = op_of(m, layer)->params;
+    uint32_t end = layer + 1 < m->layers ? op_of(m, layer + 1)->params : mote_header(m)->params;
+    *first = begin / sizeof(float);
+    *count = (end - begin) / sizeof(float);
     return MOTE_OK;
 }
 
-int mote_train_mask(mote_t *m, uint32_t layers)
+int mote_train_mask(mote_t *m, uint32_t layers, uint32_t biases_only)
 {
     if ((layers & ~m->trainable) != 0) {
         return MOTE_ERR_FROZEN;
     }
     m->mask = layers;
+    m->biases_only = biases_only;
     return MOTE_OK;
 }
 
-int mote_all_finite(const float *x, size_t n)
+int mote_grow(mote_t *m)
+{
+    if (m->outputs == mote_size(mote_tensor(m, mote_header(m)->logits))) {
+        return MOTE_ERR_FROZEN;
+    }
+    m->outputs++;
+    return MOTE_OK;
+}
+
+mote_weights_t mote_weights(const mote_t *m, const mote_op_t *op, uint32_t count, uint32_t skip)
+{
+    const float *constant = (const float *)(const void *)(mote_constants(m) + op->constants + skip);
+    float *trained = (float *)(void *)(m->arena + op->params);
+    float *update = m->to_momentum ? trained + mote_header(m)->params / sizeof(float) : trained;
+    mote_weights_t p = {constant, constant, NULL, NULL};
+    int trains = (m->mask >> op->layer & 1u) != 0;
+    if (op->flags & MOTE_TRAINS_WEIGHTS) {
+        p.w = trained;
+        if (trains && !(m->biases_only >> op->layer & 1u)) {
+            p.dw = update;
+        }
+        trained += count;
+        update += count;
+    } else {
+        p.b += count;
+    }
+    if (op->flags & MOTE_TRAINS_BIAS) {
+        p.b = trained;
+        if (trains) {
+            p.db = update;
+        }
+    }
+    return p;
+}
+
+static const mote_kernel_t *kernel_of(const mote_op_t *op)
+{
+    const mote_kernel_t *k = mote_kernels;
+    while (k->kind != op->kind) {
+        k++;
+    }
+    return k;
+}
+
+static const mote_loss_t *loss_of(const mote_header_t *h)
+{
+    const mote_loss_t *l = mote_losses;
+    while (l->loss != h->loss) {
+        l++;
+    }
+    return l;
+}
+
+static int all_finite(const float *x, size_t n)
 {
     for (size_t j = 0; j < n; j++) {
         if (!mote_finite(x[j])) {
@@ -60,173 +132,95 @@ int mote_all_finite(const float *x, size_t n)
     return 1;
 }
 
-static const float *weights_of(const mote_t *m, const mote_op_t *op)
+/* All ops; the output is not made of the logits yet. */
+static void forward(mote_t *m, const void *x)
 {
-    const mote_header_t *header = mote_header(m);
-    if (op->flags & MOTE_TRAINABLE) {
-        return m->arena + op->params;
+    const mote_op_t *op = mote_ops(m), *end = op + mote_header(m)->ops;
+    m->x = x;
+    for (; op < end; op++) {
+        kernel_of(op)->forward(m, op);
     }
-    return mote_floats(m) + (header->flags & MOTE_CARRIES_PARAMETERS ? header->params : 0) + op->params;
 }
 
-/* A tensor in the arena, or NULL. */
-static float *tensor(const mote_t *m, uint32_t offset)
+/* Backward from the logits' gradient down to the lowest layer in the mask, updating what the mask names. */
+static void backward(mote_t *m)
 {
-    return offset == MOTE_NONE ? NULL : mote_activations(m) + offset;
-}
-
-/* The input of op i: the output of the one before, or x. */
-static const float *input_of(const mote_t *m, uint32_t i, const float *x)
-{
-    const float *in = i == 0 ? NULL : tensor(m, mote_ops(m)[i - 1].out);
-    return in == NULL ? x : in;
-}
-
-/* All ops but the loss; returns the last op's output. */
-static const float *forward(const mote_t *m, const float *x)
-{
-    uint32_t ops = mote_header(m)->ops;
-    for (uint32_t i = 0; i < ops; i++) {
-        const mote_op_t *op = &mote_ops(m)[i];
-        const float *in = input_of(m, i, x);
-        float *out = tensor(m, op->out);
-        switch (op->kind) {
-        case MOTE_DENSE:
-            mote_dense(op, weights_of(m, op), in, out);
-            break;
-        case MOTE_CONV2D:
-            mote_conv2d(op, weights_of(m, op), in, out);
-            break;
-        case MOTE_AVGPOOL:
-            mote_avgpool(op, in, out);
-            break;
-        case MOTE_MAXPOOL:
-            mote_maxpool(op, in, out);
-            break;
-        case MOTE_RELU:
-            mote_relu(mote_out_size(op), in, out);
-            break;
-        case MOTE_TANH:
-            mote_tanh(mote_out_size(op), in, out);
-            break;
-        default: /* flatten: its output is its input */
-            break;
-        }
+    const mote_op_t *ops = mote_ops(m);
+    uint32_t i = mote_header(m)->ops;
+    for (m->first = 0; ops[m->first].trained == 0 || !(m->mask >> ops[m->first].layer & 1u);) {
+        m->first++;
     }
-    return input_of(m, ops, x);
-}
-
-/* Backward from the last op's gradient down to op `first`, updating what the mask names. */
-static void backward(const mote_t *m, const float *x, float rate, uint32_t first)
-{
-    uint32_t layer = m->layers;
-    for (uint32_t i = mote_header(m)->ops; i-- > first;) {
-        const mote_op_t *op = &mote_ops(m)[i];
-        const float *in = input_of(m, i, x);
-        const float *out = tensor(m, op->out);
-        const float *dy = tensor(m, op->grad);
-        float *dx = i > first ? tensor(m, op[-1].grad) : NULL;
-        float *update = NULL;
-        if (mote_has_params(op) && ((m->mask >> --layer) & 1u) != 0) {
-            update = m->arena + op->params;
-        }
-        switch (op->kind) {
-        case MOTE_DENSE:
-            mote_dense_back(op, weights_of(m, op), update, rate, in, dy, dx);
-            break;
-        case MOTE_CONV2D:
-            mote_conv2d_back(op, weights_of(m, op), update, rate, in, dy, dx);
-            break;
-        case MOTE_AVGPOOL:
-            mote_avgpool_back(op, dy, dx);
-            break;
-        case MOTE_MAXPOOL:
-            mote_maxpool_back(op, in, dy, dx);
-            break;
-        case MOTE_RELU:
-            mote_relu_back(mote_out_size(op), out, dy, dx);
-            break;
-        case MOTE_TANH:
-            mote_tanh_back(mote_out_size(op), out, dy, dx);
-            break;
-        default:
-            break;
+    while (i-- > m->first) {
+        if (ops[i].dout != MOTE_NO_TENSOR) {
+            kernel_of(&ops[i])->backward(m, &ops[i]);
         }
     }
 }
 
-/* The op of the lowest layer in the mask. */
-static uint32_t first_trained(const mote_t *m)
+static int input_fits(const mote_t *m, const void *x)
 {
-    uint32_t layer = 0, i = 0;
-    for (;; i++) {
-        if (mote_has_params(&mote_ops(m)[i]) && ((m->mask >> layer++) & 1u) != 0) {
-            return i;
-        }
-    }
+    return m != NULL && x != NULL && (mote_input_type(m) != MOTE_FLOAT32 || all_finite(x, mote_inputs(m)));
 }
 
-int mote_infer(mote_t *m, const float *x, const float **y)
+int mote_infer(mote_t *m, const void *x, const void **y)
 {
-    if (m == NULL || x == NULL || y == NULL || !mote_all_finite(x, mote_inputs(m))) {
+    if (y == NULL || !input_fits(m, x)) {
         return MOTE_ERR_ARGUMENT;
     }
-    *y = forward(m, x);
-    if (mote_header(m)->loss == MOTE_CROSS_ENTROPY) {
-        float *p = mote_activations(m) + mote_header(m)->output;
-        mote_softmax((uint32_t)mote_outputs(m), *y, p, 0);
-        *y = p;
+    const mote_header_t *h = mote_header(m);
+    forward(m, x);
+    if (h->loss != MOTE_NO_LOSS) {
+        loss_of(h)->forward(m, m->outputs, mote_read(m, h->logits), NULL, mote_write(m, h->output));
     }
+    *y = mote_read(m, h->output);
     return MOTE_OK;
 }
 
-int mote_loss(mote_t *m, const float *x, const float *target, float *loss, const float **y)
+int mote_loss(mote_t *m, const void *x, const float *target, float *loss, const void **y)
 {
-    if (m == NULL || x == NULL || target == NULL || loss == NULL || y == NULL || !mote_all_finite(x, mote_inputs(m))) {
+    if (target == NULL || loss == NULL || y == NULL || !input_fits(m, x)) {
         return MOTE_ERR_ARGUMENT;
     }
-    const mote_header_t *header = mote_header(m);
-    uint32_t n = (uint32_t)mote_outputs(m), class = 0;
-    if (header->loss == MOTE_CROSS_ENTROPY) {
-        if (!(target[0] >= 0.0f && target[0] < (float)n) || target[0] != (float)(uint32_t)target[0]) {
-            return MOTE_ERR_TARGET;
-        }
-        class = (uint32_t)target[0];
-    } else if (!mote_all_finite(target, n)) {
+    const mote_header_t *h = mote_header(m);
+    if (h->loss == MOTE_NO_LOSS) {
+        return MOTE_ERR_FROZEN;
+    }
+    const mote_loss_t *l = loss_of(h);
+    uint32_t n = m->outputs;
+    if (!l->target_fits(n, target)) {
         return MOTE_ERR_TARGET;
     }
-    *y = forward(m, x);
-    if (header->loss == MOTE_CROSS_ENTROPY) {
-        float *p = mote_activations(m) + header->output;
-        *loss = mote_softmax(n, *y, p, class);
-        *y = p;
-    } else {
-        *loss = mote_squared_error(n, *y, target);
-    }
+    forward(m, x);
+    *loss = l->forward(m, n, mote_read(m, h->logits), target, mote_write(m, h->output));
+    *y = mote_read(m, h->output);
     return mote_finite(*loss) ? MOTE_OK : MOTE_ERR_DIVERGED;
 }
 
-int mote_learn(mote_t *m, const float *x, const float *target, float rate, float *loss)
+/* The logits' gradient, and from it everything else. */
+static void learn_from(mote_t *m, const float *y, const float *target, float scale)
 {
-    const float *y;
+    const mote_header_t *h = mote_header(m);
+    float *dy = mote_write(m, h->dlogits);
+    uint32_t n = m->outputs;
+    loss_of(h)->gradient(m, n, y, target, dy);
+    if (scale != 1.0f) {
+        for (uint32_t j = 0; j < n; j++) {
+            dy[j] *= scale;
+        }
+    }
+    backward(m);
+}
+
+int mote_learn(mote_t *m, const void *x, const float *target, float rate, float *loss)
+{
+    const void *y;
     if (!mote_finite(rate)) {
         return MOTE_ERR_ARGUMENT;
     }
     int error = mote_loss(m, x, target, loss, &y);
-    if (error != MOTE_OK || m->mask == 0) {
-        return error;
+    if (error == MOTE_OK && m->mask != 0) {
+        m->step = -rate;
+        learn_from(m, y, target, 1.0f);
     }
-    const mote_header_t *header = mote_header(m);
-    uint32_t n = (uint32_t)mote_outputs(m);
-    float *dy = mote_activations(m) + mote_ops(m)[header->ops - 1].grad;
-    if (header->loss == MOTE_CROSS_ENTROPY) {
-        for (uint32_t j = 0; j < n; j++) {
-            dy[j] = y[j];
-        }
-        dy[(uint32_t)target[0]] -= 1.0f;
-    } else {
-        mote_squared_error_back(n, y, target, dy);
-    }
-    backward(m, x, rate, first_trained(m));
-    return MOTE_OK;
+    return error;
 }

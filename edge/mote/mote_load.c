@@ -1,220 +1,26 @@
 /* Checks a program, completely, before anything of it runs: a hostile one gets an error, never a read or a write
- * outside of its own bytes and of the arena, and never two tensors in one place at one time. */
+ * outside of its own bytes and of the arena. */
 #include <string.h>
 
 #include "mote_internal.h"
 
-/* 1 if the header can be a program's; says nothing of the ops behind it. */
+/* 1 if the header can be a program's; says nothing of what lies behind it. */
 static int header_fits(const mote_header_t *h, size_t size)
 {
     if (memcmp(h->magic, "MOTE", sizeof h->magic) != 0 || h->version != MOTE_FORMAT_VERSION ||
-        h->header_size != sizeof *h || h->total_size != size || h->reserved != 0 || h->ops == 0 ||
-        h->ops > MOTE_MAX_OPS || (h->flags & ~MOTE_CARRIES_PARAMETERS) != 0 ||
-        (h->loss != MOTE_CROSS_ENTROPY && h->loss != MOTE_SQUARED_ERROR) || h->params > MOTE_MAX_FLOATS ||
-        h->constants > MOTE_MAX_FLOATS || h->activations > MOTE_MAX_FLOATS) {
+        h->header_size != sizeof *h || h->total_size != size || h->ops == 0 || h->tensors == 0 ||
+        h->tensors > INT16_MAX || h->ops > INT16_MAX || (h->flags & ~7) != 0 ||
+        ((h->params | h->activations | h->constants) & 3u) != 0 || h->params > MOTE_MAX_BYTES ||
+        h->activations > MOTE_MAX_BYTES || h->constants > MOTE_MAX_BYTES ||
+        (h->flags & MOTE_CARRIES_PARAMETERS && h->params > h->constants)) {
         return 0;
     }
-    uint64_t floats = (uint64_t)h->constants + (h->flags & MOTE_CARRIES_PARAMETERS ? h->params : 0);
-    return sizeof *h + (uint64_t)h->ops * sizeof(mote_op_t) + floats * sizeof(float) == size;
+    return sizeof *h + h->tensors * sizeof(mote_tensor_t) + h->ops * sizeof(mote_op_t) + h->constants == size;
 }
 
-/* Floats of a tensor, or 0 if that is none or too many. */
-static uint32_t volume(uint32_t h, uint32_t w, uint32_t c)
+static size_t arena_bytes(const mote_header_t *h)
 {
-    uint64_t n = (uint64_t)h * w * c;
-    return n > MOTE_MAX_FLOATS ? 0 : (uint32_t)n;
-}
-
-/* 1 if every one of `out` windows in a dimension covers at least one of its `in` elements. */
-static int windows_fit(uint32_t in, uint32_t out, uint32_t kernel, uint32_t stride, uint32_t pad)
-{
-    return stride > 0 && pad < kernel && (out - 1) * stride < in + pad;
-}
-
-/* 1 if the op takes and gives the shapes that it says, and has only the fields that its kind has. */
-static int shapes_fit(const mote_op_t *op)
-{
-    uint32_t in = volume(op->in_h, op->in_w, op->in_c), out = volume(op->out_h, op->out_w, op->out_c);
-    int trainable = op->flags & MOTE_TRAINABLE;
-    if (in == 0 || out == 0 || (op->flags & ~MOTE_TRAINABLE) != 0) {
-        return 0;
-    }
-    if (op->kind == MOTE_CONV2D || op->kind == MOTE_AVGPOOL || op->kind == MOTE_MAXPOOL) {
-        return windows_fit(op->in_h, op->out_h, op->kernel_h, op->stride_h, op->pad_top) &&
-               windows_fit(op->in_w, op->out_w, op->kernel_w, op->stride_w, op->pad_left) &&
-               (op->kind == MOTE_CONV2D || (op->in_c == op->out_c && !trainable && op->params == 0));
-    }
-    if (op->kernel_h || op->kernel_w || op->stride_h || op->stride_w || op->pad_top || op->pad_left) {
-        return 0;
-    }
-    switch (op->kind) {
-    case MOTE_DENSE:
-        return in == op->in_c && out == op->out_c;
-    case MOTE_FLATTEN:
-        return in == op->out_c && in == out && !trainable && op->params == 0;
-    case MOTE_RELU:
-    case MOTE_TANH:
-        return op->in_h == op->out_h && op->in_w == op->out_w && op->in_c == op->out_c && !trainable && op->params == 0;
-    default:
-        return 0;
-    }
-}
-
-/* Floats of weights and bias of an op that has them. */
-static uint64_t params_of(const mote_op_t *op)
-{
-    uint64_t fan_in = op->kind == MOTE_DENSE ? op->in_c : (uint64_t)op->kernel_h * op->kernel_w * op->in_c;
-    return (fan_in + 1) * op->out_c;
-}
-
-/* What of a program the lifetimes depend on. */
-typedef struct {
-    const mote_op_t *ops;
-    uint32_t count; /* of ops: the loss's time */
-    uint32_t first; /* the first op that trains; count if none does */
-    uint32_t loss, output;
-} plan_t;
-
-/* A tensor's place, and when it is written first and read last. */
-typedef struct {
-    uint32_t offset, size, birth, death;
-} tensor_t;
-
-static int is_pointwise(const mote_op_t *op)
-{
-    return op->kind == MOTE_RELU || op->kind == MOTE_TANH;
-}
-
-/* The op behind op i that computes with its output, past flattens; count if that is the loss. */
-static uint32_t reader(const plan_t *p, uint32_t i)
-{
-    do {
-        i++;
-    } while (i < p->count && p->ops[i].kind == MOTE_FLATTEN);
-    return i;
-}
-
-/* The output of op i, which is no flatten, and of the flattens behind it. */
-static tensor_t value(const plan_t *p, uint32_t i)
-{
-    uint32_t next = reader(p, i);
-    tensor_t t = {p->ops[i].out, mote_out_size(&p->ops[i]), i, next};
-    if (is_pointwise(&p->ops[i]) && i > p->first) {
-        t.death = 2 * p->count - i;
-    } else if (next < p->count &&
-               ((next > p->first && p->ops[next].kind == MOTE_MAXPOOL) || (p->ops[next].flags & MOTE_TRAINABLE) != 0)) {
-        t.death = 2 * p->count - next;
-    }
-    return t;
-}
-
-/* The gradient with respect to that output. Asked for only where i >= first. */
-static tensor_t gradient(const plan_t *p, uint32_t i)
-{
-    tensor_t t = {p->ops[i].grad, mote_out_size(&p->ops[i]), 2 * p->count - reader(p, i), 2 * p->count - i};
-    return t;
-}
-
-/* The model's output under softmax cross-entropy. */
-static tensor_t probabilities(const plan_t *p)
-{
-    tensor_t t = {p->output, mote_out_size(&p->ops[p->count - 1]), p->count, p->count};
-    return t;
-}
-
-/* 1 if the step at this time reads an element before it writes the one in its place, and no other. */
-static int in_place(const plan_t *p, uint32_t time)
-{
-    if (time == p->count) {
-        return 1;
-    }
-    const mote_op_t *op = &p->ops[time < p->count ? time : 2 * p->count - time];
-    return is_pointwise(op) || (time > p->count && op->kind == MOTE_MAXPOOL && mote_disjoint(op));
-}
-
-/* 1 if a and b never want the same memory at the same time. */
-static int apart(const plan_t *p, tensor_t a, tensor_t b)
-{
-    if (a.offset + a.size <= b.offset || b.offset + b.size <= a.offset || a.death < b.birth || b.death < a.birth) {
-        return 1;
-    }
-    return a.offset == b.offset && a.size == b.size &&
-           ((a.death == b.birth && in_place(p, a.death)) || (b.death == a.birth && in_place(p, b.death)));
-}
-
-/* Tensor number k of the plan: all values, all gradients, then the probabilities. 0 if there is none of that number. */
-static int nth(const plan_t *p, uint32_t k, tensor_t *t)
-{
-    if (k == 2 * p->count) {
-        *t = probabilities(p);
-        return p->loss == MOTE_CROSS_ENTROPY;
-    }
-    uint32_t i = k < p->count ? k : k - p->count;
-    if (p->ops[i].kind == MOTE_FLATTEN || (k >= p->count && i < p->first)) {
-        return 0;
-    }
-    *t = k < p->count ? value(p, i) : gradient(p, i);
-    return 1;
-}
-
-/* 1 if every tensor lies in the arena and apart from every other. */
-static int plan_fits(const plan_t *p, uint32_t activations)
-{
-    tensor_t a, b;
-    for (uint32_t i = 0; i <= 2 * p->count; i++) {
-        if (!nth(p, i, &a)) {
-            continue;
-        }
-        if (a.size > activations || a.offset > activations - a.size) {
-            return 0;
-        }
-        for (uint32_t j = 0; j < i; j++) {
-            if (nth(p, j, &b) && !apart(p, a, b)) {
-                return 0;
-            }
-        }
-    }
-    return 1;
-}
-
-/* Walks the ops: shapes from op to op, parameters one behind the other, flattens in place, gradients where wanted. */
-static int program_fits(const mote_header_t *h, const mote_op_t *ops, mote_t *m)
-{
-    uint64_t params = 0, constants = 0;
-    plan_t plan = {ops, h->ops, h->ops, h->loss, h->output};
-    for (uint32_t i = 0; i < h->ops; i++) {
-        const mote_op_t *op = &ops[i], *before = i == 0 ? NULL : op - 1;
-        if (op->in_h != (before ? before->out_h : h->in_h) || op->in_w != (before ? before->out_w : h->in_w) ||
-            op->in_c != (before ? before->out_c : h->in_c) || !shapes_fit(op)) {
-            return 0;
-        }
-        if (mote_has_params(op)) {
-            uint64_t *sum = op->flags & MOTE_TRAINABLE ? &params : &constants;
-            if (op->params != *sum || m->layers == MOTE_MAX_LAYERS) {
-                return 0;
-            }
-            *sum += params_of(op); /* 256 of at most 2^48 do not overflow */
-            if (op->flags & MOTE_TRAINABLE) {
-                m->trainable |= 1u << m->layers;
-                plan.first = plan.first == h->ops ? i : plan.first;
-            }
-            m->layers++;
-        }
-        if (op->kind == MOTE_FLATTEN ? op->out != (before ? before->out : MOTE_NONE) : op->out == MOTE_NONE) {
-            return 0;
-        }
-        if (i < plan.first ? op->grad != MOTE_NONE : op->grad == MOTE_NONE) {
-            return 0;
-        }
-        if (op->kind == MOTE_FLATTEN && before && op->grad != before->grad) {
-            return 0;
-        }
-    }
-    if (params != h->params || constants != h->constants || ops[h->ops - 1].out == MOTE_NONE ||
-        (h->loss == MOTE_SQUARED_ERROR && h->output != ops[h->ops - 1].out)) {
-        return 0;
-    }
-    return plan_fits(&plan, h->activations);
+    return (size_t)h->params * (h->flags & MOTE_HAS_MOMENTUM ? 2u : 1u) + h->activations;
 }
 
 size_t mote_arena_bytes(const void *program, size_t size)
@@ -224,12 +30,146 @@ size_t mote_arena_bytes(const void *program, size_t size)
         return 0;
     }
     memcpy(&h, program, sizeof h);
-    return header_fits(&h, size) ? sizeof(float) * ((size_t)h.params + h.activations) : 0;
+    return header_fits(&h, size) ? arena_bytes(&h) : 0;
+}
+
+int mote_constants_fit(const mote_t *m, const mote_op_t *op, uint64_t bytes)
+{
+    return (op->constants & 3u) == 0 && bytes <= MOTE_MAX_BYTES && op->constants + bytes <= mote_header(m)->constants;
+}
+
+int mote_params_fit(const mote_t *m, const mote_op_t *op, uint64_t bytes)
+{
+    return (op->params & 3u) == 0 && bytes <= MOTE_MAX_BYTES && op->params + bytes <= mote_header(m)->params;
+}
+
+int mote_weights_fit(const mote_t *m, const mote_op_t *op, uint64_t count, uint32_t biases, uint32_t skip)
+{
+    uint64_t w = 4 * count, b = 4 * (uint64_t)biases, constants = skip, params = 0;
+    *(op->flags & MOTE_TRAINS_WEIGHTS ? &params : &constants) += w;
+    *(op->flags & MOTE_TRAINS_BIAS ? &params : &constants) += b;
+    return count <= MOTE_MAX_BYTES && mote_constants_fit(m, op, constants) && mote_params_fit(m, op, params);
+}
+
+/* In one dimension: every window reaches an element of the input. */
+static int dimension_fits(uint32_t in, uint32_t out, uint32_t kernel, uint32_t stride, uint32_t dilation, uint32_t pad)
+{
+    return kernel > 0 && stride > 0 && dilation > 0 && pad <= (kernel - 1) * dilation &&
+           (uint64_t)(out - 1) * stride < (uint64_t)in + pad;
+}
+
+int mote_windows_fit(const mote_t *m, const mote_op_t *op)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    return dimension_fits(in->h, out->h, op->kernel_h, op->stride_h, op->dilation_h, op->pad_top) &&
+           dimension_fits(in->w, out->w, op->kernel_w, op->stride_w, op->dilation_w, op->pad_left);
+}
+
+static int tensor_fits(const mote_t *m, const mote_tensor_t *t)
+{
+    const mote_header_t *h = mote_header(m);
+    uint64_t size = (uint64_t)t->h * t->w * t->c; /* at most 2^48 */
+    if (size == 0 || size > MOTE_MAX_BYTES / 4 || (t->type != MOTE_FLOAT32 && t->type != MOTE_INT8)) {
+        return 0;
+    }
+    if (t->offset == MOTE_EXTERNAL) {
+        const mote_tensor_t *input = mote_tensor(m, h->input);
+        return t->type == input->type && size <= mote_size(input);
+    }
+    return (t->offset & 3u) == 0 && t->offset <= h->activations && mote_bytes(t) <= h->activations - t->offset;
+}
+
+/* 1 if a tensor of this number is there and in the arena. */
+static int is_written(const mote_t *m, uint32_t number)
+{
+    return number < mote_header(m)->tensors && mote_tensor(m, number)->offset != MOTE_EXTERNAL;
+}
+
+/* 1 if `gradient` is none, or can be that with respect to tensor `of`. */
+static int gradient_fits(const mote_t *m, uint32_t gradient, uint32_t of)
+{
+    return gradient == MOTE_NO_TENSOR ||
+           (is_written(m, gradient) && of < mote_header(m)->tensors && mote_tensor(m, gradient)->type == MOTE_FLOAT32 &&
+            mote_size(mote_tensor(m, gradient)) == mote_size(mote_tensor(m, of)));
+}
+
+static const mote_kernel_t *kernel_of(const mote_op_t *op)
+{
+    const mote_kernel_t *k = mote_kernels;
+    while (k->kind != 0 && k->kind != op->kind) {
+        k++;
+    }
+    return k;
+}
+
+static int op_fits(mote_t *m, const mote_op_t *op)
+{
+    const mote_header_t *h = mote_header(m);
+    const mote_kernel_t *kernel = kernel_of(op);
+    int trains = op->flags & (MOTE_TRAINS_WEIGHTS | MOTE_TRAINS_BIAS);
+    if (kernel->kind == 0) {
+        return MOTE_ERR_UNSUPPORTED;
+    }
+    if (op->reserved != 0 || (op->flags & ~31) != 0 || op->in >= h->tensors || !is_written(m, op->out) ||
+        (op->in2 != MOTE_NO_TENSOR && op->in2 >= h->tensors) || !gradient_fits(m, op->dout, op->out) ||
+        !gradient_fits(m, op->din, op->in) || !gradient_fits(m, op->din2, op->in2)) {
+        return MOTE_ERR_FORMAT;
+    }
+    if (trains == MOTE_TRAINS_WEIGHTS || (trains ? kernel->norm == NULL || op->layer >= MOTE_MAX_LAYERS ||
+                                                       op->trained == 0 || op->trained > mote_tensor(m, op->out)->c
+                                                 : op->layer != 0 || op->trained != 0)) {
+        return MOTE_ERR_FORMAT;
+    }
+    if (op->dout == MOTE_NO_TENSOR ? trains || op->din != MOTE_NO_TENSOR || op->din2 != MOTE_NO_TENSOR
+                                   : kernel->backward == NULL || h->loss == MOTE_NO_LOSS) {
+        return MOTE_ERR_FORMAT;
+    }
+    if (trains) {
+        if (op->layer != m->layers) {
+            return MOTE_ERR_FORMAT;
+        }
+        m->trainable |= 1u << m->layers++;
+    }
+    return kernel->check(m, op) ? MOTE_OK : MOTE_ERR_FORMAT;
+}
+
+static const mote_loss_t *loss_of(const mote_header_t *h)
+{
+    const mote_loss_t *l = mote_losses;
+    while (l->loss != 0 && l->loss != h->loss) {
+        l++;
+    }
+    return l;
+}
+
+/* The tensors that the header names, and the loss over them. */
+static int ends_fit(const mote_t *m)
+{
+    const mote_header_t *h = mote_header(m);
+    if (h->input >= h->tensors || mote_tensor(m, h->input)->offset != MOTE_EXTERNAL || !is_written(m, h->logits) ||
+        !is_written(m, h->output)) {
+        return MOTE_ERR_FORMAT;
+    }
+    const mote_tensor_t *logits = mote_tensor(m, h->logits), *output = mote_tensor(m, h->output);
+    if (mote_size(logits) != mote_size(output) || logits->type != output->type || h->classes == 0 ||
+        h->classes > mote_size(logits) || (h->classes < mote_size(logits) && logits->c != mote_size(logits))) {
+        return MOTE_ERR_FORMAT;
+    }
+    if (h->loss == MOTE_NO_LOSS) {
+        return h->output == h->logits && h->dlogits == MOTE_NO_TENSOR && h->params == 0 ? MOTE_OK : MOTE_ERR_FORMAT;
+    }
+    if (loss_of(h)->loss == 0) {
+        return MOTE_ERR_UNSUPPORTED;
+    }
+    return logits->type == MOTE_FLOAT32 && gradient_fits(m, h->dlogits, h->logits) && h->huber_delta > 0.0f &&
+                   mote_finite(h->huber_delta)
+               ? MOTE_OK
+               : MOTE_ERR_FORMAT;
 }
 
 int mote_load(mote_t *m, const void *program, size_t size, void *arena, size_t arena_size)
 {
-    if (m == NULL || program == NULL || (uintptr_t)program % sizeof(float) != 0) {
+    if (m == NULL || program == NULL || (uintptr_t)program % 4 != 0) {
         return MOTE_ERR_ARGUMENT;
     }
     const mote_header_t *h = program;
@@ -240,19 +180,36 @@ int mote_load(mote_t *m, const void *program, size_t size, void *arena, size_t a
     if (mote_crc32(0, (const uint8_t *)program + unsummed, size - unsummed) != h->crc) {
         return MOTE_ERR_CRC;
     }
-    mote_t loaded = {program, arena, 0, 0, 0};
-    if (!program_fits(h, mote_ops(&loaded), &loaded)) {
-        return MOTE_ERR_FORMAT;
+    mote_t loaded;
+    memset(&loaded, 0, sizeof loaded);
+    loaded.program = program;
+    loaded.arena = arena;
+    loaded.outputs = h->classes;
+    loaded.random = 1;
+    int error = h->input < h->tensors ? MOTE_OK : MOTE_ERR_FORMAT;
+    for (uint32_t i = 0; error == MOTE_OK && i < h->tensors; i++) {
+        error = tensor_fits(&loaded, mote_tensor(&loaded, i)) ? MOTE_OK : MOTE_ERR_FORMAT;
     }
-    if (arena_size < mote_arena_bytes(program, size) || (uintptr_t)arena % sizeof(float) != 0 ||
-        (arena == NULL && mote_arena_bytes(program, size) != 0)) {
+    if (error == MOTE_OK) {
+        error = ends_fit(&loaded);
+    }
+    for (uint32_t i = 0; error == MOTE_OK && i < h->ops; i++) {
+        error = op_fits(&loaded, &mote_ops(&loaded)[i]);
+    }
+    if (error == MOTE_OK && loaded.layers != 0 && h->dlogits == MOTE_NO_TENSOR) {
+        error = MOTE_ERR_FORMAT;
+    }
+    if (error != MOTE_OK) {
+        return error;
+    }
+    size_t need = arena_bytes(h);
+    if (arena_size < need || (uintptr_t)arena % 4 != 0 || (arena == NULL && need != 0)) {
         return MOTE_ERR_ARENA;
     }
     if (h->params != 0) {
+        memset(arena, 0, need - h->activations);
         if (h->flags & MOTE_CARRIES_PARAMETERS) {
-            memcpy(arena, mote_floats(&loaded), h->params * sizeof(float));
-        } else {
-            memset(arena, 0, h->params * sizeof(float));
+            memcpy(arena, mote_constants(&loaded), h->params);
         }
     }
     loaded.mask = loaded.trainable;
