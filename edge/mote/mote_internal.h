@@ -94,7 +94,7 @@ typedef struct {
     uint32_t params;      /* bytes that train, first in the arena; as many again behind them if MOTE_HAS_MOMENTUM */
     uint32_t activations; /* bytes of values and gradients */
     uint32_t constants;   /* bytes behind the ops: the initial parameters first, if MOTE_CARRIES_PARAMETERS */
-} mote_header_t;          /* 52 bytes */
+} mote_header_t;          /* 48 bytes */
 
 typedef struct {
     uint8_t type;      /* MOTE_FLOAT32 or MOTE_INT8 */
