@@ -3,6 +3,18 @@
 #include "mote_kernel_list.h"
 
 const mote_kernel_t mote_kernels[] = {
+    {MOTE_QUANTIZE, mote_quantize_check, mote_quantize, NULL, NULL},
+    {MOTE_DEQUANTIZE, mote_dequantize_check, mote_dequantize, NULL, NULL},
+    {MOTE_INT8_DENSE, mote_int8_dense_check, mote_int8_dense, NULL, NULL},
+    {MOTE_INT8_CONV2D, mote_int8_conv2d_check, mote_int8_conv2d, NULL, NULL},
+    {MOTE_INT8_DEPTHWISE, mote_int8_depthwise_check, mote_int8_depthwise, NULL, NULL},
+    {MOTE_INT8_AVGPOOL, mote_int8_avgpool_check, mote_int8_avgpool, NULL, NULL},
+    {MOTE_INT8_MAXPOOL, mote_int8_maxpool_check, mote_int8_maxpool, NULL, NULL},
+    {MOTE_INT8_ADD, mote_int8_add_check, mote_int8_add, NULL, NULL},
+    {MOTE_INT8_MUL, mote_int8_mul_check, mote_int8_mul, NULL, NULL},
+    {MOTE_INT8_MEAN, mote_int8_mean_check, mote_int8_mean, NULL, NULL},
+    {MOTE_INT8_SOFTMAX, mote_int8_softmax_check, mote_int8_softmax, NULL, NULL},
+    {MOTE_INT8_TABLE, mote_int8_table_check, mote_int8_table, NULL, NULL},
     {0, NULL, NULL, NULL, NULL},
 };
 
