@@ -14,7 +14,7 @@ from edge.protocol import Topics
 from edge.streams import DatasetStream
 from edge.tasks import ClientData
 
-ENGINE_VERSION = "0.1.0"
+ENGINE_VERSION = "0.2.0"
 """Of mote: MOTE_VERSION in mote.h."""
 OUT_BYTES = 8192
 """Room for one outgoing payload: a larger update goes in parts."""
@@ -151,6 +151,11 @@ class MoteNode:
             raise UserError(
                 f"the model needs {program.arena_bytes} bytes to learn in and the device has {arena_bytes}; take a "
                 "smaller model, or a device with more memory"
+            )
+        if error == lib.MOTE_ERR_UNSUPPORTED:
+            raise UserError(
+                "a fleet's node takes a program with a float32 input, a loss, and float32 parameters that train; build "
+                "one of these, or train this one with a MoteLearner"
             )
         if error != lib.MOTE_OK:
             raise UserError(f"the node can't start: error {error} of the engine (see edge/mote/mote.h)")

@@ -37,8 +37,7 @@ float *mote_parameters(mote_t *m, size_t *count)
     return has_floats ? (float *)(void *)m->arena : NULL;
 }
 
-/* The op of a layer that trains. */
-static const mote_op_t *op_of(const mote_t *m, uint32_t layer)
+const mote_op_t *mote_op_of(const mote_t *m, uint32_t layer)
 {
     const mote_op_t *op = mote_ops(m);
     while (op->trained == 0 || op->layer != layer) {
@@ -52,8 +51,8 @@ int mote_layer(const mote_t *m, uint32_t layer, size_t *first, size_t *count)
     if (layer >= m->layers || first == NULL || count == NULL) {
         return MOTE_ERR_ARGUMENT;
     }
-    uint32_t begin = op_of(m, layer)->params;
-    uint32_t end = layer + 1 < m->layers ? op_of(m, layer + 1)->params : mote_header(m)->params;
+    uint32_t begin = mote_op_of(m, layer)->params;
+    uint32_t end = layer + 1 < m->layers ? mote_op_of(m, layer + 1)->params : mote_header(m)->params;
     *first = begin / sizeof(float);
     *count = (end - begin) / sizeof(float);
     return MOTE_OK;
@@ -104,7 +103,7 @@ mote_weights_t mote_weights(const mote_t *m, const mote_op_t *op, uint32_t count
     return p;
 }
 
-static const mote_kernel_t *kernel_of(const mote_op_t *op)
+const mote_kernel_t *mote_kernel_of(const mote_op_t *op)
 {
     const mote_kernel_t *k = mote_kernels;
     while (k->kind != op->kind) {
@@ -113,7 +112,7 @@ static const mote_kernel_t *kernel_of(const mote_op_t *op)
     return k;
 }
 
-static const mote_loss_t *loss_of(const mote_header_t *h)
+const mote_loss_t *mote_loss_of(const mote_header_t *h)
 {
     const mote_loss_t *l = mote_losses;
     while (l->loss != h->loss) {
@@ -122,7 +121,7 @@ static const mote_loss_t *loss_of(const mote_header_t *h)
     return l;
 }
 
-static int all_finite(const float *x, size_t n)
+int mote_all_finite(const float *x, size_t n)
 {
     for (size_t j = 0; j < n; j++) {
         if (!mote_finite(x[j])) {
@@ -138,28 +137,37 @@ static void forward(mote_t *m, const void *x)
     const mote_op_t *op = mote_ops(m), *end = op + mote_header(m)->ops;
     m->x = x;
     for (; op < end; op++) {
-        kernel_of(op)->forward(m, op);
+        mote_kernel_of(op)->forward(m, op);
     }
 }
 
-/* Backward from the logits' gradient down to the lowest layer in the mask, updating what the mask names. */
-static void backward(mote_t *m)
+void mote_begin_back(mote_t *m, const float *y, const float *target, float scale)
 {
+    const mote_header_t *h = mote_header(m);
     const mote_op_t *ops = mote_ops(m);
-    uint32_t i = mote_header(m)->ops;
+    float *dy = mote_write(m, h->dlogits);
+    mote_loss_of(h)->gradient(m, m->outputs, y, target, dy);
+    for (uint32_t j = 0; scale != 1.0f && j < m->outputs; j++) {
+        dy[j] *= scale;
+    }
     for (m->first = 0; ops[m->first].trained == 0 || !(m->mask >> ops[m->first].layer & 1u);) {
         m->first++;
     }
-    while (i-- > m->first) {
-        if (ops[i].dout != MOTE_NO_TENSOR) {
-            kernel_of(&ops[i])->backward(m, &ops[i]);
+}
+
+void mote_go_back(mote_t *m)
+{
+    const mote_op_t *first = mote_ops(m) + m->first, *op = mote_ops(m) + mote_header(m)->ops;
+    while (op-- > first) {
+        if (op->dout != MOTE_NO_TENSOR) {
+            mote_kernel_of(op)->backward(m, op);
         }
     }
 }
 
 static int input_fits(const mote_t *m, const void *x)
 {
-    return m != NULL && x != NULL && (mote_input_type(m) != MOTE_FLOAT32 || all_finite(x, mote_inputs(m)));
+    return m != NULL && x != NULL && (mote_input_type(m) != MOTE_FLOAT32 || mote_all_finite(x, mote_inputs(m)));
 }
 
 int mote_infer(mote_t *m, const void *x, const void **y)
@@ -170,7 +178,7 @@ int mote_infer(mote_t *m, const void *x, const void **y)
     const mote_header_t *h = mote_header(m);
     forward(m, x);
     if (h->loss != MOTE_NO_LOSS) {
-        loss_of(h)->forward(m, m->outputs, mote_read(m, h->logits), NULL, mote_write(m, h->output));
+        mote_loss_of(h)->forward(m, m->outputs, mote_read(m, h->logits), NULL, mote_write(m, h->output));
     }
     *y = mote_read(m, h->output);
     return MOTE_OK;
@@ -185,7 +193,7 @@ int mote_loss(mote_t *m, const void *x, const float *target, float *loss, const 
     if (h->loss == MOTE_NO_LOSS) {
         return MOTE_ERR_FROZEN;
     }
-    const mote_loss_t *l = loss_of(h);
+    const mote_loss_t *l = mote_loss_of(h);
     uint32_t n = m->outputs;
     if (!l->target_fits(n, target)) {
         return MOTE_ERR_TARGET;
@@ -194,21 +202,6 @@ int mote_loss(mote_t *m, const void *x, const float *target, float *loss, const 
     *loss = l->forward(m, n, mote_read(m, h->logits), target, mote_write(m, h->output));
     *y = mote_read(m, h->output);
     return mote_finite(*loss) ? MOTE_OK : MOTE_ERR_DIVERGED;
-}
-
-/* The logits' gradient, and from it everything else. */
-static void learn_from(mote_t *m, const float *y, const float *target, float scale)
-{
-    const mote_header_t *h = mote_header(m);
-    float *dy = mote_write(m, h->dlogits);
-    uint32_t n = m->outputs;
-    loss_of(h)->gradient(m, n, y, target, dy);
-    if (scale != 1.0f) {
-        for (uint32_t j = 0; j < n; j++) {
-            dy[j] *= scale;
-        }
-    }
-    backward(m);
 }
 
 int mote_learn(mote_t *m, const void *x, const float *target, float rate, float *loss)
@@ -220,7 +213,8 @@ int mote_learn(mote_t *m, const void *x, const float *target, float rate, float 
     int error = mote_loss(m, x, target, loss, &y);
     if (error == MOTE_OK && m->mask != 0) {
         m->step = -rate;
-        learn_from(m, y, target, 1.0f);
+        mote_begin_back(m, y, target, 1.0f);
+        mote_go_back(m);
     }
     return error;
 }

@@ -71,6 +71,9 @@ enum {
     MOTE_TRAINED_INT8_DEPTHWISE
 };
 
+/* From here on kinds have int8 weights that train. */
+#define MOTE_FIRST_TRAINED_INT8 MOTE_TRAINED_INT8_DENSE
+
 #define MOTE_NO_TENSOR UINT16_MAX
 #define MOTE_EXTERNAL UINT32_MAX   /* a tensor's offset: it is the model's input, at mote_t.x */
 #define MOTE_MAX_BYTES 0x10000000u /* of any size, so that no sum of a few overflows 32 bits */
@@ -124,6 +127,10 @@ typedef struct {
 typedef struct {
     int32_t bias, multiplier, shift; /* shift > 0: to the left, as TFLite's quantized multiplier */
 } mote_requant_t;
+
+typedef char mote_header_is_48_bytes[sizeof(mote_header_t) == 48 ? 1 : -1];
+typedef char mote_tensor_is_16_bytes[sizeof(mote_tensor_t) == 16 ? 1 : -1];
+typedef char mote_op_is_40_bytes[sizeof(mote_op_t) == 40 ? 1 : -1];
 
 typedef struct {
     int8_t low, high; /* what an output is clamped to */
@@ -241,9 +248,24 @@ mote_weights_t mote_weights(const mote_t *m, const mote_op_t *op, uint32_t count
  * say: 1 if so. */
 int mote_weights_fit(const mote_t *m, const mote_op_t *op, uint64_t count, uint32_t biases, uint32_t skip);
 
-/* 1 if so many bytes lie behind op->constants, or op->params, which must be a multiple of 4. */
+/* 1 if so many bytes lie behind op->constants, which must be a multiple of 4. */
 int mote_constants_fit(const mote_t *m, const mote_op_t *op, uint64_t bytes);
+
+/* 1 if so many bytes, rounded up to a multiple of 4, are all from op->params to the next layer's, or to the end. */
 int mote_params_fit(const mote_t *m, const mote_op_t *op, uint64_t bytes);
+
+/* The op of layer i, i < m->layers. */
+const mote_op_t *mote_op_of(const mote_t *m, uint32_t layer);
+
+/* The kernel of a checked op; the loss of a checked program that has one. */
+const mote_kernel_t *mote_kernel_of(const mote_op_t *op);
+const mote_loss_t *mote_loss_of(const mote_header_t *h);
+
+/* Begins a backward pass of what the mask names: scale * dL/dlogits, from the output y, and where it ends, m->first. */
+void mote_begin_back(mote_t *m, const float *y, const float *target, float scale);
+
+/* The backward pass, updating what the mask names by m->step. */
+void mote_go_back(mote_t *m);
 
 /* 1 if every window of the op's output covers at least one element of its input, or of its padding's inner edge:
  * out, kernel, stride, dilation and padding fit together. */
@@ -260,6 +282,8 @@ static inline int mote_finite(float v)
 {
     return v - v == 0.0f;
 }
+
+int mote_all_finite(const float *x, size_t n);
 
 float mote_expf(float x);
 float mote_logf(float x);

@@ -9,6 +9,15 @@
 #define MOTE_GOES_BACK(kernel) void mote_##kernel##_back(mote_t *m, const mote_op_t *op)
 #define MOTE_HAS_NORM(kernel) float mote_##kernel##_norm(const mote_t *m, const mote_op_t *op)
 
+#define MOTE_IS_LOSS(loss)                                                                                             \
+    int mote_##loss##_fits(uint32_t n, const float *target);                                                           \
+    float mote_##loss(const mote_t *m, uint32_t n, const float *logits, const float *target, float *y);                \
+    void mote_##loss##_gradient(const mote_t *m, uint32_t n, const float *y, const float *target, float *dlogits)
+
+MOTE_CHECKS(dense);
+MOTE_RUNS(dense);
+MOTE_GOES_BACK(dense);
+MOTE_HAS_NORM(dense);
 MOTE_CHECKS(quantize);
 MOTE_RUNS(quantize);
 MOTE_CHECKS(dequantize);
@@ -33,5 +42,10 @@ MOTE_CHECKS(int8_softmax);
 MOTE_RUNS(int8_softmax);
 MOTE_CHECKS(int8_table);
 MOTE_RUNS(int8_table);
+
+MOTE_IS_LOSS(cross_entropy);
+MOTE_IS_LOSS(squared_error);
+MOTE_IS_LOSS(binary_cross_entropy);
+MOTE_IS_LOSS(huber);
 
 #endif

@@ -3,6 +3,7 @@
 #include "mote_kernel_list.h"
 
 const mote_kernel_t mote_kernels[] = {
+    {MOTE_DENSE, mote_dense_check, mote_dense, mote_dense_back, mote_dense_norm},
     {MOTE_QUANTIZE, mote_quantize_check, mote_quantize, NULL, NULL},
     {MOTE_DEQUANTIZE, mote_dequantize_check, mote_dequantize, NULL, NULL},
     {MOTE_INT8_DENSE, mote_int8_dense_check, mote_int8_dense, NULL, NULL},
@@ -19,5 +20,10 @@ const mote_kernel_t mote_kernels[] = {
 };
 
 const mote_loss_t mote_losses[] = {
+    {MOTE_CROSS_ENTROPY, mote_cross_entropy_fits, mote_cross_entropy, mote_cross_entropy_gradient},
+    {MOTE_SQUARED_ERROR, mote_squared_error_fits, mote_squared_error, mote_squared_error_gradient},
+    {MOTE_BINARY_CROSS_ENTROPY, mote_binary_cross_entropy_fits, mote_binary_cross_entropy,
+     mote_binary_cross_entropy_gradient},
+    {MOTE_HUBER, mote_huber_fits, mote_huber, mote_huber_gradient},
     {0, NULL, NULL, NULL},
 };

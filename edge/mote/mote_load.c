@@ -40,7 +40,13 @@ int mote_constants_fit(const mote_t *m, const mote_op_t *op, uint64_t bytes)
 
 int mote_params_fit(const mote_t *m, const mote_op_t *op, uint64_t bytes)
 {
-    return (op->params & 3u) == 0 && bytes <= MOTE_MAX_BYTES && op->params + bytes <= mote_header(m)->params;
+    const mote_op_t *next = op + 1, *end = mote_ops(m) + mote_header(m)->ops;
+    while (next < end && next->trained == 0) {
+        next++;
+    }
+    uint32_t behind = next < end ? next->params : mote_header(m)->params;
+    return (op->params & 3u) == 0 && bytes <= MOTE_MAX_BYTES && behind <= mote_header(m)->params &&
+           op->params + ((bytes + 3) & ~(uint64_t)3) == behind;
 }
 
 int mote_weights_fit(const mote_t *m, const mote_op_t *op, uint64_t count, uint32_t biases, uint32_t skip)
@@ -48,7 +54,8 @@ int mote_weights_fit(const mote_t *m, const mote_op_t *op, uint64_t count, uint3
     uint64_t w = 4 * count, b = 4 * (uint64_t)biases, constants = skip, params = 0;
     *(op->flags & MOTE_TRAINS_WEIGHTS ? &params : &constants) += w;
     *(op->flags & MOTE_TRAINS_BIAS ? &params : &constants) += b;
-    return count <= MOTE_MAX_BYTES && mote_constants_fit(m, op, constants) && mote_params_fit(m, op, params);
+    return count <= MOTE_MAX_BYTES && mote_constants_fit(m, op, constants) &&
+           (params == 0 || (op->trained == biases && mote_params_fit(m, op, params)));
 }
 
 /* In one dimension: every window reaches an element of the input. */
@@ -115,9 +122,12 @@ static int op_fits(mote_t *m, const mote_op_t *op)
         !gradient_fits(m, op->din, op->in) || !gradient_fits(m, op->din2, op->in2)) {
         return MOTE_ERR_FORMAT;
     }
-    if (trains == MOTE_TRAINS_WEIGHTS || (trains ? kernel->norm == NULL || op->layer >= MOTE_MAX_LAYERS ||
-                                                       op->trained == 0 || op->trained > mote_tensor(m, op->out)->c
-                                                 : op->layer != 0 || op->trained != 0)) {
+    int is_int8 = op->kind >= MOTE_FIRST_TRAINED_INT8;
+    if (trains == MOTE_TRAINS_WEIGHTS ||
+        (trains ? op->layer != m->layers || op->layer >= MOTE_MAX_LAYERS || (op->layer == 0 && op->params != 0) ||
+                      op->trained == 0 || op->trained > mote_tensor(m, op->out)->c ||
+                      (is_int8 ? !(h->flags & MOTE_TRAINS_INT8) : kernel->norm == NULL)
+                : op->layer != 0 || op->trained != 0)) {
         return MOTE_ERR_FORMAT;
     }
     if (op->dout == MOTE_NO_TENSOR ? trains || op->din != MOTE_NO_TENSOR || op->din2 != MOTE_NO_TENSOR
@@ -125,9 +135,6 @@ static int op_fits(mote_t *m, const mote_op_t *op)
         return MOTE_ERR_FORMAT;
     }
     if (trains) {
-        if (op->layer != m->layers) {
-            return MOTE_ERR_FORMAT;
-        }
         m->trainable |= 1u << m->layers++;
     }
     return kernel->check(m, op) ? MOTE_OK : MOTE_ERR_FORMAT;
@@ -156,7 +163,7 @@ static int ends_fit(const mote_t *m)
         return MOTE_ERR_FORMAT;
     }
     if (h->loss == MOTE_NO_LOSS) {
-        return h->output == h->logits && h->dlogits == MOTE_NO_TENSOR && h->params == 0 ? MOTE_OK : MOTE_ERR_FORMAT;
+        return h->output == h->logits && h->dlogits == MOTE_NO_TENSOR ? MOTE_OK : MOTE_ERR_FORMAT;
     }
     if (loss_of(h)->loss == 0) {
         return MOTE_ERR_UNSUPPORTED;
@@ -196,7 +203,7 @@ int mote_load(mote_t *m, const void *program, size_t size, void *arena, size_t a
     for (uint32_t i = 0; error == MOTE_OK && i < h->ops; i++) {
         error = op_fits(&loaded, &mote_ops(&loaded)[i]);
     }
-    if (error == MOTE_OK && loaded.layers != 0 && h->dlogits == MOTE_NO_TENSOR) {
+    if (error == MOTE_OK && (loaded.layers != 0 ? h->dlogits == MOTE_NO_TENSOR : h->params != 0)) {
         error = MOTE_ERR_FORMAT;
     }
     if (error != MOTE_OK) {

@@ -1,4 +1,5 @@
-/* expf, logf and tanhf of our own, so that every target computes the same bits: C libraries differ in their last ones.
+/* expf, logf, tanhf and sqrtf of our own, so that every target computes the same bits: C libraries differ in their last
+ * ones.
  *
  * Reductions and polynomials are those of the Cephes library, single precision (S. L. Moshier 1992, netlib/cephes,
  * expf.c, logf.c, tanhf.c); relative errors there: 1.7e-7, 8e-8, 1.3e-7.
@@ -85,4 +86,34 @@ float mote_tanhf(float x)
     /* From 9.011 on it rounds to 1. */
     float t = size > 9.1f ? 1.0f : 1.0f - 2.0f / (mote_expf(size + size) + 1.0f);
     return x < 0.0f ? -t : t;
+}
+
+/* The square root of x >= 0, correctly rounded. */
+float mote_sqrtf(float x)
+{
+#if defined(__ARM_FP) && (__ARM_FP & 4) && !defined(__aarch64__)
+    __asm__("vsqrt.f32 %0, %0" : "+t"(x));
+    return x;
+#else
+    uint32_t bits, root = 0, twice = 0; /* the root's digits so far, and two times them */
+    if (!(x > 0.0f) || !mote_finite(x)) {
+        return x;
+    }
+    if (x < 1.17549435e-38f) { /* subnormal */
+        return mote_sqrtf(x * 16777216.0f) * (1.0f / 4096.0f);
+    }
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t e = bits >> 23, rest = (bits & 0x007fffffu) | 0x00800000u;
+    rest <<= 1 + (~e & 1u); /* an exponent (less 127) that is odd lends its half to the number */
+    for (uint32_t digit = 1u << 24; digit != 0; digit >>= 1) { /* digit by digit, as with pen and paper */
+        if (twice + digit <= rest) {
+            rest -= twice + digit;
+            twice += 2 * digit;
+            root += digit;
+        }
+        rest <<= 1;
+    }
+    root += root & 1u; /* the last digit is half of the last place: it is never a tie */
+    return from_bits((root >> 1) + ((e + 125) >> 1 << 23));
+#endif
 }

@@ -152,7 +152,7 @@ static void set_metrics(const mote_node_t *n, struct metrics *m)
     m->metrics_queried = n->queried;
     m->metrics_correct = n->correct;
     m->metrics_query_loss = n->queried > 0 ? n->query_loss / (float)n->queried : 0.0f;
-    m->metrics_arena_bytes = (mote_header(&n->mote)->params + mote_header(&n->mote)->activations) * 4;
+    m->metrics_arena_bytes = (uint32_t)mote_arena_bytes(n->mote.program, mote_header(&n->mote)->total_size);
 }
 
 static void set_numbers(const mote_node_t *n, struct numbers_r *numbers, const uint8_t *values, uint32_t count)
@@ -242,10 +242,21 @@ static void reject(mote_node_t *n, uint32_t id, uint32_t error, int32_t detail)
 
 /* ---------------------------------------------------------------------------------------------------------- orders */
 
+/* A fleet's samples, and the parameters that it exchanges, are floats. */
+static int load(const mote_node_t *n, mote_t *m, const void *program, size_t size)
+{
+    int error = mote_load(m, program, size, n->config.arena, n->config.arena_size);
+    if (error == MOTE_OK && (mote_input_type(m) != MOTE_FLOAT32 || mote_parameters(m, NULL) == NULL ||
+                             mote_header(m)->loss == MOTE_NO_LOSS)) {
+        return MOTE_ERR_UNSUPPORTED;
+    }
+    return error;
+}
+
 static int load_builtin(mote_node_t *n)
 {
     memcpy(n->model, n->config.model, sizeof n->model);
-    return mote_load(&n->mote, n->config.program, n->config.program_size, n->config.arena, n->config.arena_size);
+    return load(n, &n->mote, n->config.program, n->config.program_size);
 }
 
 /* Wants no more chunks: what was subscribed to is left. */
@@ -290,12 +301,12 @@ static uint32_t work_error(const mote_node_t *n, const struct work *work, int32_
     if (memcmp(work->work_model.value, n->model, sizeof n->model) != 0) {
         return WRONG_MODEL;
     }
-    if (params > MOTE_CHUNK * MOTE_MAX_CHUNKS / sizeof(float)) {
+    if (params > MOTE_CHUNK * MOTE_MAX_CHUNKS) {
         return NO_ROOM;
     }
     if (work->work_order_choice == work_order_train_m_c && work->work_update_choice == work_update_update_format_m_c &&
         work->work_update_update_format_m.update_format_top < 1.0f &&
-        (n->config.base == NULL || n->config.base_count < params)) {
+        (n->config.base == NULL || n->config.base_count < params / sizeof(float))) {
         return NO_ROOM;
     }
     for (size_t i = 0; i < work->work_phases_phase_m_count; i++) {
@@ -348,7 +359,7 @@ static void take_work(mote_node_t *n, uint32_t order, const struct work *work)
         n->half = work->work_update_update_format_m.update_format_half;
         n->top = work->work_update_update_format_m.update_format_top;
     }
-    want_chunks(n, mote_header(&n->mote)->params * (uint32_t)sizeof(float));
+    want_chunks(n, mote_header(&n->mote)->params);
     if (n->missing == 0) {
         start_learning(n);
     }
@@ -423,15 +434,16 @@ static void receive_do(mote_node_t *n, const uint8_t *payload, size_t size)
 static void start_learning(mote_node_t *n)
 {
     uint32_t params = mote_header(&n->mote)->params;
+    const float *w = mote_parameters(&n->mote, NULL);
     leave_chunks(n);
     n->measured = 1;
     n->at_phase = n->at_step = 0;
     n->learned = n->queried = n->correct = 0;
     n->loss = n->query_loss = 0.0f;
     if (n->update && mote_is_sparse(n)) {
-        memcpy(n->config.base, n->mote.arena, params * sizeof(float));
+        memcpy(n->config.base, w, params);
     }
-    if (!mote_all_finite(n->mote.arena, params)) {
+    if (!mote_all_finite(w, params / sizeof(float))) {
         finish(n, DIVERGED, 0);
         return;
     }
@@ -451,15 +463,16 @@ static void start_program(mote_node_t *n)
     int error = mote_crc32(0, c->adopted, n->wanted_size) == n->wanted_crc ? MOTE_OK : MOTE_ERR_CRC;
     if (error == MOTE_OK) {
         size_t inputs = mote_inputs(&n->mote), targets = mote_targets(&n->mote);
-        error = mote_load(&adopted, c->adopted, n->wanted_size, c->arena, c->arena_size);
+        error = load(n, &adopted, c->adopted, n->wanted_size);
         if (error == MOTE_OK && (mote_inputs(&adopted) != inputs || mote_targets(&adopted) != targets)) {
             error = MOTE_ERR_ARGUMENT; /* not for the samples of this device */
-            (void)load_builtin(n);     /* its parameters are gone, but it runs */
         }
-    }
-    if (error == MOTE_OK) {
-        n->mote = adopted;
-        memcpy(n->model, n->wanted_model, sizeof n->model);
+        if (error == MOTE_OK) {
+            n->mote = adopted;
+            memcpy(n->model, n->wanted_model, sizeof n->model);
+        } else {
+            (void)load_builtin(n); /* its parameters may be gone, but it runs */
+        }
     }
     finish(n, error == MOTE_OK ? NO_ERROR : BAD_PROGRAM, error);
 }
@@ -491,7 +504,7 @@ static void receive_chunk(mote_node_t *n, uint32_t number, const uint8_t *payloa
         return;
     }
     n->received[number / 32] |= bit;
-    uint8_t *to = n->state == WANT_WEIGHTS ? (uint8_t *)n->mote.arena : n->config.adopted;
+    uint8_t *to = n->state == WANT_WEIGHTS ? n->mote.arena : n->config.adopted;
     memcpy(to + chunk.chunk_offset, chunk.chunk_data.value, count);
     if (--n->missing > 0) {
         return;
@@ -617,7 +630,7 @@ static void fail_engine(mote_node_t *n, int error)
 static void learn_one(mote_node_t *n, const mote_phase_t *phase, const float *x, const float *y)
 {
     float loss = 0.0f;
-    int error = mote_train_mask(&n->mote, phase->layers);
+    int error = mote_train_mask(&n->mote, phase->layers, 0);
     if (error == MOTE_OK) {
         error = mote_learn(&n->mote, x, y, phase->rate, &loss);
     }
@@ -633,9 +646,9 @@ static void learn_one(mote_node_t *n, const mote_phase_t *phase, const float *x,
 
 static void score_one(mote_node_t *n, const float *x, const float *target)
 {
-    const float *y = NULL;
+    const void *output = NULL;
     float loss = 0.0f;
-    int error = mote_loss(&n->mote, x, target, &loss, &y);
+    int error = mote_loss(&n->mote, x, target, &loss, &output);
     if (error != MOTE_OK) {
         fail_engine(n, error);
         return;
@@ -643,6 +656,7 @@ static void score_one(mote_node_t *n, const float *x, const float *target)
     n->query_loss += loss;
     n->queried++;
     if (mote_header(&n->mote)->loss == MOTE_CROSS_ENTROPY) {
+        const float *y = output;
         size_t best = 0;
         for (size_t i = 1; i < mote_outputs(&n->mote); i++) {
             best = y[i] > y[best] ? i : best;

@@ -54,9 +54,14 @@ static size_t write_number(const mote_node_t *n, uint8_t *at, float v)
     return sizeof v;
 }
 
+static float parameter(const mote_node_t *n, uint32_t i)
+{
+    return ((const float *)(const void *)n->mote.arena)[i];
+}
+
 static float change(const mote_node_t *n, uint32_t i)
 {
-    return n->mote.arena[i] - n->config.base[i];
+    return parameter(n, i) - n->config.base[i];
 }
 
 /* The first stretch of shared parameters that ends behind `from`: [*first, *end), 0 if there is none. */
@@ -115,7 +120,7 @@ int mote_update_is_finite(const mote_node_t *n)
     uint32_t limit = n->half ? 0x477ff000u : 0x7f800000u;
     uint32_t end = 0;
     for (uint32_t i = next_shared(n, 0, &end); i < end; i = next_shared(n, i + 1, &end)) {
-        uint32_t bits = mote_is_sparse(n) ? change_bits(n, i) : float_bits(n->mote.arena[i]) & 0x7fffffffu;
+        uint32_t bits = mote_is_sparse(n) ? change_bits(n, i) : float_bits(parameter(n, i)) & 0x7fffffffu;
         if (bits >= limit) {
             return 0;
         }
@@ -202,7 +207,7 @@ int mote_update_plan(const mote_node_t *n, uint32_t from, uint32_t ties, mote_pa
 static void write_dense(const mote_node_t *n, const mote_part_t *part, uint8_t *values)
 {
     for (uint32_t i = 0; i < part->count; i++) {
-        values += write_number(n, values, n->mote.arena[part->from + i]);
+        values += write_number(n, values, parameter(n, part->from + i));
     }
 }
 
