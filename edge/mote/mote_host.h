@@ -4,8 +4,8 @@
 
 #include "mote.h"
 
-/* `steps` steps of mote_learn on each of `count` devices, whose inputs and targets have one size: device i's samples are
- * x[i][steps][inputs] and targets[i][steps][targets]. losses[count][steps] gets the loss before each step. A device
+/* `steps` steps of mote_learn on each of `count` devices, whose inputs and targets have one size: device i's samples
+ * are x[i][steps][inputs] and targets[i][steps][targets]. losses[count][steps] gets the loss before each step. A device
  * stops at its first error, which is left in errors[i], MOTE_OK without any. */
 void mote_learn_many(mote_t *const *devices, size_t count, size_t steps, const void *x, const float *targets,
                      float rate, float *losses, int *errors);

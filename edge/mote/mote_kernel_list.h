@@ -45,7 +45,7 @@ MOTE_RUNS(int8_table);
 
 MOTE_IS_LOSS(cross_entropy);
 MOTE_IS_LOSS(squared_error);
-MOTE_IS_LOSS(binary_cross_entropy);
+MOTE_IS_LOSS(binary_entropy);
 MOTE_IS_LOSS(huber);
 
 #endif

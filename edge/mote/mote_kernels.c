@@ -22,8 +22,7 @@ const mote_kernel_t mote_kernels[] = {
 const mote_loss_t mote_losses[] = {
     {MOTE_CROSS_ENTROPY, mote_cross_entropy_fits, mote_cross_entropy, mote_cross_entropy_gradient},
     {MOTE_SQUARED_ERROR, mote_squared_error_fits, mote_squared_error, mote_squared_error_gradient},
-    {MOTE_BINARY_CROSS_ENTROPY, mote_binary_cross_entropy_fits, mote_binary_cross_entropy,
-     mote_binary_cross_entropy_gradient},
+    {MOTE_BINARY_CROSS_ENTROPY, mote_binary_entropy_fits, mote_binary_entropy, mote_binary_entropy_gradient},
     {MOTE_HUBER, mote_huber_fits, mote_huber, mote_huber_gradient},
     {0, NULL, NULL, NULL},
 };

@@ -64,7 +64,7 @@ void mote_squared_error_gradient(const mote_t *m, uint32_t n, const float *y, co
     }
 }
 
-int mote_binary_cross_entropy_fits(uint32_t n, const float *target)
+int mote_binary_entropy_fits(uint32_t n, const float *target)
 {
     for (uint32_t j = 0; j < n; j++) {
         if (!(target[j] >= 0.0f && target[j] <= 1.0f)) {
@@ -76,7 +76,7 @@ int mote_binary_cross_entropy_fits(uint32_t n, const float *target)
 
 /* y = sigmoid(z), and the mean of -t ln y - (1 - t) ln(1 - y) = max(z, 0) - z t + ln(1 + e^-|z|), which needs no y that
  * has rounded to 0 or 1. */
-float mote_binary_cross_entropy(const mote_t *m, uint32_t n, const float *z, const float *target, float *y)
+float mote_binary_entropy(const mote_t *m, uint32_t n, const float *z, const float *target, float *y)
 {
     (void)m;
     float sum = 0.0f;
@@ -91,7 +91,7 @@ float mote_binary_cross_entropy(const mote_t *m, uint32_t n, const float *z, con
     return sum / (float)n;
 }
 
-void mote_binary_cross_entropy_gradient(const mote_t *m, uint32_t n, const float *y, const float *target, float *dz)
+void mote_binary_entropy_gradient(const mote_t *m, uint32_t n, const float *y, const float *target, float *dz)
 {
     (void)m;
     float share = 1.0f / (float)n;

@@ -1,5 +1,5 @@
-/* Sums over contiguous floats, which float kernels are made of. In the exact profile the order of every sum is fixed: it
- * is part of the format. */
+/* Sums over contiguous floats, which float kernels are made of. In the exact profile the order of every sum is fixed:
+ * it is part of the format. */
 #ifndef MOTE_VECTOR_H
 #define MOTE_VECTOR_H
 
@@ -54,7 +54,8 @@ static inline void mote_add_scaled(float *y, float a, const float *x, uint32_t n
 }
 
 /* y += a * x, and z += b * v. z may be x: y gets what it was. */
-static inline void mote_add_scaled_both(float *y, float a, const float *x, float *z, float b, const float *v, uint32_t n)
+static inline void mote_add_scaled_both(float *y, float a, const float *x, float *z, float b, const float *v,
+                                        uint32_t n)
 {
     for (; n >= 2; n -= 2, x += 2, y += 2, z += 2, v += 2) {
         float y0 = y[0] + a * x[0], y1 = y[1] + a * x[1], z0 = z[0] + b * v[0], z1 = z[1] + b * v[1];
