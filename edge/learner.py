@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,10 +64,11 @@ _REASONS = {
     lib.MOTE_ERR_FORMAT: "this program does not fit the engine; build it anew with edge.program.build",
     lib.MOTE_ERR_CRC: "this program is damaged; transfer it again",
     lib.MOTE_ERR_ARENA: "the arena is too small for this program",
-    lib.MOTE_ERR_FROZEN: "the mask names a layer that this program was not planned to train; build it with that layer "
-    "in `trainable`",
+    lib.MOTE_ERR_FROZEN: "this program was not planned for that: to train a layer of the mask, for momentum, for another "
+    "class, or to learn at all; build it anew with what is wanted",
     lib.MOTE_ERR_TARGET: "the target is no class of this model, or has a number that is not finite; check the labels",
     lib.MOTE_ERR_DIVERGED: "the loss is not finite: training has diverged; lower the rate and set the parameters anew",
+    lib.MOTE_ERR_UNSUPPORTED: "this build of the engine lacks an operator or a loss of the program; build it with them",
 }
 
 
@@ -77,28 +82,50 @@ def _check(code: int) -> None:
 
 
 class MoteLearner:
-    """The C engine: the same bits as on a microcontroller."""
+    """The C engine: the same bits as on a microcontroller.
 
-    def __init__(self, program: Program | bytes) -> None:
-        """Loads a program; parameters are those that it carries, else 0. Raises ProgramError or LearnerError."""
+    A model whose input is int8 takes int8 arrays, as they are; one whose output is int8 gives them. Of a program that
+    trains int8 weights the parameters are the real numbers that these stand for, and setting them rounds.
+    """
+
+    def __init__(
+        self, program: Program | bytes, *, momentum: float = 0.0, weight_decay: float = 0.0, clip_norm: float = 0.0
+    ) -> None:
+        """Loads a program; parameters are those that it carries, else 0.
+
+        Every step of `learn` takes g = dL/dw, scaled to a norm of at most clip_norm over all that trains (0: as it is);
+        v = momentum * v + g + weight_decay * w; w -= rate * v. Momentum needs a program built for it.
+        Raises ProgramError or LearnerError.
+        """
         self.program = program if isinstance(program, Program) else Program.parse(program)
-        self._arena: Vector = np.zeros(self.program.arena_bytes // 4, np.float32)
+        data = self.program.data
+        self._data = ffi.from_buffer(_aligned(data))
+        self._arena = np.zeros(lib.mote_arena_bytes(self._data, len(data)), np.uint8)
         self._mote: Any = ffi.new("mote_t *")
-        self._data = ffi.from_buffer(self.program.data)
-        data, size = self._data, len(self.program.data)
-        _check(lib.mote_load(self._mote, data, size, ffi.from_buffer(self._arena), self._arena.nbytes))
+        _check(lib.mote_load(self._mote, self._data, len(data), ffi.from_buffer(self._arena), self._arena.nbytes))
         self._inputs: int = lib.mote_inputs(self._mote)
+        self._input_type = _dtype(lib.mote_input_type(self._mote))
+        self._output_type = _dtype(lib.mote_output_type(self._mote))
+        self._count: int = lib.mote_get_real(self._mote, ffi.NULL)
+        count = ffi.new("size_t *")
+        block = lib.mote_parameters(self._mote, count)
+        self._trains_int8 = block == ffi.NULL
+        self._loss: Any = ffi.new("float *")
+        self._output: Any = ffi.new("const void **")
+        self._sgd: Any = ffi.new("mote_sgd_t *", (0.0, momentum, weight_decay, clip_norm))
+        self._plain = not (momentum or weight_decay or clip_norm)
+        self._size_outputs()
+
+    def _size_outputs(self) -> None:
         self._outputs: int = lib.mote_outputs(self._mote)
         self._target: Vector = np.zeros(lib.mote_targets(self._mote), np.float32)
         self._target_pointer = ffi.from_buffer("float[]", self._target)
-        self._loss: Any = ffi.new("float *")
-        self._output: Any = ffi.new("const float **")
 
     def _sample(self, x: ArrayLike) -> Any:
-        array = np.ascontiguousarray(x, np.float32)
+        array = _input(x, self._input_type)
         if array.size != self._inputs:
             raise LearnerError(f"the sample has {array.size} features; this model takes {self._inputs}")
-        return ffi.from_buffer("float[]", array)
+        return ffi.from_buffer(array)
 
     def _set_target(self, y: ArrayLike) -> None:
         target = np.asarray(y, np.float32)
@@ -106,20 +133,21 @@ class MoteLearner:
             raise LearnerError(f"the target has {target.size} numbers; this model takes {self._target.size}")
         self._target[:] = target.ravel()
 
-    def _result(self) -> Vector:
-        view = np.frombuffer(ffi.buffer(self._output[0], 4 * self._outputs), np.float32)
-        return view.copy()
-
     def learn(self, x: ArrayLike, y: ArrayLike, rate: float) -> float:
-        """See Learner. A float32 array goes in without a copy; other threads run meanwhile."""
+        """See Learner. An array of the input's type goes in without a copy; other threads run meanwhile."""
         self._set_target(y)
-        _check(lib.mote_learn(self._mote, self._sample(x), self._target_pointer, rate, self._loss))
+        if self._plain:
+            _check(lib.mote_learn(self._mote, self._sample(x), self._target_pointer, rate, self._loss))
+        else:
+            self._sgd.rate = rate
+            _check(lib.mote_learn_with(self._mote, self._sample(x), self._target_pointer, self._sgd, self._loss))
         return float(self._loss[0])
 
-    def infer(self, x: ArrayLike) -> Vector:
-        """See Learner."""
+    def infer(self, x: ArrayLike) -> NDArray[Any]:
+        """See Learner; int8 if the model's output is."""
         _check(lib.mote_infer(self._mote, self._sample(x), self._output))
-        return self._result()
+        size = self._outputs * self._output_type.itemsize
+        return np.frombuffer(ffi.buffer(self._output[0], size), self._output_type).copy()
 
     def loss(self, x: ArrayLike, y: ArrayLike) -> float:
         """See Learner."""
@@ -130,32 +158,124 @@ class MoteLearner:
     @property
     def parameters(self) -> Vector:
         """See Learner. `program.split` names the parts."""
-        return self._arena[: self.program.n_params].copy()
+        vector: Vector = np.empty(self._count, np.float32)
+        lib.mote_get_real(self._mote, ffi.from_buffer("float[]", vector))
+        return vector
 
     def set_parameters(self, vector: ArrayLike) -> None:
-        """See Learner."""
-        array = np.asarray(vector, np.float32)
-        if array.shape != (self.program.n_params,):
-            raise LearnerError(
-                f"the parameters have the shape {array.shape}; this model has ({self.program.n_params},)"
-            )
+        """See Learner. Momentum begins anew."""
+        array = np.ascontiguousarray(vector, np.float32)
+        if np.shape(vector) != (self._count,):
+            raise LearnerError(f"the parameters have the shape {np.shape(vector)}; this model has ({self._count},)")
         if not np.isfinite(array).all():
             raise LearnerError("the parameters have numbers that are not finite; the old ones stay")
-        self._arena[: self.program.n_params] = array
+        lib.mote_set_real(self._mote, ffi.from_buffer("float[]", array))
 
     @property
     def mask(self) -> int:
-        """Which layers train now: bit i is the i-th layer with parameters."""
+        """Which layers train now: bit i is the i-th layer that this program may train."""
         return int(self._mote.mask)
 
     @mask.setter
     def mask(self, layers: int) -> None:
-        _check(lib.mote_train_mask(self._mote, layers))
+        _check(lib.mote_train_mask(self._mote, layers, self._mote.biases_only))
+
+    @property
+    def biases_only(self) -> int:
+        """Of which layers in the mask only the bias trains now, bit by bit as in the mask."""
+        return int(self._mote.biases_only)
+
+    @biases_only.setter
+    def biases_only(self, layers: int) -> None:
+        _check(lib.mote_train_mask(self._mote, self._mote.mask, layers))
+
+    @property
+    def outputs(self) -> int:
+        """Outputs in use: classes, or predictions."""
+        return self._outputs
+
+    def grow(self) -> int:
+        """Takes one more class into use, with the parameters that the program keeps for it; returns how many there are
+        now. Raises LearnerError if the program keeps no room for another."""
+        _check(lib.mote_grow(self._mote))
+        self._size_outputs()
+        return self._outputs
 
     @property
     def ram_bytes(self) -> int:
-        """The arena: parameters, values and gradients."""
-        return self.program.arena_bytes
+        """The arena: parameters, momentum, values and gradients."""
+        return self._arena.nbytes
+
+
+def _dtype(code: int) -> np.dtype[Any]:
+    return np.dtype(np.int8 if code == lib.MOTE_INT8 else np.float32)
+
+
+def _input(x: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """x as the engine reads it. Raises LearnerError for other numbers than int8 where the model takes these."""
+    if dtype == np.int8 and np.asarray(x).dtype != np.int8:
+        raise LearnerError(
+            f"this model takes int8 and the sample is {np.asarray(x).dtype}; quantise it with the input's scale and zero "
+            "point first"
+        )
+    return np.ascontiguousarray(x, dtype)
+
+
+def _aligned(data: bytes) -> NDArray[np.uint8]:
+    """The bytes where the engine reads them in place: at a multiple of 4."""
+    return np.frombuffer(data, np.uint8).copy()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="learn_many")
+
+
+def learn_many(
+    learners: Sequence[MoteLearner], xs: ArrayLike, ys: ArrayLike, rate: float, *, threads: int | None = None
+) -> Vector:
+    """Plain gradient descent on many devices at once: learner i takes a step on each of xs[i], in order.
+
+    xs: [learners, steps, ...features], of the models' input type; ys: [learners, steps], or [learners, steps, targets].
+    threads: how many work on it, each on its share of the devices; as many as there are cores unless given.
+    Returns the losses before each step, [learners, steps]: the same numbers as one after the other. Raises LearnerError,
+    for the first device that failed; the others have learned.
+    """
+    if not learners:
+        raise LearnerError("there is no learner; give at least one")
+    first = learners[0]
+    x, y = _input(xs, first._input_type), np.ascontiguousarray(ys, np.float32)
+    count, steps, targets = len(learners), x.shape[1] if x.ndim > 1 else 0, first._target.size
+    if any(
+        (l._inputs, l._input_type, l._target.size) != (first._inputs, first._input_type, targets) for l in learners
+    ):
+        raise LearnerError("the learners differ in their inputs or targets; call learn_many for each kind of them")
+    if len(set(map(id, learners))) < count:
+        raise LearnerError("a learner is in the list twice; each can only take one step at a time")
+    if x.size != count * steps * first._inputs or y.size != count * steps * targets or x.shape[:2] != y.shape[:2]:
+        raise LearnerError(
+            f"the samples have the shape {x.shape} and the targets {y.shape}; {count} learners take ({count}, steps, "
+            f"{first._inputs}) and ({count}, steps{f', {targets}' if targets > 1 else ''})"
+        )
+    losses: Vector = np.zeros((count, steps), np.float32)
+    errors = np.zeros(count, np.int32)
+    motes = ffi.new("mote_t *[]", [learner._mote for learner in learners])
+    workers = min(threads or os.cpu_count() or 1, count)
+
+    def share(worker: int) -> None:
+        begin, end = count * worker // workers, count * (worker + 1) // workers
+        lib.mote_learn_many(
+            motes + begin, end - begin, steps, ffi.from_buffer(x[begin:end]), ffi.from_buffer("float[]", y[begin:end]),
+            rate, ffi.from_buffer("float[]", losses[begin:end]), ffi.from_buffer("int[]", errors[begin:end]),
+        )  # fmt: skip
+
+    if workers == 1:
+        share(0)
+    else:
+        list(_pool(workers).map(share, range(workers)))
+    for error in errors:
+        _check(int(error))
+    return losses
 
 
 def _interpreter(model: bytes, threads: int) -> Any:

@@ -26,7 +26,7 @@ enum {
     MOTE_ERR_CRC = -3,        /* the program's bytes are damaged */
     MOTE_ERR_ARENA = -4,      /* the arena is too small or not aligned to 4 bytes */
     MOTE_ERR_FROZEN = -5,     /* asked to train what this program was not planned to train */
-    MOTE_ERR_TARGET = -6,     /* a class index out of range, or a target that is not finite */
+    MOTE_ERR_TARGET = -6,     /* a class index or probability out of range, or a target that is not finite */
     MOTE_ERR_DIVERGED = -7,   /* the loss is not finite: the parameters, or the rate, are too large */
     MOTE_ERR_UNSUPPORTED = -8 /* the program has an operator or a loss that this image does not hold */
 };
@@ -66,7 +66,8 @@ int mote_input_type(const mote_t *m);
 int mote_output_type(const mote_t *m);
 
 /* What trains, as one contiguous vector of floats, layer by layer, weights then bias: this is what a fleet exchanges.
- * *count gets its length in floats. NULL, and 0, for a program that trains int8 weights: see mote_int8_parameters. */
+ * *count gets its length in floats. NULL, and 0, for a program that trains int8 weights. The optimiser's momentum lies
+ * right behind it, as long: who sets the parameters clears it too, or it goes on as it was. */
 float *mote_parameters(mote_t *m, size_t *count);
 
 /* Where layer i (counting the layers that may train) lies in that vector: [*first, *first + *count). */
@@ -96,7 +97,7 @@ int mote_learn(mote_t *m, const void *x, const float *target, float rate, float 
 typedef struct {
     float rate;
     float momentum;     /* 0 <= momentum < 1; more than 0 only if the program keeps room for it */
-    float weight_decay; /* of weights and biases, 0: none */
+    float weight_decay; /* of weights and biases, 0: none; rate * weight_decay < 1 */
     float clip_norm;    /* 0: no limit. A limit costs a second pass, since no gradient is ever stored */
 } mote_sgd_t;
 

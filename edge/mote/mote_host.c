@@ -102,6 +102,10 @@ size_t mote_get_real(const mote_t *m, float *values)
 
 void mote_set_real(mote_t *m, const float *values)
 {
+    const mote_header_t *h = mote_header(m);
+    if (h->flags & MOTE_HAS_MOMENTUM) {
+        memset(m->arena + h->params, 0, h->params);
+    }
     for (uint32_t i = 0; i < m->layers; i++) {
         const mote_op_t *op = mote_op_of(m, i);
         if (!is_int8(op)) {
