@@ -15,7 +15,7 @@ class CompileError(UserError):
 
 
 def windows(size: int, kernel: int, stride: int, dilation: int, padding: str) -> tuple[int, int]:
-    """How many windows fit in one dimension, at least 1 where any does, and the padding before it, by TensorFlow's rule.
+    """How many windows fit in one dimension (0 or less: none), and the padding before it, by TensorFlow's rule.
 
     padding: "valid", "same" (the odd element goes behind), or "causal" (all goes before).
     """
@@ -36,7 +36,7 @@ def simplify(graph: Graph) -> Graph:
     read.update(t.view_of for t in tensors if t.view_of is not None)
     read[graph.output] += 1
     ops: dict[int, Op] = {}  # by output; the parts of a concatenation by themselves, below 0
-    for op in graph.ops:
+    for number, op in enumerate(graph.ops):
         before = ops.get(op.inputs[0])
         if before is not None and read[before.output] == 1:
             if before.kind == Kind.PLACE and op.kind in _CONVOLUTIONS and _pads(before, op, tensors):
@@ -47,7 +47,7 @@ def simplify(graph: Graph) -> Graph:
                 tensors[before.output] = tensors[op.output]
                 ops[before.output] = replace(op, inputs=before.inputs, output=before.output)
                 op = replace(before, inputs=(before.output,), output=op.output)
-        ops[op.output if op.kind != Kind.PLACE or op.fills else -1 - len(ops)] = op
+        ops[op.output if op.kind != Kind.PLACE or op.fills else -1 - number] = op
     return compact(replace(graph, tensors=tuple(tensors), ops=tuple(ops.values())))
 
 
