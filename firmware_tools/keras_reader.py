@@ -8,8 +8,8 @@ What the engine does in another way than Keras:
       operation of its own (a depthwise 1x1 convolution that is frozen) where there is none to fold it into.
     - A layer without a bias has one of 0. Where the layer trains, its bias does too.
     - Dropout and the noise layers do nothing.
-    - Of a loss only its kind counts: Keras does not save a Huber loss's delta, so it is 1. Regularisers, constraints, and
-      the optimiser's settings are not carried.
+    - Of a loss only its kind counts: Keras does not save a Huber loss's delta, so it is 1. Regularisers, constraints
+      and the optimiser's settings are not carried.
     - A model that ends in raw class scores (`from_logits=True`) gets the softmax, or the sigmoid, of the engine's loss.
     - Sequences [steps, channels] are images of one row.
 """
