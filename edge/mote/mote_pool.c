@@ -1,0 +1,172 @@
+/* Average and max pooling, float32. */
+#include <string.h>
+
+#include "mote_kernel_list.h"
+#include "mote_vector.h"
+#include "mote_window.h"
+
+/* Without dilation, so that no window lies in the padding alone. */
+static int pool_fits(const mote_t *m, const mote_op_t *op)
+{
+    return mote_floats(m, op) && mote_tensor(m, op->in)->c == mote_tensor(m, op->out)->c && op->dilation_h == 1 &&
+           op->dilation_w == 1 && mote_windows_fit(m, op);
+}
+
+int mote_avgpool_check(const mote_t *m, const mote_op_t *op)
+{
+    return pool_fits(m, op);
+}
+
+int mote_maxpool_check(const mote_t *m, const mote_op_t *op)
+{
+    return pool_fits(m, op);
+}
+
+void mote_avgpool(const mote_t *m, const mote_op_t *op)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    const float *x = mote_read(m, op->in);
+    float *y = mote_write(m, op->out);
+    uint32_t c = in->c;
+    for (uint32_t oy = 0; oy < out->h; oy++) {
+        mote_window_t v = mote_rows_of(op, in, oy);
+        for (uint32_t ox = 0; ox < out->w; ox++, y += c) {
+            mote_window_t h = mote_columns_of(op, in, ox);
+            float share = 1.0f / (float)(v.count * h.count);
+            memset(y, 0, c * sizeof *y);
+            for (uint32_t ky = 0; ky < v.count; ky++) {
+                const float *from = x + ((v.first + ky) * in->w + h.first) * c;
+                for (uint32_t kx = 0; kx < h.count; kx++, from += c) {
+                    for (uint32_t j = 0; j < c; j++) {
+                        y[j] += from[j];
+                    }
+                }
+            }
+            for (uint32_t j = 0; j < c; j++) {
+                y[j] *= share;
+            }
+        }
+    }
+}
+
+void mote_avgpool_back(mote_t *m, const mote_op_t *op)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    const float *dy = mote_read(m, op->dout);
+    float *dx = mote_din(m, op);
+    uint32_t c = in->c;
+    if (dx == NULL) {
+        return;
+    }
+    if (!(op->flags & MOTE_ADDS_DIN)) {
+        memset(dx, 0, mote_bytes(in));
+    }
+    for (uint32_t oy = 0; oy < out->h; oy++) {
+        mote_window_t v = mote_rows_of(op, in, oy);
+        for (uint32_t ox = 0; ox < out->w; ox++, dy += c) {
+            mote_window_t h = mote_columns_of(op, in, ox);
+            float share = 1.0f / (float)(v.count * h.count);
+            for (uint32_t ky = 0; ky < v.count; ky++) {
+                float *to = dx + ((v.first + ky) * in->w + h.first) * c;
+                for (uint32_t kx = 0; kx < h.count; kx++, to += c) {
+                    mote_add_scaled(to, share, dy, c);
+                }
+            }
+        }
+    }
+}
+
+/* The first of a window's largest elements in channel x[0], as a distance from x. */
+static inline uint32_t largest(const float *x, uint32_t row, uint32_t c, uint32_t height, uint32_t width)
+{
+    uint32_t best = 0, at = 0;
+    float most = x[0];
+    for (; height > 0; height--, at += row - width * c) {
+        for (uint32_t kx = 0; kx < width; kx++, at += c) {
+            if (x[at] > most) {
+                most = x[at];
+                best = at;
+            }
+        }
+    }
+    return best;
+}
+
+void mote_maxpool(const mote_t *m, const mote_op_t *op)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    const float *x = mote_read(m, op->in);
+    float *y = mote_write(m, op->out);
+    uint32_t c = in->c, row = in->w * c;
+    for (uint32_t oy = 0; oy < out->h; oy++) {
+        mote_window_t v = mote_rows_of(op, in, oy);
+        for (uint32_t ox = 0; ox < out->w; ox++) {
+            mote_window_t h = mote_columns_of(op, in, ox);
+            const float *corner = x + v.first * row + h.first * c;
+            for (uint32_t j = 0; j < c; j++, corner++) {
+                *y++ = corner[largest(corner, row, c, v.count, h.count)];
+            }
+        }
+    }
+}
+
+/* The gradient of one channel of one window that shares nothing with another: cleared after it was read, so that dx can
+ * be x. */
+static inline void back_alone(const float *x, float *dx, uint32_t row, uint32_t c, uint32_t height, uint32_t width,
+                              float d)
+{
+    uint32_t best = largest(x, row, c, height, width);
+    for (uint32_t ky = 0; ky < height; ky++) {
+        for (uint32_t kx = 0; kx < width; kx++) {
+            dx[ky * row + kx * c] = 0.0f;
+        }
+    }
+    dx[best] = d;
+}
+
+/* Clears what lies right of and below the last window. */
+static void clear_rest(const mote_op_t *op, const mote_tensor_t *in, const mote_tensor_t *out, float *dx)
+{
+    mote_window_t v = mote_rows_of(op, in, out->h - 1u), h = mote_columns_of(op, in, out->w - 1u);
+    uint32_t bottom = v.first + v.count, right = h.first + h.count;
+    for (uint32_t y = 0; right < in->w && y < bottom; y++) {
+        memset(dx + (y * in->w + right) * in->c, 0, (in->w - right) * in->c * sizeof *dx);
+    }
+    memset(dx + bottom * in->w * in->c, 0, (in->h - bottom) * in->w * in->c * sizeof *dx);
+}
+
+/* The gradient goes to each window's largest element. Where windows lie side by side it works in place: din can be the
+ * input's memory. */
+void mote_maxpool_back(mote_t *m, const mote_op_t *op)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    const float *x = mote_read(m, op->in), *dy = mote_read(m, op->dout);
+    float *dx = mote_din(m, op);
+    uint32_t c = in->c, row = in->w * c;
+    int adds = op->flags & MOTE_ADDS_DIN;
+    int alone = !adds && op->kernel_h == op->stride_h && op->kernel_w == op->stride_w;
+    if (dx == NULL) {
+        return;
+    }
+    if (!adds && !alone) {
+        memset(dx, 0, mote_bytes(in));
+    }
+    for (uint32_t oy = 0; oy < out->h; oy++) {
+        mote_window_t v = mote_rows_of(op, in, oy);
+        for (uint32_t ox = 0; ox < out->w; ox++) {
+            mote_window_t h = mote_columns_of(op, in, ox);
+            uint32_t corner = v.first * row + h.first * c;
+            for (uint32_t j = 0; j < c; j++, corner++) {
+                float d = *dy++;
+                if (alone) {
+                    back_alone(x + corner, dx + corner, row, c, v.count, h.count, d);
+                } else {
+                    dx[corner + largest(x + corner, row, c, v.count, h.count)] += d;
+                }
+            }
+        }
+    }
+    if (alone) {
+        clear_rest(op, in, out, dx);
+    }
+}
