@@ -1,0 +1,340 @@
+"""Where every value and gradient of a graph lies in the arena, and what that takes.
+
+Time counts the steps of one training sample: op t forward for t < n, the loss for t = n, op 2n - t backward for t > n.
+A tensor is alive from the step that writes it to the last that reads it; two may share memory if their lives do not
+meet. Activations, additions, the loss's gradient, and max pooling's where windows do not overlap, work in place.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from edge.graph import Graph, Kind, Op, Tensor
+
+#: Ops whose weights and bias are float32 arrays.
+WEIGHTED = (Kind.DENSE, Kind.CONV2D, Kind.DEPTHWISE, Kind.LAYERNORM)
+TRAINED_INT8 = (Kind.TRAINED_INT8_DENSE, Kind.TRAINED_INT8_CONV2D, Kind.TRAINED_INT8_DEPTHWISE)
+INT8_WEIGHTED = (Kind.INT8_DENSE, Kind.INT8_CONV2D, Kind.INT8_DEPTHWISE)
+
+_ACTIVATIONS = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID)
+_READ_OUTPUT_AGAIN = (*_ACTIVATIONS, Kind.SOFTMAX, *TRAINED_INT8)
+_TRIES = 200  # orders of placement that are tried to come nearer to the lower bound
+
+
+@dataclass
+class Block:
+    """Memory that is wanted from the step `birth` to the step `death`, both included."""
+
+    bytes: int
+    birth: int
+    death: int
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradient tensors of an op, as indices of `Plan.tensors`: None where there is none. adds: add to what is
+    there, for another op has written it."""
+
+    dout: int | None = None
+    din: int | None = None
+    din2: int | None = None
+    adds: bool = False
+    adds2: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """tensors: the graph's, then the loss's output where it is one of its own, then gradients; offsets: bytes in the
+    activations, None for what lies in the model's input. lower_bound: the most bytes that are alive at one step."""
+
+    tensors: tuple[Tensor, ...]
+    offsets: tuple[int | None, ...]
+    gradients: tuple[Gradients, ...]
+    output: int
+    dlogits: int | None
+    activations: int
+    lower_bound: int
+
+
+def weight_counts(op: Op, tensors: Sequence[Tensor]) -> tuple[int, int]:
+    """How many weights and biases an op has; (0, 0) for one without any."""
+    x, y = tensors[op.inputs[0]], tensors[op.output]
+    channels = y.shape[2]
+    match op.kind:
+        case Kind.DENSE | Kind.INT8_DENSE | Kind.TRAINED_INT8_DENSE:
+            return x.size * channels, channels
+        case Kind.CONV2D | Kind.INT8_CONV2D | Kind.TRAINED_INT8_CONV2D:
+            return op.kernel[0] * op.kernel[1] * x.shape[2] * channels, channels
+        case Kind.DEPTHWISE | Kind.INT8_DEPTHWISE | Kind.TRAINED_INT8_DEPTHWISE:
+            return op.kernel[0] * op.kernel[1] * channels, channels
+        case Kind.LAYERNORM:
+            return channels, channels
+    return 0, 0
+
+
+def params_bytes(op: Op, tensors: Sequence[Tensor]) -> int:
+    """Bytes that an op keeps in RAM because they train."""
+    if op.trains == "nothing":
+        return 0
+    weights, biases = weight_counts(op, tensors)
+    if op.kind not in TRAINED_INT8:
+        return 4 * (biases + (weights if op.trains == "all" else 0))
+    trained = biases if op.trained is None else op.trained
+    return 4 * trained + (aligned(weights // biases * trained) if op.trains == "all" else 0)
+
+
+def aligned(size: int) -> int:
+    """Rounded up to a multiple of 4."""
+    return -(-size // 4) * 4
+
+
+def root(tensors: Sequence[Tensor], index: int) -> int:
+    """The tensor whose memory this one is."""
+    while (under := tensors[index].view_of) is not None:
+        index = under
+    return index
+
+
+class _Planner:
+    """The blocks of memory as they come up, and which tensor lies in which."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.n = graph, len(graph.ops)
+        self.tensors = list(graph.tensors)
+        self.blocks: list[Block] = []
+        self.place: dict[int, int] = {}  # root tensor -> block
+        self.gradient: dict[int, int] = {}  # root tensor -> its gradient's tensor
+        self.writers: dict[int, list[int]] = {}
+        self.readers: dict[int, list[int]] = {}
+        for i, op in enumerate(graph.ops):
+            self.writers.setdefault(self.root(op.output), []).append(i)
+            for x in dict.fromkeys(map(self.root, op.inputs)):
+                self.readers.setdefault(x, []).append(i)
+        self.back = self._needs_gradient()
+
+    def root(self, index: int) -> int:
+        return root(self.tensors, index)
+
+    def new(self, size: int, birth: int, death: int) -> int:
+        self.blocks.append(Block(aligned(size), birth, death))
+        return len(self.blocks) - 1
+
+    def _needs_gradient(self) -> set[int]:
+        """The root tensors with respect to which the loss's gradient is computed."""
+        above: set[int] = set()  # something that trains has an influence on it
+        for op in self.graph.ops:
+            if op.trains != "nothing" or any(self.root(x) in above for x in op.inputs):
+                above.add(self.root(op.output))
+        output = self.root(self.graph.output)
+        if self.graph.loss is None or output not in above:
+            return set()
+        wanted = {output}
+        for op in reversed(self.graph.ops):
+            if self.root(op.output) in wanted:
+                wanted |= {self.root(x) for x in op.inputs} & above
+        return wanted
+
+    def values(self) -> None:
+        n, ops = self.n, self.graph.ops
+        deaths = {t: max([*self.readers.get(t, []), *w]) for t, w in self.writers.items()}
+        output = self.root(self.graph.output)
+        deaths[output] = n
+        for i, op in enumerate(ops):
+            if self.root(op.output) not in self.back:
+                continue
+            x, y = self.root(op.inputs[0]), self.root(op.output)
+            reads_x = (
+                (op.kind in (*WEIGHTED, *TRAINED_INT8) and op.trains == "all")
+                or op.kind == Kind.LAYERNORM
+                or (op.kind == Kind.MAXPOOL and x in self.back)
+            )
+            if reads_x and x in deaths:
+                deaths[x] = max(deaths[x], 2 * n - i)
+            if op.kind in _READ_OUTPUT_AGAIN:
+                deaths[y] = max(deaths[y], 2 * n - i)
+        for i, op in enumerate(ops):
+            y = self.root(op.output)
+            if y in self.place:
+                continue
+            candidates = [self.root(x) for x in op.inputs] if op.kind in (*_ACTIVATIONS, Kind.ADD) else []
+            for x in candidates:
+                block = self.place.get(x)
+                if block is not None and self.blocks[block].death == i and len(self.writers[y]) == 1:
+                    self.place[y] = block
+                    self.blocks[block].death = deaths[y]
+                    break
+            else:
+                self.place[y] = self.new(self.tensors[y].bytes, i, deaths[y])
+
+    def loss(self) -> tuple[int, int | None]:
+        """The output's tensor, and that of the logits' gradient."""
+        n, graph = self.n, self.graph
+        logits = self.root(graph.output)
+        block = self.place[logits]
+        output = graph.output
+        if graph.loss in ("softmax_cross_entropy", "binary_cross_entropy"):
+            self.tensors.append(Tensor(self.tensors[graph.output].shape))
+            output = len(self.tensors) - 1
+            if self.blocks[block].death > n:
+                block = self.new(self.tensors[output].bytes, n, n)
+            self.place[output] = block
+        if logits not in self.back:
+            return output, None
+        if self.blocks[block].death > n:
+            block = self.new(self.tensors[logits].bytes, n, n)
+        return output, self._add_gradient(logits, block)
+
+    def _add_gradient(self, of: int, block: int) -> int:
+        self.tensors.append(Tensor(self.tensors[of].shape))
+        self.gradient[of] = len(self.tensors) - 1
+        self.place[self.gradient[of]] = block
+        self.blocks[block].death = max(self.blocks[block].death, 2 * self.n - min(self.writers[of]))
+        return self.gradient[of]
+
+    def gradients(self) -> list[Gradients]:
+        found = [Gradients()] * self.n
+        for i in reversed(range(self.n)):
+            op = self.graph.ops[i]
+            y = self.root(op.output)
+            if y not in self.back:
+                continue
+            made: list[tuple[int | None, bool]] = []
+            for x in map(self.root, op.inputs):
+                if x not in self.back:
+                    made.append((None, False))
+                elif x in self.gradient:
+                    made.append((self.gradient[x], True))
+                else:
+                    made.append((self._add_gradient(x, self._block_for_gradient(i, op, x, y)), False))
+            (din, adds), (din2, adds2) = [*made, (None, False)][:2]
+            found[i] = Gradients(self.gradient[y], din, din2, adds, adds2)
+        return found
+
+    def _block_for_gradient(self, i: int, op: Op, x: int, y: int) -> int:
+        """In place of the output's gradient, or of max pooling's input, where that dies now; else anew."""
+        t = 2 * self.n - i
+        own = self.place[self.gradient[y]]
+        if op.kind in _ACTIVATIONS or (op.kind == Kind.ADD and self.root(op.inputs[0]) == x):
+            if self.blocks[own].death == t:
+                return own
+        elif op.kind == Kind.MAXPOOL and op.kernel == op.strides:
+            value = self.place.get(x)
+            if value is not None and self.blocks[value].death == t:
+                return value
+        return self.new(self.tensors[x].bytes, t, t)
+
+
+def plan(graph: Graph) -> Plan:
+    """The plan of a graph: exact, and the same at every run."""
+    planner = _Planner(graph)
+    planner.values()
+    output, dlogits = planner.loss()
+    gradients = planner.gradients()
+    offsets, size, bound = pack(planner.blocks)
+    places: list[int | None] = []
+    for index in range(len(planner.tensors)):
+        block = planner.place.get(planner.root(index))
+        places.append(None if block is None else offsets[block])
+    return Plan(tuple(planner.tensors), tuple(places), tuple(gradients), output, dlogits, size, bound)
+
+
+def pack(blocks: Sequence[Block]) -> tuple[list[int], int, int]:
+    """Offsets such that blocks that live together do not overlap, the bytes that all need, and the most bytes that are
+    alive at one step, which no plan can beat.
+
+    Greedy best fit by size, by birth and by length of life (after Pisarchyk and Lee 2020, "Efficient memory management
+    for deep neural net inference"); where none of them comes down to the bound, orders nearby are tried.
+    """
+    bound = lower_bound(blocks)
+    keys: list[Callable[[int], tuple[int, ...]]] = [
+        lambda i: (-blocks[i].bytes, blocks[i].birth, i),
+        lambda i: (blocks[i].birth, -blocks[i].bytes, i),
+        lambda i: (blocks[i].birth - blocks[i].death, -blocks[i].bytes, i),
+    ]
+    orders = [sorted(range(len(blocks)), key=key) for key in keys]
+    plans = [_best_fit(blocks, order) for order in orders]
+    best = min(range(len(plans)), key=lambda k: plans[k][1])
+    (offsets, size), order = plans[best], orders[best]
+    chance = random.Random(0)
+    for _ in range(_TRIES):
+        if size == bound or len(blocks) < 3:
+            break
+        tried = list(order)
+        tried.insert(chance.randrange(len(tried)), tried.pop(chance.randrange(len(tried))))
+        other = _best_fit(blocks, tried)
+        if other[1] <= size:
+            (offsets, size), order = other, tried
+    return offsets, size, bound
+
+
+def lower_bound(blocks: Iterable[Block]) -> int:
+    """The most bytes alive at one step."""
+    changes: dict[int, int] = {}
+    for block in blocks:
+        changes[block.birth] = changes.get(block.birth, 0) + block.bytes
+        changes[block.death + 1] = changes.get(block.death + 1, 0) - block.bytes
+    alive = most = 0
+    for time in sorted(changes):
+        alive += changes[time]
+        most = max(most, alive)
+    return most
+
+
+def _best_fit(blocks: Sequence[Block], order: Sequence[int]) -> tuple[list[int], int]:
+    offsets = [0] * len(blocks)
+    placed: list[int] = []
+    total = 0
+    for i in order:
+        block = blocks[i]
+        taken = sorted(
+            (offsets[j], offsets[j] + blocks[j].bytes)
+            for j in placed
+            if blocks[j].birth <= block.death and block.birth <= blocks[j].death
+        )
+        end, best, best_gap = 0, -1, 1 << 62
+        for first, last in taken:
+            if block.bytes <= first - end < best_gap:
+                best, best_gap = end, first - end
+            end = max(end, last)
+        offsets[i] = end if best < 0 else best
+        placed.append(i)
+        total = max(total, offsets[i] + block.bytes)
+    return offsets, total
+
+
+# What a choice of what trains takes
+
+
+def with_training(graph: Graph, first: int | None, *, bias_only: bool = False) -> Graph:
+    """The graph with its float32 ops with weights from op `first` on training, and nothing before; None: nothing."""
+    ops = [
+        replace(op, trains="nothing" if first is None or i < first else "bias" if bias_only else "all")
+        if op.kind in WEIGHTED
+        else op
+        for i, op in enumerate(graph.ops)
+    ]
+    return replace(graph, ops=tuple(ops))
+
+
+@dataclass(frozen=True)
+class Takes:
+    """Bytes: what trains, the momentum, activations and gradients, and the least that those could take."""
+
+    params: int
+    momentum: int
+    activations: int
+    lower_bound: int
+
+    @property
+    def arena(self) -> int:
+        """RAM in all."""
+        return self.params + self.momentum + self.activations
+
+
+def takes(graph: Graph) -> Takes:
+    """What running, and training what trains, takes of RAM: to the byte what the engine asks for."""
+    found = plan(graph)
+    params = sum(params_bytes(op, graph.tensors) for op in graph.ops)
+    return Takes(params, params if graph.momentum else 0, found.activations, found.lower_bound)
