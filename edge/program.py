@@ -1,11 +1,7 @@
-"""Programs for the mote engine: from a list of layers to the checked binary that a device reads in place.
+"""Programs for the mote engine: from a model to the checked binary that a device reads in place.
 
-`build` infers the shapes, plans where every value and gradient lives, and writes the binary; `Program` is that binary
-with what can be read from it. The layout of the binary is described in mote/mote_internal.h.
-
-The plan is by lifetimes. Time counts the steps of one training sample: op t forward for t < n, the loss for t = n, op
-2n - t backward for t > n. Two tensors may share memory if their lifetimes do not meet; activations, flattens, the
-loss's gradient, and max pooling's with windows that do not overlap, work in place.
+`build` takes a list of layers, `assemble` any graph; `Program` is the binary with what can be read from it. Its layout
+is described in docs/mote.md and mote/mote_internal.h.
 """
 
 from __future__ import annotations
@@ -14,31 +10,37 @@ import hashlib
 import math
 import struct
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge import quantized
 from edge.errors import UserError
+from edge.graph import LOSSES, DType, Graph, Kind, Loss, Op, Shape3, Tensor
+from edge.plan import TRAINED_INT8, WEIGHTED, Gradients, params_bytes, plan, weight_counts
 
 Shape = tuple[int, ...]
 Vector = NDArray[np.float32]
-Loss = Literal["softmax_cross_entropy", "mse"]
 Padding = Literal["valid", "same"]
 
-LOSSES: tuple[Loss, ...] = ("softmax_cross_entropy", "mse")
-KINDS = ("dense", "conv2d", "avgpool", "maxpool", "flatten", "relu", "tanh")
-MAX_OPS = 256
-MAX_LAYERS = 32  # with parameters: the bits of a mask
-MAX_FLOATS = 0x0FFFFFFF
-NONE = 0xFFFFFFFF
+MAX_LAYERS = 32  # that train: the bits of a mask
+MAX_BYTES = 0x10000000
+NONE = 0xFFFF
+EXTERNAL = 0xFFFFFFFF
+VERSION = 2
 
-_HEADER = struct.Struct("<4sHHIIHBBHHHHIIII")
-_OP = struct.Struct("<8B6HIII")
+_HEADER = struct.Struct("<4sHHIIHHBBHHHHHfIII")
+_TENSOR = struct.Struct("<BbHHHIf")
+_OP = struct.Struct("<BBBB6H4H4BHHII")
 _UNSUMMED = 16  # bytes before those that the CRC covers
+
+_CARRIES, _MOMENTUM, _INT8 = 1, 2, 4  # header flags
+_WEIGHTS, _BIAS, _ADDS, _ADDS2, _FILLS = 1, 2, 4, 8, 16  # op flags
+_TYPES: tuple[DType, ...] = ("float32", "int8")
 
 
 class ProgramError(UserError):
@@ -60,6 +62,18 @@ class Conv2D:
     kernel: int | tuple[int, int] = 3
     strides: int | tuple[int, int] = 1
     padding: Padding = "valid"
+    dilation: int | tuple[int, int] = 1
+
+
+@dataclass(frozen=True)
+class DepthwiseConv2D:
+    """A filter of its own for every channel, `multiplier` of them; weights [kernel h, kernel w, out], bias [out]."""
+
+    kernel: int | tuple[int, int] = 3
+    strides: int | tuple[int, int] = 1
+    padding: Padding = "valid"
+    dilation: int | tuple[int, int] = 1
+    multiplier: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,18 @@ class MaxPool2D:
 
 
 @dataclass(frozen=True)
+class GlobalAvgPool2D:
+    """The mean over all rows and columns."""
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """gamma (x - mean) / sqrt(variance + epsilon) + beta over the channels of every place."""
+
+    epsilon: float = 1e-3
+
+
+@dataclass(frozen=True)
 class Flatten:
     """[h, w, c] as one row."""
 
@@ -91,16 +117,55 @@ class ReLU:
 
 
 @dataclass(frozen=True)
+class ReLU6:
+    """min(max(x, 0), 6)"""
+
+
+@dataclass(frozen=True)
+class LeakyReLU:
+    """x, or slope * x where x is negative."""
+
+    slope: float = 0.3
+
+
+@dataclass(frozen=True)
 class Tanh:
     """The hyperbolic tangent."""
 
 
-Layer = Dense | Conv2D | AvgPool2D | MaxPool2D | Flatten | ReLU | Tanh
+@dataclass(frozen=True)
+class Sigmoid:
+    """1 / (1 + exp(-x))"""
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """exp(x) over its sum, over the channels; not for the end of a model with a cross-entropy, which has its own."""
+
+
+Window = Conv2D | DepthwiseConv2D | AvgPool2D | MaxPool2D
+Layer = Window | Dense | GlobalAvgPool2D | LayerNorm | Flatten | ReLU | ReLU6 | LeakyReLU | Tanh | Sigmoid | Softmax
+
+_POINTWISE: dict[type, Kind] = {
+    ReLU: Kind.RELU,
+    ReLU6: Kind.RELU6,
+    LeakyReLU: Kind.LEAKY_RELU,
+    Tanh: Kind.TANH,
+    Sigmoid: Kind.SIGMOID,
+    Softmax: Kind.SOFTMAX,
+    LayerNorm: Kind.LAYERNORM,
+}
+_WINDOWS: dict[type, Kind] = {
+    Conv2D: Kind.CONV2D,
+    DepthwiseConv2D: Kind.DEPTHWISE,
+    AvgPool2D: Kind.AVGPOOL,
+    MaxPool2D: Kind.MAXPOOL,
+}
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer of a program. Shapes are (h, w, c) or (n,); macs: multiplications and additions of one inference."""
+    """One operation of a program. Shapes are (h, w, c) or (n,); macs: multiplications with an addition, in an inference."""
 
     name: str
     kind: str
@@ -111,42 +176,7 @@ class LayerInfo:
     trainable: bool
 
 
-@dataclass(frozen=True)
-class _Op:
-    """An op record, without its place in memory."""
-
-    kind: str
-    in_shape: tuple[int, int, int]
-    out_shape: tuple[int, int, int]
-    kernel: tuple[int, int] = (0, 0)
-    strides: tuple[int, int] = (0, 0)
-    pads: tuple[int, int] = (0, 0)
-    trainable: bool = False
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.out_shape)
-
-    @property
-    def weights(self) -> Shape:
-        """The shape of the weights; () without any."""
-        if self.kind == "dense":
-            return (self.out_shape[2], self.in_shape[2])
-        if self.kind == "conv2d":
-            return (self.out_shape[2], *self.kernel, self.in_shape[2])
-        return ()
-
-    @property
-    def params(self) -> int:
-        return math.prod(self.weights) + self.out_shape[2] if self.weights else 0
-
-    @property
-    def pointwise(self) -> bool:
-        """Backward needs the output, and both ways can work in place."""
-        return self.kind in ("relu", "tanh")
-
-
-# Shapes
+# Graphs of layers
 
 
 def _pair(value: int | tuple[int, int], what: str) -> tuple[int, int]:
@@ -168,40 +198,14 @@ def _windows(size: int, kernel: int, stride: int, padding: str, what: str) -> tu
     return (size - kernel) // stride + 1, 0
 
 
-def _op(layer: Layer, shape: tuple[int, int, int], index: int) -> _Op:
-    """The op of a layer whose input has this shape."""
-    here = f"layer {index} ({type(layer).__name__})"
-    if isinstance(layer, ReLU | Tanh):
-        return _Op(type(layer).__name__.lower(), shape, shape)
-    if isinstance(layer, Flatten):
-        return _Op("flatten", shape, (1, 1, math.prod(shape)))
-    if isinstance(layer, Dense):
-        if shape[:2] != (1, 1):
-            raise ProgramError(f"{here} takes a flat input, but gets {shape}; put Flatten() before it")
-        return _Op("dense", shape, (1, 1, layer.units))
-    if isinstance(layer, Conv2D):
-        kind, kernel, strides, channels = "conv2d", layer.kernel, layer.strides, layer.filters
-    elif isinstance(layer, AvgPool2D | MaxPool2D):
-        kind = "avgpool" if isinstance(layer, AvgPool2D) else "maxpool"
-        kernel, strides, channels = layer.size, layer.size if layer.strides is None else layer.strides, shape[2]
-    else:
-        raise ProgramError(
-            f"layer {index} is {layer!r}; the engine has Dense, Conv2D, AvgPool2D, MaxPool2D, Flatten, ReLU and Tanh"
-        )
-    (kh, kw), (sh, sw) = _pair(kernel, f"the window of {here}"), _pair(strides, f"the strides of {here}")
-    rows, top = _windows(shape[0], kh, sh, layer.padding, f"the window of {here}")
-    columns, left = _windows(shape[1], kw, sw, layer.padding, f"the window of {here}")
-    return _Op(kind, shape, (rows, columns, channels), (kh, kw), (sh, sw), (top, left))
-
-
 def _check_shape(shape: Sequence[int], what: str) -> None:
-    if not all(isinstance(v, int) and 1 <= v <= 0xFFFF for v in shape) or math.prod(shape) > MAX_FLOATS:
+    if not all(isinstance(v, int) and 1 <= v <= 0xFFFF for v in shape) or math.prod(shape) > MAX_BYTES // 4:
         raise ProgramError(
             f"{what} has the shape {tuple(shape)}; every dimension must be a whole number from 1 to 65535"
         )
 
 
-def _full(shape: Shape) -> tuple[int, int, int]:
+def _full(shape: Shape) -> Shape3:
     if len(shape) == 1:
         return 1, 1, shape[0]
     if len(shape) == 3:
@@ -209,152 +213,65 @@ def _full(shape: Shape) -> tuple[int, int, int]:
     raise ProgramError(f"the input shape is {shape}; it must be (features,) or (height, width, channels)")
 
 
-def _short(shape: tuple[int, int, int]) -> Shape:
+def _short(shape: Shape3) -> Shape:
     return shape[2:] if shape[:2] == (1, 1) else shape
 
 
-# The plan
-
-
-@dataclass
-class Tensor:
-    """Memory that is wanted from the step `birth` to the step `death`, both included. size: floats."""
-
-    size: int
-    birth: int
-    death: int
-
-
-def pack(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """Offsets such that tensors that live together do not overlap, and the floats that all need.
-
-    Greedy best fit, by size and by birth, whichever comes out smaller (after Pisarchyk and Lee 2020, "Efficient memory
-    management for deep neural net inference").
-    """
-    orders = (lambda i: (-tensors[i].size, i), lambda i: (tensors[i].birth, -tensors[i].size, i))
-    plans = [_best_fit(tensors, sorted(range(len(tensors)), key=order)) for order in orders]
-    return min(plans, key=lambda plan: plan[1])
-
-
-def _best_fit(tensors: Sequence[Tensor], order: Iterable[int]) -> tuple[list[int], int]:
-    offsets: dict[int, int] = {}
-    total = 0
-    for i in order:
-        t = tensors[i]
-        taken = sorted(
-            (offsets[j], offsets[j] + tensors[j].size)
-            for j in offsets
-            if tensors[j].birth <= t.death and t.birth <= tensors[j].death
-        )
-        end, best, best_gap = 0, None, math.inf
-        for first, last in taken:
-            if t.size <= first - end < best_gap:
-                best, best_gap = end, first - end
-            end = max(end, last)
-        offsets[i] = end if best is None else best
-        total = max(total, offsets[i] + t.size)
-    return [offsets[i] for i in range(len(tensors))], total
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Offsets in floats: every op's output, the gradient with respect to it, the model's output; and all in all."""
-
-    out: list[int]
-    grad: list[int]
-    output: int
-    size: int
-
-
-def _value_death(ops: Sequence[_Op], first: int, i: int) -> int:
-    """The last step that reads op i's output. Op i is no flatten; those behind it are the same memory."""
-    n = len(ops)
-    reader = next((j for j in range(i + 1, n) if ops[j].kind != "flatten"), n)
-    if ops[i].pointwise and i > first:
-        return 2 * n - i
-    if reader < n and (ops[reader].trainable or (ops[reader].kind == "maxpool" and reader > first)):
-        return 2 * n - reader
-    return reader
-
-
-def plan(ops: Sequence[_Op], loss: Loss) -> Plan:
-    """Where every tensor lives. The lifetimes are those that mote_load.c checks."""
-    n = len(ops)
-    first = next((i for i, op in enumerate(ops) if op.trainable), n)
-    tensors: list[Tensor] = []
-    values: list[int | None] = []  # op -> index of its output in `tensors`; None: it is the model's input
-    grads: list[int | None] = [None] * n
-
-    def new(size: int, birth: int, death: int) -> int:
-        tensors.append(Tensor(size, birth, death))
-        return len(tensors) - 1
-
-    for i, op in enumerate(ops):
-        before = values[-1] if values else None
-        if op.kind == "flatten":
-            values.append(before)
-        elif op.pointwise and before is not None and tensors[before].death == i:
-            values.append(before)
-            tensors[before].death = _value_death(ops, first, i)
-        else:
-            values.append(new(op.size, i, _value_death(ops, first, i)))
-    output = values[-1]
-    if output is None:
-        raise ProgramError("a model needs at least one layer that computes something")
-    if loss == "softmax_cross_entropy" and tensors[output].death > n:
-        output = new(ops[-1].size, n, n)
-
-    for i in reversed(range(first, n)):
-        t = 2 * n - (i + 1)  # when this gradient is computed
-        if i + 1 == n:
-            source = output if tensors[output].death == n else None
-        elif ops[i + 1].kind == "flatten" or ops[i + 1].pointwise:
-            source = grads[i + 1]
-        elif ops[i + 1].kind == "maxpool" and ops[i + 1].kernel == ops[i + 1].strides:
-            value = values[i]
-            source = value if value is not None and tensors[value].death == t else None
-        else:
-            source = None
-        if source is None:
-            source = new(ops[i].size, t, t)
-        tensors[source].death = 2 * n - i
-        grads[i] = source
-
-    offsets, size = pack(tensors)
-
-    def places(indices: Sequence[int | None]) -> list[int]:
-        return [NONE if i is None else offsets[i] for i in indices]
-
-    return Plan(places(values), places(grads), offsets[output], size)
-
-
-# Programs
+def _op(layer: Layer, shape: Shape3, index: int) -> tuple[Op, Shape3]:
+    """The op of a layer whose input has this shape, its tensors not numbered yet, and its output's shape."""
+    here = f"layer {index} ({type(layer).__name__})"
+    op = Op(_POINTWISE.get(type(layer), Kind.DENSE), f"layer_{index}", (), 0)
+    if type(layer) in _POINTWISE:
+        slope, epsilon = getattr(layer, "slope", 0.0), getattr(layer, "epsilon", 0.0)
+        return replace(op, slope=slope, epsilon=epsilon), shape
+    if isinstance(layer, Dense):
+        if shape[:2] != (1, 1):
+            raise ProgramError(f"{here} takes a flat input, but gets {shape}; put Flatten() before it")
+        return op, (1, 1, layer.units)
+    if isinstance(layer, GlobalAvgPool2D):
+        return replace(op, kind=Kind.AVGPOOL, kernel=shape[:2], strides=(1, 1), dilation=(1, 1)), (1, 1, shape[2])
+    if not isinstance(layer, Window):
+        known = ", ".join(sorted({t.__name__ for t in (*_POINTWISE, *_WINDOWS, Dense, Flatten, GlobalAvgPool2D)}))
+        raise ProgramError(f"layer {index} is {layer!r}; the engine has {known}")
+    channels, dilation = shape[2], _pair(getattr(layer, "dilation", 1), f"the dilation of {here}")
+    if isinstance(layer, AvgPool2D | MaxPool2D):
+        kernel, strides = layer.size, layer.size if layer.strides is None else layer.strides
+    else:
+        kernel, strides = layer.kernel, layer.strides
+        channels = layer.filters if isinstance(layer, Conv2D) else channels * layer.multiplier
+    what = f"the window of {here}"
+    (kh, kw), (sh, sw) = _pair(kernel, what), _pair(strides, f"the strides of {here}")
+    rows, top = _windows(shape[0], (kh - 1) * dilation[0] + 1, sh, layer.padding, what)
+    columns, left = _windows(shape[1], (kw - 1) * dilation[1] + 1, sw, layer.padding, what)
+    op = replace(op, kind=_WINDOWS[type(layer)], kernel=(kh, kw), strides=(sh, sw), dilation=dilation, pads=(top, left))
+    return op, (rows, columns, channels)
 
 
 def build(
     layers: Sequence[Layer],
     input_shape: Sequence[int],
-    loss: Loss,
+    loss: Loss | None,
     *,
     trainable: Collection[int] | None = None,
     weights: Mapping[str, NDArray[Any]] | None = None,
+    momentum: bool = False,
+    classes: int | None = None,
 ) -> Program:
-    """The program of a model.
+    """The program of a model of layers one behind the other.
 
-    input_shape: (features,) or (height, width, channels). trainable: which layers may train, counting layers with
-    parameters from 0; None for all. weights: arrays by the names of `Program.all_parameters`; a frozen layer needs its
-    own; if trainable layers have theirs, the program carries them as initial values (then all must), else it is the
-    architecture alone.
+    input_shape: (features,) or (height, width, channels). loss: None for a model that only runs. trainable: which
+    layers may train, counting layers with parameters from 0; None for all (none without a loss). weights: arrays by the names
+    of `Program.all_parameters`; a frozen layer needs its own; if trainable layers have theirs, the program carries them
+    as initial values (then all must), else it is the architecture alone. momentum: keep room for the optimiser's.
+    classes: outputs in use at first, if fewer than the last layer has.
 
     ReLU before max pooling is built as max pooling before ReLU: the same numbers, with less memory and work.
 
     Raises ProgramError.
     """
-    if loss not in LOSSES:
-        raise ProgramError(f"the loss is {loss!r}; the engine has {' and '.join(LOSSES)}")
+    if loss is not None and loss not in LOSSES:
+        raise ProgramError(f"the loss is {loss!r}; the engine has {', '.join(LOSSES)}")
     layers = list(layers)
-    if not 1 <= len(layers) <= MAX_OPS:
-        raise ProgramError(f"the model has {len(layers)} layers; it can have 1 to {MAX_OPS}")
     for i in range(len(layers) - 1, 0, -1):
         for j in range(i, len(layers)):
             if not (isinstance(layers[j - 1], ReLU) and isinstance(layers[j], MaxPool2D)):
@@ -363,43 +280,65 @@ def build(
 
     shape = _full(tuple(int(v) for v in input_shape))
     _check_shape(shape, "the input")
-    ops: list[_Op] = []
+    tensors, ops = [Tensor(shape)], list[Op]()
     for i, layer in enumerate(layers):
-        op = _op(layer, shape, i)
-        _check_shape(op.out_shape, f"the output of layer {i} ({type(layer).__name__})")
-        ops.append(op)
-        shape = op.out_shape
-
-    numbers = [i for i, op in enumerate(ops) if op.params]
-    if len(numbers) > MAX_LAYERS:
-        raise ProgramError(f"the model has {len(numbers)} layers with parameters; it can have {MAX_LAYERS}")
-    chosen = range(len(numbers)) if trainable is None else trainable
+        source = len(tensors) - 1
+        if isinstance(layer, Flatten):
+            tensors.append(Tensor((1, 1, tensors[source].size), view_of=source))
+        else:
+            op, shape = _op(layer, tensors[source].shape, i)
+            ops.append(replace(op, inputs=(source,), output=len(tensors)))
+            tensors.append(Tensor(shape))
+        _check_shape(tensors[-1].shape, f"the output of layer {i} ({type(layer).__name__})")
+    if not ops:
+        raise ProgramError("a model needs at least one layer that computes something")
+    numbers = [i for i, op in enumerate(ops) if op.kind in WEIGHTED]
+    chosen = (range(len(numbers)) if loss is not None else ()) if trainable is None else trainable
     for number in chosen:
         if not 0 <= number < len(numbers):
             raise ProgramError(f"layer {number} cannot train: the model has {len(numbers)} layers with parameters")
-        op = ops[numbers[number]]
-        ops[numbers[number]] = _Op(op.kind, op.in_shape, op.out_shape, op.kernel, op.strides, op.pads, True)
-    return Program.parse(_assemble(ops, loss, weights or {}))
+        ops[numbers[number]] = replace(ops[numbers[number]], trains="all")
+    graph = Graph(tuple(tensors), tuple(ops), len(tensors) - 1, loss, classes, momentum)
+    return assemble(_with_weights(graph, weights or {}))
 
 
-def _arrays(ops: Sequence[_Op]) -> list[tuple[str, Shape, bool]]:
-    """(name, shape, trains) of every weight and bias, in the order of the layers."""
-    arrays: list[tuple[str, Shape, bool]] = []
-    for number, op in enumerate(op for op in ops if op.params):
-        arrays.append((f"{op.kind}_{number}/weights", op.weights, op.trainable))
-        arrays.append((f"{op.kind}_{number}/bias", op.out_shape[2:], op.trainable))
+def _arrays(ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[tuple[str, Shape, Op]]:
+    """(name, shape, op) of every weight and bias, in the order of the ops."""
+    arrays: list[tuple[str, Shape, Op]] = []
+    number = 0
+    for op in ops:
+        weights, biases = weight_counts(op, tensors)
+        if not weights:
+            continue
+        kind = op.kind.name.lower()
+        arrays.append((f"{kind}_{number}/weights", _weights_shape(op, tensors), op))
+        arrays.append((f"{kind}_{number}/bias", (biases,), op))
+        number += 1
     return arrays
 
 
-def _assemble(ops: Sequence[_Op], loss: Loss, weights: Mapping[str, NDArray[Any]]) -> bytes:
-    arrays = _arrays(ops)
+def _weights_shape(op: Op, tensors: Sequence[Tensor]) -> Shape:
+    x, channels = tensors[op.inputs[0]], tensors[op.output].shape[2]
+    if op.kind == Kind.LAYERNORM:
+        return (channels,)
+    if op.kind in (Kind.DENSE, Kind.INT8_DENSE, Kind.TRAINED_INT8_DENSE):
+        return channels, x.size
+    if op.kind in (Kind.CONV2D, Kind.INT8_CONV2D, Kind.TRAINED_INT8_CONV2D):
+        return channels, *op.kernel, x.shape[2]
+    return *op.kernel, channels
+
+
+def _with_weights(graph: Graph, weights: Mapping[str, NDArray[Any]]) -> Graph:
+    """The graph with arrays by name; those that train all or none. Raises ProgramError."""
+    arrays = _arrays(graph.ops, graph.tensors)
     unknown = sorted(set(weights) - {name for name, _, _ in arrays})
     if unknown:
         known = ", ".join(name for name, _, _ in arrays)
         raise ProgramError(f"no layer takes the weights '{unknown[0]}'; the model has {known or 'none'}")
-    carries = any(trains and name in weights for name, _, trains in arrays)
-    parts: dict[bool, list[bytes]] = {True: [], False: []}
-    for name, shape, trains in arrays:
+    carries = any(op.trains != "nothing" and name in weights for name, _, op in arrays)
+    found: dict[int, dict[str, NDArray[Any]]] = {}
+    for name, shape, op in arrays:
+        trains = op.trains != "nothing"
         if trains and not carries:
             continue
         if name not in weights:
@@ -408,31 +347,121 @@ def _assemble(ops: Sequence[_Op], loss: Loss, weights: Mapping[str, NDArray[Any]
         array = np.asarray(weights[name], dtype="<f4")
         if array.shape != shape:
             raise ProgramError(f"'{name}' has the shape {array.shape}; the model needs {shape}")
-        if not np.isfinite(array).all():
-            raise ProgramError(f"'{name}' has numbers that are not finite")
-        parts[trains].append(array.tobytes())
+        found.setdefault(id(op), {})[name.rpartition("/")[2]] = array
+    return replace(graph, ops=tuple(replace(op, **found.get(id(op), {})) for op in graph.ops))  # type: ignore[arg-type]
 
-    where = plan(ops, loss)
-    sizes = [sum(op.params for op in ops if op.trainable is trains) for trains in (True, False)]
-    if max(*sizes, where.size) > MAX_FLOATS:
-        raise ProgramError(f"the model needs more than {MAX_FLOATS} floats; make it smaller")
-    counts = {True: 0, False: 0}
-    records = []
-    for i, op in enumerate(ops):
-        records.append(
-            _OP.pack(
-                KINDS.index(op.kind) + 1, int(op.trainable), *op.kernel, *op.strides, *op.pads, *op.in_shape,
-                *op.out_shape, counts[op.trainable] if op.params else 0, where.out[i], where.grad[i],
-            )
-        )  # fmt: skip
-        counts[op.trainable] += op.params
-    body = b"".join([*records, *parts[True], *parts[False]])
-    rest = struct.pack(
-        "<HBBHHHHIIII", len(ops), LOSSES.index(loss) + 1, int(carries), *ops[0].in_shape, 0, counts[True],
-        counts[False], where.size, where.output,
+
+# Programs
+
+
+def assemble(graph: Graph, *, carry: bool = True) -> Program:
+    """The program of a graph. carry: with the initial values of what trains, if the graph has them all.
+
+    Raises ProgramError if it is too large, or lacks the weights of a frozen op.
+    """
+    training = [op for op in graph.ops if op.trains != "nothing"]
+    if len(training) > MAX_LAYERS:
+        raise ProgramError(
+            f"{len(training)} layers would train; {MAX_LAYERS} can. Let fewer train (--train-from a later layer)"
+        )
+    for tensor in graph.tensors:
+        _check_shape(tensor.shape, "a tensor")
+    if training and graph.loss is None:
+        raise ProgramError("a model that trains needs a loss; choose one of " + ", ".join(LOSSES))
+    int8 = {op.kind in TRAINED_INT8 for op in training}
+    if len(int8) > 1:
+        raise ProgramError("float32 and int8 weights cannot train in one model")
+    carries = carry and bool(training) and all(op.weights is not None and op.bias is not None for op in training)
+
+    where = plan(graph)
+    initial, constants, records = [], [], []
+    params_size = sum(params_bytes(op, graph.tensors) for op in training)
+    params_at, at, layer = 0, params_size if carries else 0, 0
+    for op, gradients in zip(graph.ops, where.gradients, strict=True):
+        trains = op.trains != "nothing"
+        if not trains and op.weights is None and op.kind in WEIGHTED:
+            raise ProgramError(f"'{op.name}' has no weights; it is frozen, so it needs them: pass them too")
+        mine = _constants(op, graph.tensors)
+        if carries and trains:
+            initial.append(_initial(op))
+        records.append(_record(op, graph.tensors, gradients, layer if trains else 0, params_at if trains else 0, at))
+        params_at += params_bytes(op, graph.tensors)
+        layer += trains
+        at += len(mine)
+        constants.append(mine)
+    tensors = [
+        _TENSOR.pack(_TYPES.index(t.dtype) + 1, t.zero_point, *t.shape, EXTERNAL if offset is None else offset, t.scale)
+        for t, offset in zip(where.tensors, where.offsets, strict=True)
+    ]
+    body = b"".join([*tensors, *records, *initial, *constants])
+    if max(where.activations, params_size, at) > MAX_BYTES:
+        raise ProgramError(f"the model needs more than {MAX_BYTES} bytes; make it smaller")
+    flags = _CARRIES * carries | _MOMENTUM * (graph.momentum and bool(training)) | _INT8 * (True in int8)
+    classes = where.tensors[graph.output].size if graph.classes is None else graph.classes
+    rest = _HEADER.pack(
+        b"MOTE", VERSION, _HEADER.size, _HEADER.size + len(body), 0, len(tensors), len(records),
+        0 if graph.loss is None else LOSSES.index(graph.loss) + 1, flags, 0, graph.output, where.output,
+        NONE if where.dlogits is None else where.dlogits, classes, graph.huber_delta, params_size,
+        where.activations, at,
     )  # fmt: skip
-    start = struct.pack("<4sHHI", b"MOTE", 1, _HEADER.size, _HEADER.size + len(body))
-    return start + struct.pack("<I", zlib.crc32(rest + body)) + rest + body
+    data = rest + body
+    crc = struct.pack("<I", zlib.crc32(data[_UNSUMMED:]))
+    return Program.parse(data[: _UNSUMMED - 4] + crc + data[_UNSUMMED:])
+
+
+def _finite(op: Op, array: NDArray[Any]) -> bytes:
+    if not np.isfinite(array).all():
+        raise ProgramError(f"the weights of '{op.name}' have numbers that are not finite")
+    return np.ascontiguousarray(array, "<f4").tobytes()
+
+
+def _constants(op: Op, tensors: Sequence[Tensor]) -> bytes:
+    """The bytes behind an op's `constants`, a multiple of 4."""
+    if op.kind in WEIGHTED:
+        data = struct.pack("<f", op.epsilon) if op.kind == Kind.LAYERNORM else b""
+        if op.trains != "all":
+            if op.weights is None:
+                raise ProgramError(f"'{op.name}' has no weights; they do not train, so it needs them: pass them too")
+            data += _finite(op, op.weights)
+        if op.trains == "nothing":
+            assert op.bias is not None
+            data += _finite(op, op.bias)
+        return data
+    if op.kind == Kind.LEAKY_RELU:
+        return struct.pack("<f", op.slope)
+    if op.kind == Kind.SLICE:
+        return struct.pack("<6i", *op.begin, *op.steps)
+    if op.kind >= Kind.INT8_DENSE:
+        try:
+            return quantized.constants(op, tensors)
+        except ValueError as error:
+            raise ProgramError(f"'{op.name}' cannot be computed in int8: {error}") from error
+    return b""
+
+
+def _initial(op: Op) -> bytes:
+    """What trains of an op, as it lies behind `params`."""
+    assert op.weights is not None and op.bias is not None
+    if op.kind in WEIGHTED:
+        return (_finite(op, op.weights) if op.trains == "all" else b"") + _finite(op, op.bias)
+    last = op.kind == Kind.TRAINED_INT8_DEPTHWISE
+    weights = op.weights[..., : op.trained] if last else op.weights[: op.trained]
+    data = np.ascontiguousarray(weights, np.int8).tobytes() if op.trains == "all" else b""
+    return data + bytes(-len(data) % 4) + np.ascontiguousarray(op.bias[: op.trained], "<i4").tobytes()
+
+
+def _record(op: Op, tensors: Sequence[Tensor], g: Gradients, layer: int, params: int, constants: int) -> bytes:
+    flags = {"nothing": 0, "bias": _BIAS, "all": _WEIGHTS | _BIAS}[op.trains]
+    flags |= _ADDS * g.adds | _ADDS2 * g.adds2 | _FILLS * op.fills
+    channels = tensors[op.output].shape[2]
+    trained = 0 if op.trains == "nothing" else channels if op.trained is None else op.trained
+    inputs = [*op.inputs, NONE][:2]
+    around = [NONE if index is None else index for index in (g.dout, g.din, g.din2)]
+    pads, option = (op.offsets[:2], op.offsets[2]) if op.kind == Kind.PLACE else (op.pads, 0)
+    return _OP.pack(
+        op.kind, flags, layer, 0, *inputs, op.output, *around, *op.kernel, *pads, *op.strides, *op.dilation, option,
+        trained, params, constants,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -443,44 +472,80 @@ class Program:
 
     @classmethod
     def parse(cls, data: bytes) -> Program:
-        """A program from its bytes. Raises ProgramError if they are none; the engine checks the plan as it loads."""
+        """A program from its bytes. Raises ProgramError if they are none; the engine checks every op as it loads."""
         header = _HEADER.unpack_from(data) if len(data) >= _HEADER.size else None
         if header is None or header[0] != b"MOTE":
             raise ProgramError("these bytes are no program for the engine; build one with edge.program.build")
-        if header[1:3] != (1, _HEADER.size):
-            raise ProgramError(f"this program has the format version {header[1]}; this engine reads version 1")
+        if header[1:3] != (VERSION, _HEADER.size):
+            raise ProgramError(f"this program has the format version {header[1]}; this engine reads version {VERSION}")
         if header[3] != len(data) or header[4] != zlib.crc32(data[_UNSUMMED:]):
             raise ProgramError("this program is damaged (its length or checksum is wrong); transfer it again")
         program = cls(bytes(data))
-        n_ops, loss, flags, n_params, n_constants = header[5], header[6], header[7], header[12], header[13]
-        floats = n_constants + (n_params if flags & 1 else 0)
-        consistent = (
-            1 <= n_ops <= MAX_OPS
-            and 1 <= loss <= len(LOSSES)
-            and _HEADER.size + n_ops * _OP.size + 4 * floats == len(data)
-            and all(1 <= r[0] <= len(KINDS) and all(r[8:14]) for r in program._records)
-            and max(n_params, n_constants, header[14]) <= MAX_FLOATS
-            and sum(op.params for op in program._ops if op.trainable) == n_params
-            and sum(op.params for op in program._ops if not op.trainable) == n_constants
-        )
-        if not consistent:
+        if not program._consistent():
             raise ProgramError("this program contradicts itself; build it anew with edge.program.build")
         return program
+
+    def _consistent(self) -> bool:
+        h = self._header
+        n_tensors, n_ops, loss, flags, params, activations, constants = h[5], h[6], h[7], h[8], h[15], h[16], h[17]
+        size = _HEADER.size + n_tensors * _TENSOR.size + n_ops * _OP.size + constants
+        if size != len(self.data) or not n_tensors or not n_ops or loss > len(LOSSES) or flags > 7:
+            return False
+        if max(params, activations, constants) > MAX_BYTES or (flags & _CARRIES and params > constants):
+            return False
+        if max(h[9:12]) >= n_tensors:
+            return False
+        for type_, _, *shape, _, _ in self._places:
+            if type_ not in (1, 2) or not all(shape) or math.prod(shape) > MAX_BYTES // 4:
+                return False
+        kinds = set(Kind)
+        for r in self._records:
+            if r[0] not in kinds or r[4] >= n_tensors or r[6] >= n_tensors:
+                return False
+        ops, tensors = self._ops, self._tensors
+        if any(op.kind in WEIGHTED + TRAINED_INT8 and tensors[op.output].shape[2] < (op.trained or 0) for op in ops):
+            return False
+        weighted = [op for op in ops if weight_counts(op, tensors)[0]]
+        if any(op.trains != "nothing" and op not in weighted for op in ops):
+            return False
+        return (
+            sum(params_bytes(op, tensors) for op in ops) == params
+            and 1 <= h[13] <= tensors[h[10]].size
+            and all(op.kind not in TRAINED_INT8 or op.trains == "nothing" or flags & _INT8 for op in ops)
+        )
 
     @cached_property
     def _header(self) -> tuple[Any, ...]:
         return _HEADER.unpack_from(self.data)
 
     @cached_property
-    def _records(self) -> list[tuple[int, ...]]:
-        return [_OP.unpack_from(self.data, _HEADER.size + i * _OP.size) for i in range(self._header[5])]
+    def _places(self) -> list[tuple[Any, ...]]:
+        return [_TENSOR.unpack_from(self.data, _HEADER.size + i * _TENSOR.size) for i in range(self._header[5])]
 
     @cached_property
-    def _ops(self) -> list[_Op]:
-        return [
-            _Op(KINDS[r[0] - 1], r[8:11], r[11:14], r[2:4], r[4:6], r[6:8], bool(r[1]))  # type: ignore[arg-type]
-            for r in self._records
-        ]
+    def _records(self) -> list[tuple[int, ...]]:
+        start = _HEADER.size + self._header[5] * _TENSOR.size
+        return [_OP.unpack_from(self.data, start + i * _OP.size) for i in range(self._header[6])]
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(Tensor((h, w, c), _TYPES[kind - 1], scale, zero) for kind, zero, h, w, c, _, scale in self._places)
+
+    @cached_property
+    def _ops(self) -> list[Op]:
+        ops = []
+        for i, r in enumerate(self._records):
+            trains: Literal["nothing", "bias", "all"] = (
+                "all" if r[1] & _WEIGHTS else "bias" if r[1] & _BIAS else "nothing"
+            )
+            inputs = (r[4],) if r[5] == NONE else (r[4], r[5])
+            ops.append(
+                Op(
+                    Kind(r[0]), f"op_{i}", inputs, r[6], kernel=(r[10], r[11]), strides=(r[14], r[15]),
+                    dilation=(r[16], r[17]), trains=trains, trained=r[19] or None,
+                )
+            )  # fmt: skip
+        return ops
 
     @cached_property
     def model_id(self) -> bytes:
@@ -488,80 +553,129 @@ class Program:
         return hashlib.sha256(self.data).digest()[:8]
 
     @property
-    def loss(self) -> Loss:
-        """What the model is trained to make small."""
-        loss: Loss = LOSSES[self._header[6] - 1]
-        return loss
+    def loss(self) -> Loss | None:
+        """What the model is trained to make small; None if it only runs."""
+        return LOSSES[self._header[7] - 1] if self._header[7] else None
+
+    @property
+    def input(self) -> Tensor:
+        """The model's input: its shape as [h][w][c], its type, and an int8 one's scale and zero point."""
+        return self._tensors[int(self._header[9])]
+
+    @property
+    def output(self) -> Tensor:
+        """The same of its output."""
+        return self._tensors[int(self._header[11])]
 
     @property
     def input_shape(self) -> Shape:
         """(features,) or (height, width, channels)."""
-        return _short(self._header[8:11])
+        return _short(self.input.shape)
 
     @property
     def output_shape(self) -> Shape:
-        """The same of the output: class probabilities under softmax cross-entropy."""
-        return _short(self._ops[-1].out_shape)
+        """The same of the output: class probabilities under a cross-entropy."""
+        return _short(self.output.shape)
 
     @property
+    def classes(self) -> int:
+        """Outputs in use at first."""
+        return int(self._header[13])
+
+    @property
+    def trains_int8(self) -> bool:
+        """Whether what trains are int8 weights."""
+        return bool(self._header[8] & _INT8)
+
+    @cached_property
     def n_params(self) -> int:
-        """Floats that can train: the length of the vector that a fleet exchanges."""
-        return int(self._header[12])
+        """Numbers that can train: the length of the vector that a fleet exchanges."""
+        return sum(math.prod(shape) for _, shape in self.parameters)
+
+    @property
+    def params_bytes(self) -> int:
+        """RAM of what trains, without its momentum."""
+        return int(self._header[15])
+
+    @property
+    def momentum_bytes(self) -> int:
+        """RAM of the optimiser's momentum."""
+        return self.params_bytes if self._header[8] & _MOMENTUM else 0
 
     @property
     def activation_bytes(self) -> int:
         """RAM of the planned values and gradients."""
-        return 4 * int(self._header[14])
+        return int(self._header[16])
 
     @property
     def arena_bytes(self) -> int:
-        """RAM that the engine needs for it, in all: parameters, values and gradients."""
-        return 4 * self.n_params + self.activation_bytes
+        """RAM that the engine needs for it, in all: what trains, momentum, values and gradients."""
+        return self.params_bytes + self.momentum_bytes + self.activation_bytes
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of its ops: what an image must hold to run it."""
+        return frozenset(op.kind for op in self._ops)
 
     @cached_property
     def layers(self) -> tuple[LayerInfo, ...]:
-        """The layers in order. Those with parameters are numbered together, the others by kind."""
+        """The ops in order. Those with parameters are numbered together, the others by kind."""
         layers = []
         numbers: dict[str, int] = {}
         for op in self._ops:
-            group = "parameters" if op.params else op.kind
+            weights, biases = weight_counts(op, self._tensors)
+            kind = op.kind.name.lower()
+            group = "parameters" if weights else kind
             number = numbers[group] = numbers.get(group, -1) + 1
-            macs = math.prod(op.weights) * op.out_shape[0] * op.out_shape[1] if op.params else 0
+            x, y = self._tensors[op.inputs[0]].shape, self._tensors[op.output].shape
+            macs = 0 if op.kind == Kind.LAYERNORM else weights * y[0] * y[1]
             layers.append(
-                LayerInfo(f"{op.kind}_{number}", op.kind, _short(op.in_shape), _short(op.out_shape), macs, op.params,
-                          op.trainable)
-            )  # fmt: skip
+                LayerInfo(
+                    f"{kind}_{number}", kind, _short(x), _short(y), macs, weights + biases, op.trains != "nothing"
+                )
+            )
         return tuple(layers)
 
     @cached_property
     def all_parameters(self) -> tuple[tuple[str, Shape], ...]:
         """(name, shape) of every weight and bias, frozen ones too, in the order of the layers."""
-        return tuple((name, shape) for name, shape, _ in _arrays(self._ops))
+        return tuple((name, shape) for name, shape, _ in _arrays(self._ops, self._tensors))
 
     @cached_property
     def parameters(self) -> tuple[tuple[str, Shape], ...]:
         """(name, shape) of what can train, in the order of the vector."""
-        return tuple((name, shape) for name, shape, trains in _arrays(self._ops) if trains)
+        found: list[tuple[str, Shape]] = []
+        for name, shape, op in _arrays(self._ops, self._tensors):
+            is_bias = name.endswith("/bias")
+            if op.trains == "nothing" or (op.trains == "bias" and not is_bias):
+                continue
+            if op.kind in TRAINED_INT8 and op.trained is not None:
+                last = op.kind == Kind.TRAINED_INT8_DEPTHWISE
+                shape = (*shape[:-1], op.trained) if last else (op.trained, *shape[1:])
+            found.append((name, shape))
+        return tuple(found)
 
     @property
     def carried(self) -> Vector | None:
-        """The initial values that the program carries, or None if it is an architecture alone."""
-        if not self._header[7] & 1:
+        """The initial values that the program carries, or None if it is an architecture alone, or trains int8."""
+        if not self._header[8] & _CARRIES or self.trains_int8:
             return None
-        start = _HEADER.size + len(self._ops) * _OP.size
+        start = len(self.data) - self._header[17]
         return np.frombuffer(self.data, "<f4", self.n_params, start).astype(np.float32)
 
     def initial(self, seed: int) -> Vector:
-        """Random parameters: weights uniform after Glorot and Bengio 2010, biases 0."""
-        random = np.random.default_rng(seed)
+        """Random parameters: weights uniform after Glorot and Bengio 2010, biases 0, a layer norm's gamma 1."""
+        generator = np.random.default_rng(seed)
         vectors = []
-        for _, shape in self.parameters:
-            if len(shape) == 1:
+        for name, shape in self.parameters:
+            if name.startswith("layernorm") and name.endswith("/weights"):
+                vectors.append(np.ones(shape[0], np.float32))
+            elif len(shape) == 1:
                 vectors.append(np.zeros(shape[0], np.float32))
             else:
-                field = math.prod(shape[1:-1])
-                limit = math.sqrt(6.0 / ((shape[0] + shape[-1]) * field))
-                vectors.append(random.uniform(-limit, limit, math.prod(shape)).astype(np.float32))
+                fan = _fans(name, shape)
+                limit = math.sqrt(6.0 / fan)
+                vectors.append(generator.uniform(-limit, limit, math.prod(shape)).astype(np.float32))
         return np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
 
     def split(self, vector: NDArray[Any]) -> dict[str, Vector]:
@@ -586,3 +700,10 @@ class Program:
                 raise ProgramError(f"'{name}' needs the shape {shape}, but got {got}")
             vectors.append(np.asarray(arrays[name], np.float32).ravel())
         return np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
+
+
+def _fans(name: str, shape: Shape) -> int:
+    """Inputs and outputs that a weight array joins."""
+    if "depthwise" in name:
+        return 2 * math.prod(shape[:-1])
+    return (shape[0] + shape[-1]) * math.prod(shape[1:-1])
