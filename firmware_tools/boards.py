@@ -7,6 +7,7 @@ is built for it, how: compiler flags, memory map, serial port, and the emulated 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,13 +40,16 @@ class Uart:
 
 @dataclass(frozen=True)
 class Build:
-    """How firmware is made for a board: compiler flags for its core, and where things lie."""
+    """How firmware is made for a board: compiler flags for its core, and where things lie.
+
+    uart None: there is no driver for its serial port, so that no node runs on it, only programs that measure or check.
+    """
 
     cpu: tuple[str, ...]
     stack_bytes: int
     flash: Region
     ram: Region
-    uart: Uart
+    uart: Uart | None
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,26 @@ class Target:
     def buildable(self) -> Build:
         """The build part. Raises UserError if firmware is not built for this board."""
         if self.build is None:
-            raise UserError(f"no firmware is built for board '{self.board.id}'; boards with firmware: {_with_build()}")
+            names = _names(lambda target: target.build is not None)
+            raise UserError(f"no firmware is built for board '{self.board.id}'; boards with firmware: {names}")
         return self.build
+
+    def serial(self) -> Uart:
+        """The serial port of a node. Raises UserError if there is no driver for one, or no firmware at all."""
+        uart = self.buildable().uart
+        if uart is None:
+            names = _names(lambda target: target.build is not None and target.build.uart is not None)
+            raise UserError(
+                f"a fleet's node speaks through a serial port, and there is no driver for that of board "
+                f"'{self.board.id}'; boards with one: {names}"
+            )
+        return uart
 
     def emulated(self) -> str:
         """The QEMU machine. Raises UserError if none stands in for this board."""
         if self.machine is None:
-            raise UserError(f"no emulator stands in for board '{self.board.id}'; boards with firmware: {_with_build()}")
+            names = _names(lambda target: target.machine is not None)
+            raise UserError(f"no emulator stands in for board '{self.board.id}'; boards with one: {names}")
         return self.machine
 
 
@@ -74,8 +91,8 @@ def known() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def _with_build() -> str:
-    return ", ".join(name for name in known() if load(name).build is not None)
+def _names(wanted: Callable[[Target], bool]) -> str:
+    return ", ".join(name for name in known() if wanted(load(name)))
 
 
 def load(name: str) -> Target:
@@ -117,18 +134,21 @@ def read(path: Path) -> Target:
     build = None
     if "build" in top:
         part = entry(top, "build", dict)
-        uart = entry(part, "uart", dict)
+        uart = None
+        if "uart" in part:
+            port = entry(part, "uart", dict)
+            uart = Uart(
+                driver=entry(port, "driver", str),
+                base=entry(port, "base", int),
+                rx_irq=entry(port, "rx_irq", int),
+                baud=entry(port, "baud", int),
+            )
         build = Build(
             cpu=strings(part, "cpu"),
             stack_bytes=entry(part, "stack_bytes", int),
             flash=region(part, "flash"),
             ram=region(part, "ram"),
-            uart=Uart(
-                driver=entry(uart, "driver", str),
-                base=entry(uart, "base", int),
-                rx_irq=entry(uart, "rx_irq", int),
-                baud=entry(uart, "baud", int),
-            ),
+            uart=uart,
         )
     machine = entry(entry(top, "emulator", dict), "machine", str) if "emulator" in top else None
     return Target(board, build, machine)

@@ -1,7 +1,7 @@
 """Firmware for a board: the engine, the node, start-up code and a device's own data, compiled into one ELF file.
 
-`node` builds a fleet device. `link` is the general part under it, for programs that only measure or check something.
-`size` reads back from an ELF what it takes of the board, beside what the model's plan says.
+`build` makes a fleet device. `link` is the general part under it, for programs that only measure or check something.
+`size` reads back from an ELF what it takes of the board and of its stack, beside what the model's plan says.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
+from typing import Any, Literal
 
 import numpy as np
 from elftools.common.exceptions import ELFError
@@ -30,6 +31,8 @@ from edge.program import Program
 from edge.protocol import ProtocolError, Topics
 from edge.tasks import ClientData
 from edge.thing import thing_description
+from firmware_tools import kernel_table
+from firmware_tools import stack as stacks
 from firmware_tools.boards import Target, load
 
 SOURCES = Path(__file__).parent / "src"
@@ -40,8 +43,20 @@ SPLIT = ("-g", "-ffunction-sections", "-fdata-sections")
 # nano: newlib's small build. Only memcpy and its like are taken from it.
 LINK = ("--specs=nano.specs", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--fatal-warnings")
 
-NODE = tuple(MOTE / name for name in mote_build.SOURCES)
-ENGINE = tuple(path for path in NODE if path.name not in ("mote_node.c", "mote_frame.c", "mote_stream.c"))
+#: Of the engine's sources: those of a host alone, and those that only a node needs.
+_HOST = ("mote_host.c",)
+_OF_NODE = ("mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c")
+NODE = tuple(MOTE / name for name in mote_build.SOURCES if name not in _HOST)
+ENGINE = tuple(path for path in NODE if path.name not in _OF_NODE)
+
+#: How arithmetic is compiled. exact: the same bits on every target. fast: products and sums fused and in any order.
+Profile = Literal["exact", "fast"]
+PROFILES: dict[Profile, list[str]] = {
+    "exact": mote_build.FLAGS,
+    "fast": ["-std=c99", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-DMOTE_FAST"],
+}
+#: Files that run once, or seldom: small rather than quick.
+SMALL = ("mote_load.c", "mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c")
 
 #: Bytes of the largest program that a node takes over the air, unless the caller says otherwise.
 ADOPT_BYTES = 4096
@@ -90,13 +105,15 @@ def link(
     include: Iterable[Path] = (),
     macros: Iterable[str] = (),
     note: Mapping[str, str] | None = None,
+    programs: Iterable[bytes] | None = None,
+    profile: Profile = "exact",
 ) -> Path:
     """Compiles and links a program for a board; returns `elf`.
 
     sources: our C files, compiled with every warning an error; start-up code is added. foreign: others' C files.
     blobs: constants for the flash, by name; the program finds `device_{name}` and DEVICE_{NAME}_BYTES in "device.h",
     aligned to 4 bytes. defines: more constants of "device.h". macros: defined for every file. note: kept in the ELF and
-    not loaded.
+    not loaded. programs: the image holds the operators that they need; None: all that the engine has.
     Raises UserError if the compiler is missing or the program does not fit the board.
     """
     build = target.buildable()
@@ -105,8 +122,10 @@ def link(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
 
+    kernels = kernel_table.whole() if programs is None else kernel_table.needed(programs)
+    (work / "mote_kernels.c").write_text(kernel_table.source(kernels))
     (work / "device.h").write_text(_header(blobs or {}, defines or {}))
-    (work / "device.S").write_text(_assembly(work, blobs or {}, {"board": target.board.id, **(note or {})}))
+    (work / "device.S").write_text(_assembly(work, blobs or {}))
     script = work / "firmware.ld"
     script.write_text(
         Template((SOURCES / "firmware.ld.in").read_text()).substitute(
@@ -121,35 +140,72 @@ def link(
     common = [
         compiler,
         *build.cpu,
-        *mote_build.FLAGS,
+        *PROFILES[profile],
         *SPLIT,
+        stacks.FLAG,
+        "-masm-syntax-unified",
         f"-DBOARD_CLOCK_HZ={target.board.clock_hz}u",
-        f"-DBOARD_UART_BASE={build.uart.base:#x}u",
-        f"-DBOARD_UART_RX_IRQ={build.uart.rx_irq}u",
-        f"-DBOARD_UART_BAUD={build.uart.baud}u",
         *(f"-D{macro}" for macro in macros),
         *(f"-I{folder}" for folder in (work, SOURCES, MOTE)),
     ]
+    if build.uart is not None:
+        common += [
+            f"-DBOARD_UART_BASE={build.uart.base:#x}u",
+            f"-DBOARD_UART_RX_IRQ={build.uart.rx_irq}u",
+            f"-DBOARD_UART_BAUD={build.uart.baud}u",
+        ]
+    ours = [work / path.name if path.name == "mote_kernels.c" else path for path in sources]
     jobs = [
-        (path, [*mote_build.STRICT, *(f"-isystem{folder}" for folder in include)])
-        for path in (*sources, SOURCES / "startup.c", work / "device.S")
+        (path, [*mote_build.STRICT, *(f"-isystem{folder}" for folder in include), *["-Os"] * (path.name in SMALL)])
+        for path in (*ours, SOURCES / "startup.c", work / "device.S")
     ]
     jobs += [(path, [f"-I{folder}" for folder in include]) for path in foreign]
-    objects = [str(work / f"{index}_{path.stem}.o") for index, (path, _) in enumerate(jobs)]
+    objects = [work / f"{index}_{path.stem}.o" for index, (path, _) in enumerate(jobs)]
 
     def compile_one(index: int) -> None:
         path, flags = jobs[index]
-        _call([*common, *flags, "-c", str(path), "-o", objects[index]], path.name)
+        _call([*common, *flags, "-c", str(path), "-o", str(objects[index])], path.name)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(compile_one, range(len(jobs))))
     map_ = work / "firmware.map"
-    command = [compiler, *build.cpu, *LINK, f"-Wl,-Map={map_}", "-T", str(script), *objects, "-lgcc", "-o", str(elf)]
+    command = [compiler, *build.cpu, *LINK, f"-Wl,-Map={map_}", "-T", str(script), *map(str, objects), "-lm", "-lgcc"]
     try:
-        _call(command, elf.name)
+        _call([*command, "-o", str(elf)], elf.name)
     except BuildError as error:
         raise _overflow(error, target) or error from None
+    engine = {object_.name: path.name for object_, (path, _) in zip(objects, jobs, strict=True) if _is_engine(path)}
+    noted = {
+        "board": target.board.id,
+        **(note or {}),
+        "profile": profile,
+        "mote": _text_by_file(map_, engine),
+        "stack": asdict(stacks.usage(sorted(work.glob("*.ci")), kernels)) if engine else None,
+    }
+    (work / "note.json").write_text(json.dumps(noted))
+    _call([_objcopy(compiler), f"--add-section=.tinyfleet={work / 'note.json'}", str(elf)], elf.name)
     return elf
+
+
+def _is_engine(path: Path) -> bool:
+    return path.parent == MOTE or path.name == "mote_kernels.c"
+
+
+def _objcopy(compiler: str) -> str:
+    return compiler.removesuffix("gcc") + "objcopy"
+
+
+def _text_by_file(map_: Path, engine: Mapping[str, str]) -> dict[str, int]:
+    """Bytes of code and constants that the linker took of every one of these objects, by their sources' names."""
+    # A section's line may be broken behind its name: " .text.name\n    0x00000000  0x1c  folder/3_mote.o".
+    text = map_.read_text()
+    text = text[text.index("\nLinker script and memory map") :]
+    found = re.findall(r"^ \.(?:text|rodata)\S*\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+(\S+)$", text, re.MULTILINE)
+    sizes: dict[str, int] = {}
+    for size, object_ in found:
+        if (name := Path(object_).name) in engine and int(size, 16) > 0:
+            sizes[engine[name]] = sizes.get(engine[name], 0) + int(size, 16)
+    return sizes
 
 
 def _header(blobs: Mapping[str, Blob], defines: Mapping[str, int | float | str]) -> str:
@@ -166,7 +222,7 @@ def _header(blobs: Mapping[str, Blob], defines: Mapping[str, int | float | str])
     return "\n".join([*lines, "#endif", ""])
 
 
-def _assembly(work: Path, blobs: Mapping[str, Blob], note: Mapping[str, str]) -> str:
+def _assembly(work: Path, blobs: Mapping[str, Blob]) -> str:
     """Assembler that takes the blobs in as they are: a C array of a large one would take a compiler minutes."""
     lines = []
     for name, data in blobs.items():
@@ -180,8 +236,6 @@ def _assembly(work: Path, blobs: Mapping[str, Blob], note: Mapping[str, str]) ->
             f'{symbol}: .incbin "{work / f"{name}.bin"}"',
             f".size {symbol}, . - {symbol}",
         ]
-    (work / "note.json").write_text(json.dumps(note))
-    lines += ['.section .tinyfleet, "", %progbits', f'.incbin "{work / "note.json"}"']
     return "\n".join([*lines, ""])
 
 
@@ -214,12 +268,13 @@ def build(
     """A fleet device's firmware: returns {out}/firmware.elf.
 
     It learns `program` from the samples of `data`, which lie in flash. adopt_bytes: room in RAM for a program received
-    over the air (its arena must fit that of `program`); 0 leaves it out.
-    Raises UserError for an unknown board, a name that cannot be in a topic, a missing compiler, samples that are not
-    the model's, and if it does not fit the board.
+    over the air (its arena must fit that of `program`), for which the image holds all operators; 0: it holds those of
+    `program`.
+    Raises UserError for an unknown board, one without a serial port, a name that cannot be in a topic, a missing
+    compiler, samples that are not the model's, and if it does not fit the board.
     """
     target = load(board)
-    target.buildable()
+    uart = target.serial()
     _compiler()
     try:
         Topics(fleet).do(device_id)
@@ -242,7 +297,7 @@ def build(
         out / "firmware.elf",
         [
             SOURCES / "main_node.c",
-            SOURCES / f"uart_{target.buildable().uart.driver}.c",
+            SOURCES / f"uart_{uart.driver}.c",
             *NODE,
         ],
         blobs={
@@ -256,31 +311,49 @@ def build(
         include=[generated[0].parent],
         macros=mote_codegen.DEFINES,
         note={"fleet": fleet, "device": device_id},
+        programs=[program.data] if adopt_bytes == 0 else None,
     )
 
 
-def bench(target: Target, program: Program, elf: Path) -> Path:
-    """The program that counts the instructions of `program`'s training step (see src/main_bench.c)."""
-    sources = [SOURCES / "main_bench.c", SOURCES / "semihost.c", *ENGINE]
-    return link(target, elf, sources, blobs={"program": program.data}, defines=_shape(program))
-
-
-def exactness(
-    target: Target, program: Program, data: ClientData, elf: Path, *, seed: int, steps: int, rate: float
-) -> Path:
-    """The program that learns `steps` samples and prints a checksum of the parameters (see src/main_exactness.c)."""
-    sources = [
-        SOURCES / "main_exactness.c",
-        SOURCES / "semihost.c",
-        *ENGINE,
-        MOTE / "mote_stream.c",
-    ]
+def bench(target: Target, program: Program, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
+    """The program that counts the instructions of `program`'s inference and training step (see src/main_bench.c)."""
     return link(
         target,
         elf,
-        sources,
-        blobs={"program": program.data, **_samples(data)},
-        defines={**_shape(program), **_task(data), "seed": seed, "steps": steps, "rate": rate},
+        [SOURCES / "main_bench.c", SOURCES / "bench_mote.c", SOURCES / "semihost.c", *ENGINE],
+        blobs={"program": program.data},
+        defines={**_shape(program), "steps": steps},
+        programs=[program.data],
+        profile=profile,
+    )
+
+
+@dataclass(frozen=True)
+class Course:
+    """What src/main_exactness.c does with a program: `steps` steps on made-up samples, with this optimiser."""
+
+    steps: int = 500
+    rate: float = 0.02
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    seed: int = 7
+
+
+def exactness_header(program: Program, course: Course) -> dict[str, int | float | str]:
+    """The constants of "device.h" with which src/main_exactness.c is compiled."""
+    return {**_shape(program), **asdict(course)}
+
+
+def exactness(target: Target, program: Program, course: Course, elf: Path) -> Path:
+    """The program that learns and prints a checksum of what it has learned (see src/main_exactness.c)."""
+    return link(
+        target,
+        elf,
+        [SOURCES / "main_exactness.c", SOURCES / "semihost.c", *ENGINE],
+        blobs={"program": program.data},
+        defines=exactness_header(program, course),
+        programs=[program.data],
     )
 
 
@@ -311,6 +384,8 @@ class Size:
     text: code, constants and the device's data, in flash. data: initialised variables, in RAM and, to start from, in
     flash. bss: all other variables. stack: the RAM kept for it. held: the device's data in flash, by name. variables:
     the larger ones in RAM, by name. plan: the arena as the model's program plans it, None without a model.
+    mote: the engine's share of the text, by source file. frames: the stack frame of each of its functions. depths: the
+    most stack that a call of the engine takes, and by which calls, but for the compiler's own arithmetic and copying.
     """
 
     board: str
@@ -321,6 +396,10 @@ class Size:
     held: Mapping[str, int]
     variables: Mapping[str, int]
     plan: int | None
+    profile: str
+    mote: Mapping[str, int]
+    frames: Mapping[str, int]
+    depths: Mapping[str, stacks.Depth]
 
     @property
     def flash(self) -> int:
@@ -351,7 +430,8 @@ def size(path: Path) -> Size:
 
 def _size(elf: ELFFile) -> Size:
     sections = {section.name: section for section in elf.iter_sections()}
-    note = json.loads(sections[".tinyfleet"].data())
+    note: dict[str, Any] = json.loads(sections[".tinyfleet"].data())
+    usage = note["stack"] or {"functions": {}, "depths": {}}
     index = {section.name: number for number, section in enumerate(elf.iter_sections())}
     table = sections[".symtab"]
     assert isinstance(table, SymbolTableSection)
@@ -376,4 +456,8 @@ def _size(elf: ELFFile) -> Size:
         held={s.name.removeprefix("device_"): int(s["st_size"]) for s in text},
         variables={s.name: int(s["st_size"]) for s in sorted(ram, key=lambda s: -int(s["st_size"]))},
         plan=plan,
+        profile=str(note["profile"]),
+        mote=note["mote"],
+        frames=usage["functions"],
+        depths={name: stacks.Depth(depth["bytes"], tuple(depth["calls"])) for name, depth in usage["depths"].items()},
     )

@@ -102,7 +102,7 @@ def build(
 
 @app.command()
 def size(elf: Elf, as_json: Json = False) -> None:
-    """Show what firmware takes of its board's flash and RAM, beside the model's plan.
+    """Show what firmware takes of its board's flash and RAM, beside the model's plan, and of its stack.
 
     \b
     Example:
@@ -194,15 +194,19 @@ def _show(elf: Path, as_json: bool) -> None:
     size = building.size(elf)
     board = boards.load(size.board).buildable()
     if as_json:
-        sums = {"flash": size.flash, "ram": size.ram, "arena": size.arena}
+        sums = {"flash": size.flash, "ram": size.ram, "arena": size.arena, "mote_text": sum(size.mote.values())}
         typer.echo(json.dumps({"elf": str(elf), **asdict(size), **sums}, indent=2))
         return
+    console = Console(highlight=False)
     table = Table(title=f"{elf} on {size.board}", title_justify="left")
     table.add_column("")
     table.add_column("bytes", justify="right")
     table.add_column("of the board's", justify="right")
     table.add_row("flash", f"{size.flash:,}", f"{size.flash / board.flash.bytes:.1%} of {board.flash.bytes:,}")
-    table.add_row("  code and constants", f"{size.text - sum(size.held.values()):,}", "")
+    engine = sum(size.mote.values())
+    if engine:
+        table.add_row("  mote", f"{engine:,}", "")
+    table.add_row("  other code and constants", f"{size.text - engine - sum(size.held.values()):,}", "")
     for name, length in size.held.items():
         table.add_row(f"  {name}", f"{length:,}", "")
     if size.data:
@@ -214,4 +218,13 @@ def _show(elf: Path, as_json: bool) -> None:
         beside = f"the plan says {size.plan:,}" if name == "mote_arena" and size.plan is not None else ""
         table.add_row(f"  {name}", f"{length:,}", beside)
     table.add_row("  other variables", f"{size.data + size.bss - sum(size.variables.values()):,}", "")
-    Console(highlight=False).print(table)
+    console.print(table)
+    if size.depths:
+        calls = Table(title="The engine's stack at most, in bytes", title_justify="left")
+        calls.add_column("call")
+        calls.add_column("stack", justify="right")
+        calls.add_column("by way of (each with its own frame)")
+        for name, depth in size.depths.items():
+            way = " > ".join(f"{function.split(':')[-1]} {size.frames[function]}" for function in depth.calls)
+            calls.add_row(name, f"{depth.bytes:,}", way)
+        console.print(calls)

@@ -96,11 +96,13 @@ float mote_sqrtf(float x)
     return x;
 #else
     uint32_t bits, root = 0, twice = 0; /* the root's digits so far, and two times them */
+    float scale = 1.0f;
     if (!(x > 0.0f) || !mote_finite(x)) {
         return x;
     }
     if (x < 1.17549435e-38f) { /* subnormal */
-        return mote_sqrtf(x * 16777216.0f) * (1.0f / 4096.0f);
+        x *= 16777216.0f;
+        scale = 1.0f / 4096.0f;
     }
     memcpy(&bits, &x, sizeof bits);
     uint32_t e = bits >> 23, rest = (bits & 0x007fffffu) | 0x00800000u;
@@ -114,6 +116,6 @@ float mote_sqrtf(float x)
         rest <<= 1;
     }
     root += root & 1u; /* the last digit is half of the last place: it is never a tie */
-    return from_bits((root >> 1) + ((e + 125) >> 1 << 23));
+    return from_bits((root >> 1) + ((e + 125) >> 1 << 23)) * scale;
 #endif
 }

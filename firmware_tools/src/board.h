@@ -1,6 +1,7 @@
 /* What every firmware program of a board has: reset, faults, sleep and the SysTick clock.
  *
- * The build defines, from the board's description: BOARD_CLOCK_HZ, BOARD_UART_BASE, BOARD_UART_RX_IRQ, BOARD_UART_BAUD.
+ * The build defines, from the board's description: BOARD_CLOCK_HZ and, where it has a serial port, BOARD_UART_BASE,
+ * BOARD_UART_RX_IRQ and BOARD_UART_BAUD.
  */
 #ifndef BOARD_H
 #define BOARD_H

@@ -1,22 +1,19 @@
-/* Learns from a stream and prints a checksum of all parameters, so that targets can be compared to the bit.
+/* Learns made-up samples and prints a checksum of all that it has learned, so that targets can be compared to the bit.
  *
- * The host does the same with the same program and samples. Prints `parameters CRC-32 loss-bits`, in base 16, and ends.
+ * Every target runs this file on the same program: boards through semihosting, others with a semihost.h of their own.
+ * Prints `bytes CRC-32 loss-bits` of what trains and of the last loss, in base 16, and ends.
  */
 #include <string.h>
 
-#include "board.h"
 #include "device.h"
-#include "mote.h"
-#include "mote_stream.h"
+#include "mote_internal.h"
 #include "semihost.h"
 
-float mote_arena[DEVICE_ARENA_BYTES / sizeof(float)];
-static float sample[DEVICE_INPUTS];
-
-void board_fault(void)
-{
-    semihost_exit(70);
-}
+uint32_t mote_arena[DEVICE_ARENA_BYTES / sizeof(uint32_t)];
+static union {
+    float real[DEVICE_INPUTS];
+    int8_t quantized[DEVICE_INPUTS];
+} x;
 
 static void check(int status)
 {
@@ -28,32 +25,51 @@ static void check(int status)
     }
 }
 
+/* xorshift32 (Marsaglia, 2003). */
+static uint32_t next_random(void)
+{
+    static uint32_t state = DEVICE_SEED;
+    state ^= state << 13;
+    state ^= state >> 17;
+    state ^= state << 5;
+    return state;
+}
+
+/* Noise in which every classes-th element, from the class's own on, stands out. */
+static void make_sample(const mote_t *m, uint32_t class, uint32_t classes)
+{
+    for (uint32_t i = 0; i < DEVICE_INPUTS; i++) {
+        const int32_t noise = (int32_t)(next_random() >> 25) - 64, mark = i % classes == class ? 48 : 0;
+        if (mote_input_type(m) == MOTE_INT8) {
+            x.quantized[i] = (int8_t)(noise + mark);
+        } else {
+            x.real[i] = (float)(noise + mark) * 0.0078125f;
+        }
+    }
+}
+
 int main(void)
 {
     mote_t m;
-    mote_stream_t stream;
-    float label, loss = 0.0f;
-    size_t count;
+    const mote_sgd_t how = {DEVICE_RATE, DEVICE_MOMENTUM, DEVICE_WEIGHT_DECAY, DEVICE_CLIP_NORM};
+    float loss = 0.0f;
     uint32_t bits;
-
-    memset(&stream, 0, sizeof stream);
-    stream.features = device_features;
-    stream.starts = (const uint32_t *)(const void *)device_starts; /* aligned by the build */
-    stream.classes = DEVICE_CLASSES;
-    stream.size = DEVICE_INPUTS;
-    stream.scale = DEVICE_SCALE;
-    stream.ways = DEVICE_WAYS;
     check(mote_load(&m, device_program, DEVICE_PROGRAM_BYTES, mote_arena, sizeof mote_arena));
-    check(mote_stream_open(&stream, DEVICE_SEED));
+    const uint32_t classes = (uint32_t)mote_outputs(&m);
     for (uint32_t step = 0; step < DEVICE_STEPS; step++) {
-        mote_stream_next(&stream, 0, sample, &label);
-        check(mote_learn(&m, sample, &label, DEVICE_RATE, &loss));
+        const uint32_t class = (next_random() >> 8) % classes;
+        const float target = (float)class;
+        make_sample(&m, class, classes);
+        if (how.momentum > 0.0f) {
+            check(mote_learn_with(&m, &x, &target, &how, &loss));
+        } else {
+            check(mote_learn(&m, &x, &target, how.rate, &loss));
+        }
     }
-    const float *parameters = mote_parameters(&m, &count);
     memcpy(&bits, &loss, sizeof bits);
-    semihost_number(count, 16);
+    semihost_number(mote_header(&m)->params, 16);
     semihost_print(" ");
-    semihost_number(mote_crc32(0, parameters, count * sizeof(float)), 16);
+    semihost_number(mote_crc32(0, m.arena, mote_header(&m)->params), 16);
     semihost_print(" ");
     semihost_number(bits, 16);
     semihost_print("\n");

@@ -1,13 +1,14 @@
-/* Start-up of an ARMv7-M core: the vector table, the FPU, initialised and zeroed memory, then main.
+/* Start-up of a Cortex-M core, M0 to M55: the vector table, the FPU, initialised and zeroed memory, then main.
  *
- * Registers: ARMv7-M Architecture Reference Manual (DDI 0403), B3.2.
+ * Registers: ARMv7-M Architecture Reference Manual (DDI 0403), B3.2; they are the same in ARMv6-M (DDI 0419) and
+ * ARMv8-M (DDI 0553).
  */
 #include "board.h"
 
 #define SCB_AIRCR (*(volatile uint32_t *)0xE000ED0Cu)
 #define SCB_CPACR (*(volatile uint32_t *)0xE000ED88u)
 #define AIRCR_SYSRESETREQ 0x05FA0004u /* the key and the request bit */
-#define CPACR_CP10_CP11 0x00F00000u   /* full access to the floating-point unit */
+#define CPACR_CP10_CP11 0x00F00000u   /* full access to the floating-point unit, and to vectors */
 
 /* Named by the linker script. */
 extern uint32_t board_stack_top[];
@@ -64,9 +65,13 @@ typedef void (*vector_t)(void);
 __attribute__((section(".vectors"), used)) static const struct {
     uint32_t *stack;
     vector_t system[15];
+#ifdef BOARD_UART_BASE
     vector_t external[BOARD_UART_RX_IRQ + 1];
+#endif
 } vectors = {
     board_stack_top,
     {board_start, fault, fault, fault, fault, fault, 0, 0, 0, 0, fault, fault, 0, fault, systick_interrupt},
+#ifdef BOARD_UART_BASE
     {[BOARD_UART_RX_IRQ] = uart_interrupt},
+#endif
 };
