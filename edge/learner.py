@@ -246,9 +246,7 @@ def learn_many(
     first = learners[0]
     x, y = _input(xs, first._input_type), np.ascontiguousarray(ys, np.float32)
     count, steps, targets = len(learners), x.shape[1] if x.ndim > 1 else 0, first._target.size
-    if any(
-        (l._inputs, l._input_type, l._target.size) != (first._inputs, first._input_type, targets) for l in learners
-    ):
+    if any((l._inputs, l._input_type, l._target.size) != (first._inputs, first._input_type, targets) for l in learners):
         raise LearnerError("the learners differ in their inputs or targets; call learn_many for each kind of them")
     if len(set(map(id, learners))) < count:
         raise LearnerError("a learner is in the list twice; each can only take one step at a time")
