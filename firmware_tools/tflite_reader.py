@@ -251,39 +251,39 @@ def _operator(operator: Any, kinds: list[str], tensors: list[_Tensor]) -> _Opera
 # Names
 
 _CALLS = re.compile(r"^(Stateful)?PartitionedCall(_\d+)?(:\d+)?(_int8)?$")
+#: What TensorFlow and its converter put behind a layer's name, or give to what has none.
 _NO_LAYER = re.compile(
-    r"^(Identity|BiasAdd|ReadVariableOp|resource|MatMul|Conv2D|depthwise|separable_conv2d|Relu6?|Softmax|Sigmoid|Tanh"
-    r"|LeakyRelu|add|Add|AddV2|mul|Mul|AvgPool|MaxPool|Mean|Pad|PadV2|Reshape|Squeeze|ExpandDims|concat|FusedBatchNormV3"
-    r"|batchnorm|transpose|kernel|bias|strided_slice|tfl\..*|pseudo_qconst|arith\.constant|)(_\d+|\d+)?(:\d+)?(_int8)?$"
+    r"^(Identity|BiasAdd|ReadVariableOp|resource|read|MatMul|Conv2D|depthwise|Relu6?|Softmax|Sigmoid|Tanh|LeakyRelu"
+    r"|add|Add|AddV2|mul|Mul|AvgPool|MaxPool|Mean|Pad|PadV2|Reshape|Squeeze|ExpandDims|concat|FusedBatchNormV3|batchnorm"
+    r"|transpose|kernel|bias|strided_slice|unknown|tfl\..*|std\..*|arith\..*|)(_\d+|\d+)?(:\d+)?(_int8|_bias)?$"
 )
+_OF_WEIGHTS = re.compile(r"_(weights|kernel|bias)$")
+_ADD = re.compile(r"^add(_\d+)?$")  # Keras names layers so
 _MINOR = re.compile(r"^(activation|re_lu|batch_normalization)(_\d+)?$")
-#: The TensorFlow operations that an operator is made of, the surest first.
-_MADE_OF = {
-    "FULLY_CONNECTED": ("MatMul", "BiasAdd"),
-    "CONV_2D": ("Conv2D", "BiasAdd"),
-    "DEPTHWISE_CONV_2D": ("depthwise", "Conv2D", "BiasAdd"),
-    "ADD": ("add",),
-}
+#: The TensorFlow operation that an operator with weights is made of.
+_MADE_OF = {"FULLY_CONNECTED": "MatMul", "CONV_2D": "Conv2D", "DEPTHWISE_CONV_2D": "depthwise"}
 _PLAIN = {"FULLY_CONNECTED": "dense", "CONV_2D": "conv2d", "DEPTHWISE_CONV_2D": "depthwise_conv2d"}
 
 
 def _layer_of(path: str) -> str | None:
     """The layer in a name like "model/dense/MatMul"; None if it tells of none."""
     parts = [part for part in path.split("/") if not _CALLS.match(part)]
-    while len(parts) > 1 and _NO_LAYER.match(parts[-1]):
+    if len(parts) > 1 and _NO_LAYER.match(parts[-1]):
         parts.pop()
-    return parts[-1] if parts and not (len(parts) == 1 and _NO_LAYER.match(parts[0])) else None
+    while len(parts) > 1 and _NO_LAYER.match(parts[-1]) and not _ADD.match(parts[-1]):
+        parts.pop()
+    if not parts or (len(parts) == 1 and _NO_LAYER.match(parts[0])):
+        return None
+    return _OF_WEIGHTS.sub("", parts[-1])
 
 
 def _name(operator: _Operator) -> str:
-    """A readable name for the layer that an operator is."""
-    named = [operator.output, *(t for t in operator.inputs if t is not None and t.data is not None)]
-    paths = [path for tensor in named for path in tensor.name.split(";")]
-    wanted = _MADE_OF.get(operator.kind, ())
-    if operator.kind not in _MADE_OF:
-        paths = operator.output.name.split(";")
-    sure = [path for word in wanted for path in paths if word in path.split("/")[1:]]
-    found = [layer for path in (*sure, *paths) if (layer := _layer_of(path))]
+    """A readable name for the layer that an operator is: its weights' tell most surely."""
+    word = _MADE_OF.get(operator.kind)
+    tensors = (*operator.inputs[1:2], operator.output, *operator.inputs[2:3]) if word else (operator.output,)
+    paths = [path for tensor in tensors if tensor is not None for path in tensor.name.split(";")]
+    paths.sort(key=lambda path: word not in path.split("/")[1:])
+    found = [layer for path in paths if (layer := _layer_of(path))]
     major = [layer for layer in found if not _MINOR.match(layer)]
     return next(iter(major or found), _PLAIN.get(operator.kind, operator.kind.lower()))
 
