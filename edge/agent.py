@@ -213,11 +213,10 @@ class AgentNode:
         self._trainable = 0
         layers: list[slice] = []
         first = 0
-        for layer in (layer for layer in program.layers if layer.params):
-            count = layer.params if layer.trainable else 0
-            self._trainable |= layer.trainable << len(layers)
-            layers.append(slice(first, first + count))
-            first += count
+        for layer in (layer for layer in program.layers if layer.trainable):
+            self._trainable |= 1 << len(layers)
+            layers.append(slice(first, first + layer.trained))
+            first += layer.trained
         self._layers = layers
 
     def _wants_chunks(self) -> bool:

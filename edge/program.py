@@ -165,7 +165,8 @@ _WINDOWS: dict[type, Kind] = {
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One operation of a program. Shapes are (h, w, c) or (n,); macs: multiplications with an addition, in an inference."""
+    """One operation of a program. Shapes are (h, w, c) or (n,); macs: multiply-adds of an
+    inference; params: numbers that it has; trained: those of them that train."""
 
     name: str
     kind: str
@@ -173,7 +174,12 @@ class LayerInfo:
     out_shape: Shape
     macs: int
     params: int
-    trainable: bool
+    trained: int
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any of it trains."""
+        return self.trained > 0
 
 
 # Graphs of layers
@@ -247,7 +253,7 @@ def _op(layer: Layer, shape: Shape3, index: int) -> tuple[Op, Shape3]:
     return op, (rows, columns, channels)
 
 
-def build(
+def network(
     layers: Sequence[Layer],
     input_shape: Sequence[int],
     loss: Loss | None,
@@ -256,13 +262,13 @@ def build(
     weights: Mapping[str, NDArray[Any]] | None = None,
     momentum: bool = False,
     classes: int | None = None,
-) -> Program:
-    """The program of a model of layers one behind the other.
+) -> Graph:
+    """The graph of a model of layers one behind the other: what `build` makes a program of.
 
     input_shape: (features,) or (height, width, channels). loss: None for a model that only runs. trainable: which
-    layers may train, counting layers with parameters from 0; None for all (none without a loss). weights: arrays by the names
-    of `Program.all_parameters`; a frozen layer needs its own; if trainable layers have theirs, the program carries them
-    as initial values (then all must), else it is the architecture alone. momentum: keep room for the optimiser's.
+    layers may train, counting layers with parameters from 0; None for all (none without a loss). weights: arrays by the
+    names of `Program.all_parameters`; a frozen layer needs its own; if trainable layers have theirs, the program carries
+    them as initial values (then all must), else it is the architecture alone. momentum: keep room for the optimiser's.
     classes: outputs in use at first, if fewer than the last layer has.
 
     ReLU before max pooling is built as max pooling before ReLU: the same numbers, with less memory and work.
@@ -299,7 +305,23 @@ def build(
             raise ProgramError(f"layer {number} cannot train: the model has {len(numbers)} layers with parameters")
         ops[numbers[number]] = replace(ops[numbers[number]], trains="all")
     graph = Graph(tuple(tensors), tuple(ops), len(tensors) - 1, loss, classes, momentum)
-    return assemble(_with_weights(graph, weights or {}))
+    return _with_weights(graph, weights or {})
+
+
+def build(
+    layers: Sequence[Layer],
+    input_shape: Sequence[int],
+    loss: Loss | None,
+    *,
+    trainable: Collection[int] | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
+    momentum: bool = False,
+    classes: int | None = None,
+) -> Program:
+    """The program of a model of layers one behind the other; see `network`. Raises ProgramError."""
+    return assemble(
+        network(layers, input_shape, loss, trainable=trainable, weights=weights, momentum=momentum, classes=classes)
+    )
 
 
 def _arrays(ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[tuple[str, Shape, Op]]:
@@ -326,6 +348,18 @@ def _weights_shape(op: Op, tensors: Sequence[Tensor]) -> Shape:
     if op.kind in (Kind.CONV2D, Kind.INT8_CONV2D, Kind.TRAINED_INT8_CONV2D):
         return channels, *op.kernel, x.shape[2]
     return *op.kernel, channels
+
+
+def _trained_shapes(op: Op, tensors: Sequence[Tensor]) -> list[Shape]:
+    """The shapes of what trains of an op: its weights, its bias."""
+    if op.trains == "nothing":
+        return []
+    shape = _weights_shape(op, tensors)
+    channels = tensors[op.output].shape[2]
+    if op.kind in TRAINED_INT8 and op.trained is not None:
+        channels = op.trained
+        shape = (*shape[:-1], channels) if op.kind == Kind.TRAINED_INT8_DEPTHWISE else (channels, *shape[1:])
+    return [shape, (channels,)] if op.trains == "all" else [(channels,)]
 
 
 def _with_weights(graph: Graph, weights: Mapping[str, NDArray[Any]]) -> Graph:
@@ -374,8 +408,11 @@ def assemble(graph: Graph, *, carry: bool = True) -> Program:
     carries = carry and bool(training) and all(op.weights is not None and op.bias is not None for op in training)
 
     where = plan(graph)
-    initial, constants, records = [], [], []
     params_size = sum(params_bytes(op, graph.tensors) for op in training)
+    frozen = sum(4 * sum(weight_counts(op, graph.tensors)) for op in graph.ops if op.trains == "nothing")
+    if max(where.activations, params_size, frozen) > MAX_BYTES:
+        raise ProgramError(f"the model needs more than {MAX_BYTES} bytes; make it smaller")
+    initial, constants, records = [], [], []
     params_at, at, layer = 0, params_size if carries else 0, 0
     for op, gradients in zip(graph.ops, where.gradients, strict=True):
         trains = op.trains != "nothing"
@@ -394,8 +431,6 @@ def assemble(graph: Graph, *, carry: bool = True) -> Program:
         for t, offset in zip(where.tensors, where.offsets, strict=True)
     ]
     body = b"".join([*tensors, *records, *initial, *constants])
-    if max(where.activations, params_size, at) > MAX_BYTES:
-        raise ProgramError(f"the model needs more than {MAX_BYTES} bytes; make it smaller")
     flags = _CARRIES * carries | _MOMENTUM * (graph.momentum and bool(training)) | _INT8 * (True in int8)
     classes = where.tensors[graph.output].size if graph.classes is None else graph.classes
     rest = _HEADER.pack(
@@ -629,11 +664,8 @@ class Program:
             number = numbers[group] = numbers.get(group, -1) + 1
             x, y = self._tensors[op.inputs[0]].shape, self._tensors[op.output].shape
             macs = 0 if op.kind == Kind.LAYERNORM else weights * y[0] * y[1]
-            layers.append(
-                LayerInfo(
-                    f"{kind}_{number}", kind, _short(x), _short(y), macs, weights + biases, op.trains != "nothing"
-                )
-            )
+            trained = sum(math.prod(shape) for shape in _trained_shapes(op, self._tensors))
+            layers.append(LayerInfo(f"{kind}_{number}", kind, _short(x), _short(y), macs, weights + biases, trained))
         return tuple(layers)
 
     @cached_property
@@ -644,15 +676,11 @@ class Program:
     @cached_property
     def parameters(self) -> tuple[tuple[str, Shape], ...]:
         """(name, shape) of what can train, in the order of the vector."""
+        names = {"all": ("weights", "bias"), "bias": ("bias",), "nothing": ()}
         found: list[tuple[str, Shape]] = []
-        for name, shape, op in _arrays(self._ops, self._tensors):
-            is_bias = name.endswith("/bias")
-            if op.trains == "nothing" or (op.trains == "bias" and not is_bias):
-                continue
-            if op.kind in TRAINED_INT8 and op.trained is not None:
-                last = op.kind == Kind.TRAINED_INT8_DEPTHWISE
-                shape = (*shape[:-1], op.trained) if last else (op.trained, *shape[1:])
-            found.append((name, shape))
+        for layer, op in zip(self.layers, self._ops, strict=True):
+            shapes = _trained_shapes(op, self._tensors)
+            found += ((f"{layer.name}/{name}", s) for name, s in zip(names[op.trains], shapes, strict=True))
         return tuple(found)
 
     @property

@@ -34,8 +34,7 @@ META = ("tinymetafed", "tinyreptile", "reptile")
 
 def head(program: Program) -> int:
     """The mask of the last layer that can train."""
-    trainable = [i for i, layer in enumerate(layer for layer in program.layers if layer.params) if layer.trainable]
-    return 1 << trainable[-1]
+    return 1 << sum(layer.trainable for layer in program.layers) - 1
 
 
 def phases(recipe: Recipe, program: Program) -> tuple[Phase, ...]:
@@ -97,7 +96,7 @@ def first_parameters(program: Program, how: Method, seed: int = 0) -> Vector:
     vector = program.initial(seed)
     parts = program.split(vector)
     mask = getattr(how.strategy, "local", 0)
-    for i, layer in enumerate(layer for layer in program.layers if layer.params):
+    for i, layer in enumerate(layer for layer in program.layers if layer.trainable):
         if mask >> i & 1:
             for name in parts:
                 if name.startswith(f"{layer.name}/"):

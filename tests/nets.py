@@ -3,13 +3,16 @@
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge import program as p
+from edge.graph import LOSSES, Graph, Kind, Op, Shape3, Tensor, Trains
+from edge.plan import WEIGHTED
 
 Array = NDArray[np.float64]
 
@@ -157,16 +160,172 @@ def gradient(net: Net, weights: dict[str, Array], x: Array, y: Array, name: str)
     return out.reshape(weights[name].shape)
 
 
+# Graphs: branches, sums, concatenation, and every float32 operation.
+
+_CHANNELS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16, 17])
+_ACTIVATIONS = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID, Kind.SOFTMAX)
+_TRAINS = st.sampled_from(["nothing", "bias", "all", "all"])
+
+
+class _Growing:
+    """A graph as it is drawn, op by op."""
+
+    def __init__(self, draw: st.DrawFn, shape: Shape3) -> None:
+        self.draw = draw
+        self.tensors = [Tensor(shape)]
+        self.ops: list[Op] = []
+
+    def shape(self, tensor: int) -> Shape3:
+        return self.tensors[tensor].shape
+
+    def op(self, kind: Kind, inputs: tuple[int, ...], shape: Shape3, **fields: Any) -> int:
+        """Adds an op; returns its output."""
+        trains: Trains = self.draw(_TRAINS) if kind in WEIGHTED else "nothing"
+        self.tensors.append(Tensor(shape))
+        output = len(self.tensors) - 1
+        self.ops.append(Op(kind, f"op{len(self.ops)}", inputs, output, trains=trains, **fields))
+        return output
+
+    def flat(self, x: int) -> int:
+        self.tensors.append(Tensor((1, 1, self.tensors[x].size), view_of=x))
+        return len(self.tensors) - 1
+
+    def windows(self, kind: Kind, x: int, *, keeps_shape: bool = False) -> int:
+        """A convolution or pooling, of any kernel, stride, dilation and padding that fit."""
+        draw, pools = self.draw, kind in (Kind.AVGPOOL, Kind.MAXPOOL)
+        *sizes, channels = self.shape(x)
+        kernel, strides, dilation, pads, out = [], [], [], [], []
+        for size in sizes:
+            k, d = draw(st.integers(1, 3)), 1 if pools else draw(st.integers(1, 2))
+            reach = (k - 1) * d
+            if pools and not keeps_shape and size > 3 and draw(st.booleans()):
+                k, reach = size, 0  # global
+            if keeps_shape:
+                s, before, total = 1, draw(st.integers(0, reach)), reach
+            else:
+                s = draw(st.sampled_from([1, 2, 3, k]))
+                before, after = draw(st.integers(0, reach)), draw(st.integers(0, reach))
+                before, total = (before, before + after) if draw(st.booleans()) else (0, 0)
+                if size + total <= reach:
+                    before, total = reach, 2 * reach
+            kernel.append(k)
+            strides.append(s)
+            dilation.append(d)
+            pads.append(before)
+            out.append((size + total - reach - 1) // s + 1 if k <= size + total else 1)
+        if kind == Kind.CONV2D:
+            channels = draw(_CHANNELS)
+        elif kind == Kind.DEPTHWISE:
+            channels *= draw(st.sampled_from([1, 1, 2, 3]))
+        return self.op(
+            kind, (x,), (out[0], out[1], channels), kernel=(kernel[0], kernel[1]), strides=(strides[0], strides[1]),
+            dilation=(dilation[0], dilation[1]), pads=(pads[0], pads[1]),
+        )  # fmt: skip
+
+    def activation(self, x: int) -> int:
+        kind = self.draw(st.sampled_from(_ACTIVATIONS))
+        return self.op(kind, (x,), self.shape(x), slope=0.25 if kind == Kind.LEAKY_RELU else 0.0)
+
+    def norm(self, x: int) -> int:
+        return self.op(Kind.LAYERNORM, (x,), self.shape(x), epsilon=0.01)
+
+    def padding(self, x: int) -> int:
+        h, w, c = self.shape(x)
+        before, after = (self.draw(st.tuples(*[st.integers(0, 2)] * 3)) for _ in range(2))
+        shape = (before[0] + h + after[0], before[1] + w + after[1], before[2] + c + after[2])
+        return self.op(Kind.PLACE, (x,), shape, offsets=before, fills=True)
+
+    def branches(self, x: int) -> int:
+        """Two or three ways from x that meet in sums or side by side."""
+        ends = []
+        for _ in range(self.draw(st.integers(2, 3))):
+            end = x
+            for _ in range(self.draw(st.integers(0, 2))):
+                ways: list[Callable[[int], int]] = [self.activation, self.norm]
+                ways += [lambda y, k=kind: self.windows(k, y, keeps_shape=True) for kind in _WINDOWS]  # type: ignore[misc]
+                end = self.draw(st.sampled_from(ways))(end)
+            ends.append(end)
+        if len({self.shape(end) for end in ends}) == 1 and self.draw(st.booleans()):
+            total = ends[0]
+            for end in ends[1:]:
+                total = self.op(Kind.ADD, (total, end), self.shape(end))
+            return total
+        return self.concatenation(ends)
+
+    def concatenation(self, parts: list[int]) -> int:
+        axis = 2 if len({self.shape(part) for part in parts}) > 1 else self.draw(st.integers(0, 2))
+        shape = list(self.shape(parts[0]))
+        shape[axis] = sum(self.shape(part)[axis] for part in parts)
+        self.tensors.append(Tensor((shape[0], shape[1], shape[2])))
+        output, at = len(self.tensors) - 1, 0
+        for part in parts:
+            offsets = (at * (axis == 0), at * (axis == 1), at * (axis == 2))
+            self.ops.append(Op(Kind.PLACE, "concatenation", (part,), output, offsets=offsets))
+            at += self.shape(part)[axis]
+        return output
+
+
+_WINDOWS = (Kind.CONV2D, Kind.DEPTHWISE, Kind.AVGPOOL, Kind.MAXPOOL)
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> Graph:
+    """Models of all float32 operations that pass gradients, with branches; anything of them trains. Without weights."""
+    growing = _Growing(draw, draw(st.tuples(st.integers(1, 7), st.integers(1, 7), _CHANNELS)))
+    x = 0
+    for _ in range(draw(st.integers(0, 5))):
+        if growing.tensors[x].size > 600:
+            break
+        ways: list[Callable[[int], int]] = [growing.activation, growing.norm, growing.padding, growing.branches]
+        ways += [lambda y, k=kind: growing.windows(k, y) for kind in (*_WINDOWS, Kind.CONV2D)]  # type: ignore[misc]
+        x = draw(st.sampled_from(ways))(x)
+    for _ in range(draw(st.integers(0, 2))):
+        x = growing.op(Kind.DENSE, (growing.flat(x),), (1, 1, draw(st.integers(2, 17))))
+        x = growing.activation(x) if draw(st.booleans()) else x
+    x = growing.op(Kind.DENSE, (growing.flat(x),), (1, 1, draw(st.integers(2, 9))))
+    return Graph(tuple(growing.tensors), tuple(growing.ops), x, draw(st.sampled_from(LOSSES)), huber_delta=0.5)
+
+
+def with_weights(graph: Graph, random: np.random.Generator) -> Graph:
+    """The same graph with weights that keep values of about 1 from op to op, and biases that are not 0."""
+    ops = []
+    for op in graph.ops:
+        channels, inputs = graph.tensors[op.output].shape[2], graph.tensors[op.inputs[0]]
+        shape: tuple[int, ...]
+        if op.kind == Kind.DENSE:
+            shape, fan = (channels, inputs.size), inputs.size
+        elif op.kind == Kind.CONV2D:
+            shape = (channels, *op.kernel, inputs.shape[2])
+            fan = shape[1] * shape[2] * shape[3]
+        elif op.kind == Kind.DEPTHWISE:
+            shape, fan = (*op.kernel, channels), op.kernel[0] * op.kernel[1]
+        elif op.kind == Kind.LAYERNORM:
+            shape, fan = (channels,), 1
+        else:
+            ops.append(op)
+            continue
+        weights = (random.normal(size=shape) / np.sqrt(fan)).astype(np.float32)
+        ops.append(replace(op, weights=weights, bias=random.normal(0, 0.5, channels).astype(np.float32)))
+    return replace(graph, ops=tuple(ops))
+
+
 # Programs as bytes.
 
-HEADER = struct.Struct("<4sHHIIHBBHHHHIIII")
-OP = struct.Struct("<8B6HIII")
+HEADER = struct.Struct("<4sHHIIHHBBHHHHHfIII")
+TENSOR = struct.Struct("<BbHHHIf")
+OP = struct.Struct("<BBBB6H4H4BHHII")
 
 
 def sealed(data: bytes) -> bytes:
     """The same bytes with a right length and checksum, so that only the content can be wrong."""
     data = data[:8] + struct.pack("<I", len(data)) + data[12:]
     return data[:12] + struct.pack("<I", zlib.crc32(data[16:])) + data[16:]
+
+
+def records_end(data: bytes) -> int:
+    """Where a program's constants begin."""
+    fields = HEADER.unpack_from(data)
+    return HEADER.size + int(fields[5]) * TENSOR.size + int(fields[6]) * OP.size
 
 
 TRICKY = (0, 1, 2, 3, 4, 5, 6, 7, 8, 127, 128, 254, 255)
@@ -176,11 +335,11 @@ TRICKY_WORDS = (0, 1, 0x0FFFFFFF, 0x10000000, 0x3FFFFFFF, 0x7FFFFFFF, 0x80000000
 @st.composite
 def hostile(draw: st.DrawFn) -> bytes:
     """Programs of which some bytes or fields are wrong under a right checksum."""
-    net = draw(nets())
-    data = bytearray(net.build(random_weights(net.whole(), 1)).data if draw(st.booleans()) else net.whole().data)
-    body_end = HEADER.size + HEADER.unpack_from(data)[5] * OP.size
+    graph = draw(graphs())
+    data = bytearray(p.assemble(with_weights(graph, np.random.default_rng(1)), carry=draw(st.booleans())).data)
+    end = records_end(data)
     for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(5, body_end - 1))
+        at = draw(st.integers(5, end - 1))
         how = draw(st.integers(0, 3))
         if how == 0:
             data[at] = draw(st.integers(0, 255))
@@ -189,7 +348,7 @@ def hostile(draw: st.DrawFn) -> bytes:
         elif how == 2:
             data[at] = draw(st.sampled_from(TRICKY))
         else:  # one whole word, as of a count or an offset
-            at = min(at & ~3, body_end - 4)
+            at = min(at & ~3, end - 4)
             data[at : at + 4] = struct.pack("<I", draw(st.sampled_from(TRICKY_WORDS)))
     if draw(st.integers(0, 9)) == 0:
         data = data[: draw(st.integers(0, len(data)))]
@@ -197,32 +356,24 @@ def hostile(draw: st.DrawFn) -> bytes:
 
 
 def spoilt(data: bytes) -> Iterator[bytes]:
-    """The program with each byte and word of its header and ops, each shape between two ops, and each place of a
-    tensor, made wrong in turn, under a right checksum; and cut at every length."""
-    n_ops, activations = HEADER.unpack_from(data)[5], HEADER.unpack_from(data)[14]
-    end = HEADER.size + n_ops * OP.size
+    """The program with each byte and word of its header, tensors and ops, each dimension and each place of a tensor,
+    made wrong in turn, under a right checksum; and cut at every length."""
+    n_tensors, activations, end = HEADER.unpack_from(data)[5], HEADER.unpack_from(data)[16], records_end(data)
 
-    def put(*changes: tuple[int, bytes]) -> bytes:
-        copy = bytearray(data)
-        for at, new in changes:
-            copy[at : at + len(new)] = new
-        return sealed(bytes(copy))
+    def put(at: int, new: bytes) -> bytes:
+        return sealed(data[:at] + new + data[at + len(new) :])
 
     for at in range(end):
         for value in {*TRICKY, data[at] ^ 1, (data[at] + 1) % 256, (data[at] - 1) % 256}:
-            yield put((at, bytes([value])))
+            yield put(at, bytes([value]))
     for at in range(0, end, 4):
         for word in TRICKY_WORDS:
-            yield put((at, struct.pack("<I", word)))
-    records = range(HEADER.size, end, OP.size)
-    for record in records:
-        before = 20 if record == HEADER.size else record - OP.size + 14  # where that shape stands first
-        for dimension in (0, 2, 4):
+            yield put(at, struct.pack("<I", word))
+    for tensor in range(HEADER.size, HEADER.size + n_tensors * TENSOR.size, TENSOR.size):
+        for dimension in (2, 4, 6):
             for value in (1, 2, 3, 5, 8, 300, 65535):
-                new = struct.pack("<H", value)
-                yield put((before + dimension, new), (record + 8 + dimension, new))
-        for field in (24, 28):
-            for offset in range(activations + 1):
-                yield put((record + field, struct.pack("<I", offset)))
+                yield put(tensor + dimension, struct.pack("<H", value))
+        for offset in range(0, activations + 1, 4):
+            yield put(tensor + 8, struct.pack("<I", offset))
     for cut in range(len(data)):
         yield data[:cut]

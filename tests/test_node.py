@@ -332,7 +332,7 @@ def test_orders_that_cannot_be_done_are_turned_down(make: Make) -> None:
     node = make()
     do(node, work())
     assert replies(do(node, work(id=8, model=bytes(8)))) == [Failed(8, ErrorCode.WRONG_MODEL)]
-    frozen = replies(do(make(HEAD_ONLY), work(model=HEAD_ONLY.model_id, phases=(Phase(1, 1, 0.1),))))
+    frozen = replies(do(make(HEAD_ONLY), work(model=HEAD_ONLY.model_id, phases=(Phase(2, 1, 0.1),))))
     assert frozen == [Failed(7, ErrorCode.ENGINE, -5)]
     assert len(replies(deliver(node, broadcast(work())))) == 1, "and the one in hand goes on"
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import HEADER, OP, Net, hostile, nets, random_weights, sealed
+from nets import Net, hostile, nets, random_weights, sealed
 
 from edge import program as p
+from edge.graph import Graph, Kind
+from edge.plan import Block, pack, plan
 
-NONE = 0xFFFFFFFF
-DENSE, CONV2D, AVGPOOL, MAXPOOL, FLATTEN, RELU, TANH = range(1, 8)
-CROSS_ENTROPY = 1
+IN_PLACE = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID, Kind.ADD)
+READ_OUTPUT = (*IN_PLACE[:-1], Kind.SOFTMAX)
 
 
 def overlap(a: range, b: range) -> bool:
@@ -34,91 +35,86 @@ class Memory:
         assert found == {name}, f"{name} was overwritten by {found}"
 
 
-def replay(data: bytes) -> None:
-    """Runs a program's training step on names instead of numbers, as the engine does on numbers."""
-    header = HEADER.unpack_from(data)
-    n, loss, activations, output = header[5], header[6], header[14], header[15]
-    ops = [OP.unpack_from(data, HEADER.size + i * OP.size) for i in range(n)]
-    kind = [op[0] for op in ops]
-    trains = [op[1] == 1 for op in ops]
-    first = trains.index(True) if any(trains) else n
-    memory = Memory(activations)
+def replay(graph: Graph) -> None:
+    """Runs a training step of a graph's plan on names instead of numbers, as the engine does on numbers."""
+    found = plan(graph)
+    memory = Memory(found.activations)
 
-    def out(i: int) -> range:
-        return range(ops[i][15], ops[i][15] + ops[i][11] * ops[i][12] * ops[i][13])
+    def under(tensor: int) -> int:
+        view = graph.tensors[tensor].view_of
+        return tensor if view is None else under(view)
 
-    def grad(i: int) -> range:
-        return range(ops[i][16], ops[i][16] + ops[i][11] * ops[i][12] * ops[i][13])
+    def place(index: int) -> range | None:
+        start = found.offsets[index]
+        return None if start is None else range(start, start + found.tensors[index].bytes)
 
-    def value(i: int) -> tuple[object, range] | None:
-        """The name and place of op i's output; None for the model's input."""
-        while i >= 0 and kind[i] == FLATTEN:
-            assert ops[i][15] == (ops[i - 1][15] if i else NONE)
-            i -= 1
-        return (("value", i), out(i)) if i >= 0 else None
+    def read(kind: str, tensor: int, index: int | None = None) -> range | None:
+        where = place(tensor if index is None else index)
+        if where is not None:
+            memory.read((kind, under(tensor)), where)
+        return where
 
-    def read_value(i: int) -> range | None:
-        if found := value(i):
-            memory.read(*found)
-            return found[1]
-        return None
-
-    for i in range(n):
-        source = read_value(i - 1)
-        if kind[i] == FLATTEN:
-            continue
-        if source is not None and kind[i] not in (RELU, TANH):
-            assert not overlap(source, out(i))
-        memory.write(("value", i), out(i))
-    last = read_value(n - 1)
-    assert last is not None
-    if loss == CROSS_ENTROPY:
-        memory.write("probabilities", range(output, output + len(last)))
-    else:
-        assert output == last.start
-    if first == n:
-        assert all(op[16] == NONE for op in ops)
+    for op in graph.ops:
+        out = place(op.output)
+        assert out is not None
+        for x in op.inputs:
+            where = read("value", x)
+            assert where is None or not overlap(where, out) or (op.kind in IN_PLACE and where == out)
+        memory.write(("value", op.output), out)
+    read("value", graph.output)
+    if found.output != graph.output:
+        where = place(found.output)
+        assert where is not None
+        memory.write("probabilities", where)
+    if found.dlogits is None:
+        assert not any(op.trains != "nothing" for op in graph.ops)
         return
-    memory.write(("grad", n - 1), grad(n - 1))
-    for i in reversed(range(first, n)):
-        memory.read(("grad", i), grad(i))
-        source = read_value(i - 1) if trains[i] or (kind[i] == MAXPOOL and i > first) else None
-        if kind[i] in (RELU, TANH) and i > first:
-            read_value(i)
-        if i == first:
-            break
-        if kind[i] in (DENSE, CONV2D, AVGPOOL):
-            assert not overlap(grad(i), grad(i - 1))
-            assert source is None or not overlap(source, grad(i - 1))
-        if kind[i] == MAXPOOL:
-            assert source is not None
-            disjoint = ops[i][2:4] == ops[i][4:6]
-            assert not overlap(source, grad(i - 1)) or (disjoint and source == grad(i - 1))
-            assert not overlap(grad(i), grad(i - 1)) or grad(i) == grad(i - 1)
-        if kind[i] == FLATTEN:
-            assert grad(i).start == grad(i - 1).start
-        memory.write(("grad", i - 1), grad(i - 1))
+    where = place(found.dlogits)
+    assert where is not None
+    memory.write(("gradient", under(graph.output)), where)
+    for op, g in reversed(list(zip(graph.ops, found.gradients, strict=True))):
+        if g.dout is None:
+            assert op.trains == "nothing"
+            continue
+        dy = read("gradient", op.output, g.dout)
+        if op.kind in READ_OUTPUT:
+            read("value", op.output)
+        x = None
+        if op.trains == "all" or op.kind == Kind.LAYERNORM or (op.kind == Kind.MAXPOOL and g.din is not None):
+            x = read("value", op.inputs[0])
+        for tensor, din, adds in zip(op.inputs, (g.din, g.din2), (g.adds, g.adds2), strict=False):
+            if din is None:
+                continue
+            dx = place(din)
+            assert dx is not None and dy is not None
+            if adds:
+                memory.read(("gradient", under(tensor)), dx)
+            else:
+                assert not overlap(dy, dx) or (op.kind in IN_PLACE and dy == dx)
+                alone = op.kind == Kind.MAXPOOL and op.kernel == op.strides
+                assert x is None or not overlap(x, dx) or (alone and x == dx)
+            memory.write(("gradient", under(tensor)), dx)
 
 
 @given(nets())
 @settings(max_examples=300, deadline=None)
 def test_no_tensor_is_overwritten_before_its_last_use(net: Net) -> None:
-    program = net.build(random_weights(net.whole(), 0))
-    replay(program.data)
+    weights = random_weights(net.whole(), 0)
+    replay(p.network(net.layers, net.input_shape, net.loss, trainable=net.trainable, weights=weights))
 
 
-@given(st.lists(st.builds(p.Tensor, st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)), max_size=12))
-def test_packed_tensors_that_live_together_do_not_overlap(tensors: Sequence[p.Tensor]) -> None:
-    for t in tensors:
-        t.birth, t.death = min(t.birth, t.death), max(t.birth, t.death)
-    offsets, size = p.pack(tensors)
-    live = [sum(t.size for t in tensors if t.birth <= time <= t.death) for time in range(10)]
-    assert max(live) <= size <= sum(t.size for t in tensors)
-    for i, a in enumerate(tensors):
-        assert 0 <= offsets[i] <= size - a.size
-        for j, b in enumerate(tensors[:i]):
+@given(st.lists(st.builds(Block, st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)), max_size=12))
+def test_packed_blocks_that_live_together_do_not_overlap(blocks: Sequence[Block]) -> None:
+    for b in blocks:
+        b.birth, b.death = min(b.birth, b.death), max(b.birth, b.death)
+    offsets, size, bound = pack(blocks)
+    live = [sum(b.bytes for b in blocks if b.birth <= time <= b.death) for time in range(10)]
+    assert max(live) == bound <= size <= sum(b.bytes for b in blocks)
+    for i, a in enumerate(blocks):
+        assert 0 <= offsets[i] <= size - a.bytes
+        for j, b in enumerate(blocks[:i]):
             if a.birth <= b.death and b.birth <= a.death:
-                assert not overlap(range(offsets[i], offsets[i] + a.size), range(offsets[j], offsets[j] + b.size))
+                assert not overlap(range(offsets[i], offsets[i] + a.bytes), range(offsets[j], offsets[j] + b.bytes))
 
 
 def test_the_plan_of_a_small_mlp_takes_two_hidden_vectors_and_one_output() -> None:
@@ -145,11 +141,10 @@ def test_a_program_says_what_was_built() -> None:
     layers = [p.Conv2D(4, (3, 2), 2, "same"), p.Tanh(), p.AvgPool2D(2), p.Flatten(), p.Dense(5)]
     program = p.Program.parse(p.build(layers, (8, 6, 2), "mse").data)
     assert program.input_shape == (8, 6, 2) and program.output_shape == (5,) and program.loss == "mse"
-    conv, tanh, pool, flatten, dense = program.layers
+    conv, tanh, pool, dense = program.layers
     assert (conv.name, conv.out_shape, conv.params, conv.macs) == ("conv2d_0", (4, 3, 4), 52, 4 * 3 * 48)
     assert (tanh.name, tanh.params, tanh.macs) == ("tanh_0", 0, 0)
     assert (pool.name, pool.out_shape) == ("avgpool_0", (2, 1, 4))
-    assert (flatten.name, flatten.out_shape) == ("flatten_0", (8,))
     assert (dense.name, dense.in_shape, dense.macs) == ("dense_1", (8,), 40)
     assert program.parameters == (
         ("conv2d_0/weights", (4, 3, 2, 2)),
@@ -203,7 +198,7 @@ def test_relu_is_moved_behind_max_pooling() -> None:
 
 
 BAD_MODELS = {
-    "no layers": ([], (4,), "mse", {}, "1 to 256"),
+    "no layers": ([], (4,), "mse", {}, "computes something"),
     "only a flatten": ([p.Flatten()], (2, 2, 1), "mse", {}, "computes something"),
     "a loss that is not there": ([p.Dense(1)], (4,), "hinge", {}, "hinge"),
     "an input of two dimensions": ([p.Dense(1)], (4, 4), "mse", {}, "height, width, channels"),
@@ -250,8 +245,8 @@ def test_damaged_bytes_are_no_program() -> None:
         p.Program.parse(data[:-1])
     with pytest.raises(p.ProgramError, match="damaged"):
         p.Program.parse(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(p.ProgramError, match="version 2"):
-        p.Program.parse(sealed(data[:4] + b"\x02\x00" + data[6:]))
+    with pytest.raises(p.ProgramError, match="version 3"):
+        p.Program.parse(sealed(data[:4] + b"\x03\x00" + data[6:]))
     with pytest.raises(p.ProgramError, match="contradicts"):
         p.Program.parse(sealed(data + bytes(4)))
 

@@ -18,7 +18,7 @@ class TinyMetaFed(Reptile):
     """A batch of clients a round, as Reptile, and:
 
     rounds: how many are planned, for the annealing. alpha, alpha_end: the server's rate in the first round, and what it
-    approaches. local: mask of the layers that stay on the devices (bit i: i-th layer with parameters; 0: none), which
+    approaches. local: mask of the layers that stay on the devices (bit i: i-th layer that trains; 0: none), which
     keep their initial values on the server. local_steps, local_beta: of fitting those. top: fraction of the shared
     parameters that goes back; one that does not, counts as unchanged.
     """
