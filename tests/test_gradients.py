@@ -1,18 +1,22 @@
-"""The C engine's outputs, losses and gradients against TensorFlow's, in float64, on random networks."""
+"""The C engine's outputs, losses and gradients against TensorFlow's, in float64, on random graphs."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
+from nets import graphs, with_weights
 
+from edge.graph import Graph, Kind, Op
 from edge.learner import MoteLearner
-from edge.program import AvgPool2D, Conv2D, Dense, Flatten, Layer, Loss, MaxPool2D, Program, ReLU, Tanh, build
+from edge.plan import WEIGHTED
+from edge.program import assemble
 
 tf = pytest.importorskip("tensorflow", reason="compares with TensorFlow, which is not installed")
 
@@ -22,126 +26,202 @@ TOLERANCE = 1e-5
 EPSILON = float(np.finfo(np.float32).eps) / 2
 
 
-@st.composite
-def networks(draw: st.DrawFn) -> tuple[list[Layer], tuple[int, ...], Loss]:
-    """A random straight line of layers, the shape of its input, and its loss."""
-    layers: list[Layer] = []
-    activations: st.SearchStrategy[list[Layer]] = st.sampled_from([[], [ReLU()], [Tanh()]])
-    sizes = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    if draw(st.booleans()):
-        shape = draw(st.tuples(st.integers(6, 9), st.integers(6, 9), st.integers(1, 5)))
-        h, w = shape[:2]
-        for _ in range(draw(st.integers(1, 3))):
-            kernel, strides = draw(sizes), draw(sizes)
-            padding = draw(st.sampled_from(["valid", "same"]))
-            if padding == "valid" and (kernel[0] > h or kernel[1] > w):
-                continue
-            kind = draw(st.sampled_from(["conv", "conv", "avg", "max"]))
-            if kind == "conv":
-                layers += [Conv2D(draw(st.integers(1, 6)), kernel, strides, padding), *draw(activations)]
-            else:
-                layers += [(AvgPool2D if kind == "avg" else MaxPool2D)(kernel, strides, padding)]
-            h, w = (
-                -(-n // s) if padding == "same" else (n - k) // s + 1
-                for n, k, s in zip((h, w), kernel, strides, strict=True)
+class Reference:
+    """A graph in TensorFlow: output, loss and gradients by the engine's names, in float64; and how near a ReLU or a
+    maximum came to tipping over."""
+
+    def __init__(self, graph: Graph, x: np.ndarray, y: np.ndarray) -> None:
+        self.graph, self.margin = graph, np.inf
+        weighted = [op for op in graph.ops if op.kind in WEIGHTED]
+        self.variables = {
+            f"{op.kind.name.lower()}_{i}/{part}": tf.Variable(getattr(op, part), dtype=tf.float64)
+            for i, op in enumerate(weighted)
+            for part in ("weights", "bias")
+        }
+        self.arrays = iter(self.variables.values())
+        with tf.GradientTape() as tape:
+            logits = self.run(x)
+            value, output = self.loss(logits, y)
+        # A weight that has no influence has no gradient in TensorFlow.
+        found = tape.gradient(value, self.variables, unconnected_gradients="zero")
+        self.gradients = {name: np.asarray(g) for name, g in found.items()}
+        self.output, self.value = output.numpy(), float(value)
+
+    def run(self, x: np.ndarray) -> tf.Tensor:
+        values = {0: tf.constant(x, tf.float64)}
+
+        def value(index: int) -> tf.Tensor:
+            tensor = self.graph.tensors[index]
+            return values[index] if tensor.view_of is None else tf.reshape(value(tensor.view_of), tensor.shape)
+
+        for op in self.graph.ops:
+            shape = self.graph.tensors[op.output].shape
+            result = self.apply(op, [value(i) for i in op.inputs], shape)
+            # What several places fill is their sum: each is 0 where the others are.
+            values[op.output] = values[op.output] + result if op.output in values else result
+        return tf.reshape(value(self.graph.output), [-1])
+
+    def apply(self, op: Op, inputs: list[tf.Tensor], shape: tuple[int, ...]) -> tf.Tensor:
+        x = inputs[0]
+        match op.kind:
+            case Kind.DENSE:
+                return tf.reshape(tf.linalg.matvec(next(self.arrays), tf.reshape(x, [-1])) + next(self.arrays), shape)
+            case Kind.CONV2D:
+                filters = tf.transpose(next(self.arrays), [1, 2, 3, 0])
+                filters = tf.reshape(filters, [-1, *filters.shape[2:]])
+                return tf.einsum("thwi,tio->hwo", self.taps(op, x, shape, 0.0), filters) + next(self.arrays)
+            case Kind.DEPTHWISE:
+                taps = tf.repeat(self.taps(op, x, shape, 0.0), shape[2] // x.shape[2], 3)
+                filters = tf.reshape(next(self.arrays), [-1, 1, 1, shape[2]])
+                return tf.reduce_sum(taps * filters, 0) + next(self.arrays)
+            case Kind.AVGPOOL:
+                count = tf.reduce_sum(self.taps(op, tf.ones_like(x), shape, 0.0), 0)
+                return tf.reduce_sum(self.taps(op, x, shape, 0.0), 0) / count
+            case Kind.MAXPOOL:
+                taps = self.taps(op, x, shape, -np.inf)
+                top = tf.reduce_max(taps, 0)
+                self.near(np.where(taps < top, top - taps, np.inf))
+                return top
+            case Kind.LAYERNORM:
+                mean, variance = tf.nn.moments(x, 2, keepdims=True)
+                return next(self.arrays) * (x - mean) / tf.sqrt(variance + op.epsilon) + next(self.arrays)
+            case Kind.ADD:
+                return x + inputs[1]
+            case Kind.PLACE:
+                sides = [(at, n - at - size) for at, n, size in zip(op.offsets, shape, x.shape, strict=True)]
+                return tf.pad(x, sides)
+            case Kind.RELU | Kind.RELU6 | Kind.LEAKY_RELU:
+                self.near(np.abs(x)[x != 0])
+                if op.kind == Kind.RELU6:
+                    self.near(np.abs(x - 6))
+                    return tf.nn.relu6(x)
+                return tf.nn.leaky_relu(x, op.slope) if op.kind == Kind.LEAKY_RELU else tf.nn.relu(x)
+            case Kind.TANH:
+                return tf.tanh(x)
+            case Kind.SIGMOID:
+                return tf.sigmoid(x)
+            case Kind.SOFTMAX:
+                return tf.nn.softmax(x)
+        raise AssertionError(op.kind)
+
+    def near(self, distances: np.ndarray) -> None:
+        self.margin = min(self.margin, np.min(distances, initial=np.inf))
+
+    @staticmethod
+    def taps(op: Op, x: tf.Tensor, shape: tuple[int, ...], fill: float) -> tf.Tensor:
+        """[taps, h, w, c]: what each of the kernel's taps sees at every place of the output."""
+        pads = [
+            (before, max(0, (n - 1) * s + (k - 1) * d + 1 - size - before))
+            for before, n, s, k, d, size in zip(
+                op.pads, shape, op.strides, op.kernel, op.dilation, x.shape, strict=False
             )
-        layers.append(Flatten())
-    else:
-        shape = (draw(st.integers(1, 40)),)
-    for _ in range(draw(st.integers(0, 2))):
-        layers += [Dense(draw(st.integers(1, 17))), *draw(activations)]
-    layers += [Dense(draw(st.integers(2, 10)))]
-    return layers, shape, draw(st.sampled_from(["softmax_cross_entropy", "mse"]))
+        ]
+        padded = tf.pad(x, [*pads, (0, 0)], constant_values=fill)
+        (h, w), (sh, sw), (dh, dw) = shape[:2], op.strides, op.dilation
+        return tf.stack(
+            [
+                padded[i * dh : i * dh + (h - 1) * sh + 1 : sh, j * dw : j * dw + (w - 1) * sw + 1 : sw]
+                for i in range(op.kernel[0])
+                for j in range(op.kernel[1])
+            ]
+        )
+
+    def loss(self, z: tf.Tensor, y: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
+        """The loss and the model's output."""
+        match self.graph.loss:
+            case "softmax_cross_entropy":
+                return tf.nn.sparse_softmax_cross_entropy_with_logits(int(y), z), tf.nn.softmax(z)
+            case "binary_cross_entropy":
+                return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(np.float64(y), z)), tf.sigmoid(z)
+            case "mse":
+                return tf.reduce_mean((z - y) ** 2), z
+        size, delta = tf.abs(z - y), self.graph.huber_delta
+        return tf.reduce_mean(tf.where(size <= delta, size**2 / 2, delta * (size - delta / 2))), z
 
 
-def random_weights(program: Program, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Weights that keep values of about 1 through the layers, and biases that are not 0."""
-    return {
-        name: random.normal(0, 1 / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.5, shape).astype(np.float32)
-        for name, shape in program.all_parameters
-    }
-
-
-def reference(layers, x, y, loss, weights):
-    """Output, loss and gradients by name, in float64; and how near a ReLU or a maximum came to tipping over."""
-    variables = {name: tf.Variable(w, dtype=tf.float64) for name, w in weights.items()}
-    arrays = iter(variables.values())
-    margin = np.inf
-    with tf.GradientTape() as tape:
-        v = tf.constant(x[None], tf.float64)
-        for layer in layers:
-            match layer:
-                case Dense():
-                    v = tf.matmul(v, next(arrays), transpose_b=True) + next(arrays)
-                case Conv2D():
-                    filters = tf.transpose(next(arrays), [1, 2, 3, 0])
-                    v = tf.nn.conv2d(v, filters, layer.strides, layer.padding.upper()) + next(arrays)
-                case AvgPool2D():
-                    v = tf.nn.avg_pool2d(v, layer.size, layer.strides, layer.padding.upper())
-                case MaxPool2D():
-                    values = np.unique(v.numpy())
-                    margin = min(margin, np.diff(values).min(initial=np.inf))
-                    v = tf.nn.max_pool2d(v, layer.size, layer.strides, layer.padding.upper())
-                case Flatten():
-                    v = tf.reshape(v, [1, -1])
-                case ReLU():
-                    margin = min(margin, np.abs(v.numpy()).min())
-                    v = tf.nn.relu(v)
-                case Tanh():
-                    v = tf.tanh(v)
-        if loss == "mse":
-            value, output = tf.reduce_mean((v[0] - y) ** 2), v[0]
-        else:
-            value, output = tf.nn.sparse_softmax_cross_entropy_with_logits(y, v[0]), tf.nn.softmax(v[0])
-    return output.numpy(), float(value), tape.gradient(value, variables), margin
-
-
-def relative_error(got, wanted) -> float:
+def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
     """The largest difference, of the largest element."""
     largest = np.abs(wanted).max()
     return float(np.abs(got - wanted).max() / largest) if largest else float(np.abs(got).max())
 
 
-worst = {"output": 0.0, "loss": 0.0, "gradient": 0.0}
+def moved(graph: Graph, random: np.random.Generator) -> Graph:
+    """The graph with every weight moved by half of its last place."""
+
+    def around(array: np.ndarray) -> np.ndarray:
+        return array * (1 + EPSILON * random.choice([-1, 1], array.shape))
+
+    return replace(
+        graph,
+        ops=tuple(
+            replace(op, weights=around(op.weights), bias=around(op.bias)) if op.kind in WEIGHTED else op
+            for op in graph.ops
+        ),
+    )
+
+
+def target(graph: Graph, random: np.random.Generator) -> np.ndarray:
+    size = graph.tensors[graph.output].size
+    if graph.loss == "softmax_cross_entropy":
+        return np.float32(random.integers(size))
+    if graph.loss == "binary_cross_entropy":
+        return random.random(size, np.float32)
+    return random.normal(size=size).astype(np.float32)
 
 
 @settings(
-    max_examples=int(os.environ.get("TINYFLEET_GRADIENT_EXAMPLES", "120")),
+    max_examples=int(os.environ.get("TINYFLEET_GRADIENT_EXAMPLES", "150")),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
-@given(networks(), st.integers(0, 2**32 - 1))
-def test_gradients_are_tensorflows(network, seed):
-    """One step at a known rate changes every weight that trains by the rate times TensorFlow's gradient, and no other:
-    not those frozen by the plan, nor those masked out at run time."""
-    layers, shape, loss = network
+@given(graphs(), st.integers(0, 2**32 - 1))
+def test_gradients_are_tensorflows(graph: Graph, seed: int) -> None:
+    """One step at a known rate changes every parameter that trains by the rate times TensorFlow's gradient, and no
+    other: not those masked out at run time, nor the weights where only the bias trains now. So does a step whose
+    gradient is clipped to half of its norm, by half of that."""
     random = np.random.default_rng(seed)
-    weights = random_weights(build(layers, shape, loss), random)
-    x = random.normal(size=shape).astype(np.float32)
-    outputs = layers[-1].units
-    y = random.integers(outputs) if loss == "softmax_cross_entropy" else random.normal(size=outputs).astype(np.float32)
-    output, value, gradients, margin = reference(layers, x, y, loss, weights)
-    assume(margin > 1e-5)  # else float32 may see a ReLU or a maximum on the other side than float64
-    assume(value > 0.05)  # a gradient p - 1 of a p that is nearly 1 has few digits in float32
-    # Where rounding the weights and the input already moves a gradient (sums that cancel), float32 has few digits too.
-    rounded = {name: w * (1 + EPSILON * random.choice([-1, 1], w.shape)) for name, w in weights.items()}
-    _, _, moved, _ = reference(layers, x * (1 + EPSILON * random.choice([-1, 1], x.shape)), y, loss, rounded)
-    assume(all(relative_error(moved[name].numpy(), g.numpy()) < TOLERANCE / 20 for name, g in gradients.items()))
+    graph = with_weights(graph, random)
+    x = random.normal(size=graph.tensors[0].shape).astype(np.float32)
+    y = target(graph, random)
+    wanted = Reference(graph, x, y)
+    assume(wanted.margin > 1e-5)  # else float32 may see a ReLU or a maximum on the other side than float64
+    assume(wanted.value > 0.05)  # a gradient p - 1 of a p that is nearly 1 has few digits in float32
 
-    role = random.choice(["frozen", "masked", "trains", "trains"], len(weights) // 2)
-    program = build(layers, shape, loss, trainable=np.flatnonzero(role != "frozen").tolist(), weights=weights)
+    program = assemble(graph)
     learner = MoteLearner(program)
-    learner.mask = sum(1 << int(i) for i in np.flatnonzero(role == "trains"))
+    names = list(dict.fromkeys(name.rpartition("/")[0] for name, _ in program.parameters))
+    role = dict(zip(names, random.choice(["masked", "bias", "all", "all"], len(names)), strict=True))
+    trains = {
+        name
+        for name, _ in program.parameters
+        if role[name.rpartition("/")[0]] == "all"
+        or (role[name.rpartition("/")[0]] == "bias" and name.endswith("/bias"))
+    }
+    # Where rounding the weights and the input already moves a gradient (sums that cancel), float32 has few digits too.
+    rounded = Reference(moved(graph, random), x * (1 + EPSILON * random.choice([-1, 1], x.shape)), y)
+    assume(all(relative_error(rounded.gradients[n], wanted.gradients[n]) < TOLERANCE / 20 for n in trains))
+    for op in graph.ops:
+        event(op.kind.name)
+
+    learner.mask = sum(1 << i for i, name in enumerate(names) if role[name] != "masked")
+    learner.biases_only = sum(1 << i for i, name in enumerate(names) if role[name] == "bias")
     before = learner.parameters
-    worst["output"] = max(worst["output"], relative_error(learner.infer(x), output))
-    worst["loss"] = max(worst["loss"], abs(learner.loss(x, y) - value) / max(value, 1.0))
-    learner.learn(x, y, RATE)
-    change = program.split((before.astype(np.float64) - learner.parameters) / RATE)
-    for name, got in change.items():
-        trains = role[int(name.rpartition("/")[0].rpartition("_")[2])] == "trains"
-        error = relative_error(got, gradients[name].numpy()) if trains else np.abs(got).max()
-        worst["gradient"] = max(worst["gradient"], error)
-        assert error < TOLERANCE, name
-    assert worst["output"] < TOLERANCE
-    assert worst["loss"] < TOLERANCE
+    assert relative_error(learner.infer(x), wanted.output) < TOLERANCE
+    assert abs(learner.loss(x, y) - wanted.value) < TOLERANCE * max(wanted.value, 1.0)
+
+    def check(learner: MoteLearner, scale: float) -> None:
+        learner.learn(x, y, RATE)
+        change = program.split((before.astype(np.float64) - learner.parameters) / RATE)
+        for name, got in change.items():
+            if name in trains:
+                assert relative_error(got, scale * wanted.gradients[name]) < TOLERANCE, name
+            else:
+                assert not got.any(), name
+
+    check(learner, 1.0)
+    norm = np.sqrt(sum(np.sum(wanted.gradients[name] ** 2) for name in trains))
+    if norm > 1e-3:
+        clipped = MoteLearner(program, clip_norm=norm / 2)
+        clipped.mask, clipped.biases_only = learner.mask, learner.biases_only
+        check(clipped, 0.5)
