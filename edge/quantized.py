@@ -142,11 +142,13 @@ def _weighted(op: Op, x: Tensor, y: Tensor) -> bytes:
     rows = np.moveaxis(op.weights, -1, 0) if depthwise else op.weights
     channels = len(rows)
     bias = np.zeros(channels, np.int64) if op.bias is None else op.bias.astype(np.int64)
-    folded = bias - x.zero_point * rows.reshape(channels, -1).astype(np.int64).sum(axis=1)
     trained = 0
     if op.kind in _TRAINED and op.trains != "nothing":
         trained = channels if op.trained is None else op.trained
-    folded[:trained] = 0
+    bias[:trained] = 0
+    folded = bias - x.zero_point * rows.reshape(channels, -1).astype(np.int64).sum(axis=1)
+    if op.trains == "all":
+        folded[:trained] = 0  # what the zero point takes off moves with the weights
     parts = [_range(op)]
     for value, scale in zip(folded, _output_scales(kind, op.weight_scales, x, y), strict=True):
         parts.append(struct.pack("<iii", (int(value) + 2**31) % 2**32 - 2**31, *quantize_multiplier(float(scale))))

@@ -19,7 +19,7 @@ SOURCE = ROOT / MOTE / "mote_kernels.c"
 _HEADER, _TENSOR, _OP = 48, 16, 40  # bytes: see mote_internal.h
 _NO_TENSOR = 0xFFFF
 _LOSS_NAMES = dict(zip(LOSSES, ("CROSS_ENTROPY", "SQUARED_ERROR", "BINARY_CROSS_ENTROPY", "HUBER"), strict=True))
-_LINE = re.compile(r"^    \{MOTE_(\w+), (.*)\},$", re.MULTILINE)
+_LINE = re.compile(r"^    \{MOTE_(\w+), (.*?)\},$", re.MULTILINE | re.DOTALL)  # a long one goes on in the next
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Entry:
 
 def whole() -> list[Entry]:
     """All that the engine has."""
-    return [Entry(name, tuple(functions.split(", "))) for name, functions in _LINE.findall(SOURCE.read_text())]
+    return [Entry(name, tuple(re.split(r",\s+", functions))) for name, functions in _LINE.findall(SOURCE.read_text())]
 
 
 def needed(programs: Iterable[bytes]) -> list[Entry]:
