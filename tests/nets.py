@@ -142,6 +142,11 @@ def loss(net: Net, weights: dict[str, Array], x: Array, y: Array) -> float:
     out = forward(net, weights, x)
     if net.loss == "mse":
         return float(np.mean((out - y) ** 2))
+    if net.loss == "huber":  # its delta is 1
+        size = np.abs(out - y)
+        return float(np.mean(np.where(size < 1, size**2 / 2, size - 0.5)))
+    if net.loss == "binary_cross_entropy":
+        return float(np.mean(np.logaddexp(0, out) - y * out))
     top = out.max()
     return float(np.log(np.exp(out - top).sum()) - (out[int(y[0])] - top))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from nets import HEADER, Net, forward, gradient, hostile, nets, random_weights, sealed
+from nets import Net, forward, gradient, hostile, nets, random_weights
 from nets import loss as reference_loss
 from numpy.typing import NDArray
 
@@ -26,9 +26,11 @@ def sample(program: p.Program, seed: int) -> tuple[Vector, Vector]:
     random = np.random.default_rng(seed)
     x = random.normal(size=program.input_shape).astype(np.float32)
     outputs = math.prod(program.output_shape)
-    if program.loss == "mse":
-        return x, random.normal(size=outputs).astype(np.float32)
-    return x, np.array([random.integers(outputs)], np.float32)
+    if program.loss == "softmax_cross_entropy":
+        return x, np.array([random.integers(outputs)], np.float32)
+    if program.loss == "binary_cross_entropy":
+        return x, random.integers(0, 2, outputs).astype(np.float32)
+    return x, random.normal(size=outputs).astype(np.float32)
 
 
 def pooled(*layers: p.Layer) -> Net:
@@ -53,6 +55,8 @@ def test_a_step_follows_the_gradient(net: Net, seed: int) -> None:
     if net.loss == "softmax_cross_entropy":
         output = np.exp(output - output.max())
         output /= output.sum()
+    elif net.loss == "binary_cross_entropy":
+        output = 1 / (1 + np.exp(-output))
     assert np.allclose(learner.infer(x), output, rtol=1e-5, atol=1e-6)
     loss = reference_loss(net, exact, x.astype(np.float64), y.astype(np.float64))
     assert learner.loss(x, y) == pytest.approx(loss, rel=1e-5, abs=1e-6)
@@ -95,7 +99,7 @@ def test_a_plan_for_some_layers_learns_the_same_bits_in_no_more_memory(net: Net,
     frozen = set(whole.program.parameters) - set(part.program.parameters)
     layers = [layer for layer in part.program.layers if layer.params]
     whole.mask = sum(1 << i for i, layer in enumerate(layers) if layer.trainable)
-    assert part.mask == whole.mask
+    assert part.mask == (1 << sum(layer.trainable for layer in layers)) - 1
     assert part.ram_bytes == part.program.arena_bytes
     for step in range(3):
         x, y = sample(whole.program, seed + step)
@@ -218,10 +222,10 @@ def test_wrong_sizes_are_refused() -> None:
 
 def test_a_mask_beyond_the_plan_is_refused() -> None:
     learner = MoteLearner(p.build([p.Dense(1), p.Dense(1)], (1,), "mse", trainable={1}, weights=_ones(0)))
-    assert learner.mask == 2
-    with pytest.raises(UserError, match="not planned to train"):
+    assert learner.mask == 1
+    with pytest.raises(UserError, match="not planned for that"):
         learner.mask = 3
-    assert learner.mask == 2
+    assert learner.mask == 1
 
 
 def _ones(layer: int) -> dict[str, Vector]:
@@ -234,12 +238,12 @@ def test_where_a_layer_lies_in_the_vector() -> None:
     assert lib.mote_load(mote, ffi.from_buffer(program.data), len(program.data), arena, program.arena_bytes) == 0
     first, count = ffi.new("size_t *"), ffi.new("size_t *")
     found = []
-    for layer in range(3):
+    for layer in range(2):
         assert lib.mote_layer(mote, layer, first, count) == lib.MOTE_OK
         found.append((first[0], count[0]))
-    assert found == [(0, 15), (0, 0), (15, 3)]
-    assert lib.mote_layer(mote, 3, first, count) == lib.MOTE_ERR_ARGUMENT
-    assert (mote.layers, mote.trainable, mote.mask) == (3, 0b101, 0b101)
+    assert found == [(0, 15), (15, 3)]
+    assert lib.mote_layer(mote, 2, first, count) == lib.MOTE_ERR_ARGUMENT
+    assert (mote.layers, mote.trainable, mote.mask) == (2, 0b11, 0b11)
 
 
 def _frozen_middle() -> dict[str, Vector]:
@@ -273,45 +277,10 @@ def test_each_wrong_program_has_its_error() -> None:
     assert lib.mote_load(ffi.NULL, buffer, len(data), arena, MLP.arena_bytes) == lib.MOTE_ERR_ARGUMENT
 
 
-def test_tensors_that_live_together_in_one_place_are_refused() -> None:
-    """Every op's output and gradient moved onto every other place of the arena: right only if the plan allows it."""
-    pools = [p.Conv2D(1, 1), p.MaxPool2D(2, 1, "same"), p.Conv2D(1, 2), p.MaxPool2D(2, 1), p.Flatten(), p.Dense(2)]
-    programs = [
-        MLP,
-        CNN,
-        p.build([p.Dense(3), p.Dense(3), p.Tanh()], (3,), "mse"),
-        p.build([p.Conv2D(2, 2, 1, "same"), p.Tanh(), p.MaxPool2D(2), p.Flatten()], (4, 4, 1), "softmax_cross_entropy"),
-        p.build([p.Conv2D(2, 2), p.AvgPool2D(2), p.ReLU(), p.Dense(3), p.MaxPool2D(1), p.Tanh()], (3, 3, 1), "mse"),
-        p.build(pools, (3, 3, 1), "softmax_cross_entropy"),
-    ]
-    for program in programs:
-        data = program.data
-        accepted = 0
-        for field in range(HEADER.size, HEADER.size + len(program.layers) * 32, 32):
-            for at in (field + 24, field + 28):
-                for offset in range(program.activation_bytes // 4 + 1):
-                    moved = sealed(data[:at] + offset.to_bytes(4, "little") + data[at + 4 :])
-                    if load(moved) == lib.MOTE_OK:
-                        accepted += 1
-                        assert learns_the_same(moved, program), (at, offset)
-        assert accepted >= 2 * len(program.layers) - 3  # those of the plan itself, where a gradient is wanted
-
-
-def learns_the_same(data: bytes, program: p.Program) -> bool:
-    learners = [MoteLearner(program), MoteLearner(data)]
-    for learner in learners:
-        learner.set_parameters(program.initial(2))
-        for step in range(2):
-            learner.learn(*sample(program, step), 0.1)
-    return np.array_equal(learners[0].parameters, learners[1].parameters)
-
-
-def test_more_layers_than_a_mask_has_bits_or_ops_than_are_checked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_layers_than_a_mask_has_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(p, "MAX_LAYERS", 1000)
-    monkeypatch.setattr(p, "MAX_OPS", 1000)
-    for layer, most in ((p.Dense(1), 32), (p.Tanh(), 256)):
-        assert load(p.build([layer] * most, (1,), "mse").data) == lib.MOTE_OK
-        assert load(p.build([layer] * (most + 1), (1,), "mse").data) == lib.MOTE_ERR_FORMAT
+    assert load(p.build([p.Dense(1)] * 32, (1,), "mse").data) == lib.MOTE_OK
+    assert load(p.build([p.Dense(1)] * 33, (1,), "mse").data) == lib.MOTE_ERR_FORMAT
 
 
 @given(hostile(), st.integers(0, 2**32 - 1))
@@ -330,11 +299,11 @@ def test_a_hostile_program_is_refused_or_stays_in_its_arena(data: bytes, seed: i
     if code == lib.MOTE_OK:
         x = np.random.default_rng(seed).normal(size=lib.mote_inputs(mote)).astype(np.float32)
         y = np.zeros(lib.mote_targets(mote), np.float32)
-        loss, out = ffi.new("float *"), ffi.new("float **")
+        loss, out = ffi.new("float *"), ffi.new("const void **")
         assert lib.mote_infer(mote, ffi.from_buffer("float[]", x), out) == lib.MOTE_OK
         pointers = ffi.from_buffer("float[]", x), ffi.from_buffer("float[]", y)
         for mask in {mote.trainable, mote.trainable & seed, 0}:
-            assert lib.mote_train_mask(mote, mask) == lib.MOTE_OK
+            assert lib.mote_train_mask(mote, mask, 0) == lib.MOTE_OK
             assert lib.mote_learn(mote, *pointers, 0.1, loss) in (lib.MOTE_OK, lib.MOTE_ERR_DIVERGED)
         outside = np.concatenate([arena[:guard], arena[len(arena) - guard :]])
     else:
