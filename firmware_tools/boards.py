@@ -42,10 +42,12 @@ class Uart:
 class Build:
     """How firmware is made for a board: compiler flags for its core, and where things lie.
 
+    exact: flags for the profile that computes the same bits everywhere, behind those of the core.
     uart None: there is no driver for its serial port, so that no node runs on it, only programs that measure or check.
     """
 
     cpu: tuple[str, ...]
+    exact: tuple[str, ...]
     stack_bytes: int
     flash: Region
     ram: Region
@@ -145,6 +147,7 @@ def read(path: Path) -> Target:
             )
         build = Build(
             cpu=strings(part, "cpu"),
+            exact=strings(part, "exact") if "exact" in part else (),
             stack_bytes=entry(part, "stack_bytes", int),
             flash=region(part, "flash"),
             ram=region(part, "ram"),

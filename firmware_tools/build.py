@@ -55,8 +55,8 @@ PROFILES: dict[Profile, list[str]] = {
     "exact": mote_build.FLAGS,
     "fast": ["-std=c99", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-DMOTE_FAST"],
 }
-#: Files that run once, or seldom: small rather than quick.
-SMALL = ("mote_load.c", "mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c")
+#: Files whose time does not matter, since they run seldom or only call kernels: small rather than quick.
+SMALL = ("mote.c", "mote_load.c", "mote_sgd.c", "mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c")
 
 #: Bytes of the largest program that a node takes over the air, unless the caller says otherwise.
 ADOPT_BYTES = 4096
@@ -117,6 +117,7 @@ def link(
     Raises UserError if the compiler is missing or the program does not fit the board.
     """
     build = target.buildable()
+    cpu = [*build.cpu, *(build.exact if profile == "exact" else ())]
     compiler = _compiler()
     work = elf.parent / f"{elf.stem}.build"
     shutil.rmtree(work, ignore_errors=True)
@@ -124,7 +125,7 @@ def link(
 
     kernels = kernel_table.whole() if programs is None else kernel_table.needed(programs)
     (work / "mote_kernels.c").write_text(kernel_table.source(kernels))
-    (work / "device.h").write_text(_header(blobs or {}, defines or {}))
+    (work / "device.h").write_text(header(blobs or {}, defines or {}))
     (work / "device.S").write_text(_assembly(work, blobs or {}))
     script = work / "firmware.ld"
     script.write_text(
@@ -139,7 +140,7 @@ def link(
     )
     common = [
         compiler,
-        *build.cpu,
+        *cpu,
         *PROFILES[profile],
         *SPLIT,
         stacks.FLAG,
@@ -169,7 +170,7 @@ def link(
     with ThreadPoolExecutor() as pool:
         list(pool.map(compile_one, range(len(jobs))))
     map_ = work / "firmware.map"
-    command = [compiler, *build.cpu, *LINK, f"-Wl,-Map={map_}", "-T", str(script), *map(str, objects), "-lm", "-lgcc"]
+    command = [compiler, *cpu, *LINK, f"-Wl,-Map={map_}", "-T", str(script), *map(str, objects), "-lm", "-lgcc"]
     try:
         _call([*command, "-o", str(elf)], elf.name)
     except BuildError as error:
@@ -208,7 +209,7 @@ def _text_by_file(map_: Path, engine: Mapping[str, str]) -> dict[str, int]:
     return sizes
 
 
-def _header(blobs: Mapping[str, Blob], defines: Mapping[str, int | float | str]) -> str:
+def header(blobs: Mapping[str, Blob], defines: Mapping[str, int | float | str]) -> str:
     lines = ["/* Generated: what this device holds. */", "#ifndef DEVICE_H", "#define DEVICE_H", "#include <stdint.h>"]
     for name, data in blobs.items():
         lines.append(f"#define DEVICE_{name.upper()}_BYTES {len(data)}u")

@@ -1,0 +1,140 @@
+"""The same bits everywhere: what 500 steps teach is equal on every core, architecture and compiler."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_models
+
+from edge._mote import ffi, lib
+from edge.mote_build import FLAGS, STRICT
+from edge.program import Program
+from firmware_tools import boards, build, emulate
+
+ROOT = Path(__file__).parents[1]
+BOARDS = {
+    "Cortex-M0": "microbit",
+    "Cortex-M3": "mps2-an385",
+    "Cortex-M4F": "mps2-an386",
+    "Cortex-M7F": "mps2-an500",
+    "Cortex-M33": "mps2-an505",
+    "Cortex-M55": "mps3-an547",
+}
+#: Compiler, its options, and what runs its programs.
+LINUX = {
+    "x86-64 gcc": ("gcc", ["-march=native"], []),
+    "x86-64 clang": ("clang", ["-march=native", "-O3"], []),
+    "aarch64": ("aarch64-linux-gnu-gcc", ["-static", "-O3"], ["qemu-aarch64"]),
+    "armhf": ("arm-linux-gnueabihf-gcc", ["-static", "-O3"], ["qemu-arm"]),
+}
+COURSES = {
+    "mlp": build.Course(rate=0.02, momentum=0.9, weight_decay=0.01, clip_norm=0.5),
+    "cnn": build.Course(rate=0.05),
+    "separable": build.Course(rate=0.05),
+    "int8_with_head": build.Course(rate=0.05),
+    "quantised_training": build.Course(rate=0.05),
+}
+LIMIT = 60.0  # seconds
+
+
+def samples(program: Program, seed: int) -> Callable[[], tuple[bytes, float]]:
+    """src/main_exactness.c's samples."""
+    state, classes, size = seed, program.classes, program.input.size
+
+    def random() -> int:
+        nonlocal state
+        state ^= state << 13 & 0xFFFFFFFF
+        state ^= state >> 17
+        state ^= state << 5 & 0xFFFFFFFF
+        return state
+
+    def draw() -> tuple[bytes, float]:
+        chosen = (random() >> 8) % classes
+        noise = np.array([(random() >> 25) - 64 + 48 * (i % classes == chosen) for i in range(size)])
+        if program.input.dtype == "int8":
+            return noise.astype(np.int8).tobytes(), float(chosen)
+        return (noise.astype(np.float32) / np.float32(128)).tobytes(), float(chosen)
+
+    return draw
+
+
+def learn_here(program: Program, course: build.Course) -> str:
+    """What the extension in this process learns: `bytes CRC-32 loss-bits`, as the C program prints it."""
+    data = ffi.new("uint32_t[]", -(-len(program.data) // 4))
+    ffi.memmove(data, program.data, len(program.data))
+    arena, m, loss = ffi.new("uint32_t[]", program.arena_bytes // 4), ffi.new("mote_t *"), ffi.new("float *")
+    assert lib.mote_load(m, data, len(program.data), arena, program.arena_bytes) == lib.MOTE_OK
+    how = ffi.new("mote_sgd_t *", [course.rate, course.momentum, course.weight_decay, course.clip_norm])
+    draw, target = samples(program, course.seed), ffi.new("float *")
+    for _ in range(course.steps):
+        x, target[0] = draw()
+        if course.momentum > 0:
+            assert lib.mote_learn_with(m, x, target, how, loss) == lib.MOTE_OK
+        else:
+            assert lib.mote_learn(m, x, target, course.rate, loss) == lib.MOTE_OK
+    learned = bytes(ffi.buffer(arena, program.params_bytes))
+    assert learned != bytes(len(learned))
+    return f"{len(learned):x} {zlib.crc32(learned):x} {int(np.float32(loss[0]).view(np.uint32)):x}"
+
+
+@pytest.fixture(scope="module")
+def expected() -> Callable[[str], str]:
+    """What this process learns of a model, worked out once."""
+    found: dict[str, str] = {}
+
+    def get(model: str) -> str:
+        if model not in found:
+            found[model] = learn_here(small_models.MODELS[model](), COURSES[model])
+        return found[model]
+
+    return get
+
+
+@pytest.mark.parametrize("core", BOARDS)
+@pytest.mark.parametrize("model", COURSES)
+def test_a_core_learns_the_same_bits(model: str, core: str, expected: Callable[[str], str], tmp_path: Path) -> None:
+    if not build.available() or not emulate.available():
+        pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
+    target = boards.load(BOARDS[core])
+    elf = build.exactness(target, small_models.MODELS[model](), COURSES[model], tmp_path / "exact.elf")
+    assert emulate.run(target, elf, timeout=LIMIT).strip() == expected(model)
+
+
+@pytest.mark.parametrize("architecture", LINUX)
+def test_an_architecture_learns_the_same_bits(
+    architecture: str, expected: Callable[[str], str], tmp_path: Path
+) -> None:
+    cc, flags, runner = LINUX[architecture]
+    for tool in (cc, *runner):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    objects = []
+    for source in build.ENGINE:
+        objects.append(tmp_path / f"{source.stem}.o")
+        command = [cc, *FLAGS, *STRICT, *flags, "-c", source, "-o", objects[-1]]
+        subprocess.run(command, check=True, capture_output=True)
+    for model, course in COURSES.items():
+        program = small_models.MODELS[model]()
+        words = ",".join(str(word) for word in np.frombuffer(program.data, "<u4"))
+        (tmp_path / "device.h").write_text(
+            build.header({}, build.exactness_header(program, course))
+            + f"static const uint32_t program_words[] = {{{words}}};\n"
+            + "#define DEVICE_PROGRAM_BYTES sizeof program_words\n#define device_program program_words\n"
+        )
+        main = [build.SOURCES / "main_exactness.c", ROOT / "tests" / "c" / "semihost_linux.c"]
+        folders = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.MOTE)]
+        binary = tmp_path / model
+        subprocess.run([cc, *FLAGS, *STRICT, *flags, *folders, *main, *objects, "-o", binary], check=True)
+        done = subprocess.run([*runner, binary], check=True, capture_output=True, text=True, timeout=LIMIT)
+        assert done.stdout.strip() == expected(model), model
+
+
+def test_what_500_steps_teach_has_not_changed(expected: Callable[[str], str]) -> None:
+    """A change of the arithmetic is a new format of what fleets exchange: it is meant, or it is a mistake."""
+    assert {model: expected(model) for model in COURSES} == {}
