@@ -123,12 +123,11 @@ const mote_loss_t *mote_loss_of(const mote_header_t *h)
 
 int mote_all_finite(const float *x, size_t n)
 {
+    float sum = 0.0f; /* of zeros, or of something that is not a number */
     for (size_t j = 0; j < n; j++) {
-        if (!mote_finite(x[j])) {
-            return 0;
-        }
+        sum += x[j] * 0.0f;
     }
-    return 1;
+    return sum == 0.0f;
 }
 
 /* All ops; the output is not made of the logits yet. */

@@ -57,11 +57,20 @@ void mote_dense_back(mote_t *m, const mote_op_t *op)
     }
 }
 
+static float squares(const float *x, uint32_t n)
+{
+    float sum = 0.0f;
+    for (uint32_t j = 0; j < n; j++) {
+        sum += x[j] * x[j];
+    }
+    return sum;
+}
+
 /* The gradient is the outer product of dy and x, and dy. */
 float mote_dense_norm(const mote_t *m, const mote_op_t *op)
 {
     uint32_t in = inputs(m, op);
     const float *x = mote_read(m, op->in), *dy = mote_read(m, op->dout);
     mote_weights_t p = mote_weights(m, op, in * mote_tensor(m, op->out)->c, 0);
-    return mote_dot(dy, dy, mote_rows(m, op)) * ((p.dw != NULL ? mote_dot(x, x, in) : 0.0f) + 1.0f);
+    return squares(dy, mote_rows(m, op)) * ((p.dw != NULL ? squares(x, in) : 0.0f) + 1.0f);
 }
