@@ -19,8 +19,8 @@ def initialised(layers: list[p.Layer], shape: tuple[int, ...], loss: p.Loss, *, 
 
 
 def mlp() -> Program:
-    layers: list[p.Layer] = [p.Dense(24), p.ReLU(), p.Dense(16), p.Tanh(), p.LayerNorm(), p.Dense(5)]
-    return initialised(layers, (16,), "softmax_cross_entropy", momentum=True)
+    layers: list[p.Layer] = [p.Dense(12), p.ReLU(), p.Dense(8), p.Tanh(), p.LayerNorm(), p.Dense(5)]
+    return initialised(layers, (8,), "softmax_cross_entropy", momentum=True)
 
 
 def cnn() -> Program:

@@ -1,0 +1,162 @@
+"""Fuzzers of what a device reads from others: programs (c/fuzz_load.c) and messages (c/fuzz_node.c).
+
+    python tests/fuzzing.py [--seconds 600] [--keep]    both at once; what fails is left in build/fuzz
+    python tests/fuzzing.py --seeds                     makes the first inputs in corpus/ anew
+
+Under AddressSanitizer and UBSan. --keep adds the inputs that reached new code to corpus/, as few as will do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import small_models
+
+from edge import frames
+from edge.mote_build import SOURCES
+from edge.mote_codegen import DEFINES, generate
+from edge.program import Dense, ReLU, build
+from edge.protocol import ALL_LAYERS, Adopt, Phase, Reboot, UpdateFormat, Work, chunks, encode
+
+TESTS = Path(__file__).parent
+MOTE = TESTS.parent / "edge" / "mote"
+CORPUS = TESTS / "corpus"
+CLANG = ("clang", *(f"clang-{version}" for version in range(21, 12, -1)))
+TARGETS = ("load", "node")
+LENGTH = {"load": 2048, "node": 4096}  # of an input, at most
+OF_NODE = ("mote_node.c", "mote_update.c", "mote_frame.c")
+
+#: The node's own program, and one that it is offered.
+PROGRAM = build([Dense(9), ReLU(), Dense(4)], (6,), "softmax_cross_entropy")
+OTHER = build([Dense(20), ReLU(), Dense(4)], (6,), "softmax_cross_entropy")
+
+
+class NoFuzzer(Exception):
+    """This machine has no clang, or one without libFuzzer."""
+
+
+def compile_target(name: str, folder: Path) -> Path:
+    """Builds fuzz_{name}.c. Raises NoFuzzer."""
+    clang = next(filter(None, map(shutil.which, CLANG)), None)
+    if clang is None:
+        raise NoFuzzer("clang is not installed: apt-get install clang libclang-rt-14-dev")
+    flags = ["-std=c99", "-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
+    sources = [MOTE / source for source in SOURCES if name == "node" or source not in OF_NODE]
+    folders = [MOTE, folder]
+    if name == "node":
+        generated = generate(folder / "wire")
+        sources += generated
+        folders.append(generated[0].parent)
+        flags += [f"-D{define}" for define in DEFINES]
+        words = ",".join(str(word) for (word,) in struct.iter_unpack("<I", PROGRAM.data))
+        (folder / "fuzz_program.h").write_text(f"static const uint32_t program[] = {{{words}}};\n")
+    binary = folder / f"fuzz_{name}"
+    command = [
+        clang,
+        *flags,
+        *(f"-I{path}" for path in folders),
+        *sources,
+        TESTS / "c" / f"fuzz_{name}.c",
+        "-o",
+        binary,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "libclang_rt.fuzzer" in done.stderr:
+        raise NoFuzzer("clang has no libFuzzer here: apt-get install libclang-rt-14-dev")
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return binary
+
+
+def fuzz(name: str, folder: Path, seconds: int) -> tuple[bool, str]:
+    """Runs a fuzzer from its corpus; new inputs go to {folder}/{name}, what fails to {folder}. Whether it was clean,
+    and what it said last."""
+    binary, found = compile_target(name, folder), folder / name
+    found.mkdir(exist_ok=True)
+    limits = [f"-max_total_time={seconds}", f"-max_len={LENGTH[name]}", "-timeout=20", "-rss_limit_mb=2000"]
+    command = [binary, *limits, "-print_final_stats=1", f"-artifact_prefix={folder}/{name}-", found, CORPUS / name]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    return done.returncode == 0, done.stderr[-6000:]
+
+
+def keep(name: str, folder: Path) -> None:
+    """Adds to the corpus what of {folder}/{name} reaches code that nothing in the corpus does."""
+    command = [folder / f"fuzz_{name}", "-merge=1", f"-max_len={LENGTH[name]}", CORPUS / name, folder / name]
+    subprocess.run(command, capture_output=True, check=True)
+
+
+def _message(what: int, data: bytes) -> bytes:
+    return bytes([what]) + struct.pack("<H", len(data)) + data
+
+
+def node_seeds() -> list[bytes]:
+    """What a fleet may send, as the fuzzer's actions."""
+    model = bytes(7) + b"\1"
+    updates = [None, UpdateFormat(), UpdateFormat(1, True, 1.0), UpdateFormat(ALL_LAYERS, False, 0.2)]
+    updates += [UpdateFormat(2, True, 0.5)]
+    weights = _message(0xA0, PROGRAM.initial(1).tobytes())
+    orders = [
+        Work(1 + i, "train", 5, 1, model, i, (Phase(2, 3, 0.1), Phase(3, 9, 0.1)), 4, update)
+        for i, update in enumerate(updates)
+    ]
+    adopt = Adopt(9, bytes(7) + b"\2", len(OTHER.data), zlib.crc32(OTHER.data))
+    assert len(OTHER.data) <= 1024
+    found = [_message(0x80, encode(order)) + weights + b"\x3f" * 8 + b"\x40\x3f" for order in orders]
+    found += [_message(0x80, encode(adopt)) + _message(0xC0, OTHER.data) + found[0]]
+    found += [_message(0x80, encode(Reboot(3)))]
+    found += [_message(0xE0, chunk) for chunk in chunks(np.zeros(103, np.float32).tobytes())]
+    line = b"".join(frames.encode(frames.Frame(frames.MESSAGE, "a topic", seed[:200])) for seed in found)
+    return [*found, b"".join(found), line]
+
+
+def load_seeds() -> list[bytes]:
+    """Small programs that together have every kind of operation and every loss."""
+    return [make().data for make in small_models.MODELS.values()]
+
+
+def make_seeds() -> None:
+    """Writes the first inputs of both corpora, named seed_...; others stay."""
+    for name, seeds in (("load", load_seeds()), ("node", node_seeds())):
+        folder = CORPUS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("seed_*"):
+            path.unlink()
+        for i, seed in enumerate(seeds):
+            (folder / f"seed_{i:02}").write_bytes(seed)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=600, help="how long each runs (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="add to the corpus what reached new code")
+    parser.add_argument("--seeds", action="store_true", help="only make the corpus' first inputs")
+    parser.add_argument("--only", choices=TARGETS, help="one of the two")
+    chosen = parser.parse_args(arguments)
+    if chosen.seeds:
+        make_seeds()
+        return 0
+    folder = TESTS.parent / "build" / "fuzz"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    names = [chosen.only] if chosen.only else list(TARGETS)
+    with ThreadPoolExecutor() as pool:
+        results = dict(zip(names, pool.map(lambda name: fuzz(name, folder, chosen.seconds), names), strict=True))
+    for name, (clean, said) in results.items():
+        if chosen.keep and clean:
+            keep(name, folder)
+        stats = [line for line in said.splitlines() if line.startswith("stat::") or "DONE" in line]
+        print(name, "clean" if clean else "FAILED", *(stats if clean else [said]), sep="\n")
+    return 0 if all(clean for clean, _ in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
