@@ -253,15 +253,16 @@ def _operator(operator: Any, kinds: list[str], tensors: list[_Tensor]) -> _Opera
 _CALLS = re.compile(r"^(Stateful)?PartitionedCall(_\d+)?(:\d+)?(_int8)?$")
 #: What TensorFlow and its converter put behind a layer's name, or give to what has none.
 _NO_LAYER = re.compile(
-    r"^(Identity|BiasAdd|ReadVariableOp|resource|read|MatMul|Conv2D|depthwise|Relu6?|Softmax|Sigmoid|Tanh|LeakyRelu"
-    r"|add|Add|AddV2|mul|Mul|AvgPool|MaxPool|Mean|Pad|PadV2|Reshape|Squeeze|ExpandDims|concat|FusedBatchNormV3|batchnorm"
+    r"^(Identity|BiasAdd|ReadVariableOp|resource|read|MatMul|Conv2D|convolution|depthwise|Relu6?|Softmax|Sigmoid|Tanh|LeakyRelu"
+    r"|add|Add|AddV2|mul|Mul|AvgPool|MaxPool(2d)?|Mean|Pad|PadV2|Reshape|Squeeze|ExpandDims|concat|FusedBatchNormV3|batchnorm"
     r"|transpose|kernel|bias|strided_slice|unknown|tfl\..*|std\..*|arith\..*|)(_\d+|\d+)?(:\d+)?(_int8|_bias)?$"
 )
 _OF_WEIGHTS = re.compile(r"_(weights|kernel|bias)$")
 _ADD = re.compile(r"^add(_\d+)?$")  # Keras names layers so
+_ODD = re.compile(r"[^\w.:+-]", re.ASCII)
 _MINOR = re.compile(r"^(activation|re_lu|batch_normalization)(_\d+)?$")
-#: The TensorFlow operation that an operator with weights is made of.
-_MADE_OF = {"FULLY_CONNECTED": "MatMul", "CONV_2D": "Conv2D", "DEPTHWISE_CONV_2D": "depthwise"}
+#: The TensorFlow operations that an operator with weights is made of.
+_MADE_OF = {"FULLY_CONNECTED": r"/MatMul", "CONV_2D": r"/(Conv2D|convolution)", "DEPTHWISE_CONV_2D": r"/depthwise"}
 _PLAIN = {"FULLY_CONNECTED": "dense", "CONV_2D": "conv2d", "DEPTHWISE_CONV_2D": "depthwise_conv2d"}
 
 
@@ -274,7 +275,7 @@ def _layer_of(path: str) -> str | None:
         parts.pop()
     if not parts or (len(parts) == 1 and _NO_LAYER.match(parts[0])):
         return None
-    return _OF_WEIGHTS.sub("", parts[-1])
+    return _ODD.sub("_", _OF_WEIGHTS.sub("", parts[-1]))[:64]
 
 
 def _name(operator: _Operator) -> str:
@@ -282,7 +283,7 @@ def _name(operator: _Operator) -> str:
     word = _MADE_OF.get(operator.kind)
     tensors = (*operator.inputs[1:2], operator.output, *operator.inputs[2:3]) if word else (operator.output,)
     paths = [path for tensor in tensors if tensor is not None for path in tensor.name.split(";")]
-    paths.sort(key=lambda path: word not in path.split("/")[1:])
+    paths.sort(key=lambda path: not word or not re.search(word, path))
     found = [layer for path in paths if (layer := _layer_of(path))]
     major = [layer for layer in found if not _MINOR.match(layer)]
     return next(iter(major or found), _PLAIN.get(operator.kind, operator.kind.lower()))
@@ -312,14 +313,15 @@ class _Reader:
             _LOWER[operator.kind](self, operator)
         if self.file.output not in self.at:
             raise self.file.tensors[self.file.output].error("is the model's output, but no operator writes it")
-        if not self.ops:
-            raise CompileError("it has no operator that computes anything")
+        output = self.at[self.file.output]
+        if 0 in (output, self.tensors[output].view_of):
+            raise CompileError("its output is its input; it computes nothing")
         for op in self.ops:
             try:
                 constants(op, self.tensors)
             except (ValueError, struct.error) as error:
                 raise CompileError(f"layer '{op.name}': {error}") from None
-        return simplify(Graph(tuple(self.tensors), tuple(self.ops), self.at[self.file.output]))
+        return simplify(Graph(tuple(self.tensors), tuple(self.ops), output))
 
     def add(self, tensor: Tensor) -> int:
         self.tensors.append(tensor)
