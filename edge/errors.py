@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something the user can mend. The message says what is wrong and what to do; no traceback is shown."""
+
+
+class ProgramError(UserError):
+    """A model that the engine cannot run, or bytes that are no program."""

@@ -2,7 +2,8 @@
 
 Time counts the steps of one training sample: op t forward for t < n, the loss for t = n, op 2n - t backward for t > n.
 A tensor is alive from the step that writes it to the last that reads it; two may share memory if their lives do not
-meet. Activations, additions, the loss's gradient, and max pooling's where windows do not overlap, work in place.
+meet. Ops of single elements, the loss's gradient, and max pooling's where windows do not overlap, work in place; the
+two gradients of an addition are one as long as they are equal.
 """
 
 from __future__ import annotations
@@ -11,15 +12,31 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from edge.errors import ProgramError
 from edge.graph import Graph, Kind, Op, Tensor
+
+#: A program's records; see mote_internal.h.
+HEADER_BYTES, TENSOR_BYTES, OP_BYTES = 48, 16, 40
 
 #: Ops whose weights and bias are float32 arrays.
 WEIGHTED = (Kind.DENSE, Kind.CONV2D, Kind.DEPTHWISE, Kind.LAYERNORM)
 TRAINED_INT8 = (Kind.TRAINED_INT8_DENSE, Kind.TRAINED_INT8_CONV2D, Kind.TRAINED_INT8_DEPTHWISE)
 INT8_WEIGHTED = (Kind.INT8_DENSE, Kind.INT8_CONV2D, Kind.INT8_DEPTHWISE)
 
-_ACTIVATIONS = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID)
-_READ_OUTPUT_AGAIN = (*_ACTIVATIONS, Kind.SOFTMAX, *TRAINED_INT8)
+_ACTIVATIONS = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID, Kind.SOFTMAX)
+#: Kinds whose output can be in the place of an input that nobody needs any more.
+_IN_PLACE = (
+    *_ACTIVATIONS, Kind.ADD, Kind.LAYERNORM, Kind.INT8_ADD, Kind.INT8_MUL, Kind.INT8_TABLE, Kind.INT8_SOFTMAX,
+)  # fmt: skip
+#: Kinds whose input's gradient can be in the place of the output's.
+_GRADIENT_IN_PLACE = (*_ACTIVATIONS, Kind.ADD, Kind.DEQUANTIZE, Kind.INT8_ADD)
+#: Kinds that read their output again in the backward pass.
+_READ_OUTPUT_AGAIN = (*_ACTIVATIONS, *TRAINED_INT8, Kind.INT8_ADD)
+#: Kinds that a gradient passes through.
+BACKWARD = (
+    *WEIGHTED, *TRAINED_INT8, *_GRADIENT_IN_PLACE, Kind.AVGPOOL, Kind.MAXPOOL, Kind.PLACE, Kind.INT8_AVGPOOL,
+    Kind.INT8_MAXPOOL, Kind.INT8_MEAN,
+)  # fmt: skip
 _TRIES = 200  # orders of placement that are tried to come nearer to the lower bound
 
 
@@ -136,21 +153,22 @@ class _Planner:
                 wanted |= {self.root(x) for x in op.inputs} & above
         return wanted
 
+    def _reads_input_again(self, op: Op) -> bool:
+        wanted = self.root(op.inputs[0]) in self.back
+        if op.kind in (Kind.LAYERNORM, Kind.MAXPOOL, Kind.INT8_MAXPOOL):
+            return wanted or op.trains == "all"
+        return op.trains == "all"
+
     def values(self) -> None:
+        """Places for what the ops compute."""
         n, ops = self.n, self.graph.ops
         deaths = {t: max([*self.readers.get(t, []), *w]) for t, w in self.writers.items()}
-        output = self.root(self.graph.output)
-        deaths[output] = n
+        deaths[self.root(self.graph.output)] = n
         for i, op in enumerate(ops):
-            if self.root(op.output) not in self.back:
-                continue
             x, y = self.root(op.inputs[0]), self.root(op.output)
-            reads_x = (
-                (op.kind in (*WEIGHTED, *TRAINED_INT8) and op.trains == "all")
-                or op.kind == Kind.LAYERNORM
-                or (op.kind == Kind.MAXPOOL and x in self.back)
-            )
-            if reads_x and x in deaths:
+            if y not in self.back:
+                continue
+            if x in deaths and self._reads_input_again(op):
                 deaths[x] = max(deaths[x], 2 * n - i)
             if op.kind in _READ_OUTPUT_AGAIN:
                 deaths[y] = max(deaths[y], 2 * n - i)
@@ -158,15 +176,10 @@ class _Planner:
             y = self.root(op.output)
             if y in self.place:
                 continue
-            candidates = [self.root(x) for x in op.inputs] if op.kind in (*_ACTIVATIONS, Kind.ADD) else []
-            for x in candidates:
-                block = self.place.get(x)
-                if block is not None and self.blocks[block].death == i and len(self.writers[y]) == 1:
-                    self.place[y] = block
-                    self.blocks[block].death = deaths[y]
-                    break
-            else:
-                self.place[y] = self.new(self.tensors[y].bytes, i, deaths[y])
+            blocks = [self.place.get(self.root(x)) for x in op.inputs if op.kind in _IN_PLACE]
+            spare = next((b for b in blocks if b is not None and self.blocks[b].death == i), None)
+            self.place[y] = self.new(self.tensors[y].bytes, i, i) if spare is None else spare
+            self.blocks[self.place[y]].death = deaths[y]
 
     def loss(self) -> tuple[int, int | None]:
         """The output's tensor, and that of the logits' gradient."""
@@ -194,41 +207,75 @@ class _Planner:
         return self.gradient[of]
 
     def gradients(self) -> list[Gradients]:
+        """Gradient tensors of every op, and places for them."""
         found = [Gradients()] * self.n
         for i in reversed(range(self.n)):
             op = self.graph.ops[i]
             y = self.root(op.output)
             if y not in self.back:
                 continue
+            inputs = [x if x in self.back else None for x in map(self.root, op.inputs)]
+            new = [x for x in dict.fromkeys(inputs) if x is not None and x not in self.gradient]
+            if any(x is not None for x in inputs) and op.kind not in BACKWARD:
+                raise ProgramError(
+                    f"'{op.name}' ({op.kind.name.lower()}) lets no gradient through to what would train before it; "
+                    "train from a layer behind it"
+                )
+            for x, block in zip(new, self._blocks_for_gradients(i, op, new), strict=True):
+                self._add_gradient(x, block)
             made: list[tuple[int | None, bool]] = []
-            for x in map(self.root, op.inputs):
-                if x not in self.back:
-                    made.append((None, False))
-                elif x in self.gradient:
-                    made.append((self.gradient[x], True))
-                else:
-                    made.append((self._add_gradient(x, self._block_for_gradient(i, op, x, y)), False))
+            for place, wanted in enumerate(inputs):
+                adds = wanted is not None and (wanted not in new or wanted in inputs[:place])
+                made.append((None if wanted is None else self.gradient[wanted], adds))
             (din, adds), (din2, adds2) = [*made, (None, False)][:2]
             found[i] = Gradients(self.gradient[y], din, din2, adds, adds2)
         return found
 
-    def _block_for_gradient(self, i: int, op: Op, x: int, y: int) -> int:
-        """In place of the output's gradient, or of max pooling's input, where that dies now; else anew."""
+    def _blocks_for_gradients(self, i: int, op: Op, new: Sequence[int]) -> list[int]:
+        """Of an op's inputs: in place of the output's gradient, or of max pooling's input, where that dies now; both of
+        an addition in one place where they can share it; else anew."""
         t = 2 * self.n - i
-        own = self.place[self.gradient[y]]
-        if op.kind in _ACTIVATIONS or (op.kind == Kind.ADD and self.root(op.inputs[0]) == x):
-            if self.blocks[own].death == t:
-                return own
-        elif op.kind == Kind.MAXPOOL and op.kernel == op.strides:
+        own = self.place[self.gradient[self.root(op.output)]]
+        blocks: list[int] = []
+        for x in new:
             value = self.place.get(x)
-            if value is not None and self.blocks[value].death == t:
-                return value
-        return self.new(self.tensors[x].bytes, t, t)
+            if not blocks and op.kind in _GRADIENT_IN_PLACE and self.blocks[own].death == t:
+                blocks.append(own)
+            elif blocks and (self._can_share(i, new[0], x) or self._can_share(i, x, new[0])):
+                blocks.append(blocks[0])
+            elif (
+                op.kind == Kind.MAXPOOL
+                and op.kernel == op.strides
+                and value is not None
+                and self.blocks[value].death == t
+            ):
+                blocks.append(value)
+            else:
+                blocks.append(self.new(Tensor(self.tensors[x].shape).bytes, t, t))
+        return blocks
+
+    def _can_share(self, i: int, short: int, long: int) -> bool:
+        """Whether the gradients with respect to the inputs of op i, an addition, can be one: that of `short` is used up
+        before something is added to that of `long`, or it is used itself, and by an op that leaves it as it is."""
+        if self.graph.ops[i].kind != Kind.ADD or self.readers[short] != [i] or len(self.writers[short]) > 1:
+            return False
+        writer = self.writers[short][0]
+        others = [reader for reader in self.readers[long] if reader != i]
+        return self.graph.ops[writer].kind not in TRAINED_INT8 and writer > max([*others, *self.writers[long]])
 
 
 def plan(graph: Graph) -> Plan:
-    """The plan of a graph: exact, and the same at every run."""
+    """The plan of a graph: exact, and the same at every run.
+
+    Raises ProgramError if what would train cannot: the output does not depend on it, or no gradient gets there.
+    """
     planner = _Planner(graph)
+    for op in graph.ops:
+        if op.trains != "nothing" and planner.root(op.output) not in planner.back:
+            raise ProgramError(
+                f"'{op.name}' cannot train: "
+                + ("the output does not depend on it" if graph.loss else "there is no loss")
+            )
     planner.values()
     output, dlogits = planner.loss()
     gradients = planner.gradients()
@@ -318,14 +365,36 @@ def with_training(graph: Graph, first: int | None, *, bias_only: bool = False) -
     return replace(graph, ops=tuple(ops))
 
 
+def constants_bytes(op: Op, tensors: Sequence[Tensor]) -> int:
+    """Bytes of constants that an op has in a program, without initial values of what trains."""
+    weights, channels = weight_counts(op, tensors)
+    if op.kind in WEIGHTED:
+        frozen = {"nothing": weights + channels, "bias": weights, "all": 0}[op.trains]
+        return 4 * (frozen + (op.kind == Kind.LAYERNORM))
+    if op.kind in INT8_WEIGHTED:
+        return 4 + 12 * channels + aligned(weights)
+    if op.kind in TRAINED_INT8:
+        trained = 0 if op.trains != "all" else channels if op.trained is None else op.trained
+        return 4 + 16 * channels + aligned(weights // channels * (channels - trained))
+    return _CONSTANTS.get(op.kind, 0)
+
+
+_CONSTANTS = {
+    Kind.LEAKY_RELU: 4, Kind.SLICE: 24, Kind.INT8_AVGPOOL: 4, Kind.INT8_MAXPOOL: 4, Kind.INT8_ADD: 44,
+    Kind.INT8_MUL: 24, Kind.INT8_MEAN: 16, Kind.INT8_SOFTMAX: 12, Kind.INT8_TABLE: 256,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Takes:
-    """Bytes: what trains, the momentum, activations and gradients, and the least that those could take."""
+    """Bytes. RAM: what trains, its momentum, activations and gradients, and the least that these could take. Flash: the
+    program with the initial values of what trains."""
 
     params: int
     momentum: int
     activations: int
     lower_bound: int
+    program: int
 
     @property
     def arena(self) -> int:
@@ -334,7 +403,10 @@ class Takes:
 
 
 def takes(graph: Graph) -> Takes:
-    """What running, and training what trains, takes of RAM: to the byte what the engine asks for."""
+    """What running a graph, and training what of it trains, takes: to the byte what its program has. No weights are
+    needed. Raises ProgramError if what would train cannot."""
     found = plan(graph)
     params = sum(params_bytes(op, graph.tensors) for op in graph.ops)
-    return Takes(params, params if graph.momentum else 0, found.activations, found.lower_bound)
+    constants = params + sum(constants_bytes(op, graph.tensors) for op in graph.ops)
+    program = HEADER_BYTES + TENSOR_BYTES * len(found.tensors) + OP_BYTES * len(graph.ops) + constants
+    return Takes(params, params if graph.momentum else 0, found.activations, found.lower_bound, program)

@@ -19,9 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge import quantized
-from edge.errors import UserError
+from edge.errors import ProgramError as ProgramError
 from edge.graph import LOSSES, DType, Graph, Kind, Loss, Op, Shape3, Tensor
-from edge.plan import TRAINED_INT8, WEIGHTED, Gradients, params_bytes, plan, weight_counts
+from edge.plan import (
+    HEADER_BYTES,
+    OP_BYTES,
+    TENSOR_BYTES,
+    TRAINED_INT8,
+    WEIGHTED,
+    Gradients,
+    constants_bytes,
+    params_bytes,
+    plan,
+    weight_counts,
+)
 
 Shape = tuple[int, ...]
 Vector = NDArray[np.float32]
@@ -36,15 +47,12 @@ VERSION = 2
 _HEADER = struct.Struct("<4sHHIIHHBBHHHHHfIII")
 _TENSOR = struct.Struct("<BbHHHIf")
 _OP = struct.Struct("<BBBB6H4H4BHHII")
+assert (_HEADER.size, _TENSOR.size, _OP.size) == (HEADER_BYTES, TENSOR_BYTES, OP_BYTES)
 _UNSUMMED = 16  # bytes before those that the CRC covers
 
 _CARRIES, _MOMENTUM, _INT8 = 1, 2, 4  # header flags
 _WEIGHTS, _BIAS, _ADDS, _ADDS2, _FILLS = 1, 2, 4, 8, 16  # op flags
 _TYPES: tuple[DType, ...] = ("float32", "int8")
-
-
-class ProgramError(UserError):
-    """A model that the engine cannot run, or bytes that are no program."""
 
 
 @dataclass(frozen=True)
@@ -266,10 +274,10 @@ def network(
     """The graph of a model of layers one behind the other: what `build` makes a program of.
 
     input_shape: (features,) or (height, width, channels). loss: None for a model that only runs. trainable: which
-    layers may train, counting layers with parameters from 0; None for all (none without a loss). weights: arrays by the
-    names of `Program.all_parameters`; a frozen layer needs its own; if trainable layers have theirs, the program carries
-    them as initial values (then all must), else it is the architecture alone. momentum: keep room for the optimiser's.
-    classes: outputs in use at first, if fewer than the last layer has.
+    layers may train, counting layers with parameters from 0; None for all (none without a loss). weights: arrays by
+    the names of `Program.all_parameters`; a frozen layer needs its own; if trainable layers have theirs, the program
+    carries them as initial values (then all must), else it is the architecture alone. momentum: keep room for the
+    optimiser's. classes: outputs in use at first, if fewer than the last layer has.
 
     ReLU before max pooling is built as max pooling before ReLU: the same numbers, with less memory and work.
 
@@ -388,101 +396,125 @@ def _with_weights(graph: Graph, weights: Mapping[str, NDArray[Any]]) -> Graph:
 # Programs
 
 
-def assemble(graph: Graph, *, carry: bool = True) -> Program:
-    """The program of a graph. carry: with the initial values of what trains, if the graph has them all.
-
-    Raises ProgramError if it is too large, or lacks the weights of a frozen op.
-    """
+def _check_graph(graph: Graph) -> None:
+    """What the engine would refuse. Raises ProgramError, naming the op."""
+    written = {op.output for op in graph.ops}
+    for index, tensor in enumerate(graph.tensors):
+        _check_shape(tensor.shape, "a tensor")
+        if index and tensor.view_of is None and index not in written:
+            raise ProgramError(f"no op computes tensor {index} of the graph")
+    output = graph.tensors[graph.output]
+    if graph.loss is not None and output.dtype != "float32":
+        raise ProgramError("a loss needs a float32 output; put a DEQUANTIZE at the model's end")
+    if graph.classes is not None and not 1 <= graph.classes <= output.size:
+        raise ProgramError(f"{graph.classes} classes at first; the model's output has room for 1 to {output.size}")
+    if graph.classes not in (None, output.size) and output.shape[2] != output.size:
+        raise ProgramError(f"only a flat output can grow; this one has the shape {output.shape}")
+    if not 0 < graph.huber_delta < math.inf:
+        raise ProgramError(f"the Huber loss's delta is {graph.huber_delta}; it must be more than 0")
     training = [op for op in graph.ops if op.trains != "nothing"]
     if len(training) > MAX_LAYERS:
         raise ProgramError(
             f"{len(training)} layers would train; {MAX_LAYERS} can. Let fewer train (--train-from a later layer)"
         )
-    for tensor in graph.tensors:
-        _check_shape(tensor.shape, "a tensor")
     if training and graph.loss is None:
         raise ProgramError("a model that trains needs a loss; choose one of " + ", ".join(LOSSES))
-    int8 = {op.kind in TRAINED_INT8 for op in training}
-    if len(int8) > 1:
+    for op in training:
+        if op.kind not in WEIGHTED + TRAINED_INT8 or op.trained == 0:
+            raise ProgramError(f"'{op.name}' ({op.kind.name.lower()}) has nothing that could train")
+    if len({op.kind in TRAINED_INT8 for op in training}) > 1:
         raise ProgramError("float32 and int8 weights cannot train in one model")
-    carries = carry and bool(training) and all(op.weights is not None and op.bias is not None for op in training)
+    if graph.momentum and training and training[0].kind in TRAINED_INT8:
+        raise ProgramError("int8 weights train without momentum")
 
+
+def assemble(graph: Graph, *, carry: bool = True) -> Program:
+    """The program of a graph. carry: with the initial values of what trains, if the graph has them all.
+
+    Raises ProgramError if the engine cannot run it, or if it lacks the weights of a frozen op.
+    """
+    _check_graph(graph)
+    training = [op for op in graph.ops if op.trains != "nothing"]
+    carries = carry and bool(training) and all(op.weights is not None for op in training)
     where = plan(graph)
-    params_size = sum(params_bytes(op, graph.tensors) for op in training)
-    frozen = sum(4 * sum(weight_counts(op, graph.tensors)) for op in graph.ops if op.trains == "nothing")
-    if max(where.activations, params_size, frozen) > MAX_BYTES:
-        raise ProgramError(f"the model needs more than {MAX_BYTES} bytes; make it smaller")
     initial, constants, records = [], [], []
+    params_size = sum(params_bytes(op, graph.tensors) for op in training)
+    if max(where.activations, params_size + sum(constants_bytes(op, graph.tensors) for op in graph.ops)) > MAX_BYTES:
+        raise ProgramError(f"the model needs more than {MAX_BYTES} bytes; make it smaller")
     params_at, at, layer = 0, params_size if carries else 0, 0
     for op, gradients in zip(graph.ops, where.gradients, strict=True):
         trains = op.trains != "nothing"
-        if not trains and op.weights is None and op.kind in WEIGHTED:
-            raise ProgramError(f"'{op.name}' has no weights; it is frozen, so it needs them: pass them too")
-        mine = _constants(op, graph.tensors)
         if carries and trains:
-            initial.append(_initial(op))
+            initial.append(_initial(op, graph.tensors))
         records.append(_record(op, graph.tensors, gradients, layer if trains else 0, params_at if trains else 0, at))
+        constants.append(_constants(op, graph.tensors))
         params_at += params_bytes(op, graph.tensors)
         layer += trains
-        at += len(mine)
-        constants.append(mine)
+        at += len(constants[-1])
     tensors = [
         _TENSOR.pack(_TYPES.index(t.dtype) + 1, t.zero_point, *t.shape, EXTERNAL if offset is None else offset, t.scale)
         for t, offset in zip(where.tensors, where.offsets, strict=True)
     ]
     body = b"".join([*tensors, *records, *initial, *constants])
-    flags = _CARRIES * carries | _MOMENTUM * (graph.momentum and bool(training)) | _INT8 * (True in int8)
+    int8 = any(op.kind in TRAINED_INT8 for op in training)
+    flags = _CARRIES * carries | _MOMENTUM * (graph.momentum and bool(training)) | _INT8 * int8
     classes = where.tensors[graph.output].size if graph.classes is None else graph.classes
-    rest = _HEADER.pack(
+    header = _HEADER.pack(
         b"MOTE", VERSION, _HEADER.size, _HEADER.size + len(body), 0, len(tensors), len(records),
         0 if graph.loss is None else LOSSES.index(graph.loss) + 1, flags, 0, graph.output, where.output,
         NONE if where.dlogits is None else where.dlogits, classes, graph.huber_delta, params_size,
         where.activations, at,
     )  # fmt: skip
-    data = rest + body
-    crc = struct.pack("<I", zlib.crc32(data[_UNSUMMED:]))
-    return Program.parse(data[: _UNSUMMED - 4] + crc + data[_UNSUMMED:])
+    summed = header[_UNSUMMED:] + body
+    return Program.parse(header[: _UNSUMMED - 4] + struct.pack("<I", zlib.crc32(summed)) + summed)
 
 
-def _finite(op: Op, array: NDArray[Any]) -> bytes:
-    if not np.isfinite(array).all():
+def _floats(op: Op, tensors: Sequence[Tensor]) -> tuple[bytes, bytes]:
+    """An op's float32 weights and bias. Raises ProgramError."""
+    shape, channels = _weights_shape(op, tensors), tensors[op.output].shape[2]
+    if op.weights is None:
+        raise ProgramError(f"'{op.name}' has no weights; not all of it trains, so it needs them: pass them too")
+    bias = np.zeros(channels, np.float32) if op.bias is None else op.bias
+    if op.weights.shape != shape or bias.shape != (channels,):
+        raise ProgramError(
+            f"'{op.name}' has weights of the shape {op.weights.shape} and a bias of {bias.shape}; it needs {shape} and "
+            f"{(channels,)}"
+        )
+    if not (np.isfinite(op.weights).all() and np.isfinite(bias).all()):
         raise ProgramError(f"the weights of '{op.name}' have numbers that are not finite")
-    return np.ascontiguousarray(array, "<f4").tobytes()
+    return np.ascontiguousarray(op.weights, "<f4").tobytes(), np.ascontiguousarray(bias, "<f4").tobytes()
 
 
 def _constants(op: Op, tensors: Sequence[Tensor]) -> bytes:
     """The bytes behind an op's `constants`, a multiple of 4."""
     if op.kind in WEIGHTED:
-        data = struct.pack("<f", op.epsilon) if op.kind == Kind.LAYERNORM else b""
-        if op.trains != "all":
-            if op.weights is None:
-                raise ProgramError(f"'{op.name}' has no weights; they do not train, so it needs them: pass them too")
-            data += _finite(op, op.weights)
-        if op.trains == "nothing":
-            assert op.bias is not None
-            data += _finite(op, op.bias)
-        return data
+        weights, bias = (b"", b"") if op.trains == "all" else _floats(op, tensors)
+        first = struct.pack("<f", op.epsilon) if op.kind == Kind.LAYERNORM else b""
+        return first + weights + (bias if op.trains == "nothing" else b"")
     if op.kind == Kind.LEAKY_RELU:
         return struct.pack("<f", op.slope)
     if op.kind == Kind.SLICE:
         return struct.pack("<6i", *op.begin, *op.steps)
-    if op.kind >= Kind.INT8_DENSE:
-        try:
-            return quantized.constants(op, tensors)
-        except ValueError as error:
-            raise ProgramError(f"'{op.name}' cannot be computed in int8: {error}") from error
-    return b""
+    try:
+        return quantized.constants(op, tensors) if op.kind >= Kind.INT8_DENSE else b""
+    except ValueError as error:
+        raise ProgramError(f"'{op.name}' cannot be computed in int8: {error}") from error
 
 
-def _initial(op: Op) -> bytes:
+def _initial(op: Op, tensors: Sequence[Tensor]) -> bytes:
     """What trains of an op, as it lies behind `params`."""
-    assert op.weights is not None and op.bias is not None
     if op.kind in WEIGHTED:
-        return (_finite(op, op.weights) if op.trains == "all" else b"") + _finite(op, op.bias)
+        weights, bias = _floats(op, tensors)
+        return (weights if op.trains == "all" else b"") + bias
+    assert op.weights is not None
     last = op.kind == Kind.TRAINED_INT8_DEPTHWISE
-    weights = op.weights[..., : op.trained] if last else op.weights[: op.trained]
-    data = np.ascontiguousarray(weights, np.int8).tobytes() if op.trains == "all" else b""
-    return data + bytes(-len(data) % 4) + np.ascontiguousarray(op.bias[: op.trained], "<i4").tobytes()
+    data = b""
+    if op.trains == "all":
+        trained = op.weights[..., : op.trained] if last else op.weights[: op.trained]
+        data = np.ascontiguousarray(trained, np.int8).tobytes()
+    channels = tensors[op.output].shape[2]
+    biases = np.zeros(channels, np.int32) if op.bias is None else op.bias
+    return data + bytes(-len(data) % 4) + np.ascontiguousarray(biases[: op.trained], "<i4").tobytes()
 
 
 def _record(op: Op, tensors: Sequence[Tensor], g: Gradients, layer: int, params: int, constants: int) -> bytes:
@@ -493,10 +525,13 @@ def _record(op: Op, tensors: Sequence[Tensor], g: Gradients, layer: int, params:
     inputs = [*op.inputs, NONE][:2]
     around = [NONE if index is None else index for index in (g.dout, g.din, g.din2)]
     pads, option = (op.offsets[:2], op.offsets[2]) if op.kind == Kind.PLACE else (op.pads, 0)
-    return _OP.pack(
-        op.kind, flags, layer, 0, *inputs, op.output, *around, *op.kernel, *pads, *op.strides, *op.dilation, option,
-        trained, params, constants,
-    )  # fmt: skip
+    try:
+        return _OP.pack(
+            op.kind, flags, layer, 0, *inputs, op.output, *around, *op.kernel, *pads, *op.strides, *op.dilation,
+            option, trained, params, constants,
+        )  # fmt: skip
+    except struct.error as error:
+        raise ProgramError(f"'{op.name}' has a kernel, stride, dilation or padding that is too large") from error
 
 
 @dataclass(frozen=True)
