@@ -331,7 +331,7 @@ class LiteRTLearner:
         self._classes = 0 if details["y"]["dtype"] is np.float32 else self._outputs()
         sizes = self._get()["sizes"]
         self._count = int(sizes.sum())
-        self._trainable = sum(1 << i for i, size in enumerate(sizes) if size)
+        self._trained = np.flatnonzero(sizes)  # a mask's bits: the layers that may train
         self._mask = np.asarray(sizes > 0, np.float32)
 
     def _outputs(self) -> int:
@@ -396,10 +396,11 @@ class LiteRTLearner:
     @property
     def mask(self) -> int:
         """Which layers train now: bit i is the i-th layer with parameters."""
-        return sum(1 << i for i, trains in enumerate(self._mask) if trains)
+        return sum(1 << i for i, layer in enumerate(self._trained) if self._mask[layer])
 
     @mask.setter
     def mask(self, layers: int) -> None:
-        if layers & ~self._trainable:
+        if layers >> len(self._trained):
             raise _error(lib.MOTE_ERR_FROZEN)
-        self._mask = np.asarray([layers >> i & 1 for i in range(len(self._mask))], np.float32)
+        self._mask = np.zeros_like(self._mask)
+        self._mask[self._trained] = [layers >> i & 1 for i in range(len(self._trained))]

@@ -34,46 +34,82 @@ static void *block(size_t size)
     return p;
 }
 
+static int is_float(const mote_t *m)
+{
+    return mote_input_type(m) == MOTE_FLOAT32;
+}
+
+/* A random sample: x is mote_inputs floats, or as many int8. */
+static void draw(const mote_t *m, void *x, float *target)
+{
+    for (size_t i = 0; i < mote_inputs(m); i++) {
+        if (is_float(m)) {
+            ((float *)x)[i] = next_float();
+        } else {
+            ((int8_t *)x)[i] = (int8_t)(next_random() >> 24);
+        }
+    }
+    for (size_t i = 0; i < mote_targets(m); i++) {
+        target[i] = mote_header(m)->loss == MOTE_CROSS_ENTROPY ? (float)(next_random() % mote_outputs(m))
+                                                               : next_float() * 0.5f + 0.5f;
+    }
+}
+
+/* One step, in one of the ways that the engine has. */
+static int learn(mote_t *m, const void *x, const float *target, int step)
+{
+    int has_momentum = (mote_header(m)->flags & MOTE_HAS_MOMENTUM) != 0;
+    mote_sgd_t how = {0.05f, has_momentum ? 0.5f : 0.0f, step % 2 ? 0.01f : 0.0f, step % 3 ? 0.5f : 0.0f};
+    float loss;
+    if (mote_header(m)->loss == MOTE_NO_LOSS || mote_header(m)->flags & MOTE_TRAINS_INT8) {
+        return mote_learn_with(m, x, target, &how, &loss) == MOTE_ERR_FROZEN ? MOTE_OK : MOTE_ERR_ARGUMENT;
+    }
+    return mote_learn_with(m, x, target, &how, &loss);
+}
+
 static int run(const void *program, size_t size, int steps)
 {
     size_t need = mote_arena_bytes(program, size), count;
     if (need > ((size_t)1 << 24)) {
         return MOTE_ERR_ARENA;
     }
-    float *arena = block(need), loss;
-    const float *out;
+    uint8_t *arena = block(need);
+    const void *out;
+    float loss;
     mote_t m;
     int error = mote_load(&m, program, size, arena, need);
     if (error == MOTE_OK) {
-        float *x = block(mote_inputs(&m) * sizeof *x), *y = block(mote_targets(&m) * sizeof *y);
+        int learns = mote_header(&m)->loss != MOTE_NO_LOSS;
+        void *x = block(mote_inputs(&m) * (is_float(&m) ? sizeof(float) : 1));
         float *parameters = mote_parameters(&m, &count);
         for (size_t i = 0; i < count; i++) {
             parameters[i] = next_float();
         }
-        memset((uint8_t *)arena + count * sizeof *arena, 0, need - count * sizeof *arena);
-        for (int step = 0; step < steps; step++) {
-            for (size_t i = 0; i < mote_inputs(&m); i++) {
-                x[i] = next_float();
+        memset(mote_activations(&m), 0, mote_header(&m)->activations);
+        for (int step = 0; step < steps && error == MOTE_OK; step++) {
+            if (step == steps / 2) {
+                (void)mote_grow(&m);
             }
-            for (size_t i = 0; i < mote_targets(&m); i++) {
-                y[i] = mote_header(&m)->loss == MOTE_CROSS_ENTROPY ? (float)(next_random() % mote_outputs(&m))
-                                                                   : next_float();
-            }
-            error = mote_train_mask(&m, step % 3 ? m.trainable : m.trainable & next_random());
+            float *target = block(mote_targets(&m) * sizeof *target);
+            draw(&m, x, target);
+            error =
+                mote_train_mask(&m, step % 3 ? m.trainable : m.trainable & next_random(), step % 4 ? 0 : next_random());
             if (error != MOTE_OK || mote_infer(&m, x, &out) != MOTE_OK) {
                 abort();
             }
-            error = mote_learn(&m, x, y, 0.05f, &loss);
-            if (error == MOTE_ERR_DIVERGED) {
-                break;
+            if (learns) {
+                error = mote_learn(&m, x, target, 0.05f, &loss);
             }
-            if (error != MOTE_OK) {
-                abort();
+            if (error == MOTE_OK) {
+                error = learn(&m, x, target, step);
             }
+            free(target);
+        }
+        if (error != MOTE_OK && error != MOTE_ERR_DIVERGED) {
+            abort();
         }
         printf("%d %08x\n", error, mote_crc32(0, arena, need));
         free(x);
-        free(y);
     }
     free(arena);
     return error;
