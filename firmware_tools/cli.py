@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 from rich.console import Console
@@ -19,7 +19,8 @@ from rich.table import Table
 from edge import tasks
 from edge.cli import BrokerOption, DataOption, FleetOption, TaskOption, broker_address
 from edge.errors import UserError
-from firmware_tools import boards, emulate
+from edge.program import Program, ProgramError
+from firmware_tools import boards, emulate, export_library
 from firmware_tools import build as building
 from firmware_tools.gateway import Gateway
 
@@ -109,6 +110,43 @@ def size(elf: Elf, as_json: Json = False) -> None:
       tinyfleet firmware size build/firmware.elf
     """
     _show(elf, as_json)
+
+
+@app.command("export")
+def export_(
+    library: Annotated[str, typer.Option(help="arduino, or cmake.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.", show_default=False)],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL.mote",
+            help="The model: its operators and its program go in. Default: all operators, and a small network.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the engine as an Arduino library or a CMake target, with a model and an example that learns.
+
+    \b
+    Examples:
+      tinyfleet firmware export --library cmake --out mote --model model.mote
+      tinyfleet firmware export --library arduino --out ~/Arduino/libraries/TinyFleetMote
+    """
+    if library not in get_args(export_library.Kind):
+        raise UserError(f"there is no library of kind '{library}'; choose arduino or cmake")
+    program = None
+    if model is not None:
+        try:
+            program = Program.parse(model.read_bytes())
+        except OSError as error:
+            raise UserError(
+                f"cannot read {model} ({error.strerror}); make one with: tinyfleet model compile"
+            ) from error
+    files = export_library.export(cast(export_library.Kind, library), out, program)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "files": [str(path.relative_to(out)) for path in files]}, indent=2))
+    else:
+        typer.echo(f"{out}: {len(files)} files")
 
 
 @app.command()
