@@ -155,4 +155,6 @@ def test_the_engine_is_clean_and_needs_nothing_but_memory_functions(
     wanted = {words[-1] for words in listing if len(words) == 2 and words[0] == "U"}
     assert all(name.startswith("mote_") for name in defined), defined
     assert wanted - defined <= {"memcpy", "memmove", "memset", "memcmp"}
-    assert not [words for words in listing if len(words) == 3 and words[1] in "dDbBcC"], "the engine has no variables"
+    tables = {"mote_kernels", "mote_losses"}  # constants, which a loader fills in where code can be anywhere
+    variables = {words[-1] for words in listing if len(words) == 3 and words[1] in "dDbBcC"} - tables
+    assert not variables, variables

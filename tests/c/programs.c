@@ -92,8 +92,8 @@ static int run(const void *program, size_t size, int steps)
             }
             float *target = block(mote_targets(&m) * sizeof *target);
             draw(&m, x, target);
-            error =
-                mote_train_mask(&m, step % 3 ? m.trainable : m.trainable & next_random(), step % 4 ? 0 : next_random());
+            uint32_t layers = step % 3 ? m.trainable : m.trainable & next_random();
+            error = mote_train_mask(&m, layers, step % 5 ? 0 : next_random());
             if (error != MOTE_OK || mote_infer(&m, x, &out) != MOTE_OK) {
                 abort();
             }
