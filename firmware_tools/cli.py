@@ -142,6 +142,8 @@ def export_(
             raise UserError(
                 f"cannot read {model} ({error.strerror}); make one with: tinyfleet model compile"
             ) from error
+        except ProgramError as error:
+            raise UserError(f"{model} is not a program; make one with: tinyfleet model compile") from error
     files = export_library.export(cast(export_library.Kind, library), out, program)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "files": [str(path.relative_to(out)) for path in files]}, indent=2))
