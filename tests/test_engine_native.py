@@ -120,7 +120,7 @@ def test_every_compiler_and_level_gives_the_same_bits(good: list[bytes], tmp_pat
     assert len(set(next(iter(outputs.values())).splitlines())) > 50
 
 
-def test_exponential_logarithm_and_tanh_are_right_to_the_last_bits(tmp_path: Path) -> None:
+def test_exponential_logarithm_tanh_and_root_are_right_to_the_last_bits(tmp_path: Path) -> None:
     run(
         [
             compiler("gcc", *CLANG),

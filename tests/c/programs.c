@@ -93,7 +93,8 @@ static int run(const void *program, size_t size, int steps)
             float *target = block(mote_targets(&m) * sizeof *target);
             draw(&m, x, target);
             uint32_t layers = step % 3 ? m.trainable : m.trainable & next_random();
-            error = mote_train_mask(&m, layers, step % 5 ? 0 : next_random());
+            uint32_t mask = step % 3 ? m.trainable : m.trainable & next_random();
+            error = mote_train_mask(&m, mask, step % 4 ? 0 : next_random());
             if (error != MOTE_OK || mote_infer(&m, x, &out) != MOTE_OK) {
                 abort();
             }
