@@ -170,7 +170,7 @@ def target(graph: Graph, random: np.random.Generator) -> np.ndarray:
 
 
 @settings(
-    max_examples=int(os.environ.get("TINYFLEET_GRADIENT_EXAMPLES", "150")),
+    max_examples=int(os.environ.get("TINYFLEET_GRADIENT_EXAMPLES", "100")),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
@@ -199,8 +199,9 @@ def test_gradients_are_tensorflows(graph: Graph, seed: int) -> None:
         or (role[name.rpartition("/")[0]] == "bias" and name.endswith("/bias"))
     }
     # Where rounding the weights and the input already moves a gradient (sums that cancel), float32 has few digits too.
-    rounded = Reference(moved(graph, random), x * (1 + EPSILON * random.choice([-1, 1], x.shape)), y)
-    assume(all(relative_error(rounded.gradients[n], wanted.gradients[n]) < TOLERANCE / 20 for n in trains))
+    for _ in range(3):
+        rounded = Reference(moved(graph, random), x * (1 + EPSILON * random.choice([-1, 1], x.shape)), y)
+        assume(all(relative_error(rounded.gradients[n], wanted.gradients[n]) < TOLERANCE / 20 for n in trains))
     for op in graph.ops:
         event(op.kind.name)
 
