@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -333,28 +334,38 @@ def bench(target: Target, program: Program, elf: Path, *, steps: int, profile: P
 class Course:
     """What src/main_exactness.c does with a program: `steps` steps on made-up samples, with this optimiser."""
 
-    steps: int = 500
-    rate: float = 0.02
+    program: Program
+    rate: float
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 0.0
+    steps: int = 500
     seed: int = 7
 
+    @property
+    def data(self) -> bytes:
+        """Its course_t, and the program."""
+        how = (self.rate, self.momentum, self.weight_decay, self.clip_norm)
+        return struct.pack("<III4f", len(self.program.data), self.steps, self.seed, *how) + self.program.data
 
-def exactness_header(program: Program, course: Course) -> dict[str, int | float | str]:
+
+def course_constants(courses: Sequence[Course]) -> dict[str, int | float | str]:
     """The constants of "device.h" with which src/main_exactness.c is compiled."""
-    return {**_shape(program), **asdict(course)}
+    return {
+        "arena_bytes": max(course.program.arena_bytes for course in courses),
+        "inputs": max(course.program.input.size for course in courses),
+    }
 
 
-def exactness(target: Target, program: Program, course: Course, elf: Path) -> Path:
+def exactness(target: Target, courses: Sequence[Course], elf: Path) -> Path:
     """The program that learns and prints a checksum of what it has learned (see src/main_exactness.c)."""
     return link(
         target,
         elf,
         [SOURCES / "main_exactness.c", SOURCES / "semihost.c", *ENGINE],
-        blobs={"program": program.data},
-        defines=exactness_header(program, course),
-        programs=[program.data],
+        blobs={"courses": b"".join(course.data for course in courses)},
+        defines=course_constants(courses),
+        programs=[course.program.data for course in courses],
     )
 
 

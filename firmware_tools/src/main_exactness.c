@@ -1,7 +1,8 @@
 /* Learns made-up samples and prints a checksum of all that it has learned, so that targets can be compared to the bit.
  *
- * Every target runs this file on the same program: boards through semihosting, others with a semihost.h of their own.
- * Prints `bytes CRC-32 loss-bits` of what trains and of the last loss, in base 16, and ends.
+ * Every target runs this file on the same programs, which lie in `device_courses`, each behind its course_t: boards
+ * through semihosting, others with a semihost.h of their own. Prints, for every program, `bytes CRC-32 loss-bits` of
+ * what trains and of the last loss, in base 16, and ends.
  */
 #include <string.h>
 
@@ -9,11 +10,19 @@
 #include "mote_internal.h"
 #include "semihost.h"
 
+typedef struct {
+    uint32_t size; /* of the program */
+    uint32_t steps;
+    uint32_t seed;
+    mote_sgd_t how;
+} course_t;
+
 uint32_t mote_arena[DEVICE_ARENA_BYTES / sizeof(uint32_t)];
 static union {
     float real[DEVICE_INPUTS];
     int8_t quantized[DEVICE_INPUTS];
 } x;
+static uint32_t state;
 
 static void check(int status)
 {
@@ -28,7 +37,6 @@ static void check(int status)
 /* xorshift32 (Marsaglia, 2003). */
 static uint32_t next_random(void)
 {
-    static uint32_t state = DEVICE_SEED;
     state ^= state << 13;
     state ^= state >> 17;
     state ^= state << 5;
@@ -38,7 +46,7 @@ static uint32_t next_random(void)
 /* Noise in which every classes-th element, from the class's own on, stands out. */
 static void make_sample(const mote_t *m, uint32_t class, uint32_t classes)
 {
-    for (uint32_t i = 0; i < DEVICE_INPUTS; i++) {
+    for (uint32_t i = 0; i < mote_inputs(m); i++) {
         const int32_t noise = (int32_t)(next_random() >> 25) - 64, mark = i % classes == class ? 48 : 0;
         if (mote_input_type(m) == MOTE_INT8) {
             x.quantized[i] = (int8_t)(noise + mark);
@@ -48,22 +56,22 @@ static void make_sample(const mote_t *m, uint32_t class, uint32_t classes)
     }
 }
 
-int main(void)
+static void run(const course_t *course)
 {
     mote_t m;
-    const mote_sgd_t how = {DEVICE_RATE, DEVICE_MOMENTUM, DEVICE_WEIGHT_DECAY, DEVICE_CLIP_NORM};
     float loss = 0.0f;
     uint32_t bits;
-    check(mote_load(&m, device_program, DEVICE_PROGRAM_BYTES, mote_arena, sizeof mote_arena));
+    check(mote_load(&m, course + 1, course->size, mote_arena, sizeof mote_arena));
     const uint32_t classes = (uint32_t)mote_outputs(&m);
-    for (uint32_t step = 0; step < DEVICE_STEPS; step++) {
+    state = course->seed;
+    for (uint32_t step = 0; step < course->steps; step++) {
         const uint32_t class = (next_random() >> 8) % classes;
         const float target = (float)class;
         make_sample(&m, class, classes);
-        if (how.momentum > 0.0f) {
-            check(mote_learn_with(&m, &x, &target, &how, &loss));
+        if (course->how.momentum > 0.0f) {
+            check(mote_learn_with(&m, &x, &target, &course->how, &loss));
         } else {
-            check(mote_learn(&m, &x, &target, how.rate, &loss));
+            check(mote_learn(&m, &x, &target, course->how.rate, &loss));
         }
     }
     memcpy(&bits, &loss, sizeof bits);
@@ -73,5 +81,15 @@ int main(void)
     semihost_print(" ");
     semihost_number(bits, 16);
     semihost_print("\n");
+}
+
+int main(void)
+{
+    const uint8_t *at = (const uint8_t *)device_courses, *end = at + DEVICE_COURSES_BYTES;
+    while (at < end) {
+        const course_t *course = (const course_t *)(const void *)at; /* aligned by the build */
+        run(course);
+        at += sizeof *course + course->size;
+    }
     semihost_exit(0);
 }
