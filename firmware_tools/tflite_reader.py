@@ -679,7 +679,7 @@ def _unary(reader: _Reader, operator: _Operator) -> None:
         kind, make = _UNARY[operator.kind]
         table = make(x, y) if int8 else b""
     if int8:
-        reader.emit(operator, Kind.INT8_TABLE, (i,), table=table)
+        reader.emit(operator, Kind.INT8_TABLE, (i,), table=table, slope=slope)
     else:
         reader.emit(operator, kind, (i,), slope=slope)
 
