@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edge._mote import lib
 from edge.learner import Learner, LearnerError
-from edge.node import OUT_BYTES, PROGRAM_BYTES, Counters, Out, Publish, Reboot, Subscribe, Unsubscribe
+from edge.node import NOT_FOR_FLEETS, OUT_BYTES, PROGRAM_BYTES, Counters, Out, Publish, Reboot, Subscribe, Unsubscribe
 from edge.program import Program, ProgramError
 from edge.protocol import (
     ALL_LAYERS,
@@ -208,6 +208,10 @@ class AgentNode:
     def _load(self, program: Program) -> None:
         """Raises LearnerError, and then runs what it ran before."""
         learner = self._make(program)
+        if program.input.dtype != "float32" or program.trains_int8 or program.loss is None:
+            raise LearnerError(NOT_FOR_FLEETS, lib.MOTE_ERR_UNSUPPORTED)
+        if _sample_sizes(program) != _sample_sizes(self._builtin):
+            raise LearnerError("this program takes other samples than this device has", lib.MOTE_ERR_ARGUMENT)
         self._program, self._learner = program, learner
         self._base: Vector = np.zeros(0, np.float32)
         self._trainable = 0
@@ -347,11 +351,7 @@ class AgentNode:
             self._finish(ErrorCode.PROGRAM, lib.MOTE_ERR_CRC)
             return
         try:
-            program = Program.parse(data)
-            if _sample_sizes(program) != _sample_sizes(self._builtin):
-                self._finish(ErrorCode.PROGRAM, lib.MOTE_ERR_ARGUMENT)
-                return
-            self._load(program)
+            self._load(Program.parse(data))
             self._finish()
         except ProgramError:
             self._finish(ErrorCode.PROGRAM, lib.MOTE_ERR_FORMAT)

@@ -21,6 +21,11 @@ OUT_BYTES = 8192
 ARENA_BYTES = 65_536
 PROGRAM_BYTES = 65_536
 
+NOT_FOR_FLEETS = (
+    "a fleet's node takes a program with a float32 input, a loss, and parameters that train as float32; build one of "
+    "these, or train this one with a MoteLearner"
+)
+
 
 class Counters(NamedTuple):
     """malformed: messages that did not decode or did not fit; stale: doubled, reordered, or of a round that is over;
@@ -153,10 +158,7 @@ class MoteNode:
                 "smaller model, or a device with more memory"
             )
         if error == lib.MOTE_ERR_UNSUPPORTED:
-            raise UserError(
-                "a fleet's node takes a program with a float32 input, a loss, and float32 parameters that train; build "
-                "one of these, or train this one with a MoteLearner"
-            )
+            raise UserError(NOT_FOR_FLEETS)
         if error != lib.MOTE_OK:
             raise UserError(f"the node can't start: error {error} of the engine (see edge/mote/mote.h)")
 

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 import edge.node
 from edge.agent import AgentNode
 from edge.errors import UserError
+from edge.graph import Graph, Kind, Op, Tensor
 from edge.learner import MoteLearner
 from edge.node import ENGINE_VERSION, Counters, MoteNode, Node, Out, Publish, Reboot, Subscribe, Unsubscribe
 from edge.program import Dense as DenseLayer
-from edge.program import Program, ReLU, build
+from edge.program import Program, ReLU, assemble, build
 from edge.protocol import (
     ALL_LAYERS,
     Adopt,
@@ -415,6 +416,14 @@ def test_a_program_is_adopted_over_the_air(make: Make) -> None:
 
 
 OTHER_SIZE = build([DenseLayer(3)], (5,), "softmax_cross_entropy")
+NO_LOSS = build([DenseLayer(3)], (6,), None, weights={"dense_0/weights": np.ones((3, 6)), "dense_0/bias": np.ones(3)})
+
+
+def int8_input() -> Program:
+    """A program that takes six int8 numbers."""
+    tensors = (Tensor((1, 1, 6), "int8", 0.1), Tensor((1, 1, 6)), Tensor((1, 1, 3)))
+    head = Op(Kind.DENSE, "head", (1,), 2, weights=np.ones((3, 6), np.float32), trains="all")
+    return assemble(Graph(tensors, (Op(Kind.DEQUANTIZE, "in", (0,), 1), head), 2, "softmax_cross_entropy"))
 
 
 @both
@@ -424,6 +433,8 @@ OTHER_SIZE = build([DenseLayer(3)], (5,), "softmax_cross_entropy")
         (HEAD_ONLY.data, 1, ErrorCode.PROGRAM, -3),  # not the bytes that were promised
         (b"MOTE" + bytes(200), None, ErrorCode.PROGRAM, -2),  # no program
         (OTHER_SIZE.data, None, ErrorCode.PROGRAM, -1),  # takes other samples than this device has
+        (int8_input().data, None, ErrorCode.PROGRAM, -8),  # what a fleet does not exchange
+        (NO_LOSS.data, None, ErrorCode.PROGRAM, -8),
         (bytes(2000), None, ErrorCode.ROOM, 0),  # too large
     ],
 )
@@ -438,6 +449,13 @@ def test_a_program_that_does_not_fit_leaves_the_builtin_one(
     assert replies(outs) == [Failed(3, error, detail)]
     assert node.model == PROGRAM.model_id
     assert np.array_equal(dense(serve(node, work())), expected(work())[0].parameters)
+
+
+@both
+@pytest.mark.parametrize("program", [int8_input(), NO_LOSS], ids=["int8", "no loss"])
+def test_a_program_that_fleets_cannot_exchange_is_refused_at_the_start(make: Make, program: Program) -> None:
+    with pytest.raises(UserError, match=r"float32 input, a loss|ends in softmax"):
+        make(program=program)
 
 
 @both

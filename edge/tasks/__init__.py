@@ -43,11 +43,11 @@ class ClientData:
             raise UserError(
                 f"the samples have {has} features and the model takes {takes}; choose the same task's model"
             )
-        if program.loss == "mse" and gives > 1:
+        if program.loss != "softmax_cross_entropy" and gives > 1:
             raise UserError(
                 f"a sample has one class and the model learns {gives} values; choose one that ends in softmax"
             )
-        if program.loss != "mse" and gives < self.ways:
+        if program.loss == "softmax_cross_entropy" and gives < self.ways:
             raise UserError(f"a task has {self.ways} classes and the model {gives}; choose the same task's model")
 
 
