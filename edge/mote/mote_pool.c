@@ -77,7 +77,7 @@ void mote_avgpool_back(mote_t *m, const mote_op_t *op)
 }
 
 /* The first of a window's largest elements in channel x[0], as a distance from x. */
-static inline uint32_t largest(const float *x, uint32_t row, uint32_t c, uint32_t height, uint32_t width)
+static uint32_t largest(const float *x, uint32_t row, uint32_t c, uint32_t height, uint32_t width)
 {
     uint32_t best = 0, at = 0;
     float most = x[0];
@@ -92,6 +92,18 @@ static inline uint32_t largest(const float *x, uint32_t row, uint32_t c, uint32_
     return best;
 }
 
+/* Every channel of one window of two by two, the most common. */
+static void pool_four(float *y, const float *x, uint32_t row, uint32_t c)
+{
+    const float *right = x + c, *below = x + row, *last = below + c;
+    for (const float *end = right; x < end;) {
+        float a = *x++, b = *right++, d = *below++, e = *last++;
+        a = b > a ? b : a;
+        d = e > d ? e : d;
+        *y++ = d > a ? d : a;
+    }
+}
+
 void mote_maxpool(const mote_t *m, const mote_op_t *op)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
@@ -100,28 +112,59 @@ void mote_maxpool(const mote_t *m, const mote_op_t *op)
     uint32_t c = in->c, row = in->w * c;
     for (uint32_t oy = 0; oy < out->h; oy++) {
         mote_window_t v = mote_rows_of(op, in, oy);
-        for (uint32_t ox = 0; ox < out->w; ox++) {
+        for (uint32_t ox = 0; ox < out->w; ox++, y += c) {
             mote_window_t h = mote_columns_of(op, in, ox);
             const float *corner = x + v.first * row + h.first * c;
-            for (uint32_t j = 0; j < c; j++, corner++) {
-                *y++ = corner[largest(corner, row, c, v.count, h.count)];
+            if (v.count == 2 && h.count == 2) {
+                pool_four(y, corner, row, c);
+                continue;
+            }
+            for (uint32_t j = 0; j < c; j++) {
+                y[j] = corner[j + largest(corner + j, row, c, v.count, h.count)];
             }
         }
     }
 }
 
-/* The gradient of one channel of one window that shares nothing with another: cleared after it was read, so that dx can
- * be x. */
-static inline void back_alone(const float *x, float *dx, uint32_t row, uint32_t c, uint32_t height, uint32_t width,
-                              float d)
+/* The gradients of one window that shares nothing with another: cleared after it was read, so that dx can be x. */
+static void back_alone(const float *x, float *dx, const float *dy, uint32_t row, uint32_t c, uint32_t height,
+                       uint32_t width)
 {
-    uint32_t best = largest(x, row, c, height, width);
-    for (uint32_t ky = 0; ky < height; ky++) {
-        for (uint32_t kx = 0; kx < width; kx++) {
-            dx[ky * row + kx * c] = 0.0f;
+    for (uint32_t j = 0; j < c; j++, x++, dx++) {
+        uint32_t best = dy[j] == 0.0f ? 0 : largest(x, row, c, height, width);
+        for (uint32_t ky = 0; ky < height; ky++) {
+            for (uint32_t kx = 0; kx < width; kx++) {
+                dx[ky * row + kx * c] = 0.0f;
+            }
         }
+        dx[best] = dy[j];
     }
-    dx[best] = d;
+}
+
+/* The same of two by two. */
+static void back_four(const float *x, float *dx, const float *dy, uint32_t row, uint32_t c)
+{
+    const float *below = x + row;
+    float *dx_below = dx + row;
+    for (const float *end = dy + c; dy < end; x++, below++, dx++, dx_below++) {
+        float d = *dy++, *best = dx;
+        if (d != 0.0f) { /* as it is behind a ReLU that is off */
+            float most = x[0];
+            if (x[c] > most) {
+                most = x[c];
+                best = dx + c;
+            }
+            if (below[0] > most) {
+                most = below[0];
+                best = dx_below;
+            }
+            if (below[c] > most) {
+                best = dx_below + c;
+            }
+        }
+        dx[0] = dx[c] = dx_below[0] = dx_below[c] = 0.0f;
+        *best = d;
+    }
 }
 
 /* Clears what lies right of and below the last window. */
@@ -153,16 +196,16 @@ void mote_maxpool_back(mote_t *m, const mote_op_t *op)
     }
     for (uint32_t oy = 0; oy < out->h; oy++) {
         mote_window_t v = mote_rows_of(op, in, oy);
-        for (uint32_t ox = 0; ox < out->w; ox++) {
+        for (uint32_t ox = 0; ox < out->w; ox++, dy += c) {
             mote_window_t h = mote_columns_of(op, in, ox);
             uint32_t corner = v.first * row + h.first * c;
-            for (uint32_t j = 0; j < c; j++, corner++) {
-                float d = *dy++;
-                if (alone) {
-                    back_alone(x + corner, dx + corner, row, c, v.count, h.count, d);
-                } else {
-                    dx[corner + largest(x + corner, row, c, v.count, h.count)] += d;
-                }
+            if (alone && v.count == 2 && h.count == 2) {
+                back_four(x + corner, dx + corner, dy, row, c);
+            } else if (alone) {
+                back_alone(x + corner, dx + corner, dy, row, c, v.count, h.count);
+            }
+            for (uint32_t j = 0; !alone && j < c; j++) {
+                dx[corner + j + largest(x + corner + j, row, c, v.count, h.count)] += dy[j];
             }
         }
     }

@@ -2,6 +2,8 @@
 #ifndef MOTE_WINDOW_H
 #define MOTE_WINDOW_H
 
+#include <string.h>
+
 #include "mote_internal.h"
 
 /* One dimension of a window, without what lies in the padding: its first element, how many, how far apart, and how
@@ -36,6 +38,14 @@ static inline mote_window_t mote_rows_of(const mote_op_t *op, const mote_tensor_
 static inline mote_window_t mote_columns_of(const mote_op_t *op, const mote_tensor_t *in, uint32_t ox)
 {
     return mote_window(ox, in->w, op->kernel_w, op->stride_w, op->dilation_w, op->pad_left);
+}
+
+/* 1 if a gradient is 0, as behind a ReLU that is off, or max pooling. */
+static inline int mote_is_zero(const float *d)
+{
+    uint32_t bits;
+    memcpy(&bits, d, sizeof bits);
+    return bits << 1 == 0;
 }
 
 static inline int mote_is_float(const mote_t *m, uint32_t tensor)
