@@ -1,6 +1,6 @@
 """What one training step costs on a microcontroller: instructions, and bytes of flash and RAM.
 
-    python benchmarks/instructions.py [--board mps2-an386] [--json]
+    python benchmarks/instructions.py [--board mps2-an386] [--profile exact|fast] [--json]
 
 Every model is built into a benchmark program and run in QEMU with its clock driven by instructions, so the counts are
 exact and the same on every run. A step is forward, backward and update on one sample. How many instructions it takes
@@ -22,23 +22,27 @@ from edge import program
 from edge.errors import UserError
 from firmware_tools import boards, build, emulate
 
+
+def _begun(layers: list[program.Layer], shape: tuple[int, ...]) -> program.Program:
+    """A classifier with random weights: from zeros nothing would pass a ReLU, and a step would cost too little."""
+    blank = program.build(layers, shape, "softmax_cross_entropy")
+    return program.build(layers, shape, "softmax_cross_entropy", weights=blank.split(blank.initial(0)))
+
+
 MODELS = {
-    "MLP 64-32-10": program.build(
-        [program.Dense(32), program.ReLU(), program.Dense(10)], (64,), "softmax_cross_entropy"
-    ),
-    "conv 3x3x8, max pool, dense 10 on 12x12": program.build(
-        [program.Conv2D(8, 3), program.ReLU(), program.MaxPool2D(2), program.Flatten(), program.Dense(10)],
-        (12, 12, 1),
-        "softmax_cross_entropy",
+    "MLP 64-32-10": _begun([program.Dense(32), program.ReLU(), program.Dense(10)], (64,)),
+    "conv 3x3x8, max pool, dense 10 on 12x12": _begun(
+        [program.Conv2D(8, 3), program.ReLU(), program.MaxPool2D(2), program.Flatten(), program.Dense(10)], (12, 12, 1)
     ),
 }
+STEPS = 500
 
 
-def measure(board: str, model: program.Program) -> dict[str, float]:
-    """Instructions (least, mean, most) of a step of `model`, and bytes of the program that measured it."""
+def measure(board: str, model: program.Program, profile: build.Profile = "exact") -> dict[str, float]:
+    """Instructions of an inference and of a step of `model` (least, mean, most), and bytes of what measured it."""
     target = boards.load(board)
     with tempfile.TemporaryDirectory() as folder:
-        elf = build.bench(target, model, Path(folder) / "bench.elf")
+        elf = build.bench(target, model, Path(folder) / "bench.elf", steps=STEPS, profile=profile)
         size = build.size(elf)
         lines = dict(line.split() for line in emulate.run(target, elf, counting=True).splitlines())
     said = {name: int(value) for name, value in lines.items()}
@@ -47,10 +51,14 @@ def measure(board: str, model: program.Program) -> dict[str, float]:
     if abs(per_instruction / expected - 1) > 0.001:
         raise RuntimeError(f"the clock does not count instructions: {per_instruction} ticks each, not {expected}")
     assert size.arena is not None
+    inference = said["infer_total"] / said["steps"] / per_instruction
+    mean = said["learn_total"] / said["steps"] / per_instruction
     return {
-        "least": round(said["least_ticks"] / per_instruction),
-        "mean": round(said["total_ticks"] / said["steps"] / per_instruction),
-        "most": round(said["most_ticks"] / per_instruction),
+        "inference": round(inference),
+        "least": round(said["learn_least"] / per_instruction),
+        "mean": round(mean),
+        "most": round(said["learn_most"] / per_instruction),
+        "ratio": round(mean / inference, 2),
         "text": size.text,
         "data": size.data,
         "bss": size.bss,
@@ -62,19 +70,33 @@ def measure(board: str, model: program.Program) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Instructions and bytes of one training step on a microcontroller.")
     parser.add_argument("--board", default="mps2-an386", help="a board with an emulator (default: %(default)s)")
+    parser.add_argument(
+        "--profile", default="exact", choices=["exact", "fast"], help="arithmetic (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     try:
-        results = {name: measure(arguments.board, model) for name, model in MODELS.items()}
+        results = {name: measure(arguments.board, model, arguments.profile) for name, model in MODELS.items()}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        print(json.dumps({"board": arguments.board, "models": results}, indent=2))
+        print(json.dumps({"board": arguments.board, "profile": arguments.profile, "models": results}, indent=2))
         return 0
-    table = Table(title=f"One training step on {arguments.board}")
+    table = Table(title=f"Instructions and bytes of training on {arguments.board}, {arguments.profile}")
     table.add_column("model")
-    heads = ["instructions: least", "mean", "most", "text", "data", "bss", "arena", "beyond parameters"]
+    heads = [
+        "inference",
+        "step: least",
+        "mean",
+        "most",
+        "step / inference",
+        "text",
+        "data",
+        "bss",
+        "arena",
+        "beyond parameters",
+    ]
     for head in heads:
         table.add_column(head, justify="right")
     for name, row in results.items():

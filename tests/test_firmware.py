@@ -19,9 +19,8 @@ import pytest
 from conftest import free_port, start_mosquitto
 
 from edge import frames, program
-from edge._mote import ffi, lib
+from edge._mote import lib
 from edge.errors import UserError
-from edge.learner import MoteLearner
 from edge.node import MoteNode, Publish
 from edge.program import Program
 from edge.protocol import (
@@ -42,7 +41,7 @@ from edge.protocol import (
 )
 from edge.session import Session
 from edge.tasks import ClientData
-from firmware_tools import boards, build, emulate
+from firmware_tools import boards, build, emulate, stack
 from firmware_tools.gateway import Gateway
 from server.serve import FleetServer
 
@@ -50,6 +49,7 @@ ROOT = Path(__file__).parents[1]
 BOARDS = ["mps2-an385", "mps2-an386", "mps2-an500"]
 FLEET, ID = "test", "board-01"
 TOPICS = Topics(FLEET)
+STATE = 56  # bytes of mote_t on a 32-bit target, with room for more
 LIMIT = 30.0  # seconds that anything may take on a busy machine
 
 pytestmark = [
@@ -105,57 +105,64 @@ def test_firmware_uses_neither_malloc_nor_stdio(firmware: Callable[[str], Path])
     assert not names & {"malloc", "_malloc_r", "free", "_sbrk", "printf", "puts", "_write", "exit"}
 
 
-@pytest.mark.parametrize("board", BOARDS)
-def test_500_steps_give_the_same_bits_on_every_core(board: str, tmp_path: Path) -> None:
-    """A net with every kind of kernel, over a stream of samples: all weights, and the last loss."""
-    layers = [
-        program.Conv2D(4, 3, padding="same"),
-        program.Tanh(),
-        program.MaxPool2D(2),
-        program.Conv2D(4, 2),
-        program.AvgPool2D(3),
-        program.Flatten(),
-        program.Dense(16),
-        program.ReLU(),
-        program.Dense(5),
-    ]
-    shape = (8, 8, 1)
-    blank = program.build(layers, shape, "softmax_cross_entropy")
-    net = program.build(layers, shape, "softmax_cross_entropy", weights=blank.split(blank.initial(3)))
-    data = samples()
+def test_an_image_holds_the_operators_that_its_program_needs(tmp_path: Path) -> None:
+    target, net = boards.load("mps2-an386"), mlp()
+    elf = build.bench(target, net, tmp_path / "bench.elf", steps=1)
+    names = subprocess.run(["arm-none-eabi-nm", elf], capture_output=True, text=True, check=True).stdout
+    assert "mote_dense_back" in names and "mote_relu" in names
+    assert not {"mote_conv2d", "mote_int8_dense", "mote_tanh", "mote_huber"} & set(names.split())
+    size = build.size(elf)
+    assert size.mote.keys() >= {"mote.c", "mote_load.c", "mote_dense.c"}
+    assert sum(size.mote.values()) < size.text - len(net.data)
 
-    learner = MoteLearner(net)
-    stream = ffi.new("mote_stream_t *")
-    keep = ffi.from_buffer("uint8_t[]", data.features), ffi.from_buffer("uint32_t[]", data.starts)
-    stream.features, stream.starts = keep
-    stream.classes, stream.size, stream.scale, stream.ways = 6, 64, data.scale, data.ways
-    assert lib.mote_stream_open(stream, 7) == lib.MOTE_OK
-    x, y, loss = np.zeros(64, np.float32), ffi.new("float *"), 0.0
-    for _ in range(500):
-        lib.mote_stream_next(stream, 0, ffi.from_buffer("float[]", x), y)
-        loss = learner.learn(x, int(y[0]), 0.05)
-    weights = learner.parameters
 
-    target = boards.load(board)
-    elf = build.exactness(target, net, data, tmp_path / "exact.elf", seed=7, steps=500, rate=0.05)
-    count, checksum, bits = (int(word, 16) for word in emulate.run(target, elf, timeout=LIMIT).split())
-    assert count == len(weights)
-    assert not np.array_equal(weights, net.initial(3))
-    assert checksum == zlib.crc32(weights.tobytes())
-    assert bits == int(np.float32(loss).view(np.uint32))
+def test_a_device_that_keeps_its_model_is_smaller(firmware: Callable[[str], Path], tmp_path: Path) -> None:
+    kept = build.build("mps2-an386", mlp(), samples(), FLEET, ID, tmp_path, adopt_bytes=0)
+    assert build.size(kept).text < build.size(firmware("mps2-an386")).text - 10_000
+
+
+@pytest.mark.parametrize("profile", ["exact", "fast"])
+def test_what_the_engine_takes_beyond_its_arena_is_bounded(profile: build.Profile, tmp_path: Path) -> None:
+    """Of any model: with all operators that the engine has, its state and its stack take at most 512 bytes."""
+    elf = tmp_path / "whole.elf"
+    sources = [build.SOURCES / "main_bench.c", build.SOURCES / "bench_mote.c", build.SOURCES / "semihost.c"]
+    target, net = boards.load("mps2-an386"), mlp()
+    defines = {"arena_bytes": net.arena_bytes, "inputs": 64, "outputs": 5, "steps": 1}
+    build.link(target, elf, [*sources, *build.ENGINE], blobs={"program": net.data}, defines=defines, profile=profile)
+    size = build.size(elf)
+    assert set(size.depths) == {"mote_load", "mote_infer", "mote_loss", "mote_learn", "mote_learn_with"}
+    assert {"mote_conv2d_back", "mote_int8_conv2d"} <= set(size.frames)
+    assert {name: depth for name, depth in size.depths.items() if depth.bytes + STATE > 512} == {}
+
+
+def test_recursion_and_frames_of_unknown_size_are_found(tmp_path: Path) -> None:
+    source = tmp_path / "deep.c"
+    for body, why in (
+        ("int mote_load(int n) { return n ? mote_load(n - 1) * n + mote_load(n / 2) : 1; }", "mote_load calls itself"),
+        ("int use(char *); int mote_load(int n) { char a[n]; return use(a); }", "frame of mote_load has no known size"),
+    ):
+        source.write_text(body)
+        command = ["arm-none-eabi-gcc", "-O2", stack.FLAG, "-c", source, "-o", tmp_path / "deep.o"]
+        subprocess.run(command, check=True)
+        with pytest.raises(ValueError, match=why):
+            stack.usage([tmp_path / "deep.ci"], [])
 
 
 def test_a_training_step_is_counted_in_instructions() -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "instructions.py", "--json", "--models", "MLP", "conv"]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "instructions.py", "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
-    step = json.loads(done.stdout)["models"]["MLP 64-32-10"]
-    assert step["beyond_parameters"] == 296
-    assert 20_000 < step["least"] < step["mean"] < step["most"] < 32_000
+    rows = {(row["model"], row["profile"]): row for row in json.loads(done.stdout)["rows"]}
+    exact, fast = (rows["MLP 64-32-10", profile] for profile in ("exact", "fast"))
+    assert exact["beyond_parameters"] == 296
+    assert 5_000 < exact["infer"] < exact["learn_least"] < exact["learn"] < exact["learn_most"] < 26_500
+    assert fast["learn"] < 20_000
+    assert exact["mote_text"] <= 6 * 1024
+    assert exact["learn"] / exact["infer"] < 2.2
+    conv = rows["conv 3x3x8, max pool, dense 10 on 12x12", "fast"]
+    assert conv["learn"] < 60_000
+    assert exact["reference"] > exact["learn"] and conv["reference"] > conv["learn"]
 
 
 # ------------------------------------------------------------------------------------------------ in a fleet
@@ -531,13 +538,19 @@ def test_no_emulator_outlives_the_program_that_started_it(firmware: Callable[[st
 
 
 def test_an_unknown_board_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"no board named 'uno'.*mps2-an385, mps2-an386"):
+    with pytest.raises(UserError, match=r"no board named 'uno'.*microbit, mps2-an385, mps2-an386"):
         boards.load("uno")
 
 
 def test_a_board_without_firmware_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no firmware is built for board 'raspberry-pi-4'.*mps2-an386"):
         build.build("raspberry-pi-4", mlp(), samples(), FLEET, ID, tmp_path)
+    with pytest.raises(
+        UserError, match=r"no driver for that of board 'microbit'; boards with one: mps2-an385, mps2-an3"
+    ):
+        build.build("microbit", mlp(), samples(), FLEET, ID, tmp_path)
+    with pytest.raises(UserError, match=r"no emulator stands in for board 'raspberry-pi-4'"):
+        emulate.Emulator(boards.load("raspberry-pi-4"), tmp_path / "none.elf")
 
 
 def test_a_damaged_board_file_is_refused_with_the_entry(tmp_path: Path) -> None:
@@ -572,7 +585,7 @@ def test_a_program_larger_than_the_board_is_refused_by_how_much(tmp_path: Path) 
         build.build("mps2-an386", large, data, FLEET, ID, tmp_path)
     many = ClientData(np.zeros((70_000, 64), np.uint8), np.array([0, 35_000, 70_000], np.uint32), 1.0, 2)
     with pytest.raises(UserError, match=r" [\d,]+ bytes more flash than its 4,194,304"):
-        build.exactness(boards.load("mps2-an386"), mlp(), many, tmp_path / "x.elf", seed=1, steps=1, rate=0.1)
+        build.build("mps2-an386", mlp(), many, FLEET, ID, tmp_path)
 
 
 def test_samples_of_another_size_than_the_model_takes_are_refused(tmp_path: Path) -> None:
