@@ -64,8 +64,8 @@ _REASONS = {
     lib.MOTE_ERR_FORMAT: "this program does not fit the engine; build it anew with edge.program.build",
     lib.MOTE_ERR_CRC: "this program is damaged; transfer it again",
     lib.MOTE_ERR_ARENA: "the arena is too small for this program",
-    lib.MOTE_ERR_FROZEN: "this program was not planned for that: to train a layer of the mask, for momentum, for another "
-    "class, or to learn at all; build it anew with what is wanted",
+    lib.MOTE_ERR_FROZEN: "this program was not planned for that: to train a layer of the mask, for momentum, for "
+    "another class, or to learn at all; build it anew with what is wanted",
     lib.MOTE_ERR_TARGET: "the target is no class of this model, or has a number that is not finite; check the labels",
     lib.MOTE_ERR_DIVERGED: "the loss is not finite: training has diverged; lower the rate and set the parameters anew",
     lib.MOTE_ERR_UNSUPPORTED: "this build of the engine lacks an operator or a loss of the program; build it with them",
@@ -118,7 +118,8 @@ class MoteLearner:
 
     def _size_outputs(self) -> None:
         self._outputs: int = lib.mote_outputs(self._mote)
-        self._target: Vector = np.zeros(lib.mote_targets(self._mote), np.float32)
+        self._targets: int = lib.mote_targets(self._mote)
+        self._target: Vector = np.zeros(self._targets, np.float32)
         self._target_pointer = ffi.from_buffer("float[]", self._target)
 
     def _sample(self, x: ArrayLike) -> Any:
@@ -128,9 +129,12 @@ class MoteLearner:
         return ffi.from_buffer(array)
 
     def _set_target(self, y: ArrayLike) -> None:
+        if self._targets == 1 and isinstance(y, int | float | np.number):
+            self._target_pointer[0] = y  # the usual class index, without an array's cost
+            return
         target = np.asarray(y, np.float32)
-        if target.size != self._target.size:
-            raise LearnerError(f"the target has {target.size} numbers; this model takes {self._target.size}")
+        if target.size != self._targets:
+            raise LearnerError(f"the target has {target.size} numbers; this model takes {self._targets}")
         self._target[:] = target.ravel()
 
     def learn(self, x: ArrayLike, y: ArrayLike, rate: float) -> float:
@@ -215,8 +219,8 @@ def _input(x: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
     """x as the engine reads it. Raises LearnerError for other numbers than int8 where the model takes these."""
     if dtype == np.int8 and np.asarray(x).dtype != np.int8:
         raise LearnerError(
-            f"this model takes int8 and the sample is {np.asarray(x).dtype}; quantise it with the input's scale and zero "
-            "point first"
+            f"this model takes int8 and the sample is {np.asarray(x).dtype}; quantise it with the input's scale and "
+            "zero point first"
         )
     return np.ascontiguousarray(x, dtype)
 
@@ -238,15 +242,16 @@ def learn_many(
 
     xs: [learners, steps, ...features], of the models' input type; ys: [learners, steps], or [learners, steps, targets].
     threads: how many work on it, each on its share of the devices; as many as there are cores unless given.
-    Returns the losses before each step, [learners, steps]: the same numbers as one after the other. Raises LearnerError,
-    for the first device that failed; the others have learned.
+    Returns the losses before each step, [learners, steps]: the same numbers as one after the other. Raises
+    LearnerError, for the first device that failed; the others have learned.
     """
     if not learners:
         raise LearnerError("there is no learner; give at least one")
     first = learners[0]
     x, y = _input(xs, first._input_type), np.ascontiguousarray(ys, np.float32)
-    count, steps, targets = len(learners), x.shape[1] if x.ndim > 1 else 0, first._target.size
-    if any((l._inputs, l._input_type, l._target.size) != (first._inputs, first._input_type, targets) for l in learners):
+    count, steps, targets = len(learners), x.shape[1] if x.ndim > 1 else 0, first._targets
+    kinds = {(learner._inputs, learner._input_type, learner._targets) for learner in learners}
+    if len(kinds) > 1:
         raise LearnerError("the learners differ in their inputs or targets; call learn_many for each kind of them")
     if len(set(map(id, learners))) < count:
         raise LearnerError("a learner is in the list twice; each can only take one step at a time")
