@@ -138,42 +138,49 @@ static void nine_forward(nines_t at, float *y, const float *b, const float *w, u
     }
 }
 
-/* w += step * x, one filter of one window */
-static inline void nine_add(float *w, float step, const float *x, uint32_t row)
-{
-    __asm__ volatile("vldmia %[x], {s0-s2}\n\t"
-                     "add %[x], %[row]\n\t"
-                     "vldmia %[x], {s3-s5}\n\t"
-                     "add %[x], %[row]\n\t"
-                     "vldmia %[x], {s6-s8}\n\t"
-                     "vldmia %[w], {s9-s17}\n\t"
-                     "vmla.f32 s9, %[step], s0\n\t"
-                     "vmla.f32 s10, %[step], s1\n\t"
-                     "vmla.f32 s11, %[step], s2\n\t"
-                     "vmla.f32 s12, %[step], s3\n\t"
-                     "vmla.f32 s13, %[step], s4\n\t"
-                     "vmla.f32 s14, %[step], s5\n\t"
-                     "vmla.f32 s15, %[step], s6\n\t"
-                     "vmla.f32 s16, %[step], s7\n\t"
-                     "vmla.f32 s17, %[step], s8\n\t"
-                     "vstmia %[w], {s9-s17}"
-                     : [x] "+r"(x)
-                     : [w] "r"(w), [step] "t"(step), [row] "r"(row * sizeof *x)
-                     : "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "s12", "s13", "s14",
-                       "s15", "s16", "s17", "cc", "memory");
-}
-
-/* Every filter and bias learns from the windows. */
+/* Every filter and bias learns from the windows; most gradients are 0 behind max pooling. */
 static void nine_learn(nines_t at, float *w, float *b, float step, const float *d, uint32_t filters)
 {
+    float *bias = b, *filter = w;
     for (; at.count > 0; at.count--, at.x += at.step) {
-        for (uint32_t o = 0; o < filters; o++, d++) {
-            if (!mote_is_zero(d)) {
-                float change = step * *d;
-                b[o] += change;
-                nine_add(w + 9 * o, change, at.x, at.row);
-            }
-        }
+        const float *x = at.x;
+        uint32_t left = filters, bits;
+        b = bias;
+        w = filter;
+        __asm__ volatile("vldmia %[x], {s0-s2}\n\t"
+                         "add %[x], %[row]\n\t"
+                         "vldmia %[x], {s3-s5}\n\t"
+                         "add %[x], %[row]\n\t"
+                         "vldmia %[x], {s6-s8}\n"
+                         "1:\n\t"
+                         "ldr %[bits], [%[d]], #4\n\t"
+                         "vmov s18, %[bits]\n\t"
+                         "lsls %[bits], %[bits], #1\n\t"
+                         "beq 2f\n\t"
+                         "vldmia %[w], {s9-s17}\n\t"
+                         "vldr s19, [%[b]]\n\t"
+                         "vmul.f32 s18, %[step], s18\n\t"
+                         "vmla.f32 s9, s18, s0\n\t"
+                         "vmla.f32 s10, s18, s1\n\t"
+                         "vmla.f32 s11, s18, s2\n\t"
+                         "vmla.f32 s12, s18, s3\n\t"
+                         "vmla.f32 s13, s18, s4\n\t"
+                         "vmla.f32 s14, s18, s5\n\t"
+                         "vmla.f32 s15, s18, s6\n\t"
+                         "vmla.f32 s16, s18, s7\n\t"
+                         "vmla.f32 s17, s18, s8\n\t"
+                         "vadd.f32 s19, s19, s18\n\t"
+                         "vstmia %[w], {s9-s17}\n\t"
+                         "vstr s19, [%[b]]\n"
+                         "2:\n\t"
+                         "add %[w], #36\n\t"
+                         "add %[b], #4\n\t"
+                         "subs %[left], #1\n\t"
+                         "bne 1b"
+                         : [d] "+r"(d), [b] "+r"(b), [w] "+r"(w), [x] "+r"(x), [left] "+r"(left), [bits] "=&r"(bits)
+                         : [step] "t"(step), [row] "r"(at.row * sizeof *x)
+                         : "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "s12", "s13",
+                           "s14", "s15", "s16", "s17", "s18", "s19", "cc", "memory");
     }
 }
 

@@ -68,10 +68,14 @@ void mote_add_back(mote_t *m, const mote_op_t *op)
         const float *out = mote_read(m, op->out), *dy = mote_read(m, op->dout);                                        \
         float *dx = mote_din(m, op);                                                                                   \
         int adds = op->flags & MOTE_ADDS_DIN;                                                                          \
-        for (uint32_t n = dx == NULL ? 0 : mote_size(mote_tensor(m, op->out)); n > 0; n--, dx++) {                     \
+        uint32_t n = dx == NULL ? 0 : mote_size(mote_tensor(m, op->out));                                              \
+        for (; !adds && n > 0; n--) {                                                                                  \
             float y = *out++, d = *dy++;                                                                               \
-            float g = slope_of;                                                                                        \
-            *dx = adds ? *dx + g : g;                                                                                  \
+            *dx++ = slope_of;                                                                                          \
+        }                                                                                                              \
+        for (; n > 0; n--) {                                                                                           \
+            float y = *out++, d = *dy++;                                                                               \
+            *dx++ += slope_of;                                                                                         \
         }                                                                                                              \
     }
 

@@ -142,13 +142,68 @@ static void back_alone(const float *x, float *dx, const float *dy, uint32_t row,
 }
 
 /* The same of two by two. */
+#if MOTE_HAS_VLDM
+static void back_four(const float *x, float *dx, const float *dy, uint32_t row, uint32_t c)
+{
+    const float *x1 = x + c, *x2 = x + row, *x3 = x2 + c;
+    float *dx1 = dx + c, *dx2 = dx + row, *dx3 = dx2 + c, *best;
+    __asm__ volatile("1:\n\t"
+                     "vldmia %[dy]!, {s0}\n\t"
+                     "vmov %[best], s0\n\t"
+                     "lsls %[best], %[best], #1\n\t"
+                     "beq 2f\n\t"
+                     "vldmia %[x]!, {s1}\n\t"
+                     "vldmia %[x1]!, {s2}\n\t"
+                     "vldmia %[x2]!, {s3}\n\t"
+                     "vldmia %[x3]!, {s4}\n\t"
+                     "mov %[best], %[dx]\n\t"
+                     "vcmp.f32 s2, s1\n\t"
+                     "vmrs APSR_nzcv, fpscr\n\t"
+                     "itt gt\n\t"
+                     "movgt %[best], %[dx1]\n\t"
+                     "vmovgt.f32 s1, s2\n\t"
+                     "vcmp.f32 s3, s1\n\t"
+                     "vmrs APSR_nzcv, fpscr\n\t"
+                     "itt gt\n\t"
+                     "movgt %[best], %[dx2]\n\t"
+                     "vmovgt.f32 s1, s3\n\t"
+                     "vcmp.f32 s4, s1\n\t"
+                     "vmrs APSR_nzcv, fpscr\n\t"
+                     "it gt\n\t"
+                     "movgt %[best], %[dx3]\n\t"
+                     "vstmia %[dx]!, {%[zero]}\n\t"
+                     "vstmia %[dx1]!, {%[zero]}\n\t"
+                     "vstmia %[dx2]!, {%[zero]}\n\t"
+                     "vstmia %[dx3]!, {%[zero]}\n\t"
+                     "vstr s0, [%[best]]\n\t"
+                     "subs %[c], #1\n\t"
+                     "bne 1b\n\t"
+                     "b 3f\n"
+                     "2:\n\t" /* as it is behind a ReLU that is off */
+                     "adds %[x], #4\n\t"
+                     "adds %[x1], #4\n\t"
+                     "adds %[x2], #4\n\t"
+                     "adds %[x3], #4\n\t"
+                     "vstmia %[dx]!, {s0}\n\t"
+                     "vstmia %[dx1]!, {%[zero]}\n\t"
+                     "vstmia %[dx2]!, {%[zero]}\n\t"
+                     "vstmia %[dx3]!, {%[zero]}\n\t"
+                     "subs %[c], #1\n\t"
+                     "bne 1b\n"
+                     "3:"
+                     : [x] "+r"(x), [x1] "+r"(x1), [x2] "+r"(x2), [x3] "+r"(x3), [dx] "+r"(dx), [dx1] "+r"(dx1),
+                       [dx2] "+r"(dx2), [dx3] "+r"(dx3), [dy] "+r"(dy), [c] "+r"(c), [best] "=&r"(best)
+                     : [zero] "t"(0.0f)
+                     : "s0", "s1", "s2", "s3", "s4", "cc", "memory");
+}
+#else
 static void back_four(const float *x, float *dx, const float *dy, uint32_t row, uint32_t c)
 {
     const float *below = x + row;
     float *dx_below = dx + row;
     for (const float *end = dy + c; dy < end; x++, below++, dx++, dx_below++) {
         float d = *dy++, *best = dx;
-        if (d != 0.0f) { /* as it is behind a ReLU that is off */
+        if (d != 0.0f) {
             float most = x[0];
             if (x[c] > most) {
                 most = x[c];
@@ -166,6 +221,7 @@ static void back_four(const float *x, float *dx, const float *dy, uint32_t row, 
         *best = d;
     }
 }
+#endif
 
 /* Clears what lies right of and below the last window. */
 static void clear_rest(const mote_op_t *op, const mote_tensor_t *in, const mote_tensor_t *out, float *dx)
