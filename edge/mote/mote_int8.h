@@ -83,4 +83,27 @@ void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, mote_range_t ra
 void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, mote_range_t range, const mote_requant_t *requant,
                               const int8_t *weights, uint32_t row, uint32_t first, uint32_t count);
 
+/* Where a target has better instructions than C can name (mote_int8_dsp.c and its like), these compute a convolution's
+ * output pixels from the first on, all channels, and tell how many; and all of a depthwise one, telling whether. */
+#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FEATURE_SIMD32) && defined(__OPTIMIZE__) && !defined(__clang__) &&     \
+    !defined(__ARM_FEATURE_MVE)
+#define MOTE_INT8_DSP
+#endif
+#ifdef MOTE_INT8_DSP
+uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants);
+int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants);
+#else
+static inline uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op,
+                                             const mote_int8_constants_t *constants)
+{
+    (void)m, (void)op, (void)constants;
+    return 0;
+}
+static inline int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
+{
+    (void)m, (void)op, (void)constants;
+    return 0;
+}
+#endif
+
 #endif

@@ -1,7 +1,7 @@
 /* int8 fully connected layer. */
 #include "mote_kernel_list.h"
 
-#include "mote_int8.h"
+#include "mote_int8_dots.h"
 
 int mote_int8_constants_fit(const mote_t *m, const mote_op_t *op, uint64_t weights)
 {
@@ -33,12 +33,16 @@ void mote_int8_dense_part(const mote_t *m, const mote_op_t *op, mote_range_t ran
     const mote_tensor_t *out = mote_tensor(m, op->out);
     const int8_t *x = mote_read(m, op->in);
     int8_t *y = (int8_t *)mote_write(m, op->out) + first;
-    uint32_t n = mote_size(mote_tensor(m, op->in));
-    for (uint32_t o = 0; o < count; o++, weights += n) {
-        int32_t acc = requant[o].bias;
-        for (uint32_t i = 0; i < n; i++) {
-            acc = mote_wrapped_sum(acc, weights[i] * x[i]);
+    uint32_t n = mote_size(mote_tensor(m, op->in)), o = 0;
+    for (; o + 4 <= count; o += 4, weights += 4 * n) {
+        int32_t acc[4] = {requant[o].bias, requant[o + 1].bias, requant[o + 2].bias, requant[o + 3].bias};
+        mote_dots(acc, weights, n, x, n);
+        for (uint32_t f = 0; f < 4; f++) {
+            y[o + f] = mote_requantised(acc[f], &requant[o + f], out->zero_point, range);
         }
+    }
+    for (; o < count; o++, weights += n) {
+        int32_t acc = mote_dot(requant[o].bias, weights, x, n);
         y[o] = mote_requantised(acc, &requant[o], out->zero_point, range);
     }
 }
