@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from edge.errors import UserError
 from edge.graph import LOSSES, Loss
-from edge.program import AvgPool2D, Conv2D, Dense, Flatten, Layer, MaxPool2D, Program, ReLU, Tanh, build
+from edge.plan import Takes, takes
+from edge.program import AvgPool2D, Conv2D, Dense, Flatten, Layer, MaxPool2D, Program, ReLU, Tanh, assemble, build
 
 CROSS_ENTROPY, MSE = LOSSES[:2]
 
@@ -134,6 +135,54 @@ def compile_model(
     trainable = network.trainable if train_from is None else network.suffix(train_from)
     weights = weights_from_keras(model)
     return network.program(trainable, network.frozen(trainable, weights) if architecture_only else weights)
+
+
+def compile_tflite(
+    model: Path,
+    *,
+    train_from: str | None = None,
+    classes: int | None = None,
+    max_classes: int | None = None,
+    loss: str | None = None,
+    momentum: bool = False,
+) -> Program:
+    """A .tflite file (float32 or int8) as a program for the engine.
+
+    train_from: the layer from which on it becomes float32 and trains, over what comes before, frozen; None: it only
+    runs. classes, max_classes, loss, momentum: as in `transfer.train_from`.
+    Raises CompileError, or ProgramError if it is too large for the engine.
+    """
+    from firmware_tools import tflite_reader, transfer
+
+    graph = tflite_reader.read(model)
+    if train_from is None:
+        if classes is not None or max_classes is not None or momentum or loss is not None:
+            raise CompileError(
+                "classes, a loss and momentum are for a model that trains; name a layer with --train-from"
+            )
+        return assemble(graph)
+    chosen = next((known for known in LOSSES if known == loss), None)
+    if loss is not None and chosen is None:
+        raise CompileError(f"unknown loss '{loss}'; supported: {', '.join(LOSSES)}")
+    return assemble(
+        transfer.train_from(graph, train_from, classes=classes, max_classes=max_classes, loss=chosen, momentum=momentum)
+    )
+
+
+def plan_tflite(model: Path) -> dict[str, Takes]:
+    """Exact RAM of a .tflite file: to run it, and to train it, or its biases alone, from each of its layers on. The
+    keys are "run only", "train from 'LAYER'" and "biases from 'LAYER'"."""
+    from firmware_tools import tflite_reader, transfer
+
+    graph = tflite_reader.read(model)
+    rows = {"run only": takes(graph)}
+    for layer in dict.fromkeys(op.name for op in graph.ops if op.weights is not None):
+        for what, bias_only in (("train", False), ("biases", True)):
+            try:
+                rows[f"{what} from '{layer}'"] = takes(transfer.train_from(graph, layer, bias_only=bias_only))
+            except UserError:  # an operation behind it that no gradient passes
+                continue
+    return rows
 
 
 def plan(network: Network) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from ontology.describe import ModelDescription
 
 app = typer.Typer(
-    help="Compile, plan, describe and export Keras 3 models (.keras). Compiling .tflite files is not there yet.",
+    help="Compile, plan, describe and export Keras 3 models (.keras) and .tflite files.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A Keras 3 model, saved with model.save().")]
+AnyModel = Annotated[Path, typer.Argument(metavar="MODEL", help="A Keras 3 model (.keras) or a .tflite file.")]
 Out = Annotated[Path, typer.Option(help="The file to write.")]
 TrainFrom = Annotated[
     str | None,
@@ -47,7 +49,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command("compile")
 def compile_(
-    model: Model,
+    model: AnyModel,
     out: Out = Path("model.mote"),
     train_from: TrainFrom = None,
     loss: Loss = None,
@@ -58,14 +60,37 @@ def compile_(
             help="Leave out the initial weights of the layers that train: a fleet sends them in every round.",
         ),
     ] = False,
+    classes: Annotated[
+        int | None, typer.Option(min=1, help="A new last layer with so many classes (.tflite).", show_default=False)
+    ] = None,
+    max_classes: Annotated[
+        int | None, typer.Option(min=1, help="Room for so many, to be taken into use one by one.", show_default=False)
+    ] = None,
+    momentum: Annotated[bool, typer.Option("--momentum", help="Keep room for the optimiser's (.tflite).")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a Keras model to a program for the engine.
+    """Compile a Keras model or a .tflite file to a program for the engine.
 
-    Example: tinyfleet model compile model.keras --out model.mote --train-from head
+    \b
+    Examples:
+      tinyfleet model compile model.keras --out model.mote --train-from head
+      tinyfleet model compile kws.tflite --train-from dense --classes 4 --max-classes 8
     """
     with _quiet():
-        program = compiler.compile_model(model, train_from=train_from, loss=loss, architecture_only=architecture_only)
+        if model.suffix == ".tflite":
+            if architecture_only:
+                raise UserError("--architecture-only is for .keras files; a head cut from a .tflite file begins at 0")
+            program = compiler.compile_tflite(
+                model, train_from=train_from, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
+            )
+        elif classes is not None or max_classes is not None or momentum:
+            raise UserError(
+                "--classes, --max-classes and --momentum are for .tflite files; build it into the Keras model"
+            )
+        else:
+            program = compiler.compile_model(
+                model, train_from=train_from, loss=loss, architecture_only=architecture_only
+            )
     _write(out, program.data)
     facts: dict[str, Any] = {
         "file": str(out),
@@ -85,11 +110,26 @@ def compile_(
 
 
 @app.command("plan")
-def plan(model: Model, loss: Loss = None, as_json: AsJson = False) -> None:
-    """Print what a Keras model takes: to run, and to train from each of its layers to the end.
+def plan(
+    model: AnyModel,
+    loss: Loss = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="RAM, as 256KB: choose what to train in it (.tflite).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a model takes: to run, and to train from each of its layers to the end.
 
-    Example: tinyfleet model plan model.keras
+    \b
+    Examples:
+      tinyfleet model plan model.keras
+      tinyfleet model plan kws.tflite --budget 128KB
     """
+    if model.suffix == ".tflite":
+        _plan_tflite(model, None if budget is None else _bytes(budget), as_json)
+        return
+    if budget is not None:
+        raise UserError("--budget is for .tflite files; the table of a .keras file says what fits")
     network = compiler.read_network(model, loss)
     takes = compiler.plan(network)
     if as_json:
@@ -103,6 +143,38 @@ def plan(model: Model, loss: Loss = None, as_json: AsJson = False) -> None:
     for name, memory in rows.items():
         table.add_row(name, *(f"{number:,}" for number in astuple(memory)))
     Console().print(table)
+
+
+def _bytes(size: str) -> int:
+    """Bytes of a size such as 256KB; a KB is 1024 bytes, as in data sheets."""
+    found = re.fullmatch(r"(\d+) *(B|KB|KiB|MB|MiB)?", size.strip(), re.IGNORECASE)
+    if found is None:
+        raise UserError(f"'{size}' is no size; give one as 65536, 64KB or 1MB")
+    power = "BKM".index((found[2] or "B")[0].upper())
+    return int(found[1]) * int(1024**power)
+
+
+def _plan_tflite(model: Path, budget: int | None, as_json: bool) -> None:
+    rows = compiler.plan_tflite(model)
+    fitting = {name: row for name, row in rows.items() if budget is not None and row.arena <= budget}
+    chosen = max(fitting, key=lambda name: rows[name].params, default=None)
+    if budget is not None and chosen is None:
+        raise UserError(f"{model.name} takes {rows['run only'].arena:,} bytes only to run; {budget:,} are too few")
+    if as_json:
+        found = {name: asdict(row) | {"arena": row.arena, "chosen": name == chosen} for name, row in rows.items()}
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(title=f"{model.name}: RAM in bytes, exact")
+    table.add_column("")
+    for column in ("what\ntrains", "values and\ngradients", "arena", "least\npossible"):
+        table.add_column(column, justify="right")
+    for name, row in rows.items():
+        least = row.arena - row.activations + row.lower_bound
+        style = "bold" if name == chosen else None
+        table.add_row(name, *(f"{n:,}" for n in (row.params, row.activations, row.arena, least)), style=style)
+    Console().print(table)
+    if chosen is not None:
+        print(f"In {budget:,} bytes fits most: {chosen}")
 
 
 @app.command("export")

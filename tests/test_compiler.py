@@ -367,3 +367,23 @@ def test_a_plan_needs_neither_keras_nor_tensorflow(tmp_path):
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code, path], cwd=root, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["train_from"]["hidden"]["parameters"] == 2410
+
+
+def test_a_tflite_file_is_planned_and_cut_from_the_command_line(tmp_path):
+    """What the plan says of a cut is what the compiled program takes; a budget chooses the most that fits."""
+    folder = os.environ.get("TINYFLEET_DATA")
+    if not folder or not (Path(folder) / "tflite").is_dir():
+        pytest.skip("TINYFLEET_DATA has no folder tflite")
+    model = Path(folder) / "tflite" / "mlperf_tiny__kws_ref_model.tflite"
+
+    def say(*words):
+        command = [sys.executable, "-m", "tinyfleet", "model", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    plan = json.loads(say("plan", model, "--budget", "64KB", "--json").stdout)
+    assert [name for name, row in plan.items() if row["chosen"]] == ["train from 'dense'"]
+    assert plan["biases from 'conv2d_4'"]["arena"] < 65536 < plan["train from 'conv2d_4'"]["arena"]
+    done = say("compile", model, "--train-from", "dense", "--classes", 12, "--out", tmp_path / "a.mote", "--json")
+    assert json.loads(done.stdout)["ram_bytes"] == plan["train from 'dense'"]["arena"]
+    assert "too few" in say("plan", model, "--budget", "1KB").stderr
+    assert "no layer is named 'nope'" in say("compile", model, "--train-from", "nope").stderr
