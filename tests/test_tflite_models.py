@@ -72,16 +72,23 @@ INT8_TOO = {Kind.PLACE, Kind.SLICE, Kind.QUANTIZE, Kind.DEQUANTIZE}
 # LiteRT 2 rounds what a fully connected layer gives once where TFLite rounds twice: other bytes now and then.
 needs_tflite = pytest.mark.skipif(not find_spec("tflite_runtime"), reason="tflite-runtime is not installed")
 
-# A file may abort the interpreter, so it runs in a process of its own: python -c TFLITE MODEL INPUTS OUTPUTS
+# A file may abort the interpreter, so it runs in a process of its own: python -c TFLITE MODEL INPUTS OUTPUTS TENSOR
 TFLITE = """
 import sys
 import numpy as np
 from tflite_runtime.interpreter import Interpreter, OpResolverType
-model, inputs, outputs = sys.argv[1:]
-reference = OpResolverType.BUILTIN_REF
-interpreter = Interpreter(model_path=model, experimental_op_resolver_type=reference, num_threads=1)
+model, inputs, outputs, tensor = sys.argv[1:]
+interpreter = Interpreter(
+    model_path=model,
+    experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+    experimental_preserve_all_tensors=tensor != "",
+    num_threads=1,
+)
 interpreter.allocate_tensors()
 (x,), (y,) = interpreter.get_input_details(), interpreter.get_output_details()
+for detail in interpreter.get_tensor_details():
+    if tensor and detail["name"] == tensor:
+        y = detail
 found = []
 for sample in np.load(inputs):
     interpreter.set_tensor(x["index"], sample.reshape(x["shape"]))
@@ -145,11 +152,12 @@ def inputs(graph: Graph, count: int) -> Array:
     return random.normal(size=(count, x.size)).astype(np.float32)
 
 
-def in_tflite(model: Path, samples: Array, folder: Path) -> Array | int:
-    """What TFLite's reference kernels give, or the status that their process ended with."""
+def in_tflite(model: Path, samples: Array, folder: Path, tensor: str = "") -> Array | int:
+    """What TFLite's reference kernels give, or the status that their process ended with. tensor: another than the
+    output."""
     x, y = folder / f"{model.stem}_x.npy", folder / f"{model.stem}_y.npy"
     np.save(x, samples)
-    status = subprocess.run([sys.executable, "-c", TFLITE, model, x, y], capture_output=True).returncode
+    status = subprocess.run([sys.executable, "-c", TFLITE, model, x, y, tensor], capture_output=True).returncode
     return np.load(y) if status == 0 else status
 
 
