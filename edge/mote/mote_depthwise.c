@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "mote_kernel_list.h"
+#include "mote_vector.h"
 #include "mote_window.h"
 
 static uint32_t weights(const mote_t *m, const mote_op_t *op)
@@ -19,13 +20,95 @@ int mote_depthwise_check(const mote_t *m, const mote_op_t *op)
            mote_weights_fit(m, op, (uint64_t)op->kernel_h * op->kernel_w * out_c, out_c, 0);
 }
 
+#define S0_TO_S23                                                                                                      \
+    "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "s12", "s13", "s14", "s15", "s16",       \
+        "s17", "s18", "s19", "s20", "s21", "s22", "s23"
+
+/* y += a * x, element by element */
+static void add_products(float *y, const float *a, const float *x, uint32_t n)
+{
+#if MOTE_HAS_VLDM
+    if (n >= 8) {
+        uint32_t eights = n >> 3;
+        __asm__ volatile("1:\n\t"
+                         "vldmia %[a]!, {s0-s7}\n\t"
+                         "vldmia %[x]!, {s8-s15}\n\t"
+                         "vldmia %[y], {s16-s23}\n\t"
+                         "subs %[eights], #1\n\t"
+                         "vmla.f32 s16, s0, s8\n\t"
+                         "vmla.f32 s17, s1, s9\n\t"
+                         "vmla.f32 s18, s2, s10\n\t"
+                         "vmla.f32 s19, s3, s11\n\t"
+                         "vmla.f32 s20, s4, s12\n\t"
+                         "vmla.f32 s21, s5, s13\n\t"
+                         "vmla.f32 s22, s6, s14\n\t"
+                         "vmla.f32 s23, s7, s15\n\t"
+                         "vstmia %[y]!, {s16-s23}\n\t"
+                         "bne 1b"
+                         : [y] "+r"(y), [a] "+r"(a), [x] "+r"(x), [eights] "+r"(eights)
+                         :
+                         : S0_TO_S23, "cc", "memory");
+        n &= 7;
+    }
+#elif MOTE_HAS_LANES
+    for (; n >= 4; n -= 4, y += 4, a += 4, x += 4) {
+        mote_store_lanes(y, mote_load_lanes(y) + mote_load_lanes(a) * mote_load_lanes(x));
+    }
+#endif
+    for (; n > 0; n--) {
+        *y++ += *a++ * *x++;
+    }
+}
+
+/* w += (step * d) * x, element by element */
+static void add_scaled_products(float *w, float step, const float *d, const float *x, uint32_t n)
+{
+#if MOTE_HAS_VLDM
+    if (n >= 8) {
+        uint32_t eights = n >> 3;
+        __asm__ volatile("1:\n\t"
+                         "vldmia %[d]!, {s0-s7}\n\t"
+                         "vldmia %[x]!, {s8-s15}\n\t"
+                         "vldmia %[w], {s16-s23}\n\t"
+                         "subs %[eights], #1\n\t"
+                         "vmul.f32 s0, %[step], s0\n\t"
+                         "vmul.f32 s1, %[step], s1\n\t"
+                         "vmul.f32 s2, %[step], s2\n\t"
+                         "vmul.f32 s3, %[step], s3\n\t"
+                         "vmul.f32 s4, %[step], s4\n\t"
+                         "vmul.f32 s5, %[step], s5\n\t"
+                         "vmul.f32 s6, %[step], s6\n\t"
+                         "vmul.f32 s7, %[step], s7\n\t"
+                         "vmla.f32 s16, s0, s8\n\t"
+                         "vmla.f32 s17, s1, s9\n\t"
+                         "vmla.f32 s18, s2, s10\n\t"
+                         "vmla.f32 s19, s3, s11\n\t"
+                         "vmla.f32 s20, s4, s12\n\t"
+                         "vmla.f32 s21, s5, s13\n\t"
+                         "vmla.f32 s22, s6, s14\n\t"
+                         "vmla.f32 s23, s7, s15\n\t"
+                         "vstmia %[w]!, {s16-s23}\n\t"
+                         "bne 1b"
+                         : [w] "+r"(w), [d] "+r"(d), [x] "+r"(x), [eights] "+r"(eights)
+                         : [step] "t"(step)
+                         : S0_TO_S23, "cc", "memory");
+        n &= 7;
+    }
+#elif MOTE_HAS_LANES
+    for (; n >= 4; n -= 4, w += 4, d += 4, x += 4) {
+        mote_store_lanes(w, mote_load_lanes(w) + step * mote_load_lanes(d) * mote_load_lanes(x));
+    }
+#endif
+    for (; n > 0; n--) {
+        *w++ += step * *d++ * *x++;
+    }
+}
+
 /* y[o] += w[o] * x[o / multiplier] */
 static void add_tap(float *y, const float *w, const float *x, uint32_t n, uint32_t multiplier)
 {
     if (multiplier == 1) {
-        for (; n > 0; n--) {
-            *y++ += *w++ * *x++;
-        }
+        add_products(y, w, x, n);
         return;
     }
     for (; n > 0; n--, x++) {
@@ -61,6 +144,10 @@ void mote_depthwise(const mote_t *m, const mote_op_t *op)
 /* x[o / multiplier] += w[o] * d[o] */
 static void back_tap(float *x, const float *w, const float *d, uint32_t n, uint32_t multiplier)
 {
+    if (multiplier == 1) {
+        add_products(x, w, d, n);
+        return;
+    }
     for (; n > 0; n--, x++) {
         for (uint32_t q = 0; q < multiplier; q++) {
             *x += *w++ * *d++;
@@ -71,6 +158,10 @@ static void back_tap(float *x, const float *w, const float *d, uint32_t n, uint3
 /* w[o] += step * d[o] * x[o / multiplier] */
 static void learn_tap(float *w, float step, const float *d, const float *x, uint32_t n, uint32_t multiplier)
 {
+    if (multiplier == 1) {
+        add_scaled_products(w, step, d, x, n);
+        return;
+    }
     for (; n > 0; n--, x++) {
         for (uint32_t q = 0; q < multiplier; q++) {
             *w++ += step * *d++ * *x;
@@ -109,10 +200,8 @@ void mote_depthwise_back(mote_t *m, const mote_op_t *op)
             }
         }
     }
-    for (const float *d = dy; p.db != NULL && places > 0; places--) {
-        for (uint32_t o = 0; o < out->c; o++) {
-            p.db[o] += m->step * *d++;
-        }
+    for (const float *d = dy; p.db != NULL && places > 0; places--, d += out->c) {
+        mote_add_scaled(p.db, m->step, d, out->c);
     }
 }
 
