@@ -4,6 +4,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,24 @@ def run(command: Sequence[str | Path]) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def compiled(cc: str, flags: Sequence[str], folder: Path) -> list[Path]:
+    """The engine's objects, in a folder of their own; two compilers at a time."""
+    folder.mkdir()
+    objects = [folder / f"{source.stem}.o" for source in ENGINE]
+    with ThreadPoolExecutor(2) as pool:
+        commands = ([cc, *flags, "-c", source, "-o", out] for source, out in zip(ENGINE, objects, strict=True))
+        list(pool.map(run, commands))
+    return objects
+
+
+def linked(cc: str, flags: Sequence[str], main: str, folder: Path) -> Path:
+    """The program of tests/c/{main} with the engine."""
+    objects = compiled(cc, flags, folder)
+    out = folder / "program"
+    run([cc, *flags, f"-I{MOTE}", ROOT / "tests" / "c" / main, *objects, "-lm", "-o", out])
+    return out
 
 
 def corpus(path: Path, programs: Sequence[bytes]) -> Path:
@@ -99,8 +118,8 @@ def test_sanitizers_find_nothing_in_good_and_hostile_programs(
 ) -> None:
     cc = compiler(*sanitizing)
     flags = ["-std=c99", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    run([cc, *flags, f"-I{MOTE}", ROOT / "tests/c/programs.c", *ENGINE, "-o", tmp_path / "programs"])
-    lines = run([tmp_path / "programs", corpus(tmp_path / "corpus", good + bad), "5"]).splitlines()
+    program = linked(cc, flags, "programs.c", tmp_path / "build")
+    lines = run([program, corpus(tmp_path / "corpus", good + bad), "5"]).splitlines()
     assert len(lines) == len(good) + len(bad)
     assert all(line.startswith("0 ") for line in lines[: len(good)])
     assert len(bad) > 5000 and sum(line.startswith("-") for line in lines[len(good) :]) > len(bad) / 2
@@ -114,26 +133,15 @@ def test_every_compiler_and_level_gives_the_same_bits(good: list[bytes], tmp_pat
             if cc is None:
                 continue
             flags = ["-std=c99", level, "-ffp-contract=off", *(["-march=native"] if level == "-O3" else [])]
-            run([cc, *flags, f"-I{MOTE}", ROOT / "tests/c/programs.c", *ENGINE, "-o", tmp_path / "programs"])
-            outputs[f"{cc} {level}"] = run([tmp_path / "programs", path, "20"])
+            program = linked(cc, flags, "programs.c", tmp_path / f"{Path(cc).stem}{level}")
+            outputs[f"{cc} {level}"] = run([program, path, "20"])
     assert len(set(outputs.values())) == 1, outputs.keys()
     assert len(set(next(iter(outputs.values())).splitlines())) > 50
 
 
 def test_exponential_logarithm_tanh_and_root_are_right_to_the_last_bits(tmp_path: Path) -> None:
-    run(
-        [
-            compiler("gcc", *CLANG),
-            *FLAGS,
-            f"-I{MOTE}",
-            ROOT / "tests/c/accuracy.c",
-            *ENGINE,
-            "-lm",
-            "-o",
-            tmp_path / "a",
-        ]
-    )
-    found = dict(line.split() for line in run([tmp_path / "a"]).splitlines())
+    program = linked(compiler("gcc", *CLANG), FLAGS, "accuracy.c", tmp_path / "build")
+    found = dict(line.split() for line in run([program]).splitlines())
     assert found.pop("edges") == "right"
     assert all(float(error) < 1.4e-7 for error in found.values()), found
 
@@ -147,10 +155,9 @@ def test_the_engine_is_clean_and_needs_nothing_but_memory_functions(
     names: tuple[str, ...], flags: list[str], tmp_path: Path
 ) -> None:
     cc = compiler(*names)
-    for source in ENGINE:
-        run([cc, *FLAGS, *STRICT, *flags, "-c", source, "-o", tmp_path / f"{source.stem}.o"])
+    objects = compiled(cc, [*FLAGS, *STRICT, *flags], tmp_path / "build")
     nm = cc.removesuffix("gcc") + "nm" if "arm" in names[0] else compiler("nm", "llvm-nm-14")
-    listing = [line.split() for line in run([nm, *tmp_path.glob("*.o")]).splitlines() if line.strip()]
+    listing = [line.split() for line in run([nm, *objects]).splitlines() if line.strip()]
     defined = {words[-1] for words in listing if len(words) == 3 and words[1] in "TDBR"}
     wanted = {words[-1] for words in listing if len(words) == 2 and words[0] == "U"}
     assert all(name.startswith("mote_") for name in defined), defined
