@@ -26,7 +26,7 @@ from edge.learner import MoteLearner
 from edge.plan import INT8_WEIGHTED, takes, with_training
 from edge.program import assemble
 from firmware_tools.keras_reader import read as read_keras
-from firmware_tools.quantized_training import Selection, Update, choose, everything_from, train_int8
+from firmware_tools.quantized_training import Selection, Update, choose, everything_from, measure, train_int8
 from firmware_tools.tflite_reader import read as read_tflite
 
 ROUNDS = 3
@@ -74,8 +74,11 @@ def main() -> None:
     biases: Selection = {name: Update("bias", update.channels) for name, update in all_of_it.items()}
     parts = {"int8, all": all_of_it, "int8, biases": biases, "int8, head": everything_from(graph, names[-1])}
     needs = takes(whole).arena
+    measured = measure(graph, q[:100], y[:100])
     for fraction in (0.4, 0.6, 0.8):
-        parts[f"int8, chosen for {fraction * needs:,.0f} B"] = choose(graph, int(fraction * needs))
+        budget = int(fraction * needs)
+        parts[f"int8, chosen for {budget:,} B by rule"] = choose(graph, budget)
+        parts[f"int8, chosen for {budget:,} B by 100 samples"] = choose(graph, budget, measured)
 
     print(f"{'':<42}{'RAM':>10}{'accuracy':>9}   best rate")
     as_float = read_keras(model)

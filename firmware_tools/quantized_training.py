@@ -18,17 +18,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from edge.graph import Graph, Kind, Loss, Op, Tensor
+from edge.learner import MoteLearner
 from edge.plan import INT8_WEIGHTED, TRAINED_INT8, aligned, root, takes, weight_counts
-from edge.program import MAX_LAYERS
+from edge.program import MAX_LAYERS, assemble
 from edge.quantized import logistic_table
 from firmware_tools.reading import CompileError, compact
+from firmware_tools.transfer import train_from
 
 #: How much of a layer's output channels the choice considers.
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
+_HEAD_RATE = 0.01  # of a new head, as the others' gradients are about to be measured
 _TRAINED = dict(zip(INT8_WEIGHTED, TRAINED_INT8, strict=True))
 _POOLS = (Kind.INT8_AVGPOOL, Kind.INT8_MAXPOOL, Kind.INT8_MEAN)
 _OPAQUE = (Kind.SLICE, Kind.QUANTIZE, Kind.INT8_MUL, Kind.INT8_SOFTMAX, Kind.INT8_TABLE)
@@ -197,7 +200,7 @@ def choose(
 ) -> Selection:
     """What to train of an int8 model in an arena of at most budget_bytes; classes and loss as in `train_int8`.
 
-    importance: of layers, by name; default: `assume`, a rule after Lin et al.'s findings.
+    importance: of layers, by name: `measure` finds it out with samples; default: `assume`, a rule.
 
     The arena of a choice is the planner's, to the byte. Searched are, for every lowest layer that learns, the biases of
     all layers from it on, then more and more channels of weights, the most worth for its bytes first, with several
@@ -245,6 +248,50 @@ def assume(graph: Graph) -> dict[str, Importance]:
 
 #: For the layers that train, from the lowest on: of how many channels the weights do, too; 0: the biases alone.
 _Levels = tuple[int, ...]
+
+
+def measure(
+    graph: Graph,
+    samples: Iterable[ArrayLike],
+    targets: Iterable[ArrayLike],
+    *,
+    classes: int | None = None,
+    loss: Loss = "softmax_cross_entropy",
+) -> dict[str, Importance]:
+    """What layers are worth on samples of what is to be learned: the sum of the squared gradients of each channel, in
+    the dequantised model. To first order that is what a small step on these parameters takes off the loss.
+
+    Some 100 samples do. A new head learns alone first, for as long as its weights are 0 no gradient gets below it.
+    Raises CompileError if a layer has no float32 form.
+    """
+    layers = _reachable(_with_loss(graph, classes, loss))
+    in_float = train_from(graph, layers[0].name, classes=classes, loss=loss, float_input=False)
+    learner = MoteLearner(assemble(in_float))
+    pairs = list(zip(samples, targets, strict=True))
+    if classes is not None:
+        everything = learner.mask
+        learner.mask = 1 << everything.bit_length() - 1
+        for x, y in pairs:
+            learner.learn(x, y, _HEAD_RATE)
+        learner.mask = everything
+    start = learner.parameters
+    total = np.zeros(start.size)
+    for x, y in pairs:
+        learner.set_parameters(start)
+        learner.learn(x, y, 1.0)
+        total += (start - learner.parameters).astype(np.float64) ** 2
+    found, at = {}, 0
+    for op in in_float.ops:
+        if op.trains == "nothing":
+            continue
+        assert op.weights is not None and op.bias is not None
+        squares = total[at : at + op.weights.size].reshape(op.weights.shape)
+        at += op.weights.size
+        channels = len(op.bias)
+        others = (0, 1) if op.kind == Kind.DEPTHWISE else tuple(range(1, squares.ndim))
+        found[op.name] = Importance(total[at : at + channels], squares.sum(others))
+        at += channels
+    return found
 
 
 class _Search:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def int8_tflite(model: Any, x: Images) -> bytes:
     converter.representative_dataset = lambda: ([sample[None]] for sample in x[:200])
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.inference_input_type = converter.inference_output_type = tf.int8
-    with contextlib.redirect_stdout(None):  # it tells where it saved what
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells where it saved what
         return bytes(converter.convert())
 
 

@@ -20,7 +20,7 @@ from edge.plan import INT8_WEIGHTED, TRAINED_INT8, takes
 from edge.program import ProgramError, assemble
 from edge.quantized import logistic_table
 from firmware_tools.keras_reader import read as read_keras
-from firmware_tools.quantized_training import Importance, Update, assume, choose, everything_from, train_int8
+from firmware_tools.quantized_training import Importance, Update, assume, choose, everything_from, measure, train_int8
 from firmware_tools.reading import CompileError
 from firmware_tools.tflite_reader import read as read_tflite
 
@@ -258,19 +258,20 @@ def programs(count: int) -> list[bytes]:
 
 def test_compilers_agree_and_sanitizers_find_nothing_in_good_and_hostile_programs(tmp_path):
     good = programs(24)
-    bad = list(spoilt(good[1]))[::10]
-    exact, sanitized = ["-ffp-contract=off"], ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    builds = [(("gcc",), ["-O0", *exact]), (CLANG, ["-O3", "-march=native", *exact])]
+    bad = list(spoilt(good[1]))[::20]
     outputs = []
-    for cc, flags in [*builds, (CLANG, [*sanitized, *exact])]:
-        command = [compiler(*cc), "-std=c99", *flags, f"-I{MOTE}", ROOT / "tests/c/programs.c", *ENGINE]
-        run([*command, "-o", tmp_path / "programs"])
-        file = corpus(tmp_path / "corpus", good if flags[0] != "-g" else good + bad)
-        outputs.append(run([tmp_path / "programs", file, "10"]).splitlines())
-    assert outputs[0] == outputs[1] == outputs[2][: len(good)]
+    for cc, flags in (
+        (("gcc",), ["-O3", "-march=native"]),
+        (CLANG, ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
+    ):
+        command = [compiler(*cc), "-std=c99", "-ffp-contract=off", *flags, f"-I{MOTE}", ROOT / "tests/c/programs.c"]
+        run([*command, *ENGINE, "-o", tmp_path / "programs"])
+        file = corpus(tmp_path / "corpus", good + bad if outputs else good)
+        outputs.append(run([tmp_path / "programs", file, "5"]).splitlines())
+    assert outputs[0] == outputs[1][: len(good)]
     assert len(set(outputs[0])) == len(good) and all(line.startswith("0 ") for line in outputs[0])
-    assert len(outputs[2]) == len(good) + len(bad)
-    assert sum(line.startswith("-") for line in outputs[2]) > len(bad) / 3
+    assert len(outputs[1]) == len(good) + len(bad)
+    assert sum(line.startswith("-") for line in outputs[1]) > len(bad) / 3
 
 
 def test_a_hostile_program_is_refused():
@@ -442,3 +443,24 @@ def test_without_scaling_the_rates_of_float32_move_nothing(classifier):
     before = right(Reference(whole))
     assert abs(learned(scaled=False) - before) < 0.05
     assert learned(scaled=True) > before + 0.3
+
+
+def test_measured_importance_is_the_squared_gradients(classifier):
+    _, graph, _, (q, _), (y, _) = classifier
+    reference = Reference(train_int8(graph, graph.ops[0].name))
+    squares: dict[str, list[np.ndarray]] = {}
+    for i in range(60):
+        reference.gradient(q[i], int(y[i]))
+        for name, parts in reference.found.items():
+            so_far = squares.setdefault(name, [np.zeros(part.shape) for part in parts])
+            for total, part in zip(so_far, parts, strict=True):
+                total += part**2
+    found = measure(graph, q[:60], y[:60])
+    assert found.keys() == squares.keys()
+    for name, importance in found.items():  # activations in float32 are not quite those in int8
+        weights, bias = squares[name]
+        assert importance.weights.sum() == pytest.approx(weights.sum(), rel=0.3)
+        assert np.corrcoef(importance.bias, bias)[0, 1] > 0.9
+    budget = takes(train_int8(graph, graph.ops[0].name)).arena // 2
+    assert takes(train_int8(graph, choose(graph, budget, found))).arena <= budget
+    assert measure(graph, q[:20], y[:20] % 3, classes=3)[graph.ops[0].name].weights.sum() > 0
