@@ -130,6 +130,12 @@ class _Planner:
             for x in dict.fromkeys(map(self.root, op.inputs)):
                 self.readers.setdefault(x, []).append(i)
         self.back = self._needs_gradient()
+        #: The ops that take part in the backward pass.
+        self.active = [
+            self.root(op.output) in self.back
+            and (op.trains != "nothing" or any(self.root(x) in self.back for x in op.inputs))
+            for op in graph.ops
+        ]
 
     def root(self, index: int) -> int:
         return root(self.tensors, index)
@@ -166,7 +172,7 @@ class _Planner:
         deaths[self.root(self.graph.output)] = n
         for i, op in enumerate(ops):
             x, y = self.root(op.inputs[0]), self.root(op.output)
-            if y not in self.back:
+            if not self.active[i]:
                 continue
             if x in deaths and self._reads_input_again(op):
                 deaths[x] = max(deaths[x], 2 * n - i)
@@ -203,7 +209,8 @@ class _Planner:
         self.tensors.append(Tensor(self.tensors[of].shape))
         self.gradient[of] = len(self.tensors) - 1
         self.place[self.gradient[of]] = block
-        self.blocks[block].death = max(self.blocks[block].death, 2 * self.n - min(self.writers[of]))
+        last = min(i for i in self.writers[of] if self.active[i])
+        self.blocks[block].death = max(self.blocks[block].death, 2 * self.n - last)
         return self.gradient[of]
 
     def gradients(self) -> list[Gradients]:
@@ -212,7 +219,7 @@ class _Planner:
         for i in reversed(range(self.n)):
             op = self.graph.ops[i]
             y = self.root(op.output)
-            if y not in self.back:
+            if not self.active[i]:
                 continue
             inputs = [x if x in self.back else None for x in map(self.root, op.inputs)]
             new = [x for x in dict.fromkeys(inputs) if x is not None and x not in self.gradient]
@@ -256,12 +263,13 @@ class _Planner:
 
     def _can_share(self, i: int, short: int, long: int) -> bool:
         """Whether the gradients with respect to the inputs of op i, an addition, can be one: that of `short` is used up
-        before something is added to that of `long`, or it is used itself, and by an op that leaves it as it is."""
-        if self.graph.ops[i].kind != Kind.ADD or self.readers[short] != [i] or len(self.writers[short]) > 1:
-            return False
-        writer = self.writers[short][0]
+        before another op adds to that of `long`. Neither is worked on in place while the other is alive."""
         others = [reader for reader in self.readers[long] if reader != i]
-        return self.graph.ops[writer].kind not in TRAINED_INT8 and writer > max([*others, *self.writers[long]])
+        return (
+            self.graph.ops[i].kind == Kind.ADD
+            and self.readers[short] == [i]
+            and min(self.writers[short]) > max(others, default=-1)
+        )
 
 
 def plan(graph: Graph) -> Plan:

@@ -1,120 +1,17 @@
-"""Programs: the memory plan keeps every tensor whole for as long as it is read; bad models and bytes are refused."""
+"""Programs say what was built; bad models and bytes are refused."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import Net, hostile, nets, random_weights, sealed
+from nets import hostile, random_weights, sealed, with_weights
 
 from edge import program as p
-from edge.graph import Graph, Kind
-from edge.plan import Block, pack, plan
-
-IN_PLACE = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID, Kind.ADD)
-READ_OUTPUT = (*IN_PLACE[:-1], Kind.SOFTMAX)
-
-
-def overlap(a: range, b: range) -> bool:
-    return max(a.start, b.start) < min(a.stop, b.stop)
-
-
-class Memory:
-    """The arena with a name in every cell: which tensor was written there last."""
-
-    def __init__(self, size: int) -> None:
-        self.cells: list[object] = [None] * size
-
-    def write(self, name: object, where: range) -> None:
-        assert where.start >= 0 and where.stop <= len(self.cells)
-        self.cells[where.start : where.stop] = [name] * len(where)
-
-    def read(self, name: object, where: range) -> None:
-        found = set(self.cells[where.start : where.stop])
-        assert found == {name}, f"{name} was overwritten by {found}"
-
-
-def replay(graph: Graph) -> None:
-    """Runs a training step of a graph's plan on names instead of numbers, as the engine does on numbers."""
-    found = plan(graph)
-    memory = Memory(found.activations)
-
-    def under(tensor: int) -> int:
-        view = graph.tensors[tensor].view_of
-        return tensor if view is None else under(view)
-
-    def place(index: int) -> range | None:
-        start = found.offsets[index]
-        return None if start is None else range(start, start + found.tensors[index].bytes)
-
-    def read(kind: str, tensor: int, index: int | None = None) -> range | None:
-        where = place(tensor if index is None else index)
-        if where is not None:
-            memory.read((kind, under(tensor)), where)
-        return where
-
-    for op in graph.ops:
-        out = place(op.output)
-        assert out is not None
-        for x in op.inputs:
-            where = read("value", x)
-            assert where is None or not overlap(where, out) or (op.kind in IN_PLACE and where == out)
-        memory.write(("value", op.output), out)
-    read("value", graph.output)
-    if found.output != graph.output:
-        where = place(found.output)
-        assert where is not None
-        memory.write("probabilities", where)
-    if found.dlogits is None:
-        assert not any(op.trains != "nothing" for op in graph.ops)
-        return
-    where = place(found.dlogits)
-    assert where is not None
-    memory.write(("gradient", under(graph.output)), where)
-    for op, g in reversed(list(zip(graph.ops, found.gradients, strict=True))):
-        if g.dout is None:
-            assert op.trains == "nothing"
-            continue
-        dy = read("gradient", op.output, g.dout)
-        if op.kind in READ_OUTPUT:
-            read("value", op.output)
-        x = None
-        if op.trains == "all" or op.kind == Kind.LAYERNORM or (op.kind == Kind.MAXPOOL and g.din is not None):
-            x = read("value", op.inputs[0])
-        for tensor, din, adds in zip(op.inputs, (g.din, g.din2), (g.adds, g.adds2), strict=False):
-            if din is None:
-                continue
-            dx = place(din)
-            assert dx is not None and dy is not None
-            if adds:
-                memory.read(("gradient", under(tensor)), dx)
-            else:
-                assert not overlap(dy, dx) or (op.kind in IN_PLACE and dy == dx)
-                alone = op.kind == Kind.MAXPOOL and op.kernel == op.strides
-                assert x is None or not overlap(x, dx) or (alone and x == dx)
-            memory.write(("gradient", under(tensor)), dx)
-
-
-@given(nets())
-@settings(max_examples=300, deadline=None)
-def test_no_tensor_is_overwritten_before_its_last_use(net: Net) -> None:
-    weights = random_weights(net.whole(), 0)
-    replay(p.network(net.layers, net.input_shape, net.loss, trainable=net.trainable, weights=weights))
-
-
-@given(st.lists(st.builds(Block, st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)), max_size=12))
-def test_packed_blocks_that_live_together_do_not_overlap(blocks: Sequence[Block]) -> None:
-    for b in blocks:
-        b.birth, b.death = min(b.birth, b.death), max(b.birth, b.death)
-    offsets, size, bound = pack(blocks)
-    live = [sum(b.bytes for b in blocks if b.birth <= time <= b.death) for time in range(10)]
-    assert max(live) == bound <= size <= sum(b.bytes for b in blocks)
-    for i, a in enumerate(blocks):
-        assert 0 <= offsets[i] <= size - a.bytes
-        for j, b in enumerate(blocks[:i]):
-            if a.birth <= b.death and b.birth <= a.death:
-                assert not overlap(range(offsets[i], offsets[i] + a.bytes), range(offsets[j], offsets[j] + b.bytes))
+from edge.graph import Graph, Kind, Op, Tensor
+from edge.learner import MoteLearner
+from edge.plan import with_training
 
 
 def test_the_plan_of_a_small_mlp_takes_two_hidden_vectors_and_one_output() -> None:
@@ -233,6 +130,66 @@ def test_a_bad_model_gets_an_error_that_says_why(case: str) -> None:
     layers, shape, loss, options, reason = BAD_MODELS[case]
     with pytest.raises(p.ProgramError, match=reason):
         p.build(layers, shape, loss, **options)  # type: ignore[arg-type]
+
+
+def test_a_program_says_how_it_trains() -> None:
+    layers = [p.Conv2D(4, 3, dilation=2), p.ReLU6(), p.DepthwiseConv2D(3, multiplier=2), p.LayerNorm(), p.Flatten()]
+    program = p.build([*layers, p.Dense(6)], (9, 9, 1), "huber", momentum=True, classes=2)
+    assert [layer.kind for layer in program.layers] == ["conv2d", "relu6", "depthwise", "layernorm", "dense"]
+    assert [layer.out_shape for layer in program.layers] == [(5, 5, 4), (5, 5, 4), (3, 3, 8), (3, 3, 8), (6,)]
+    assert [layer.macs for layer in program.layers] == [25 * 36, 0, 9 * 9 * 8, 0, 72 * 6]
+    assert program.momentum_bytes == program.params_bytes == 4 * program.n_params
+    assert program.arena_bytes == 2 * program.params_bytes + program.activation_bytes
+    assert (program.classes, program.loss, program.trains_int8) == (2, "huber", False)
+    assert program.input == Tensor((9, 9, 1)) and program.output.dtype == "float32"
+
+
+def test_of_an_op_only_the_bias_can_train() -> None:
+    net = p.network([p.Dense(3), p.Tanh(), p.Dense(2)], (4,), "mse")
+    graph = with_training(with_weights(net, np.random.default_rng(0)), 0, bias_only=True)
+    program = p.assemble(graph)
+    assert program.parameters == (("dense_0/bias", (3,)), ("dense_1/bias", (2,)))
+    assert program.n_params == 5 and program.carried is not None
+    assert np.array_equal(program.carried, np.concatenate([op.bias for op in graph.ops if op.bias is not None]))
+    assert p.assemble(graph, carry=False).carried is None
+
+
+def test_a_model_that_only_runs_has_nothing_that_trains() -> None:
+    net = p.network(
+        [p.Dense(3), p.Softmax()], (4,), None, weights={"dense_0/weights": np.ones((3, 4)), "dense_0/bias": np.zeros(3)}
+    )
+    program = p.assemble(net)
+    assert program.loss is None and program.n_params == 0 and program.arena_bytes == program.activation_bytes == 12
+    assert np.allclose(MoteLearner(program).infer(np.ones(4)), 1 / 3)
+
+
+def dense(**changes: object) -> Graph:
+    """One dense layer."""
+    graph = with_weights(p.network([p.Dense(3)], (4,), "mse"), np.random.default_rng(0))
+    of_op = {k: v for k, v in changes.items() if k in Op.__dataclass_fields__}
+    of_graph = {k: v for k, v in changes.items() if k not in of_op}
+    return replace(graph, ops=(replace(graph.ops[0], **of_op),), **of_graph)  # type: ignore[arg-type]
+
+
+BAD_GRAPHS = {
+    "more classes than outputs": (dense(classes=4), "1 to 3"),
+    "no delta": (dense(huber_delta=0.0), "delta"),
+    "training without a loss": (dense(loss=None), "needs a loss"),
+    "an int8 output under a loss": (dense(tensors=(Tensor((1, 1, 4)), Tensor((1, 1, 3), "int8"))), "float32 output"),
+    "a tensor from nowhere": (dense(tensors=(Tensor((1, 1, 4)), Tensor((1, 1, 3)), Tensor((1, 1, 3)))), "tensor 2"),
+    "weights of another shape": (dense(weights=np.zeros((4, 3))), r"needs \(3, 4\)"),
+    "what has no weights": (dense(kind=Kind.RELU), "nothing that could train"),
+    "no channel of int8": (dense(kind=Kind.TRAINED_INT8_DENSE, trained=0), "nothing that could train"),
+    "int8 with momentum": (dense(kind=Kind.TRAINED_INT8_DENSE, momentum=True), "without momentum"),
+    "a stride that no field holds": (dense(strides=(1, 300)), "too large"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GRAPHS)
+def test_a_bad_graph_gets_an_error_that_says_why(case: str) -> None:
+    graph, reason = BAD_GRAPHS[case]
+    with pytest.raises(p.ProgramError, match=reason):
+        p.assemble(graph)
 
 
 def test_damaged_bytes_are_no_program() -> None:
