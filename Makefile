@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 NATIVE = $(wildcard edge/mote/*.[ch]) edge/protocol.cddl edge/mote_build.py edge/mote_codegen.py setup.py pyproject.toml
 
-.PHONY: demo test test-slow check lock clean tools-demo tools-test
+# For the tests: cross compilers, emulators and what builds the exported library.
+TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf
+
+.PHONY: demo test test-slow fuzz coverage instructions check lock clean tools-demo tools-test
 
 demo: $(VENV)/.demo
 	$(BIN)/tinyfleet demo $(ARGS)
@@ -14,6 +17,18 @@ test: $(VENV)/.test check
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -m slow $(ARGS)
+
+# Ten minutes of made-up programs and messages, under sanitizers. ARGS=--keep adds what is new to tests/corpus.
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzzing.py $(ARGS)
+
+# Branches of the C engine that the tests take; fails under 95 %.
+coverage: $(VENV)/.test
+	$(BIN)/python tests/branch_coverage.py $(ARGS)
+
+# Instructions and bytes of the engine's models on emulated cores.
+instructions: $(VENV)/.test
+	$(BIN)/python benchmarks/instructions.py $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -26,7 +41,7 @@ $(VENV)/.demo: requirements.lock $(NATIVE)
 	@touch $@
 
 $(VENV)/.test: requirements-dev.lock $(NATIVE)
-	@sh tools/install.sh $(PYTHON) $(VENV) requirements-dev.lock mosquitto qemu-system-arm gcc-arm-none-eabi clang
+	@sh tools/install.sh $(PYTHON) $(VENV) requirements-dev.lock $(TOOLS)
 	@touch $@ $(VENV)/.demo
 
 # Needs `uv`. Writes no index address.
