@@ -54,7 +54,7 @@ ENGINE = tuple(path for path in NODE if path.name not in _OF_NODE)
 Profile = Literal["exact", "fast"]
 PROFILES: dict[Profile, list[str]] = {
     "exact": mote_build.FLAGS,
-    "fast": ["-std=c99", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-DMOTE_FAST"],
+    "fast": ["-std=c99", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-DMOTE_FAST"],
 }
 #: Files whose time does not matter, since they run seldom or only call kernels: small rather than quick.
 SMALL = ("mote.c", "mote_load.c", "mote_sgd.c", "mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c")

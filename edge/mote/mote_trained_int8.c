@@ -11,7 +11,7 @@
 
 #include "mote_int8.h"
 
-enum { CHUNK = 8 /* channels at a time */ };
+enum { CHUNK = 4 /* channels at a time */ };
 
 /* An op's parts. */
 typedef struct {
