@@ -1,5 +1,6 @@
 """What many tests share: a real broker on a free loopback port."""
 
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# An interpreter of tflite-runtime only opens in a process that imported it before tensorflow, whichever test comes first.
+with contextlib.suppress(ImportError):
+    import tflite_runtime.interpreter  # noqa: F401
 
 settings.register_profile("tinyfleet", deadline=None)  # a busy machine is no error
 settings.load_profile("tinyfleet")
