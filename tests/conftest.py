@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# An interpreter of tflite-runtime only opens in a process that imported it before tensorflow, whichever test comes first.
+# tflite-runtime only opens an interpreter in a process that imported it before tensorflow, whichever test comes first.
 with contextlib.suppress(ImportError):
     import tflite_runtime.interpreter  # noqa: F401
 
