@@ -90,7 +90,14 @@ def fuzz(name: str, folder: Path, seconds: int) -> tuple[bool, str]:
 
 def keep(name: str, folder: Path) -> None:
     """Adds to the corpus what of {folder}/{name} reaches code that nothing in the corpus does, however often."""
-    command = [folder / f"fuzz_{name}", "-merge=1", "-use_counters=0", f"-max_len={LENGTH[name]}", CORPUS / name, folder / name]
+    command = [
+        folder / f"fuzz_{name}",
+        "-merge=1",
+        "-use_counters=0",
+        f"-max_len={LENGTH[name]}",
+        CORPUS / name,
+        folder / name,
+    ]
     subprocess.run(command, capture_output=True, check=True)
 
 

@@ -16,11 +16,11 @@ static inline int32_t mote_high_product(int32_t a, int32_t b)
     return (int32_t)(((int64_t)a * b + (1 << 30)) >> 31);
 }
 
-/* x / 2^bits to the nearest, ties away from 0; bits is 0 to 62. */
+/* x / 2^bits to the nearest, ties away from 0; bits is 0 to 31. */
 static inline int32_t mote_rounded_shift(int32_t x, int32_t bits)
 {
-    int64_t half = (int64_t)1 << bits >> 1;
-    return (int32_t)((x + half - (bits != 0 && x < 0)) >> bits);
+    const int32_t mask = (int32_t)((1u << bits) - 1u);
+    return (x >> bits) + ((x & mask) > (mask >> 1) + (x < 0));
 }
 
 /* TFLite's MultiplyByQuantizedMultiplier: x * multiplier * 2^(shift - 31), rounded twice. */
@@ -91,7 +91,7 @@ void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, mote_range_t
 #endif
 #ifdef MOTE_INT8_DSP
 uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants);
-int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants);
+int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op);
 #else
 static inline uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op,
                                              const mote_int8_constants_t *constants)
@@ -99,9 +99,9 @@ static inline uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *o
     (void)m, (void)op, (void)constants;
     return 0;
 }
-static inline int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
+static inline int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op)
 {
-    (void)m, (void)op, (void)constants;
+    (void)m, (void)op;
     return 0;
 }
 #endif

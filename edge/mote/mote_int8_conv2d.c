@@ -1,7 +1,8 @@
 /* int8 convolution. */
-#include "mote_kernel_list.h"
+#include <string.h>
 
 #include "mote_int8_dots.h"
+#include "mote_kernel_list.h"
 
 int mote_int8_conv2d_check(const mote_t *m, const mote_op_t *op)
 {
@@ -10,49 +11,110 @@ int mote_int8_conv2d_check(const mote_t *m, const mote_op_t *op)
            mote_int8_constants_fit(m, op, taps * mote_tensor(m, op->out)->c);
 }
 
-/* Filters whose weights lie `row` apart, over the window that begins at row y, column x of the input. */
+/* The window that begins at row y, column x of the input. */
 typedef struct {
     const mote_op_t *op;
     const mote_tensor_t *in;
     const int8_t *input;
-    uint32_t row;
     int32_t y, x;
 } window_t;
 
-/* Adds what a tap gives that lies outside of the input, where all is the zero point. */
-static void add_outside(const window_t *a, int32_t *acc, uint32_t filters, const int8_t *w)
+/* The taps that lie side by side from row y, column x on, at most `left`; 1 where it is outside of the input. Returns
+ * the first one's values, or NULL outside. */
+static const int8_t *taps_at(const window_t *a, int32_t y, int32_t x, uint32_t left, uint32_t *taps)
 {
-    for (uint32_t f = 0; f < filters; f++, w += a->row) {
-        for (uint32_t i = 0; i < a->in->c; i++) {
-            acc[f] = mote_wrapped_sum(acc[f], w[i] * a->in->zero_point);
+    *taps = 1;
+    if (y < 0 || y >= a->in->h || x < 0 || x >= a->in->w) {
+        return NULL;
+    }
+    if (a->op->dilation_w == 1) {
+        const uint32_t there = (uint32_t)(a->in->w - x);
+        *taps = left < there ? left : there;
+    }
+    return a->input + ((uint32_t)y * a->in->w + (uint32_t)x) * a->in->c;
+}
+
+/* Adds what the window gives to the sums of four filters, or of one. */
+static void add_window(const window_t *a, int32_t acc[4], uint32_t filters, const int8_t *w)
+{
+    const uint32_t channels = a->in->c, row = (uint32_t)a->op->kernel_h * a->op->kernel_w * channels;
+    int32_t y = a->y;
+    for (uint32_t i = 0; i < a->op->kernel_h; i++, y += a->op->dilation_h) {
+        int32_t x = a->x;
+        uint32_t taps;
+        for (uint32_t j = 0; j < a->op->kernel_w; j += taps, x += (int32_t)taps * a->op->dilation_w) {
+            const int8_t *values = taps_at(a, y, x, a->op->kernel_w - j, &taps);
+            if (values != NULL && filters == 4) {
+                mote_int8_dots(acc, w, row, values, taps * channels);
+            } else if (values != NULL) {
+                *acc = mote_int8_dot(*acc, w, values, taps * channels);
+            } else {
+                for (uint32_t k = 0; k < filters * channels; k++) {
+                    const int32_t weight = w[k / channels * row + k % channels];
+                    acc[k / channels] = mote_wrapped_sum(acc[k / channels], weight * a->in->zero_point);
+                }
+            }
+            w += taps * channels;
         }
     }
 }
 
-/* Adds to the sums of one or four filters. */
-static void add_window(const window_t *a, int32_t *acc, uint32_t filters, const int8_t *w)
+/* Copies the window's taps in their order. */
+static void gather(const window_t *a, int8_t *to)
 {
-    const mote_op_t *op = a->op;
-    const mote_tensor_t *in = a->in;
+    const uint32_t channels = a->in->c;
     int32_t y = a->y;
-    for (uint32_t i = 0; i < op->kernel_h; i++, y += op->dilation_h) {
+    for (uint32_t i = 0; i < a->op->kernel_h; i++, y += a->op->dilation_h) {
         int32_t x = a->x;
-        uint32_t taps; /* that lie side by side */
-        for (uint32_t j = 0; j < op->kernel_w; j += taps, x += (int32_t)taps * op->dilation_w, w += taps * in->c) {
-            taps = 1;
-            if (y < 0 || y >= in->h || x < 0 || x >= in->w) {
-                add_outside(a, acc, filters, w);
-                continue;
-            }
-            if (op->dilation_w == 1) {
-                uint32_t left = op->kernel_w - j, there = (uint32_t)(in->w - x);
-                taps = left < there ? left : there;
-            }
-            const int8_t *values = a->input + ((uint32_t)y * in->w + (uint32_t)x) * in->c;
-            if (filters == 4) {
-                mote_dots(acc, w, a->row, values, taps * in->c);
+        uint32_t taps;
+        for (uint32_t j = 0; j < a->op->kernel_w; j += taps, x += (int32_t)taps * a->op->dilation_w) {
+            const int8_t *values = taps_at(a, y, x, a->op->kernel_w - j, &taps);
+            if (values != NULL) {
+                memcpy(to, values, taps * channels);
             } else {
-                *acc = mote_dot(*acc, w, values, taps * in->c);
+                memset(to, a->in->zero_point, channels);
+            }
+            to += taps * channels;
+        }
+    }
+}
+
+/* Output pixels from `pixel` on: see mote_int8_conv2d_part. Of a window, the taps that lie side by side are a row of
+ * numbers; of most windows all are, gathered in the end of the output that is not written yet. */
+static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t first, uint32_t count,
+                uint32_t pixel)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * in->c, size = mote_size(out);
+    window_t a = {op, in, mote_read(m, op->in), 0, 0};
+    int8_t *to = (int8_t *)mote_write(m, op->out) + pixel * out->c + first, *end = mote_write(m, op->out);
+    end += size;
+    for (; to < end; pixel++, to += out->c) {
+        a.y = (int32_t)(pixel / out->w) * op->stride_h - op->pad_top;
+        a.x = (int32_t)(pixel % out->w) * op->stride_w - op->pad_left;
+        int8_t *patch = NULL;
+        if (count == out->c && op->kernel_h * op->kernel_w > 1 && (uint32_t)(end - to) >= row + count) {
+            patch = end - row;
+            gather(&a, patch);
+        }
+        uint32_t filters;
+        for (uint32_t o = 0; o < count; o += filters) {
+            const mote_requant_t *r = c->requant + o;
+            const int8_t *w = c->weights + o * row;
+            int32_t acc[4];
+            filters = count - o >= 4 ? 4 : 1;
+            for (uint32_t f = 0; f < filters; f++) {
+                acc[f] = r[f].bias;
+            }
+            if (patch == NULL) {
+                add_window(&a, acc, filters, w);
+            } else if (filters == 4) {
+                mote_int8_dots(acc, w, row, patch, row);
+            } else {
+                *acc = mote_int8_dot(*acc, w, patch, row);
+            }
+            for (uint32_t f = 0; f < filters; f++) {
+                to[o + f] = mote_requantised(acc[f], &r[f], out->zero_point, c->range);
             }
         }
     }
@@ -61,32 +123,12 @@ static void add_window(const window_t *a, int32_t *acc, uint32_t filters, const 
 void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, mote_range_t range, const mote_requant_t *requant,
                            const int8_t *weights, uint32_t first, uint32_t count)
 {
-    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    const mote_int8_constants_t constants = {range, requant, weights};
-    const uint32_t pixels = (uint32_t)out->h * out->w;
-    window_t a = {op, in, mote_read(m, op->in), (uint32_t)op->kernel_h * op->kernel_w * in->c, 0, 0};
-    uint32_t pixel = count == out->c ? mote_int8_conv2d_fast(m, op, &constants) : 0;
-    int8_t *to = (int8_t *)mote_write(m, op->out) + pixel * out->c + first;
-    for (; pixel < pixels; pixel++, to += out->c) {
-        a.y = (int32_t)(pixel / out->w) * op->stride_h - op->pad_top;
-        a.x = (int32_t)(pixel % out->w) * op->stride_w - op->pad_left;
-        uint32_t filters;
-        for (uint32_t o = 0; o < count; o += filters) {
-            int32_t acc[4] = {requant[o].bias};
-            filters = count - o >= 4 ? 4 : 1;
-            for (uint32_t f = 1; f < filters; f++) {
-                acc[f] = requant[o + f].bias;
-            }
-            add_window(&a, acc, filters, weights + o * a.row);
-            for (uint32_t f = 0; f < filters; f++) {
-                to[o + f] = mote_requantised(acc[f], &requant[o + f], out->zero_point, range);
-            }
-        }
-    }
+    const mote_int8_constants_t c = {range, requant, weights};
+    run(m, op, &c, first, count, count == mote_tensor(m, op->out)->c ? mote_int8_conv2d_fast(m, op, &c) : 0);
 }
 
 void mote_int8_conv2d(const mote_t *m, const mote_op_t *op)
 {
-    mote_int8_constants_t c = mote_int8_constants(m, op);
-    mote_int8_conv2d_part(m, op, c.range, c.requant, c.weights, 0, mote_tensor(m, op->out)->c);
+    const mote_int8_constants_t c = mote_int8_constants(m, op);
+    run(m, op, &c, 0, mote_tensor(m, op->out)->c, mote_int8_conv2d_fast(m, op, &c));
 }

@@ -47,11 +47,16 @@ void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, mote_range_t
     }
 }
 
+static void run(const mote_t *m, const mote_op_t *op)
+{
+    const mote_int8_constants_t c = mote_int8_constants(m, op);
+    const uint32_t channels = mote_tensor(m, op->out)->c;
+    mote_int8_depthwise_part(m, op, c.range, c.requant, c.weights, channels, 0, channels);
+}
+
 void mote_int8_depthwise(const mote_t *m, const mote_op_t *op)
 {
-    mote_int8_constants_t c = mote_int8_constants(m, op);
-    uint32_t channels = mote_tensor(m, op->out)->c;
-    if (!mote_int8_depthwise_fast(m, op, &c)) {
-        mote_int8_depthwise_part(m, op, c.range, c.requant, c.weights, channels, 0, channels);
+    if (!mote_int8_depthwise_fast(m, op)) {
+        run(m, op);
     }
 }

@@ -25,61 +25,58 @@ static int shifts_fit(const mote_requant_t *r, uint32_t channels)
     return 1;
 }
 
-/* Two pixels' windows, and what the loop over the filters needs, behind them. They lie in the end of the output, which
- * is not written yet. Four taps of both pixels are four words: of the first pixel taps 0 and 2, then 1 and 3, as int16;
- * and so of the second. */
+enum { PIXELS = 4 };
+
+/* Behind four pixels' windows: what the loop over the filters needs. All lies at the end of the output, which is not
+ * written yet. Four taps of the four pixels are eight words: of every pixel taps 0 and 2, then 1 and 3, as int16. */
 typedef struct {
     const uint32_t *taps;
     const mote_requant_t *requant; /* of the filter to be computed next */
-    uint32_t row;                  /* bytes from filter to filter */
+    uint32_t entry;                /* where the first round through the unrolled loop starts */
     int32_t unit;                  /* 2 zero_point + 1 */
     const mote_requant_t *end;
     int8_t *to;
     uint32_t pixel; /* bytes from pixel to pixel */
-    uint32_t entry; /* where the first round through the unrolled loop starts */
-} pair_t;
+} group_t;
 
-/* Runs the filters, two at a time. r0 stays at the pair_t; its taps end where it begins. */
-static void run_filters(pair_t *pair, const int8_t *weights, uint32_t skipped_groups)
+/* Runs the filters, one by one. r0 stays at the group_t; its taps end where it begins. */
+static void run_filters(group_t *group, const int8_t *weights, uint32_t skipped_fours)
 {
-    register pair_t *at __asm("r0") = pair;
+    register group_t *at __asm("r0") = group;
     register const int8_t *w __asm("r2") = weights;
-    register uint32_t skipped __asm("r3") = skipped_groups;
+    register uint32_t skipped __asm("r3") = skipped_fours;
     __asm volatile("    adr     r4, 2f          \n"
                    "    movs    r5, #(3f - 2f)  \n"
                    "    mla     r4, r3, r5, r4  \n"
                    "    orr     r4, r4, #1      \n"
-                   "    str     r4, [r0, #28]   \n"
-                   "1:  ldm     r0, {r1, r4, r5} \n" /* taps, requant, row */
+                   "    str     r4, [r0, #8]    \n"
+                   "1:  ldm     r0, {r1, r4, r5} \n"
                    "    ldr     r10, [r4]       \n"
-                   "    ldr     r12, [r4, #12]  \n"
-                   "    add     r3, r2, r5      \n"
                    "    mov     r11, r10        \n"
-                   "    mov     lr, r12         \n"
-                   "    ldr     pc, [r0, #28]   \n"
+                   "    mov     r12, r10        \n"
+                   "    mov     lr, r10         \n"
+                   "    bx      r5              \n"
                    "    .balign 4               \n"
-                   ".macro mote_group           \n"
-                   "    ldmia   r1!, {r4, r5, r6, r7} \n"
+                   ".macro mote_four            \n"
                    "    ldr     r9, [r2], #4    \n"
                    "    sxtb16  r8, r9          \n"
                    "    sxtb16  r9, r9, ror #8  \n"
+                   "    ldmia   r1!, {r4, r5, r6, r7} \n"
                    "    smlad   r10, r8, r4, r10 \n"
                    "    smlad   r11, r8, r6, r11 \n"
                    "    smlad   r10, r9, r5, r10 \n"
                    "    smlad   r11, r9, r7, r11 \n"
-                   "    ldr     r9, [r3], #4    \n"
-                   "    sxtb16  r8, r9          \n"
-                   "    sxtb16  r9, r9, ror #8  \n"
+                   "    ldmia   r1!, {r4, r5, r6, r7} \n"
                    "    smlad   r12, r8, r4, r12 \n"
                    "    smlad   lr, r8, r6, lr  \n"
                    "    smlad   r12, r9, r5, r12 \n"
                    "    smlad   lr, r9, r7, lr  \n"
                    ".endm                       \n"
-                   "2:  mote_group              \n"
-                   "3:  mote_group              \n"
-                   "    mote_group              \n"
-                   "    mote_group              \n"
-                   ".purgem mote_group          \n"
+                   "2:  mote_four               \n"
+                   "3:  mote_four               \n"
+                   "    mote_four               \n"
+                   "    mote_four               \n"
+                   ".purgem mote_four           \n"
                    "    cmp     r1, r0          \n"
                    "    bne     2b              \n"
                    ".macro mote_output acc      \n"
@@ -89,29 +86,25 @@ static void run_filters(pair_t *pair, const int8_t *weights, uint32_t skipped_gr
                    "    asr     \\acc, \\acc, r5 \n"
                    "    ssat    \\acc, #8, \\acc \n"
                    ".endm                       \n"
-                   "    mov     r2, r3          \n"
                    "    ldr     r1, [r0, #4]    \n"
-                   "    ldr     r3, [r0, #12]   \n"
-                   "    ldrd    r8, r9, [r0, #20] \n"
+                   "    ldr     r6, [r0, #12]   \n"
                    "    ldrd    r4, r5, [r1, #4] \n"
                    "    rsb     r5, r5, #0      \n"
-                   "    lsl     r6, r3, r5      \n"
+                   "    lsl     r6, r6, r5      \n"
                    "    asr     r6, r6, #1      \n"
                    "    mote_output r10         \n"
                    "    mote_output r11         \n"
-                   "    strb    r11, [r8, r9]   \n"
-                   "    strb    r10, [r8], #1   \n"
-                   "    ldrd    r4, r5, [r1, #16] \n"
-                   "    rsb     r5, r5, #0      \n"
-                   "    lsl     r6, r3, r5      \n"
-                   "    asr     r6, r6, #1      \n"
                    "    mote_output r12         \n"
                    "    mote_output lr          \n"
-                   "    strb    lr, [r8, r9]    \n"
-                   "    strb    r12, [r8], #1   \n"
                    ".purgem mote_output         \n"
+                   "    ldrd    r8, r9, [r0, #20] \n"
+                   "    add     r4, r8, r9, lsl #1 \n"
+                   "    strb    r12, [r4]       \n"
+                   "    strb    lr, [r4, r9]    \n"
+                   "    strb    r11, [r8, r9]   \n"
+                   "    strb    r10, [r8], #1   \n"
                    "    str     r8, [r0, #20]   \n"
-                   "    adds    r1, #24         \n"
+                   "    adds    r1, #12         \n"
                    "    str     r1, [r0, #4]    \n"
                    "    ldr     r4, [r0, #16]   \n"
                    "    cmp     r1, r4          \n"
@@ -121,49 +114,57 @@ static void run_filters(pair_t *pair, const int8_t *weights, uint32_t skipped_gr
                    : "r1", "r4", "r5", "r6", "r7", "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
 }
 
-/* The taps of one pixel's window that begins at row y, column x, four int16 of every eight. */
+/* The taps of one pixel: four int16 of every 4 * PIXELS. */
 typedef struct {
     int16_t *to;
     uint32_t done;
 } taps_t;
 
+/* Adds n of them: step is 1, or 0 where all are *x. */
 static void put(taps_t *taps, const int8_t *x, uint32_t step, uint32_t n)
 {
     int16_t *to = taps->to;
     uint32_t k = taps->done;
     taps->done += n;
     if (((k | n) & 3u) == 0 && step == 1) {
-        uint32_t *words = (uint32_t *)(void *)(to + 2 * k);
-        for (; n > 0; n -= 4, x += 4, words += 4) {
-            mote_fours_t fours = mote_fours(x);
+        uint32_t *words = (uint32_t *)(void *)(to + PIXELS * k);
+        for (; n > 0; n -= 4, x += 4, words += 2 * PIXELS) {
+            const mote_fours_t fours = mote_fours(x);
             words[0] = (uint32_t)fours.even;
             words[1] = (uint32_t)fours.odd;
         }
     }
     for (; n > 0; n--, k++, x += step) {
-        to[(k & ~3u) * 2 + (k & 1u) * 2 + (k >> 1 & 1u)] = *x;
+        to[(k & ~3u) * PIXELS + (k & 1u) * 2 + (k >> 1 & 1u)] = *x;
     }
 }
 
-static void gather(const mote_op_t *op, const mote_tensor_t *in, const int8_t *input, int16_t *to, int32_t y,
-                   int32_t x0)
+/* The window that begins at row y, column x of the input. */
+static void gather(const mote_op_t *op, const mote_tensor_t *in, const int8_t *input, int16_t *to, int32_t y, int32_t x)
 {
     taps_t taps = {to, 0};
+    uint32_t first = 0, last = op->kernel_w; /* of the columns that lie inside */
+    while (first < last && x + (int32_t)(first * op->dilation_w) < 0) {
+        first++;
+    }
+    while (last > first && x + (int32_t)((last - 1) * op->dilation_w) >= in->w) {
+        last--;
+    }
     for (uint32_t i = 0; i < op->kernel_h; i++, y += op->dilation_h) {
-        int32_t x = x0;
-        uint32_t run;
-        for (uint32_t j = 0; j < op->kernel_w; j += run, x += (int32_t)run * op->dilation_w) {
-            run = 1;
-            if (y < 0 || y >= in->h || x < 0 || x >= in->w) {
-                put(&taps, &in->zero_point, 0, in->c);
-                continue;
-            }
-            if (op->dilation_w == 1) {
-                uint32_t left = op->kernel_w - j, there = (uint32_t)(in->w - x);
-                run = left < there ? left : there;
-            }
-            put(&taps, input + ((uint32_t)y * in->w + (uint32_t)x) * in->c, 1, run * in->c);
+        if (y < 0 || y >= in->h) {
+            put(&taps, &in->zero_point, 0, op->kernel_w * in->c);
+            continue;
         }
+        const int8_t *from = input + (y * in->w + x + (int32_t)(first * op->dilation_w)) * in->c;
+        put(&taps, &in->zero_point, 0, first * in->c);
+        if (op->dilation_w == 1) {
+            put(&taps, from, 1, (last - first) * in->c);
+        } else {
+            for (uint32_t j = first; j < last; j++, from += op->dilation_w * in->c) {
+                put(&taps, from, 1, in->c);
+            }
+        }
+        put(&taps, &in->zero_point, 0, (op->kernel_w - last) * in->c);
     }
 }
 
@@ -178,48 +179,53 @@ uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
     const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * in->c, channels = out->c;
-    const uint32_t scratch = 4 * row + sizeof(pair_t), size = mote_size(out) & ~3u;
-    if ((row & 3u) != 0 || (channels & 1u) != 0 || scratch > size || !shifts_fit(constants->requant, channels)) {
+    const uint32_t scratch = 2 * PIXELS * row + sizeof(group_t), size = mote_size(out) & ~3u;
+    if ((row & 3u) != 0 || scratch > size || !shifts_fit(constants->requant, channels)) {
         return 0;
     }
-    int8_t *first = mote_write(m, op->out), *to = first;
-    const uint32_t pairs = (size - scratch) / (2 * channels);
-    int16_t *taps = (int16_t *)(void *)(first + size - scratch);
-    pair_t *pair = (pair_t *)(void *)(first + size - sizeof(pair_t));
-    for (uint32_t pixel = 0; pixel < 2 * pairs; pixel++) {
-        gather(op, in, mote_read(m, op->in), taps + 4 * (pixel & 1u),
+    int8_t *to = mote_write(m, op->out), *end = to + size;
+    int16_t *taps = (int16_t *)(void *)(end - scratch);
+    group_t *group = (group_t *)(void *)(end - sizeof(group_t));
+    const uint32_t pixels = (size - scratch) / channels & ~(PIXELS - 1u);
+    for (uint32_t pixel = 0; pixel < pixels; pixel++) {
+        gather(op, in, mote_read(m, op->in), taps + 4 * (pixel % PIXELS),
                (int32_t)(pixel / out->w) * op->stride_h - op->pad_top,
                (int32_t)(pixel % out->w) * op->stride_w - op->pad_left);
-        if (pixel & 1u) {
-            pair_t next = {(const uint32_t *)(const void *)taps,
-                           constants->requant,
-                           row,
-                           2 * out->zero_point + 1,
-                           constants->requant + channels,
-                           to,
-                           channels,
-                           0};
-            *pair = next;
-            run_filters(pair, constants->weights, -(row >> 2) & 3u);
+        if (pixel % PIXELS == PIXELS - 1) {
+            const group_t next = {(const uint32_t *)(const void *)taps,
+                                  constants->requant,
+                                  0,
+                                  2 * out->zero_point + 1,
+                                  constants->requant + channels,
+                                  to,
+                                  channels};
+            *group = next;
+            run_filters(group, constants->weights, -(row >> 2) & 3u);
             if (constants->range.low != INT8_MIN || constants->range.high != INT8_MAX) {
-                clamp(to, 2 * channels, constants->range);
+                clamp(to, PIXELS * channels, constants->range);
             }
-            to += 2 * channels;
+            to += PIXELS * channels;
         }
     }
-    return 2 * pairs;
+    return pixels;
 }
 
-enum { CHANNELS = 4, MOST_TAPS = 9 };
+enum { CHANNELS = 4, TAPS = 9 };
 
-/* All that a line of pixels needs, in the order of its use. `head` is filled from its end: four biases, doubled, and
- * for every two taps where in the input they lie, from the window's first tap on, and for each channel the weights of
- * both, doubled, as int16. */
+/* Two taps of four channels: where in the input, from the first tap inside it on, and both weights of each channel,
+ * doubled, as int16. */
 typedef struct {
-    uint32_t head[CHANNELS + MOST_TAPS / 2 * (2 + CHANNELS)];
-    uint32_t at;     /* of the last tap */
-    uint32_t last02; /* its weights, doubled: of channels 0 and 2, 1 and 3 */
-    uint32_t last13;
+    uint32_t at[2];
+    uint32_t weights[CHANNELS];
+} two_t;
+
+/* All that a line of pixels needs, in the order of its use. Of the twos, the last are used; the first of those has the
+ * biases, doubled, ahead of it. If the number of taps is even, the last one has the weights 0. */
+typedef struct {
+    uint32_t bias[CHANNELS];
+    two_t twos[TAPS / 2];
+    uint32_t at;
+    uint32_t even, odd; /* the last tap's weights: of channels 0 and 2, 1 and 3 */
     struct {
         int32_t multiplier, right, offset; /* offset: zero_point * 2^right + 2^(right - 1) */
     } requant[CHANNELS];
@@ -227,7 +233,7 @@ typedef struct {
     uint32_t to_step;
     int8_t *end;
     uint32_t from_step;
-    uint32_t *begin; /* in head */
+    uint32_t *begin; /* the biases */
 } line_t;
 
 /* Computes pixels to, to + to_step, ... up to end, of windows whose first tap is at from, from + from_step, ... */
@@ -299,116 +305,166 @@ static void run_line(line_t *line, const int8_t *from, uint32_t skipped_twos)
                    : "r3", "r4", "r5", "r6", "r7", "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
 }
 
-/* A depthwise convolution's shape. */
+/* Output pixels [begin, end) of a row or column, of whose windows the taps [first, last) lie inside the input. */
 typedef struct {
-    const mote_op_t *op;
-    const mote_tensor_t *in, *out;
-    const int8_t *input;
-    int8_t *output;
-    const mote_int8_constants_t *constants;
-} depthwise_t;
-
-/* Output pixels [begin, end) of a row or column, of which the taps [first, last) lie inside the input. */
-typedef struct {
-    uint32_t begin, end, first, last;
+    uint16_t begin, end, first, last;
 } stretch_t;
 
 /* The stretch that begins at pixel `begin`, in one dimension. */
-static stretch_t stretch(uint32_t begin, uint32_t in, uint32_t out, uint32_t kernel, uint32_t stride, uint32_t dilation,
-                         uint32_t pad)
+static stretch_t stretch(int32_t begin, int32_t in, int32_t out, int32_t kernel, int32_t stride, int32_t pad)
 {
-    stretch_t s = {begin, begin, 0, 0};
-    for (; s.end < out; s.end++) {
-        uint32_t first = 0, last = kernel;
-        while (first < kernel && s.end * stride + first * dilation < pad) {
-            first++;
-        }
-        while (last > first && s.end * stride + (last - 1) * dilation >= in + pad) {
-            last--;
-        }
-        if (s.end > begin && (first != s.first || last != s.last)) {
-            break;
-        }
-        s.first = first;
-        s.last = last;
+    const int32_t start = begin * stride - pad;
+    const int32_t first = start < 0 ? -start : 0, last = start + kernel > in ? in - start : kernel;
+    int32_t end = begin + 1;
+    if (first == 0 && last == kernel) {
+        end = (in - kernel + pad) / stride + 1;
     }
+    stretch_t s = {(uint16_t)begin, (uint16_t)(end < out ? end : out), (uint16_t)first, (uint16_t)last};
     return s;
 }
 
-/* Adds the doubled weights of one tap, as int16, to every channel's word. */
-static void spread(uint32_t to[CHANNELS], const int8_t *w, uint32_t shift)
+/* Four channels' weights, doubled: two int16 of channels 0 and 2, and of 1 and 3. */
+static inline mote_fours_t doubled(const int8_t *w)
 {
-    for (uint32_t c = 0; c < CHANNELS; c++) {
-        to[c] |= (uint32_t)(uint16_t)(w[c] * 2) << shift;
+    mote_fours_t x = mote_fours(w);
+    x.even = __sadd16(x.even, x.even);
+    x.odd = __sadd16(x.odd, x.odd);
+    return x;
+}
+
+/* The lower int16 of both, the upper ones. */
+static inline uint32_t lower(int16x2_t a, int16x2_t b)
+{
+    return ((uint32_t)a & 0xffffu) | (uint32_t)b << 16;
+}
+
+static inline uint32_t upper(int16x2_t a, int16x2_t b)
+{
+    return (uint32_t)a >> 16 | ((uint32_t)b & 0xffff0000u);
+}
+
+/* What depends on the channels alone, the first of which r is of. */
+static void begin(line_t *line, const mote_requant_t *r, int32_t zero_point)
+{
+    for (uint32_t f = 0; f < CHANNELS; f++) {
+        line->requant[f].multiplier = r[f].multiplier;
+        line->requant[f].right = -r[f].shift;
+        line->requant[f].offset = ((2 * zero_point + 1) * (1 << -r[f].shift)) >> 1;
     }
 }
 
-/* Fills in what depends on the channels c ... c + 3 and on which taps lie inside. Returns how many twos of taps less
- * than all there are. */
-static uint32_t prepare(line_t *line, const depthwise_t *d, uint32_t c, const stretch_t *rows, const stretch_t *columns)
+/* What the zero point gives in the taps of the given row outside of [first, last), added to doubled sums. */
+static void add_zeros(uint32_t sums[CHANNELS], const int8_t *w, uint32_t channels, uint32_t n, int32_t zero_point)
 {
-    const mote_op_t *op = d->op;
-    const uint32_t channels = d->out->c, taps = (rows->last - rows->first) * (columns->last - columns->first);
-    const uint32_t skipped = MOST_TAPS / 2 - taps / 2;
-    const mote_requant_t *r = d->constants->requant + c;
-    const int8_t *w = d->constants->weights + c;
-    memset(line, 0, offsetof(line_t, requant));
-    line->begin = line->head + skipped * (2 + CHANNELS);
-    uint32_t *bias = line->begin, *two = line->begin + CHANNELS;
-    for (uint32_t f = 0; f < CHANNELS; f++) {
-        bias[f] = 2 * (uint32_t)r[f].bias;
-        line->requant[f].multiplier = r[f].multiplier;
-        line->requant[f].right = -r[f].shift;
-        line->requant[f].offset = ((2 * d->out->zero_point + 1) * (1 << -r[f].shift)) >> 1;
+    int32_t a = (int32_t)sums[0], b = (int32_t)sums[1], c = (int32_t)sums[2], d = (int32_t)sums[3];
+    for (; n > 0; n--, w += channels) {
+        const mote_fours_t weights = doubled(w);
+        a = __smlabb(weights.even, zero_point, a);
+        b = __smlabb(weights.odd, zero_point, b);
+        c = __smlatb(weights.even, zero_point, c);
+        d = __smlatb(weights.odd, zero_point, d);
     }
-    uint32_t tap = 0;
-    for (uint32_t i = 0; i < op->kernel_h; i++) {
-        for (uint32_t j = 0; j < op->kernel_w; j++, w += channels) {
-            if (i < rows->first || i >= rows->last || j < columns->first || j >= columns->last) {
-                for (uint32_t f = 0; f < CHANNELS; f++) {
-                    bias[f] += (uint32_t)(2 * w[f] * d->in->zero_point);
-                }
-                continue;
-            }
-            const uint32_t at =
-                ((i - rows->first) * op->dilation_h * d->in->w + (j - columns->first) * op->dilation_w) * channels;
-            if (tap == (taps & ~1u)) {
-                uint32_t last[CHANNELS] = {0};
-                spread(last, w, 0);
-                line->at = at;
-                line->last02 = last[0] | last[2] << 16;
-                line->last13 = last[1] | last[3] << 16;
-            } else {
-                two[tap & 1u] = at;
-                spread(two + 2, w, tap & 1u ? 16 : 0);
-                two += tap & 1u ? 2 + CHANNELS : 0;
-            }
-            tap++;
+    sums[0] = (uint32_t)a;
+    sums[1] = (uint32_t)b;
+    sums[2] = (uint32_t)c;
+    sums[3] = (uint32_t)d;
+}
+
+/* A walk over the taps inside, that writes every second time. */
+typedef struct {
+    two_t *two;
+    uint32_t at, waiting; /* of a tap that waits for the next one: where it is, and whether there is one */
+    mote_fours_t weights;
+} walk_t;
+
+/* Adds n taps that lie side by side. */
+static void add_taps(walk_t *walk, const int8_t *w, uint32_t channels, uint32_t n, uint32_t at)
+{
+    walk_t a = *walk;
+    for (; n > 0; n--, w += channels, at += channels) {
+        const mote_fours_t weights = doubled(w);
+        if (a.waiting) {
+            a.two->at[0] = a.at;
+            a.two->at[1] = at;
+            a.two->weights[0] = lower(a.weights.even, weights.even);
+            a.two->weights[1] = lower(a.weights.odd, weights.odd);
+            a.two->weights[2] = upper(a.weights.even, weights.even);
+            a.two->weights[3] = upper(a.weights.odd, weights.odd);
+            a.two++;
         }
+        a.waiting ^= 1u;
+        a.weights = weights;
+        a.at = at;
     }
+    *walk = a;
+}
+
+/* What depends on which taps lie inside. Returns how many twos less than all there are. */
+static __attribute__((noinline)) uint32_t choose_taps(line_t *line, const mote_t *m, const mote_op_t *op, uint32_t c,
+                                                      const stretch_t *rows, const stretch_t *columns)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in);
+    const mote_int8_constants_t constants = mote_int8_constants(m, op);
+    const int8_t *w = constants.weights + c;
+    const uint32_t channels = in->c, width = op->kernel_w, first = columns->first, inside = columns->last - first;
+    const uint32_t taps = (uint32_t)(rows->last - rows->first) * inside, skipped = TAPS / 2 - taps / 2;
+    walk_t walk = {line->twos + skipped, 0, 0, {0, 0}};
+    uint32_t *bias = line->begin = line->bias + skipped * sizeof(two_t) / sizeof(uint32_t);
+    for (uint32_t f = 0; f < CHANNELS; f++) {
+        bias[f] = 2 * (uint32_t)constants.requant[c + f].bias;
+    }
+    uint32_t at = 0;
+    for (uint32_t i = 0; i < op->kernel_h; i++, w += width * channels) {
+        if (i < rows->first || i >= rows->last) {
+            add_zeros(bias, w, channels, width, in->zero_point);
+            continue;
+        }
+        if (inside < width) {
+            add_zeros(bias, w, channels, first, in->zero_point);
+            add_zeros(bias, w + columns->last * channels, channels, width - columns->last, in->zero_point);
+        }
+        add_taps(&walk, w + first * channels, channels, inside, at);
+        at += in->w * channels;
+    }
+    const uint32_t all = 0u - walk.waiting;
+    line->at = walk.at & all;
+    line->even = (uint32_t)walk.weights.even & all;
+    line->odd = (uint32_t)walk.weights.odd & all;
     return skipped;
 }
 
-/* Channels c ... c + 3 of all pixels of whose windows the same taps lie inside. */
-static void run_patch(const depthwise_t *d, uint32_t c, const stretch_t *rows, const stretch_t *columns)
+/* Channels c ... c + 3 of the pixels of whose windows the same taps lie inside. */
+static void run_patch(line_t *line, const mote_t *m, const mote_op_t *op, uint32_t c, const stretch_t *rows,
+                      const stretch_t *columns)
+{
+    const uint32_t skipped = choose_taps(line, m, op, c, rows, columns);
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    const uint32_t channels = out->c;
+    const uint32_t y = (uint32_t)(rows->begin * op->stride_h + rows->first - op->pad_top);
+    const uint32_t x = (uint32_t)(columns->begin * op->stride_w + columns->first - op->pad_left);
+    const int8_t *from = (const int8_t *)mote_read(m, op->in) + (y * in->w + x) * channels + c;
+    int8_t *to = (int8_t *)mote_write(m, op->out) + ((uint32_t)rows->begin * out->w + columns->begin) * channels + c;
+    line->to_step = out->w * channels;
+    line->from_step = op->stride_h * in->w * channels;
+    for (uint32_t i = columns->begin; i < columns->end; i++, from += op->stride_w * channels, to += channels) {
+        line->to = to;
+        line->end = to + (uint32_t)(rows->end - rows->begin) * line->to_step;
+        run_line(line, from, skipped);
+    }
+}
+
+static void run_channels(const mote_t *m, const mote_op_t *op, uint32_t c)
 {
     line_t line;
-    const mote_op_t *op = d->op;
-    const uint32_t channels = d->out->c, row = d->in->w * channels;
-    const uint32_t skipped = prepare(&line, d, c, rows, columns);
-    const int8_t *from = d->input + c;
-    line.to_step = d->out->w * channels;
-    line.from_step = 0;
-    if (rows->first < rows->last && columns->first < columns->last) {
-        line.from_step = op->stride_h * row;
-        from += (rows->begin * op->stride_h + rows->first * op->dilation_h - op->pad_top) * row +
-                (columns->begin * op->stride_w + columns->first * op->dilation_w - op->pad_left) * channels;
-    }
-    for (uint32_t x = columns->begin; x < columns->end; x++) {
-        line.to = d->output + (rows->begin * d->out->w + x) * channels + c;
-        line.end = line.to + (rows->end - rows->begin) * line.to_step;
-        run_line(&line, from, skipped);
-        from += line.from_step != 0 ? op->stride_w * channels : 0;
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    stretch_t rows = {0, 0, 0, 0}, columns = {0, 0, 0, 0};
+    begin(&line, mote_int8_constants(m, op).requant + c, out->zero_point);
+    while (rows.end < out->h) {
+        rows = stretch(rows.end, in->h, out->h, op->kernel_h, op->stride_h, op->pad_top);
+        for (columns.end = 0; columns.end < out->w;) {
+            columns = stretch(columns.end, in->w, out->w, op->kernel_w, op->stride_w, op->pad_left);
+            run_patch(&line, m, op, c, &rows, &columns);
+        }
     }
 }
 
@@ -423,26 +479,19 @@ static int biases_fit(const mote_requant_t *r, uint32_t channels)
     return 1;
 }
 
-int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
+int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    if (in->c != out->c || in->c % CHANNELS != 0 || op->kernel_h * op->kernel_w > MOST_TAPS ||
-        !shifts_fit(constants->requant, out->c) || !biases_fit(constants->requant, out->c)) {
+    const mote_int8_constants_t constants = mote_int8_constants(m, op);
+    if (in->c != out->c || in->c % CHANNELS != 0 || op->kernel_h * op->kernel_w > TAPS || op->dilation_h != 1 ||
+        op->dilation_w != 1 || !shifts_fit(constants.requant, out->c) || !biases_fit(constants.requant, out->c)) {
         return 0;
     }
-    const depthwise_t d = {op, in, out, mote_read(m, op->in), mote_write(m, op->out), constants};
-    stretch_t rows = {0, 0, 0, 0}, columns = {0, 0, 0, 0};
-    for (; rows.end < out->h;) {
-        rows = stretch(rows.end, in->h, out->h, op->kernel_h, op->stride_h, op->dilation_h, op->pad_top);
-        for (columns.end = 0; columns.end < out->w;) {
-            columns = stretch(columns.end, in->w, out->w, op->kernel_w, op->stride_w, op->dilation_w, op->pad_left);
-            for (uint32_t c = 0; c < out->c; c += CHANNELS) {
-                run_patch(&d, c, &rows, &columns);
-            }
-        }
+    for (uint32_t c = 0; c < out->c; c += CHANNELS) {
+        run_channels(m, op, c);
     }
-    if (constants->range.low != INT8_MIN || constants->range.high != INT8_MAX) {
-        clamp(d.output, mote_size(out), constants->range);
+    if (constants.range.low != INT8_MIN || constants.range.high != INT8_MAX) {
+        clamp(mote_write(m, op->out), mote_size(out), constants.range);
     }
     return 1;
 }

@@ -96,7 +96,7 @@ static void softmax(const int8_t *x, int8_t *y, uint32_t n, const softmax_t *c)
         int32_t value = INT8_MIN;
         if (x[i] - most >= c->diff_min) {
             int32_t share = mote_high_product(scale, exp_of_difference(x[i] - most, c));
-            value += mote_rounded_shift(share, 12 - zeros + 31 - 8);
+            value += mote_rounded_shift(share, zeros < 4 ? 31 : 12 - zeros + 31 - 8);
         }
         y[i] = mote_clamped(value, all);
     }
