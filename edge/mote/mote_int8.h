@@ -89,7 +89,10 @@ void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, mote_range_t
     !defined(__ARM_FEATURE_MVE)
 #define MOTE_INT8_DSP
 #endif
-#ifdef MOTE_INT8_DSP
+#if defined(__x86_64__) && defined(__GNUC__) && __STDC_HOSTED__
+#define MOTE_INT8_AVX2 /* asks the compiler's library what the processor has */
+#endif
+#if defined(MOTE_INT8_DSP) || defined(MOTE_INT8_AVX2)
 uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants);
 int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op);
 #else

@@ -1,6 +1,8 @@
 /* Dot products of int8. */
 #include "mote_int8_dots.h"
 
+#include "mote_int8_avx2.h"
+
 #ifdef MOTE_INT8_DSP
 /* What the functions below do with the first n elements, n > 0 a multiple of 4. The compiler would run out of
  * registers. */
@@ -39,6 +41,11 @@ static void add_fours(int32_t acc[4], const int8_t *w, uint32_t row, const int8_
 
 int32_t mote_int8_dot(int32_t acc, const int8_t *w, const int8_t *x, uint32_t n)
 {
+#ifdef MOTE_INT8_AVX2
+    if (mote_has_avx2()) {
+        return mote_int8_dot_avx2(acc, w, x, n);
+    }
+#endif
 #ifdef MOTE_INT8_DSP
     for (; n >= 4; n -= 4, w += 4, x += 4) {
         const mote_fours_t a = mote_fours(w), b = mote_fours(x);
@@ -53,6 +60,12 @@ int32_t mote_int8_dot(int32_t acc, const int8_t *w, const int8_t *x, uint32_t n)
 
 void mote_int8_dots(int32_t acc[4], const int8_t *w, uint32_t row, const int8_t *x, uint32_t n)
 {
+#ifdef MOTE_INT8_AVX2
+    if (mote_has_avx2()) {
+        mote_int8_dots_avx2(acc, w, row, x, n);
+        return;
+    }
+#endif
 #ifdef MOTE_INT8_DSP
     const uint32_t fours = n & ~3u;
     if (fours != 0) {
