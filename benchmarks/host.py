@@ -166,7 +166,7 @@ def main() -> int:
         return 0
     table = Table(title="Training, 64-32-10 MLP")
     for i, head in enumerate(("", "steps a second", "processor, µs a step", "beside tflite")):
-        table.add_column(head, justify="right" if i else "left")
+        table.add_column(head, justify="right" if i else "left", no_wrap=True)
     for name, row in steps.items():
         rate, reference = row["steps a second"], steps.get("tflite")
         ratio = f"{rate / reference['steps a second']:.1f}" if reference else ""
@@ -176,7 +176,7 @@ def main() -> int:
     if inferences:
         table = Table(title="int8 inference, milliseconds")
         for i, head in enumerate(("", "mote", "tflite", "tflite / mote", "apart")):
-            table.add_column(head, justify="right" if i else "left")
+            table.add_column(head, justify="right" if i else "left", no_wrap=True)
         for name, row in inferences.items():
             ratio = f"{row['tflite'] / row['mote']:.1f}"
             table.add_row(name, f"{row['mote']:.3f}", f"{row['tflite']:.3f}", ratio, f"{row['apart']:.0f}")
