@@ -14,21 +14,17 @@
 
 #ifdef MOTE_INT8_DSP
 
-/* 1 if the outputs can be computed as above. */
-static int shifts_fit(const mote_requant_t *r, uint32_t channels)
+/* 1 if an output can be computed as above. */
+static int shift_fits(const mote_requant_t *r)
 {
-    for (uint32_t o = 0; o < channels; o++) {
-        if (r[o].shift > -1 || r[o].shift < -20) {
-            return 0;
-        }
-    }
-    return 1;
+    return r->shift <= -1 && r->shift >= -20;
 }
 
 enum { PIXELS = 4 };
 
-/* Behind four pixels' windows: what the loop over the filters needs. All lies at the end of the output, which is not
- * written yet. Four taps of the four pixels are eight words: of every pixel taps 0 and 2, then 1 and 3, as int16. */
+/* Behind four pixels' windows: what the loop over the filters needs. Four taps of the four pixels are eight words: of
+ * every pixel taps 0 and 2, then 1 and 3, as int16. Where their number is no multiple of four, zeros lie ahead of the
+ * first: they meet weights of the filter before, or what lies ahead of all weights. */
 typedef struct {
     const uint32_t *taps;
     const mote_requant_t *requant; /* of the filter to be computed next */
@@ -36,7 +32,8 @@ typedef struct {
     int32_t unit;                  /* 2 zero_point + 1 */
     const mote_requant_t *end;
     int8_t *to;
-    uint32_t pixel; /* bytes from pixel to pixel */
+    uint32_t pixel;  /* bytes from pixel to pixel */
+    uint32_t zeros; /* ahead of the first tap */
 } group_t;
 
 /* Runs the filters, one by one. r0 stays at the group_t; its taps end where it begins. */
@@ -50,6 +47,7 @@ static void run_filters(group_t *group, const int8_t *weights, uint32_t skipped_
                    "    mla     r4, r3, r5, r4  \n"
                    "    orr     r4, r4, #1      \n"
                    "    str     r4, [r0, #8]    \n"
+                   "    ldr     r3, [r0, #28]   \n"
                    "1:  ldm     r0, {r1, r4, r5} \n"
                    "    ldr     r10, [r4]       \n"
                    "    mov     r11, r10        \n"
@@ -86,6 +84,7 @@ static void run_filters(group_t *group, const int8_t *weights, uint32_t skipped_
                    "    asr     \\acc, \\acc, r5 \n"
                    "    ssat    \\acc, #8, \\acc \n"
                    ".endm                       \n"
+                   "    subs    r2, r3          \n"
                    "    ldr     r1, [r0, #4]    \n"
                    "    ldr     r6, [r0, #12]   \n"
                    "    ldrd    r4, r5, [r1, #4] \n"
@@ -114,57 +113,100 @@ static void run_filters(group_t *group, const int8_t *weights, uint32_t skipped_
                    : "r1", "r4", "r5", "r6", "r7", "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
 }
 
-/* The taps of one pixel: four int16 of every 4 * PIXELS. */
+/* Where the taps of one pixel go: two words of every 2 * PIXELS. Up to three wait for the fourth. */
 typedef struct {
-    int16_t *to;
-    uint32_t done;
+    uint32_t *to;
+    uint32_t waiting, bits; /* their bytes, and how many bits these are */
 } taps_t;
 
-/* Adds n of them: step is 1, or 0 where all are *x. */
+static inline uint32_t *put_four(uint32_t *to, uint32_t four)
+{
+    to[0] = (uint32_t)__sxtb16((int8x4_t)four);
+    to[1] = (uint32_t)__sxtb16((int8x4_t)(four >> 8 | four << 24));
+    return to + 2 * PIXELS;
+}
+
+/* Adds n of them: step is 1, or 0 where all are as the four at x. */
 static void put(taps_t *taps, const int8_t *x, uint32_t step, uint32_t n)
 {
-    int16_t *to = taps->to;
-    uint32_t k = taps->done;
-    taps->done += n;
-    if (((k | n) & 3u) == 0 && step == 1) {
-        uint32_t *words = (uint32_t *)(void *)(to + PIXELS * k);
-        for (; n > 0; n -= 4, x += 4, words += 2 * PIXELS) {
-            const mote_fours_t fours = mote_fours(x);
-            words[0] = (uint32_t)fours.even;
-            words[1] = (uint32_t)fours.odd;
+    taps_t t = *taps;
+    for (; n >= 4; n -= 4, x += 4 * step) {
+        uint32_t four;
+        memcpy(&four, x, sizeof four);
+        t.to = put_four(t.to, t.waiting | four << t.bits);
+        t.waiting = four >> 1 >> (31 - t.bits);
+    }
+    for (; n > 0; n--, x += step) {
+        t.waiting |= (uint32_t)(uint8_t)*x << t.bits;
+        t.bits += 8;
+        if (t.bits == 32) {
+            t.to = put_four(t.to, t.waiting);
+            t.waiting = t.bits = 0;
         }
     }
-    for (; n > 0; n--, k++, x += step) {
-        to[(k & ~3u) * PIXELS + (k & 1u) * 2 + (k >> 1 & 1u)] = *x;
-    }
+    *taps = t;
 }
 
 /* The window that begins at row y, column x of the input. */
-static void gather(const mote_op_t *op, const mote_tensor_t *in, const int8_t *input, int16_t *to, int32_t y, int32_t x)
+static void gather(const mote_op_t *op, const mote_tensor_t *in, const int8_t *input, taps_t taps, int32_t y, int32_t x)
 {
-    taps_t taps = {to, 0};
+    const uint32_t channels = in->c, dilation = op->dilation_w;
+    int8_t zeros[4];
+    memset(zeros, in->zero_point, sizeof zeros);
     uint32_t first = 0, last = op->kernel_w; /* of the columns that lie inside */
-    while (first < last && x + (int32_t)(first * op->dilation_w) < 0) {
+    while (first < last && x + (int32_t)(first * dilation) < 0) {
         first++;
     }
-    while (last > first && x + (int32_t)((last - 1) * op->dilation_w) >= in->w) {
+    while (last > first && x + (int32_t)((last - 1) * dilation) >= in->w) {
         last--;
     }
     for (uint32_t i = 0; i < op->kernel_h; i++, y += op->dilation_h) {
         if (y < 0 || y >= in->h) {
-            put(&taps, &in->zero_point, 0, op->kernel_w * in->c);
+            put(&taps, zeros, 0, op->kernel_w * channels);
             continue;
         }
-        const int8_t *from = input + (y * in->w + x + (int32_t)(first * op->dilation_w)) * in->c;
-        put(&taps, &in->zero_point, 0, first * in->c);
-        if (op->dilation_w == 1) {
-            put(&taps, from, 1, (last - first) * in->c);
+        const int8_t *from = input + (y * in->w + x + (int32_t)(first * dilation)) * (int32_t)channels;
+        if (first > 0) {
+            put(&taps, zeros, 0, first * channels);
+        }
+        if (dilation == 1) {
+            put(&taps, from, 1, (last - first) * channels);
         } else {
-            for (uint32_t j = first; j < last; j++, from += op->dilation_w * in->c) {
-                put(&taps, from, 1, in->c);
+            for (uint32_t j = first; j < last; j++, from += dilation * channels) {
+                put(&taps, from, 1, channels);
             }
         }
-        put(&taps, &in->zero_point, 0, (op->kernel_w - last) * in->c);
+        if (last < op->kernel_w) {
+            put(&taps, zeros, 0, (op->kernel_w - last) * channels);
+        }
+    }
+}
+
+/* 1 if no input changes the output: its filter's products are so small beside the bias. Not rare in trained models. */
+static int is_constant(const mote_requant_t *r, uint32_t row)
+{
+    const int32_t most = (int32_t)row << 14; /* of the sum of `row` products */
+    return row < 1u << 14 && r->shift <= 0 && r->bias < INT32_MAX - most && r->bias > INT32_MIN + most &&
+           mote_scaled(r->bias + most, r->multiplier, r->shift) == mote_scaled(r->bias - most, r->multiplier, r->shift);
+}
+
+/* One filter, of a scale for which the sums must be taken as they are. */
+static void run_filter(const group_t *group, const int8_t *weights, uint32_t row, int32_t zero_point,
+                       mote_range_t range)
+{
+    const mote_requant_t *r = group->requant;
+    const uint32_t *taps = group->taps;
+    int32_t acc[PIXELS] = {r->bias, r->bias, r->bias, r->bias};
+    if (!is_constant(r, row)) {
+        for (; taps != (const uint32_t *)(const void *)group; weights += 4) {
+            const mote_fours_t w = mote_fours(weights);
+            for (uint32_t p = 0; p < PIXELS; p++, taps += 2) {
+                acc[p] = __smlad(w.odd, (int16x2_t)taps[1], __smlad(w.even, (int16x2_t)taps[0], acc[p]));
+            }
+        }
+    }
+    for (uint32_t p = 0; p < PIXELS; p++) {
+        group->to[p * group->pixel] = mote_requantised(acc[p], r, zero_point, range);
     }
 }
 
@@ -175,37 +217,64 @@ static void clamp(int8_t *y, uint32_t n, mote_range_t range)
     }
 }
 
+/* All filters on the four pixels whose taps were gathered. */
+static void run_group(group_t *group, const mote_int8_constants_t *constants, int8_t *to, uint32_t row,
+                      int32_t zero_point)
+{
+    const uint32_t channels = group->pixel;
+    const mote_requant_t *r = constants->requant;
+    for (uint32_t o = 0, end; o < channels; o = end) {
+        const int8_t *weights = constants->weights + o * row - group->zeros;
+        group->requant = r + o;
+        group->to = to + o;
+        for (end = o; end < channels && shift_fits(r + end); end++) {
+        }
+        if (end > o) {
+            group->end = r + end;
+            run_filters(group, weights, -((row + 3) >> 2) & 3u);
+        } else {
+            run_filter(group, weights, row, zero_point, constants->range);
+            end++;
+        }
+    }
+    if (constants->range.low != INT8_MIN || constants->range.high != INT8_MAX) {
+        clamp(to, PIXELS * channels, constants->range);
+    }
+}
+
+/* Bytes of taps of four pixels, and a group_t, that a function takes of the stack. Larger windows are gathered at the
+ * end of the output, as long as that is not written yet. */
+enum { OWN_TAPS = 64, OWN = 2 * PIXELS * OWN_TAPS + sizeof(group_t) };
+
 uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * in->c, channels = out->c;
-    const uint32_t scratch = 2 * PIXELS * row + sizeof(group_t), size = mote_size(out) & ~3u;
-    if ((row & 3u) != 0 || scratch > size || !shifts_fit(constants->requant, channels)) {
+    const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * in->c, zeros = -row & 3u, channels = out->c;
+    const uint32_t scratch = 2 * PIXELS * (row + zeros) + sizeof(group_t), size = mote_size(out) & ~3u;
+    uint32_t own[OWN / sizeof(uint32_t)], pixels = (uint32_t)out->h * out->w;
+    int8_t *to = mote_write(m, op->out), *end = (int8_t *)own + sizeof own;
+    if (scratch > sizeof own) {
+        pixels = scratch < size ? (size - scratch) / channels : 0;
+        end = to + size;
+    }
+    const void *ahead = constants->requant + channels;
+    if (pixels < PIXELS || (zeros != 0 && constants->weights != ahead)) {
         return 0;
     }
-    int8_t *to = mote_write(m, op->out), *end = to + size;
-    int16_t *taps = (int16_t *)(void *)(end - scratch);
     group_t *group = (group_t *)(void *)(end - sizeof(group_t));
-    const uint32_t pixels = (size - scratch) / channels & ~(PIXELS - 1u);
-    for (uint32_t pixel = 0; pixel < pixels; pixel++) {
-        gather(op, in, mote_read(m, op->in), taps + 4 * (pixel % PIXELS),
-               (int32_t)(pixel / out->w) * op->stride_h - op->pad_top,
-               (int32_t)(pixel % out->w) * op->stride_w - op->pad_left);
-        if (pixel % PIXELS == PIXELS - 1) {
-            const group_t next = {(const uint32_t *)(const void *)taps,
-                                  constants->requant,
-                                  0,
-                                  2 * out->zero_point + 1,
-                                  constants->requant + channels,
-                                  to,
-                                  channels};
-            *group = next;
-            run_filters(group, constants->weights, -(row >> 2) & 3u);
-            if (constants->range.low != INT8_MIN || constants->range.high != INT8_MAX) {
-                clamp(to, PIXELS * channels, constants->range);
-            }
-            to += PIXELS * channels;
+    uint32_t *taps = (uint32_t *)(void *)(end - scratch);
+    group->taps = taps;
+    group->unit = 2 * out->zero_point + 1;
+    group->pixel = channels;
+    group->zeros = zeros;
+    for (uint32_t pixel = 0; pixel < pixels; pixel += PIXELS) {
+        pixel = pixel + PIXELS <= pixels ? pixel : pixels - PIXELS; /* the last ones again, where fewer are left */
+        for (uint32_t p = 0; p < PIXELS; p++) {
+            const taps_t at = {taps + 2 * p, 0, 8 * zeros};
+            gather(op, in, mote_read(m, op->in), at, (int32_t)((pixel + p) / out->w) * op->stride_h - op->pad_top,
+                   (int32_t)((pixel + p) % out->w) * op->stride_w - op->pad_left);
         }
+        run_group(group, constants, to + pixel * channels, row, out->zero_point);
     }
     return pixels;
 }
@@ -468,11 +537,11 @@ static void run_channels(const mote_t *m, const mote_op_t *op, uint32_t c)
     }
 }
 
-/* 1 if no doubled sum can overflow. */
-static int biases_fit(const mote_requant_t *r, uint32_t channels)
+/* 1 if four channels' outputs can be computed as above, and no doubled sum can overflow. */
+static int all_fit(const mote_requant_t *r)
 {
-    for (uint32_t o = 0; o < channels; o++) {
-        if (r[o].bias >= 1 << 29 || r[o].bias <= -(1 << 29)) {
+    for (uint32_t f = 0; f < CHANNELS; f++) {
+        if (!shift_fits(r + f) || r[f].bias >= 1 << 29 || r[f].bias <= -(1 << 29)) {
             return 0;
         }
     }
@@ -484,11 +553,16 @@ int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op)
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
     const mote_int8_constants_t constants = mote_int8_constants(m, op);
     if (in->c != out->c || in->c % CHANNELS != 0 || op->kernel_h * op->kernel_w > TAPS || op->dilation_h != 1 ||
-        op->dilation_w != 1 || !shifts_fit(constants.requant, out->c) || !biases_fit(constants.requant, out->c)) {
+        op->dilation_w != 1) {
         return 0;
     }
     for (uint32_t c = 0; c < out->c; c += CHANNELS) {
-        run_channels(m, op, c);
+        if (all_fit(constants.requant + c)) {
+            run_channels(m, op, c);
+        } else {
+            mote_int8_depthwise_part(m, op, constants.range, constants.requant + c, constants.weights + c, out->c, c,
+                                     CHANNELS);
+        }
     }
     if (constants.range.low != INT8_MIN || constants.range.high != INT8_MAX) {
         clamp(mote_write(m, op->out), mote_size(out), constants.range);
