@@ -130,11 +130,17 @@ static inline uint32_t *put_four(uint32_t *to, uint32_t four)
 static void put(taps_t *taps, const int8_t *x, uint32_t step, uint32_t n)
 {
     taps_t t = *taps;
+    uint32_t four;
+    if (t.bits == 0) {
+        for (; n >= 4; n -= 4, x += 4 * step) {
+            memcpy(&four, x, sizeof four);
+            t.to = put_four(t.to, four);
+        }
+    }
     for (; n >= 4; n -= 4, x += 4 * step) {
-        uint32_t four;
         memcpy(&four, x, sizeof four);
         t.to = put_four(t.to, t.waiting | four << t.bits);
-        t.waiting = four >> 1 >> (31 - t.bits);
+        t.waiting = four >> (32 - t.bits);
     }
     for (; n > 0; n--, x += step) {
         t.waiting |= (uint32_t)(uint8_t)*x << t.bits;
@@ -217,24 +223,32 @@ static void clamp(int8_t *y, uint32_t n, mote_range_t range)
     }
 }
 
-/* All filters on the four pixels whose taps were gathered. */
+/* The first of the filters from o on whose shift does not fit. */
+static uint32_t fitting(const mote_requant_t *r, uint32_t o, uint32_t channels)
+{
+    while (o < channels && shift_fits(r + o)) {
+        o++;
+    }
+    return o;
+}
+
+/* All filters on the four pixels whose taps were gathered; `end`: the first whose shift does not fit. */
 static void run_group(group_t *group, const mote_int8_constants_t *constants, int8_t *to, uint32_t row,
-                      int32_t zero_point)
+                      int32_t zero_point, uint32_t end)
 {
     const uint32_t channels = group->pixel;
     const mote_requant_t *r = constants->requant;
-    for (uint32_t o = 0, end; o < channels; o = end) {
+    for (uint32_t o = 0; o < channels;) {
         const int8_t *weights = constants->weights + o * row - group->zeros;
         group->requant = r + o;
         group->to = to + o;
-        for (end = o; end < channels && shift_fits(r + end); end++) {
-        }
-        if (end > o) {
+        if (o < end) {
             group->end = r + end;
             run_filters(group, weights, -((row + 3) >> 2) & 3u);
+            o = end;
         } else {
             run_filter(group, weights, row, zero_point, constants->range);
-            end++;
+            end = fitting(r, ++o, channels);
         }
     }
     if (constants->range.low != INT8_MIN || constants->range.high != INT8_MAX) {
@@ -267,6 +281,7 @@ uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_
     group->unit = 2 * out->zero_point + 1;
     group->pixel = channels;
     group->zeros = zeros;
+    const uint32_t fit = fitting(constants->requant, 0, channels);
     for (uint32_t pixel = 0; pixel < pixels; pixel += PIXELS) {
         pixel = pixel + PIXELS <= pixels ? pixel : pixels - PIXELS; /* the last ones again, where fewer are left */
         for (uint32_t p = 0; p < PIXELS; p++) {
@@ -274,7 +289,7 @@ uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_
             gather(op, in, mote_read(m, op->in), at, (int32_t)((pixel + p) / out->w) * op->stride_h - op->pad_top,
                    (int32_t)((pixel + p) % out->w) * op->stride_w - op->pad_left);
         }
-        run_group(group, constants, to + pixel * channels, row, out->zero_point);
+        run_group(group, constants, to + pixel * channels, row, out->zero_point, fit);
     }
     return pixels;
 }
