@@ -407,149 +407,104 @@ static stretch_t stretch(int32_t begin, int32_t in, int32_t out, int32_t kernel,
     return s;
 }
 
-/* Four channels' weights, doubled: two int16 of channels 0 and 2, and of 1 and 3. */
-static inline mote_fours_t doubled(const int8_t *w)
+/* Output pixels of whose windows the same taps lie inside the input. */
+typedef struct {
+    uint32_t from, to;         /* elements ahead of the first pixel's first tap inside, and of the first pixel */
+    uint32_t rows, columns;    /* of pixels */
+    uint32_t inside, taps;     /* how many taps lie inside, how many there are */
+    uint32_t weight[TAPS];     /* where the weights of a tap are: first of the taps inside, then of the others */
+    uint32_t at[TAPS];         /* where a tap inside is in the input, from the first one on */
+} patch_t;
+
+static void lay_out(patch_t *patch, const mote_tensor_t *in, const mote_tensor_t *out, const mote_op_t *op,
+                    stretch_t rows, stretch_t columns)
 {
-    mote_fours_t x = mote_fours(w);
-    x.even = __sadd16(x.even, x.even);
-    x.odd = __sadd16(x.odd, x.odd);
-    return x;
+    const uint32_t channels = in->c;
+    const uint32_t y = (uint32_t)(rows.begin * op->stride_h + rows.first - op->pad_top);
+    const uint32_t x = (uint32_t)(columns.begin * op->stride_w + columns.first - op->pad_left);
+    patch->from = (y * in->w + x) * channels;
+    patch->to = ((uint32_t)rows.begin * out->w + columns.begin) * channels;
+    patch->rows = (uint32_t)rows.end - rows.begin;
+    patch->columns = (uint32_t)columns.end - columns.begin;
+    patch->taps = (uint32_t)op->kernel_h * op->kernel_w;
+    patch->inside = 0;
+    uint32_t weight = 0, outside = patch->taps;
+    for (uint32_t i = 0; i < op->kernel_h; i++) {
+        for (uint32_t j = 0; j < op->kernel_w; j++, weight += channels) {
+            if (i >= rows.first && i < rows.last && j >= columns.first && j < columns.last) {
+                patch->weight[patch->inside] = weight;
+                patch->at[patch->inside++] = ((i - rows.first) * in->w + j - columns.first) * channels;
+            } else {
+                patch->weight[--outside] = weight;
+            }
+        }
+    }
 }
 
-/* The lower int16 of both, the upper ones. */
-static inline uint32_t lower(int16x2_t a, int16x2_t b)
+static inline uint32_t word_at(const int8_t *x)
 {
-    return ((uint32_t)a & 0xffffu) | (uint32_t)b << 16;
+    uint32_t word;
+    memcpy(&word, x, sizeof word);
+    return word;
 }
 
-static inline uint32_t upper(int16x2_t a, int16x2_t b)
+/* Bytes 0 and 2 of a word, doubled, as two int16; and bytes 1 and 3. */
+static inline uint32_t doubled_even(uint32_t word)
 {
-    return (uint32_t)a >> 16 | ((uint32_t)b & 0xffff0000u);
+    const int16x2_t x = __sxtb16((int8x4_t)word);
+    return (uint32_t)__sadd16(x, x);
 }
 
-/* What depends on the channels alone, the first of which r is of. */
-static void begin(line_t *line, const mote_requant_t *r, int32_t zero_point)
+static inline uint32_t doubled_odd(uint32_t word)
 {
+    return doubled_even(word >> 8 | word << 24);
+}
+
+/* Makes ready what a line of four channels needs: w and r are theirs. Returns how many twos less than all there are. */
+static uint32_t prepare(line_t *line, const patch_t *patch, const int8_t *w, const mote_requant_t *r, int32_t zero_in,
+                        int32_t zero_out)
+{
+    int32_t a = 2 * r[0].bias, b = 2 * r[1].bias, c = 2 * r[2].bias, d = 2 * r[3].bias;
+    for (uint32_t k = patch->inside; k < patch->taps; k++) {
+        const uint32_t word = word_at(w + patch->weight[k]), even = doubled_even(word), odd = doubled_odd(word);
+        a = __smlabb((int32_t)even, zero_in, a);
+        b = __smlabb((int32_t)odd, zero_in, b);
+        c = __smlatb((int32_t)even, zero_in, c);
+        d = __smlatb((int32_t)odd, zero_in, d);
+    }
+    const uint32_t twos = patch->inside / 2, skipped = TAPS / 2 - twos;
+    two_t *two = line->twos + skipped, *end = line->twos + TAPS / 2;
+    uint32_t *bias = line->begin = line->bias + skipped * sizeof(two_t) / sizeof(uint32_t);
+    bias[0] = (uint32_t)a;
+    bias[1] = (uint32_t)b;
+    bias[2] = (uint32_t)c;
+    bias[3] = (uint32_t)d;
+    const uint32_t *weight = patch->weight, *at = patch->at;
+    for (; two != end; two++, weight += 2, at += 2) {
+        const uint32_t one = word_at(w + weight[0]), other = word_at(w + weight[1]);
+        uint32_t low, high;
+        __asm("pkhbt %0, %1, %2, lsl #16" : "=r"(low) : "r"(one), "r"(other));
+        __asm("pkhtb %0, %1, %2, asr #16" : "=r"(high) : "r"(other), "r"(one));
+        two->at[0] = at[0];
+        two->at[1] = at[1];
+        two->weights[0] = doubled_even(low);
+        two->weights[1] = doubled_odd(low);
+        two->weights[2] = doubled_even(high);
+        two->weights[3] = doubled_odd(high);
+    }
+    line->at = line->even = line->odd = 0;
+    if ((patch->inside & 1u) != 0) {
+        const uint32_t word = word_at(w + *weight);
+        line->at = *at;
+        line->even = doubled_even(word);
+        line->odd = doubled_odd(word);
+    }
     for (uint32_t f = 0; f < CHANNELS; f++) {
         line->requant[f].multiplier = r[f].multiplier;
         line->requant[f].right = -r[f].shift;
-        line->requant[f].offset = ((2 * zero_point + 1) * (1 << -r[f].shift)) >> 1;
+        line->requant[f].offset = ((2 * zero_out + 1) * (1 << -r[f].shift)) >> 1;
     }
-}
-
-/* What the zero point gives in the taps of the given row outside of [first, last), added to doubled sums. */
-static void add_zeros(uint32_t sums[CHANNELS], const int8_t *w, uint32_t channels, uint32_t n, int32_t zero_point)
-{
-    int32_t a = (int32_t)sums[0], b = (int32_t)sums[1], c = (int32_t)sums[2], d = (int32_t)sums[3];
-    for (; n > 0; n--, w += channels) {
-        const mote_fours_t weights = doubled(w);
-        a = __smlabb(weights.even, zero_point, a);
-        b = __smlabb(weights.odd, zero_point, b);
-        c = __smlatb(weights.even, zero_point, c);
-        d = __smlatb(weights.odd, zero_point, d);
-    }
-    sums[0] = (uint32_t)a;
-    sums[1] = (uint32_t)b;
-    sums[2] = (uint32_t)c;
-    sums[3] = (uint32_t)d;
-}
-
-/* A walk over the taps inside, that writes every second time. */
-typedef struct {
-    two_t *two;
-    uint32_t at, waiting; /* of a tap that waits for the next one: where it is, and whether there is one */
-    mote_fours_t weights;
-} walk_t;
-
-/* Adds n taps that lie side by side. */
-static void add_taps(walk_t *walk, const int8_t *w, uint32_t channels, uint32_t n, uint32_t at)
-{
-    walk_t a = *walk;
-    for (; n > 0; n--, w += channels, at += channels) {
-        const mote_fours_t weights = doubled(w);
-        if (a.waiting) {
-            a.two->at[0] = a.at;
-            a.two->at[1] = at;
-            a.two->weights[0] = lower(a.weights.even, weights.even);
-            a.two->weights[1] = lower(a.weights.odd, weights.odd);
-            a.two->weights[2] = upper(a.weights.even, weights.even);
-            a.two->weights[3] = upper(a.weights.odd, weights.odd);
-            a.two++;
-        }
-        a.waiting ^= 1u;
-        a.weights = weights;
-        a.at = at;
-    }
-    *walk = a;
-}
-
-/* What depends on which taps lie inside. Returns how many twos less than all there are. */
-static __attribute__((noinline)) uint32_t choose_taps(line_t *line, const mote_t *m, const mote_op_t *op, uint32_t c,
-                                                      const stretch_t *rows, const stretch_t *columns)
-{
-    const mote_tensor_t *in = mote_tensor(m, op->in);
-    const mote_int8_constants_t constants = mote_int8_constants(m, op);
-    const int8_t *w = constants.weights + c;
-    const uint32_t channels = in->c, width = op->kernel_w, first = columns->first, inside = columns->last - first;
-    const uint32_t taps = (uint32_t)(rows->last - rows->first) * inside, skipped = TAPS / 2 - taps / 2;
-    walk_t walk = {line->twos + skipped, 0, 0, {0, 0}};
-    uint32_t *bias = line->begin = line->bias + skipped * sizeof(two_t) / sizeof(uint32_t);
-    for (uint32_t f = 0; f < CHANNELS; f++) {
-        bias[f] = 2 * (uint32_t)constants.requant[c + f].bias;
-    }
-    uint32_t at = 0;
-    for (uint32_t i = 0; i < op->kernel_h; i++, w += width * channels) {
-        if (i < rows->first || i >= rows->last) {
-            add_zeros(bias, w, channels, width, in->zero_point);
-            continue;
-        }
-        if (inside < width) {
-            add_zeros(bias, w, channels, first, in->zero_point);
-            add_zeros(bias, w + columns->last * channels, channels, width - columns->last, in->zero_point);
-        }
-        add_taps(&walk, w + first * channels, channels, inside, at);
-        at += in->w * channels;
-    }
-    const uint32_t all = 0u - walk.waiting;
-    line->at = walk.at & all;
-    line->even = (uint32_t)walk.weights.even & all;
-    line->odd = (uint32_t)walk.weights.odd & all;
     return skipped;
-}
-
-/* Channels c ... c + 3 of the pixels of whose windows the same taps lie inside. */
-static void run_patch(line_t *line, const mote_t *m, const mote_op_t *op, uint32_t c, const stretch_t *rows,
-                      const stretch_t *columns)
-{
-    const uint32_t skipped = choose_taps(line, m, op, c, rows, columns);
-    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    const uint32_t channels = out->c;
-    const uint32_t y = (uint32_t)(rows->begin * op->stride_h + rows->first - op->pad_top);
-    const uint32_t x = (uint32_t)(columns->begin * op->stride_w + columns->first - op->pad_left);
-    const int8_t *from = (const int8_t *)mote_read(m, op->in) + (y * in->w + x) * channels + c;
-    int8_t *to = (int8_t *)mote_write(m, op->out) + ((uint32_t)rows->begin * out->w + columns->begin) * channels + c;
-    line->to_step = out->w * channels;
-    line->from_step = op->stride_h * in->w * channels;
-    for (uint32_t i = columns->begin; i < columns->end; i++, from += op->stride_w * channels, to += channels) {
-        line->to = to;
-        line->end = to + (uint32_t)(rows->end - rows->begin) * line->to_step;
-        run_line(line, from, skipped);
-    }
-}
-
-static void run_channels(const mote_t *m, const mote_op_t *op, uint32_t c)
-{
-    line_t line;
-    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    stretch_t rows = {0, 0, 0, 0}, columns = {0, 0, 0, 0};
-    begin(&line, mote_int8_constants(m, op).requant + c, out->zero_point);
-    while (rows.end < out->h) {
-        rows = stretch(rows.end, in->h, out->h, op->kernel_h, op->stride_h, op->pad_top);
-        for (columns.end = 0; columns.end < out->w;) {
-            columns = stretch(columns.end, in->w, out->w, op->kernel_w, op->stride_w, op->pad_left);
-            run_patch(&line, m, op, c, &rows, &columns);
-        }
-    }
 }
 
 /* 1 if four channels' outputs can be computed as above, and no doubled sum can overflow. */
@@ -563,6 +518,31 @@ static int all_fit(const mote_requant_t *r)
     return 1;
 }
 
+/* All channels that can be computed as above. */
+static void run_patch(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants,
+                      const patch_t *patch)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    const int8_t *from = (const int8_t *)mote_read(m, op->in) + patch->from;
+    int8_t *to = (int8_t *)mote_write(m, op->out) + patch->to;
+    const uint32_t channels = out->c, step = op->stride_w * channels;
+    line_t line;
+    line.to_step = out->w * channels;
+    line.from_step = op->stride_h * in->w * channels;
+    for (uint32_t c = 0; c < channels; c += CHANNELS) {
+        const mote_requant_t *r = constants->requant + c;
+        if (!all_fit(r)) {
+            continue;
+        }
+        const uint32_t skipped = prepare(&line, patch, constants->weights + c, r, in->zero_point, out->zero_point);
+        for (uint32_t i = 0; i < patch->columns; i++) {
+            line.to = to + i * channels + c;
+            line.end = line.to + patch->rows * line.to_step;
+            run_line(&line, from + i * step + c, skipped);
+        }
+    }
+}
+
 int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
@@ -571,16 +551,24 @@ int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op)
         op->dilation_w != 1) {
         return 0;
     }
-    for (uint32_t c = 0; c < out->c; c += CHANNELS) {
-        if (all_fit(constants.requant + c)) {
-            run_channels(m, op, c);
-        } else {
-            mote_int8_depthwise_part(m, op, constants.range, constants.requant + c, constants.weights + c, out->c, c,
-                                     CHANNELS);
+    stretch_t rows = {0, 0, 0, 0}, columns = {0, 0, 0, 0};
+    while (rows.end < out->h) {
+        rows = stretch(rows.end, in->h, out->h, op->kernel_h, op->stride_h, op->pad_top);
+        for (columns.end = 0; columns.end < out->w;) {
+            patch_t patch;
+            columns = stretch(columns.end, in->w, out->w, op->kernel_w, op->stride_w, op->pad_left);
+            lay_out(&patch, in, out, op, rows, columns);
+            run_patch(m, op, &constants, &patch);
         }
     }
     if (constants.range.low != INT8_MIN || constants.range.high != INT8_MAX) {
         clamp(mote_write(m, op->out), mote_size(out), constants.range);
+    }
+    for (uint32_t c = 0; c < out->c; c += CHANNELS) {
+        if (!all_fit(constants.requant + c)) {
+            mote_int8_depthwise_part(m, op, constants.range, constants.requant + c, constants.weights + c, out->c, c,
+                                     CHANNELS);
+        }
     }
     return 1;
 }
