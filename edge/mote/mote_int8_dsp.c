@@ -27,33 +27,32 @@ enum { PIXELS = 4 };
  * first: they meet weights of the filter before, or what lies ahead of all weights. */
 typedef struct {
     const uint32_t *taps;
-    const mote_requant_t *requant; /* of the filter to be computed next */
-    uint32_t entry;                /* where the first round through the unrolled loop starts */
-    int32_t unit;                  /* 2 zero_point + 1 */
+    uint32_t entry; /* where the first round through the unrolled loop starts */
+    uint32_t zeros; /* ahead of the first tap */
+    int32_t unit;   /* 2 zero_point + 1 */
     const mote_requant_t *end;
     int8_t *to;
-    uint32_t pixel;  /* bytes from pixel to pixel */
-    uint32_t zeros; /* ahead of the first tap */
+    uint32_t pixel; /* bytes from pixel to pixel */
 } group_t;
 
-/* Runs the filters, one by one. r0 stays at the group_t; its taps end where it begins. */
-static void run_filters(group_t *group, const int8_t *weights, uint32_t skipped_fours)
+/* Runs the filters from that of r on, one by one. r0 stays at the group_t; its taps end where it begins. */
+static void run_filters(group_t *group, const int8_t *weights, const mote_requant_t *r, uint32_t skipped_fours)
 {
     register group_t *at __asm("r0") = group;
     register const int8_t *w __asm("r2") = weights;
-    register uint32_t skipped __asm("r3") = skipped_fours;
+    register const mote_requant_t *requant __asm("r3") = r;
+    register uint32_t skipped __asm("r1") = skipped_fours;
     __asm volatile("    adr     r4, 2f          \n"
                    "    movs    r5, #(3f - 2f)  \n"
-                   "    mla     r4, r3, r5, r4  \n"
+                   "    mla     r4, r1, r5, r4  \n"
                    "    orr     r4, r4, #1      \n"
-                   "    str     r4, [r0, #8]    \n"
-                   "    ldr     r3, [r0, #28]   \n"
-                   "1:  ldm     r0, {r1, r4, r5} \n"
-                   "    ldr     r10, [r4]       \n"
+                   "    str     r4, [r0, #4]    \n"
+                   "1:  ldrd    r1, r4, [r0]    \n"
+                   "    ldr     r10, [r3], #12  \n"
                    "    mov     r11, r10        \n"
                    "    mov     r12, r10        \n"
                    "    mov     lr, r10         \n"
-                   "    bx      r5              \n"
+                   "    bx      r4              \n"
                    "    .balign 4               \n"
                    ".macro mote_four            \n"
                    "    ldr     r9, [r2], #4    \n"
@@ -84,11 +83,10 @@ static void run_filters(group_t *group, const int8_t *weights, uint32_t skipped_
                    "    asr     \\acc, \\acc, r5 \n"
                    "    ssat    \\acc, #8, \\acc \n"
                    ".endm                       \n"
-                   "    subs    r2, r3          \n"
-                   "    ldr     r1, [r0, #4]    \n"
-                   "    ldr     r6, [r0, #12]   \n"
-                   "    ldrd    r4, r5, [r1, #4] \n"
-                   "    rsb     r5, r5, #0      \n"
+                   "    ldrd    r8, r6, [r0, #8] \n"
+                   "    ldrd    r4, r5, [r3, #-8] \n"
+                   "    subs    r2, r2, r8      \n"
+                   "    rsbs    r5, r5, #0      \n"
                    "    lsl     r6, r6, r5      \n"
                    "    asr     r6, r6, #1      \n"
                    "    mote_output r10         \n"
@@ -96,21 +94,19 @@ static void run_filters(group_t *group, const int8_t *weights, uint32_t skipped_
                    "    mote_output r12         \n"
                    "    mote_output lr          \n"
                    ".purgem mote_output         \n"
-                   "    ldrd    r8, r9, [r0, #20] \n"
+                   "    add     r4, r0, #16     \n"
+                   "    ldm     r4, {r1, r8, r9} \n"
                    "    add     r4, r8, r9, lsl #1 \n"
                    "    strb    r12, [r4]       \n"
                    "    strb    lr, [r4, r9]    \n"
                    "    strb    r11, [r8, r9]   \n"
                    "    strb    r10, [r8], #1   \n"
                    "    str     r8, [r0, #20]   \n"
-                   "    adds    r1, #12         \n"
-                   "    str     r1, [r0, #4]    \n"
-                   "    ldr     r4, [r0, #16]   \n"
-                   "    cmp     r1, r4          \n"
+                   "    cmp     r3, r1          \n"
                    "    bne     1b              \n"
-                   : "+r"(w), "+r"(skipped)
+                   : "+r"(w), "+r"(requant), "+r"(skipped)
                    : "r"(at)
-                   : "r1", "r4", "r5", "r6", "r7", "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
+                   : "r4", "r5", "r6", "r7", "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
 }
 
 /* Where the taps of one pixel go: two words of every 2 * PIXELS. Up to three wait for the fourth. */
@@ -121,26 +117,19 @@ typedef struct {
 
 static inline uint32_t *put_four(uint32_t *to, uint32_t four)
 {
-    to[0] = (uint32_t)__sxtb16((int8x4_t)four);
-    to[1] = (uint32_t)__sxtb16((int8x4_t)(four >> 8 | four << 24));
+    to[0] = (uint32_t)mote_even(four);
+    to[1] = (uint32_t)mote_odd(four);
     return to + 2 * PIXELS;
 }
 
 /* Adds n of them: step is 1, or 0 where all are as the four at x. */
-static void put(taps_t *taps, const int8_t *x, uint32_t step, uint32_t n)
+static __attribute__((noinline)) void put(taps_t *taps, const int8_t *x, uint32_t step, uint32_t n)
 {
     taps_t t = *taps;
-    uint32_t four;
-    if (t.bits == 0) {
-        for (; n >= 4; n -= 4, x += 4 * step) {
-            memcpy(&four, x, sizeof four);
-            t.to = put_four(t.to, four);
-        }
-    }
     for (; n >= 4; n -= 4, x += 4 * step) {
-        memcpy(&four, x, sizeof four);
+        const uint32_t four = mote_word(x);
         t.to = put_four(t.to, t.waiting | four << t.bits);
-        t.waiting = four >> (32 - t.bits);
+        t.waiting = four >> 1 >> (31 - t.bits);
     }
     for (; n > 0; n--, x += step) {
         t.waiting |= (uint32_t)(uint8_t)*x << t.bits;
@@ -153,37 +142,55 @@ static void put(taps_t *taps, const int8_t *x, uint32_t step, uint32_t n)
     *taps = t;
 }
 
+/* Adds n of them, a multiple of four, where none wait. */
+static inline void put_fours(taps_t *taps, const int8_t *x, uint32_t n)
+{
+    const int8_t *end = x + n;
+    uint32_t even, odd;
+    __asm("1:  ldr     %[odd], [%[x]], #4 \n"
+          "    sxtb16  %[even], %[odd] \n"
+          "    sxtb16  %[odd], %[odd], ror #8 \n"
+          "    strd    %[even], %[odd], [%[to]], #32 \n"
+          "    cmp     %[x], %[end] \n"
+          "    bne     1b"
+          : [to] "+r"(taps->to), [x] "+r"(x), [even] "=&r"(even), [odd] "=&r"(odd)
+          : [end] "r"(end)
+          : "cc", "memory");
+}
+
 /* The window that begins at row y, column x of the input. */
 static void gather(const mote_op_t *op, const mote_tensor_t *in, const int8_t *input, taps_t taps, int32_t y, int32_t x)
 {
-    const uint32_t channels = in->c, dilation = op->dilation_w;
+    const uint32_t channels = in->c, dilation = op->dilation_w, width = op->kernel_w;
     int8_t zeros[4];
     memset(zeros, in->zero_point, sizeof zeros);
-    uint32_t first = 0, last = op->kernel_w; /* of the columns that lie inside */
+    uint32_t first = 0, last = width; /* of the columns that lie inside */
     while (first < last && x + (int32_t)(first * dilation) < 0) {
         first++;
     }
     while (last > first && x + (int32_t)((last - 1) * dilation) >= in->w) {
         last--;
     }
-    for (uint32_t i = 0; i < op->kernel_h; i++, y += op->dilation_h) {
+    const uint32_t inside = last - first, at_once = dilation == 1 ? inside : 1;
+    const int is_even = inside == width && at_once == width && (width * channels & 3u) == 0;
+    int32_t at = (y * in->w + x + (int32_t)(first * dilation)) * (int32_t)channels;
+    for (uint32_t i = op->kernel_h; i > 0; i--, y += op->dilation_h, at += op->dilation_h * in->w * (int32_t)channels) {
         if (y < 0 || y >= in->h) {
-            put(&taps, zeros, 0, op->kernel_w * channels);
+            put(&taps, zeros, 0, width * channels);
             continue;
         }
-        const int8_t *from = input + (y * in->w + x + (int32_t)(first * dilation)) * (int32_t)channels;
+        if (is_even) {
+            put_fours(&taps, input + at, width * channels);
+            continue;
+        }
         if (first > 0) {
             put(&taps, zeros, 0, first * channels);
         }
-        if (dilation == 1) {
-            put(&taps, from, 1, (last - first) * channels);
-        } else {
-            for (uint32_t j = first; j < last; j++, from += dilation * channels) {
-                put(&taps, from, 1, channels);
-            }
+        for (uint32_t j = 0; j < inside; j += at_once) {
+            put(&taps, input + at + (int32_t)(j * dilation * channels), 1, at_once * channels);
         }
-        if (last < op->kernel_w) {
-            put(&taps, zeros, 0, (op->kernel_w - last) * channels);
+        if (last < width) {
+            put(&taps, zeros, 0, (width - last) * channels);
         }
     }
 }
@@ -197,10 +204,9 @@ static int is_constant(const mote_requant_t *r, uint32_t row)
 }
 
 /* One filter, of a scale for which the sums must be taken as they are. */
-static void run_filter(const group_t *group, const int8_t *weights, uint32_t row, int32_t zero_point,
-                       mote_range_t range)
+static void run_filter(const group_t *group, const int8_t *weights, const mote_requant_t *r, uint32_t row,
+                       int32_t zero_point, mote_range_t range)
 {
-    const mote_requant_t *r = group->requant;
     const uint32_t *taps = group->taps;
     int32_t acc[PIXELS] = {r->bias, r->bias, r->bias, r->bias};
     if (!is_constant(r, row)) {
@@ -240,14 +246,13 @@ static void run_group(group_t *group, const mote_int8_constants_t *constants, in
     const mote_requant_t *r = constants->requant;
     for (uint32_t o = 0; o < channels;) {
         const int8_t *weights = constants->weights + o * row - group->zeros;
-        group->requant = r + o;
         group->to = to + o;
         if (o < end) {
             group->end = r + end;
-            run_filters(group, weights, -((row + 3) >> 2) & 3u);
+            run_filters(group, weights, r + o, -((row + 3) >> 2) & 3u);
             o = end;
         } else {
-            run_filter(group, weights, row, zero_point, constants->range);
+            run_filter(group, weights, r + o, row, zero_point, constants->range);
             end = fitting(r, ++o, channels);
         }
     }
@@ -441,23 +446,15 @@ static void lay_out(patch_t *patch, const mote_tensor_t *in, const mote_tensor_t
     }
 }
 
-static inline uint32_t word_at(const int8_t *x)
-{
-    uint32_t word;
-    memcpy(&word, x, sizeof word);
-    return word;
-}
-
 /* Bytes 0 and 2 of a word, doubled, as two int16; and bytes 1 and 3. */
 static inline uint32_t doubled_even(uint32_t word)
 {
-    const int16x2_t x = __sxtb16((int8x4_t)word);
-    return (uint32_t)__sadd16(x, x);
+    return (uint32_t)__sadd16(mote_even(word), mote_even(word));
 }
 
 static inline uint32_t doubled_odd(uint32_t word)
 {
-    return doubled_even(word >> 8 | word << 24);
+    return (uint32_t)__sadd16(mote_odd(word), mote_odd(word));
 }
 
 /* Makes ready what a line of four channels needs: w and r are theirs. Returns how many twos less than all there are. */
@@ -466,7 +463,7 @@ static uint32_t prepare(line_t *line, const patch_t *patch, const int8_t *w, con
 {
     int32_t a = 2 * r[0].bias, b = 2 * r[1].bias, c = 2 * r[2].bias, d = 2 * r[3].bias;
     for (uint32_t k = patch->inside; k < patch->taps; k++) {
-        const uint32_t word = word_at(w + patch->weight[k]), even = doubled_even(word), odd = doubled_odd(word);
+        const uint32_t word = mote_word(w + patch->weight[k]), even = doubled_even(word), odd = doubled_odd(word);
         a = __smlabb((int32_t)even, zero_in, a);
         b = __smlabb((int32_t)odd, zero_in, b);
         c = __smlatb((int32_t)even, zero_in, c);
@@ -481,7 +478,7 @@ static uint32_t prepare(line_t *line, const patch_t *patch, const int8_t *w, con
     bias[3] = (uint32_t)d;
     const uint32_t *weight = patch->weight, *at = patch->at;
     for (; two != end; two++, weight += 2, at += 2) {
-        const uint32_t one = word_at(w + weight[0]), other = word_at(w + weight[1]);
+        const uint32_t one = mote_word(w + weight[0]), other = mote_word(w + weight[1]);
         uint32_t low, high;
         __asm("pkhbt %0, %1, %2, lsl #16" : "=r"(low) : "r"(one), "r"(other));
         __asm("pkhtb %0, %1, %2, asr #16" : "=r"(high) : "r"(other), "r"(one));
@@ -494,7 +491,7 @@ static uint32_t prepare(line_t *line, const patch_t *patch, const int8_t *w, con
     }
     line->at = line->even = line->odd = 0;
     if ((patch->inside & 1u) != 0) {
-        const uint32_t word = word_at(w + *weight);
+        const uint32_t word = mote_word(w + *weight);
         line->at = *at;
         line->even = doubled_even(word);
         line->odd = doubled_odd(word);
