@@ -151,9 +151,9 @@ def main() -> int:
     only = ["-k", "not compilers_agree"]  # that runs other builds
     command = [sys.executable, "-m", "pytest", "-q", "-p", "instrumented", *only, *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    print(done.stdout.splitlines()[-1])
     if done.returncode != 0:
-        print(done.stdout[-3000:], file=sys.stderr)
+        raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+    print(done.stdout.splitlines()[-1])
 
     files = taken()
     table = Table(title="Branches of edge/mote that the tests take")
