@@ -200,7 +200,7 @@ def many_readers() -> Graph:
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
-@example(many_readers(), 1)
+@example(many_readers(), 9)  # of which all layers learn
 @given(graphs(), st.integers(0, 2**32 - 1))
 def test_gradients_are_tensorflows(graph: Graph, seed: int) -> None:
     """One step at a known rate changes every parameter that trains by the rate times TensorFlow's gradient, and no
