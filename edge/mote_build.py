@@ -35,7 +35,7 @@ SOURCES += ["mote_node.c", "mote_update.c", "mote_frame.c"]
 
 # Contraction would let a compiler fuse a product and a sum, and round once where another target rounds twice.
 FLAGS = ["-std=c99", "-O2", "-ffp-contract=off"]
-STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
+STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Wvla", "-Werror"]
 
 
 def declarations(header: str) -> str:

@@ -36,14 +36,14 @@ ROOT = Path(__file__).parents[1]
 MOTE = ROOT / mote_build.MOTE
 FOLDER = ROOT / "build" / "coverage"
 PORTABLE = FOLDER / "portable"  # without what only this processor has
-#: Tests that run the engine in their own process.
+#: Tests that run the engine in their own process, and reach the most of it in the shortest time.
 TESTS = (
+    "test_load.py",
     "test_engine.py",
+    "test_learner.py",
     "test_gradients.py",
     "test_int8_kernels.py",
     "test_quantized_training.py",
-    "test_transfer.py",
-    "test_exactness.py",
     "test_node.py",
     "test_frames.py",
     "test_streams.py",
@@ -158,11 +158,12 @@ def main() -> int:
     run([drivers["portable"], native.corpus(FOLDER / "portable.bin", good), "12"])
     tests = [f"tests/{name}" for name in TESTS if (ROOT / "tests" / name).exists()]
     environment = {**os.environ, "MOTE_EXTENSION": str(extension), "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "instrumented", *tests]
+    only = ["-k", "not compilers_agree"]  # that runs other builds
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "instrumented", *only, *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    print(done.stdout.splitlines()[-1])
     if done.returncode != 0:
-        print(done.stdout[-3000:], file=sys.stderr)
+        raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+    print(done.stdout.splitlines()[-1])
 
     files = taken()
     table = Table(title="Branches of edge/mote that the tests take")

@@ -168,7 +168,7 @@ def gradient(net: Net, weights: dict[str, Array], x: Array, y: Array, name: str)
 # Graphs: branches, sums, concatenation, and every float32 operation.
 
 _CHANNELS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16, 17])
-_ACTIVATIONS = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID, Kind.SOFTMAX)
+ACTIVATIONS = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID, Kind.SOFTMAX)
 _TRAINS = st.sampled_from(["nothing", "bias", "all", "all"])
 
 
@@ -228,7 +228,7 @@ class _Growing:
         )  # fmt: skip
 
     def activation(self, x: int) -> int:
-        kind = self.draw(st.sampled_from(_ACTIVATIONS))
+        kind = self.draw(st.sampled_from(ACTIVATIONS))
         return self.op(kind, (x,), self.shape(x), slope=0.25 if kind == Kind.LEAKY_RELU else 0.0)
 
     def norm(self, x: int) -> int:

@@ -274,6 +274,28 @@ def int8_operations(seed: int) -> Iterator[tuple[str, Program]]:
         yield f"{kind.name} {x.shape} {y.shape} {window}", p.assemble(Graph((x, y), (op,), 1))
 
 
+def int8_weights() -> Program:
+    """Takes six floats; its int8 weights train."""
+    tensors = (Tensor((1, 1, 6)), Tensor((1, 1, 6), "int8", 0.1), Tensor((1, 1, 3), "int8", 0.1), Tensor((1, 1, 3)))
+    weights = np.random.default_rng(6).integers(-127, 128, (3, 6)).astype(np.int8)
+    ops = (
+        Op(Kind.QUANTIZE, "in", (0,), 1),
+        Op(
+            Kind.TRAINED_INT8_DENSE,
+            "dense",
+            (1,),
+            2,
+            weights=weights,
+            bias=np.zeros(3, np.int32),
+            weight_scales=np.full(3, 0.01),
+            trains="all",
+            trained=3,
+        ),
+        Op(Kind.DEQUANTIZE, "out", (2,), 3),
+    )
+    return p.assemble(Graph(tensors, ops, 3, "softmax_cross_entropy"))
+
+
 #: Each makes its program; together they have every kind and every loss.
 MODELS: dict[str, Callable[[], Program]] = {
     "mlp": mlp,
