@@ -37,6 +37,8 @@ static const int8_t *taps_at(const window_t *a, int32_t y, int32_t x, uint32_t l
 /* Adds what the window gives to the sums of four filters, or of one. */
 static void add_window(const window_t *a, int32_t acc[4], uint32_t filters, const int8_t *w)
 {
+    int8_t zeros[16];
+    memset(zeros, a->in->zero_point, sizeof zeros);
     const uint32_t channels = a->in->c, row = (uint32_t)a->op->kernel_h * a->op->kernel_w * channels;
     int32_t y = a->y;
     for (uint32_t i = 0; i < a->op->kernel_h; i++, y += a->op->dilation_h) {
@@ -44,17 +46,16 @@ static void add_window(const window_t *a, int32_t acc[4], uint32_t filters, cons
         uint32_t taps;
         for (uint32_t j = 0; j < a->op->kernel_w; j += taps, x += (int32_t)taps * a->op->dilation_w) {
             const int8_t *values = taps_at(a, y, x, a->op->kernel_w - j, &taps);
-            if (values != NULL && filters == 4) {
-                mote_int8_dots(acc, w, row, values, taps * channels);
-            } else if (values != NULL) {
-                *acc = mote_int8_dot(*acc, w, values, taps * channels);
-            } else {
-                for (uint32_t k = 0; k < filters * channels; k++) {
-                    const int32_t weight = w[k / channels * row + k % channels];
-                    acc[k / channels] = mote_wrapped_sum(acc[k / channels], weight * a->in->zero_point);
+            const uint32_t most = values != NULL ? taps * channels : sizeof zeros;
+            for (uint32_t left = taps * channels, n; left > 0; left -= n, w += n) {
+                const int8_t *from = values != NULL ? values : zeros;
+                n = left < most ? left : most;
+                if (filters == 4) {
+                    mote_int8_dots(acc, w, row, from, n);
+                } else {
+                    *acc = mote_int8_dot(*acc, w, from, n);
                 }
             }
-            w += taps * channels;
         }
     }
 }

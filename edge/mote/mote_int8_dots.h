@@ -19,11 +19,29 @@ typedef struct {
     int16x2_t even, odd;
 } mote_fours_t;
 
-static inline mote_fours_t mote_fours(const int8_t *x)
+static inline uint32_t mote_word(const int8_t *x)
 {
     uint32_t word;
     memcpy(&word, x, sizeof word);
-    mote_fours_t fours = {__sxtb16((int8x4_t)word), __sxtb16((int8x4_t)(word >> 8 | word << 24))};
+    return word;
+}
+
+static inline int16x2_t mote_even(uint32_t word)
+{
+    return __sxtb16((int8x4_t)word);
+}
+
+static inline int16x2_t mote_odd(uint32_t word)
+{
+    int16x2_t odd;
+    __asm("sxtb16 %0, %1, ror #8" : "=r"(odd) : "r"(word)); /* the compiler takes two instructions */
+    return odd;
+}
+
+static inline mote_fours_t mote_fours(const int8_t *x)
+{
+    const uint32_t word = mote_word(x);
+    mote_fours_t fours = {mote_even(word), mote_odd(word)};
     return fours;
 }
 #endif
