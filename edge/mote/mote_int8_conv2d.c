@@ -93,10 +93,13 @@ static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_
     for (; to < end; pixel++, to += out->c) {
         a.y = (int32_t)(pixel / out->w) * op->stride_h - op->pad_top;
         a.x = (int32_t)(pixel % out->w) * op->stride_w - op->pad_left;
-        int8_t *patch = NULL;
-        if (count == out->c && op->kernel_h * op->kernel_w > 1 && (uint32_t)(end - to) >= row + count) {
+        const int8_t *patch = NULL;
+        if (op->kernel_h * op->kernel_w == 1) {
+            uint32_t taps;
+            patch = taps_at(&a, a.y, a.x, 1, &taps);
+        } else if (count == out->c && (uint32_t)(end - to) >= row + count) {
+            gather(&a, end - row);
             patch = end - row;
-            gather(&a, patch);
         }
         uint32_t filters;
         for (uint32_t o = 0; o < count; o += filters) {
@@ -114,8 +117,10 @@ static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_
             } else {
                 *acc = mote_int8_dot(*acc, w, patch, row);
             }
-            for (uint32_t f = 0; f < filters; f++) {
-                to[o + f] = mote_requantised(acc[f], &r[f], out->zero_point, c->range);
+            if (filters == 4) {
+                mote_int8_put_four(to + o, acc, r, out->zero_point, c->range);
+            } else {
+                to[o] = mote_requantised(*acc, r, out->zero_point, c->range);
             }
         }
     }

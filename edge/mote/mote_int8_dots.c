@@ -37,6 +37,41 @@ static void add_fours(int32_t acc[4], const int8_t *w, uint32_t row, const int8_
 }
 #endif
 
+#ifdef MOTE_INT8_MVE
+int32_t mote_int8_dot(int32_t acc, const int8_t *w, const int8_t *x, uint32_t n)
+{
+    for (; n >= 16; n -= 16, w += 16, x += 16) {
+        acc = vmladavaq_s8(acc, vld1q_s8(w), vld1q_s8(x));
+    }
+    const mve_pred16_t rest = vctp8q(n);
+    return vmladavaq_s8(acc, vldrbq_z_s8(w, rest), vldrbq_z_s8(x, rest));
+}
+
+void mote_int8_dots(int32_t acc[4], const int8_t *w, uint32_t row, const int8_t *x, uint32_t n)
+{
+    int32_t a = acc[0], b = acc[1], c = acc[2], d = acc[3];
+    const int8_t *w1 = w + row, *w2 = w1 + row, *w3 = w2 + row;
+    for (uint32_t left = n >> 4; left > 0; left--, w += 16, w1 += 16, w2 += 16, w3 += 16, x += 16) {
+        const int8x16_t values = vld1q_s8(x);
+        a = vmladavaq_s8(a, vld1q_s8(w), values);
+        b = vmladavaq_s8(b, vld1q_s8(w1), values);
+        c = vmladavaq_s8(c, vld1q_s8(w2), values);
+        d = vmladavaq_s8(d, vld1q_s8(w3), values);
+    }
+    if ((n & 15u) != 0) {
+        const mve_pred16_t rest = vctp8q(n & 15u);
+        const int8x16_t values = vldrbq_z_s8(x, rest);
+        a = vmladavaq_s8(a, vldrbq_z_s8(w, rest), values);
+        b = vmladavaq_s8(b, vldrbq_z_s8(w1, rest), values);
+        c = vmladavaq_s8(c, vldrbq_z_s8(w2, rest), values);
+        d = vmladavaq_s8(d, vldrbq_z_s8(w3, rest), values);
+    }
+    acc[0] = a;
+    acc[1] = b;
+    acc[2] = c;
+    acc[3] = d;
+}
+#else
 int32_t mote_int8_dot(int32_t acc, const int8_t *w, const int8_t *x, uint32_t n)
 {
 #ifdef MOTE_INT8_DSP
@@ -68,3 +103,4 @@ void mote_int8_dots(int32_t acc[4], const int8_t *w, uint32_t row, const int8_t 
         }
     }
 }
+#endif

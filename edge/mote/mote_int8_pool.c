@@ -51,6 +51,16 @@ static int32_t sum_of(const int8_t *x, const mote_tensor_t *in, span_t rows, spa
 /* The sums of four channels. */
 static void sums_of(int32_t sums[4], const int8_t *x, const mote_tensor_t *in, span_t rows, span_t columns)
 {
+#if defined(MOTE_INT8_MVE)
+    int32x4_t all = vdupq_n_s32(0);
+    for (uint32_t i = rows.begin; i < rows.end; i++) {
+        const int8_t *from = x + (i * in->w + columns.begin) * in->c;
+        for (uint32_t j = columns.begin; j < columns.end; j++, from += in->c) {
+            all = vaddq_s32(all, vldrbq_s32(from));
+        }
+    }
+    vst1q_s32(sums, all);
+#else
 #if defined(MOTE_INT8_DSP)
     if (columns.end - columns.begin <= 256) { /* so many fit in 16 bits */
         int32_t a = 0, b = 0, c = 0, d = 0;
@@ -77,6 +87,7 @@ static void sums_of(int32_t sums[4], const int8_t *x, const mote_tensor_t *in, s
     for (uint32_t f = 0; f < 4; f++) {
         sums[f] = sum_of(x + f, in, rows, columns);
     }
+#endif
 }
 
 static int32_t most_of(const int8_t *x, const mote_tensor_t *in, span_t rows, span_t columns)
