@@ -90,8 +90,8 @@ void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, mote_range_t
 #define MOTE_INT8_DSP
 #endif
 
-/* By such (mote_int8_dsp.c, mote_int8_mve.c), these compute a convolution's output pixels from the first on, all channels,
- * and tell how many; and all of a depthwise one, telling whether. */
+/* By such, in files of their own: a convolution's output pixels from the first on, all channels, telling how many were
+ * computed; and all of a depthwise one, telling whether it was. */
 #if defined(MOTE_INT8_DSP)
 uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants);
 #else
