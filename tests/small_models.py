@@ -217,7 +217,7 @@ def int8_operations(seed: int) -> Iterator[tuple[str, Program]]:
     def draw(*choices: int) -> int:
         return int(random.choice(choices))
 
-    for number in range(160):
+    for _ in range(160):
         kind = (Kind.INT8_CONV2D, Kind.INT8_DEPTHWISE, Kind.INT8_DENSE, Kind.INT8_AVGPOOL, Kind.INT8_MEAN)[
             draw(0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 3, 4)
         ]

@@ -1,4 +1,4 @@
-"""The same bits everywhere: what 500 steps teach, and int8 outputs, are equal on every core, architecture and compiler."""
+"""The same bits everywhere: what 500 steps teach, and int8 outputs, on every core, architecture and compiler."""
 
 from __future__ import annotations
 

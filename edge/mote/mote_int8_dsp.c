@@ -414,11 +414,11 @@ static stretch_t stretch(int32_t begin, int32_t in, int32_t out, int32_t kernel,
 
 /* Output pixels of whose windows the same taps lie inside the input. */
 typedef struct {
-    uint32_t from, to;         /* elements ahead of the first pixel's first tap inside, and of the first pixel */
-    uint32_t rows, columns;    /* of pixels */
-    uint32_t inside, taps;     /* how many taps lie inside, how many there are */
-    uint32_t weight[TAPS];     /* where the weights of a tap are: first of the taps inside, then of the others */
-    uint32_t at[TAPS];         /* where a tap inside is in the input, from the first one on */
+    uint32_t from, to;      /* elements ahead of the first pixel's first tap inside, and of the first pixel */
+    uint32_t rows, columns; /* of pixels */
+    uint32_t inside, taps;  /* how many taps lie inside, how many there are */
+    uint32_t weight[TAPS];  /* where the weights of a tap are: first of the taps inside, then of the others */
+    uint32_t at[TAPS];      /* where a tap inside is in the input, from the first one on */
 } patch_t;
 
 static void lay_out(patch_t *patch, const mote_tensor_t *in, const mote_tensor_t *out, const mote_op_t *op,

@@ -45,7 +45,7 @@ static span_t inside(int32_t start, uint32_t taps, int32_t dilation, int32_t siz
     return span;
 }
 
-/* At most eight channels of a pixel: the predicate `some` has n of them. `first` is the input's first tap, which may lie
+/* At most eight channels of a pixel, those of the predicate `some`. `first` is the input's first tap, which may lie
  * outside. */
 static inline pair_t window(const mote_op_t *op, const mote_tensor_t *in, pair_t sums, const int8_t *w,
                             const int8_t *input, int32_t first, span_t rows, span_t columns, mve_pred16_t some)
