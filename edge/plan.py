@@ -91,15 +91,25 @@ def weight_counts(op: Op, tensors: Sequence[Tensor]) -> tuple[int, int]:
     return 0, 0
 
 
+def trained_counts(op: Op, tensors: Sequence[Tensor]) -> tuple[int, int]:
+    """How many of an op's weights and biases train."""
+    if op.trains == "nothing":
+        return 0, 0
+    weights, biases = weight_counts(op, tensors)
+    trained = biases if op.trained is None or op.kind not in TRAINED_INT8 else op.trained
+    return (weights // biases * trained if op.trains == "all" else 0), trained
+
+
 def params_bytes(op: Op, tensors: Sequence[Tensor]) -> int:
     """Bytes that an op keeps in RAM because they train."""
-    if op.trains == "nothing":
-        return 0
-    weights, biases = weight_counts(op, tensors)
-    if op.kind not in TRAINED_INT8:
-        return 4 * (biases + (weights if op.trains == "all" else 0))
-    trained = biases if op.trained is None else op.trained
-    return 4 * trained + (aligned(weights // biases * trained) if op.trains == "all" else 0)
+    weights, biases = trained_counts(op, tensors)
+    return (aligned(weights) if op.kind in TRAINED_INT8 else 4 * weights) + 4 * biases
+
+
+def macs(op: Op, tensors: Sequence[Tensor]) -> int:
+    """Multiply-adds of an inference."""
+    h, w, _ = tensors[op.output].shape
+    return 0 if op.kind == Kind.LAYERNORM else weight_counts(op, tensors)[0] * h * w
 
 
 def aligned(size: int) -> int:
@@ -396,8 +406,9 @@ _CONSTANTS = {
 @dataclass(frozen=True)
 class Takes:
     """Bytes. RAM: what trains, its momentum, activations and gradients, and the least that these could take. Flash: the
-    program with the initial values of what trains."""
+    program with the initial values of what trains. numbers: how many numbers train."""
 
+    numbers: int
     params: int
     momentum: int
     activations: int
@@ -417,4 +428,5 @@ def takes(graph: Graph) -> Takes:
     params = sum(params_bytes(op, graph.tensors) for op in graph.ops)
     constants = params + sum(constants_bytes(op, graph.tensors) for op in graph.ops)
     program = HEADER_BYTES + TENSOR_BYTES * len(found.tensors) + OP_BYTES * len(graph.ops) + constants
-    return Takes(params, params if graph.momentum else 0, found.activations, found.lower_bound, program)
+    numbers = sum(sum(trained_counts(op, graph.tensors)) for op in graph.ops)
+    return Takes(numbers, params, params if graph.momentum else 0, found.activations, found.lower_bound, program)

@@ -29,8 +29,10 @@ from edge.plan import (
     WEIGHTED,
     Gradients,
     constants_bytes,
+    macs,
     params_bytes,
     plan,
+    trained_counts,
     weight_counts,
 )
 
@@ -332,8 +334,8 @@ def build(
     )
 
 
-def _arrays(ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[tuple[str, Shape, Op]]:
-    """(name, shape, op) of every weight and bias, in the order of the ops."""
+def named_arrays(ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[tuple[str, Shape, Op]]:
+    """(name, shape, op) of every weight and bias, in the order of the ops; the names are `dense_0/weights`, ..."""
     arrays: list[tuple[str, Shape, Op]] = []
     number = 0
     for op in ops:
@@ -372,7 +374,7 @@ def _trained_shapes(op: Op, tensors: Sequence[Tensor]) -> list[Shape]:
 
 def _with_weights(graph: Graph, weights: Mapping[str, NDArray[Any]]) -> Graph:
     """The graph with arrays by name; those that train all or none. Raises ProgramError."""
-    arrays = _arrays(graph.ops, graph.tensors)
+    arrays = named_arrays(graph.ops, graph.tensors)
     unknown = sorted(set(weights) - {name for name, _, _ in arrays})
     if unknown:
         known = ", ".join(name for name, _, _ in arrays)
@@ -396,8 +398,8 @@ def _with_weights(graph: Graph, weights: Mapping[str, NDArray[Any]]) -> Graph:
 # Programs
 
 
-def _check_graph(graph: Graph) -> None:
-    """What the engine would refuse. Raises ProgramError, naming the op."""
+def check(graph: Graph) -> None:
+    """Raises ProgramError, naming the op, for what the engine would refuse."""
     written = {op.output for op in graph.ops}
     for index, tensor in enumerate(graph.tensors):
         _check_shape(tensor.shape, "a tensor")
@@ -433,7 +435,7 @@ def assemble(graph: Graph, *, carry: bool = True) -> Program:
 
     Raises ProgramError if the engine cannot run it, or if it lacks the weights of a frozen op.
     """
-    _check_graph(graph)
+    check(graph)
     training = [op for op in graph.ops if op.trains != "nothing"]
     carries = carry and bool(training) and all(op.weights is not None for op in training)
     where = plan(graph)
@@ -698,15 +700,23 @@ class Program:
             group = "parameters" if weights else kind
             number = numbers[group] = numbers.get(group, -1) + 1
             x, y = self._tensors[op.inputs[0]].shape, self._tensors[op.output].shape
-            macs = 0 if op.kind == Kind.LAYERNORM else weights * y[0] * y[1]
-            trained = sum(math.prod(shape) for shape in _trained_shapes(op, self._tensors))
-            layers.append(LayerInfo(f"{kind}_{number}", kind, _short(x), _short(y), macs, weights + biases, trained))
+            layers.append(
+                LayerInfo(
+                    f"{kind}_{number}",
+                    kind,
+                    _short(x),
+                    _short(y),
+                    macs(op, self._tensors),
+                    weights + biases,
+                    sum(trained_counts(op, self._tensors)),
+                )
+            )
         return tuple(layers)
 
     @cached_property
     def all_parameters(self) -> tuple[tuple[str, Shape], ...]:
         """(name, shape) of every weight and bias, frozen ones too, in the order of the layers."""
-        return tuple((name, shape) for name, shape, _ in _arrays(self._ops, self._tensors))
+        return tuple((name, shape) for name, shape, _ in named_arrays(self._ops, self._tensors))
 
     @cached_property
     def parameters(self) -> tuple[tuple[str, Shape], ...]:
