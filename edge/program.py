@@ -23,6 +23,7 @@ from edge.errors import ProgramError as ProgramError
 from edge.graph import LOSSES, DType, Graph, Kind, Loss, Op, Shape3, Tensor
 from edge.plan import (
     HEADER_BYTES,
+    MASKED,
     OP_BYTES,
     TENSOR_BYTES,
     TRAINED_INT8,
@@ -53,7 +54,7 @@ assert (_HEADER.size, _TENSOR.size, _OP.size) == (HEADER_BYTES, TENSOR_BYTES, OP
 _UNSUMMED = 16  # bytes before those that the CRC covers
 
 _CARRIES, _MOMENTUM, _INT8 = 1, 2, 4  # header flags
-_WEIGHTS, _BIAS, _ADDS, _ADDS2, _FILLS = 1, 2, 4, 8, 16  # op flags
+_WEIGHTS, _BIAS, _ADDS, _ADDS2, _FILLS, _MASKS = 1, 2, 4, 8, 16, 32  # op flags
 _TYPES: tuple[DType, ...] = ("float32", "int8")
 
 
@@ -521,12 +522,12 @@ def _initial(op: Op, tensors: Sequence[Tensor]) -> bytes:
 
 def _record(op: Op, tensors: Sequence[Tensor], g: Gradients, layer: int, params: int, constants: int) -> bytes:
     flags = {"nothing": 0, "bias": _BIAS, "all": _WEIGHTS | _BIAS}[op.trains]
-    flags |= _ADDS * g.adds | _ADDS2 * g.adds2 | _FILLS * op.fills
+    flags |= _ADDS * g.adds | _ADDS2 * g.adds2 | _FILLS * op.fills | _MASKS * (g.mask is not None)
     channels = tensors[op.output].shape[2]
     trained = 0 if op.trains == "nothing" else channels if op.trained is None else op.trained
     inputs = [*op.inputs, NONE][:2]
     around = [NONE if index is None else index for index in (g.dout, g.din, g.din2)]
-    pads, option = (op.offsets[:2], op.offsets[2]) if op.kind == Kind.PLACE else (op.pads, 0)
+    pads, option = (op.offsets[:2], op.offsets[2]) if op.kind == Kind.PLACE else (op.pads, g.mask or 0)
     try:
         return _OP.pack(
             op.kind, flags, layer, 0, *inputs, op.output, *around, *op.kernel, *pads, *op.strides, *op.dilation,
@@ -573,6 +574,8 @@ class Program:
         kinds = set(Kind)
         for r in self._records:
             if r[0] not in kinds or r[4] >= n_tensors or r[6] >= n_tensors:
+                return False
+            if r[1] & _MASKS and (r[0] not in MASKED or r[18] >= n_tensors):
                 return False
         ops, tensors = self._ops, self._tensors
         if any(op.kind in WEIGHTED + TRAINED_INT8 and tensors[op.output].shape[2] < (op.trained or 0) for op in ops):
