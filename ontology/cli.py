@@ -10,8 +10,8 @@ import pyoxigraph as ox
 import typer
 
 from edge.errors import UserError
-from ontology import library, names
-from ontology.names import Iri
+from ontology import library
+from ontology.names import PREFIXES, Iri
 from ontology.store import (
     Binding,
     EmbeddedStore,
@@ -29,24 +29,6 @@ GRAPH = "graph"
 """The folder of the graph in the data directory."""
 SERVER = "server.json"
 """Where a running server says how to reach it."""
-
-_PREFIXES = {
-    "model": "urn:tinyfleet:model:",
-    "dcterms": "http://purl.org/dc/terms/",
-    "nnet": names.NNET.iri,
-    "owl": names.OWL.iri,
-    "prov": names.PROV.iri,
-    "rdf": names.RDF.iri,
-    "rdfs": names.RDFS.iri,
-    "s3n": names.S3N.iri,
-    "schema": names.SCHEMA.iri,
-    "skos": "http://www.w3.org/2004/02/skos/core#",
-    "sosa": names.SOSA.iri,
-    "ssn": names.SSN.iri,
-    "td": names.TD.iri,
-    "tf": names.TF.iri,
-    "xsd": names.XSD.iri,
-}
 
 
 def query(
@@ -89,7 +71,7 @@ def query(
         if isinstance(answer, ox.QueryBoolean):
             typer.echo("true" if answer else "false")
         elif isinstance(answer, ox.QueryTriples):
-            typer.echo((ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=_PREFIXES) or b"").decode().rstrip())
+            typer.echo((ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=PREFIXES) or b"").decode().rstrip())
         else:
             found = rows(answer)
             if as_json:
@@ -127,7 +109,7 @@ def _cell(value: Value | None) -> str:
         case float():
             return f"{value:.4g}"
         case Iri():
-            for prefix, iri in _PREFIXES.items():
+            for prefix, iri in PREFIXES.items():
                 if value.startswith(iri):
                     return f"{prefix}:{value.removeprefix(iri)}"
             return value
@@ -174,8 +156,8 @@ def read_query(file: str) -> str:
 def _with_prefixes(sparql: str) -> str:
     """The query with the known prefixes that it uses and does not declare, on a line before it."""
     declared = {m[1] for m in re.finditer(r"\bPREFIX\s+([\w.-]*)\s*:", sparql, re.IGNORECASE)}
-    used = [p for p in _PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
-    return " ".join(f"PREFIX {p}: <{_PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
+    used = [p for p in PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
+    return " ".join(f"PREFIX {p}: <{PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
 
 
 def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:

@@ -43,6 +43,25 @@ SSN = Namespace("http://www.w3.org/ns/ssn/")
 TD = Namespace("https://www.w3.org/2019/wot/td#")
 XSD = Namespace("http://www.w3.org/2001/XMLSchema#")
 
+PREFIXES = {
+    "model": "urn:tinyfleet:model:",
+    "dcterms": "http://purl.org/dc/terms/",
+    "nnet": NNET.iri,
+    "owl": OWL.iri,
+    "prov": PROV.iri,
+    "rdf": RDF.iri,
+    "rdfs": RDFS.iri,
+    "s3n": S3N.iri,
+    "schema": SCHEMA.iri,
+    "skos": "http://www.w3.org/2004/02/skos/core#",
+    "sosa": SOSA.iri,
+    "ssn": SSN.iri,
+    "td": TD.iri,
+    "tf": TF.iri,
+    "xsd": XSD.iri,
+}
+"""What stands for a namespace where people write and read."""
+
 BOARDS = "https://w3id.org/tinyfleet/board/"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _MODEL = re.compile(r"[0-9a-f]{16}")

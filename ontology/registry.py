@@ -1,27 +1,33 @@
-"""MQTT in, graph out: what devices say of themselves becomes facts, once it is checked.
+"""Descriptions in, graph out: what devices say of themselves becomes facts, once it is checked.
 
-`Registry.handle` takes a topic and its payload and touches no network. A Thing Description is read as JSON-LD with our
-own context, checked against the shapes, and written flat: facts about the device on the device, facts about its kind
-of board once on the board, by whoever says them first (`tinyfleet firmware boards --describe` says those that are
-known). A status is a few flat facts. What cannot be right is refused, counted and logged with its reason, and leaves
-the graph as it was; what comes twice, late or in another order ends in the same graph.
+`Registry.handle` takes an MQTT topic and its payload, `Registry.put` a description that came in another way; neither
+touches the network. A Thing Description is read as JSON-LD with our own context, checked against the shapes, and
+written flat: facts about the device on the device, facts about its kind of board once on the board, by whoever says
+them first (`tinyfleet firmware boards --describe` says those that are known). The document itself is kept beside them
+(ontology/things.py). A thing that is no device of the fleet, which only `put` takes, is written with what it says
+flatly of itself. A status is a few flat facts. What cannot be right is refused, counted and logged with its reason, and
+leaves the graph as it was; what comes twice, late or in another order ends in the same graph.
 """
 
 import json
 import logging
 import math
+import re
+import uuid
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pyoxigraph as ox
 
 from edge.errors import UserError
 from edge.protocol import ProtocolError, Topics, decode_status
 from ontology import shapes
 from ontology.names import BOARDS, RDF, TD, TF, Iri, device_iri, fleet_name, model_iri
-from ontology.store import Binding, Store, StoreError, Value, printable, value
+from ontology.store import BASE, Binding, Store, StoreError, Value, printable, term, value
+from ontology.things import Things, split
 
 MAX_BYTES = 65_536
 """A Thing Description may be so long."""
@@ -31,7 +37,9 @@ MAX_DEPTH = 16
 TD_CONTEXT = "https://www.w3.org/2022/wot/td/v1.1"
 _CONTEXT_FILE = Path(__file__).with_name("context.jsonld")
 
-# What is taken from a description. All else that it says (affordances, forms) stays in the retained message.
+_SCHEMA_FILE = Path(__file__).with_name("thing.schema.json")
+
+# What is taken from a description. All else that it says (affordances, forms) stays in the document.
 _DEVICE = (TD.title, TF.fleet, TF.deviceId, TF.board, TF.engine, TF.engineVersion, TF.arenaBytes, TF.model)
 _BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)
 _STATE = (TF.online, TF.currentModel, TF.samples, TF.malformed, TF.stale, TF.battery, TF.drift)
@@ -43,7 +51,11 @@ log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """Why a message was not taken."""
+    """Why a message was not taken: `violations`, one line each."""
+
+    def __init__(self, *violations: str) -> None:
+        super().__init__("; ".join(violations))
+        self.violations = violations
 
 
 @cache
@@ -52,13 +64,19 @@ def _context() -> dict[str, Any]:
     return context
 
 
+@cache
+def _schema() -> jsonschema_rs.Validator:
+    return jsonschema_rs.validator_for(json.loads(_SCHEMA_FILE.read_text(encoding="utf-8")))
+
+
 class Registry:
     """Keeps one fleet's devices in the graph. `accepted` and `refused` count messages; `last_refusal` says why."""
 
     def __init__(self, store: Store, fleet: str) -> None:
         self._store = store
-        self._fleet = fleet_name(fleet)
+        self.fleet = fleet_name(fleet)
         self._topics = Topics(fleet)
+        self.things = Things(store)
         self.accepted = 0
         self.refused = 0
         self.last_refusal: str | None = None
@@ -79,7 +97,7 @@ class Registry:
             elif payload:
                 self._description(device, payload)
             else:
-                self._store.remove(device_iri(self._fleet, device))
+                self.things.remove(device_iri(self.fleet, device))
         except StoreError:
             raise
         except (Refused, ProtocolError, UserError) as reason:
@@ -109,24 +127,54 @@ class Registry:
                 TF.battery: status.battery,
                 TF.drift: status.drift,
             }
-        self._store.write({device_iri(self._fleet, device): facts})
+        self._store.write({device_iri(self.fleet, device): facts})
 
     def _description(self, device: str, payload: bytes) -> None:
-        iri = device_iri(self._fleet, device)
         document = read(payload)
+        iri = device_iri(self.fleet, device)
         if document.get("id", document.get("@id")) != iri:
             raise Refused(f"its id must be {iri} on this topic, not {document.get('id')!r:.100}")
+        self.put(document)
+
+    def name(self, document: Mapping[str, Any]) -> Iri:
+        """An id for a description that has none: a device's own, or else a random one (UUID version 4)."""
+        kinds, device = document.get("@type"), document.get("tf:deviceId")
+        if isinstance(kinds, list) and "tf:Device" in kinds and isinstance(device, str):
+            return device_iri(self.fleet, device)
+        return Iri(uuid.uuid4().urn)
+
+    def put(self, given: Mapping[str, Any]) -> bool:
+        """Writes a description, in place of the one of the same id if there is one. True if there was none.
+
+        Raises Refused, or UserError, for what cannot be right.
+        """
+        try:
+            document, expires = split(given)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        id = Iri(document.get("id", document.get("@id", "")))
+        try:
+            term(id)
+        except StoreError:
+            raise Refused("id: one text, an IRI") from None
         triples = to_triples(document)
+        own = re.fullmatch(r"urn:tinyfleet:([^:]+):([^:]+)", id)
+        facts = self._device(own[2], id, triples, document) if own else self._thing(id, triples, document)
+        return self.things.put(id, document, facts, expires)
+
+    def _device(
+        self, device: str, iri: Iri, triples: list[ox.Triple], document: Mapping[str, Any]
+    ) -> dict[Iri, dict[Iri, Binding | None]]:
+        if iri != device_iri(self.fleet, device):
+            raise Refused(f"id: {iri:.100} is not of the fleet {self.fleet!r}")
         thing = _facts(triples, iri)
         if TF.Device not in thing.get(RDF.type, ()) or TD.Thing not in thing.get(RDF.type, ()):
             raise Refused('its @type must be ["Thing", "tf:Device"]')
         for subject in _typed(triples, TF.Device):
             if subject != iri:
                 raise Refused(f"it describes another device, {subject}")
-        wrong = shapes.violations(triples)
-        if wrong:
-            raise Refused("; ".join(wrong))
-        for predicate, expected in ((TF.fleet, self._fleet), (TF.deviceId, device)):
+        _conforms(triples, document)
+        for predicate, expected in ((TF.fleet, self.fleet), (TF.deviceId, device)):
             if thing[predicate] != [expected]:
                 raise Refused(f"its {predicate.removeprefix(TF.iri)} must be {expected!r}, not {thing[predicate][0]!r}")
         board = Iri(str(thing[TF.board][0]))
@@ -153,7 +201,23 @@ class Registry:
         facts[iri][RDF.type] = [TD.Thing, TF.Device]
         if not known:
             facts[board] = {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}
-        self._store.write(facts)
+        return facts
+
+    def _thing(
+        self, iri: Iri, triples: list[ox.Triple], document: Mapping[str, Any]
+    ) -> dict[Iri, dict[Iri, Binding | None]]:
+        """What a thing that is no device says of itself flatly, in place of all that was said of it."""
+        if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", iri) or iri.startswith(("urn:tinyfleet:", BASE)):
+            raise Refused(f"id: {iri:.100} cannot be a thing's; take an IRI of your own")
+        for triple in triples:
+            if triple.predicate.value == RDF.type and str(triple.object).startswith(f"<{TF.iri}"):
+                raise Refused(f"@type: {triple.object} is for what is named urn:tinyfleet:{self.fleet}:…")
+        _conforms(triples, document)
+        said: dict[Iri, list[Value]] = {RDF.type: [TD.Thing]}
+        for triple in triples:
+            if triple.subject == ox.NamedNode(iri) and isinstance(triple.object, (ox.NamedNode, ox.Literal)):
+                said.setdefault(Iri(triple.predicate.value), []).append(value(triple.object))
+        return {iri: {**dict.fromkeys(self._about(iri)), **said}}
 
     def _about(self, subject: Iri) -> dict[Iri, list[Value]]:
         """What the graph says of a subject."""
@@ -162,6 +226,17 @@ class Registry:
         for row in rows:
             facts.setdefault(Iri(str(row["p"])), []).append(row["o"])
         return facts
+
+
+def _conforms(triples: list[ox.Triple], document: Mapping[str, Any]) -> None:
+    """Raises Refused unless the description has the form of one and its triples conform to the shapes."""
+    form = [
+        f"{'.'.join(map(str, error.instance_path)) or '(root)'}: {error.message:.200}"
+        for error in _schema().iter_errors(dict(document))
+    ]
+    wrong = [*shapes.violations(triples), *form]
+    if wrong:
+        raise Refused(*wrong[:20])
 
 
 def _text(values: list[Value]) -> str:

@@ -1,8 +1,9 @@
 """One interface over embedded Oxigraph and any SPARQL 1.1 endpoint.
 
-Everything lies in the default graph. A query takes parameters where its text says `VALUES ?name { UNDEF }`: the text is
-valid SPARQL as it stands (the parameter is then free), and binding puts terms in place of UNDEF, so the same text and
-the same values work on every store. Terms are written by Oxigraph's own serialiser: a value cannot end its literal.
+Facts lie in the default graph; a named graph beside it keeps documents (ontology/things.py). A query takes parameters
+where its text says `VALUES ?name { UNDEF }`: the text is valid SPARQL as it stands (the parameter is then free), and
+binding puts terms in place of UNDEF, so the same text and the same values work on every store. Terms are written by
+Oxigraph's own serialiser: a value cannot end its literal.
 """
 
 import json
@@ -12,6 +13,7 @@ import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Self, overload
@@ -28,6 +30,18 @@ Facts = Mapping[Iri, Mapping[Iri, Binding | None]]
 """What is said of each subject: for each predicate, its value or values."""
 Answer = ox.QuerySolutions | ox.QueryBoolean | ox.QueryTriples
 Row = dict[str, Value]
+
+BASE = "https://w3id.org/tinyfleet/"
+"""What relative IRIs are relative to: no address of a server, for what is stored outlives it."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The graphs that a query is asked of, whatever it names itself: those that make its default graph, and those that
+    GRAPH may name."""
+
+    default: Sequence[Iri] = ()
+    named: Sequence[Iri] = ()
 
 
 class StoreError(UserError):
@@ -175,7 +189,7 @@ class Store(ABC):
     """A graph that is asked and changed in SPARQL 1.1. Every change is atomic; safe to share between threads."""
 
     @abstractmethod
-    def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
         """The raw answer to any query, as terms: solutions, a boolean or triples."""
 
     @abstractmethod
@@ -215,12 +229,9 @@ class Store(ABC):
 
     def write(self, facts: Facts) -> None:
         """Makes these the only values of these predicates of these subjects; None takes a predicate away."""
-        pairs = " ".join(f"({_node(s)} {_node(p)})" for s, said in facts.items() for p in said)
-        if pairs:
-            self.update(
-                f"DELETE {{ ?s ?p ?o }} WHERE {{ VALUES (?s ?p) {{ {pairs} }} ?s ?p ?o }} ;\n"
-                f"INSERT DATA {{\n{_data(triples(facts))}}}"
-            )
+        text = writing(facts)
+        if text:
+            self.update(text)
 
     def remove(self, subject: Iri) -> None:
         """Takes away everything that is said of the subject."""
@@ -231,6 +242,19 @@ class Store(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def writing(facts: Facts, graph: Iri | None = None) -> str:
+    """The update that makes these the only values of these predicates of these subjects, in the default graph or in a
+    named one; empty if there is nothing to write."""
+    pairs = " ".join(f"({_node(s)} {_node(p)})" for s, said in facts.items() for p in said)
+    if not pairs:
+        return ""
+    begin, end = ("", "") if graph is None else (f"GRAPH {_node(graph)} {{ ", " }")
+    return (
+        f"DELETE {{ {begin}?s ?p ?o{end} }} WHERE {{ VALUES (?s ?p) {{ {pairs} }} {begin}?s ?p ?o{end} }} ;\n"
+        f"INSERT DATA {{ {begin}\n{_data(triples(facts))}{end}}}"
+    )
 
 
 def triples(facts: Facts) -> Iterator[Triple]:
@@ -280,10 +304,17 @@ class EmbeddedStore(Store):
             raise StoreError("the store is closed")
         return self._store
 
-    def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
         text = bind(sparql, bindings)
         try:
-            return self._open.query(text)
+            if dataset is None:
+                return self._open.query(text, base_iri=BASE)
+            return self._open.query(
+                text,
+                base_iri=BASE,
+                default_graph=[_node(graph) for graph in dataset.default],
+                named_graphs=[_node(graph) for graph in dataset.named],
+            )
         except SyntaxError as error:
             raise StoreError(f"the query is not valid SPARQL: {_short(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
@@ -291,7 +322,7 @@ class EmbeddedStore(Store):
 
     def update(self, sparql: str) -> None:
         try:
-            self._open.update(sparql)
+            self._open.update(sparql, base_iri=BASE)
         except SyntaxError as error:
             raise StoreError(f"the update is not valid SPARQL: {_short(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
@@ -330,9 +361,9 @@ class RemoteStore(Store):
         proxies: dict[str, str] | None = {} if host in ("localhost", "::1") or host.startswith("127.") else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
-    def _post(self, url: str, form: Mapping[str, str], accept: str) -> tuple[str, bytes]:
+    def _post(self, url: str, form: Mapping[str, str | Sequence[str]], accept: str) -> tuple[str, bytes]:
         try:
-            body = urllib.parse.urlencode(form).encode()
+            body = urllib.parse.urlencode(form, doseq=True).encode()
         except UnicodeEncodeError as error:
             raise StoreError(f"the text cannot be sent: {error}") from None
         request = urllib.request.Request(url, data=body, headers={"Accept": accept})
@@ -349,11 +380,11 @@ class RemoteStore(Store):
             reason = getattr(error, "reason", error)
             raise Unreachable(f"no answer from {url} ({reason}); is the server running?") from None
 
-    def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
-        text = bind(sparql, bindings)
-        kind, body = self._post(
-            self._url, {"query": text}, "application/sparql-results+json, application/n-triples;q=0.9"
-        )
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
+        form: dict[str, str | Sequence[str]] = {"query": bind(sparql, bindings)}
+        if dataset is not None:
+            form |= {"default-graph-uri": dataset.default, "named-graph-uri": dataset.named}
+        kind, body = self._post(self._url, form, "application/sparql-results+json, application/n-triples;q=0.9")
         try:
             if kind == "application/sparql-results+json":
                 return ox.parse_query_results(body, ox.QueryResultsFormat.JSON)

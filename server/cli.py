@@ -38,7 +38,8 @@ def server(
         ".tinyfleet"
     ),
 ) -> None:
-    """Run the fleet's server: broker, registry, knowledge graph, SPARQL endpoint; until interrupted.
+    """Run the fleet's server, until interrupted: broker, registry, knowledge graph and, over HTTP on loopback, SPARQL,
+    the query page and the Thing Description Directory.
 
     \b
     Examples:
@@ -62,6 +63,8 @@ def server(
     ) as running:
         typer.echo(f"broker:   {running.broker_kind} on {running.broker[0]}:{running.broker[1]}")
         typer.echo(f"endpoint: {running.endpoint}")
+        typer.echo(f"page: {running.address}/")
+        typer.echo(f"things: {running.address}/things")
         typer.echo(f"ready: fleet '{fleet}', data in {data}")
         while not stopped.wait(1.0):  # a wait without end would not let signals through everywhere
             pass

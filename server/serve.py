@@ -1,4 +1,5 @@
-"""The fleet's server in one object: a broker, the graph on disk, the registry that fills it, a SPARQL endpoint."""
+"""The fleet's server in one object: a broker, the graph on disk, the registry that fills it, and what answers over
+HTTP: SPARQL, the query page, the Thing Description Directory."""
 
 import json
 import logging
@@ -12,7 +13,7 @@ from edge.protocol import ProtocolError, Topics, decode_status
 from edge.session import Session
 from ontology.cli import GRAPH, SERVER
 from ontology.endpoint import Endpoint
-from ontology.names import fleet_name
+from ontology.names import Iri, fleet_name
 from ontology.registry import Registry
 from ontology.store import EmbeddedStore, StoreError
 from server.broker import Broker
@@ -53,11 +54,13 @@ class FleetServer:
                 self.broker_kind = started.kind
             else:
                 self.broker, self.broker_kind = broker, "given"
-            token = secrets.token_urlsafe(32)
-            self.endpoint = stack.enter_context(Endpoint(self.store, token, endpoint_port)).url
-            self.token = token
-            self.registry = Registry(self.store, fleet)
             self._session: Session | None = None
+            self.registry = Registry(self.store, fleet)
+            self.token = secrets.token_urlsafe(32)
+            served = stack.enter_context(
+                Endpoint(self.store, self.token, endpoint_port, registry=self.registry, deleted=self._forget)
+            )
+            self.address, self.endpoint = served.address, served.url
             name = f"tinyfleet-server-{secrets.token_hex(4)}"
             self._session = Session(*self.broker, name, on_message=self._receive, on_connect=self._connected)
             stack.callback(self._session.close)
@@ -88,6 +91,13 @@ class FleetServer:
         )
         self._session.subscribe(self._topics.td("+"))
         self._session.subscribe(self._topics.status("+"))
+
+    def _forget(self, thing: Iri) -> None:
+        """A client of the directory has deleted a thing: a device's description goes from the broker too, where it
+        would wait for the next server."""
+        fleet = f"urn:tinyfleet:{self.fleet}:"
+        if self._session is not None and thing.startswith(fleet):
+            self._session.publish(self._topics.td(thing.removeprefix(fleet)), b"", retain=True)
 
     def _publish_address(self, path: Path) -> None:
         host, port = self.broker

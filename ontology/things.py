@@ -1,0 +1,299 @@
+"""The Thing Descriptions themselves, as they were given: what the fleet's directory hands out.
+
+Their facts are in the default graph (ontology/registry.py). The documents lie beside them in a named graph, each as one
+text with the times of its registration (W3C WoT Discovery, 7.2.2.1): one store owns both, one change writes both, and
+no query for facts comes across a document.
+"""
+
+import json
+import secrets
+import threading
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, cast
+
+from ontology.names import SCHEMA, TD, TF, Iri
+from ontology.store import Facts, Store, term, writing
+
+GRAPH = Iri("https://w3id.org/tinyfleet/things")
+"""The named graph of the documents."""
+CONTEXT = "https://www.w3.org/2022/wot/discovery"
+"""The @context of a description that says when it was registered."""
+REMEMBERED = 1000
+"""Events that a client that was away can still get."""
+
+Document = dict[str, Any]
+_RECORD = (TF.document, SCHEMA.dateCreated, SCHEMA.dateModified, SCHEMA.expires)
+_SORTED_BY = {
+    "title": f"?thing <{TD.title}> ?key",
+    "created": f"GRAPH <{GRAPH}> {{ ?thing <{SCHEMA.dateCreated}> ?key }}",
+    "modified": f"GRAPH <{GRAPH}> {{ ?thing <{SCHEMA.dateModified}> ?key }}",
+}
+SORTED_BY = ("id", *_SORTED_BY)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A description in the directory. `document` is what was given, but for what the directory says itself."""
+
+    id: Iri
+    document: Document
+    created: datetime
+    modified: datetime
+    expires: datetime | None
+
+    def enriched(self, retrieved: datetime | None = None) -> Document:
+        """The description with its registration, as the directory hands it out (an Enriched TD)."""
+        document = dict(self.document)
+        given = document["@context"]
+        document["@context"] = [*(given if isinstance(given, list) else [given]), CONTEXT]
+        times = {"created": self.created, "modified": self.modified, "expires": self.expires, "retrieved": retrieved}
+        document["registration"] = document.get("registration", {}) | {
+            name: at.isoformat(timespec="milliseconds").replace("+00:00", "Z") for name, at in times.items() if at
+        }
+        return document
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a description: thing_created, thing_updated or thing_deleted. `change` is all of the new one, or
+    what is new in it as a JSON merge patch; events after this one's id can be asked for."""
+
+    number: int
+    kind: str
+    id: Iri
+    change: Document
+
+
+class Things:
+    """The documents in a store, and what happens to them. Safe to share between threads.
+
+    `edition` names the present set of documents: it changes when one comes or goes.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.lock = threading.RLock()
+        """To be held by who reads in order to write."""
+        self._ids: list[Iri] | None = None  # in order; read when the first list is asked for, then kept up
+        self._events: deque[Event] = deque(maxlen=REMEMBERED)
+        self._number = 0
+        self._coming_and_going = 0
+        self._listeners: list[Callable[[Event], None]] = []
+        self.era = secrets.token_hex(4)
+        """Names this process: an event's number means something in it only."""
+
+    @property
+    def edition(self) -> str:
+        return f"{self.era}-{self._coming_and_going}"
+
+    def put(self, id: Iri, document: Document, facts: Facts, expires: datetime | None = None) -> bool:
+        """Writes a description and its facts in one change. True if it is new; what changes nothing is no event."""
+        with self.lock:
+            now = datetime.now(UTC)
+            ttl = document.get("registration", {}).get("ttl")
+            if ttl is not None:
+                expires = now + timedelta(seconds=ttl)
+            before = self.get(id)
+            if before is not None and (before.document, before.expires) == (document, expires):
+                self._store.write(facts)
+                return False
+            created = now if before is None else before.created
+            thing = Thing(id, document, created, now, expires)
+            record: Facts = {
+                id: {
+                    TF.document: json.dumps(document, ensure_ascii=False, separators=(",", ":")),
+                    SCHEMA.dateCreated: created,
+                    SCHEMA.dateModified: now,
+                    SCHEMA.expires: expires,
+                }
+            }
+            self._store.update(" ;\n".join(text for text in (writing(facts), writing(record, GRAPH)) if text))
+            if before is None:
+                self._coming_and_going += 1
+                if self._ids is not None:
+                    insort(self._ids, id)
+                self._tell("thing_created", id, thing.enriched())
+            else:
+                self._tell("thing_updated", id, {**difference(before.enriched(), thing.enriched()), "id": id})
+            return before is None
+
+    def remove(self, id: Iri) -> bool:
+        """Takes away a description and everything that is said of its thing. False if there was no description."""
+        with self.lock:
+            known = self.get(id) is not None
+            node = term(id)
+            said = f"{{ {node} ?p ?o }}"
+            self._store.update(f"DELETE WHERE {said} ; DELETE WHERE {{ GRAPH <{GRAPH}> {said} }}")
+            if known:
+                self._coming_and_going += 1
+                if self._ids is not None:
+                    with suppress(ValueError):
+                        del self._ids[self._place(self._ids, id)]
+                self._tell("thing_deleted", id, {"id": id})
+            return known
+
+    def purge(self) -> None:
+        """Takes away what has expired."""
+        rows = self._store.query(
+            f"SELECT ?id WHERE {{ GRAPH <{GRAPH}> {{ ?id <{SCHEMA.expires}> ?at }} FILTER(?at <= NOW()) }}"
+        )
+        for id in rows.column("id"):
+            self.remove(Iri(str(id)))
+
+    def get(self, id: Iri) -> Thing | None:
+        """The description of that id, or None."""
+        return next(iter(self._read([id])), None)
+
+    def count(self) -> int:
+        """How many descriptions there are."""
+        with self.lock:
+            return len(self._sorted())
+
+    def page(self, offset: int, limit: int, sort_by: str = "id", descending: bool = False) -> list[Thing]:
+        """Descriptions in the order of their ids by Unicode code points, or of another one of SORTED_BY and then the
+        id; so many of them, after the first `offset`."""
+        if sort_by == "id":
+            with self.lock:
+                ids = self._sorted()
+                if descending:
+                    end = len(ids) - offset
+                    return self._read(ids[max(0, end - limit) : max(0, end)][::-1])
+                return self._read(ids[offset : offset + limit])
+        order = "DESC" if descending else "ASC"
+        rows = self._store.query(
+            f"SELECT ?thing WHERE {{ GRAPH <{GRAPH}> {{ ?thing <{TF.document}> ?document }} {_SORTED_BY[sort_by]} }} "
+            f"ORDER BY {order}(?key) {order}(STR(?thing)) LIMIT {limit:d} OFFSET {offset:d}"
+        )
+        return self._read([Iri(str(id)) for id in rows.column("thing")])
+
+    def reread(self) -> None:
+        """The store was changed by others: whatever was kept of it is read again."""
+        with self.lock:
+            self._ids = None
+            self._coming_and_going += 1
+
+    def listen(self, listener: Callable[[Event], None], since: str | None = None) -> Callable[[], None]:
+        """Calls the listener with every event from now on, in whichever thread it comes; first with those remembered
+        after the event `since` (all, if that is of an era before this one). Returns what ends it."""
+        with self.lock:
+            if since is not None:
+                era, _, number = since.partition(".")
+                after = int(number) if era == self.era and number.isdecimal() else 0
+                for event in self._events:
+                    if event.number > after:
+                        listener(event)
+            self._listeners.append(listener)
+
+        def end() -> None:
+            with self.lock:
+                self._listeners.remove(listener)
+
+        return end
+
+    def _tell(self, kind: str, id: Iri, change: Document) -> None:
+        self._number += 1
+        event = Event(self._number, kind, id, change)
+        self._events.append(event)
+        for listener in self._listeners:
+            listener(event)
+
+    def _sorted(self) -> list[Iri]:
+        if self._ids is None:
+            rows = self._store.query(f"SELECT ?id WHERE {{ GRAPH <{GRAPH}> {{ ?id <{TF.document}> ?document }} }}")
+            self._ids = sorted(cast("list[Iri]", rows.column("id")))
+        return self._ids
+
+    @staticmethod
+    def _place(ids: list[Iri], id: Iri) -> int:
+        place = bisect_left(ids, id)
+        if place == len(ids) or ids[place] != id:
+            raise ValueError(id)
+        return place
+
+    def _read(self, ids: Sequence[Iri]) -> list[Thing]:
+        if not ids:
+            return []
+        rows = self._store.query(
+            f"""SELECT ?id ?document ?created ?modified ?expires WHERE {{
+              VALUES ?id {{ {" ".join(str(term(id)) for id in ids)} }}
+              GRAPH <{GRAPH}> {{
+                ?id <{TF.document}> ?document ; <{SCHEMA.dateCreated}> ?created ; <{SCHEMA.dateModified}> ?modified .
+                OPTIONAL {{ ?id <{SCHEMA.expires}> ?expires }}
+              }}
+            }}"""
+        )
+        found = {
+            row["id"]: Thing(
+                Iri(str(row["id"])),
+                json.loads(str(row["document"])),
+                cast("datetime", row["created"]),
+                cast("datetime", row["modified"]),
+                cast("datetime | None", row.get("expires")),
+            )
+            for row in rows
+        }
+        return [found[id] for id in ids if id in found]
+
+
+def split(given: Mapping[str, Any]) -> tuple[Document, datetime | None]:
+    """What a client gave without what the directory adds by itself, and when it is to expire, if the client says so.
+
+    Raises ValueError if its registration is not one (WoT Discovery, 7.2.2.1). Of that, the document keeps `ttl`.
+    """
+    document = dict(given)
+    context = document.get("@context")
+    if isinstance(context, list):
+        rest = [entry for entry in context if entry != CONTEXT]
+        document["@context"] = rest[0] if len(rest) == 1 else rest
+    registration = document.pop("registration", None)
+    if registration is None:
+        return document, None
+    if not isinstance(registration, dict):
+        raise ValueError("registration: an object")
+    ttl, expires = registration.get("ttl"), registration.get("expires")
+    if ttl is not None:
+        if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 0 < ttl < 10**9:
+            raise ValueError("registration.ttl: a number of seconds, above 0")
+        document["registration"] = {"ttl": ttl}
+        return document, None
+    if expires is None:
+        return document, None
+    try:
+        at = datetime.fromisoformat(expires)
+    except (TypeError, ValueError):
+        raise ValueError("registration.expires: a date and time as in RFC 3339") from None
+    if at.tzinfo is None:
+        raise ValueError("registration.expires: with its offset from UTC, or Z")
+    return document, at.astimezone(UTC)
+
+
+def merged(target: object, patch: object) -> Any:
+    """The target changed by a JSON merge patch (RFC 7396)."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            result.pop(name, None)
+        else:
+            result[name] = merged(result.get(name), value)
+    return result
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> Document:
+    """The JSON merge patch (RFC 7396) that makes the one into the other."""
+    patch: Document = {name: None for name in before if name not in after}
+    for name, value in after.items():
+        old = before.get(name)
+        if isinstance(old, dict) and isinstance(value, dict):
+            inner = difference(old, value)
+            if inner:
+                patch[name] = inner
+        elif old != value or name not in before:
+            patch[name] = value
+    return patch
