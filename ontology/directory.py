@@ -78,7 +78,7 @@ class Directory:
             id = self._registry.name(given)
         except UserError as error:
             raise HttpError(400, str(error)) from None
-        await self._writing(lambda: self._registry.put(given | {"id": id}))
+        await self._writing(lambda: self._registry.put(given | {"id": str(id)}))
         return Response(status_code=201, headers={"Location": _path(id)})
 
     async def _replace(self, request: Request) -> Response:
@@ -267,16 +267,11 @@ def description(base: str, fleet: str) -> dict[str, Any]:
     """The directory's own Thing Description, after the Thing Model of WoT Discovery (7.3.5)."""
     problem = {"contentType": "application/problem+json", "success": False}
 
-    def form(href: str, method: str, status: int, kind: str | None = None, op: str = "invokeaction") -> dict[str, Any]:
-        response: dict[str, Any] = {"htv:statusCodeValue": status}
+    def form(href: str, method: str, kind: str | None = None, op: str = "invokeaction") -> dict[str, Any]:
         said: dict[str, Any] = {"href": href, "htv:methodName": method, "op": op, "additionalResponses": [problem]}
-        if method != "GET":
-            said["security"] = "bearer_sc"
-        if kind is not None and method in ("GET", "SUBSCRIBE"):
-            response["contentType"] = kind
-        elif kind is not None:
-            said["contentType"] = kind
-        return said | {"response": response}
+        if method == "GET":
+            return said | {"response": {"contentType": kind}}
+        return said | {"security": "bearer_sc"} | ({} if kind is None else {"contentType": kind})
 
     def action(title: str, *forms: dict[str, Any], reads: bool = False, **variables: Any) -> dict[str, Any]:
         said: dict[str, Any] = {"title": title, "forms": list(forms)}
@@ -305,8 +300,8 @@ def description(base: str, fleet: str) -> dict[str, Any]:
 
     td, text = "application/td+json", {"type": "string"}
     id = {"@type": "ThingID", "type": "string", "format": "iri-reference"}
-    listing = form("things{?offset,limit,format,sort_by,sort_order}", "GET", 200, "application/ld+json", "readproperty")
-    query = form("search/sparql{?query}", "GET", 200, "application/json")
+    listing = form("things{?offset,limit,format,sort_by,sort_order}", "GET", "application/ld+json", "readproperty")
+    query = form("search/sparql{?query}", "GET", "application/json")
     return {
         "@context": [TD_CONTEXT, CONTEXT, {"htv": "http://www.w3.org/2011/http#"}],
         "@type": ["Thing", "ThingDirectory"],
@@ -330,14 +325,14 @@ def description(base: str, fleet: str) -> dict[str, Any]:
             }
         },
         "actions": {
-            "createAnonymousThing": action("Create an anonymous description", form("things", "POST", 201, td)),
-            "createThing": action("Create a description", form("things/{id}", "PUT", 201, td), id=id),
-            "retrieveThing": action("Retrieve a description", form("things/{id}", "GET", 200, td), reads=True, id=id),
-            "updateThing": action("Replace a description", form("things/{id}", "PUT", 204, td), id=id),
+            "createAnonymousThing": action("Create an anonymous description", form("things", "POST", td)),
+            "createThing": action("Create a description", form("things/{id}", "PUT", td), id=id),
+            "retrieveThing": action("Retrieve a description", form("things/{id}", "GET", td), reads=True, id=id),
+            "updateThing": action("Replace a description", form("things/{id}", "PUT", td), id=id),
             "partiallyUpdateThing": action(
-                "Change a description", form("things/{id}", "PATCH", 204, "application/merge-patch+json"), id=id
+                "Change a description", form("things/{id}", "PATCH", "application/merge-patch+json"), id=id
             ),
-            "deleteThing": action("Delete a description", form("things/{id}", "DELETE", 204), id=id),
+            "deleteThing": action("Delete a description", form("things/{id}", "DELETE"), id=id),
             "searchSPARQL": action("Ask in SPARQL 1.1", query, reads=True, query=text),
         },
         "events": {
