@@ -5,14 +5,15 @@ BIN = $(VENV)/bin
 NATIVE = $(wildcard edge/mote/*.[ch]) edge/protocol.cddl edge/mote_build.py edge/mote_codegen.py setup.py pyproject.toml
 
 # For the tests: cross compilers, emulators and what builds the exported library.
-TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf
+TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf chromedriver
+PAGE = $(addprefix ontology/page/,package.json package-lock.json index.html page.css page.js icon.svg)
 
-.PHONY: demo test test-slow fuzz coverage instructions check lock clean tools-demo tools-test
+.PHONY: demo test test-slow fuzz coverage instructions check page lock clean tools-demo tools-test
 
 demo: $(VENV)/.demo
 	$(BIN)/tinyfleet demo $(ARGS)
 
-test: $(VENV)/.test check
+test: $(VENV)/.test page check
 	$(BIN)/pytest $(ARGS)
 
 test-slow: $(VENV)/.test
@@ -44,6 +45,11 @@ $(VENV)/.test: requirements-dev.lock $(NATIVE)
 	@sh tools/install.sh $(PYTHON) $(VENV) requirements-dev.lock $(TOOLS)
 	@touch $@ $(VENV)/.demo
 
+# The query page of the endpoint, from npm's YASGUI. Without npm there is none.
+page: ontology/page/dist/index.html
+ontology/page/dist/index.html: tools/page.sh $(PAGE)
+	@sh tools/page.sh
+
 # Needs `uv`. Writes no index address.
 LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header pyproject.toml
 lock:
@@ -51,4 +57,4 @@ lock:
 	echo 'setuptools>=75' | $(LOCK) - --extra dev -o requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info edge/_mote*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .tinyfleet
+	rm -rf $(VENV) build *.egg-info ontology/page/dist ontology/page/node_modules edge/_mote*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .tinyfleet
