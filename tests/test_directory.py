@@ -4,6 +4,7 @@ import http.client
 import itertools
 import json
 import os
+import queue
 import re
 import threading
 import urllib.parse
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from ontology_fixtures import MODEL, TOKEN, description, everything, payload, status
 
 from edge.protocol import Topics
+from edge.session import Session
 from ontology.directory import PAGE
 from ontology.directory import description as self_description
 from ontology.endpoint import Endpoint
@@ -27,6 +29,7 @@ from ontology.names import TF, device_iri
 from ontology.registry import MAX_BYTES, Registry
 from ontology.store import EmbeddedStore
 from ontology.things import CONTEXT, REMEMBERED, Things, difference, merged
+from server.serve import FleetServer
 
 TD_JSON, PATCH = "application/td+json", "application/merge-patch+json"
 TOPICS = Topics("home")
@@ -43,12 +46,11 @@ class Answer(NamedTuple):
 
 
 class Directory:
-    """A client of a directory, and what is behind it."""
+    """A client of a directory."""
 
-    def __init__(self, endpoint: Endpoint, store: EmbeddedStore, registry: Registry) -> None:
-        self.port = urllib.parse.urlsplit(endpoint.url).port
-        self.store = store
-        self.registry = registry
+    def __init__(self, address: str, token: str) -> None:
+        self.port = urllib.parse.urlsplit(address).port
+        self._token = token
 
     def __call__(
         self,
@@ -56,13 +58,13 @@ class Directory:
         path: str,
         body: Any = None,
         kind: str | None = TD_JSON,
-        token: str | None = TOKEN,
+        token: str | None = "",
         **headers: str,
     ) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if token is not None:
-            sent["Authorization"] = f"Bearer {token}"
+            sent["Authorization"] = f"Bearer {token or self._token}"
         if body is not None and kind is not None:
             sent["Content-Type"] = kind
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -80,6 +82,15 @@ class Directory:
         answer = self("GET", at(id), token=None)
         assert answer.status == 200, answer
         return answer.json
+
+
+class Here(Directory):
+    """A client of a directory in this process, and what is behind it."""
+
+    def __init__(self, endpoint: Endpoint, store: EmbeddedStore, registry: Registry) -> None:
+        super().__init__(endpoint.address, TOKEN)
+        self.store = store
+        self.registry = registry
 
     def say(self, device: str, td: dict[str, Any] | None) -> None:
         """What a device says over MQTT; None: its retained description is cleared."""
@@ -104,11 +115,11 @@ def lamp(id: str | None = "urn:example:lamp", **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def directory() -> Iterator[Directory]:
+def directory() -> Iterator[Here]:
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
         with Endpoint(store, TOKEN, registry=registry) as endpoint:
-            yield Directory(endpoint, store, registry)
+            yield Here(endpoint, store, registry)
 
 
 def given_back(td: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def given_back(td: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("td", [description(), lamp()], ids=["a device", "another thing"])
-def test_a_description_is_created_and_retrieved_as_it_was_given(directory: Directory, td: dict[str, Any]) -> None:
+def test_a_description_is_created_and_retrieved_as_it_was_given(directory: Here, td: dict[str, Any]) -> None:
     """tdd-things-create-known-td-resp, tdd-things-retrieve-resp, -content-type, tdd-context-injection."""
     assert directory.put(td) == 201
     answer = directory("GET", at(td["id"]), token=None)
@@ -132,7 +143,7 @@ def test_a_description_is_created_and_retrieved_as_it_was_given(directory: Direc
     assert list(answer.json)[: len(td)] == list(td)
 
 
-def test_registration_says_when(directory: Directory) -> None:
+def test_registration_says_when(directory: Here) -> None:
     """tdd-registrationinfo-vocab-created, -modified, -retrieved, tdd-absolute-time."""
     before = datetime.now(UTC) - timedelta(milliseconds=1)
     directory.put(lamp())
@@ -145,7 +156,7 @@ def test_registration_says_when(directory: Directory) -> None:
     assert second["modified"] > first["modified"]
 
 
-def test_an_anonymous_description_gets_an_id(directory: Directory) -> None:
+def test_an_anonymous_description_gets_an_id(directory: Here) -> None:
     """tdd-things-create-anonymous-td-resp, tdd-anonymous-td-identifier, tdd-anonymous-td-local-uuid."""
     answer = directory("POST", "/things", lamp(None))
     assert answer.status == 201
@@ -157,12 +168,12 @@ def test_an_anonymous_description_gets_an_id(directory: Directory) -> None:
     assert {name: value for name, value in given_back(td).items() if name != "id"} == lamp(None)
 
 
-def test_an_anonymous_device_gets_the_id_of_the_device(directory: Directory) -> None:
+def test_an_anonymous_device_gets_the_id_of_the_device(directory: Here) -> None:
     answer = directory("POST", "/things", description("dev-7", id=None))
     assert (answer.status, answer.headers["Location"]) == (201, "/things/urn:tinyfleet:home:dev-7")
 
 
-def test_what_has_an_id_is_put_and_what_has_none_is_posted(directory: Directory) -> None:
+def test_what_has_an_id_is_put_and_what_has_none_is_posted(directory: Here) -> None:
     """tdd-things-create-known-vs-anonymous."""
     assert directory("POST", "/things", lamp()).status == 400
     assert directory("PUT", at("urn:example:lamp"), lamp(None)).status == 400
@@ -170,21 +181,21 @@ def test_what_has_an_id_is_put_and_what_has_none_is_posted(directory: Directory)
     assert directory("GET", "/things").json == []
 
 
-def test_put_replaces(directory: Directory) -> None:
+def test_put_replaces(directory: Here) -> None:
     """tdd-things-update-resp."""
     directory.put(lamp(description="Old"))
     assert directory.put(lamp(title="New")) == 204
     assert given_back(directory.get("urn:example:lamp")) == lamp(title="New")
 
 
-def test_what_was_retrieved_can_be_put_back(directory: Directory) -> None:
+def test_what_was_retrieved_can_be_put_back(directory: Here) -> None:
     directory.put(lamp())
     enriched = directory.get("urn:example:lamp")
     assert directory("PUT", at("urn:example:lamp"), enriched).status == 204
     assert given_back(directory.get("urn:example:lamp")) == lamp()
 
 
-def test_patch_merges(directory: Directory) -> None:
+def test_patch_merges(directory: Here) -> None:
     """tdd-things-update-partial, -mergepatch, -resp."""
     directory.put(lamp(description="Old", base="http://a/"))
     patch = {"title": "New", "description": None, "properties": {"on": {"title": "On?"}}}
@@ -194,7 +205,7 @@ def test_patch_merges(directory: Directory) -> None:
     assert td["properties"]["on"] == lamp()["properties"]["on"] | {"title": "On?"}
 
 
-def test_patch_has_its_media_type_and_its_target(directory: Directory) -> None:
+def test_patch_has_its_media_type_and_its_target(directory: Here) -> None:
     """tdd-things-update-partial-contenttype."""
     directory.put(lamp())
     assert directory("PATCH", at("urn:example:lamp"), {"title": "x"}, "application/json").status == 415
@@ -204,7 +215,7 @@ def test_patch_has_its_media_type_and_its_target(directory: Directory) -> None:
     assert given_back(directory.get("urn:example:lamp")) == lamp()
 
 
-def test_delete(directory: Directory) -> None:
+def test_delete(directory: Here) -> None:
     """tdd-things-delete-resp."""
     before = everything(directory.store)
     directory.put(lamp())
@@ -215,14 +226,14 @@ def test_delete(directory: Directory) -> None:
 
 
 @pytest.mark.parametrize("id", ["urn:example:a/b", "https://things.example/lamp?x=1#y", "urn:example:ü%20"])
-def test_any_iri_is_an_id(directory: Directory, id: str) -> None:
+def test_any_iri_is_an_id(directory: Here, id: str) -> None:
     assert directory.put(lamp(id)) == 201
     assert directory.get(id)["id"] == id
     assert directory("DELETE", at(id)).status == 204
 
 
 @pytest.mark.parametrize("id", ["", "x y", "no iri", "<>", "urn:example:none", "../things", "\n"])
-def test_what_is_not_there_is_not_found(directory: Directory, id: str) -> None:
+def test_what_is_not_there_is_not_found(directory: Here, id: str) -> None:
     assert directory("GET", at(id)).status == 404
     assert directory("DELETE", at(id)).status == 404
 
@@ -240,7 +251,7 @@ def test_what_is_not_there_is_not_found(directory: Directory, id: str) -> None:
         ("DELETE", at("urn:example:lamp"), None, None),
     ],
 )
-def test_writing_needs_the_token(directory: Directory, method: str, path: str, body: Any, kind: str | None) -> None:
+def test_writing_needs_the_token(directory: Here, method: str, path: str, body: Any, kind: str | None) -> None:
     """tdd-things-read-only-auth."""
     directory.put(lamp())
     for token in (None, "wrong"):
@@ -253,7 +264,7 @@ def test_without_a_token_nobody_writes() -> None:
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
         with Endpoint(store, registry=registry) as endpoint:
-            assert Directory(endpoint, store, registry).put(lamp()) == 403
+            assert Here(endpoint, store, registry).put(lamp()) == 403
 
 
 @pytest.mark.parametrize(
@@ -281,7 +292,7 @@ def test_without_a_token_nobody_writes() -> None:
     ],
 )
 def test_errors_are_problem_details(
-    directory: Directory, status: int, method: str, path: str, body: bytes | None, kind: str | None
+    directory: Here, status: int, method: str, path: str, body: bytes | None, kind: str | None
 ) -> None:
     """tdd-http-error-response, -utf-8."""
     answer = directory(method, path, body, kind)
@@ -309,7 +320,7 @@ def test_errors_are_problem_details(
         (lamp(**{"@context": ["https://www.w3.org/2022/wot/td/v1.1", "https://elsewhere.example/"]}), {"(root)"}),
     ],
 )
-def test_what_is_wrong_with_a_description_is_listed(directory: Directory, td: dict[str, Any], fields: set[str]) -> None:
+def test_what_is_wrong_with_a_description_is_listed(directory: Here, td: dict[str, Any], fields: set[str]) -> None:
     """tdd-validation-result, tdd-validation-response."""
     before = everything(directory.store)
     answer = directory("PUT", at(td["id"]), td)
@@ -321,13 +332,13 @@ def test_what_is_wrong_with_a_description_is_listed(directory: Directory, td: di
     assert everything(directory.store) == before
 
 
-def test_a_thing_cannot_take_what_is_the_fleets(directory: Directory) -> None:
+def test_a_thing_cannot_take_what_is_the_fleets(directory: Here) -> None:
     context = ["https://www.w3.org/2022/wot/td/v1.1", {"tf": TF.iri}]
     for kinds in ("tf:Board", ["Thing", "tf:Device"]):
         assert directory.put(lamp(**{"@context": context, "@type": kinds})) == 400
 
 
-def test_get_has_its_head(directory: Directory) -> None:
+def test_get_has_its_head(directory: Here) -> None:
     """tdd-http-head."""
     directory.put(lamp())
     for path in ("/things", at("urn:example:lamp"), "/events", "/.well-known/wot", "/search/sparql?query=ASK%7B%7D"):
@@ -346,7 +357,7 @@ def links(answer: Answer) -> dict[str, tuple[str, dict[str, str]]]:
     return found
 
 
-def test_pages_in_the_order_of_the_ids(directory: Directory) -> None:
+def test_pages_in_the_order_of_the_ids(directory: Here) -> None:
     """tdd-things-list-resp, -content-type, -pagination-limit, -header-nextlink, -nextlink-attr, -canonicallink,
     -order-default."""
     ids = [f"urn:example:{name}" for name in ("b", "Z", "a", "ä", "10", "9", "\U0001f4a1", "ﬁ")]
@@ -373,7 +384,7 @@ def test_pages_in_the_order_of_the_ids(directory: Directory) -> None:
     assert [td["id"] for td in directory("GET", "/things").json] == sorted(ids[1:])
 
 
-def test_other_orders(directory: Directory) -> None:
+def test_other_orders(directory: Here) -> None:
     for i, title in enumerate(["Melon", "apple", "Banana"]):
         directory.put(lamp(f"urn:example:{i}", title=title))
     directory.put(lamp("urn:example:0", title="Cherry"))
@@ -394,7 +405,7 @@ def test_other_orders(directory: Directory) -> None:
     assert order(sort_by="modified", sort_order="desc", limit=2) == ["0", "2", "1"]
 
 
-def test_a_page_as_a_collection(directory: Directory) -> None:
+def test_a_page_as_a_collection(directory: Here) -> None:
     """tdd-things-list-pagination-collection."""
     for i in range(3):
         directory.put(lamp(f"urn:example:{i}"))
@@ -406,7 +417,7 @@ def test_a_page_as_a_collection(directory: Directory) -> None:
     assert "next" not in last
 
 
-def test_a_page_is_never_longer_than_the_directory_can_bear(directory: Directory) -> None:
+def test_a_page_is_never_longer_than_the_directory_can_bear(directory: Here) -> None:
     for i in range(PAGE + 1):
         directory.registry.put(lamp(f"urn:example:{i:05}"))
     for asked in ("", f"?limit={PAGE + 1}"):
@@ -418,7 +429,7 @@ def test_a_page_is_never_longer_than_the_directory_can_bear(directory: Directory
 # devices and facts
 
 
-def test_what_comes_over_mqtt_is_in_the_directory(directory: Directory) -> None:
+def test_what_comes_over_mqtt_is_in_the_directory(directory: Here) -> None:
     directory.say("dev-1", description())
     assert given_back(directory.get("urn:tinyfleet:home:dev-1")) == description()
     assert [td["id"] for td in directory("GET", "/things").json] == ["urn:tinyfleet:home:dev-1"]
@@ -426,14 +437,14 @@ def test_what_comes_over_mqtt_is_in_the_directory(directory: Directory) -> None:
     assert directory("GET", "/things").json == []
 
 
-def test_a_device_over_http_leaves_the_same_graph_as_over_mqtt(directory: Directory) -> None:
+def test_a_device_over_http_leaves_the_same_graph_as_over_mqtt(directory: Here) -> None:
     assert directory.put(description()) == 201
     with EmbeddedStore() as other:
         assert Registry(other, "home").handle(TOPICS.td("dev-1"), payload(description()))
         assert everything(directory.store) == everything(other)
 
 
-def test_a_deleted_device_takes_its_state_along(directory: Directory) -> None:
+def test_a_deleted_device_takes_its_state_along(directory: Here) -> None:
     directory.say("dev-1", description())
     directory.registry.handle(TOPICS.status("dev-1"), status(samples=3))
     assert directory("DELETE", at("urn:tinyfleet:home:dev-1")).status == 204
@@ -441,7 +452,7 @@ def test_a_deleted_device_takes_its_state_along(directory: Directory) -> None:
     assert device_iri("home", "dev-1") not in subjects
 
 
-def test_the_state_of_a_device_outlives_a_change_of_its_description(directory: Directory) -> None:
+def test_the_state_of_a_device_outlives_a_change_of_its_description(directory: Here) -> None:
     directory.say("dev-1", description())
     directory.registry.handle(TOPICS.status("dev-1"), status(samples=3))
     assert directory("PATCH", at("urn:tinyfleet:home:dev-1"), {"tf:engineVersion": "0.2.0"}, PATCH).status == 204
@@ -449,7 +460,7 @@ def test_the_state_of_a_device_outlives_a_change_of_its_description(directory: D
     assert row == {"v": "0.2.0", "n": 3}
 
 
-def test_a_thing_is_found_by_what_it_says_of_itself(directory: Directory) -> None:
+def test_a_thing_is_found_by_what_it_says_of_itself(directory: Here) -> None:
     """tdd-search-sparql: and what a newer description no longer says is gone."""
     context = ["https://www.w3.org/2022/wot/td/v1.1", {"saref": "https://saref.etsi.org/core/"}]
     td = lamp(**{"@context": context, "@type": "saref:LightSwitch", "saref:hasModel": "X1", "description": "Bright"})
@@ -462,14 +473,14 @@ def test_a_thing_is_found_by_what_it_says_of_itself(directory: Directory) -> Non
     assert list(directory.store.query(query)) == [{"thing": td["id"], "title": "A lamp"}]
 
 
-def test_no_query_for_facts_comes_across_a_document(directory: Directory) -> None:
+def test_no_query_for_facts_comes_across_a_document(directory: Here) -> None:
     directory.say("dev-1", description())
     assert not directory.store.ask(f"ASK {{ ?s <{TF.document}> ?o }}")
     assert not directory.store.ask('ASK { ?s ?p ?o FILTER(CONTAINS(STR(?o), "securityDefinitions")) }')
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "form"])
-def test_sparql_search(directory: Directory, method: str) -> None:
+def test_sparql_search(directory: Here, method: str) -> None:
     """tdd-search-sparql-method-get, -post, -resp-select-ask, -resp-describe-construct, -error."""
     directory.say("dev-1", description())
 
@@ -492,14 +503,14 @@ def test_sparql_search(directory: Directory, method: str) -> None:
     assert directory.store.ask(f"ASK {{ ?d <{TF.deviceId}> 'dev-1' }}")
 
 
-def test_documents_are_found_by_sparql_where_they_are_kept(directory: Directory) -> None:
+def test_documents_are_found_by_sparql_where_they_are_kept(directory: Here) -> None:
     directory.put(lamp())
     query = f"SELECT ?td {{ GRAPH <https://w3id.org/tinyfleet/things> {{ ?thing <{TF.document}> ?td }} }}"
     (text,) = directory.store.query(query).column("td")
     assert json.loads(str(text)) == lamp()
 
 
-def test_an_update_behind_the_directorys_back_is_seen(directory: Directory) -> None:
+def test_an_update_behind_the_directorys_back_is_seen(directory: Here) -> None:
     directory.put(lamp())
     assert len(directory("GET", "/things").json) == 1
     assert directory("POST", "/sparql", b"CLEAR ALL", "application/sparql-update").status == 204
@@ -520,7 +531,7 @@ def test_descriptions_are_there_after_a_restart(tmp_path: Path) -> None:
 # expiry
 
 
-def test_a_time_to_live_becomes_an_expiry(directory: Directory) -> None:
+def test_a_time_to_live_becomes_an_expiry(directory: Here) -> None:
     """tdd-registrationinfo-vocab-ttl, -expires: ttl goes before expires, and any update extends it."""
     directory.put(
         lamp(registration={"ttl": 3600, "expires": "2000-01-01T00:00:00Z", "created": "2000-01-01T00:00:00Z"})
@@ -535,14 +546,14 @@ def test_a_time_to_live_becomes_an_expiry(directory: Directory) -> None:
     assert second["created"] == first["created"] > "2026"
 
 
-def test_an_expiry_can_be_set_and_taken_away(directory: Directory) -> None:
+def test_an_expiry_can_be_set_and_taken_away(directory: Here) -> None:
     directory.put(lamp(registration={"expires": "2100-01-01T02:00:00+02:00"}))
     assert directory.get("urn:example:lamp")["registration"]["expires"] == "2100-01-01T00:00:00.000Z"
     directory("PATCH", at("urn:example:lamp"), {"registration": {"expires": None}}, PATCH)
     assert "expires" not in directory.get("urn:example:lamp")["registration"]
 
 
-def test_what_has_expired_is_purged(directory: Directory) -> None:
+def test_what_has_expired_is_purged(directory: Here) -> None:
     """tdd-registrationinfo-expiry-purge."""
     directory.put(lamp("urn:example:old", registration={"expires": "2020-01-01T00:00:00Z"}))
     directory.put(lamp("urn:example:new", registration={"expires": "2100-01-01T00:00:00Z"}))
@@ -591,7 +602,7 @@ class Stream:
         self._connection.close()
 
 
-def test_events(directory: Directory) -> None:
+def test_events(directory: Here) -> None:
     """tdd-notification-sse, -event-id, -event-types, -data, -data-td-id."""
     with Stream(directory) as stream:
         directory.put(lamp())
@@ -611,7 +622,7 @@ def test_events(directory: Directory) -> None:
     assert len({id for _, _, id in events}) == 5
 
 
-def test_events_of_one_type(directory: Directory) -> None:
+def test_events_of_one_type(directory: Here) -> None:
     """tdd-notification-filter-type."""
     with Stream(directory, "/events/thing_deleted") as stream:
         directory.put(lamp())
@@ -619,7 +630,7 @@ def test_events_of_one_type(directory: Directory) -> None:
         assert stream.next()[0] == "thing_deleted"
 
 
-def test_events_with_what_has_changed(directory: Directory) -> None:
+def test_events_with_what_has_changed(directory: Here) -> None:
     """tdd-notification-data-create-full, -update-diff, -update-id, -delete-diff."""
     with Stream(directory, "/events?diff=true") as stream:
         directory.put(lamp(description="Old"))
@@ -634,7 +645,7 @@ def test_events_with_what_has_changed(directory: Directory) -> None:
         assert stream.next()[:2] == ("thing_deleted", {"id": "urn:example:lamp"})
 
 
-def test_a_client_that_comes_back_gets_what_it_missed(directory: Directory) -> None:
+def test_a_client_that_comes_back_gets_what_it_missed(directory: Here) -> None:
     """tdd-notification-event-id."""
     with Stream(directory) as stream:
         directory.put(lamp())
@@ -649,7 +660,7 @@ def test_a_client_that_comes_back_gets_what_it_missed(directory: Directory) -> N
         assert [stream.next()[0] for _ in range(4)][-1] == "thing_created"
 
 
-def test_what_is_remembered_is_bounded(directory: Directory) -> None:
+def test_what_is_remembered_is_bounded(directory: Here) -> None:
     for i in range(REMEMBERED + 10):
         directory.registry.put(lamp(title=str(i)))
     with Stream(directory, since="before") as stream:
@@ -657,7 +668,7 @@ def test_what_is_remembered_is_bounded(directory: Directory) -> None:
     assert numbers == list(range(11, REMEMBERED + 11))
 
 
-def test_what_changes_nothing_is_no_event(directory: Directory) -> None:
+def test_what_changes_nothing_is_no_event(directory: Here) -> None:
     """A broker hands out retained descriptions with every connection."""
     directory.say("dev-1", description())
     first = directory.get("urn:tinyfleet:home:dev-1")["registration"]["modified"]
@@ -668,7 +679,7 @@ def test_what_changes_nothing_is_no_event(directory: Directory) -> None:
     assert directory.get("urn:tinyfleet:home:dev-1")["registration"]["modified"] > first
 
 
-def test_a_refused_description_is_no_event(directory: Directory) -> None:
+def test_a_refused_description_is_no_event(directory: Here) -> None:
     with Stream(directory) as stream:
         assert directory.put(lamp(title=None)) == 400
         directory.put(lamp())
@@ -679,12 +690,12 @@ def test_a_server_that_stops_ends_its_streams() -> None:
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
         endpoint = Endpoint(store, TOKEN, registry=registry)
-        with Stream(Directory(endpoint, store, registry)) as stream:
+        with Stream(Here(endpoint, store, registry)) as stream:
             endpoint.close()
             assert stream.ended()
 
 
-def test_many_write_while_one_listens(directory: Directory) -> None:
+def test_many_write_while_one_listens(directory: Here) -> None:
     """Every change is told, once and in order, and no patch is lost to another."""
     directory.put(lamp(version={"instance": "0"}))
 
@@ -707,7 +718,7 @@ def test_many_write_while_one_listens(directory: Directory) -> None:
 # the directory's own TD
 
 
-def test_the_directory_describes_itself(directory: Directory) -> None:
+def test_the_directory_describes_itself(directory: Here) -> None:
     """introduction-well-known: and its forms lead to where things are."""
     answer = directory("GET", "/.well-known/wot", token=None)
     assert (answer.status, answer.headers.get_content_type()) == (200, TD_JSON)
@@ -733,7 +744,7 @@ def test_descriptions_are_valid_after_w3cs_schema(td: dict[str, Any]) -> None:
     assert [error.message for error in w3c_schema().iter_errors(td)] == []
 
 
-def test_what_the_directory_hands_out_is_valid_after_w3cs_schema(directory: Directory) -> None:
+def test_what_the_directory_hands_out_is_valid_after_w3cs_schema(directory: Here) -> None:
     validator = w3c_schema()
     directory.put(lamp(registration={"ttl": 60}))
     directory.say("dev-1", description())
@@ -776,6 +787,31 @@ def test_merge_patches_as_in_rfc_7396(target: Any, patch: Any, result: Any) -> N
     assert merged(target, patch) == result
 
 
-def test_the_model_of_a_device_stays_an_iri(directory: Directory) -> None:
+def test_the_model_of_a_device_stays_an_iri(directory: Here) -> None:
     directory.put(description())
     assert directory.get("urn:tinyfleet:home:dev-1")["tf:model"] == {"@id": f"urn:tinyfleet:model:{MODEL.hex()}"}
+
+
+# The whole server: a broker, devices on it, and the directory.
+
+
+def test_a_device_that_is_deleted_over_http_is_gone_from_the_broker_too(
+    broker: tuple[str, int], tmp_path: Path
+) -> None:
+    """Else its retained description would bring it back with the next server. A device that is there may come again."""
+    retained: queue.Queue[tuple[str, bytes]] = queue.Queue()
+    with FleetServer(tmp_path, "home", broker=broker) as server:
+        device = Session(*broker, "device", on_message=lambda topic, said: retained.put((topic, said)))
+        client = Directory(server.address, server.token)
+        with Stream(client) as stream:
+            device.publish(TOPICS.td("dev-1"), payload(description()), retain=True)
+            assert stream.next()[:2] == ("thing_created", {"id": "urn:tinyfleet:home:dev-1"})
+            assert given_back(client.get("urn:tinyfleet:home:dev-1")) == description()
+            device.subscribe(TOPICS.td("dev-1"))
+            assert retained.get(timeout=20) == (TOPICS.td("dev-1"), payload(description()))
+            assert client("DELETE", at("urn:tinyfleet:home:dev-1")).status == 204
+            assert stream.next()[0] == "thing_deleted"
+            assert retained.get(timeout=20) == (TOPICS.td("dev-1"), b"")
+        device.close()
+    with FleetServer(tmp_path, "home", broker=broker) as server:
+        assert Directory(server.address, server.token)("GET", "/things").json == []
