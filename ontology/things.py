@@ -8,10 +8,9 @@ no query for facts comes across a document.
 import json
 import secrets
 import threading
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -28,12 +27,13 @@ REMEMBERED = 1000
 
 Document = dict[str, Any]
 _RECORD = (TF.document, SCHEMA.dateCreated, SCHEMA.dateModified, SCHEMA.expires)
-_SORTED_BY = {
-    "title": f"?thing <{TD.title}> ?key",
-    "created": f"GRAPH <{GRAPH}> {{ ?thing <{SCHEMA.dateCreated}> ?key }}",
-    "modified": f"GRAPH <{GRAPH}> {{ ?thing <{SCHEMA.dateModified}> ?key }}",
+_KEYS = {
+    "id": f"GRAPH <{GRAPH}> {{ ?id <{TF.document}> ?document }}",
+    "title": f"?id a <{TD.Thing}> ; <{TD.title}> ?key",
+    "created": f"GRAPH <{GRAPH}> {{ ?id <{SCHEMA.dateCreated}> ?key }}",
+    "modified": f"GRAPH <{GRAPH}> {{ ?id <{SCHEMA.dateModified}> ?key }}",
 }
-SORTED_BY = ("id", *_SORTED_BY)
+SORTED_BY = tuple(_KEYS)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Things:
         self.lock = threading.RLock()
         """To be held by who reads in order to write."""
         self._ids: list[Iri] | None = None  # in order; read when the first list is asked for, then kept up
+        self._order: tuple[str, int, list[Iri]] | None = None  # another order, as it was after that event
         self._events: deque[Event] = deque(maxlen=REMEMBERED)
         self._number = 0
         self._coming_and_going = 0
@@ -114,9 +115,6 @@ class Things:
             }
             self._store.update(" ;\n".join(text for text in (writing(facts), writing(record, GRAPH)) if text))
             if before is None:
-                self._coming_and_going += 1
-                if self._ids is not None:
-                    insort(self._ids, id)
                 self._tell("thing_created", id, thing.enriched())
             else:
                 self._tell("thing_updated", id, {**difference(before.enriched(), thing.enriched()), "id": id})
@@ -130,10 +128,6 @@ class Things:
             said = f"{{ {node} ?p ?o }}"
             self._store.update(f"DELETE WHERE {said} ; DELETE WHERE {{ GRAPH <{GRAPH}> {said} }}")
             if known:
-                self._coming_and_going += 1
-                if self._ids is not None:
-                    with suppress(ValueError):
-                        del self._ids[self._place(self._ids, id)]
                 self._tell("thing_deleted", id, {"id": id})
             return known
 
@@ -152,29 +146,25 @@ class Things:
     def count(self) -> int:
         """How many descriptions there are."""
         with self.lock:
-            return len(self._sorted())
+            if self._ids is not None:
+                return len(self._ids)
+        (row,) = self._store.query(f"SELECT (COUNT(*) AS ?count) WHERE {{ {_KEYS['id']} }}")
+        return cast("int", row["count"])
 
     def page(self, offset: int, limit: int, sort_by: str = "id", descending: bool = False) -> list[Thing]:
         """Descriptions in the order of their ids by Unicode code points, or of another one of SORTED_BY and then the
-        id; so many of them, after the first `offset`."""
-        if sort_by == "id":
-            with self.lock:
-                ids = self._sorted()
-                if descending:
-                    end = len(ids) - offset
-                    return self._read(ids[max(0, end - limit) : max(0, end)][::-1])
-                return self._read(ids[offset : offset + limit])
-        order = "DESC" if descending else "ASC"
-        rows = self._store.query(
-            f"SELECT ?thing WHERE {{ GRAPH <{GRAPH}> {{ ?thing <{TF.document}> ?document }} {_SORTED_BY[sort_by]} }} "
-            f"ORDER BY {order}(?key) {order}(STR(?thing)) LIMIT {limit:d} OFFSET {offset:d}"
-        )
-        return self._read([Iri(str(id)) for id in rows.column("thing")])
+        id; so many of them, after the first `offset`. The first page in an order takes a read of all ids."""
+        ids = self._sorted() if sort_by == "id" else self._sorted_by(sort_by)
+        with self.lock:
+            end = len(ids) - offset
+            wanted = ids[max(0, end - limit) : max(0, end)][::-1] if descending else ids[offset : offset + limit]
+        return self._read(wanted)
 
     def reread(self) -> None:
         """The store was changed by others: whatever was kept of it is read again."""
         with self.lock:
             self._ids = None
+            self._number += 1
             self._coming_and_going += 1
 
     def listen(self, listener: Callable[[Event], None], since: str | None = None) -> Callable[[], None]:
@@ -199,29 +189,43 @@ class Things:
         self._number += 1
         event = Event(self._number, kind, id, change)
         self._events.append(event)
+        self._coming_and_going += kind != "thing_updated"
+        if self._ids is not None:
+            _follow(self._ids, event)
         for listener in self._listeners:
             listener(event)
 
     def _sorted(self) -> list[Iri]:
-        if self._ids is None:
-            rows = self._store.query(f"SELECT ?id WHERE {{ GRAPH <{GRAPH}> {{ ?id <{TF.document}> ?document }} }}")
-            self._ids = sorted(cast("list[Iri]", rows.column("id")))
-        return self._ids
+        """The ids in order. They are read without the lock: whoever writes need not wait for a million of them."""
+        while True:
+            with self.lock:
+                if self._ids is not None:
+                    return self._ids
+                before = self._number
+            ids = sorted(cast("list[Iri]", self._store.query(f"SELECT ?id WHERE {{ {_KEYS['id']} }}").column("id")))
+            with self.lock:
+                missed = [event for event in self._events if event.number > before]
+                if len(missed) == self._number - before:
+                    for event in missed:
+                        _follow(ids, event)
+                    self._ids = ids
 
-    @staticmethod
-    def _place(ids: list[Iri], id: Iri) -> int:
-        place = bisect_left(ids, id)
-        if place == len(ids) or ids[place] != id:
-            raise ValueError(id)
-        return place
+    def _sorted_by(self, sort_by: str) -> list[Iri]:
+        with self.lock:
+            number, known = self._number, self._order
+        if known is None or known[:2] != (sort_by, number):
+            rows = self._store.query(f"SELECT ?id ?key WHERE {{ {_KEYS[sort_by]} }}")
+            ids = [cast("Iri", row["id"]) for row in sorted(rows, key=lambda row: (row["key"], row["id"]))]
+            self._order = known = sort_by, number, ids
+        return known[2]
 
     def _read(self, ids: Sequence[Iri]) -> list[Thing]:
         if not ids:
             return []
-        rows = self._store.query(
+        rows = self._store.query(  # with VALUES outside of GRAPH, Oxigraph reads all documents
             f"""SELECT ?id ?document ?created ?modified ?expires WHERE {{
-              VALUES ?id {{ {" ".join(str(term(id)) for id in ids)} }}
               GRAPH <{GRAPH}> {{
+                VALUES ?id {{ {" ".join(str(term(id)) for id in ids)} }}
                 ?id <{TF.document}> ?document ; <{SCHEMA.dateCreated}> ?created ; <{SCHEMA.dateModified}> ?modified .
                 OPTIONAL {{ ?id <{SCHEMA.expires}> ?expires }}
               }}
@@ -238,6 +242,16 @@ class Things:
             for row in rows
         }
         return [found[id] for id in ids if id in found]
+
+
+def _follow(ids: list[Iri], event: Event) -> None:
+    """Makes sorted ids what they are after the event."""
+    place = bisect_left(ids, event.id)
+    there = place < len(ids) and ids[place] == event.id
+    if event.kind == "thing_created" and not there:
+        ids.insert(place, event.id)
+    elif event.kind == "thing_deleted" and there:
+        del ids[place]
 
 
 def split(given: Mapping[str, Any]) -> tuple[Document, datetime | None]:

@@ -7,6 +7,7 @@ import os
 import queue
 import re
 import threading
+import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from edge.session import Session
 from ontology.directory import PAGE
 from ontology.directory import description as self_description
 from ontology.endpoint import Endpoint
-from ontology.names import TF, device_iri
+from ontology.names import TF, Iri, device_iri
 from ontology.registry import MAX_BYTES, Registry
 from ontology.store import EmbeddedStore
 from ontology.things import CONTEXT, REMEMBERED, Things, difference, merged
