@@ -252,7 +252,7 @@ def writing(facts: Facts, graph: Iri | None = None) -> str:
         return ""
     begin, end = ("", "") if graph is None else (f"GRAPH {_node(graph)} {{ ", " }")
     return (
-        f"DELETE {{ {begin}?s ?p ?o{end} }} WHERE {{ VALUES (?s ?p) {{ {pairs} }} {begin}?s ?p ?o{end} }} ;\n"
+        f"DELETE {{ {begin}?s ?p ?o{end} }} WHERE {{ {begin}VALUES (?s ?p) {{ {pairs} }} ?s ?p ?o{end} }} ;\n"
         f"INSERT DATA {{ {begin}\n{_data(triples(facts))}{end}}}"
     )
 

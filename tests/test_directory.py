@@ -131,7 +131,7 @@ def given_back(td: dict[str, Any]) -> dict[str, Any]:
     return rest | {"@context": context[0] if len(context) == 1 else context}
 
 
-# create, retrieve, update, delete
+# Create, retrieve, update, delete.
 
 
 @pytest.mark.parametrize("td", [description(), lamp()], ids=["a device", "another thing"])
@@ -239,7 +239,7 @@ def test_what_is_not_there_is_not_found(directory: Here, id: str) -> None:
     assert directory("DELETE", at(id)).status == 404
 
 
-# rights and errors
+# Rights and errors.
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_get_has_its_head(directory: Here) -> None:
         assert (answer.status, answer.body) == (200, b""), path
 
 
-# lists
+# Lists.
 
 
 def links(answer: Answer) -> dict[str, tuple[str, dict[str, str]]]:
@@ -427,7 +427,7 @@ def test_a_page_is_never_longer_than_the_directory_can_bear(directory: Here) -> 
         assert [td["id"] for td in directory("GET", links(answer)["next"][0]).json] == [f"urn:example:{PAGE:05}"]
 
 
-# devices and facts
+# Devices and facts.
 
 
 def test_what_comes_over_mqtt_is_in_the_directory(directory: Here) -> None:
@@ -529,7 +529,57 @@ def test_descriptions_are_there_after_a_restart(tmp_path: Path) -> None:
         assert again.count() == 1
 
 
-# expiry
+def test_the_list_is_right_whoever_writes_while_it_is_made(directory: Here) -> None:
+    things = directory.registry.things
+    done = threading.Event()
+
+    def write(name: str) -> None:
+        for i in range(40):
+            directory.registry.put(lamp(f"urn:example:{name}{i}"))
+            if i % 3 == 0:
+                things.remove(Iri(f"urn:example:{name}{i}"))
+
+    def look() -> None:
+        while not done.is_set():
+            things.reread()
+            things.page(0, 1)
+
+    looking = threading.Thread(target=look)
+    writers = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+    looking.start()
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    done.set()
+    looking.join()
+    left = sorted(f"urn:example:{name}{i}" for name in "ab" for i in range(40) if i % 3)
+    assert [thing.id for thing in things.page(0, 1000)] == left
+    assert things.count() == len(left)
+
+
+def test_one_description_is_read_without_reading_all() -> None:
+    """Two hundred times as many do not take two hundred times as long."""
+
+    def best(things: Things) -> float:
+        took = []
+        for _ in range(20):
+            start = time.perf_counter()
+            assert things.get(Iri("urn:example:1")) is not None
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    times = []
+    for many in (5, 1000):
+        with EmbeddedStore() as store:
+            things = Things(store)
+            for i in range(many):
+                things.put(Iri(f"urn:example:{i}"), lamp(f"urn:example:{i}"), {})
+            times.append(best(things))
+    assert times[1] < 20 * times[0]
+
+
+# Expiry.
 
 
 def test_a_time_to_live_becomes_an_expiry(directory: Here) -> None:
@@ -564,7 +614,7 @@ def test_what_has_expired_is_purged(directory: Here) -> None:
     assert not directory.store.ask("ASK { <urn:example:old> ?p ?o }")
 
 
-# events
+# Events.
 
 
 class Stream:
@@ -716,7 +766,7 @@ def test_many_write_while_one_listens(directory: Here) -> None:
     assert sum(name.startswith("urn:x:") for name in directory.get("urn:example:lamp")) == 30
 
 
-# the directory's own TD
+# The directory's own TD.
 
 
 def test_the_directory_describes_itself(directory: Here) -> None:
@@ -753,7 +803,7 @@ def test_what_the_directory_hands_out_is_valid_after_w3cs_schema(directory: Here
         assert [error.message for error in validator.iter_errors(td)] == []
 
 
-# merge patches
+# Merge patches.
 
 scalars = st.booleans() | st.integers() | st.text(max_size=3)
 documents = st.recursive(
