@@ -7,6 +7,7 @@ the same values work on every store. Terms are written by Oxigraph's own seriali
 
 import json
 import re
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -166,7 +167,7 @@ def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
         name = match["name"]
         if name is None or name not in bindings:
             return match[0]
-        return f"VALUES ?{name} {{ {' '.join(str(term(v)) for v in _values(bindings[name]))} }}"
+        return f"VALUES ?{name} {{ {' '.join(str(term(v)) for v in values(bindings[name]))} }}"
 
     return _PARAMETER.sub(put, sparql)
 
@@ -237,11 +238,12 @@ def triples(facts: Facts) -> Iterator[Triple]:
     """The triples of these facts."""
     for subject, said in facts.items():
         for predicate, given in said.items():
-            for o in _values(given):
+            for o in values(given):
                 yield subject, predicate, o
 
 
-def _values(given: Binding | None) -> Iterable[Value]:
+def values(given: Binding | None) -> Iterable[Value]:
+    """A value, values or None as values."""
     if given is None:
         return ()
     return (given,) if isinstance(given, (str, bool, int, float, datetime)) else given
@@ -257,10 +259,19 @@ def _data(given: Iterable[Triple]) -> str:
     return "".join(f"{_node(s)} {_node(p)} {term(o)} .\n" for s, p, o in given)
 
 
+_HERE = ox.DefaultGraph()
+
+
 class EmbeddedStore(Store):
-    """Oxigraph in this process: on disk (RocksDB) in the folder `path`, made if need be, or in memory without one."""
+    """Oxigraph in this process: on disk (RocksDB) in the folder `path`, made if need be, or in memory without one.
+
+    One writer at a time, any number of readers beside it: a query sees the graph as it was when it began, and holds up
+    no write. What a write has returned from is kept when the process is killed, for it is in RocksDB's log, in the
+    hands of the operating system; should the machine lose its power, the last seconds may be missing.
+    """
 
     def __init__(self, path: str | Path | None = None) -> None:
+        self._writing = threading.RLock()
         if path is None:
             self._store: ox.Store | None = ox.Store()
             return
@@ -291,14 +302,36 @@ class EmbeddedStore(Store):
 
     def update(self, sparql: str) -> None:
         try:
-            self._open.update(sparql)
+            with self._writing:
+                self._open.update(sparql)
         except SyntaxError as error:
             raise StoreError(f"the update is not valid SPARQL: {_short(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
             raise StoreError(f"the update failed: {error}") from None
 
     def add(self, triples: Iterable[Triple]) -> None:
-        self._open.extend([ox.Quad(_node(s), _node(p), term(o), ox.DefaultGraph()) for s, p, o in triples])
+        quads = [ox.Quad(_node(s), _node(p), term(o), _HERE) for s, p, o in triples]
+        with self._writing:
+            self._open.extend(quads)
+
+    def write(self, facts: Facts) -> None:
+        # Only what differs is written. It goes as SPARQL, the one way to take away and to add in one transaction.
+        with self._writing:
+            gone: list[str] = []
+            new: list[str] = []
+            for s, said in facts.items():
+                subject = _node(s)
+                for p, given in said.items():
+                    predicate = _node(p)
+                    wanted = {term(o) for o in values(given)}
+                    there = {quad.object for quad in self._open.quads_for_pattern(subject, predicate, None, _HERE)}
+                    if not all(isinstance(o, (ox.NamedNode, ox.Literal)) for o in there):
+                        # A blank node, which DELETE DATA cannot name.
+                        return super().write(facts)
+                    gone += [f"{subject} {predicate} {o} .\n" for o in there - wanted]
+                    new += [f"{subject} {predicate} {o} .\n" for o in wanted - there]
+            if gone or new:
+                self.update(f"DELETE DATA {{\n{''.join(gone)}}} ;\nINSERT DATA {{\n{''.join(new)}}}")
 
     def __len__(self) -> int:
         return len(self._open)
