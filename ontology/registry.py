@@ -24,7 +24,7 @@ from edge.errors import UserError
 from edge.protocol import ProtocolError, Topics, decode_status
 from ontology import shapes
 from ontology.names import BOARDS, RDF, TD, TF, Iri, device_iri, fleet_name, model_iri
-from ontology.store import Binding, Store, StoreError, Value, printable, value, values
+from ontology.store import Binding, Store, StoreError, Value, each, printable, value
 
 MAX_BYTES = 65_536
 """A Thing Description may be so long."""
@@ -221,7 +221,7 @@ _Pending = dict[Iri, dict[Iri, Binding | None]]
 
 
 def _listed(facts: Mapping[Iri, Binding | None]) -> dict[Iri, list[Value]]:
-    return {p: list(values(given)) for p, given in facts.items()}
+    return {p: list(each(given)) for p, given in facts.items()}
 
 
 def _text(given: list[Value]) -> str:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Self, overload
+from typing import NamedTuple, Self, overload
 
 import pyoxigraph as ox
 
@@ -149,6 +149,17 @@ def parameters(sparql: str) -> list[str]:
     return list(dict.fromkeys(m["name"] for m in _PARAMETER.finditer(sparql) if m["name"]))
 
 
+def parameter_pattern(sparql: str, values: str) -> str:
+    """A regular expression for the query with its parameters, bound or free: `values` is what each may hold, and a
+    group of the parameter's name."""
+    parts, end = [], 0
+    for found in _PARAMETER.finditer(sparql):
+        if name := found["name"]:
+            parts += [re.escape(sparql[end : found.start()]), rf"VALUES \?{name} \{{ (?P<{name}>{values}) \}}"]
+            end = found.end()
+    return "".join([*parts, re.escape(sparql[end:])])
+
+
 def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
     """The query with its parameters bound; those not named stay free.
 
@@ -167,7 +178,7 @@ def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
         name = match["name"]
         if name is None or name not in bindings:
             return match[0]
-        return f"VALUES ?{name} {{ {' '.join(str(term(v)) for v in values(bindings[name]))} }}"
+        return f"VALUES ?{name} {{ {' '.join(str(term(v)) for v in each(bindings[name]))} }}"
 
     return _PARAMETER.sub(put, sparql)
 
@@ -238,12 +249,12 @@ def triples(facts: Facts) -> Iterator[Triple]:
     """The triples of these facts."""
     for subject, said in facts.items():
         for predicate, given in said.items():
-            for o in values(given):
+            for o in each(given):
                 yield subject, predicate, o
 
 
-def values(given: Binding | None) -> Iterable[Value]:
-    """A value, values or None as values."""
+def each(given: Binding | None) -> Iterable[Value]:
+    """The values that are given: none, one or many."""
     if given is None:
         return ()
     return (given,) if isinstance(given, (str, bool, int, float, datetime)) else given
@@ -260,6 +271,15 @@ def _data(given: Iterable[Triple]) -> str:
 
 
 _HERE = ox.DefaultGraph()
+
+
+class Patch(NamedTuple):
+    """A change of the graph: triples that go, triples that come, and patterns for what else goes (before they come),
+    in SPARQL, which alone does it all in one transaction."""
+
+    emptied: list[str]
+    gone: list[str]
+    new: list[str]
 
 
 class EmbeddedStore(Store):
@@ -315,23 +335,32 @@ class EmbeddedStore(Store):
             self._open.extend(quads)
 
     def write(self, facts: Facts) -> None:
-        # Only what differs is written. It goes as SPARQL, the one way to take away and to add in one transaction.
         with self._writing:
-            gone: list[str] = []
-            new: list[str] = []
-            for s, said in facts.items():
-                subject = _node(s)
-                for p, given in said.items():
-                    predicate = _node(p)
-                    wanted = {term(o) for o in values(given)}
-                    there = {quad.object for quad in self._open.quads_for_pattern(subject, predicate, None, _HERE)}
-                    if not all(isinstance(o, (ox.NamedNode, ox.Literal)) for o in there):
-                        # A blank node, which DELETE DATA cannot name.
-                        return super().write(facts)
-                    gone += [f"{subject} {predicate} {o} .\n" for o in there - wanted]
-                    new += [f"{subject} {predicate} {o} .\n" for o in wanted - there]
-            if gone or new:
-                self.update(f"DELETE DATA {{\n{''.join(gone)}}} ;\nINSERT DATA {{\n{''.join(new)}}}")
+            self._apply(self._difference(facts))
+
+    def _difference(self, facts: Facts) -> Patch:
+        """What must go and come so that `write` has written the facts."""
+        patch = Patch([], [], [])
+        for s, said in facts.items():
+            subject = _node(s)
+            for p, given in said.items():
+                predicate = _node(p)
+                wanted = {term(o) for o in each(given)}
+                there = {quad.object for quad in self._open.quads_for_pattern(subject, predicate, None, _HERE)}
+                if not all(isinstance(o, (ox.NamedNode, ox.Literal)) for o in there):
+                    patch.emptied.append(f"DELETE WHERE {{ {subject} {predicate} ?o }} ;\n")
+                    there = set()
+                patch.gone.extend(f"{subject} {predicate} {o} .\n" for o in there - wanted)
+                patch.new.extend(f"{subject} {predicate} {o} .\n" for o in wanted - there)
+        return patch
+
+    def _apply(self, patch: Patch) -> None:
+        if any(patch):
+            EmbeddedStore.update(
+                self,
+                f"{''.join(patch.emptied)}DELETE DATA {{\n{''.join(patch.gone)}}} ;\n"
+                f"INSERT DATA {{\n{''.join(patch.new)}}}",
+            )
 
     def __len__(self) -> int:
         return len(self._open)

@@ -14,9 +14,10 @@ from edge.protocol import Topics
 from edge.session import Session
 from ontology.cli import GRAPH, SERVER
 from ontology.endpoint import Endpoint
+from ontology.index import IndexedStore
 from ontology.names import fleet_name
 from ontology.registry import Registry
-from ontology.store import EmbeddedStore, StoreError
+from ontology.store import StoreError
 from server.broker import Broker
 
 MOST = 1000
@@ -62,7 +63,7 @@ class FleetServer:
         self._topics = Topics(fleet)
         self._online: dict[str, bool] = {}
         with ExitStack() as stack:
-            self.store = stack.enter_context(EmbeddedStore(data / GRAPH))
+            self.store = stack.enter_context(IndexedStore(data / GRAPH))
             if broker is None:
                 started = stack.enter_context(Broker(port, data / "broker"))
                 self.broker = started.host, started.port
