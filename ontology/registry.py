@@ -1,12 +1,13 @@
 """Descriptions in, graph out: what devices say of themselves becomes facts, once it is checked.
 
-`Registry.handle` takes an MQTT topic and its payload, `Registry.put` a description that came in another way; neither
-touches the network. A Thing Description is read as JSON-LD with our own context, checked against the shapes, and
-written flat: facts about the device on the device, facts about its kind of board once on the board, by whoever says
-them first (`tinyfleet firmware boards --describe` says those that are known). The document itself is kept beside them
-(ontology/things.py). A thing that is no device of the fleet, which only `put` takes, is written with what it says
-flatly of itself. A status is a few flat facts. What cannot be right is refused, counted and logged with its reason, and
-leaves the graph as it was; what comes twice, late or in another order ends in the same graph.
+`Registry.take` takes MQTT topics and their payloads, as many as have arrived, and writes what they say in one
+transaction; `Registry.put` takes a description that came in another way. Neither touches the network. A Thing
+Description is read as JSON-LD with our own context, checked against the shapes, and written flat: facts about the
+device on the device, facts about its kind of board once on the board, by whoever says them first (`tinyfleet firmware
+boards --describe` says those that are known). The document itself is kept beside them (ontology/things.py). A thing
+that is no device of the fleet, which only `put` takes, is written with what it says flatly of itself. A status is a few
+flat facts. What cannot be right is refused, counted and logged with its reason, and leaves the graph as it was; what
+comes twice, late or in another order ends in the same graph.
 """
 
 import json
@@ -14,10 +15,12 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema_rs
 import pyoxigraph as ox
@@ -26,8 +29,8 @@ from edge.errors import UserError
 from edge.protocol import ProtocolError, Topics, decode_status
 from ontology import shapes
 from ontology.names import BOARDS, RDF, TD, TF, Iri, device_iri, fleet_name, model_iri
-from ontology.store import BASE, Binding, Store, StoreError, Value, printable, term, value
-from ontology.things import Things, split
+from ontology.store import BASE, Binding, Store, StoreError, Value, each, printable, term, value
+from ontology.things import Changes, Document, Things, split
 
 MAX_BYTES = 65_536
 """A Thing Description may be so long."""
@@ -58,6 +61,19 @@ class Refused(Exception):
         self.violations = violations
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of a message: what it was, of which device, and why it was refused, if it was.
+
+    online: what a status says; for a description, whether there is one (an empty one takes the device away).
+    """
+
+    kind: Literal["td", "status"]
+    device: str
+    online: bool = False
+    refusal: str | None = None
+
+
 @cache
 def _context() -> dict[str, Any]:
     context: dict[str, Any] = json.loads(_CONTEXT_FILE.read_text(encoding="utf-8"))["@context"]
@@ -82,34 +98,70 @@ class Registry:
         self.last_refusal: str | None = None
 
     def handle(self, topic: str, payload: bytes) -> bool:
-        """Takes one message. True if it went into the graph; False if it was refused or is none of the registry's.
+        """Takes one message, as `take` does. True if it went into the graph; False if it was refused or is none of the
+        registry's."""
+        (taken,) = self.take([(topic, payload)])
+        return taken is not None and taken.refusal is None
+
+    def take(self, messages: Sequence[tuple[str, bytes]]) -> list[Taken | None]:
+        """Takes messages in the order of their arrival; for each what became of it, None if it is none of the
+        registry's. When this returns they are in the graph.
 
         An empty description (a cleared retained message) takes the device out of the graph. Raises StoreError if the
-        store fails: the message can then be handed over again.
+        store fails: the messages can then be handed over again.
         """
-        found = self._topics.parse(topic)
-        if found is None or found[0] not in ("td", "status"):
-            return False
-        kind, (device,) = found
-        try:
-            if kind == "status":
-                self._status(device, payload)
-            elif payload:
-                self._description(device, payload)
-            else:
-                self.things.remove(device_iri(self.fleet, device))
-        except StoreError:
-            raise
-        except (Refused, ProtocolError, UserError) as reason:
-            self.refused += 1
-            what = "Thing Description" if kind == "td" else "status"
-            self.last_refusal = printable(f"{what} of {device!r} refused: {reason}")
-            log.warning("%s", self.last_refusal)
-            return False
-        self.accepted += 1
-        return True
+        with self.things.lock:
+            taken: list[Taken | None] = []
+            facts, changes = _Pending(), Changes()
+            for topic, payload in messages:
+                found = self._topics.parse(topic)
+                if found is None or found[0] not in ("td", "status"):
+                    taken.append(None)
+                    continue
+                kind: Literal["td", "status"] = found[0]  # type: ignore[assignment]
+                (device,) = found[1]
+                try:
+                    if kind == "status":
+                        online = self._status(device, payload, facts)
+                    elif payload:
+                        self._description(device, payload, facts, changes)
+                        online = True
+                    else:
+                        self.things.write(facts, changes)
+                        facts, changes = _Pending(), Changes()
+                        self.things.remove(device_iri(self.fleet, device))
+                        online = False
+                except StoreError:
+                    raise
+                except (Refused, ProtocolError, UserError) as reason:
+                    what = "Thing Description" if kind == "td" else "status"
+                    refusal = printable(f"{what} of {device!r} refused: {reason}")
+                    log.warning("%s", refusal)
+                    taken.append(Taken(kind, device, refusal=refusal))
+                else:
+                    taken.append(Taken(kind, device, online))
+            self.things.write(facts, changes)
+            for one in taken:
+                if one is not None and one.refusal is None:
+                    self.accepted += 1
+                elif one is not None:
+                    self.refused += 1
+                    self.last_refusal = one.refusal
+            return taken
 
-    def _status(self, device: str, payload: bytes) -> None:
+    def nobody_is_online(self) -> None:
+        """Takes it that every device is offline until it says otherwise. In many transactions, if they are many."""
+        answer = self._store.evaluate(
+            """PREFIX tf: <https://w3id.org/tinyfleet#>
+            SELECT ?device WHERE { VALUES ?fleet { UNDEF } ?device tf:online true ; tf:fleet ?fleet }""",
+            fleet=self.fleet,
+        )
+        assert isinstance(answer, ox.QuerySolutions)
+        devices = (value(solution["device"]) for solution in answer)
+        while some := list(islice(devices, 1000)):
+            self._store.write({Iri(str(device)): {TF.online: False} for device in some})
+
+    def _status(self, device: str, payload: bytes, pending: "_Pending") -> bool:
         if not payload:
             raise Refused("it is empty")
         status = decode_status(payload)
@@ -127,14 +179,15 @@ class Registry:
                 TF.battery: status.battery,
                 TF.drift: status.drift,
             }
-        self._store.write({device_iri(self.fleet, device): facts})
+        pending.setdefault(device_iri(self.fleet, device), {}).update(facts)
+        return status.online
 
-    def _description(self, device: str, payload: bytes) -> None:
+    def _description(self, device: str, payload: bytes, pending: "_Pending", changes: Changes) -> None:
         document = read(payload)
         iri = device_iri(self.fleet, device)
         if document.get("id", document.get("@id")) != iri:
             raise Refused(f"its id must be {iri} on this topic, not {document.get('id')!r:.100}")
-        self.put(document)
+        self._describe(document, pending, changes)
 
     def name(self, document: Mapping[str, Any]) -> Iri:
         """An id for a description that has none: a device's own, or else a random one (UUID version 4)."""
@@ -148,6 +201,14 @@ class Registry:
 
         Raises Refused, or UserError, for what cannot be right.
         """
+        with self.things.lock:
+            facts, changes = _Pending(), Changes()
+            new = self._describe(given, facts, changes)
+            self.things.write(facts, changes)
+            return new
+
+    def _describe(self, given: Mapping[str, Any], pending: "_Pending", changes: Changes) -> bool:
+        """Adds to what is to be written. True if there is no description of that id."""
         try:
             document, expires = split(given)
         except ValueError as error:
@@ -157,16 +218,16 @@ class Registry:
             term(id)
         except StoreError:
             raise Refused("id: one text, an IRI") from None
-        triples = to_triples(document)
-        own = re.fullmatch(r"urn:tinyfleet:([^:]+):([^:]+)", id)
-        facts = self._device(own[2], id, triples, document) if own else self._thing(id, triples, document)
-        return self.things.put(id, document, facts, expires)
+        if own := re.fullmatch(r"urn:tinyfleet:([^:]+):([^:]+)", id):
+            self._device(own[2], id, document, pending)
+        else:
+            self._thing(id, document, pending)
+        return self.things.change(id, document, expires, changes)
 
-    def _device(
-        self, device: str, iri: Iri, triples: list[ox.Triple], document: Mapping[str, Any]
-    ) -> dict[Iri, dict[Iri, Binding | None]]:
+    def _device(self, device: str, iri: Iri, document: Document, pending: "_Pending") -> None:
         if iri != device_iri(self.fleet, device):
             raise Refused(f"id: {iri:.100} is not of the fleet {self.fleet!r}")
+        triples = to_triples(document)
         thing = _facts(triples, iri)
         if TF.Device not in thing.get(RDF.type, ()) or TD.Thing not in thing.get(RDF.type, ()):
             raise Refused('its @type must be ["Thing", "tf:Device"]')
@@ -181,34 +242,33 @@ class Registry:
         said = {p: v for p, v in _facts(triples, board).items() if p in _BOARD}
         if said and board not in _typed(triples, TF.Board):
             raise Refused("what its tf:board points to must have the @type tf:Board")
-        known = self._about(board)
+        known = _listed(pending[board]) if board in pending else self._about(board)
         if not known and TF.ramBytes not in said:
             raise Refused(f"its board {board} is not known and it does not describe it")
-        for predicate, values in said.items():
-            if known and set(values) != set(known.get(predicate, ())):
+        for predicate, stated in said.items():
+            if known and set(stated) != set(known.get(predicate, ())):
                 log.warning(
                     "%s says that %s of its board is %s; %s stays known with %s",
                     iri,
                     predicate.split("#")[-1],
-                    _text(values),
+                    _text(stated),
                     board,
                     _text(known.get(predicate, [])),
                 )
         ram, arena = {**known, **said}.get(TF.ramBytes, [math.inf])[0], thing.get(TF.arenaBytes, [0])[0]
         if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
             raise Refused(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
-        facts: dict[Iri, dict[Iri, Binding | None]] = {iri: {p: thing.get(p) for p in _DEVICE}}
-        facts[iri][RDF.type] = [TD.Thing, TF.Device]
+        facts = pending.setdefault(iri, {})
+        facts.update((p, thing.get(p)) for p in _DEVICE)
+        facts[RDF.type] = [TD.Thing, TF.Device]
         if not known:
-            facts[board] = {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}
-        return facts
+            pending[board] = {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}
 
-    def _thing(
-        self, iri: Iri, triples: list[ox.Triple], document: Mapping[str, Any]
-    ) -> dict[Iri, dict[Iri, Binding | None]]:
+    def _thing(self, iri: Iri, document: Document, pending: "_Pending") -> None:
         """What a thing that is no device says of itself flatly, in place of all that was said of it."""
         if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", iri) or iri.startswith(("urn:tinyfleet:", BASE)):
             raise Refused(f"id: {iri:.100} cannot be a thing's; take an IRI of your own")
+        triples = to_triples(document)
         for triple in triples:
             if triple.predicate.value == RDF.type and str(triple.object).startswith(f"<{TF.iri}"):
                 raise Refused(f"@type: {triple.object} is for what is named urn:tinyfleet:{self.fleet}:…")
@@ -217,7 +277,7 @@ class Registry:
         for triple in triples:
             if triple.subject == ox.NamedNode(iri) and isinstance(triple.object, (ox.NamedNode, ox.Literal)):
                 said.setdefault(Iri(triple.predicate.value), []).append(value(triple.object))
-        return {iri: {**dict.fromkeys(self._about(iri)), **said}}
+        pending[iri] = {**dict.fromkeys(self._about(iri)), **said}
 
     def _about(self, subject: Iri) -> dict[Iri, list[Value]]:
         """What the graph says of a subject."""
@@ -239,8 +299,16 @@ def _conforms(triples: list[ox.Triple], document: Mapping[str, Any]) -> None:
         raise Refused(*wrong[:20])
 
 
-def _text(values: list[Value]) -> str:
-    return ", ".join(sorted(printable(str(v)) for v in values)) or "nothing"
+_Pending = dict[Iri, dict[Iri, Binding | None]]
+"""What is to be written, of each subject."""
+
+
+def _listed(facts: Mapping[Iri, Binding | None]) -> dict[Iri, list[Value]]:
+    return {p: list(each(given)) for p, given in facts.items()}
+
+
+def _text(given: list[Value]) -> str:
+    return ", ".join(sorted(printable(str(v)) for v in given)) or "nothing"
 
 
 def _facts(triples: list[ox.Triple], subject: str) -> dict[Iri, list[Value]]:

@@ -17,10 +17,10 @@ import pyoxigraph as ox
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
-from ontology import things, web
+from ontology import web
 from ontology.names import Iri
 from ontology.registry import Registry
-from ontology.store import Dataset, Store, StoreError
+from ontology.store import RECORDS, Dataset, Store, StoreError
 from ontology.update import prepared
 from ontology.web import HttpError, authorise, in_thread
 
@@ -218,7 +218,7 @@ class Protocol:
         return Response(ox.serialize(triples, format=form, prefixes=prefixes), media_type=media)
 
     def _named(self) -> str:
-        return "" if self._registry is None else f"; sd:namedGraph [ a sd:NamedGraph ; sd:name <{things.GRAPH}> ]"
+        return "" if self._registry is None else f"; sd:namedGraph [ a sd:NamedGraph ; sd:name <{RECORDS}> ]"
 
 
 def _fields(text: str) -> dict[str, list[str]]:

@@ -13,13 +13,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from ontology.names import SCHEMA, TD, TF, Iri
-from ontology.store import Facts, Store, term, writing
+from ontology.store import RECORDS, Facts, Store, term
 
-GRAPH = Iri("https://w3id.org/tinyfleet/things")
-"""The named graph of the documents."""
 CONTEXT = "https://www.w3.org/2022/wot/discovery"
 """The @context of a description that says when it was registered."""
 REMEMBERED = 1000
@@ -28,10 +26,10 @@ REMEMBERED = 1000
 Document = dict[str, Any]
 _RECORD = (TF.document, SCHEMA.dateCreated, SCHEMA.dateModified, SCHEMA.expires)
 _KEYS = {
-    "id": f"GRAPH <{GRAPH}> {{ ?id <{TF.document}> ?document }}",
+    "id": f"GRAPH <{RECORDS}> {{ ?id <{TF.document}> ?document }}",
     "title": f"?id a <{TD.Thing}> ; <{TD.title}> ?key",
-    "created": f"GRAPH <{GRAPH}> {{ ?id <{SCHEMA.dateCreated}> ?key }}",
-    "modified": f"GRAPH <{GRAPH}> {{ ?id <{SCHEMA.dateModified}> ?key }}",
+    "created": f"GRAPH <{RECORDS}> {{ ?id <{SCHEMA.dateCreated}> ?key }}",
+    "modified": f"GRAPH <{RECORDS}> {{ ?id <{SCHEMA.dateModified}> ?key }}",
 }
 SORTED_BY = tuple(_KEYS)
 
@@ -69,6 +67,16 @@ class Event:
     change: Document
 
 
+class Change(NamedTuple):
+    """A description that is to be written, and the one before it."""
+
+    before: Thing | None
+    after: Thing
+
+
+Changes = dict[Iri, Change]
+
+
 class Things:
     """The documents in a store, and what happens to them. Safe to share between threads.
 
@@ -92,41 +100,45 @@ class Things:
     def edition(self) -> str:
         return f"{self.era}-{self._coming_and_going}"
 
-    def put(self, id: Iri, document: Document, facts: Facts, expires: datetime | None = None) -> bool:
-        """Writes a description and its facts in one change. True if it is new; what changes nothing is no event."""
-        with self.lock:
-            now = datetime.now(UTC)
-            ttl = document.get("registration", {}).get("ttl")
-            if ttl is not None:
-                expires = now + timedelta(seconds=ttl)
-            before = self.get(id)
-            if before is not None and (before.document, before.expires) == (document, expires):
-                self._store.write(facts)
-                return False
-            created = now if before is None else before.created
-            thing = Thing(id, document, created, now, expires)
-            record: Facts = {
+    def change(self, id: Iri, document: Document, expires: datetime | None, changes: Changes) -> bool:
+        """Adds a description to what is to be written; what changes nothing is not. True if there is none of that id.
+        To be called, and what it adds written, with the lock held."""
+        now = datetime.now(UTC)
+        ttl = document.get("registration", {}).get("ttl")
+        if ttl is not None:
+            expires = now + timedelta(seconds=ttl)
+        earlier = changes.get(id)
+        before = self.get(id) if earlier is None else earlier.after
+        if before is None or (before.document, before.expires) != (document, expires):
+            after = Thing(id, document, now if before is None else before.created, now, expires)
+            changes[id] = Change(before if earlier is None else earlier.before, after)
+        return before is None
+
+    def write(self, facts: Facts, changes: Changes) -> None:
+        """Writes descriptions and facts in one transaction, and tells what has happened."""
+        self._store.write(
+            facts,
+            {
                 id: {
-                    TF.document: json.dumps(document, ensure_ascii=False, separators=(",", ":")),
-                    SCHEMA.dateCreated: created,
-                    SCHEMA.dateModified: now,
-                    SCHEMA.expires: expires,
+                    TF.document: json.dumps(thing.document, ensure_ascii=False, separators=(",", ":")),
+                    SCHEMA.dateCreated: thing.created,
+                    SCHEMA.dateModified: thing.modified,
+                    SCHEMA.expires: thing.expires,
                 }
-            }
-            self._store.update(" ;\n".join(text for text in (writing(facts), writing(record, GRAPH)) if text))
+                for id, (_, thing) in changes.items()
+            },
+        )
+        for id, (before, thing) in changes.items():
             if before is None:
                 self._tell("thing_created", id, thing.enriched())
             else:
                 self._tell("thing_updated", id, {**difference(before.enriched(), thing.enriched()), "id": id})
-            return before is None
 
     def remove(self, id: Iri) -> bool:
         """Takes away a description and everything that is said of its thing. False if there was no description."""
         with self.lock:
             known = self.get(id) is not None
-            node = term(id)
-            said = f"{{ {node} ?p ?o }}"
-            self._store.update(f"DELETE WHERE {said} ; DELETE WHERE {{ GRAPH <{GRAPH}> {said} }}")
+            self._store.remove(id)
             if known:
                 self._tell("thing_deleted", id, {"id": id})
             return known
@@ -134,7 +146,7 @@ class Things:
     def purge(self) -> None:
         """Takes away what has expired."""
         rows = self._store.query(
-            f"SELECT ?id WHERE {{ GRAPH <{GRAPH}> {{ ?id <{SCHEMA.expires}> ?at }} FILTER(?at <= NOW()) }}"
+            f"SELECT ?id WHERE {{ GRAPH <{RECORDS}> {{ ?id <{SCHEMA.expires}> ?at }} FILTER(?at <= NOW()) }}"
         )
         for id in rows.column("id"):
             self.remove(Iri(str(id)))
@@ -224,7 +236,7 @@ class Things:
             return []
         rows = self._store.query(  # with VALUES outside of GRAPH, Oxigraph reads all documents
             f"""SELECT ?id ?document ?created ?modified ?expires WHERE {{
-              GRAPH <{GRAPH}> {{
+              GRAPH <{RECORDS}> {{
                 VALUES ?id {{ {" ".join(str(term(id)) for id in ids)} }}
                 ?id <{TF.document}> ?document ; <{SCHEMA.dateCreated}> ?created ; <{SCHEMA.dateModified}> ?modified .
                 OPTIONAL {{ ?id <{SCHEMA.expires}> ?expires }}

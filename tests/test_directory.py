@@ -29,7 +29,7 @@ from ontology.endpoint import Endpoint
 from ontology.names import TF, Iri, device_iri
 from ontology.registry import MAX_BYTES, Registry
 from ontology.store import EmbeddedStore
-from ontology.things import CONTEXT, REMEMBERED, Things, difference, merged
+from ontology.things import CONTEXT, REMEMBERED, Changes, Things, difference, merged
 from server.serve import FleetServer
 
 TD_JSON, PATCH = "application/td+json", "application/merge-patch+json"
@@ -572,9 +572,10 @@ def test_one_description_is_read_without_reading_all() -> None:
     times = []
     for many in (5, 1000):
         with EmbeddedStore() as store:
-            things = Things(store)
+            things, changes = Things(store), Changes()
             for i in range(many):
-                things.put(Iri(f"urn:example:{i}"), lamp(f"urn:example:{i}"), {})
+                things.change(Iri(f"urn:example:{i}"), lamp(f"urn:example:{i}"), None, changes)
+            things.write({}, changes)
             times.append(best(things))
     assert times[1] < 20 * times[0]
 

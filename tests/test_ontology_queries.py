@@ -166,7 +166,7 @@ def test_what_cannot_be_right_is_not_written(store: Store) -> None:
 def test_a_query_that_is_not_there_is_said() -> None:
     from edge.errors import UserError
 
-    with pytest.raises(UserError, match="clients, last-round"):
+    with pytest.raises(UserError, match="choose one of clients, "):
         library.text("nonesuch")
 
 
