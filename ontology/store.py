@@ -250,6 +250,16 @@ class Store(ABC):
         if text:
             self.update(text)
 
+    def records(self, subjects: Sequence[Iri]) -> list[dict[Iri, Value]]:
+        """What the graph RECORDS says of each of the subjects, one value of a predicate; nothing where it says none."""
+        found: dict[Value, dict[Iri, Value]] = {subject: {} for subject in subjects}
+        if subjects:
+            # With VALUES outside of GRAPH, Oxigraph reads all records.
+            wanted = " ".join(str(_node(subject)) for subject in subjects)
+            for row in self.query(f"SELECT * WHERE {{ GRAPH <{RECORDS}> {{ VALUES ?s {{ {wanted} }} ?s ?p ?o }} }}"):
+                found[row["s"]][Iri(str(row["p"]))] = row["o"]
+        return [found[subject] for subject in subjects]
+
     def remove(self, subject: Iri) -> None:
         """Takes away everything that is said of the subject, its records too."""
         said = f"{{ {_node(subject)} ?p ?o }}"
@@ -399,6 +409,16 @@ class EmbeddedStore(Store):
                 patch.gone.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in there - wanted)
                 patch.new.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in wanted - there)
         return patch
+
+    def records(self, subjects: Sequence[Iri]) -> list[dict[Iri, Value]]:
+        graph = _node(RECORDS)
+        return [
+            {
+                Iri(quad.predicate.value): value(quad.object)
+                for quad in self._open.quads_for_pattern(_node(subject), None, None, graph)
+            }
+            for subject in subjects
+        ]
 
     def _apply(self, patch: Patch) -> None:
         if any(patch):

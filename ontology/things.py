@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, cast
 
 from ontology.names import SCHEMA, TD, TF, Iri
-from ontology.store import RECORDS, Facts, Store, term
+from ontology.store import RECORDS, Facts, Store
 
 CONTEXT = "https://www.w3.org/2022/wot/discovery"
 """The @context of a description that says when it was registered."""
@@ -232,28 +232,17 @@ class Things:
         return known[2]
 
     def _read(self, ids: Sequence[Iri]) -> list[Thing]:
-        if not ids:
-            return []
-        rows = self._store.query(  # with VALUES outside of GRAPH, Oxigraph reads all documents
-            f"""SELECT ?id ?document ?created ?modified ?expires WHERE {{
-              GRAPH <{RECORDS}> {{
-                VALUES ?id {{ {" ".join(str(term(id)) for id in ids)} }}
-                ?id <{TF.document}> ?document ; <{SCHEMA.dateCreated}> ?created ; <{SCHEMA.dateModified}> ?modified .
-                OPTIONAL {{ ?id <{SCHEMA.expires}> ?expires }}
-              }}
-            }}"""
-        )
-        found = {
-            row["id"]: Thing(
-                Iri(str(row["id"])),
-                json.loads(str(row["document"])),
-                cast("datetime", row["created"]),
-                cast("datetime", row["modified"]),
-                cast("datetime | None", row.get("expires")),
+        return [
+            Thing(
+                id,
+                json.loads(str(said[TF.document])),
+                cast("datetime", said[SCHEMA.dateCreated]),
+                cast("datetime", said[SCHEMA.dateModified]),
+                cast("datetime | None", said.get(SCHEMA.expires)),
             )
-            for row in rows
-        }
-        return [found[id] for id in ids if id in found]
+            for id, said in zip(ids, self._store.records(ids), strict=True)
+            if TF.document in said
+        ]
 
 
 def _follow(ids: list[Iri], event: Event) -> None:
