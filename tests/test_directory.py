@@ -522,10 +522,11 @@ def test_an_update_behind_the_directorys_back_is_seen(directory: Here) -> None:
 def test_descriptions_are_there_after_a_restart(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path / "graph") as store:
         Registry(store, "home").put(lamp())
-        first = Things(store).get(lamp()["id"])
+        first = Things(store).get(Iri("urn:example:lamp"))
+        assert first is not None
     with EmbeddedStore(tmp_path / "graph") as store:
         again = Things(store)
-        assert again.get(lamp()["id"]) == first
+        assert again.get(Iri("urn:example:lamp")) == first
         assert again.count() == 1
 
 
