@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 
 import jsonschema_rs
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, TOKEN, description, everything, payload, status
 
@@ -345,6 +345,30 @@ def test_get_has_its_head(directory: Here) -> None:
     for path in ("/things", at("urn:example:lamp"), "/events", "/.well-known/wot", "/search/sparql?query=ASK%7B%7D"):
         answer = directory("HEAD", path)
         assert (answer.status, answer.body) == (200, b""), path
+
+
+mutations = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=8), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    method=st.sampled_from(["PUT", "PATCH"]),
+    name=st.sampled_from([*lamp(), "registration", "@type", "@id", "forms", "x"]),
+    value=mutations,
+    raw=st.none() | st.binary(max_size=40),
+)
+def test_nothing_that_a_client_sends_breaks_the_directory(
+    directory: Here, method: str, name: str, value: Any, raw: bytes | None
+) -> None:
+    directory.registry.put(lamp())
+    body: Any = raw if raw is not None else (lamp() | {name: value} if method == "PUT" else {name: value})
+    answer = directory(method, at("urn:example:lamp"), body, TD_JSON if method == "PUT" else PATCH)
+    assert answer.status in (204, 400), answer
+    assert directory.get("urn:example:lamp")["title"] is not None
 
 
 # Lists.

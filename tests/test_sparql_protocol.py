@@ -3,6 +3,7 @@
 Every request goes to the real endpoint as the test gives it, with the token that updates need.
 """
 
+import contextlib
 import csv
 import http.client
 import io
@@ -14,10 +15,14 @@ from dataclasses import dataclass
 
 import pyoxigraph as ox
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ontology_fixtures import TOKEN
 
 from ontology.endpoint import Endpoint
-from ontology.store import BASE, EmbeddedStore
+from ontology.names import Iri
+from ontology.store import BASE, EmbeddedStore, StoreError
+from ontology.update import prepared
 
 DATA = "http://kasei.us/2009/09/sparql/data/data{}.rdf"
 DOCUMENT = "http://xmlns.com/foaf/0.1/Document"
@@ -328,3 +333,41 @@ def test_graphs_hold_for_every_operation_of_an_update(ask: Ask, update: str, lef
     reply = ask("POST", "/sparql/", f"SELECT ?g {{ GRAPH ?g {{ ?s a <{DOCUMENT}> }} }}", QUERY)
     assert len(list(csv.reader(io.StringIO(reply.body.decode())))) >= 1
     assert len(json.loads(reply.body)["results"]["bindings"]) == left
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["INSERT DATA", "DELETE DATA", "DELETE WHERE", "INSERT", "DELETE", "CLEAR", "DROP"]),
+            st.sampled_from(["<urn:x#where>", '"} WHERE {"', "'''\n} USING '''", "where:insert", '"\\"}"@en']),
+            st.sampled_from([" ", " # } WHERE {\n", "\n", "#\n"]),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_an_update_that_is_valid_stays_valid_with_graphs(operations: list[tuple[str, str, str]]) -> None:
+    """Whatever its strings, comments and names look like."""
+    parts = []
+    for kind, node, space in operations:
+        triple = f"{{{space}<urn:s> <urn:p> {node} {space}}}"
+        if kind in ("INSERT", "DELETE"):
+            parts.append(f"{kind}{space}{triple}{space}WHERE{space}{{ ?s ?where {node} {{ ?x <urn:p> 1 }} }}")
+        elif kind in ("CLEAR", "DROP"):
+            parts.append(f"{kind}{space}GRAPH{space}<urn:none>")
+        else:
+            parts.append(f"{kind}{space}{triple}")
+    update = "PREFIX where: <urn:w:>\n" + " ;\n".join(parts)
+    graph = Iri("urn:g")
+    with EmbeddedStore() as store:
+        store.update(prepared(update, [graph], [graph]))
+    looking = sum(kind in ("INSERT", "DELETE", "DELETE WHERE") for kind, _, _ in operations)
+    assert prepared(update, [graph], []).count("USING <urn:g>") == looking
+    if not any(kind in ("CLEAR", "DROP") for kind, _, _ in operations):
+        assert prepared(update, [], []) == update
+
+
+@given(st.text(alphabet="{}<>\"'#?: \n\\WHERDLTINSUG", max_size=60))
+def test_no_text_breaks_the_reading_of_an_update(text: str) -> None:
+    with contextlib.suppress(StoreError):
+        prepared(text, [Iri("urn:g")], [])
