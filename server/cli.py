@@ -63,8 +63,8 @@ def server(
     ) as running:
         typer.echo(f"broker:   {running.broker_kind} on {running.broker[0]}:{running.broker[1]}")
         typer.echo(f"endpoint: {running.endpoint}")
-        typer.echo(f"page: {running.address}/")
-        typer.echo(f"things: {running.address}/things")
+        typer.echo(f"page:     {running.address}/")
+        typer.echo(f"things:   {running.address}/things")
         typer.echo(f"ready: fleet '{fleet}', data in {data}")
         while not stopped.wait(1.0):  # a wait without end would not let signals through everywhere
             pass
