@@ -240,6 +240,8 @@ class Columns:
         self._sorted: NDArray[np.bytes_] = np.empty(0, "S1")
         self._later: dict[bytes, int] = {}
         self.size = 0
+        self.described = 0  # counts the changes of what kinds of devices there are
+        self._kinds: tuple[Any, Any, Any] | None = None
         self.odd: set[bytes] = set()
         """Devices of which the graph says what the columns cannot hold."""
 
@@ -272,6 +274,7 @@ class Columns:
 
     def replace(self, row: int, said: Mapping[Iri, Binding]) -> None:
         """Makes this all that is said of a device. Raises _NotHeld."""
+        self.described += 1
         for column in self.columns.values():
             column.numbers[row] = column.nothing
         for predicate, given in said.items():
@@ -285,13 +288,40 @@ class Columns:
         assert isinstance(column, _Codes)
         return column
 
-    def names(self, mask: Mask) -> list[str]:
+    def names(self, mask: Mask) -> NDArray[np.str_]:
         """`{fleet}:{device}` of the rows that are meant."""
-        later = {row: name for name, row in self._later.items()}
         first = len(self._sorted)
-        found = self._sorted[mask[:first]].tolist()
-        found += [later[row] for row in (first + np.flatnonzero(mask[first:])).tolist()]
-        return [name.decode() for name in found]
+        found = [self._sorted[mask[:first]]]
+        if mask[first:].any():
+            later = {row: name for name, row in self._later.items()}
+            found.append(np.array([later[row] for row in (first + np.flatnonzero(mask[first:])).tolist()], "S"))
+        names: NDArray[np.str_] = np.concatenate(found).astype("U")
+        return names
+
+    def of_fleets(self, fleets: Collection[str] | None) -> Mask:
+        """The devices of these fleets; of None: of all."""
+        fleet = self.numbers(TF.fleet)
+        mask: Mask = self.numbers(RDF.type) == 1
+        mask &= fleet >= 0 if fleets is None else _among(self.codes(TF.fleet), fleets)[fleet]
+        return mask
+
+    def kinds(self, fleets: Collection[str] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Devices of one engine, on one board, with one arena are one kind: kinds are few where devices are many.
+
+        [3, kinds] of codes of boards and of engines and of bytes, -1 where unknown; and how many devices each has.
+        """
+        asked = (self.described, None if fleets is None else tuple(fleets))
+        if self._kinds is None or self._kinds[0] != asked:
+            mask = self.of_fleets(fleets)
+            board, engine, arena = (self.numbers(p)[mask] for p in (TF.board, TF.engine, TF.arenaBytes))
+            arenas, place = np.unique(arena, return_inverse=True)
+            boards, engines = (int(codes.max(initial=-1)) + 2 for codes in (board, engine))
+            distinct, places = _distinct((place * boards + board + 1) * engines + engine + 1)
+            rest, engine = np.divmod(distinct, engines)
+            place, board = np.divmod(rest, boards)
+            found = np.array([board - 1, engine - 1, arenas[place] if len(arenas) else place])
+            self._kinds = asked, found, np.bincount(places, minlength=len(distinct))
+        return self._kinds[1].copy(), self._kinds[2]
 
     def save(self, path: Path, mark: str) -> None:
         """Rows in the order of their names, without those of devices that are gone."""
@@ -423,7 +453,9 @@ class IndexedStore(EmbeddedStore):
             patch.extend(self._difference(rest))
             patch.extend(self._difference(records or {}, RECORDS))
             self._apply(patch)
+            described = [columns.columns[p] for p in (RDF.type, TF.fleet, TF.board, TF.engine, TF.arenaBytes)]
             with self._reading:
+                columns.described += any(column in described for _, _, column, _ in puts)
                 for s, row, column, given in puts:
                     try:
                         column.put(row, given)
@@ -543,7 +575,7 @@ class IndexedStore(EmbeddedStore):
                         return found
         return super().evaluate(text, dataset)
 
-    def select(self, where: Mapping[Iri, Range | Collection[Value]]) -> list[str] | None:
+    def select(self, where: Mapping[Iri, Range | Collection[Value]]) -> NDArray[np.str_] | None:
         """The devices, as `{fleet}:{device}`, of which the graph says all this: for each predicate a number in a range,
         or one of these values. None if there is no index now: ask the graph."""
         with self._reading:
@@ -570,7 +602,7 @@ class IndexedStore(EmbeddedStore):
             columns = self._ready
             if columns is None:
                 return None
-            mask = _of_fleets(columns, fleets)
+            mask = columns.of_fleets(fleets)
             keys = (TF.currentModel, TF.engine, TF.engineVersion)
             for predicate in keys[1:]:
                 mask &= columns.numbers(predicate) >= 0
@@ -612,16 +644,15 @@ class IndexedStore(EmbeddedStore):
             columns = self._ready
             if columns is None:
                 return None
-            # Devices of one engine, on one board, with one arena are one kind; kinds are few, devices are many.
             of_board, engines = columns.codes(TF.board), columns.codes(TF.engine)
             ram, flash = (np.full(len(of_board.values) + 1, -1, np.int64) for _ in range(2))
             for row in boards:
                 if (code := of_board.codes.get(str(row["board"]))) is not None:
                     ram[code], flash[code] = cast("int", row["ram"]), cast("int", row["flash"])
-            board, engine, arena = (columns.numbers(p) for p in (TF.board, TF.engine, TF.arenaBytes))
-            arena = np.where(arena < 0, ram[board], arena)
-            mask = _of_fleets(columns, fleets) & (engine >= 0) & (ram[board] >= 0)
-            kinds, counts = _kinds(board[mask], engine[mask], arena[mask])
+            kinds, counts = columns.kinds(fleets)
+            kinds[2] = np.where(kinds[2] < 0, ram[kinds[0]], kinds[2])
+            known = (kinds[0] >= 0) & (kinds[1] >= 0) & (ram[kinds[0]] >= 0)
+            kinds, counts = kinds[:, known], counts[known]
             values, engine_codes = list(of_board.values), dict(engines.codes)
         found = []
         for row in models:
@@ -733,13 +764,6 @@ def _among(column: _Codes, wanted: Collection[Value]) -> Mask:
     return mask
 
 
-def _of_fleets(columns: Columns, fleets: Collection[str] | None) -> Mask:
-    """The devices of these fleets; of None: of all."""
-    fleet = columns.numbers(TF.fleet)
-    mask: Mask = columns.numbers(RDF.type) == 1
-    return mask & (fleet >= 0 if fleets is None else _among(columns.codes(TF.fleet), fleets)[fleet])
-
-
 def _distinct(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The different keys, rising, and of each key its place among them."""
     most = int(keys.max(initial=0)) + 1
@@ -749,18 +773,6 @@ def _distinct(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.in
     places = np.zeros(most, np.int64)
     places[distinct] = np.arange(len(distinct))
     return distinct, places[keys]
-
-
-def _kinds(
-    board: NDArray[np.int32], engine: NDArray[np.int32], arena: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The different (board, engine, arena), [3, kinds], and how many devices are of each."""
-    arenas, place = np.unique(arena, return_inverse=True)
-    engines = int(engine.max(initial=0)) + 1
-    key = (board.astype(np.int64) * engines + engine) * max(1, len(arenas)) + place
-    distinct, places = _distinct(key)
-    rest, at = np.divmod(distinct, max(1, len(arenas)))
-    return np.array([rest // engines, rest % engines, arenas[at]]), np.bincount(places, minlength=len(distinct))
 
 
 @cache
