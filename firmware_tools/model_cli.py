@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from edge.cli import DataOption
 from edge.errors import UserError
 from edge.program import Program
 from firmware_tools import compiler
@@ -220,6 +221,54 @@ def describe(
     prefixes = {"tf": names.TF.iri, "prov": names.PROV.iri, "schema": names.SCHEMA.iri, "rdf": names.RDF.iri}
     turtle = pyoxigraph.serialize(triples, format=pyoxigraph.RdfFormat.TURTLE, prefixes=prefixes) or b""
     print(turtle.decode().rstrip())
+
+
+@app.command("match")
+def match(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|FILE",
+            help="A model of the graph by its id (16 hexadecimal digits), or a .keras, .tflite or .mote file, which is "
+            "described in the graph first.",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(metavar="ID", help="A device of the fleet.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="Also what does not fit, and which need is missed.")] = False,
+    fleet: Annotated[str | None, typer.Option(help="The fleet's name. Default: the running server's.")] = None,
+    data: DataOption = Path(".tinyfleet"),
+    as_json: AsJson = False,
+) -> None:
+    """Say which devices can run a model and train how much of it, or which models fit a device, the best first.
+
+    \b
+    Examples:
+      tinyfleet model match --model model.keras
+      tinyfleet model match --model 0123456789abcdef --why
+      tinyfleet model match --device kitchen
+      tinyfleet model match --model model.mote --device kitchen
+    """
+    from firmware_tools import show_match as show
+    from ontology import match as matching
+    from ontology.cli import find_server, open_store
+    from ontology.names import fleet_name
+
+    if model is None and device is None:
+        raise UserError("give a model with --model, a device with --device, or both")
+    name = fleet_name(fleet or find_server(data).get("fleet", "home"))
+    with open_store(data) as store:
+        about = None
+        if model is not None:
+            about = matching.known_model(store, model) or matching.describe(store, description(Path(model)))
+        if device is not None:
+            matching.known_device(store, device, name)
+        misses = matching.why_not(store, name, model=about, device=device) if why or (about and device) else {}
+        if about is not None:
+            fits = [fit for fit in matching.devices(store, about, name) if device in (None, fit.device)]
+            show.devices(about, fits, misses, device, as_json)
+        else:
+            assert device is not None
+            show.models(device, matching.models(store, device, name), misses, as_json)
 
 
 def description(file: Path) -> ModelDescription:

@@ -93,3 +93,8 @@ def round_iri(fleet: str, run: int, number: int) -> Iri:
 def version_iri(fleet: str, run: int, number: int) -> Iri:
     """urn:tinyfleet:{fleet}:run:{run}:version:{number}: the weights after that round; 0 are those it began with."""
     return Iri(f"{run_iri(fleet, run)}:version:{number:d}")
+
+
+def deployment_iri(fleet: str, number: int) -> Iri:
+    """urn:tinyfleet:{fleet}:deployment:{number}"""
+    return Iri(f"urn:tinyfleet:{fleet_name(fleet)}:deployment:{number:d}")

@@ -10,7 +10,8 @@ the graph as it was; what comes twice, late or in another order ends in the same
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pyoxigraph as ox
 
 from edge.errors import UserError
 from edge.protocol import ProtocolError, Topics, decode_status
-from ontology import shapes
+from ontology import lineage, shapes
 from ontology.names import BOARDS, RDF, TD, TF, Iri, device_iri, fleet_name, model_iri
 from ontology.store import Binding, Store, StoreError, Value, printable, value
 
@@ -55,8 +56,10 @@ def _context() -> dict[str, Any]:
 class Registry:
     """Keeps one fleet's devices in the graph. `accepted` and `refused` count messages; `last_refusal` says why."""
 
-    def __init__(self, store: Store, fleet: str) -> None:
+    def __init__(self, store: Store, fleet: str, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        """clock: what time it is, for facts that say when."""
         self._store = store
+        self._clock = clock
         self._fleet = fleet_name(fleet)
         self._topics = Topics(fleet)
         self.accepted = 0
@@ -109,7 +112,9 @@ class Registry:
                 TF.battery: status.battery,
                 TF.drift: status.drift,
             }
-        self._store.write({device_iri(self._fleet, device): facts})
+        iri = device_iri(self._fleet, device)
+        more = lineage.changes(self._store, iri, status, self._clock())
+        self._store.write({**more, iri: {**facts, **more.get(iri, {})}})
 
     def _description(self, device: str, payload: bytes) -> None:
         iri = device_iri(self._fleet, device)

@@ -83,8 +83,8 @@ class FleetServer:
             return
         self.store.update(
             f"""PREFIX tf: <https://w3id.org/tinyfleet#>
-            DELETE {{ ?device tf:online true }} INSERT {{ ?device tf:online false }}
-            WHERE {{ ?device tf:fleet {json.dumps(self.fleet)} ; tf:online true }}"""
+            DELETE {{ ?device tf:online true }} INSERT {{ ?device tf:online false ; tf:offlineSince ?now }}
+            WHERE {{ ?device tf:fleet {json.dumps(self.fleet)} ; tf:online true BIND(NOW() AS ?now) }}"""
         )
         self._session.subscribe(self._topics.td("+"))
         self._session.subscribe(self._topics.status("+"))

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -16,13 +17,14 @@ from ontology_fixtures import MODEL, description, everything, open_store, payloa
 
 from edge.protocol import Topics
 from edge.thing import VIRTUAL, thing_description
-from ontology import describe
+from ontology import describe, library
 from ontology.names import TF, board_iri, device_iri, model_iri
 from ontology.registry import MAX_BYTES, Registry
 from ontology.store import EmbeddedStore, Store, StoreError
 
 TOPICS = Topics("home")
 TD = TOPICS.td("dev-1")
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture
 def registry(store: Store) -> Registry:
-    return Registry(store, "home")
+    return Registry(store, "home", clock=lambda: NOW)
 
 
 def about(store: Store, subject: str) -> dict[str, list[Any]]:
@@ -86,7 +88,7 @@ def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
     }
 
 
-def test_a_will_marks_a_device_offline_and_nothing_else(store: Store, registry: Registry) -> None:
+def test_a_will_marks_a_device_offline_since_now_and_nothing_else(store: Store, registry: Registry) -> None:
     registry.handle(TD, payload(description()))
     registry.handle(TOPICS.status("dev-1"), status(samples=5))
     before = everything(store)
@@ -95,24 +97,64 @@ def test_a_will_marks_a_device_offline_and_nothing_else(store: Store, registry: 
     assert changed == {
         (device_iri("home", "dev-1"), TF.online, "True"),
         (device_iri("home", "dev-1"), TF.online, "False"),
+        (device_iri("home", "dev-1"), TF.offlineSince, repr(NOW)),
     }
 
 
 def test_repeats_and_any_order_end_in_the_same_graph() -> None:
     messages = [
         (TD, payload(description())),
-        (TOPICS.status("dev-1"), status(samples=3, drift=0.25)),
+        (TOPICS.status("dev-1"), status(samples=3, drift=0.75)),
         (TOPICS.td("dev-2"), payload(description("dev-2", title="The second"))),
         (TOPICS.status("dev-2"), status(online=False)),
     ]
     graphs = set()
     for order in itertools.permutations(messages):
         with EmbeddedStore() as store:
-            registry = Registry(store, "home")
+            registry = Registry(store, "home", clock=lambda: NOW)
             for topic, data in (*order, *order[::-1], order[0]):
                 assert registry.handle(topic, data)
             graphs.add(tuple(everything(store)))
     assert len(graphs) == 1
+
+
+def test_a_device_is_offline_since_it_was_first_heard_to_be(store: Store) -> None:
+    times = iter(NOW + timedelta(hours=hour) for hour in range(9))
+    registry = Registry(store, "home", clock=lambda: next(times))
+
+    def since() -> list[Any]:
+        return about(store, device_iri("home", "dev-1")).get("offlineSince", [])
+
+    for online, expected in ((True, []), (False, [1]), (False, [1]), (True, []), (False, [4])):
+        registry.handle(TOPICS.status("dev-1"), status(online=online))
+        assert since() == [NOW + timedelta(hours=hour) for hour in expected]
+
+
+def test_a_drift_that_rises_is_one_event_until_it_has_settled(store: Store) -> None:
+    times = iter(NOW + timedelta(hours=hour) for hour in range(99))
+    registry = Registry(store, "home", clock=lambda: next(times))
+    registry.handle(TD, payload(description()))
+    #         0    1     2    3    4     5    6    7     8    9
+    course = (0.1, 0.45, 0.5, 0.9, 0.41, 0.6, 0.6, 0.39, 0.2, 0.8)
+    for drift in course:
+        assert registry.handle(TOPICS.status("dev-1"), status(drift=drift))
+        registry = Registry(store, "home", clock=lambda: next(times))  # what it knows is in the graph
+    registry.handle(TOPICS.status("dev-1"), status(online=False))
+    events = store.query(library.text("drift-events"), id="dev-1", fleet="home")
+    assert [dict(row) for row in events] == [
+        {"id": "dev-1", "drift": pytest.approx(0.8), "model": model_iri(MODEL), "time": NOW + timedelta(hours=9)},
+        {
+            "id": "dev-1",
+            "drift": 0.5,
+            "model": model_iri(MODEL),
+            "time": NOW + timedelta(hours=2),
+            "ended": NOW + timedelta(hours=7),
+        },
+    ]
+    second = f"{device_iri('home', 'dev-1')}:drift:2"
+    assert {"DriftEvent", "device", "drift", "ofModel"} <= {
+        name.removeprefix(TF.iri) for row in everything(store) if row[0] == second for name in (row[1], row[2][1:-1])
+    }
 
 
 def test_a_newer_description_takes_the_place_of_the_older(store: Store, registry: Registry) -> None:
