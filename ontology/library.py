@@ -38,7 +38,7 @@ def text(name: str) -> str:
 
 
 def hint(name: str) -> str:
-    """", did you mean …", if a query has a name like this one."""
+    """What to say of a name that no query has: which one was meant, if one is like it."""
     like = difflib.get_close_matches(name, names(), 1)
     return f", did you mean {like[0]!r}?" if like else ""
 
