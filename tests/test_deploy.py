@@ -383,7 +383,8 @@ def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
     good, other, large = tmp_path / "good.mote", tmp_path / "other.mote", tmp_path / "large.mote"
     good.write_bytes(OLD.data)
     large.write_bytes(build([Dense(9_000), ReLU(), Dense(5)], (64,), "softmax_cross_entropy").data)
-    other.write_bytes(build([Dense(3)], (6,), None).data)
+    frozen = build([Dense(3)], (6,), "mse")
+    other.write_bytes(build([Dense(3)], (6,), None, weights=frozen.split(frozen.initial(0))).data)
     no_id = tmp_path / "no-id.rq"
     no_id.write_text("SELECT ?d { ?d ?p ?o }")
     for words, reason in (
