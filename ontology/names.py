@@ -4,6 +4,7 @@ A name is made from what identifies the thing, so that describing it twice adds 
 """
 
 import re
+from urllib.parse import quote
 
 from edge.errors import UserError
 
@@ -111,6 +112,11 @@ def round_iri(fleet: str, run: int, number: int) -> Iri:
 def version_iri(fleet: str, run: int, number: int) -> Iri:
     """urn:tinyfleet:{fleet}:run:{run}:version:{number}: the weights after that round; 0 are those it began with."""
     return Iri(f"{run_iri(fleet, run)}:version:{number:d}")
+
+
+def dataset_iri(name: str) -> Iri:
+    """A data set's address, or else urn:tinyfleet:dataset:{name}."""
+    return Iri(name) if re.match(r"https?://", name) else Iri(f"urn:tinyfleet:dataset:{quote(name, safe='/')}")
 
 
 def option_iri(model: Iri, layers: int, bias_only: bool) -> Iri:

@@ -17,7 +17,7 @@ from ontology_fixtures import MODEL, description, everything, open_store, payloa
 from edge.protocol import Topics
 from edge.thing import VIRTUAL, thing_description
 from ontology import describe
-from ontology.names import TF, board_iri, device_iri, model_iri
+from ontology.names import BOARDS, PROPERTIES, SOSA_EXTEND, TF, board_iri, device_iri, model_iri
 from ontology.registry import MAX_BYTES, Registry
 from ontology.store import EmbeddedStore, Store, StoreError
 
@@ -54,7 +54,10 @@ def test_a_description_becomes_facts_on_the_device_and_on_its_board(store: Store
     board = about(store, board_iri("nano33ble"))
     assert board["ramBytes"] == [262_144]
     assert board["sensor"] == ["hts221", "pdm-microphone"]
-    assert len(everything(store)) == sum(map(len, device.values())) + sum(map(len, board.values()))
+    assert "observes" in board and "observes" not in device
+    subjects = {str(row["s"]).partition("#")[0] for row in store.query("SELECT ?s { ?s ?p ?o }")}
+    about_it = {device_iri("home", "dev-1"), board_iri("nano33ble")}
+    assert {s for s in subjects - about_it if not s.startswith((PROPERTIES, SOSA_EXTEND.iri))} == set()
 
 
 def test_what_the_devices_of_this_project_send_is_taken(store: Store, registry: Registry) -> None:
@@ -67,8 +70,9 @@ def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> 
     one = len(everything(store))
     for i in range(2, 11):
         assert registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
-    per_device = len(about(store, device_iri("home", "dev-2")))
-    assert len(everything(store)) <= one + 9 * (per_device + 1)
+    per_device = sum(map(len, about(store, device_iri("home", "dev-2")).values()))
+    assert len(everything(store)) == one + 9 * per_device
+    assert per_device <= 18, "with the seven of its state: 25 triples"
     assert len(store.query("SELECT ?b WHERE { ?b <https://w3id.org/tinyfleet#ramBytes> ?r }")) == 1
 
 
@@ -333,7 +337,7 @@ def test_no_description_breaks_the_registry(path: tuple[str, ...], value: Any) -
         assert (registry.accepted, registry.refused) == ((1, 0) if taken else (0, 1))
         subjects = set(store.query("SELECT DISTINCT ?s WHERE { ?s ?p ?o }").column("s"))
         device = device_iri("home", "dev-1")
-        boards = {s for s in subjects if s != device}
+        boards = {str(s).partition("#")[0] for s in subjects if str(s).startswith(BOARDS)}
         assert subjects == set() if not taken else device in subjects and len(boards) <= 1
 
 
