@@ -7,14 +7,14 @@ what no file can tell (the sensor, the meaning of the classes) comes from the mo
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from edge.errors import UserError
 from ontology import implied, shapes
-from ontology.card import Card
+from ontology.card import Card, beside
 from ontology.names import (
     DCTERMS,
     MLS,
@@ -209,8 +209,11 @@ def _total(numbers: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(numbers) else None
 
 
-def board_facts(board: BoardLike, parts: Facts | None = None) -> dict[Iri, dict[Iri, Binding | None]]:
-    """The facts about a board, and what they imply. parts: what is known of the sensors that it names (part_facts)."""
+def board_facts(
+    board: BoardLike, parts: Facts | None = None, more: Mapping[Iri, Binding | None] | None = None
+) -> dict[Iri, dict[Iri, Binding | None]]:
+    """The facts about a board, more of them, and what they imply. parts: what is known of the sensors that it names
+    (part_facts)."""
     flat: Facts = {
         board_iri(board.id): {
             RDF.type: TF.Board,
@@ -221,6 +224,7 @@ def board_facts(board: BoardLike, parts: Facts | None = None) -> dict[Iri, dict[
             TF.ramBytes: board.ram_bytes,
             TF.flashBytes: board.flash_bytes,
             TF.sensor: tuple(board.sensors),
+            **(more or {}),
         }
     }
     return implied.with_implied(flat, parts)
@@ -267,6 +271,19 @@ def put_board_facts(store: Store, what: str, facts: Facts) -> Iri:
     if had != has:
         store.update(bind(_PASS_ON, {"board": iri, "old": had - has, "new": has}))
     return iri
+
+
+def put_facts(store: Store, facts: Facts) -> None:
+    """Writes the facts of a file, already checked: each board in place of what was said of it, the rest as it is."""
+    boards: dict[Iri, dict[Iri, Mapping[Iri, Binding | None]]] = {
+        s: {} for s, said in facts.items() if TF.Board in each(said.get(RDF.type))
+    }
+    rest: dict[Iri, Mapping[Iri, Binding | None]] = {}
+    for subject, said in facts.items():
+        boards.get(Iri(subject.partition("#")[0]), rest)[subject] = said
+    store.write(rest)
+    for iri, about in boards.items():
+        put_board_facts(store, iri, about)
 
 
 _SUBSYSTEMS = """PREFIX ssn: <http://www.w3.org/ns/ssn/>
@@ -331,7 +348,8 @@ def from_program(program: ProgramLike, name: str) -> ModelDescription:
 
 
 def from_file(path: str | Path) -> ModelDescription:
-    """A .tflite or .keras file. Raises DescribeError if it is neither, or damaged."""
+    """A .tflite or .keras file, with the model card beside it if there is one. Raises DescribeError if it is neither,
+    or damaged, and CardError if the card is wrong."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -343,12 +361,14 @@ def from_file(path: str | Path) -> ModelDescription:
         except ImportError:
             raise DescribeError(f"{path} needs the package tflite to be read; pip install tflite") from None
 
-        return tflite_file.describe(data, path.stem)
-    if path.suffix == ".keras":
+        about = tflite_file.describe(data, path.stem)
+    elif path.suffix == ".keras":
         from ontology import keras_file
 
-        return keras_file.describe(data, path.stem)
-    raise DescribeError(f"{path} is neither a .tflite nor a .keras file; export the model to one of them")
+        about = keras_file.describe(data, path.stem)
+    else:
+        raise DescribeError(f"{path} is neither a .tflite nor a .keras file; export the model to one of them")
+    return replace(about, card=beside(path))
 
 
 def model_facts(model: ModelDescription) -> dict[Iri, dict[Iri, Binding | None]]:
