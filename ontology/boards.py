@@ -79,7 +79,8 @@ def read(folder: Path) -> Catalogue:
             continue
         wrong = shapes.violations(triples(about))
         if wrong:
-            refused[board.id] = "; ".join(wrong)
+            doubt = board.more.get(TF.doubt)
+            refused[board.id] = "; ".join(wrong) + (f": {doubt}" if doubt else "")
             continue
         for subject, said in about.items():
             facts.setdefault(subject, {}).update(said)

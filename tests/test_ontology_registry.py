@@ -4,9 +4,11 @@ import copy
 import itertools
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything, open_store, payload, status
 
 from edge.protocol import Topics
-from edge.thing import VIRTUAL, thing_description
+from edge.thing import VIRTUAL, Board, thing_description, this_machine
+from firmware_tools import boards
 from ontology import describe
 from ontology.names import BOARDS, PROPERTIES, SOSA_EXTEND, TF, board_iri, device_iri, model_iri
 from ontology.registry import MAX_BYTES, Registry
@@ -65,6 +68,20 @@ def test_what_the_devices_of_this_project_send_is_taken(store: Store, registry: 
     assert registry.handle(TD, payload(td)), registry.last_refusal
 
 
+def test_what_the_devices_of_this_project_send_is_valid_for_the_w3c() -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    path = Path(os.environ.get("TINYFLEET_DATA", "")) / "ontologies/wot-td/td-json-schema-validation.json"
+    if not path.is_file():
+        pytest.skip("TINYFLEET_DATA has no JSON Schema of Thing Descriptions")
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    validator = jsonschema.Draft7Validator(schema, format_checker=jsonschema.FormatChecker())
+    kinds = [VIRTUAL, this_machine(), *(boards.load(name).board for name in boards.known())]
+    for board in kinds:
+        td = json.loads(payload(thing_description("home", "dev-1", board, "mote", "0.1.0", 9_936, MODEL)))
+        assert [error.message for error in validator.iter_errors(td)] == [], board.id
+    assert list(validator.iter_errors(td | {"security": "other", "title": 5})), "the schema refuses what is wrong"
+
+
 def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> None:
     registry.handle(TD, payload(description()))
     one = len(everything(store))
@@ -74,6 +91,25 @@ def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> 
     assert len(everything(store)) == one + 9 * per_device
     assert per_device <= 18, "with the seven of its state: 25 triples"
     assert len(store.query("SELECT ?b WHERE { ?b <https://w3id.org/tinyfleet#ramBytes> ?r }")) == 1
+
+
+def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_that_later(
+    store: Store, registry: Registry
+) -> None:
+    assert registry.handle(TD, payload(description()))
+    query = """PREFIX ssn: <http://www.w3.org/ns/ssn/>
+    SELECT ?system { VALUES ?device { UNDEF } ?device ssn:hasSubSystem ?system } ORDER BY ?system"""
+
+    def systems() -> list[str]:
+        found = store.query(query, device=device_iri("home", "dev-1")).column("system")
+        return [str(one).partition("#")[2] for one in found]
+
+    assert systems() == ["controller", "sensor-hts221", "sensor-pdm-microphone"]
+    describe.put_board(
+        store, Board("nano33ble", "Arduino Nano 33 BLE", "nrf52840", 64_000_000, 262_144, 983_040, ("lsm9ds1",))
+    )
+    assert systems() == ["controller", "sensor-lsm9ds1"]
+    assert not store.ask('ASK { ?s ?p "hts221" }')
 
 
 def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
