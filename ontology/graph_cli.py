@@ -166,3 +166,21 @@ def import_selocml(
     console.print(
         f"{made.devices} devices, {made.models} models; {made.triples_read:,} triples read, {written:,} written"
     )
+
+
+@app.command()
+def vocabulary(
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("build/vocabulary.html"),
+) -> None:
+    """Write the vocabulary as an HTML page: every term with its definition, its place among others, and its rules.
+
+    Example: tinyfleet graph vocabulary --out vocabulary.html
+    """
+    from ontology.vocabulary_page import page
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); choose another with --out") from None
+    typer.echo(str(out))

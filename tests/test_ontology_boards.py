@@ -13,6 +13,7 @@ from ontology.graph_cli import app
 from ontology.names import TF, board_iri, property_iri
 from ontology.store import EmbeddedStore, triples
 
+PARTS = "part,observed_properties\nhts221,temperature;relative-humidity\n"
 HEAD = "id,name,vendor,mcu,cpu,clock_hz,ram_bytes,flash_bytes,connectivity,ram_note\n"
 ROW = "one,Board One,Maker,stm32,cortex-m4,64000000,65536,524288,WiFi;bluetooth,\n"
 CORE = {

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from html import escape
 from pathlib import Path
 
 import pyoxigraph as ox
@@ -182,3 +183,35 @@ def test_the_context_agrees_with_that_of_the_thing_description() -> None:
             assert expand(mine, ours) == expand(iri, theirs), term
             compared += 1
     assert compared > 15
+
+
+def test_the_page_holds_every_term_and_needs_nothing_from_elsewhere() -> None:
+    from html.parser import HTMLParser
+
+    from ontology.vocabulary_page import page
+
+    class Reader(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ids: set[str] = set()
+            self.anchors: set[str] = set()
+            self.tags: set[str] = set()
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.tags.add(tag)
+            said = dict(attrs)
+            if tag == "section":
+                self.ids.add(str(said["id"]))
+            if str(said.get("href", "")).startswith("#"):
+                self.anchors.add(str(said["href"])[1:])
+
+    text = page()
+    reader = Reader()
+    reader.feed(text)
+    assert reader.ids == {term.removeprefix(TF.iri) for term in defined()}
+    assert reader.anchors <= reader.ids
+    assert not reader.tags & {"script", "link", "img", "iframe"}
+    for term in defined():
+        (definition,) = said(term, SKOS_DEFINITION)
+        assert escape(definition) in text
+    assert "tf:ramBytes: one whole number of bytes from 1" in text, "the rules are there"
