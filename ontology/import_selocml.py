@@ -183,16 +183,20 @@ class _Board:
 def _device(reader: _Reader, device: Iri, fleet: str) -> Facts:
     title = str(reader.one(device, TD.title) or device.rpartition("/")[2])
     description = str(reader.one(device, TD.description) or title)
-    sensors, memory, mcu = [], {}, description
+    sensors: set[str] = set()
+    memory: dict[Value, int | None] = {}
+    mcu = description
     for system in reader.all(device, SSN.hasSubSystem):
         for kind in reader.all(system, RDF.type):
             if kind == S3N.MicroController:
                 mcu = str(reader.one(system, RDFS.comment) or description).rstrip(".")
                 for capability in reader.all(system, S3N.hasSystemCapability):
                     for part in reader.all(capability, SSN_SYSTEM.hasSystemProperty):
-                        memory[reader.one(part, RDF.type)] = _bytes(reader.one(part, SCHEMA.value))
-            elif str(kind).startswith(SOSA_EXTEND.iri):
-                sensors.append(str(kind).removeprefix(SOSA_EXTEND.iri).lower())
+                        size = _bytes(reader.one(part, SCHEMA.value))
+                        memory |= dict.fromkeys(reader.all(part, RDF.type), size)
+            elif str(kind).startswith((SOSA_EXTEND.iri, SOSA.Sensor)):
+                info = reader.one(system, SOSA_EXTEND.hasSensorInfo)
+                sensors.add(str(info) if info else re.split("[/#]", str(kind))[-1].lower())
     if forms := reader.all(device, TD.hasPropertyAffordance):
         for _ in forms:
             reader.note("affordance", "td:hasPropertyAffordance", "left out: a Thing Description's")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import pyoxigraph as ox
 import pytest
 from ontology_fixtures import description, everything, open_store, payload, status
 
@@ -174,6 +175,10 @@ def test_every_query_of_the_library_answers_with_its_parameters_free(store: Stor
     fleet(store)
     train(store)
     for name in library.names():
+        answer = store.evaluate(library.text(name))
+        if not isinstance(answer, ox.QuerySolutions):
+            assert list(answer), name
+            continue
         rows = store.query(library.text(name))
         assert len(rows) > 0, name
         assert isinstance(rows.variables[0], str)
