@@ -52,11 +52,10 @@ class Catalogue:
 
 def read(folder: Path) -> Catalogue:
     """Reads the files of a folder. Raises UserError if one is missing or of another form."""
-    facts: Facts = {}
     parts: Facts = {}
     for row in _rows(folder / "sensor_parts.csv", ("part", "observed_properties")):
-        parts |= part_facts(row["part"], row["observed_properties"].split(";"))
-    facts |= parts
+        parts |= part_facts(row["part"].lower(), row["observed_properties"].split(";"))
+    facts = dict(parts)
     shapes.check("the catalogue of parts", triples(parts))
     boards: dict[str, CatalogueBoard] = {}
     refused: dict[str, str] = {}
@@ -73,7 +72,8 @@ def read(folder: Path) -> Catalogue:
     taken = 0
     for board in boards.values():
         try:
-            about = board_facts(board, parts, board.more)
+            named = {sensor.lower() for sensor in board.sensors}
+            about = board_facts(board, {s: p for s, p in parts.items() if p[TF.partName] in named}, board.more)
         except UserError as error:
             refused[board.id] = str(error)
             continue

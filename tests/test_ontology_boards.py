@@ -19,7 +19,7 @@ ROW = "one,Board One,Maker,stm32,cortex-m4,64000000,65536,524288,WiFi;bluetooth,
 CORE = {
     "id": "two", "name": "Board Two", "vendor": "Maker", "mcu": "nrf52840", "cpu": "cortex-m4", "clock_hz": 64_000_000,
     "ram_bytes": 262_144, "flash_bytes": 983_040, "connectivity": ["bluetooth"], "sources": ["somewhere"],
-    "sensors": [{"part": "HTS221"}, {"part": "unheard-of"}],
+    "sensors": [{"part": "HTS221"}, {"part": "unheard of"}],
 }  # fmt: skip
 
 
