@@ -22,6 +22,7 @@ COMMANDS = {
     "device": ("edge.cli", "device", "Run virtual devices: the microcontroller's C node and engine, natively."),
     "gateway": ("firmware_tools.cli", "gateway", "Join a board on a serial line to the fleet's broker."),
     "query": ("ontology.cli", "query", "Ask the fleet's knowledge graph a SPARQL question."),
+    "graph": ("ontology.graph_cli", "app", "Fill the knowledge graph: boards, descriptions from elsewhere."),
     "model": ("firmware_tools.model_cli", "app", "Compile, plan and describe models."),
     "firmware": ("firmware_tools.cli", "app", "Build, measure and run firmware for a board."),
 }

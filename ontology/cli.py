@@ -30,9 +30,12 @@ GRAPH = "graph"
 SERVER = "server.json"
 """Where a running server says how to reach it."""
 
-_PREFIXES = {
+PREFIXES = {
+    "s3n_extend": names.S3N_EXTEND.iri,
+    "sosa_extend": names.SOSA_EXTEND.iri,
     "model": "urn:tinyfleet:model:",
     "dcterms": "http://purl.org/dc/terms/",
+    "mls": names.MLS.iri,
     "nnet": names.NNET.iri,
     "owl": names.OWL.iri,
     "prov": names.PROV.iri,
@@ -42,6 +45,8 @@ _PREFIXES = {
     "schema": names.SCHEMA.iri,
     "skos": "http://www.w3.org/2004/02/skos/core#",
     "sosa": names.SOSA.iri,
+    "om": "http://www.ontology-of-units-of-measure.org/resource/om-2/",
+    "ssn-system": names.SSN_SYSTEM.iri,
     "ssn": names.SSN.iri,
     "td": names.TD.iri,
     "tf": names.TF.iri,
@@ -89,7 +94,7 @@ def query(
         if isinstance(answer, ox.QueryBoolean):
             typer.echo("true" if answer else "false")
         elif isinstance(answer, ox.QueryTriples):
-            typer.echo((ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=_PREFIXES) or b"").decode().rstrip())
+            typer.echo((ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=PREFIXES) or b"").decode().rstrip())
         else:
             found = rows(answer)
             if as_json:
@@ -127,14 +132,18 @@ def _cell(value: Value | None) -> str:
         case float():
             return f"{value:.4g}"
         case Iri():
-            for prefix, iri in _PREFIXES.items():
-                if value.startswith(iri):
-                    return f"{prefix}:{value.removeprefix(iri)}"
-            return value
+            return shorten(value)
         case datetime():
             return value.isoformat(sep=" ", timespec="seconds")
         case _:
             return printable(str(value))
+
+
+def shorten(text: str) -> str:
+    """The text with the known namespaces in it as prefixes."""
+    for prefix, iri in PREFIXES.items():
+        text = text.replace(iri, f"{prefix}:")
+    return text
 
 
 def _print_library(as_json: bool) -> None:
@@ -172,8 +181,8 @@ def read_query(file: str) -> str:
 def _with_prefixes(sparql: str) -> str:
     """The query with the known prefixes that it uses and does not declare, on a line before it."""
     declared = {m[1] for m in re.finditer(r"\bPREFIX\s+([\w.-]*)\s*:", sparql, re.IGNORECASE)}
-    used = [p for p in _PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
-    return " ".join(f"PREFIX {p}: <{_PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
+    used = [p for p in PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
+    return " ".join(f"PREFIX {p}: <{PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
 
 
 def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:

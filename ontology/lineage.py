@@ -23,6 +23,7 @@ from ontology.names import (
     model_iri,
     round_iri,
     run_iri,
+    update_iri,
     version_iri,
 )
 from ontology.store import Binding, Store
@@ -142,7 +143,7 @@ class Lineage:
                 TF.samples: p.samples,
                 TF.bytesUp: p.bytes_up,
             }
-            facts[Iri(f"{about}:{p.device}:update")] = {
+            facts[update_iri(self._fleet, run, number, p.device)] = {
                 RDF.type: [TF.Update, PROV.Entity],
                 PROV.wasGeneratedBy: about,
                 PROV.wasAttributedTo: device,

@@ -21,8 +21,10 @@ import pyoxigraph as ox
 from edge.errors import UserError
 from edge.protocol import ProtocolError, Topics, decode_status
 from ontology import lineage, shapes
-from ontology.names import BOARDS, RDF, TD, TF, Iri, device_iri, fleet_name, model_iri
-from ontology.store import Binding, Store, StoreError, Value, printable, value
+from ontology.describe import known_parts
+from ontology.implied import with_implied
+from ontology.names import BOARDS, RDF, S3N, SSN, TD, TF, Iri, device_iri, fleet_name, model_iri
+from ontology.store import Binding, Store, StoreError, Value, each, printable, value
 
 MAX_BYTES = 65_536
 """A Thing Description may be so long."""
@@ -33,8 +35,20 @@ TD_CONTEXT = "https://www.w3.org/2022/wot/td/v1.1"
 _CONTEXT_FILE = Path(__file__).with_name("context.jsonld")
 
 # What is taken from a description. All else that it says (affordances, forms) stays in the retained message.
-_DEVICE = (TD.title, TF.fleet, TF.deviceId, TF.board, TF.engine, TF.engineVersion, TF.arenaBytes, TF.model)
+_DEVICE = (
+    TD.title,
+    TD.description,
+    TF.fleet,
+    TF.deviceId,
+    TF.board,
+    TF.engine,
+    TF.engineVersion,
+    TF.arenaBytes,
+    TF.model,
+)
 _BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)
+# A fleet may have a million devices: of what a device's type implies, this is what queries of S3N's kind ask for.
+_TYPES = (TD.Thing, TF.Device, S3N.SmartSensor)
 _STATE = (TF.online, TF.currentModel, TF.samples, TF.malformed, TF.stale, TF.battery, TF.drift)
 
 # JSON-LD keywords with which a description could say things of other nodes, or change what its words mean.
@@ -155,9 +169,14 @@ class Registry:
         if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
             raise Refused(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
         facts: dict[Iri, dict[Iri, Binding | None]] = {iri: {p: thing.get(p) for p in _DEVICE}}
-        facts[iri][RDF.type] = [TD.Thing, TF.Device]
         if not known:
-            facts[board] = {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}
+            flat = {board: {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}}
+            facts |= with_implied(flat, known_parts(self._store, [str(name) for name in said.get(TF.sensor, ())]))
+            known = {p: list(each(o)) for p, o in facts[board].items()}
+        facts[iri][RDF.type] = _TYPES
+        facts[iri][SSN.hasSubSystem] = known.get(SSN.hasSubSystem)
+        if facts[iri][TD.description] is None:
+            facts[iri][TD.description] = known.get(TD.title)
         self._store.write(facts)
 
     def _about(self, subject: Iri) -> dict[Iri, list[Value]]:

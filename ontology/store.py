@@ -166,7 +166,7 @@ def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
         name = match["name"]
         if name is None or name not in bindings:
             return match[0]
-        return f"VALUES ?{name} {{ {' '.join(str(term(v)) for v in _values(bindings[name]))} }}"
+        return f"VALUES ?{name} {{ {' '.join(str(term(v)) for v in each(bindings[name]))} }}"
 
     return _PARAMETER.sub(put, sparql)
 
@@ -237,11 +237,12 @@ def triples(facts: Facts) -> Iterator[Triple]:
     """The triples of these facts."""
     for subject, said in facts.items():
         for predicate, given in said.items():
-            for o in _values(given):
+            for o in each(given):
                 yield subject, predicate, o
 
 
-def _values(given: Binding | None) -> Iterable[Value]:
+def each(given: Binding | None) -> Iterable[Value]:
+    """The values that are given: none, one or many."""
     if given is None:
         return ()
     return (given,) if isinstance(given, (str, bool, int, float, datetime)) else given

@@ -4,10 +4,12 @@ import copy
 import itertools
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything, open_store, payload, status
 
 from edge.protocol import Topics
-from edge.thing import VIRTUAL, thing_description
+from edge.thing import VIRTUAL, Board, thing_description, this_machine
+from firmware_tools import boards
 from ontology import describe, library
-from ontology.names import TF, board_iri, device_iri, model_iri
+from ontology.names import BOARDS, PROPERTIES, SOSA_EXTEND, TF, board_iri, device_iri, model_iri
 from ontology.registry import MAX_BYTES, Registry
 from ontology.store import EmbeddedStore, Store, StoreError
 
@@ -56,7 +59,10 @@ def test_a_description_becomes_facts_on_the_device_and_on_its_board(store: Store
     board = about(store, board_iri("nano33ble"))
     assert board["ramBytes"] == [262_144]
     assert board["sensor"] == ["hts221", "pdm-microphone"]
-    assert len(everything(store)) == sum(map(len, device.values())) + sum(map(len, board.values()))
+    assert "observes" in board and "observes" not in device
+    subjects = {str(row["s"]).partition("#")[0] for row in store.query("SELECT ?s { ?s ?p ?o }")}
+    about_it = {device_iri("home", "dev-1"), board_iri("nano33ble")}
+    assert {s for s in subjects - about_it if not s.startswith((PROPERTIES, SOSA_EXTEND.iri))} == set()
 
 
 def test_what_the_devices_of_this_project_send_is_taken(store: Store, registry: Registry) -> None:
@@ -64,14 +70,48 @@ def test_what_the_devices_of_this_project_send_is_taken(store: Store, registry: 
     assert registry.handle(TD, payload(td)), registry.last_refusal
 
 
+def test_what_the_devices_of_this_project_send_is_valid_for_the_w3c() -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    path = Path(os.environ.get("TINYFLEET_DATA", "")) / "ontologies/wot-td/td-json-schema-validation.json"
+    if not path.is_file():
+        pytest.skip("TINYFLEET_DATA has no JSON Schema of Thing Descriptions")
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    validator = jsonschema.Draft7Validator(schema, format_checker=jsonschema.FormatChecker())
+    kinds = [VIRTUAL, this_machine(), *(boards.load(name).board for name in boards.known())]
+    for board in kinds:
+        td = json.loads(payload(thing_description("home", "dev-1", board, "mote", "0.1.0", 9_936, MODEL)))
+        assert [error.message for error in validator.iter_errors(td)] == [], board.id
+    assert list(validator.iter_errors(td | {"security": "other", "title": 5})), "the schema refuses what is wrong"
+
+
 def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> None:
     registry.handle(TD, payload(description()))
     one = len(everything(store))
     for i in range(2, 11):
         assert registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
-    per_device = len(about(store, device_iri("home", "dev-2")))
-    assert len(everything(store)) <= one + 9 * (per_device + 1)
+    per_device = sum(map(len, about(store, device_iri("home", "dev-2")).values()))
+    assert len(everything(store)) == one + 9 * per_device
+    assert per_device <= 18, "with the seven of its state: 25 triples"
     assert len(store.query("SELECT ?b WHERE { ?b <https://w3id.org/tinyfleet#ramBytes> ?r }")) == 1
+
+
+def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_that_later(
+    store: Store, registry: Registry
+) -> None:
+    assert registry.handle(TD, payload(description()))
+    query = """PREFIX ssn: <http://www.w3.org/ns/ssn/>
+    SELECT ?system { VALUES ?device { UNDEF } ?device ssn:hasSubSystem ?system } ORDER BY ?system"""
+
+    def systems() -> list[str]:
+        found = store.query(query, device=device_iri("home", "dev-1")).column("system")
+        return [str(one).partition("#")[2] for one in found]
+
+    assert systems() == ["controller", "sensor-hts221", "sensor-pdm-microphone"]
+    describe.put_board(
+        store, Board("nano33ble", "Arduino Nano 33 BLE", "nrf52840", 64_000_000, 262_144, 983_040, ("lsm9ds1",))
+    )
+    assert systems() == ["controller", "sensor-lsm9ds1"]
+    assert not store.ask('ASK { ?s ?p "hts221" }')
 
 
 def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
@@ -375,7 +415,7 @@ def test_no_description_breaks_the_registry(path: tuple[str, ...], value: Any) -
         assert (registry.accepted, registry.refused) == ((1, 0) if taken else (0, 1))
         subjects = set(store.query("SELECT DISTINCT ?s WHERE { ?s ?p ?o }").column("s"))
         device = device_iri("home", "dev-1")
-        boards = {s for s in subjects if s != device}
+        boards = {str(s).partition("#")[0] for s in subjects if str(s).startswith(BOARDS)}
         assert subjects == set() if not taken else device in subjects and len(boards) <= 1
 
 
