@@ -1,6 +1,7 @@
 """MQTT in, graph out: what devices say of themselves becomes facts, once it is checked.
 
-`Registry.handle` takes a topic and its payload and touches no network. A Thing Description is read as JSON-LD with our
+`Registry.take` takes topics and their payloads, as many as have arrived, and writes what they say in one transaction;
+it touches no network. A Thing Description is read as JSON-LD with our
 own context, checked against the shapes, and written flat: facts about the device on the device, facts about its kind
 of board once on the board, by whoever says them first (`tinyfleet firmware boards --describe` says those that are
 known). A status is a few flat facts. What cannot be right is refused, counted and logged with its reason, and leaves
@@ -10,11 +11,13 @@ the graph as it was; what comes twice, late or in another order ends in the same
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyoxigraph as ox
 
@@ -61,6 +64,19 @@ class Refused(Exception):
     """Why a message was not taken."""
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of a message: what it was, of which device, and why it was refused, if it was.
+
+    online: what a status says; for a description, whether there is one (an empty one takes the device away).
+    """
+
+    kind: Literal["td", "status"]
+    device: str
+    online: bool = False
+    refusal: str | None = None
+
+
 @cache
 def _context() -> dict[str, Any]:
     context: dict[str, Any] = json.loads(_CONTEXT_FILE.read_text(encoding="utf-8"))["@context"]
@@ -81,34 +97,70 @@ class Registry:
         self.last_refusal: str | None = None
 
     def handle(self, topic: str, payload: bytes) -> bool:
-        """Takes one message. True if it went into the graph; False if it was refused or is none of the registry's.
+        """Takes one message, as `take` does. True if it went into the graph; False if it was refused or is none of the
+        registry's."""
+        (taken,) = self.take([(topic, payload)])
+        return taken is not None and taken.refusal is None
+
+    def take(self, messages: Sequence[tuple[str, bytes]]) -> list[Taken | None]:
+        """Takes messages in the order of their arrival; for each what became of it, None if it is none of the
+        registry's. When this returns they are in the graph.
 
         An empty description (a cleared retained message) takes the device out of the graph. Raises StoreError if the
-        store fails: the message can then be handed over again.
+        store fails: the messages can then be handed over again.
         """
-        found = self._topics.parse(topic)
-        if found is None or found[0] not in ("td", "status"):
-            return False
-        kind, (device,) = found
-        try:
-            if kind == "status":
-                self._status(device, payload)
-            elif payload:
-                self._description(device, payload)
+        taken: list[Taken | None] = []
+        facts: _Pending = {}
+        for topic, payload in messages:
+            found = self._topics.parse(topic)
+            if found is None or found[0] not in ("td", "status"):
+                taken.append(None)
+                continue
+            kind: Literal["td", "status"] = found[0]  # type: ignore[assignment]
+            (device,) = found[1]
+            try:
+                if kind == "status":
+                    online = self._status(device, payload, facts)
+                elif payload:
+                    self._description(device, payload, facts)
+                    online = True
+                else:
+                    self._store.write(facts)
+                    facts = {}
+                    self._store.remove(device_iri(self._fleet, device))
+                    online = False
+            except StoreError:
+                raise
+            except (Refused, ProtocolError, UserError) as reason:
+                what = "Thing Description" if kind == "td" else "status"
+                refusal = printable(f"{what} of {device!r} refused: {reason}")
+                log.warning("%s", refusal)
+                taken.append(Taken(kind, device, refusal=refusal))
             else:
-                self._store.remove(device_iri(self._fleet, device))
-        except StoreError:
-            raise
-        except (Refused, ProtocolError, UserError) as reason:
-            self.refused += 1
-            what = "Thing Description" if kind == "td" else "status"
-            self.last_refusal = printable(f"{what} of {device!r} refused: {reason}")
-            log.warning("%s", self.last_refusal)
-            return False
-        self.accepted += 1
-        return True
+                taken.append(Taken(kind, device, online))
+        self._store.write(facts)
+        for one in taken:
+            if one is not None and one.refusal is None:
+                self.accepted += 1
+            elif one is not None:
+                self.refused += 1
+                self.last_refusal = one.refusal
+        return taken
 
-    def _status(self, device: str, payload: bytes) -> None:
+    def nobody_is_online(self) -> None:
+        """Takes it that every device is offline until it says otherwise. In many transactions, if they are many."""
+        answer = self._store.evaluate(
+            """PREFIX tf: <https://w3id.org/tinyfleet#>
+            SELECT ?device WHERE { VALUES ?fleet { UNDEF } ?device tf:online true ; tf:fleet ?fleet }""",
+            fleet=self._fleet,
+        )
+        assert isinstance(answer, ox.QuerySolutions)
+        devices = (value(solution["device"]) for solution in answer)
+        while some := list(islice(devices, 1000)):
+            now: dict[Iri, Binding | None] = {TF.online: False, TF.offlineSince: self._clock()}
+            self._store.write({Iri(str(device)): now for device in some})
+
+    def _status(self, device: str, payload: bytes, pending: "_Pending") -> bool:
         if not payload:
             raise Refused("it is empty")
         status = decode_status(payload)
@@ -127,10 +179,15 @@ class Registry:
                 TF.drift: status.drift,
             }
         iri = device_iri(self._fleet, device)
-        more = lineage.changes(self._store, iri, status, self._clock())
-        self._store.write({**more, iri: {**facts, **more.get(iri, {})}})
+        if iri in pending and (not status.online or status.drift is not None):
+            self._store.write(pending)  # for what has changed is asked of the graph
+            pending.clear()
+        pending.setdefault(iri, {}).update(facts)
+        for subject, said in lineage.changes(self._store, iri, status, self._clock()).items():
+            pending.setdefault(subject, {}).update(said)
+        return status.online
 
-    def _description(self, device: str, payload: bytes) -> None:
+    def _description(self, device: str, payload: bytes, pending: "_Pending") -> None:
         iri = device_iri(self._fleet, device)
         document = read(payload)
         if document.get("id", document.get("@id")) != iri:
@@ -152,32 +209,34 @@ class Registry:
         said = {p: v for p, v in _facts(triples, board).items() if p in _BOARD}
         if said and board not in _typed(triples, TF.Board):
             raise Refused("what its tf:board points to must have the @type tf:Board")
-        known = self._about(board)
+        known = _listed(pending[board]) if board in pending else self._about(board)
         if not known and TF.ramBytes not in said:
             raise Refused(f"its board {board} is not known and it does not describe it")
-        for predicate, values in said.items():
-            if known and set(values) != set(known.get(predicate, ())):
+        for predicate, stated in said.items():
+            if known and set(stated) != set(known.get(predicate, ())):
                 log.warning(
                     "%s says that %s of its board is %s; %s stays known with %s",
                     iri,
                     predicate.split("#")[-1],
-                    _text(values),
+                    _text(stated),
                     board,
                     _text(known.get(predicate, [])),
                 )
         ram, arena = {**known, **said}.get(TF.ramBytes, [math.inf])[0], thing.get(TF.arenaBytes, [0])[0]
         if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
             raise Refused(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
-        facts: dict[Iri, dict[Iri, Binding | None]] = {iri: {p: thing.get(p) for p in _DEVICE}}
+        facts = pending.setdefault(iri, {})
+        facts.update((p, thing.get(p)) for p in _DEVICE)
         if not known:
             flat = {board: {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}}
-            facts |= with_implied(flat, known_parts(self._store, [str(name) for name in said.get(TF.sensor, ())]))
-            known = {p: list(each(o)) for p, o in facts[board].items()}
-        facts[iri][RDF.type] = _TYPES
-        facts[iri][SSN.hasSubSystem] = known.get(SSN.hasSubSystem)
-        if facts[iri][TD.description] is None:
-            facts[iri][TD.description] = known.get(TD.title)
-        self._store.write(facts)
+            more = with_implied(flat, known_parts(self._store, [str(name) for name in said.get(TF.sensor, ())]))
+            for subject, about in more.items():
+                pending.setdefault(subject, {}).update(about)
+            known = _listed(more[board])
+        facts[RDF.type] = _TYPES
+        facts[SSN.hasSubSystem] = known.get(SSN.hasSubSystem)
+        if facts[TD.description] is None:
+            facts[TD.description] = known.get(TD.title)
 
     def _about(self, subject: Iri) -> dict[Iri, list[Value]]:
         """What the graph says of a subject."""
@@ -188,8 +247,16 @@ class Registry:
         return facts
 
 
-def _text(values: list[Value]) -> str:
-    return ", ".join(sorted(printable(str(v)) for v in values)) or "nothing"
+_Pending = dict[Iri, dict[Iri, Binding | None]]
+"""What is to be written, of each subject."""
+
+
+def _listed(facts: Mapping[Iri, Binding | None]) -> dict[Iri, list[Value]]:
+    return {p: list(each(given)) for p, given in facts.items()}
+
+
+def _text(given: list[Value]) -> str:
+    return ", ".join(sorted(printable(str(v)) for v in given)) or "nothing"
 
 
 def _facts(triples: list[ox.Triple], subject: str) -> dict[Iri, list[Value]]:

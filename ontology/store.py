@@ -7,6 +7,7 @@ the same values work on every store. Terms are written by Oxigraph's own seriali
 
 import json
 import re
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -14,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Self, overload
+from typing import NamedTuple, Self, overload
 
 import pyoxigraph as ox
 
@@ -148,6 +149,17 @@ def parameters(sparql: str) -> list[str]:
     return list(dict.fromkeys(m["name"] for m in _PARAMETER.finditer(sparql) if m["name"]))
 
 
+def parameter_pattern(sparql: str, values: str) -> str:
+    """A regular expression for the query with its parameters, bound or free: `values` is what each may hold, and a
+    group of the parameter's name."""
+    parts, end = [], 0
+    for found in _PARAMETER.finditer(sparql):
+        if name := found["name"]:
+            parts += [re.escape(sparql[end : found.start()]), rf"VALUES \?{name} \{{ (?P<{name}>{values}) \}}"]
+            end = found.end()
+    return "".join([*parts, re.escape(sparql[end:])])
+
+
 def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
     """The query with its parameters bound; those not named stay free.
 
@@ -258,10 +270,28 @@ def _data(given: Iterable[Triple]) -> str:
     return "".join(f"{_node(s)} {_node(p)} {term(o)} .\n" for s, p, o in given)
 
 
+_HERE = ox.DefaultGraph()
+
+
+class Patch(NamedTuple):
+    """A change of the graph: triples that go, triples that come, and patterns for what else goes (before they come),
+    in SPARQL, which alone does it all in one transaction."""
+
+    emptied: list[str]
+    gone: list[str]
+    new: list[str]
+
+
 class EmbeddedStore(Store):
-    """Oxigraph in this process: on disk (RocksDB) in the folder `path`, made if need be, or in memory without one."""
+    """Oxigraph in this process: on disk (RocksDB) in the folder `path`, made if need be, or in memory without one.
+
+    One writer at a time, any number of readers beside it: a query sees the graph as it was when it began, and holds up
+    no write. What a write has returned from is kept when the process is killed, for it is in RocksDB's log, in the
+    hands of the operating system; should the machine lose its power, the last seconds may be missing.
+    """
 
     def __init__(self, path: str | Path | None = None) -> None:
+        self._writing = threading.RLock()
         if path is None:
             self._store: ox.Store | None = ox.Store()
             return
@@ -292,14 +322,45 @@ class EmbeddedStore(Store):
 
     def update(self, sparql: str) -> None:
         try:
-            self._open.update(sparql)
+            with self._writing:
+                self._open.update(sparql)
         except SyntaxError as error:
             raise StoreError(f"the update is not valid SPARQL: {_short(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
             raise StoreError(f"the update failed: {error}") from None
 
     def add(self, triples: Iterable[Triple]) -> None:
-        self._open.extend([ox.Quad(_node(s), _node(p), term(o), ox.DefaultGraph()) for s, p, o in triples])
+        quads = [ox.Quad(_node(s), _node(p), term(o), _HERE) for s, p, o in triples]
+        with self._writing:
+            self._open.extend(quads)
+
+    def write(self, facts: Facts) -> None:
+        with self._writing:
+            self._apply(self._difference(facts))
+
+    def _difference(self, facts: Facts) -> Patch:
+        """What must go and come so that `write` has written the facts."""
+        patch = Patch([], [], [])
+        for s, said in facts.items():
+            subject = _node(s)
+            for p, given in said.items():
+                predicate = _node(p)
+                wanted = {term(o) for o in each(given)}
+                there = {quad.object for quad in self._open.quads_for_pattern(subject, predicate, None, _HERE)}
+                if not all(isinstance(o, (ox.NamedNode, ox.Literal)) for o in there):
+                    patch.emptied.append(f"DELETE WHERE {{ {subject} {predicate} ?o }} ;\n")
+                    there = set()
+                patch.gone.extend(f"{subject} {predicate} {o} .\n" for o in there - wanted)
+                patch.new.extend(f"{subject} {predicate} {o} .\n" for o in wanted - there)
+        return patch
+
+    def _apply(self, patch: Patch) -> None:
+        if any(patch):
+            EmbeddedStore.update(
+                self,
+                f"{''.join(patch.emptied)}DELETE DATA {{\n{''.join(patch.gone)}}} ;\n"
+                f"INSERT DATA {{\n{''.join(patch.new)}}}",
+            )
 
     def __len__(self) -> int:
         return len(self._open)

@@ -197,6 +197,15 @@ def test_a_drift_that_rises_is_one_event_until_it_has_settled(store: Store) -> N
     }
 
 
+def test_what_changes_within_one_batch_is_seen(store: Store, registry: Registry) -> None:
+    states = [status(drift=drift) for drift in (0.75, 0.75, 0.25, 0.5)]
+    messages = [(TD, payload(description())), *((TOPICS.status("dev-1"), s) for s in (*states, status(online=False)))]
+    assert all(taken is not None and taken.refusal is None for taken in registry.take(messages))
+    events = store.query(library.text("drift-events"), fleet="home")
+    assert sorted((row["drift"], "ended" in row) for row in events) == [(0.5, False), (0.75, True)]
+    assert about(store, device_iri("home", "dev-1"))["offlineSince"] == [NOW]
+
+
 def test_a_newer_description_takes_the_place_of_the_older(store: Store, registry: Registry) -> None:
     registry.handle(TD, payload(description()))
     assert registry.handle(TD, payload(description(tf__arenaBytes=None, tf__engineVersion="0.2.0", title="Renamed")))

@@ -262,6 +262,13 @@ CASES: Mapping[str, Sequence[Case]] = {
         ),
         (DIG, ("id",), []),
     ],
+    "fits": [
+        (
+            HOME,
+            ("model", "name", "devices", "training"),
+            [(MODEL, "digits", 4, 3)],
+        ),
+    ],
     "last-round": [(HOME, ("id", "loss", "samples", "number", "run"), [("fit", 0.25, 16, 3, 7)])],
     "lineage": [
         (
