@@ -8,7 +8,7 @@ NATIVE = $(wildcard edge/mote/*.[ch]) edge/protocol.cddl edge/mote_build.py edge
 TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf chromedriver
 PAGE = $(addprefix ontology/page/,package.json package-lock.json index.html page.css page.js icon.svg)
 
-.PHONY: demo test test-slow fuzz coverage instructions check page lock clean tools-demo tools-test
+.PHONY: demo test test-slow fuzz coverage instructions boards vocabulary check page lock clean tools-demo tools-test
 
 demo: $(VENV)/.demo
 	$(BIN)/tinyfleet demo $(ARGS)
@@ -30,6 +30,15 @@ coverage: $(VENV)/.test
 # Instructions and bytes of the engine's models on emulated cores.
 instructions: $(VENV)/.test
 	$(BIN)/python benchmarks/instructions.py $(ARGS)
+
+# The catalogue of boards as a graph, for `tinyfleet graph load`. BOARDS is the folder of the public board files.
+BOARDS ?= $(TINYFLEET_DATA)/boards
+boards: $(VENV)/.demo
+	$(BIN)/tinyfleet graph boards $(BOARDS) --out build/boards.ttl $(ARGS)
+
+# The vocabulary as an HTML page.
+vocabulary: $(VENV)/.demo
+	$(BIN)/tinyfleet graph vocabulary --out build/vocabulary.html
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

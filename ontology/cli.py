@@ -109,23 +109,24 @@ def _cell(value: Value | None) -> str:
         case float():
             return f"{value:.4g}"
         case Iri():
-            for prefix, iri in PREFIXES.items():
-                if value.startswith(iri):
-                    return f"{prefix}:{value.removeprefix(iri)}"
-            return value
+            return shorten(value)
         case datetime():
             return value.isoformat(sep=" ", timespec="seconds")
         case _:
             return printable(str(value))
 
 
+def shorten(text: str) -> str:
+    """The text with the known namespaces in it as prefixes."""
+    for prefix, iri in PREFIXES.items():
+        text = text.replace(iri, f"{prefix}:")
+    return text
+
+
 def _print_library(as_json: bool) -> None:
-    about = {}
-    for name in library.names():
-        head = [line.removeprefix("#").strip() for line in library.text(name).split("\n\n")[0].splitlines()]
-        about[name] = {"about": " ".join(head[: head.index("")]), "parameters": parameters(library.text(name))}
+    known = [library.query(name) for name in library.names()]
     if as_json:
-        typer.echo(json.dumps(about, indent=2))
+        typer.echo(json.dumps({q.name: {"about": q.about, "parameters": [*q.parameters]} for q in known}, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -133,8 +134,8 @@ def _print_library(as_json: bool) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("query", "parameters", "answers"):
         table.add_column(column)
-    for name, said in about.items():
-        table.add_row(name, ", ".join(said["parameters"]), str(said["about"]))
+    for query in known:
+        table.add_row(query.name, ", ".join(query.parameters), query.about)
     Console(markup=False, highlight=False).print(table)
 
 
@@ -147,7 +148,8 @@ def read_query(file: str) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}), nor is it a query of the library: {', '.join(library.names())}"
+            f"{file} cannot be read ({error.strerror}), nor is it a query of the library{library.hint(file)}; "
+            "`tinyfleet query --list` shows them"
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not text; give a file with a SPARQL query") from None
@@ -171,7 +173,8 @@ def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:
 
 
 def _value(text: str) -> Value:
-    """What a word of the command line means: an IRI, a number, true or false, or text (always so in quotes)."""
+    """What a word of the command line means: an IRI, a number, a date and time, true or false, or text (always so in
+    quotes)."""
     if len(text) >= 2 and text[0] == text[-1] == '"':
         return text[1:-1]
     if text.startswith("<") and text.endswith(">"):
@@ -184,6 +187,11 @@ def _value(text: str) -> Value:
         return int(text)
     if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?", text):
         return float(text)
+    if re.match(r"\d{4}-\d\d-\d\dT", text):
+        try:
+            return datetime.fromisoformat(text)
+        except ValueError:
+            raise UserError(f"{text!r} is no date and time; write 2026-01-31T12:00:00Z") from None
     return text
 
 

@@ -31,7 +31,7 @@ from ontology.directory import Directory
 from ontology.names import PREFIXES, RDF, Iri
 from ontology.registry import Registry
 from ontology.sparql_http import Protocol
-from ontology.store import Store, parameters
+from ontology.store import Store
 from ontology.web import HttpError, in_thread
 
 PAGE = Path(__file__).with_name("page") / "dist"
@@ -66,16 +66,16 @@ def _page(registry: Registry | None) -> list[BaseRoute]:
 
 
 def _library() -> list[dict[str, Any]]:
-    """The library's queries. Each begins with a comment: what it answers and, after an empty line, its parameters."""
-    queries = []
-    for name in library.names():
-        text = library.text(name)
-        head = [line.removeprefix("#").strip() for line in text.split("\n\n")[0].splitlines()]
-        about = " ".join(head[: head.index("")] if "" in head else head)
-        said = {key: rest.strip() for key, colon, rest in (line.partition(":") for line in head) if colon}
-        known = [{"name": parameter, "about": said.get(parameter, "")} for parameter in parameters(text)]
-        queries.append({"name": name, "about": about, "parameters": known, "text": text})
-    return queries
+    queries = [library.query(name) for name in library.names()]
+    return [
+        {
+            "name": query.name,
+            "about": query.about,
+            "parameters": [{"name": name, "about": about} for name, about in query.parameters.items()],
+            "text": query.sparql,
+        }
+        for query in queries
+    ]
 
 
 @cache

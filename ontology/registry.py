@@ -15,8 +15,9 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -27,8 +28,10 @@ import pyoxigraph as ox
 
 from edge.errors import UserError
 from edge.protocol import ProtocolError, Topics, decode_status
-from ontology import shapes
-from ontology.names import BOARDS, RDF, TD, TF, Iri, device_iri, fleet_name, model_iri
+from ontology import lineage, shapes
+from ontology.describe import known_parts
+from ontology.implied import with_implied
+from ontology.names import BOARDS, RDF, S3N, SSN, TD, TF, Iri, device_iri, fleet_name, model_iri
 from ontology.store import BASE, Binding, Store, StoreError, Value, each, printable, term, value
 from ontology.things import Changes, Document, Things, split
 
@@ -43,8 +46,20 @@ _CONTEXT_FILE = Path(__file__).with_name("context.jsonld")
 _SCHEMA_FILE = Path(__file__).with_name("thing.schema.json")
 
 # What is taken from a description. All else that it says (affordances, forms) stays in the document.
-_DEVICE = (TD.title, TF.fleet, TF.deviceId, TF.board, TF.engine, TF.engineVersion, TF.arenaBytes, TF.model)
+_DEVICE = (
+    TD.title,
+    TD.description,
+    TF.fleet,
+    TF.deviceId,
+    TF.board,
+    TF.engine,
+    TF.engineVersion,
+    TF.arenaBytes,
+    TF.model,
+)
 _BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)
+# A fleet may have a million devices: of what a device's type implies, this is what queries of S3N's kind ask for.
+_TYPES = (TD.Thing, TF.Device, S3N.SmartSensor)
 _STATE = (TF.online, TF.currentModel, TF.samples, TF.malformed, TF.stale, TF.battery, TF.drift)
 
 # JSON-LD keywords with which a description could say things of other nodes, or change what its words mean.
@@ -88,8 +103,10 @@ def _schema() -> jsonschema_rs.Validator:
 class Registry:
     """Keeps one fleet's devices in the graph. `accepted` and `refused` count messages; `last_refusal` says why."""
 
-    def __init__(self, store: Store, fleet: str) -> None:
+    def __init__(self, store: Store, fleet: str, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        """clock: what time it is, for facts that say when."""
         self._store = store
+        self._clock = clock
         self.fleet = fleet_name(fleet)
         self._topics = Topics(fleet)
         self.things = Things(store)
@@ -159,7 +176,8 @@ class Registry:
         assert isinstance(answer, ox.QuerySolutions)
         devices = (value(solution["device"]) for solution in answer)
         while some := list(islice(devices, 1000)):
-            self._store.write({Iri(str(device)): {TF.online: False} for device in some})
+            now: dict[Iri, Binding | None] = {TF.online: False, TF.offlineSince: self._clock()}
+            self._store.write({Iri(str(device)): now for device in some})
 
     def _status(self, device: str, payload: bytes, pending: "_Pending") -> bool:
         if not payload:
@@ -179,7 +197,13 @@ class Registry:
                 TF.battery: status.battery,
                 TF.drift: status.drift,
             }
-        pending.setdefault(device_iri(self.fleet, device), {}).update(facts)
+        iri = device_iri(self.fleet, device)
+        if iri in pending and (not status.online or status.drift is not None):
+            self._store.write(pending)  # for what has changed is asked of the graph
+            pending.clear()
+        pending.setdefault(iri, {}).update(facts)
+        for subject, said in lineage.changes(self._store, iri, status, self._clock()).items():
+            pending.setdefault(subject, {}).update(said)
         return status.online
 
     def _description(self, device: str, payload: bytes, pending: "_Pending", changes: Changes) -> None:
@@ -260,9 +284,16 @@ class Registry:
             raise Refused(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
         facts = pending.setdefault(iri, {})
         facts.update((p, thing.get(p)) for p in _DEVICE)
-        facts[RDF.type] = [TD.Thing, TF.Device]
         if not known:
-            pending[board] = {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}
+            flat = {board: {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}}
+            more = with_implied(flat, known_parts(self._store, [str(name) for name in said.get(TF.sensor, ())]))
+            for subject, about in more.items():
+                pending.setdefault(subject, {}).update(about)
+            known = _listed(more[board])
+        facts[RDF.type] = _TYPES
+        facts[SSN.hasSubSystem] = known.get(SSN.hasSubSystem)
+        if facts[TD.description] is None:
+            facts[TD.description] = known.get(TD.title)
 
     def _thing(self, iri: Iri, document: Document, pending: "_Pending") -> None:
         """What a thing that is no device says of itself flatly, in place of all that was said of it."""
