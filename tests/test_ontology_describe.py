@@ -198,7 +198,7 @@ def test_what_the_engine_plans_is_described_with_every_model_that_it_can_run() -
     assert planned == 32
     # The figures are those of the program that would be compiled.
     path = folder / "mlperf_tiny__kws_ref_model.tflite"
-    program = compiler.compile_tflite(path, train_from="dense")
+    program = compiler.compile_model(path, train_from="dense")
     (option,) = (o for o in description(path).training_options if o.layers_trained == 1 and not o.bias_only)
     assert (option.train_from, option.ram_bytes) == ("dense", program.arena_bytes)
     assert option.parameters == program.n_params
