@@ -56,8 +56,11 @@ PROFILES: dict[Profile, list[str]] = {
     "exact": mote_build.FLAGS,
     "fast": ["-std=c99", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-DMOTE_FAST"],
 }
-#: Files whose time does not matter, since they run seldom or only call kernels: small rather than quick.
-SMALL = ("mote.c", "mote_load.c", "mote_sgd.c", "mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c")
+#: Files whose time matters little, since they run seldom, only call kernels or do next to nothing: small, not quick.
+SMALL = (
+    "mote.c", "mote_load.c", "mote_sgd.c", "mote_relu.c", "mote_loss.c", "mote_node.c", "mote_update.c", "mote_frame.c",
+    "mote_stream.c",
+)  # fmt: skip
 
 #: Bytes of the largest program that a node takes over the air, unless the caller says otherwise.
 ADOPT_BYTES = 4096
