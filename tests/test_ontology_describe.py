@@ -241,6 +241,23 @@ def test_training_options_become_facts_and_stay_when_a_later_description_has_non
         assert not store.ask(f"ASK {{ <{iri}:train:2:bias> ?p ?o }}")
 
 
+def test_what_describe_prints_can_be_loaded(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from firmware_tools.model_cli import app as model_app
+    from ontology.graph_cli import app as graph_app
+
+    path = tmp_path / "digits.mote"
+    path.write_bytes(mlp().data)
+    printed = CliRunner().invoke(model_app, ["describe", str(path)])
+    (tmp_path / "digits.ttl").write_text(printed.output, encoding="utf-8")
+    assert CliRunner().invoke(graph_app, ["load", str(tmp_path / "digits.ttl"), "--data", str(tmp_path)]).exit_code == 0
+    with EmbeddedStore(tmp_path / "graph") as loaded, EmbeddedStore() as store:
+        describe.put_model(store, describe.from_program(mlp(), "digits"))
+        everything = "SELECT * { ?s ?p ?o } ORDER BY ?s ?p ?o"
+        assert list(loaded.query(everything)) == list(store.query(everything))
+
+
 def test_multiply_accumulates_agree_with_what_the_authors_say() -> None:
     models, authors = data("tflite"), data("seloc_ml") / "tflite_models.ttl"
     graph = ox.Store()
