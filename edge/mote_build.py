@@ -27,7 +27,7 @@ HEADERS = ["mote.h", "mote_host.h", "mote_node.h", "mote_stream.h", "mote_frame.
 # Our own C: clean under STRICT, which the tests build it with.
 SOURCES = ["mote.c", "mote_load.c", "mote_sgd.c", "mote_kernels.c", "mote_math.c", "mote_crc.c", "mote_stream.c"]
 SOURCES += ["mote_conv.c", "mote_depthwise.c", "mote_pool.c", "mote_norm.c", "mote_pointwise.c", "mote_place.c"]
-SOURCES += ["mote_dense.c", "mote_loss.c", "mote_host.c"]
+SOURCES += ["mote_dense.c", "mote_relu.c", "mote_loss.c", "mote_host.c"]
 SOURCES += ["mote_int8_dense.c", "mote_int8_conv2d.c", "mote_int8_depthwise.c", "mote_int8_pool.c"]
 SOURCES += ["mote_int8_pointwise.c", "mote_int8_softmax.c", "mote_int8_back.c", "mote_trained_int8.c"]
 SOURCES += ["mote_int8_dots.c", "mote_int8_dsp.c"]

@@ -3,7 +3,8 @@
 Time counts the steps of one training sample: op t forward for t < n, the loss for t = n, op 2n - t backward for t > n.
 A tensor is alive from the step that writes it to the last that reads it; two may share memory if their lives do not
 meet. Ops of single elements, the loss's gradient, and max pooling's where windows do not overlap, work in place; the
-two gradients of an addition are one as long as they are equal.
+two gradients of an addition are one as long as they are equal. A ReLU whose output nothing else reads in the backward
+pass keeps one bit for each element of it instead, where that makes the whole smaller.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ _IN_PLACE = (
 )  # fmt: skip
 #: Kinds whose input's gradient can be in the place of the output's.
 _GRADIENT_IN_PLACE = (*_ACTIVATIONS, Kind.ADD, Kind.DEQUANTIZE, Kind.INT8_ADD)
-#: Kinds that read their output again in the backward pass.
+#: Kinds that can do with one bit for each element of their output: whether the gradient passes there.
+MASKED = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU)
+#: Kinds that read their output again in the backward pass, unless a mask stands for it.
 _READ_OUTPUT_AGAIN = (*_ACTIVATIONS, *TRAINED_INT8, Kind.INT8_ADD)
 #: Kinds that a gradient passes through.
 BACKWARD = (
     *WEIGHTED, *TRAINED_INT8, *_GRADIENT_IN_PLACE, Kind.AVGPOOL, Kind.MAXPOOL, Kind.PLACE, Kind.INT8_AVGPOOL,
     Kind.INT8_MAXPOOL, Kind.INT8_MEAN,
 )  # fmt: skip
+_MASK_ROW = 4096  # bytes: a tensor's dimensions are of 16 bits, so that a long mask has rows
 _TRIES = 200  # orders of placement that are tried to come nearer to the lower bound
 
 
@@ -52,19 +56,20 @@ class Block:
 @dataclass(frozen=True)
 class Gradients:
     """The gradient tensors of an op, as indices of `Plan.tensors`: None where there is none. adds: add to what is
-    there, for another op has written it."""
+    there, for another op has written it. mask: the tensor of the bits that a ReLU keeps instead of its output."""
 
     dout: int | None = None
     din: int | None = None
     din2: int | None = None
     adds: bool = False
     adds2: bool = False
+    mask: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """tensors: the graph's, then the loss's output where it is one of its own, then gradients; offsets: bytes in the
-    activations, None for what lies in the model's input. lower_bound: the most bytes that are alive at one step."""
+    """tensors: the graph's, then masks, the loss's output where it is one of its own, and gradients; offsets: bytes in
+    the activations, None for what lies in the model's input. lower_bound: the most bytes that are alive at one step."""
 
     tensors: tuple[Tensor, ...]
     offsets: tuple[int | None, ...]
@@ -91,15 +96,25 @@ def weight_counts(op: Op, tensors: Sequence[Tensor]) -> tuple[int, int]:
     return 0, 0
 
 
+def trained_counts(op: Op, tensors: Sequence[Tensor]) -> tuple[int, int]:
+    """How many of an op's weights and biases train."""
+    if op.trains == "nothing":
+        return 0, 0
+    weights, biases = weight_counts(op, tensors)
+    trained = biases if op.trained is None or op.kind not in TRAINED_INT8 else op.trained
+    return (weights // biases * trained if op.trains == "all" else 0), trained
+
+
 def params_bytes(op: Op, tensors: Sequence[Tensor]) -> int:
     """Bytes that an op keeps in RAM because they train."""
-    if op.trains == "nothing":
-        return 0
-    weights, biases = weight_counts(op, tensors)
-    if op.kind not in TRAINED_INT8:
-        return 4 * (biases + (weights if op.trains == "all" else 0))
-    trained = biases if op.trained is None else op.trained
-    return 4 * trained + (aligned(weights // biases * trained) if op.trains == "all" else 0)
+    weights, biases = trained_counts(op, tensors)
+    return (aligned(weights) if op.kind in TRAINED_INT8 else 4 * weights) + 4 * biases
+
+
+def macs(op: Op, tensors: Sequence[Tensor]) -> int:
+    """Multiply-adds of an inference."""
+    h, w, _ = tensors[op.output].shape
+    return 0 if op.kind == Kind.LAYERNORM else weight_counts(op, tensors)[0] * h * w
 
 
 def aligned(size: int) -> int:
@@ -117,12 +132,14 @@ def root(tensors: Sequence[Tensor], index: int) -> int:
 class _Planner:
     """The blocks of memory as they come up, and which tensor lies in which."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, masked: bool) -> None:
         self.graph, self.n = graph, len(graph.ops)
+        self.masked = masked
         self.tensors = list(graph.tensors)
         self.blocks: list[Block] = []
         self.place: dict[int, int] = {}  # root tensor -> block
         self.gradient: dict[int, int] = {}  # root tensor -> its gradient's tensor
+        self.masks: dict[int, int] = {}  # op -> its mask's tensor
         self.writers: dict[int, list[int]] = {}
         self.readers: dict[int, list[int]] = {}
         for i, op in enumerate(graph.ops):
@@ -176,8 +193,15 @@ class _Planner:
                 continue
             if x in deaths and self._reads_input_again(op):
                 deaths[x] = max(deaths[x], 2 * n - i)
-            if op.kind in _READ_OUTPUT_AGAIN:
+            if op.kind in _READ_OUTPUT_AGAIN and op.kind not in MASKED:
                 deaths[y] = max(deaths[y], 2 * n - i)
+        for i, op in enumerate(ops):
+            y = self.root(op.output)
+            if op.kind in MASKED and self.active[i]:
+                if self.masked and deaths[y] <= n:
+                    self._add_mask(i, self.tensors[y].size)
+                else:
+                    deaths[y] = max(deaths[y], 2 * n - i)
         for i, op in enumerate(ops):
             y = self.root(op.output)
             if y in self.place:
@@ -186,6 +210,14 @@ class _Planner:
             spare = next((b for b in blocks if b is not None and self.blocks[b].death == i), None)
             self.place[y] = self.new(self.tensors[y].bytes, i, i) if spare is None else spare
             self.blocks[self.place[y]].death = deaths[y]
+
+    def _add_mask(self, i: int, elements: int) -> None:
+        size = -(-elements // 8)
+        row = min(size, _MASK_ROW)
+        mask = Tensor((1, -(-size // row), row), "int8")
+        self.tensors.append(mask)
+        self.masks[i] = len(self.tensors) - 1
+        self.place[self.masks[i]] = self.new(mask.bytes, i, 2 * self.n - i)
 
     def loss(self) -> tuple[int, int | None]:
         """The output's tensor, and that of the logits' gradient."""
@@ -235,7 +267,7 @@ class _Planner:
                 adds = wanted is not None and (wanted not in new or wanted in inputs[:place])
                 made.append((None if wanted is None else self.gradient[wanted], adds))
             (din, adds), (din2, adds2) = [*made, (None, False)][:2]
-            found[i] = Gradients(self.gradient[y], din, din2, adds, adds2)
+            found[i] = Gradients(self.gradient[y], din, din2, adds, adds2, self.masks.get(i))
         return found
 
     def _blocks_for_gradients(self, i: int, op: Op, new: Sequence[int]) -> list[int]:
@@ -277,7 +309,14 @@ def plan(graph: Graph) -> Plan:
 
     Raises ProgramError if what would train cannot: the output does not depend on it, or no gradient gets there.
     """
-    planner = _Planner(graph)
+    whole = _plan(_Planner(graph, masked=False))
+    planner = _Planner(graph, masked=True)
+    masked = _plan(planner)
+    return masked if planner.masks and masked.activations < whole.activations else whole
+
+
+def _plan(planner: _Planner) -> Plan:
+    graph = planner.graph
     for op in graph.ops:
         if op.trains != "nothing" and planner.root(op.output) not in planner.back:
             raise ProgramError(
@@ -396,8 +435,9 @@ _CONSTANTS = {
 @dataclass(frozen=True)
 class Takes:
     """Bytes. RAM: what trains, its momentum, activations and gradients, and the least that these could take. Flash: the
-    program with the initial values of what trains."""
+    program with the initial values of what trains. numbers: how many numbers train."""
 
+    numbers: int
     params: int
     momentum: int
     activations: int
@@ -417,4 +457,5 @@ def takes(graph: Graph) -> Takes:
     params = sum(params_bytes(op, graph.tensors) for op in graph.ops)
     constants = params + sum(constants_bytes(op, graph.tensors) for op in graph.ops)
     program = HEADER_BYTES + TENSOR_BYTES * len(found.tensors) + OP_BYTES * len(graph.ops) + constants
-    return Takes(params, params if graph.momentum else 0, found.activations, found.lower_bound, program)
+    numbers = sum(sum(trained_counts(op, graph.tensors)) for op in graph.ops)
+    return Takes(numbers, params, params if graph.momentum else 0, found.activations, found.lower_bound, program)

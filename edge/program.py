@@ -23,14 +23,17 @@ from edge.errors import ProgramError as ProgramError
 from edge.graph import LOSSES, DType, Graph, Kind, Loss, Op, Shape3, Tensor
 from edge.plan import (
     HEADER_BYTES,
+    MASKED,
     OP_BYTES,
     TENSOR_BYTES,
     TRAINED_INT8,
     WEIGHTED,
     Gradients,
     constants_bytes,
+    macs,
     params_bytes,
     plan,
+    trained_counts,
     weight_counts,
 )
 
@@ -51,7 +54,7 @@ assert (_HEADER.size, _TENSOR.size, _OP.size) == (HEADER_BYTES, TENSOR_BYTES, OP
 _UNSUMMED = 16  # bytes before those that the CRC covers
 
 _CARRIES, _MOMENTUM, _INT8 = 1, 2, 4  # header flags
-_WEIGHTS, _BIAS, _ADDS, _ADDS2, _FILLS = 1, 2, 4, 8, 16  # op flags
+_WEIGHTS, _BIAS, _ADDS, _ADDS2, _FILLS, _MASKS = 1, 2, 4, 8, 16, 32  # op flags
 _TYPES: tuple[DType, ...] = ("float32", "int8")
 
 
@@ -332,8 +335,8 @@ def build(
     )
 
 
-def _arrays(ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[tuple[str, Shape, Op]]:
-    """(name, shape, op) of every weight and bias, in the order of the ops."""
+def named_arrays(ops: Sequence[Op], tensors: Sequence[Tensor]) -> list[tuple[str, Shape, Op]]:
+    """(name, shape, op) of every weight and bias, in the order of the ops; the names are `dense_0/weights`, ..."""
     arrays: list[tuple[str, Shape, Op]] = []
     number = 0
     for op in ops:
@@ -372,7 +375,7 @@ def _trained_shapes(op: Op, tensors: Sequence[Tensor]) -> list[Shape]:
 
 def _with_weights(graph: Graph, weights: Mapping[str, NDArray[Any]]) -> Graph:
     """The graph with arrays by name; those that train all or none. Raises ProgramError."""
-    arrays = _arrays(graph.ops, graph.tensors)
+    arrays = named_arrays(graph.ops, graph.tensors)
     unknown = sorted(set(weights) - {name for name, _, _ in arrays})
     if unknown:
         known = ", ".join(name for name, _, _ in arrays)
@@ -396,8 +399,8 @@ def _with_weights(graph: Graph, weights: Mapping[str, NDArray[Any]]) -> Graph:
 # Programs
 
 
-def _check_graph(graph: Graph) -> None:
-    """What the engine would refuse. Raises ProgramError, naming the op."""
+def check(graph: Graph) -> None:
+    """Raises ProgramError, naming the op, for what the engine would refuse."""
     written = {op.output for op in graph.ops}
     for index, tensor in enumerate(graph.tensors):
         _check_shape(tensor.shape, "a tensor")
@@ -433,7 +436,7 @@ def assemble(graph: Graph, *, carry: bool = True) -> Program:
 
     Raises ProgramError if the engine cannot run it, or if it lacks the weights of a frozen op.
     """
-    _check_graph(graph)
+    check(graph)
     training = [op for op in graph.ops if op.trains != "nothing"]
     carries = carry and bool(training) and all(op.weights is not None for op in training)
     where = plan(graph)
@@ -519,12 +522,12 @@ def _initial(op: Op, tensors: Sequence[Tensor]) -> bytes:
 
 def _record(op: Op, tensors: Sequence[Tensor], g: Gradients, layer: int, params: int, constants: int) -> bytes:
     flags = {"nothing": 0, "bias": _BIAS, "all": _WEIGHTS | _BIAS}[op.trains]
-    flags |= _ADDS * g.adds | _ADDS2 * g.adds2 | _FILLS * op.fills
+    flags |= _ADDS * g.adds | _ADDS2 * g.adds2 | _FILLS * op.fills | _MASKS * (g.mask is not None)
     channels = tensors[op.output].shape[2]
     trained = 0 if op.trains == "nothing" else channels if op.trained is None else op.trained
     inputs = [*op.inputs, NONE][:2]
     around = [NONE if index is None else index for index in (g.dout, g.din, g.din2)]
-    pads, option = (op.offsets[:2], op.offsets[2]) if op.kind == Kind.PLACE else (op.pads, 0)
+    pads, option = (op.offsets[:2], op.offsets[2]) if op.kind == Kind.PLACE else (op.pads, g.mask or 0)
     try:
         return _OP.pack(
             op.kind, flags, layer, 0, *inputs, op.output, *around, *op.kernel, *pads, *op.strides, *op.dilation,
@@ -571,6 +574,8 @@ class Program:
         kinds = set(Kind)
         for r in self._records:
             if r[0] not in kinds or r[4] >= n_tensors or r[6] >= n_tensors:
+                return False
+            if r[1] & _MASKS and (r[0] not in MASKED or r[18] >= n_tensors):
                 return False
         ops, tensors = self._ops, self._tensors
         if any(op.kind in WEIGHTED + TRAINED_INT8 and tensors[op.output].shape[2] < (op.trained or 0) for op in ops):
@@ -698,15 +703,23 @@ class Program:
             group = "parameters" if weights else kind
             number = numbers[group] = numbers.get(group, -1) + 1
             x, y = self._tensors[op.inputs[0]].shape, self._tensors[op.output].shape
-            macs = 0 if op.kind == Kind.LAYERNORM else weights * y[0] * y[1]
-            trained = sum(math.prod(shape) for shape in _trained_shapes(op, self._tensors))
-            layers.append(LayerInfo(f"{kind}_{number}", kind, _short(x), _short(y), macs, weights + biases, trained))
+            layers.append(
+                LayerInfo(
+                    f"{kind}_{number}",
+                    kind,
+                    _short(x),
+                    _short(y),
+                    macs(op, self._tensors),
+                    weights + biases,
+                    sum(trained_counts(op, self._tensors)),
+                )
+            )
         return tuple(layers)
 
     @cached_property
     def all_parameters(self) -> tuple[tuple[str, Shape], ...]:
         """(name, shape) of every weight and bias, frozen ones too, in the order of the layers."""
-        return tuple((name, shape) for name, shape, _ in _arrays(self._ops, self._tensors))
+        return tuple((name, shape) for name, shape, _ in named_arrays(self._ops, self._tensors))
 
     @cached_property
     def parameters(self) -> tuple[tuple[str, Shape], ...]:

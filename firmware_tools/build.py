@@ -56,8 +56,11 @@ PROFILES: dict[Profile, list[str]] = {
     "exact": mote_build.FLAGS,
     "fast": ["-std=c99", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-DMOTE_FAST"],
 }
-#: Files whose time does not matter, since they run seldom or only call kernels: small rather than quick.
-SMALL = ("mote.c", "mote_load.c", "mote_sgd.c", "mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c")
+#: Files whose time matters little, since they run seldom, only call kernels or do next to nothing: small, not quick.
+SMALL = (
+    "mote.c", "mote_load.c", "mote_sgd.c", "mote_relu.c", "mote_loss.c", "mote_node.c", "mote_update.c", "mote_frame.c",
+    "mote_stream.c",
+)  # fmt: skip
 
 #: Bytes of the largest program that a node takes over the air, unless the caller says otherwise.
 ADOPT_BYTES = 4096
@@ -181,7 +184,8 @@ def link(
         "board": target.board.id,
         **(note or {}),
         "profile": profile,
-        "mote": _text_by_file(map_, engine),
+        "mote": _by_file(map_, engine, "text|rodata"),
+        "static": sum(_by_file(map_, engine, "data|bss").values()),
         "stack": asdict(stacks.usage(sorted(work.glob("*.ci")), kernels)) if engine else None,
     }
     (work / "note.json").write_text(json.dumps(noted))
@@ -197,12 +201,12 @@ def _objcopy(compiler: str) -> str:
     return compiler.removesuffix("gcc") + "objcopy"
 
 
-def _text_by_file(map_: Path, engine: Mapping[str, str]) -> dict[str, int]:
-    """Bytes of code and constants that the linker took of every one of these objects, by their sources' names."""
+def _by_file(map_: Path, engine: Mapping[str, str], sections: str) -> dict[str, int]:
+    """Bytes that the linker took of every one of these objects, in such sections, by their sources' names."""
     # A section's line may be broken behind its name: " .text.name\n    0x00000000  0x1c  folder/3_mote.o".
     text = map_.read_text()
     text = text[text.index("\nLinker script and memory map") :]
-    found = re.findall(r"^ \.(?:text|rodata)\S*\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+(\S+)$", text, re.MULTILINE)
+    found = re.findall(rf"^ \.(?:{sections})\S*\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+(\S+)$", text, re.MULTILINE)
     sizes: dict[str, int] = {}
     for size, object_ in found:
         if (name := Path(object_).name) in engine and int(size, 16) > 0:
@@ -396,8 +400,9 @@ class Size:
     text: code, constants and the device's data, in flash. data: initialised variables, in RAM and, to start from, in
     flash. bss: all other variables. stack: the RAM kept for it. held: the device's data in flash, by name. variables:
     the larger ones in RAM, by name. plan: the arena as the model's program plans it, None without a model.
-    mote: the engine's share of the text, by source file. frames: the stack frame of each of its functions. depths: the
-    most stack that a call of the engine takes, and by which calls, but for the compiler's own arithmetic and copying.
+    mote: the engine's share of the text, by source file. static: its share of data and bss. frames: the stack frame of
+    each of its functions. depths: the most stack that a call of the engine takes, and by which calls, but for the
+    compiler's own arithmetic and copying.
     """
 
     board: str
@@ -410,6 +415,7 @@ class Size:
     plan: int | None
     profile: str
     mote: Mapping[str, int]
+    static: int
     frames: Mapping[str, int]
     depths: Mapping[str, stacks.Depth]
 
@@ -470,6 +476,7 @@ def _size(elf: ELFFile) -> Size:
         plan=plan,
         profile=str(note["profile"]),
         mote=note["mote"],
+        static=int(note["static"]),
         frames=usage["functions"],
         depths={name: stacks.Depth(depth["bytes"], tuple(depth["calls"])) for name, depth in usage["depths"].items()},
     )

@@ -1,19 +1,13 @@
-"""Keras models in, mote programs out: which layers the engine has, their weights in its layouts, what each plan takes.
+"""Models in, mote programs out: what of a model can train, what each choice takes, and the program of one of them.
 
-A model is read from its own description (the JSON that Keras writes into a .keras file), so a plan needs neither Keras
-nor TensorFlow; only the weights of a file are read through Keras. Layers may nest (a Sequential in a Sequential), but
-must form one straight line.
-
-Plain stochastic gradient descent is what a device does: regularisers, constraints and optimiser settings of the Keras
-model are not carried. A model that ends in raw class scores (trained with `from_logits=True`) gets the softmax of the
-engine's loss, so the program's output is the softmax of the Keras model's.
+One path for Keras 3 models (objects, or .keras files) and .tflite files: a reader makes a graph (keras_reader,
+tflite_reader), `transfer` or `quantized_training` says what of it trains, `edge.program.assemble` writes it down. A
+plan needs only the shapes of weights, so planning a .keras file needs neither Keras nor TensorFlow.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,487 +16,349 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge.errors import UserError
-from edge.graph import LOSSES, Loss
-from edge.plan import Takes, takes
-from edge.program import AvgPool2D, Conv2D, Dense, Flatten, Layer, MaxPool2D, Program, ReLU, Tanh, assemble, build
-
-CROSS_ENTROPY, MSE = LOSSES[:2]
-
-SUPPORTED = (
-    "InputLayer, Dense, Conv2D, AveragePooling2D, MaxPooling2D, Flatten, ReLU, Activation (linear, relu, tanh, "
-    "and softmax as the last layer), Softmax as the last layer"
-)
-
-
-class CompileError(UserError):
-    """A model that cannot become a program. Names the layer, its type and what is supported."""
-
-
-@dataclass(frozen=True)
-class Network:
-    """A Keras model in the engine's terms: what `edge.program.build` takes, and where the layers came from.
-
-    names: Keras's names of the layers with parameters, in order (`backbone/conv` for a layer inside a nested model).
-    trainable: indices into `names` of the layers that Keras has as trainable.
-    """
-
-    layers: tuple[Layer, ...]
-    input_shape: tuple[int, ...]
-    loss: Loss
-    names: tuple[str, ...]
-    trainable: frozenset[int]
-
-    def suffix(self, train_from: str) -> frozenset[int]:
-        """The layers with parameters from the Keras layer `train_from` to the end. Raises CompileError if unknown."""
-        if train_from not in self.names:
-            raise CompileError(f"no layer with weights is named '{train_from}'; the model has: {', '.join(self.names)}")
-        return frozenset(range(self.names.index(train_from), len(self.names)))
-
-    def program(
-        self, trainable: Collection[int] | None = None, weights: Mapping[str, NDArray[np.float32]] | None = None
-    ) -> Program:
-        """The program with these layers trainable (None: all) and these weights, as in `edge.program.build`."""
-        return build(self.layers, self.input_shape, self.loss, trainable=trainable, weights=weights)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every weight and bias by the program's names, e.g. {"dense_0/weights": (32, 64)}."""
-        return dict(self.program().all_parameters)
-
-    def frozen(
-        self, trainable: Collection[int], weights: Mapping[str, NDArray[np.float32]]
-    ) -> dict[str, NDArray[np.float32]]:
-        """Those of the weights, by the program's names, that do not train."""
-        ours = list(self.layer_names().values())
-        return {name: w for name, w in weights.items() if ours.index(name.rpartition("/")[0]) not in trainable}
-
-    def layer_names(self) -> dict[str, str]:
-        """Keras's layer name -> the program's, e.g. {"hidden": "dense_0"}."""
-        ours = dict.fromkeys(name.rpartition("/")[0] for name in self.shapes())
-        return dict(zip(self.names, ours, strict=True))
+from edge.graph import LOSSES, Graph, Loss
+from edge.plan import INT8_WEIGHTED, macs, takes, weight_counts
+from edge.program import Program, assemble, check, named_arrays
+from firmware_tools import keras_reader, quantized_training, tflite_reader, transfer
+from firmware_tools.keras_reader import Reading
+from firmware_tools.quantized_training import Selection, Update
+from firmware_tools.reading import CompileError as CompileError
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a network takes on a device when certain of its layers may train; all other weights stay in flash.
+    """Bytes that a model takes on a device when certain of its layers may train; all other weights stay in flash.
 
-    parameters: floats that train (and travel). ram_bytes: the whole arena. flash_bytes: the program without the initial
-    values of what trains; initial_bytes: with them.
+    parameters: numbers that train (and travel). ram_bytes: the whole arena, which is params_bytes of what trains,
+    momentum_bytes for the optimiser, and activation_bytes; least_ram_bytes: no plan can go below it. flash_bytes: the
+    program without the initial values of what trains; initial_bytes: with them.
     """
 
     parameters: int
+    params_bytes: int
+    momentum_bytes: int
+    activation_bytes: int
     ram_bytes: int
+    least_ram_bytes: int
     flash_bytes: int
     initial_bytes: int
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What trains within a budget: the layers from train_from on, or their biases alone; of int8 weights, the layers
+    `selection` and how many of their channels. memory: what that takes."""
+
+    train_from: str | None
+    bias_only: bool
+    selection: Mapping[str, Update] | None
+    memory: Memory
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a model takes: to run only, to train what is trainable in Keras, to train from each layer to the end."""
+    """What a model takes: to run only; to train what is trainable in Keras; to train from each layer to the end; to
+    train the biases alone from each layer to the end.
+
+    parameters, macs: of the model as it is. chosen: within a budget, if there is one. notes: what cannot train, why.
+    """
 
     parameters: int
     macs: int
     run: Memory
-    trainable: Memory
+    trainable: Memory | None
     train_from: dict[str, Memory]
-
-
-def read_network(model: Any, loss: str | None = None) -> Network:
-    """A Keras model's layers in the engine's terms.
-
-    model: a Keras 3 model (Sequential or functional, built), or the path of a .keras file.
-    loss: "softmax_cross_entropy" or "mse"; None takes it from the model: softmax at the end, or the loss that it was
-    compiled with. Raises CompileError, or ProgramError if it is too large for the engine.
-    """
-    description = _describe(model)
-    network, softmax = _read(description)
-    network = replace(network, loss=_loss(softmax, loss, description.get("compile_config") or {}))
-    network.program()
-    return network
+    bias_from: dict[str, Memory]
+    chosen: Choice | None
+    notes: tuple[str, ...]
 
 
 def compile_model(
-    model: Any, *, train_from: str | None = None, loss: str | None = None, architecture_only: bool = False
-) -> Program:
-    """A Keras model (object, or path of a .keras file) as a program for the engine.
-
-    train_from: the Keras layer from which on layers train on the device; None: those that Keras has as trainable.
-    loss: as in read_network.
-    architecture_only: leave out the initial weights of trainable layers (a fleet sends them every round, and all
-    devices of one architecture then have the same model id). The weights of frozen layers are always carried.
-    Raises CompileError, or ProgramError if it is too large for the engine.
-    """
-    network = read_network(model, loss)
-    trainable = network.trainable if train_from is None else network.suffix(train_from)
-    weights = weights_from_keras(model)
-    return network.program(trainable, network.frozen(trainable, weights) if architecture_only else weights)
-
-
-def compile_tflite(
-    model: Path,
+    model: Any,
     *,
     train_from: str | None = None,
+    bias_only: bool = False,
+    selection: Selection | None = None,
+    int8: bool = False,
     classes: int | None = None,
     max_classes: int | None = None,
     loss: str | None = None,
     momentum: bool = False,
+    architecture_only: bool = False,
 ) -> Program:
-    """A .tflite file (float32 or int8) as a program for the engine.
+    """A model (Keras object, path of a .keras or .tflite file) as a program for the engine.
 
-    train_from: the layer from which on it becomes float32 and trains, over what comes before, frozen; None: it only
-    runs. classes, max_classes, loss, momentum: as in `transfer.train_from`.
+    train_from: the layer from which on layers train on the device; None: those that Keras has as trainable, nothing of
+    a .tflite file. What comes before stays as it is, int8 or float32. bias_only: of those layers only the biases.
+    int8: of an int8 .tflite file int8 weights train, in place; else what trains becomes float32. selection: then, in
+    place of train_from, of which layers how many channels.
+    classes, max_classes, momentum: as in `transfer.train_from`.
+    loss: one of edge.graph.LOSSES; None: as the model ends, or was compiled.
+    architecture_only: leave out the initial values of what trains (a fleet sends them every round, and all devices of
+    one architecture then have the same model id). Frozen weights are always carried.
     Raises CompileError, or ProgramError if it is too large for the engine.
     """
-    from firmware_tools import tflite_reader, transfer
-
-    graph = tflite_reader.read(model)
-    if train_from is None:
-        if classes is not None or max_classes is not None or momentum or loss is not None:
-            raise CompileError(
-                "classes, a loss and momentum are for a model that trains; name a layer with --train-from"
-            )
-        return assemble(graph)
-    chosen = next((known for known in LOSSES if known == loss), None)
-    if loss is not None and chosen is None:
-        raise CompileError(f"unknown loss '{loss}'; supported: {', '.join(LOSSES)}")
-    return assemble(
-        transfer.train_from(graph, train_from, classes=classes, max_classes=max_classes, loss=chosen, momentum=momentum)
-    )
+    if bias_only and train_from is None:
+        raise CompileError("bias-only training needs the layer to train from; name one with --train-from")
+    source = _Source(model, int8, classes, max_classes, loss, momentum)
+    graph = source.training(source.with_weights(), train_from, bias_only, selection)
+    return assemble(graph, carry=not architecture_only)
 
 
-def plan_tflite(model: Path) -> dict[str, Takes]:
-    """Exact RAM of a .tflite file: to run it, and to train it, or its biases alone, from each of its layers on. The
-    keys are "run only", "train from 'LAYER'" and "biases from 'LAYER'"."""
-    from firmware_tools import tflite_reader, transfer
-
-    graph = tflite_reader.read(model)
-    rows = {"run only": takes(graph)}
-    for layer in dict.fromkeys(op.name for op in graph.ops if op.weights is not None):
-        for what, bias_only in (("train", False), ("biases", True)):
-            try:
-                rows[f"{what} from '{layer}'"] = takes(transfer.train_from(graph, layer, bias_only=bias_only))
-            except UserError:  # an operation behind it that no gradient passes
-                continue
-    return rows
+def training_graph(model: Any, *, train_from: str | None = None, loss: str | None = None) -> Graph:
+    """A Keras model (object, or path of a .keras file) as the graph of its program; arguments as in `compile_model`."""
+    source = _Source(model, loss=loss)
+    return source.training(source.with_weights(), train_from, bias_only=False)
 
 
-def plan(network: Network) -> Plan:
-    """RAM and flash of running the network, and of training it. Needs no weights, only their shapes."""
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in network.shapes().items()}
-    run = network.program((), zeros)
+def plan(
+    model: Any,
+    *,
+    budget: int | None = None,
+    int8: bool = False,
+    classes: int | None = None,
+    max_classes: int | None = None,
+    loss: str | None = None,
+    momentum: bool = False,
+) -> Plan:
+    """Exact RAM and flash of running a model, and of training it, or its biases alone, from each of its layers on.
+
+    Arguments as in `compile_model`, whose programs take just that. Layers that cannot be trained from are left out.
+    Raises CompileError, also if nothing can train within the budget.
+    """
+    source = _Source(model, int8, classes, max_classes, loss, momentum)
+    graph = source.graph
     return Plan(
-        parameters=sum(layer.params for layer in run.layers),
-        macs=sum(layer.macs for layer in run.layers),
-        run=_memory(network, frozenset(), zeros),
-        trainable=_memory(network, network.trainable, zeros),
-        train_from={name: _memory(network, network.suffix(name), zeros) for name in network.names},
+        parameters=sum(sum(weight_counts(op, graph.tensors)) for op in graph.ops),
+        macs=sum(macs(op, graph.tensors) for op in graph.ops),
+        run=source.run(),
+        trainable=source.trainable(),
+        train_from=source.suffixes(bias_only=False),
+        bias_from=source.suffixes(bias_only=True),
+        chosen=None if budget is None else source.choose(budget),
+        notes=source.notes(),
     )
 
 
-def _memory(network: Network, trainable: frozenset[int], weights: Mapping[str, NDArray[np.float32]]) -> Memory:
-    lean = network.program(trainable, network.frozen(trainable, weights))
-    full = network.program(trainable, weights)
-    return Memory(lean.n_params, lean.arena_bytes, len(lean.data), len(full.data))
+def choose(
+    model: Any,
+    budget: int,
+    *,
+    int8: bool = False,
+    classes: int | None = None,
+    max_classes: int | None = None,
+    loss: str | None = None,
+    momentum: bool = False,
+) -> Choice:
+    """What to train in `budget` bytes of RAM: of int8 weights the sparse update that is worth most (Lin et al. 2022;
+    see `quantized_training.choose`), else the layers, or their biases, with the most bytes from one layer to the end.
+
+    Other arguments as in `compile_model`, which takes what is chosen. Raises CompileError if not even the least fits.
+    """
+    return _Source(model, int8, classes, max_classes, loss, momentum).choose(budget)
+
+
+def memory(model: Any) -> tuple[Memory, Memory | None]:
+    """What a model takes to run, and to train what is trainable in Keras; None if nothing is, or it cannot train."""
+    source = _Source(model)
+    return source.run(), source.trainable()
+
+
+class _Source:
+    """A model as read, without weights if it is Keras's, and how it is to train, whatever of it does."""
+
+    def __init__(
+        self,
+        model: Any,
+        int8: bool = False,
+        classes: int | None = None,
+        max_classes: int | None = None,
+        loss: str | None = None,
+        momentum: bool = False,
+    ) -> None:
+        self.model, self.int8, self.classes, self.max_classes, self.momentum = (
+            model,
+            int8,
+            classes,
+            max_classes,
+            momentum,
+        )
+        self.loss: Loss | None = next((known for known in LOSSES if known == loss), None)
+        if loss is not None and self.loss is None:
+            raise CompileError(f"unknown loss '{loss}'; supported: {', '.join(LOSSES)}")
+        self.reading: Reading | None = None
+        if isinstance(model, str | Path) and Path(model).suffix == ".tflite":
+            self.graph = tflite_reader.read(Path(model))
+        else:
+            self.reading = keras_reader.reading(model, loss)
+            self.graph = self.reading.graph
+        self.fixed = frozenset[str]() if self.reading is None else self.reading.fixed
+        if int8 and not any(op.kind in INT8_WEIGHTED for op in self.graph.ops):
+            raise CompileError("this model has no int8 layers that could train in int8; leave --int8 out")
+        if int8 and (max_classes is not None or momentum):
+            raise CompileError("int8 weights train without momentum, and their classes cannot grow; leave both out")
+        #: Memories by what trains; planning one takes a while.
+        self._rows: dict[bool, dict[str, Memory]] = {}
+
+    def with_weights(self) -> Graph:
+        """The graph with its weights."""
+        return self.graph if self.reading is None else self.reading.with_weights(self.model)
+
+    def training(
+        self, graph: Graph, train_from: str | None, bias_only: bool, selection: Selection | None = None
+    ) -> Graph:
+        """The graph, with weights or without, as it trains. Raises CompileError if it cannot."""
+        if self.int8 and (train_from is not None or selection is not None):
+            if selection is None:
+                assert train_from is not None
+                selection = quantized_training.everything_from(graph, train_from, bias_only=bias_only)
+            loss = self.loss or quantized_training.natural_loss(graph, classes=self.classes)
+            return quantized_training.train_int8(graph, selection, classes=self.classes, loss=loss)
+        grows = self.classes is not None or self.max_classes is not None
+        if train_from is None and self.reading is None:
+            if grows or self.loss is not None or self.momentum or self.int8:
+                raise CompileError(
+                    "classes, a loss, momentum and int8 training are for a model that trains; name a layer with "
+                    "--train-from, or give a --budget"
+                )
+            return graph
+        trained = transfer.train_from(
+            graph,
+            train_from,
+            classes=self.classes,
+            max_classes=self.max_classes,
+            loss=self.loss,
+            momentum=self.momentum,
+            bias_only=bias_only,
+            fixed=self.fixed,
+        )
+        if self.reading is None:
+            return trained
+        norm = self.reading.untrainable(train_from)
+        if norm is not None:
+            raise norm.error(
+                "would have to train, and one sample has no batch to normalize by; make it trainable = False in Keras, "
+                "or train from a layer behind it with --train-from"
+            )
+        if self.reading.unsettled and not grows and any(op.trains != "nothing" for op in trained.ops):
+            raise CompileError(self.reading.unsettled)
+        return trained
+
+    def run(self) -> Memory:
+        """To run only."""
+        return _memory(_frozen(self.graph))
+
+    def trainable(self) -> Memory | None:
+        """To train what is trainable in Keras."""
+        if self.reading is None:
+            return None
+        try:
+            graph = self.training(self.graph, None, False)
+            check(graph)
+            return _memory(graph) if any(op.trains != "nothing" for op in graph.ops) else None
+        except UserError:
+            return None
+
+    def suffixes(self, *, bias_only: bool) -> dict[str, Memory]:
+        """To train from each layer to the end, of those that can be trained from."""
+        if bias_only not in self._rows:
+            rows = {}
+            for layer in self.layers():
+                try:
+                    graph = self.training(self.graph, layer, bias_only)
+                    check(graph)
+                    rows[layer] = _memory(graph)
+                except UserError:  # an operation behind it that no gradient passes, say
+                    continue
+            self._rows[bias_only] = rows
+        return self._rows[bias_only]
+
+    def layers(self) -> list[str]:
+        """Those with weights that could train, in the order of execution."""
+        named = dict.fromkeys(op.name for op in self.graph.ops if op.weights is not None)
+        return [name for name in named if name not in self.fixed]
+
+    def notes(self) -> tuple[str, ...]:
+        """Why not all layers can be trained from."""
+        missing = [layer for layer in self.layers() if layer not in self.suffixes(bias_only=False)]
+        found = []
+        for layer in missing[-1:]:
+            try:
+                check(self.training(self.graph, layer, False))
+            except UserError as e:
+                found.append(f"cannot train from '{layer}'{' or before' if len(missing) > 1 else ''}: {e}")
+        return tuple(found)
+
+    def choose(self, budget: int) -> Choice:
+        """See compiler.choose."""
+        if self.int8:
+            loss = self.loss or quantized_training.natural_loss(self.graph, classes=self.classes)
+            selection = quantized_training.choose(self.graph, budget, classes=self.classes, loss=loss)
+            return Choice(None, False, selection, _memory(self.training(self.graph, None, False, selection)))
+        rows = [
+            Choice(layer, bias_only, None, row)
+            for bias_only in (False, True)
+            for layer, row in self.suffixes(bias_only=bias_only).items()
+        ]
+        if not rows:
+            raise CompileError("; ".join(self.notes()) or "the model has nothing that could train")
+        fitting = [row for row in rows if row.memory.ram_bytes <= budget]
+        if not fitting:
+            least = min(rows, key=lambda row: row.memory.ram_bytes)
+            raise CompileError(
+                f"{budget:,} bytes are too few: {least.memory.ram_bytes:,} is the least that training takes, "
+                f"{self.run().ram_bytes:,} running alone"
+            )
+        return max(fitting, key=lambda row: row.memory.params_bytes)
+
+
+def _frozen(graph: Graph) -> Graph:
+    """As it runs only."""
+    return replace(graph, ops=tuple(replace(op, trains="nothing") for op in graph.ops))
+
+
+def _memory(graph: Graph) -> Memory:
+    found = takes(graph)
+    return Memory(
+        parameters=found.numbers,
+        params_bytes=found.params,
+        momentum_bytes=found.momentum,
+        activation_bytes=found.activations,
+        ram_bytes=found.arena,
+        least_ram_bytes=found.arena - found.activations + found.lower_bound,
+        flash_bytes=found.program - found.params,
+        initial_bytes=found.program,
+    )
+
+
+# Weights
 
 
 def weights_from_keras(model: Any) -> dict[str, NDArray[np.float32]]:
-    """All weights of a Keras model (object, or path of a .keras file) by the program's names, in the engine's layouts:
-    dense [out][in], conv [out][kh][kw][in]. Raises CompileError."""
-    network = _read(_describe(model))[0]
-    keras_model = _load(Path(model)) if isinstance(model, str | Path) else model
+    """All weights of a Keras model (object, or path of a .keras file) by the program's names (`dense_0/weights`), in
+    the engine's layouts, batch normalizations folded in. Raises CompileError."""
+    graph = keras_reader.read(model)
     weights: dict[str, NDArray[np.float32]] = {}
-    for name, ours in network.layer_names().items():
-        kernel, bias = (np.asarray(w, np.float32) for w in _find(keras_model, name).get_weights())
-        weights[f"{ours}/weights"] = np.ascontiguousarray(np.moveaxis(kernel, -1, 0))
-        weights[f"{ours}/bias"] = bias
+    for name, _, op in named_arrays(graph.ops, graph.tensors):
+        array = op.weights if name.endswith("/weights") else op.bias
+        assert array is not None  # of a Keras model all have both
+        weights[name] = array
     return weights
 
 
 def weights_to_keras(model: Any, weights: Mapping[str, NDArray[np.float32]]) -> None:
     """Writes weights by the program's names (e.g. `program.split(learner.parameters)`) into a Keras model; layers that
-    are not named keep theirs. Raises CompileError for a name or shape that the model does not have."""
-    network = _read(_describe(model))[0]
-    shapes = network.shapes()
+    are not named keep theirs. Raises CompileError for a name or shape that the model does not have, and for a layer
+    with a batch normalization folded into it."""
+    reading = keras_reader.reading(model)
+    shapes = {name: shape for name, shape, _ in named_arrays(reading.graph.ops, reading.graph.tensors)}
     for name, value in weights.items():
         if name not in shapes:
             raise CompileError(f"the model has no weights '{name}'; it has: {', '.join(shapes)}")
         if value.shape != shapes[name]:
             raise CompileError(f"'{name}' has shape {value.shape}, but the model's is {shapes[name]}")
-    for name, ours in network.layer_names().items():
-        layer = _find(model, name)
-        kernel, bias = layer.get_weights()
-        if f"{ours}/weights" in weights:
-            kernel = np.moveaxis(weights[f"{ours}/weights"], 0, -1)
-        layer.set_weights([kernel, weights.get(f"{ours}/bias", bias)])
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer of a Keras model's description: qualified name, class, settings, and whether Keras has it trainable."""
-
-    name: str
-    kind: str
-    config: Mapping[str, Any]
-    trainable: bool
-
-    def error(self, problem: str) -> CompileError:
-        return CompileError(f"layer '{self.name}' ({self.kind}) {problem}")
-
-
-def _describe(model: Any) -> dict[str, Any]:
-    """The JSON description of a Keras model, as in a .keras file."""
-    if not isinstance(model, str | Path):
-        try:
-            described: dict[str, Any] = json.loads(model.to_json())
-        except NotImplementedError as e:
-            raise CompileError(
-                f"a {type(model).__name__} that computes in its own call() cannot be compiled; build the model with "
-                "keras.Sequential or the functional API"
-            ) from e
-        except AttributeError as e:
-            raise CompileError(
-                f"expected a Keras model or the path of a .keras file, got {type(model).__name__}"
-            ) from e
-        return described
-    path = Path(model)
-    if not path.is_file():
-        raise CompileError(f"there is no file '{path}'")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            described = json.loads(archive.read("config.json"))
-            version = json.loads(archive.read("metadata.json"))["keras_version"]
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as e:
-        raise CompileError(f"'{path}' is not a .keras file; save the model with model.save('name.keras')") from e
-    if not str(version).startswith("3."):
-        raise CompileError(f"'{path}' was saved by Keras {version}; load it and save it again with Keras 3")
-    return described
-
-
-def _load(path: Path) -> Any:
-    """The model of a .keras file, without its optimiser and loss."""
-    try:
-        import keras  # type: ignore[import-untyped]
-    except ImportError as e:
-        raise CompileError("reading a model's weights needs Keras; pip install 'tinyfleet[keras]'") from e
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except Exception as e:  # Keras raises whatever its parts raise
-        raise CompileError(f"Keras cannot load '{path}': {str(e).strip().splitlines()[0]}") from e
-
-
-def _find(model: Any, name: str) -> Any:
-    """The layer with a qualified name (`backbone/conv`)."""
-    for part in name.split("/"):
-        model = model.get_layer(part)
-    return model
-
-
-def _straight_line(description: Mapping[str, Any], prefix: str = "", trainable: bool = True) -> Iterator[_Layer]:
-    """The layers of a (nested) model, in order. Raises CompileError where they branch, join or are shared."""
-    kind, config = description["class_name"], description["config"]
-    if kind not in ("Sequential", "Functional"):
-        raise CompileError(f"the model is a {kind}; build it with keras.Sequential or the functional API")
-    trainable = trainable and config.get("trainable", True)
-    before = None
-    for entry in config["layers"]:
-        name = entry["config"]["name"]
-        if kind == "Functional":
-            sources = _sources(entry)
-            if sources != ([] if before is None else [before]):
-                raise CompileError(
-                    f"layer '{prefix}{name}' ({entry['class_name']}) does not simply follow the layer before it; only "
-                    "models whose layers form one straight line can be compiled"
-                )
-            before = name
-        if entry["class_name"] in ("Sequential", "Functional"):
-            yield from _straight_line(entry, f"{prefix}{name}/", trainable)
-        elif entry["class_name"] != "InputLayer" or not prefix:
-            yield _Layer(
-                prefix + name,
-                entry["class_name"],
-                entry["config"],
-                trainable and entry["config"].get("trainable", True),
-            )
-
-    if kind == "Functional":
-        outputs = config["output_layers"]
-        if [o[0] for o in ([outputs] if isinstance(outputs[0], str) else outputs)] != [before]:
-            raise CompileError(
-                f"the model '{config['name']}' has other outputs than its last layer's; give it one output"
-            )
-
-
-def _sources(entry: Mapping[str, Any]) -> list[str]:
-    """The layers whose outputs a layer of a functional model takes, once for every use."""
-    found: list[str] = []
-
-    def visit(value: Any) -> None:
-        if isinstance(value, dict) and value.get("class_name") == "__keras_tensor__":
-            found.append(value["config"]["keras_history"][0])
-        elif isinstance(value, dict):
-            for part in value.values():
-                visit(part)
-        elif isinstance(value, list):
-            for part in value:
-                visit(part)
-
-    visit(entry["inbound_nodes"])
-    return found
-
-
-def _read(description: Mapping[str, Any]) -> tuple[Network, bool]:
-    """The network, its loss not settled yet, and whether it ends in a softmax."""
-    try:
-        return _lower_all(list(_straight_line(description)))
-    except (KeyError, TypeError) as e:
-        raise CompileError(f"the model's description is not as Keras 3 writes it ({e!r}); save the model again") from e
-
-
-def _lower_all(layers: list[_Layer]) -> tuple[Network, bool]:
-    if not layers or layers[0].kind != "InputLayer":
-        raise CompileError("the model does not say its input's shape; begin it with keras.Input(shape)")
-    first, *rest = layers
-    _, *given = first.config["batch_shape"]
-    if not 1 <= len(given) <= 3 or None in given:
-        raise first.error(
-            f"takes shape {tuple(given)}; supported are features (n,) and images (height, width, channels)"
-        )
-    input_shape = shape = tuple(given) if len(given) != 2 else (*given, 1)
-    grid = len(given) == 2  # only Flatten gives a matrix a meaning here
-    ops: list[Layer] = []
-    names: list[str] = []
-    trainable: set[int] = set()
-    softmax = False
-    for layer in rest:
-        if softmax:
-            raise layer.error("comes after a softmax; a softmax must be the last layer")
-        if grid and layer.kind != "Flatten":
-            raise layer.error(
-                f"would read {shape[:2]} as a matrix; give keras.Input a third axis, or put Flatten before it"
-            )
-        grid = False
-        new, shape, softmax = _lower(layer, shape)
-        ops += new
-        if new and isinstance(new[0], Dense | Conv2D):
-            if layer.trainable:
-                trainable.add(len(names))
-            names.append(layer.name)
-    if not names:
-        raise CompileError("the model has no layer with weights; there is nothing to run or to train")
-    return Network(tuple(ops), input_shape, MSE, tuple(names), frozenset(trainable)), softmax
-
-
-def _lower(layer: _Layer, shape: tuple[int, ...]) -> tuple[list[Layer], tuple[int, ...], bool]:
-    """The engine's layers for a Keras layer on an input of this shape, the output's shape, if it ends in softmax."""
-    config = layer.config
-    dtype = config.get("dtype", "float32")
-    dtype = dtype["config"].get("name") if isinstance(dtype, dict) else dtype
-    if dtype != "float32" or config.get("quantization_config"):
-        raise layer.error(f"computes in {dtype}; the engine computes in float32")
-    if config.get("data_format", "channels_last") != "channels_last":
-        raise layer.error("has its channels first; the engine wants channels_last")
-    match layer.kind:
-        case "Dense":
-            if len(shape) != 1:
-                raise layer.error(f"gets an input of shape {shape}; put a Flatten before it")
-            _need_bias(layer)
-            units = config["units"]
-            after, softmax = _activation(layer, config["activation"])
-            return [Dense(units), *after], (units,), softmax
-        case "Conv2D":
-            _need_image(layer, shape)
-            _need_bias(layer)
-            if tuple(config["dilation_rate"]) != (1, 1) or config["groups"] != 1:
-                raise layer.error("is dilated or grouped; supported are dilation_rate=1 and groups=1")
-            kernel, strides = tuple(config["kernel_size"]), tuple(config["strides"])
-            after, softmax = _activation(layer, config["activation"])
-            if softmax:
-                raise layer.error("ends in a softmax over channels; supported is a softmax over classes, after a Dense")
-            filters, padding = config["filters"], config["padding"]
-            out = (*_window(shape, kernel, strides, padding), filters)
-            return [Conv2D(filters, kernel, strides, padding), *after], out, False
-        case "AveragePooling2D" | "MaxPooling2D":
-            _need_image(layer, shape)
-            size, strides, padding = tuple(config["pool_size"]), tuple(config["strides"]), config["padding"]
-            pool = AvgPool2D if layer.kind == "AveragePooling2D" else MaxPool2D
-            return [pool(size, strides, padding)], (*_window(shape, size, strides, padding), shape[2]), False
-        case "Flatten":
-            return [Flatten()], (int(np.prod(shape)),), False
-        case "ReLU":
-            if config["max_value"] is not None or config["negative_slope"] or config["threshold"]:
-                raise layer.error("has a maximum, a slope or a threshold; supported is the plain ReLU()")
-            return [ReLU()], shape, False
-        case "Activation" | "Softmax":
-            if layer.kind == "Softmax" and config["axis"] not in (-1, len(shape)):
-                raise layer.error("runs over another axis than the last; supported is a softmax over classes")
-            after, softmax = _activation(layer, "softmax" if layer.kind == "Softmax" else config["activation"])
-            if softmax and len(shape) != 1:
-                raise layer.error(f"gets an input of shape {shape}; supported is a softmax over classes, after a Dense")
-            return after, shape, softmax
-        case _:
-            raise layer.error(f"is not supported. Supported: {SUPPORTED}")
-
-
-def _activation(layer: _Layer, function: Any) -> tuple[list[Layer], bool]:
-    """The operations of an activation function, and whether it is the softmax (which the loss brings along)."""
-    known: dict[str, list[Layer]] = {"linear": [], "softmax": [], "relu": [ReLU()], "tanh": [Tanh()]}
-    if not isinstance(function, str) or function not in known:
-        if isinstance(function, dict):  # a function by its name, or a layer in its place
-            name = function.get("config")
-            function = name if isinstance(name, str) else function.get("class_name", "of its own")
-        raise layer.error(f"has the activation {function}, which is not supported. Supported: {', '.join(known)}")
-    return known[function], function == "softmax"
-
-
-def _need_bias(layer: _Layer) -> None:
-    if not layer.config["use_bias"]:
-        raise layer.error("has no bias; supported is use_bias=True")
-
-
-def _need_image(layer: _Layer, shape: tuple[int, ...]) -> None:
-    if len(shape) != 3:
-        raise layer.error(f"needs an image (height, width, channels), but gets shape {shape}")
-
-
-def _window(shape: tuple[int, ...], size: tuple[int, ...], strides: tuple[int, ...], padding: str) -> tuple[int, ...]:
-    """Height and width of what a sliding window gives."""
-    cut = (0, 0) if padding == "same" else (size[0] - 1, size[1] - 1)
-    return tuple(-((c - n) // s) for n, s, c in zip(shape, strides, cut, strict=False))
-
-
-def _loss(softmax: bool, asked: str | None, compiled: Mapping[str, Any]) -> Loss:
-    """The loss to train with: as asked, else as the model ends, else as it was compiled."""
-    wanted = next((loss for loss in (CROSS_ENTROPY, MSE) if loss == asked), None)
-    if asked is not None and wanted is None:
-        raise CompileError(f"unknown loss '{asked}'; supported: {CROSS_ENTROPY}, {MSE}")
-    given = compiled.get("loss")
-    name = given if isinstance(given, str) else given["class_name"] if isinstance(given, dict) else None
-    logits = isinstance(given, dict) and bool((given.get("config") or {}).get("from_logits"))
-    known: dict[str, Loss] = {
-        "sparse_categorical_crossentropy": CROSS_ENTROPY,
-        "SparseCategoricalCrossentropy": CROSS_ENTROPY,
-        "categorical_crossentropy": CROSS_ENTROPY,
-        "CategoricalCrossentropy": CROSS_ENTROPY,
-        "mse": MSE,
-        "mean_squared_error": MSE,
-        "MeanSquaredError": MSE,
-    }
-    if softmax:
-        if asked == MSE or (asked is None and name is not None and known.get(name) != CROSS_ENTROPY):
-            raise CompileError(
-                f"the model ends in a softmax, which the engine trains with cross-entropy only, not with "
-                f"{asked or name}; choose the loss {CROSS_ENTROPY}"
-            )
-        return CROSS_ENTROPY
-    if wanted is not None:
-        return wanted
-    if name is None:
-        raise CompileError(
-            f"the model has no softmax at its end and is not compiled with a loss; choose the loss {CROSS_ENTROPY} "
-            f"(its outputs are class scores) or {MSE} (its outputs are values)"
-        )
-    if name not in known or (known[name] == CROSS_ENTROPY and not logits):
-        raise CompileError(
-            f"the model is compiled with the loss {name}, which does not fit its outputs; without a softmax at the "
-            f"end these do: cross-entropy with from_logits=True, mean squared error. Choose {CROSS_ENTROPY} or {MSE}"
-        )
-    return known[name]
+    names = dict.fromkeys(name.rpartition("/")[0] for name in shapes)
+    for name, source in zip(names, reading.sources, strict=True):
+        given = weights.get(f"{name}/weights"), weights.get(f"{name}/bias")
+        if any(array is not None for array in given):
+            source.write(model, *given)

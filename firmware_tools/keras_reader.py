@@ -53,6 +53,8 @@ ACTIVATIONS = {
     "softmax": Kind.SOFTMAX,
 }  # fmt: skip
 LEAKY_RELU_SLOPE = 0.2
+#: Frozen operations: each multiplies every channel and adds to it.
+_SCALES = ("BatchNormalization", "Rescaling", "Normalization")
 KERAS_EPSILON = 1e-7  # keras.config.epsilon(), below which Normalization takes no standard deviation
 #: Losses by Keras's names, as functions and as classes.
 LOSS_NAMES: dict[str, Loss] = {
@@ -151,7 +153,7 @@ class Source:
                 f"has the batch normalization '{self.norms[0].name}' folded into it, so its weights cannot be split "
                 "again; keep them in the program, or leave this layer out"
             )
-        if self.layer.kind in ("Rescaling", "Normalization"):
+        if self.layer.kind in _SCALES:
             raise self.layer.error("has no weights that train; leave it out")
         for new, variable, absent in zip((weights, bias), self._variables(model), (1.0, 0.0), strict=True):
             if new is None:
@@ -187,27 +189,32 @@ class Reading:
             ops.append(op)
         return replace(self.graph, ops=tuple(ops))
 
+    @property
+    def fixed(self) -> frozenset[str]:
+        """The layers whose scale and shift never train on a device."""
+        return frozenset(s.layer.name for s in self.sources if s.layer.kind in _SCALES)
+
     def untrainable(self, first: str | None = None) -> Layer | None:
         """The first batch normalization that would have to train: from the layer named `first` on, or None: of what is
         trainable in Keras."""
-        with_weights = [op for op in self.graph.ops if op.weights is not None]
-        names = [op.name for op in with_weights]
-        start = 0 if first is None else names.index(first)
-        return next((norm for s in self.sources[start:] for norm in s.norms if norm.trainable), None)
+        ops = self.graph.ops
+        start = 0 if first is None else next(i for i, op in enumerate(ops) if op.name == first)
+        before = sum(op.weights is not None for op in ops[:start])
+        return next((norm for s in self.sources[before:] for norm in s.norms if norm.trainable), None)
 
 
 def read(model: Any, loss: str | None = None) -> Graph:
-    """A Keras 3 model with its weights.
+    """A Keras 3 model with its weights; as `reading`. Raises CompileError."""
+    return reading(model, loss).with_weights(model)
+
+
+def reading(model: Any, loss: str | None = None) -> Reading:
+    """A Keras 3 model, without its weights: needs no Keras.
 
     model: Sequential or functional, built; or the path of a .keras file. Operations train as Keras has their layers
     trainable. loss: one of edge.graph.LOSSES; None takes it from how the model ends and was compiled; the graph's is
     None if that does not settle it. Raises CompileError.
     """
-    return reading(model, loss).with_weights(model)
-
-
-def reading(model: Any, loss: str | None = None) -> Reading:
-    """As `read`, without the weights: needs no Keras."""
     description = _describe(model)
     try:
         builder = _Builder()

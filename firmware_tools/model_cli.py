@@ -7,9 +7,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from edge.cli import DataOption
 from edge.errors import UserError
+from edge.graph import LOSSES
 from edge.program import Program
 from firmware_tools import compiler
 
@@ -32,42 +33,58 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A Keras 3 model, saved with model.save().")]
-AnyModel = Annotated[Path, typer.Argument(metavar="MODEL", help="A Keras 3 model (.keras) or a .tflite file.")]
+KerasModel = Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A Keras 3 model, saved with model.save().")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A Keras 3 model (.keras) or a .tflite file.")]
 Out = Annotated[Path, typer.Option(help="The file to write.")]
 TrainFrom = Annotated[
     str | None,
     typer.Option(
-        metavar="LAYER", help="The layer from which on layers train; default: those that Keras has as trainable."
+        metavar="LAYER",
+        help="The layer from which on layers train; default: those that Keras has as trainable, nothing of a .tflite.",
     ),
 ]
 Loss = Annotated[
     str | None,
-    typer.Option(help="softmax_cross_entropy or mse; default: as the model ends in a softmax, or as it was compiled."),
+    typer.Option(help=f"{', '.join(LOSSES[:-1])} or {LOSSES[-1]}; default: as the model ends, or was compiled."),
 ]
+Budget = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="RAM, as 256KB: what trains is chosen to fit, and printed.")
+]
+Int8 = Annotated[
+    bool,
+    typer.Option(
+        "--int8",
+        help="Train int8 weights in place (int8 .tflite files); with --budget, of which layers how many channels.",
+    ),
+]
+Classes = Annotated[
+    int | None, typer.Option(min=1, help="A new last layer for so many classes, its weights 0.", show_default=False)
+]
+MaxClasses = Annotated[
+    int | None, typer.Option(min=1, help="Room for so many, to be taken into use one by one.", show_default=False)
+]
+Momentum = Annotated[bool, typer.Option("--momentum", help="Keep room for the optimiser's momentum.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("compile")
 def compile_(
-    model: AnyModel,
+    model: Model,
     out: Out = Path("model.mote"),
     train_from: TrainFrom = None,
+    bias_only: Annotated[bool, typer.Option("--bias-only", help="Of these layers, only the biases train.")] = False,
+    budget: Budget = None,
+    int8: Int8 = False,
+    classes: Classes = None,
+    max_classes: MaxClasses = None,
     loss: Loss = None,
+    momentum: Momentum = False,
     architecture_only: Annotated[
         bool,
         typer.Option(
-            "--architecture-only",
-            help="Leave out the initial weights of the layers that train: a fleet sends them in every round.",
+            "--architecture-only", help="Leave out the initial values of what trains: a fleet sends them every round."
         ),
     ] = False,
-    classes: Annotated[
-        int | None, typer.Option(min=1, help="A new last layer with so many classes (.tflite).", show_default=False)
-    ] = None,
-    max_classes: Annotated[
-        int | None, typer.Option(min=1, help="Room for so many, to be taken into use one by one.", show_default=False)
-    ] = None,
-    momentum: Annotated[bool, typer.Option("--momentum", help="Keep room for the optimiser's (.tflite).")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile a Keras model or a .tflite file to a program for the engine.
@@ -75,23 +92,31 @@ def compile_(
     \b
     Examples:
       tinyfleet model compile model.keras --out model.mote --train-from head
+      tinyfleet model compile model.keras --budget 32KB
       tinyfleet model compile kws.tflite --train-from dense --classes 4 --max-classes 8
+      tinyfleet model compile kws.tflite --int8 --budget 64KB --classes 4
     """
+    if budget is not None and (train_from is not None or bias_only):
+        raise UserError("--budget chooses what trains; leave --train-from and --bias-only out, or --budget")
+    chosen = None
+    if budget is not None:
+        chosen = compiler.choose(
+            model, _bytes(budget), int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
+        )
+        train_from, bias_only = chosen.train_from, chosen.bias_only
     with _quiet():
-        if model.suffix == ".tflite":
-            if architecture_only:
-                raise UserError("--architecture-only is for .keras files; a head cut from a .tflite file begins at 0")
-            program = compiler.compile_tflite(
-                model, train_from=train_from, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
-            )
-        elif classes is not None or max_classes is not None or momentum:
-            raise UserError(
-                "--classes, --max-classes and --momentum are for .tflite files; build it into the Keras model"
-            )
-        else:
-            program = compiler.compile_model(
-                model, train_from=train_from, loss=loss, architecture_only=architecture_only
-            )
+        program = compiler.compile_model(
+            model,
+            train_from=train_from,
+            bias_only=bias_only,
+            selection=None if chosen is None else chosen.selection,
+            int8=int8,
+            classes=classes,
+            max_classes=max_classes,
+            loss=loss,
+            momentum=momentum,
+            architecture_only=architecture_only,
+        )
     _write(out, program.data)
     facts: dict[str, Any] = {
         "file": str(out),
@@ -100,50 +125,78 @@ def compile_(
         "ram_bytes": program.arena_bytes,
         "trainable_parameters": program.n_params,
         "loss": program.loss,
+        "chosen": None if chosen is None else asdict(chosen),
     }
     if as_json:
         print(json.dumps(facts, indent=2))
-    else:
-        print(
-            f"{out}: model {facts['model']}, {len(program.data):,} B of flash, {program.arena_bytes:,} B of RAM, "
-            f"{program.n_params:,} parameters train"
-        )
+        return
+    print(
+        f"{out}: model {facts['model']}, {len(program.data):,} B of flash, {program.arena_bytes:,} B of RAM, "
+        f"{program.n_params:,} parameters train"
+    )
+    if chosen is not None and budget is not None:
+        print(_chosen(chosen, _bytes(budget)))
 
 
 @app.command("plan")
 def plan(
-    model: AnyModel,
+    model: Model,
+    budget: Budget = None,
+    int8: Int8 = False,
+    classes: Classes = None,
+    max_classes: MaxClasses = None,
     loss: Loss = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="RAM, as 256KB: choose what to train in it (.tflite).")
-    ] = None,
+    momentum: Momentum = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a model takes: to run, and to train from each of its layers to the end.
+    """Print what a model takes: to run, and to train, or only its biases, from each of its layers to the end.
+
+    RAM is exact: what trains, its momentum, values and gradients; "least possible" is what no plan can go below.
 
     \b
     Examples:
       tinyfleet model plan model.keras
-      tinyfleet model plan kws.tflite --budget 128KB
+      tinyfleet model plan kws.tflite --budget 128KB --classes 4
+      tinyfleet model plan kws.tflite --int8 --budget 64KB
     """
-    if model.suffix == ".tflite":
-        _plan_tflite(model, None if budget is None else _bytes(budget), as_json)
-        return
-    if budget is not None:
-        raise UserError("--budget is for .tflite files; the table of a .keras file says what fits")
-    network = compiler.read_network(model, loss)
-    takes = compiler.plan(network)
+    size = None if budget is None else _bytes(budget)
+    takes = compiler.plan(
+        model, budget=size, int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
+    )
+    for note in takes.notes:
+        print(f"note: {note}", file=sys.stderr)
     if as_json:
         print(json.dumps(asdict(takes), indent=2))
         return
-    table = Table(title=f"{model.name}: {takes.parameters:,} parameters, {takes.macs:,} MACs")
-    table.add_column("")
-    for column in ("parameters\nthat train", "RAM,\nbytes", "flash,\nbytes", "with initial\nweights"):
+    table = Table(title=f"{model.name}: {takes.parameters:,} parameters, {takes.macs:,} MACs; bytes, exact")
+    table.add_column("", no_wrap=True)
+    for column in ("parameters\nthat train", "RAM", "least\npossible", "flash", "with initial\nweights"):
         table.add_column(column, justify="right")
-    rows = {"run only": takes.run} | {f"train from '{name}'": memory for name, memory in takes.train_from.items()}
-    for name, memory in rows.items():
-        table.add_row(name, *(f"{number:,}" for number in astuple(memory)))
-    Console().print(table)
+    rows = {"run only": takes.run}
+    rows |= {f"train from '{name}'": row for name, row in takes.train_from.items()}
+    rows |= {f"biases from '{name}'": row for name, row in takes.bias_from.items()}
+    if takes.chosen is not None and takes.chosen.selection is not None:
+        rows["chosen channels"] = takes.chosen.memory
+    for name, row in rows.items():
+        figures = (row.parameters, row.ram_bytes, row.least_ram_bytes, row.flash_bytes, row.initial_bytes)
+        best = takes.chosen is not None and row is takes.chosen.memory
+        table.add_row(name, *(f"{number:,}" for number in figures), style="bold" if best else None)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if takes.chosen is not None and size is not None:
+        print(_chosen(takes.chosen, size))
+
+
+def _chosen(chosen: compiler.Choice, budget: int) -> str:
+    """What trains within a budget, in words."""
+    first = f"In {budget:,} bytes, of which it takes {chosen.memory.ram_bytes:,},"
+    if chosen.selection is None:
+        what = "the biases alone" if chosen.bias_only else "all layers"
+        return f"{first} train {what} from '{chosen.train_from}' on"
+    parts = [
+        f"  {name}: " + ("the biases" if update.trains == "bias" else f"{update.channels} channels")
+        for name, update in chosen.selection.items()
+    ]
+    return "\n".join([f"{first} train in int8", *parts])
 
 
 def _bytes(size: str) -> int:
@@ -155,31 +208,8 @@ def _bytes(size: str) -> int:
     return int(found[1]) * int(1024**power)
 
 
-def _plan_tflite(model: Path, budget: int | None, as_json: bool) -> None:
-    rows = compiler.plan_tflite(model)
-    fitting = {name: row for name, row in rows.items() if budget is not None and row.arena <= budget}
-    chosen = max(fitting, key=lambda name: rows[name].params, default=None)
-    if budget is not None and chosen is None:
-        raise UserError(f"{model.name} takes {rows['run only'].arena:,} bytes only to run; {budget:,} are too few")
-    if as_json:
-        found = {name: asdict(row) | {"arena": row.arena, "chosen": name == chosen} for name, row in rows.items()}
-        print(json.dumps(found, indent=2))
-        return
-    table = Table(title=f"{model.name}: RAM in bytes, exact")
-    table.add_column("")
-    for column in ("what\ntrains", "values and\ngradients", "arena", "least\npossible"):
-        table.add_column(column, justify="right")
-    for name, row in rows.items():
-        least = row.arena - row.activations + row.lower_bound
-        style = "bold" if name == chosen else None
-        table.add_row(name, *(f"{n:,}" for n in (row.params, row.activations, row.arena, least)), style=style)
-    Console().print(table)
-    if chosen is not None:
-        print(f"In {budget:,} bytes fits most: {chosen}")
-
-
 @app.command("export")
-def export(model: Model, out: Out = Path("model.tflite"), train_from: TrainFrom = None, loss: Loss = None) -> None:
+def export(model: KerasModel, out: Out = Path("model.tflite"), train_from: TrainFrom = None, loss: Loss = None) -> None:
     """Export a Keras model to a .tflite file that trains in TFLite (on a Raspberry Pi), as a fleet's member.
 
     Example: tinyfleet model export model.keras --out model.tflite
@@ -286,41 +316,30 @@ def description(file: Path) -> ModelDescription:
             raise UserError(f"cannot read '{file}': {e.strerror}; give the path of a model's file") from e
     about = from_file(file)
     try:
-        return replace(about, engine="mote", **_planned(file))
+        planned = _planned(file)
     except UserError as e:
         return replace(about, notes=(*about.notes, f"the engine cannot run it: {e}"))
+    return replace(about, engine="mote", **planned | {"notes": (*about.notes, *planned["notes"])})
 
 
 def _planned(file: Path) -> dict[str, Any]:
     """The fields of a description that the engine's plan tells. Raises UserError if the engine cannot run the model."""
     from ontology.describe import TrainingOption
 
-    def options(rows: Iterable[tuple[str, int, int]], bias_only: bool) -> list[TrainingOption]:
+    takes = compiler.plan(file)
+    options = [
         # From where one can train, one can from every layer behind it: the rows' places count the layers that train.
-        given = list(rows)
-        return [
-            TrainingOption(layer, len(given) - place, bias_only, ram, parameters)
-            for place, (layer, ram, parameters) in enumerate(given)
-        ]
-
-    if file.suffix == ".keras":
-        takes = compiler.plan(compiler.read_network(file))
-        rows = ((layer, memory.ram_bytes, memory.parameters) for layer, memory in takes.train_from.items())
-        return {
-            "run_ram_bytes": takes.run.ram_bytes,
-            "train_ram_bytes": takes.trainable.ram_bytes,
-            "storage_bytes": takes.trainable.initial_bytes,
-            "training_options": tuple(options(rows, False)),
-        }
-    found = compiler.plan_tflite(file)
-    chosen = []
-    for what, bias_only in (("train from ", False), ("biases from ", True)):
-        named = {name.removeprefix(what)[1:-1]: row for name, row in found.items() if name.startswith(what)}
-        chosen += options(((layer, row.arena, row.params // 4) for layer, row in named.items()), bias_only)
+        TrainingOption(layer, len(rows) - place, bias_only, memory.ram_bytes, memory.parameters)
+        for bias_only, rows in ((False, takes.train_from), (True, takes.bias_from))
+        for place, (layer, memory) in enumerate(rows.items())
+    ]
+    training = takes.trainable
     return {
-        "run_ram_bytes": found["run only"].arena,
-        "storage_bytes": found["run only"].program,
-        "training_options": tuple(chosen),
+        "run_ram_bytes": takes.run.ram_bytes,
+        "train_ram_bytes": None if training is None else training.ram_bytes,
+        "storage_bytes": (training or takes.run).initial_bytes,
+        "training_options": tuple(options),
+        "notes": takes.notes,
     }
 
 

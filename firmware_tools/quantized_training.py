@@ -89,13 +89,32 @@ def train_int8(
     return _trained(graph, selection)
 
 
-def everything_from(graph: Graph, layer: str) -> Selection:
-    """The selection of all of the int8 layers from one on, in the order of execution."""
+def everything_from(graph: Graph, layer: str, *, bias_only: bool = False) -> Selection:
+    """The selection of all of the int8 layers from one on, or of their biases, in the order of execution."""
     names = [op.name for op in graph.ops if op.kind in INT8_WEIGHTED]
     if layer not in names:
         raise _unknown(layer, names)
     after = names[names.index(layer) :]
-    return {op.name: Update("all", _channels(graph, op)) for op in graph.ops if op.name in after and _has_weights(op)}
+    return {
+        op.name: Update("bias" if bias_only else "all", _channels(graph, op))
+        for op in graph.ops
+        if op.name in after and _has_weights(op)
+    }
+
+
+def natural_loss(graph: Graph, *, classes: int | None = None) -> Loss:
+    """The loss that goes with a model's end: softmax or logistic function; without these, the squared error, or softmax
+    cross-entropy if there are new classes."""
+    at = root(graph.tensors, graph.output)
+    while (end := _writer(graph.ops, at)) is not None:
+        if end.kind not in (Kind.QUANTIZE, Kind.DEQUANTIZE):
+            ends: list[Loss] = ["softmax_cross_entropy", "binary_cross_entropy"]
+            found = next((loss for loss in ends if _is_end(end, list(graph.tensors), loss)), None)
+            if found is not None:
+                return found
+            break
+        at = root(graph.tensors, end.inputs[0])
+    return "mse" if classes is None else "softmax_cross_entropy"
 
 
 def _unknown(layer: str, names: Iterable[str]) -> CompileError:

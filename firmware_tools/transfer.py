@@ -6,6 +6,7 @@ train; each int8 tensor that they read is dequantised once.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -32,7 +33,7 @@ _LAST: dict[Kind, Loss] = {Kind.SOFTMAX: "softmax_cross_entropy", Kind.SIGMOID: 
 
 def train_from(
     graph: Graph,
-    layer: str,
+    layer: str | None,
     *,
     classes: int | None = None,
     max_classes: int | None = None,
@@ -40,29 +41,34 @@ def train_from(
     momentum: bool = False,
     bias_only: bool = False,
     float_input: bool = True,
+    fixed: Collection[str] = (),
 ) -> Graph:
     """The model with the layers from `layer` to the end in float32 and trainable, and those before it frozen.
 
+    layer: None leaves it at what trains in the graph. fixed: layers whose weights never train.
     classes: a new last layer with so many outputs, its weights 0; None: the old one. max_classes: room for so many,
-    which a device takes into use one by one.
-    loss: None takes it from the model's end: softmax or logistic function; without these, the squared error, or softmax
-    cross-entropy if classes are given. What the loss computes itself is taken off the model's end.
+    which a device takes into use one by one. With either, the last layer's weights train, bias_only or not.
+    loss: of a graph that has none. None takes it from the model's end: softmax or logistic function; without these, the
+    squared error, or softmax cross-entropy if classes are given. What the loss computes itself is taken off the end.
     float_input: a model that takes int8 takes float32, and quantises it.
     Raises CompileError if there is no such layer, or it or one behind it has no float32 form or nothing that trains.
     """
-    cut = _find(graph, layer)
-    if all(op.bias is None for op in graph.ops[cut:]):
-        weighted = dict.fromkeys(op.name for op in graph.ops if op.bias is not None)
+    cut = len(graph.ops) if layer is None else _find(graph, layer)
+    if layer is not None and all(op.bias is None or op.name in fixed for op in graph.ops[cut:]):
+        weighted = dict.fromkeys(op.name for op in graph.ops if op.bias is not None and op.name not in fixed)
         raise CompileError(f"nothing from '{layer}' on has weights; layers that have: {', '.join(weighted)}")
-    head = _Head(graph, list(graph.tensors), [replace(op, trains="nothing") for op in graph.ops[:cut]])
+    before = [op if layer is None else replace(op, trains="nothing") for op in graph.ops[:cut]]
+    head = _Head(graph, list(graph.tensors), before)
     for op in graph.ops[cut:]:
-        head.add(op, "bias" if bias_only else "all")
+        head.add(op, "nothing" if op.name in fixed else "bias" if bias_only else "all")
     output = head.value(graph.output)
     result = replace(
         graph, tensors=tuple(head.tensors), ops=tuple(head.ops), output=output, classes=None, momentum=momentum
     )
-    result = _with_loss(result, loss, grows=classes is not None or max_classes is not None)
-    if classes is not None or max_classes is not None:
+    grows = classes is not None or max_classes is not None
+    if graph.loss is None and (layer is not None or grows):
+        result = _with_loss(result, loss, grows)
+    if grows:
         result = _with_classes(result, classes, max_classes)
     return compact(with_float_input(result) if float_input else result)
 
@@ -247,7 +253,7 @@ def _with_classes(graph: Graph, classes: int | None, max_classes: int | None) ->
     if source.shape != (1, 1, source.size):
         tensors.append(Tensor((1, 1, source.size), view_of=root(tensors, flat)))
         flat = len(tensors) - 1
-    dense = Op(Kind.DENSE, last.name, (flat,), output, weights=weights, bias=bias, trains=last.trains)
+    dense = Op(Kind.DENSE, last.name, (flat,), output, weights=weights, bias=bias, trains="all")
     return replace(
         graph,
         tensors=tuple(tensors),

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from ontology.names import (
     Iri,
     board_iri,
     dataset_iri,
+    measurement_iri,
     model_iri,
     option_iri,
     part_iri,
@@ -259,31 +261,37 @@ def known_parts(store: Store, sensors: Sequence[str]) -> Facts:
 def put_board(store: Store, board: BoardLike) -> Iri:
     """Writes a board into the graph, in place of what was said of it; what its sensors observe is looked up among the
     parts that the graph knows. ShapeError if it cannot be right."""
-    return put_board_facts(store, f"board {board.id!r}", board_facts(board, known_parts(store, board.sensors)))
-
-
-def put_board_facts(store: Store, what: str, facts: Facts) -> Iri:
-    """As `put_board`, of facts with what they imply; the devices on the board then have the subsystems that it has."""
-    (iri,) = (s for s, said in facts.items() if TF.Board in each(said.get(RDF.type)))
-    had = set(store.query(_SUBSYSTEMS, board=iri).column("system"))
-    _replace(store, what, iri, facts)
-    has = set(each(facts[iri][SSN.hasSubSystem]))
-    if had != has:
-        store.update(bind(_PASS_ON, {"board": iri, "old": had - has, "new": has}))
+    iri, facts = board_iri(board.id), board_facts(board, known_parts(store, board.sensors))
+    shapes.check(f"board {board.id!r}", triples(facts))
+    _replace_board(store, iri, facts)
     return iri
 
 
+def _replace_board(store: Store, iri: Iri, facts: Facts) -> None:
+    """As `_replace`; the devices on the board then have the subsystems that it has."""
+    had = set(store.query(_SUBSYSTEMS, board=iri).column("system"))
+    _replace(store, iri, facts)
+    has = set(each(facts[iri][SSN.hasSubSystem]))
+    if had != has:
+        store.update(bind(_PASS_ON, {"board": iri, "old": had - has, "new": has}))
+
+
 def put_facts(store: Store, facts: Facts) -> None:
-    """Writes the facts of a file, already checked: each board in place of what was said of it, the rest as it is."""
-    boards: dict[Iri, dict[Iri, Mapping[Iri, Binding | None]]] = {
-        s: {} for s, said in facts.items() if TF.Board in each(said.get(RDF.type))
+    """Writes the facts of a file, checked already: each board and model in place of what was said of it, the rest as
+    it is."""
+    things: dict[Iri, dict[Iri, Mapping[Iri, Binding | None]]] = {
+        s: {} for s, said in facts.items() if {TF.Board, TF.Model} & set(each(said.get(RDF.type)))
     }
     rest: dict[Iri, Mapping[Iri, Binding | None]] = {}
     for subject, said in facts.items():
-        boards.get(Iri(subject.partition("#")[0]), rest)[subject] = said
+        whole = subject.partition("#")[0].partition(":train:")[0]
+        things.get(Iri(whole), rest)[subject] = said
     store.write(rest)
-    for iri, about in boards.items():
-        put_board_facts(store, iri, about)
+    for iri, about in things.items():
+        if TF.Board in each(about[iri][RDF.type]):
+            _replace_board(store, iri, about)
+        else:
+            _replace(store, iri, about)
 
 
 _SUBSYSTEMS = """PREFIX ssn: <http://www.w3.org/ns/ssn/>
@@ -296,9 +304,8 @@ INSERT { ?device ssn:hasSubSystem ?new }
 WHERE { VALUES ?board { UNDEF } VALUES ?new { UNDEF } ?device tf:board ?board }"""
 
 
-def _replace(store: Store, what: str, iri: Iri, facts: Facts) -> None:
-    """Checks facts and writes them in place of all that is said of the thing and of its parts, whose names begin with
-    its own."""
+def _replace(store: Store, iri: Iri, facts: Facts) -> None:
+    """Writes facts in place of all that is said of the thing and of its parts, whose names begin with its own."""
     rows = store.query(
         """PREFIX rdf: <http://www.w3.org/1999/02/22-rdf-syntax-ns#>
         SELECT DISTINCT ?s ?p {
@@ -311,7 +318,6 @@ def _replace(store: Store, what: str, iri: Iri, facts: Facts) -> None:
     written = {s: dict(said) for s, said in facts.items()}
     for row in rows:
         written.setdefault(Iri(str(row["s"])), {}).setdefault(Iri(str(row["p"])), None)
-    shapes.check(what, triples(facts))
     store.write(written)
 
 
@@ -485,8 +491,42 @@ def put_list(
 def put_model(store: Store, model: ModelDescription) -> Iri:
     """Writes a model into the graph, in place of what was said of it, but for an earlier plan's figures where this
     description has none. ShapeError if it cannot be right."""
-    _replace(store, f"model {model.name!r}", model.iri, model_facts(_with_earlier_plan(store, model)))
+    facts = model_facts(_with_earlier_plan(store, model))
+    shapes.check(f"model {model.name!r}", triples(facts))
+    _replace(store, model.iri, facts)
     return model.iri
+
+
+def put_measurement(
+    store: Store,
+    model: Iri,
+    board: str,
+    *,
+    emulated: bool,
+    latency_seconds: float | None = None,
+    energy_joules: float | None = None,
+    instructions: int | None = None,
+    at: datetime | None = None,
+) -> Iri:
+    """Writes what one inference of a model took on a kind of board, in place of an earlier measurement of that; None
+    was not measured. Raises ShapeError if it cannot be right, UserError if nothing was measured."""
+    if latency_seconds is None and energy_joules is None and instructions is None:
+        raise UserError("nothing was measured; give the latency, the energy or the instructions of one inference")
+    iri = measurement_iri(model, board, emulated)
+    facts: Facts = {
+        iri: {
+            RDF.type: TF.Measurement,
+            TF.ofModel: model,
+            TF.onBoard: board_iri(board),
+            TF.emulated: emulated,
+            TF.latencySeconds: latency_seconds,
+            TF.energyJoules: energy_joules,
+            TF.instructions: instructions,
+            SOSA.resultTime: at or datetime.now(UTC),
+        }
+    }
+    shapes.admit(store, f"the measurement on {board!r}", facts)
+    return iri
 
 
 def _with_earlier_plan(store: Store, model: ModelDescription) -> ModelDescription:

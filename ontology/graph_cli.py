@@ -123,6 +123,36 @@ def write_file(path: Path, facts: Facts) -> int:
     return len(graph)
 
 
+@app.command()
+def measured(
+    model: Annotated[str, typer.Argument(help="The model: the first 16 hexadecimal digits of its file's SHA-256.")],
+    board: Annotated[str, typer.Option(help="The kind of board that it ran on.", show_default=False)],
+    latency: Annotated[float | None, typer.Option(help="Seconds of one inference.", show_default=False)] = None,
+    energy: Annotated[float | None, typer.Option(help="Joules of one inference.", show_default=False)] = None,
+    instructions: Annotated[int | None, typer.Option(help="Of one inference.", show_default=False)] = None,
+    emulated: Annotated[bool, typer.Option("--emulated", help="An emulator stood in for the board.")] = False,
+    data: Data = Path(".tinyfleet"),
+) -> None:
+    """Say what one inference of a model took on a board, as it was measured.
+
+    Example: tinyfleet graph measured 0123456789abcdef --board nano33ble --latency 0.012 --energy 0.0004
+    """
+    from ontology.describe import put_measurement
+    from ontology.names import model_iri
+
+    with _fillable(data) as store:
+        iri = put_measurement(
+            store,
+            model_iri(model.removeprefix("urn:tinyfleet:model:")),
+            board,
+            emulated=emulated,
+            latency_seconds=latency,
+            energy_joules=energy,
+            instructions=instructions,
+        )
+    typer.echo(iri)
+
+
 @app.command("import-selocml")
 def import_selocml(
     folder: Annotated[Path, typer.Argument(help="The folder of the .ttl files; schema_*.ttl are the schemas.")],

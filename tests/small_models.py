@@ -206,6 +206,27 @@ def biases() -> Program:
     return p.assemble(Graph(tensors, ops, 3, "binary_cross_entropy"))
 
 
+def masked() -> Program:
+    """All kinds of ReLU, none of which is read again but for where it passes the gradient: each keeps a mask."""
+    w = np.random.default_rng(6).normal(size=300).astype(np.float32) / 2
+    tensors, ops = [Tensor((4, 4, 2))], list[Op]()
+    convolution = {"kernel": (1, 1), "strides": (1, 1), "dilation": (1, 1), "trains": "bias"}
+
+    def add(kind: Kind, inputs: tuple[int, ...], shape: Shape3, **more: object) -> int:
+        tensors.append(Tensor(shape))
+        ops.append(Op(kind, f"op{len(ops)}", inputs, len(tensors) - 1, **more))  # type: ignore[arg-type]
+        return len(tensors) - 1
+
+    x = 0
+    for kind, channels in ((Kind.RELU, 5), (Kind.RELU6, 5), (Kind.LEAKY_RELU, 5)):
+        weights = 3 * w[: channels * tensors[x].shape[2]].reshape(channels, 1, 1, -1)
+        y = add(Kind.CONV2D, (x,), (4, 4, channels), weights=weights, bias=w[:channels], **convolution)
+        x = add(kind, (y,), (4, 4, channels), slope=0.25 * (kind == Kind.LEAKY_RELU))
+    x = add(Kind.AVGPOOL, (x,), (1, 1, 5), kernel=(4, 4), strides=(4, 4), dilation=(1, 1))
+    x = add(Kind.DENSE, (x,), (1, 1, 3), weights=w[:15].reshape(3, 5), bias=w[:3], trains="all")
+    return p.assemble(Graph(tuple(tensors), tuple(ops), x, "softmax_cross_entropy"))
+
+
 #: Each makes its program; together they have every kind and every loss.
 MODELS: dict[str, Callable[[], Program]] = {
     "mlp": mlp,
@@ -218,4 +239,5 @@ MODELS: dict[str, Callable[[], Program]] = {
     "int8_rest": int8_rest,
     "branches": branches,
     "biases": biases,
+    "masked": masked,
 }

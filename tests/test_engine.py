@@ -1,20 +1,24 @@
 """The C engine through its Python learner: gradients, masks, determinism, and everything that it must refuse."""
 
 import math
+import struct
 import zlib
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from nets import Net, forward, gradient, hostile, nets, random_weights
+from nets import HEADER, TENSOR, Net, forward, gradient, graphs, hostile, nets, random_weights, sealed, with_weights
 from nets import loss as reference_loss
 from numpy.typing import NDArray
+from small_models import MODELS
 
 from edge import program as p
 from edge._mote import ffi, lib
 from edge.errors import UserError
+from edge.graph import Graph, Kind
 from edge.learner import MoteLearner
+from edge.plan import with_training
 
 Vector = NDArray[np.float32]
 MLP = p.build([p.Dense(32), p.ReLU(), p.Dense(10)], (64,), "softmax_cross_entropy")
@@ -110,6 +114,65 @@ def test_a_plan_for_some_layers_learns_the_same_bits_in_no_more_memory(net: Net,
         assert np.array_equal(array, learned[name])
     for name, _ in frozen:
         assert np.array_equal(learned[name], weights[name])
+
+
+@given(graphs(), st.booleans(), st.integers(0, 1000))
+@settings(max_examples=200, deadline=None)
+def test_masks_teach_the_same_bits_as_outputs(graph: Graph, bias_only: bool, seed: int) -> None:
+    graph = with_weights(with_training(graph, 0, bias_only=bias_only), np.random.default_rng(seed))
+    masked = p.assemble(graph)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edge.plan.MASKED", ())
+        whole = p.assemble(graph)
+    assert masked.activation_bytes <= whole.activation_bytes
+    learns_the_same(masked, whole, seed)
+
+
+def test_every_kind_of_relu_teaches_the_same_bits_with_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = MODELS["masked"]()
+    assert sum(record[1] & 32 > 0 for record in program._records) == 3
+    monkeypatch.setattr("edge.plan.MASKED", ())
+    whole = MODELS["masked"]()
+    assert not any(record[1] & 32 for record in whole._records)
+    assert program.activation_bytes < whole.activation_bytes
+    for seed in range(20):
+        learns_the_same(program, whole, seed)
+
+
+def learns_the_same(one: p.Program, other: p.Program, seed: int) -> None:
+    """Bit for bit, also with a limit on the gradient, which takes two backward passes."""
+    for limit in (0.0, 0.1):
+        first, second = (MoteLearner(program, clip_norm=limit) for program in (one, other))
+        for step in range(3):
+            x, y = sample(one, seed + step)
+            assert first.learn(3 * x, y, 0.02) == second.learn(3 * x, y, 0.02)
+            np.testing.assert_array_equal(first.parameters, second.parameters)
+            np.testing.assert_array_equal(first.infer(x), second.infer(x))
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    data = MODELS["masked"]().data
+    assert load(data) == lib.MOTE_OK
+    header = HEADER.unpack_from(data)
+    ops = HEADER.size + header[5] * TENSOR.size
+    record = next(at for at in range(ops, ops + header[6] * 40, 40) if data[at + 1] & 32)
+    (number,) = struct.unpack_from("<H", data, record + 28)
+    mask = HEADER.size + number * TENSOR.size
+
+    def changed(at: int, new: bytes) -> int:
+        return load(sealed(data[:at] + new + data[at + len(new) :]))
+
+    elements = 4 * 4 * 5
+    assert struct.unpack_from("<3H", data, mask + 2) == (1, 1, elements // 8)
+    assert changed(mask + 6, struct.pack("<H", elements // 8 - 1)) == lib.MOTE_ERR_FORMAT
+    assert changed(mask, b"\1") == lib.MOTE_ERR_FORMAT  # float32
+    assert changed(mask + 8, b"\xff" * 4) == lib.MOTE_ERR_FORMAT  # in the input
+    assert changed(record + 28, struct.pack("<H", header[5])) == lib.MOTE_ERR_FORMAT
+    assert changed(record + 28, b"\xff\xff") == lib.MOTE_ERR_FORMAT
+    assert changed(record, bytes([int(Kind.TANH)])) == lib.MOTE_ERR_FORMAT
+    assert changed(record + 1, bytes([data[record + 1] | 64])) == lib.MOTE_ERR_FORMAT
+    with pytest.raises(p.ProgramError, match="contradicts itself"):
+        p.Program.parse(sealed(data[: record + 28] + b"\xff\xff" + data[record + 30 :]))
 
 
 def test_online_learning_tells_ten_patterns_apart() -> None:

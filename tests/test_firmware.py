@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import free_port, start_mosquitto
+from small_models import MODELS
 
 from edge import frames, program
 from edge._mote import lib
@@ -133,6 +134,25 @@ def test_what_the_engine_takes_beyond_its_arena_is_bounded(profile: build.Profil
     assert set(size.depths) == {"mote_load", "mote_infer", "mote_loss", "mote_learn", "mote_learn_with"}
     assert {"mote_conv2d_back", "mote_int8_conv2d"} <= set(size.frames)
     assert {name: depth for name, depth in size.depths.items() if depth.bytes + STATE > 512} == {}
+    assert size.static == 0
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "separable", "int8_with_head", "quantised_training"])
+def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_path: Path) -> None:
+    """Read from the linked image: the arena is the plan's, to the byte; the engine's state, what variables of its own
+    it has (none) and the deepest of its calls take at most 512 bytes. That is all of the RAM but the bench's own."""
+    net = MODELS[model]()
+    elf = build.bench(boards.load("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
+    size = build.size(elf)
+    assert size.arena == size.plan == net.arena_bytes
+    symbols = subprocess.run(["arm-none-eabi-nm", "-S", elf], capture_output=True, text=True, check=True).stdout
+    (state,) = (int(row[1], 16) for line in symbols.splitlines() if (row := line.split())[2:] == ["b", "m"])
+    assert 0 < state <= STATE
+    assert size.static == 0
+    deepest = max(depth.bytes for depth in size.depths.values())
+    assert 0 < state + size.static + deepest <= 512
+    sample = 4 * net.input.size + 4 * net.output.size
+    assert size.data + size.bss <= net.arena_bytes + state + sample + 64  # a few counters of the bench's
 
 
 def test_recursion_and_frames_of_unknown_size_are_found(tmp_path: Path) -> None:

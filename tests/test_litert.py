@@ -33,7 +33,7 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def export(folder: Path) -> None:
-    """Two models, each as a program and as a .tflite file that starts from the same weights."""
+    """Models, each as a program and as a .tflite file that starts from the same weights."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras
 
@@ -56,9 +56,36 @@ def export(folder: Path) -> None:
         ]
     )
     values = keras.Sequential([keras.Input((6,)), layers.Dense(9, activation="tanh"), layers.Dense(2)])
+    x = inputs = keras.Input((9, 8, 3))
+    x = short = layers.Conv2D(6, 3, padding="same", activation="relu6", name="stem")(layers.Rescaling(0.5)(x))
+    x = layers.DepthwiseConv2D(3, padding="same", dilation_rate=2)(x)
+    x = layers.Add()([layers.LeakyReLU()(x), short])
+    x = layers.LayerNormalization()(x)
+    left = layers.GlobalAveragePooling2D()(layers.DepthwiseConv2D((2, 3), strides=2, depth_multiplier=2)(x))
+    right = layers.Conv2D(4, 3, strides=2, padding="same", activation="sigmoid")(layers.ZeroPadding2D(((0, 1), 0))(x))
+    x = layers.Concatenate()([left, layers.Softmax()(layers.Flatten()(right))])
+    branches = keras.Model(inputs, layers.Dense(3, activation="sigmoid")(x))
+    steps = keras.Sequential(
+        [
+            keras.Input((14, 2)),
+            layers.Conv1D(4, 3, dilation_rate=2, name="frozen"),
+            layers.BatchNormalization(),
+            layers.Cropping1D(1),
+            layers.Conv1D(5, 2, padding="causal", activation="tanh", name="conv"),
+            layers.MaxPooling1D(2),
+            layers.Flatten(),
+            layers.Dense(2),
+        ]
+    )
     random = np.random.default_rng(0)
-    for name, model, options in (("images", images, {"train_from": "conv"}), ("values", values, {"loss": "mse"})):
-        model.set_weights([random.normal(0, 0.3, w.shape) for w in model.get_weights()])
+    for name, model, options in (
+        ("images", images, {"train_from": "conv"}),
+        ("values", values, {"loss": "mse"}),
+        ("branches", branches, {}),
+        ("steps", steps, {"train_from": "conv", "loss": "huber"}),
+    ):
+        positive = abs if name == "steps" else np.asarray  # variances are
+        model.set_weights([positive(random.normal(0, 0.3, w.shape)) for w in model.get_weights()])
         (folder / f"{name}.mote").write_bytes(compile_model(model, **options).data)
         (folder / f"{name}.tflite").write_bytes(export_tflite(model, **options))
 
@@ -71,6 +98,40 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     export(folder)
     return folder
+
+
+def refused(train_from: str) -> str:
+    """What is said of a model in whose backward pass there is what TFLite cannot do."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import keras
+
+    from edge.errors import UserError
+    from firmware_tools.export import export_tflite
+
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((12, 12, 1)),
+            layers.Conv2D(2, 3, name="first"),
+            layers.Conv2D(2, 3, dilation_rate=2, name="wide"),
+            layers.Flatten(),
+            layers.Dense(2, "softmax", name="head"),
+        ]
+    )
+    with pytest.raises(UserError) as refusal:
+        export_tflite(model, train_from=train_from)
+    return str(refusal.value)
+
+
+def test_a_layer_that_tflite_cannot_train_is_named():
+    if not find_spec("tensorflow"):
+        pytest.skip("exports with TensorFlow, which is not installed")
+    for layer in ("wide", "first"):
+        message = fresh(refused, layer)
+        assert "'wide'" in message
+        assert "dilated" in message
+        assert "--train-from" in message
+        assert "\n" not in message
 
 
 def hide(*modules: str) -> None:
@@ -87,15 +148,17 @@ def compare(folder: Path, name: str, runtime: str) -> dict[str, float]:
     random = np.random.default_rng(1)
     shape = mote.program.input_shape
     start = mote.parameters
+    rate = 0.1 if name == "branches" else 0.05
     apart = {"start": float(np.abs(start - litert.parameters).max()), "loss": 0.0, "output": 0.0}
     for step in range(STEPS):
         if step == STEPS // 2:  # from now on only the last layer learns
             litert.mask = mote.mask = 1 << (len(mote.program.parameters) // 2 - 1)
         x = random.normal(size=shape).astype(np.float32)
         y: Any = int(random.integers(4)) if name == "images" else random.normal(size=2).astype(np.float32)
+        y = random.integers(2, size=3).astype(np.float32) if name == "branches" else y
         apart["loss"] = max(apart["loss"], abs(litert.loss(x, y) - mote.loss(x, y)))
         apart["output"] = max(apart["output"], float(np.abs(litert.infer(x) - mote.infer(x)).max()))
-        apart["loss"] = max(apart["loss"], abs(litert.learn(x, y, 0.05) - mote.learn(x, y, 0.05)))
+        apart["loss"] = max(apart["loss"], abs(litert.learn(x, y, rate) - mote.learn(x, y, rate)))
     apart["parameters"] = float(np.abs(litert.parameters - mote.parameters).max())
     apart["moved"] = float(np.abs(mote.parameters - start).max())
     return apart
@@ -103,7 +166,7 @@ def compare(folder: Path, name: str, runtime: str) -> dict[str, float]:
 
 @needs_runtime
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", ["images", "values"])
+@pytest.mark.parametrize("name", ["images", "values", "branches", "steps"])
 def test_tflite_learns_what_the_engine_learns(models, name, runtime):
     apart = fresh(compare, models, name, runtime)
     assert apart.pop("start") == 0.0

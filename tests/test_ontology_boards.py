@@ -100,6 +100,30 @@ def test_a_file_is_made_and_loaded_and_loading_again_changes_nothing(tmp_path: P
     assert isinstance(done.exception, UserError) and "blank node" in str(done.exception)
 
 
+def test_what_was_measured_is_written_and_nothing_else(tmp_path: Path) -> None:
+    data = str(tmp_path / "data")
+    model = "0123456789abcdef"
+    said = ["measured", model, "--board", "nano33ble", "--data", data]
+    for more in (["--latency", "0.5"], ["--latency", "0.012", "--instructions", "700000"]):
+        assert CliRunner().invoke(app, [*said, *more]).exit_code == 0
+    assert CliRunner().invoke(app, [*said, "--emulated", "--instructions", "700000"]).exit_code == 0
+    for wrong, reason in ([], "nothing was measured"), (["--energy", "0"], "leave it out"):
+        done = CliRunner().invoke(app, [*said, *wrong])
+        assert isinstance(done.exception, UserError) and reason in str(done.exception)
+    with EmbeddedStore(tmp_path / "data/graph") as store:
+        rows = store.query(
+            """PREFIX tf: <https://w3id.org/tinyfleet#>
+            SELECT ?emulated ?latency ?instructions ?energy {
+              ?it a tf:Measurement ; tf:ofModel ?model ; tf:onBoard ?board ; tf:emulated ?emulated .
+              OPTIONAL { ?it tf:latencySeconds ?latency } OPTIONAL { ?it tf:instructions ?instructions }
+              OPTIONAL { ?it tf:energyJoules ?energy } } ORDER BY ?emulated"""
+        )
+    assert list(rows) == [
+        {"emulated": False, "latency": 0.012, "instructions": 700_000},
+        {"emulated": True, "instructions": 700_000},
+    ]
+
+
 def test_the_public_catalogue(tmp_path: Path) -> None:
     path = Path(os.environ.get("TINYFLEET_DATA", "")) / "boards"
     if "TINYFLEET_DATA" not in os.environ or not path.is_dir():

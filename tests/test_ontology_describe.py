@@ -198,7 +198,7 @@ def test_what_the_engine_plans_is_described_with_every_model_that_it_can_run() -
     assert planned == 32
     # The figures are those of the program that would be compiled.
     path = folder / "mlperf_tiny__kws_ref_model.tflite"
-    program = compiler.compile_tflite(path, train_from="dense")
+    program = compiler.compile_model(path, train_from="dense")
     (option,) = (o for o in description(path).training_options if o.layers_trained == 1 and not o.bias_only)
     assert (option.train_from, option.ram_bytes) == ("dense", program.arena_bytes)
     assert option.parameters == program.n_params
@@ -239,6 +239,23 @@ def test_training_options_become_facts_and_stay_when_a_later_description_has_non
         describe.put_model(store, describe.replace(model, training_options=options[:1]))
         assert list(store.query(query)) == wanted[:1]
         assert not store.ask(f"ASK {{ <{iri}:train:2:bias> ?p ?o }}")
+
+
+def test_what_describe_prints_can_be_loaded(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from firmware_tools.model_cli import app as model_app
+    from ontology.graph_cli import app as graph_app
+
+    path = tmp_path / "digits.mote"
+    path.write_bytes(mlp().data)
+    printed = CliRunner().invoke(model_app, ["describe", str(path)])
+    (tmp_path / "digits.ttl").write_text(printed.output, encoding="utf-8")
+    assert CliRunner().invoke(graph_app, ["load", str(tmp_path / "digits.ttl"), "--data", str(tmp_path)]).exit_code == 0
+    with EmbeddedStore(tmp_path / "graph") as loaded, EmbeddedStore() as store:
+        describe.put_model(store, describe.from_program(mlp(), "digits"))
+        everything = "SELECT * { ?s ?p ?o } ORDER BY ?s ?p ?o"
+        assert list(loaded.query(everything)) == list(store.query(everything))
 
 
 def test_multiply_accumulates_agree_with_what_the_authors_say() -> None:

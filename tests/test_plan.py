@@ -17,11 +17,13 @@ from edge.errors import ProgramError
 from edge.graph import LOSSES, Graph, Kind, Op, Shape3, Tensor
 from edge.learner import MoteLearner
 from edge.plan import (
+    MASKED,
     TRAINED_INT8,
     WEIGHTED,
     Block,
     Gradients,
     Plan,
+    aligned,
     constants_bytes,
     lower_bound,
     pack,
@@ -139,7 +141,7 @@ class Replay:
 
     def forward(self) -> None:
         begun = set[int]()
-        for op in self.graph.ops:
+        for i, op in enumerate(self.graph.ops):
             out = self.written(op.output)
             for x in op.inputs:
                 where = self.read_value(x)
@@ -149,6 +151,10 @@ class Replay:
                 self.read_value(op.output)
             begun.add(op.output)
             self.memory.write(self.names.of(("value", op.output)), out)
+            if (mask := self.found.gradients[i].mask) is not None:  # made of the output
+                assert op.kind in MASKED and not overlap(self.written(mask), out)
+                assert self.found.tensors[mask].bytes >= -(-self.graph.tensors[op.output].size // 8)
+                self.memory.write(self.names.of(("mask", i)), self.written(mask))
         logits = self.read_value(self.graph.output)
         assert logits is not None
         output, loss = self.found.output, self.graph.loss
@@ -184,9 +190,12 @@ class Replay:
         reads_input = (
             passes if op.kind in (Kind.MAXPOOL, Kind.INT8_MAXPOOL) else op.kind == Kind.LAYERNORM and passes
         ) or op.trains == "all"
+        if found.mask is not None:
+            read.append(self.written(found.mask))
+            self.memory.read(self.names.of(("mask", i)), read[-1])
         for tensor, needed in (
             (op.inputs[0], reads_input),
-            (op.output, op.kind in (*POINTWISE, *TRAINED_INT8, Kind.INT8_ADD)),
+            (op.output, op.kind in (*POINTWISE, *TRAINED_INT8, Kind.INT8_ADD) and found.mask is None),
         ):
             where = self.read_value(tensor) if needed else None
             read += [] if where is None else [where]
@@ -445,11 +454,38 @@ def test_biases_alone_need_no_inputs_and_shrink_with_the_suffix() -> None:
     graph = keyword_spotting()
     whole, biases = takes(graph), takes(with_training(graph, 0, bias_only=True))
     assert biases.params == 4 * (9 * 64 + 12)
-    # Every ReLU's output stays in both: a convolution's input is that of the ReLU before it.
-    assert biases.activations == whole.activations
+    # Of every ReLU's output a bit for each element stays, where all of it does if weights train: a convolution's input
+    # is the output of the ReLU before it. At the last convolution these are eight masks, and its input and output.
+    places = 25 * 5
+    assert biases.activations == 8 * aligned(places * 64 // 8) + 2 * 4 * places * 64
+    assert whole.activations > 4 * biases.activations
     firsts = [i for i, op in enumerate(graph.ops) if op.kind in WEIGHTED]
     arenas = [takes(with_training(graph, i)).arena for i in firsts]
     assert arenas == sorted(arenas, reverse=True)
+
+
+@pytest.mark.parametrize("kind", [Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU])
+def test_an_activation_keeps_bits_where_that_takes_less(kind: Kind) -> None:
+    """Not where a convolution reads its output again, nor where the peak is elsewhere; and a mask of more bytes than a
+    dimension holds has rows."""
+
+    def found(shape: Shape3, last: Kind) -> Plan:
+        g = Branched(shape)
+        x = g.add(kind, (g.add(Kind.CONV2D, (0,), shape, 1),), shape)
+        y = g.add(kind, (g.add(last, (x,), shape, 1),), shape)
+        h, _, c = shape
+        g.add(Kind.DENSE, (g.add(Kind.AVGPOOL, (y,), (1, 1, c), h),), (1, 1, 2))
+        Replay(g.graph(), plan(g.graph()))
+        return plan(g.graph())
+
+    pooled = found((8, 8, 4), Kind.AVGPOOL)
+    assert [g.mask is not None for g in pooled.gradients] == [False, True, False, True, False, False]
+    # The second convolution reads what the first ReLU gives.
+    again = found((8, 8, 4), Kind.CONV2D)
+    assert [g.mask is not None for g in again.gradients] == [False, False, False, True, False, False]
+    large = found((96, 96, 64), Kind.AVGPOOL)
+    mask = large.tensors[large.gradients[1].mask or 0]
+    assert mask.bytes >= 96 * 96 * 64 / 8 and max(mask.shape) < 2**16
 
 
 def test_the_gradients_of_a_residual_block_share_their_memory_until_one_changes() -> None:

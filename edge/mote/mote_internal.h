@@ -25,7 +25,14 @@ enum { MOTE_CARRIES_PARAMETERS = 1, MOTE_HAS_MOMENTUM = 2, MOTE_TRAINS_INT8 = 4 
 /* Losses. */
 enum { MOTE_NO_LOSS = 0, MOTE_CROSS_ENTROPY, MOTE_SQUARED_ERROR, MOTE_BINARY_CROSS_ENTROPY, MOTE_HUBER };
 /* Op flags. */
-enum { MOTE_TRAINS_WEIGHTS = 1, MOTE_TRAINS_BIAS = 2, MOTE_ADDS_DIN = 4, MOTE_ADDS_DIN2 = 8, MOTE_FILLS = 16 };
+enum {
+    MOTE_TRAINS_WEIGHTS = 1,
+    MOTE_TRAINS_BIAS = 2,
+    MOTE_ADDS_DIN = 4,
+    MOTE_ADDS_DIN2 = 8,
+    MOTE_FILLS = 16,
+    MOTE_MASKS = 32 /* a ReLU of any kind keeps bits instead of its output: see option */
+};
 
 /* Kinds of op. The constants that each has behind op->constants, in this order, every part aligned to 4 bytes:
  * W, B: weights and bias, where they do not train; they lie behind op->params, in this order, where they do. */
@@ -117,7 +124,9 @@ typedef struct {
                                  din may be dout's memory where the op works in place */
     uint16_t kernel_h, kernel_w, pad_top, pad_left;
     uint8_t stride_h, stride_w, dilation_h, dilation_w;
-    uint16_t option;    /* MOTE_PLACE: first channel */
+    uint16_t option;    /* MOTE_PLACE: first channel. MOTE_MASKS: an int8 tensor of at least a bit for each element of
+                           out, the lowest first: whether it is above 0 (and below 6, of MOTE_RELU6), written forward and
+                           read backward, where out is not read any more */
     uint16_t trained;   /* output channels that train; 0 or all of them but for MOTE_TRAINED_INT8_* */
     uint32_t params;    /* offset in what trains */
     uint32_t constants; /* offset in the constants */

@@ -100,6 +100,17 @@ static int gradient_fits(const mote_t *m, uint32_t gradient, uint32_t of)
             mote_size(mote_tensor(m, gradient)) == mote_size(mote_tensor(m, of)));
 }
 
+/* 1 if the op keeps no mask, or is a ReLU whose mask has a bit for each element. */
+static int mask_fits(const mote_t *m, const mote_op_t *op)
+{
+    if (!(op->flags & MOTE_MASKS)) {
+        return 1;
+    }
+    return op->kind >= MOTE_RELU && op->kind <= MOTE_LEAKY_RELU && is_written(m, op->option) &&
+           mote_tensor(m, op->option)->type == MOTE_INT8 &&
+           mote_size(mote_tensor(m, op->option)) >= (mote_size(mote_tensor(m, op->out)) + 7) / 8;
+}
+
 static const mote_kernel_t *kernel_of(const mote_op_t *op)
 {
     const mote_kernel_t *k = mote_kernels;
@@ -117,9 +128,9 @@ static int op_fits(mote_t *m, const mote_op_t *op)
     if (kernel->kind == 0) {
         return MOTE_ERR_UNSUPPORTED;
     }
-    if (op->reserved != 0 || (op->flags & ~31) != 0 || op->in >= h->tensors || !is_written(m, op->out) ||
+    if (op->reserved != 0 || (op->flags & ~63) != 0 || op->in >= h->tensors || !is_written(m, op->out) ||
         (op->in2 != MOTE_NO_TENSOR && op->in2 >= h->tensors) || !gradient_fits(m, op->dout, op->out) ||
-        !gradient_fits(m, op->din, op->in) || !gradient_fits(m, op->din2, op->in2)) {
+        !gradient_fits(m, op->din, op->in) || !gradient_fits(m, op->din2, op->in2) || !mask_fits(m, op)) {
         return MOTE_ERR_FORMAT;
     }
     int is_int8 = op->kind >= MOTE_FIRST_TRAINED_INT8;

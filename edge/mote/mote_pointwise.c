@@ -1,17 +1,12 @@
-/* float32 operators of single elements, the sum of two tensors, and softmax. All can work in place. */
+/* float32 operators of single elements but the ReLUs, the sum of two tensors, and softmax. All can work in place. */
 #include <string.h>
 
 #include "mote_kernel_list.h"
 #include "mote_window.h"
 
-static int same_floats(const mote_t *m, const mote_op_t *op)
-{
-    return mote_floats(m, op) && mote_size(mote_tensor(m, op->in)) == mote_size(mote_tensor(m, op->out));
-}
-
 int mote_add_check(const mote_t *m, const mote_op_t *op)
 {
-    return op->in2 != MOTE_NO_TENSOR && mote_is_float(m, op->in2) && same_floats(m, op) &&
+    return op->in2 != MOTE_NO_TENSOR && mote_is_float(m, op->in2) && mote_same_floats(m, op) &&
            mote_size(mote_tensor(m, op->in2)) == mote_size(mote_tensor(m, op->out));
 }
 
@@ -50,7 +45,7 @@ void mote_add_back(mote_t *m, const mote_op_t *op)
 #define ACTIVATION(name, y_of_x, slope_of)                                                                             \
     int mote_##name##_check(const mote_t *m, const mote_op_t *op)                                                      \
     {                                                                                                                  \
-        return same_floats(m, op);                                                                                     \
+        return mote_same_floats(m, op);                                                                                     \
     }                                                                                                                  \
                                                                                                                        \
     void mote_##name(const mote_t *m, const mote_op_t *op)                                                             \
@@ -85,47 +80,12 @@ static float sigmoid(float x)
     return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
-/* Not a number stays so, and shows in the loss. */
-ACTIVATION(relu, x<0.0f ? 0.0f : x, y> 0.0f ? d : 0.0f)
-ACTIVATION(relu6, x<0.0f ? 0.0f : x> 6.0f ? 6.0f : x, y > 0.0f && y < 6.0f ? d : 0.0f)
 ACTIVATION(tanh, mote_tanhf(x), d *(1.0f - y * y))
 ACTIVATION(sigmoid, sigmoid(x), d *(y *(1.0f - y)))
 
-static float slope(const mote_t *m, const mote_op_t *op)
-{
-    return *(const float *)(const void *)(mote_constants(m) + op->constants);
-}
-
-/* The slope is not negative, so that an output has its input's sign. */
-int mote_leaky_relu_check(const mote_t *m, const mote_op_t *op)
-{
-    return same_floats(m, op) && mote_constants_fit(m, op, sizeof(float)) && slope(m, op) >= 0.0f &&
-           mote_finite(slope(m, op));
-}
-
-void mote_leaky_relu(const mote_t *m, const mote_op_t *op)
-{
-    const float *x = mote_read(m, op->in), a = slope(m, op);
-    float *y = mote_write(m, op->out);
-    for (uint32_t n = mote_size(mote_tensor(m, op->out)); n > 0; n--, x++) {
-        *y++ = *x < 0.0f ? a * *x : *x;
-    }
-}
-
-void mote_leaky_relu_back(mote_t *m, const mote_op_t *op)
-{
-    const float *y = mote_read(m, op->out), *dy = mote_read(m, op->dout), a = slope(m, op);
-    float *dx = mote_din(m, op);
-    int adds = op->flags & MOTE_ADDS_DIN;
-    for (uint32_t n = dx == NULL ? 0 : mote_size(mote_tensor(m, op->out)); n > 0; n--, dx++) {
-        float d = *dy++, g = *y++ > 0.0f ? d : a * d;
-        *dx = adds ? *dx + g : g;
-    }
-}
-
 int mote_softmax_check(const mote_t *m, const mote_op_t *op)
 {
-    return same_floats(m, op) && mote_tensor(m, op->in)->c == mote_tensor(m, op->out)->c;
+    return mote_same_floats(m, op) && mote_tensor(m, op->in)->c == mote_tensor(m, op->out)->c;
 }
 
 /* The largest is taken off first, so that no exponential overflows. */

@@ -59,4 +59,10 @@ static inline int mote_floats(const mote_t *m, const mote_op_t *op)
     return mote_is_float(m, op->in) && mote_is_float(m, op->out);
 }
 
+/* 1 if they have as many elements, too. */
+static inline int mote_same_floats(const mote_t *m, const mote_op_t *op)
+{
+    return mote_floats(m, op) && mote_size(mote_tensor(m, op->in)) == mote_size(mote_tensor(m, op->out));
+}
+
 #endif
