@@ -80,6 +80,7 @@ def fill(store: Store) -> None:
         board_iri(NANO): {TF.observes: [SOUND, HEAT]},
         board_iri(PI): {TF.observes: SOUND},
         MODEL: {
+            TF.quantizedRunRamBytes: None,
             TF.inputProperty: HEAT,
             TF.dataset: HOUSE,
             TF.trainRamBytes: RAM + 1_000,
