@@ -113,8 +113,8 @@ def models(store: Store, device: str, fleet: str) -> list[ModelFit]:
             takes=_int(row["takes"]),
             room=_int(row["room"]),
             parameters=_optional(row, "parameters"),
-            layers=_optional(row, "layers"),
-            biases=_optional(row, "biases"),
+            layers=_int(row["layers"]) if row["layers"] or row["biases"] else None,
+            biases=_int(row["biases"]) if row["layers"] or row["biases"] else None,
         )
         for row in store.query(library.text("models-for-device"), id=device, fleet=fleet)
     ]

@@ -74,7 +74,7 @@ models = st.builds(
     maybe,
     maybe,
     st.sampled_from([frozenset(), frozenset(), *({p} for p in PROPERTIES), frozenset(PROPERTIES[:2])]).map(frozenset),
-    st.none() | st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.none() | st.tuples(st.integers(1, 5), st.integers(0, 5)),
     options,
     st.none() | st.integers(1, 3),
 )
@@ -147,7 +147,9 @@ def write(store: Store, fleet: Fleet) -> None:
 
 
 def least_to_train(model: Model) -> int | None:
-    ways = [option.ram for option in model.options] + ([] if model.default is None else [model.default[0]])
+    ways = [option.ram for option in model.options]
+    if model.default is not None and model.default[1]:
+        ways.append(model.default[0])
     return min(ways, default=None)
 
 
@@ -171,7 +173,7 @@ def trained(model: Model, room: int) -> tuple[int, int] | None:
     """The reference: of how many layers all weights, and of how many the biases alone, fit to train."""
     full = [o.layers for o in model.options if not o.bias and o.ram <= room]
     bias = [o.layers for o in model.options if o.bias and o.ram <= room]
-    if model.default is not None and model.default[0] <= room:
+    if model.default is not None and model.default[1] and model.default[0] <= room:
         full.append(model.default[1])
     return (max(full, default=0), max(bias, default=0)) if full or bias else None
 
