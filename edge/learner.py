@@ -264,18 +264,23 @@ def learn_many(
     errors = np.zeros(count, np.int32)
     motes = ffi.new("mote_t *[]", [learner._mote for learner in learners])
     workers = min(threads or os.cpu_count() or 1, count)
+    shares = min(4 * workers, count) if workers > 1 else 1  # more than workers: a core may be slower, or busy
+    left = iter(range(shares))
 
-    def share(worker: int) -> None:
-        begin, end = count * worker // workers, count * (worker + 1) // workers
-        lib.mote_learn_many(
-            motes + begin, end - begin, steps, ffi.from_buffer(x[begin:end]), ffi.from_buffer("float[]", y[begin:end]),
-            rate, ffi.from_buffer("float[]", losses[begin:end]), ffi.from_buffer("int[]", errors[begin:end]),
-        )  # fmt: skip
+    def work() -> None:
+        while (i := next(left, None)) is not None:  # next() is atomic
+            begin, end = count * i // shares, count * (i + 1) // shares
+            lib.mote_learn_many(
+                motes + begin, end - begin, steps, ffi.from_buffer(x[begin:end]),
+                ffi.from_buffer("float[]", y[begin:end]), rate, ffi.from_buffer("float[]", losses[begin:end]),
+                ffi.from_buffer("int[]", errors[begin:end]),
+            )  # fmt: skip
 
-    if workers == 1:
-        share(0)
-    else:
-        list(_pool(workers).map(share, range(workers)))
+    others = [_pool(workers - 1).submit(work) for _ in range(workers - 1)]
+    work()
+    for other in others:
+        if not other.cancel():  # one that has not begun has nothing left to do
+            other.result()
     for error in errors:
         _check(int(error))
     return losses

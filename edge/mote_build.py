@@ -30,12 +30,12 @@ SOURCES += ["mote_conv.c", "mote_depthwise.c", "mote_pool.c", "mote_norm.c", "mo
 SOURCES += ["mote_dense.c", "mote_relu.c", "mote_loss.c", "mote_host.c"]
 SOURCES += ["mote_int8_dense.c", "mote_int8_conv2d.c", "mote_int8_depthwise.c", "mote_int8_pool.c"]
 SOURCES += ["mote_int8_pointwise.c", "mote_int8_softmax.c", "mote_int8_back.c", "mote_trained_int8.c"]
-SOURCES += ["mote_int8_dots.c", "mote_int8_dsp.c"]
+SOURCES += ["mote_int8_dots.c", "mote_int8_dsp.c", "mote_int8_mve.c", "mote_int8_avx2.c"]
 SOURCES += ["mote_node.c", "mote_update.c", "mote_frame.c"]
 
 # Contraction would let a compiler fuse a product and a sum, and round once where another target rounds twice.
 FLAGS = ["-std=c99", "-O2", "-ffp-contract=off"]
-STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
+STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Wvla", "-Werror"]
 
 
 def declarations(header: str) -> str:

@@ -336,10 +336,11 @@ def bench(target: Target, program: Program, elf: Path, *, steps: int, profile: P
 
 @dataclass(frozen=True)
 class Course:
-    """What src/main_exactness.c does with a program: `steps` steps on made-up samples, with this optimiser."""
+    """What src/main_exactness.c does with a program: `steps` steps on made-up samples, with this optimiser; or as many
+    inferences of int8, if nothing trains."""
 
     program: Program
-    rate: float
+    rate: float = 0.0
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 0.0
@@ -361,7 +362,7 @@ def course_constants(courses: Sequence[Course]) -> dict[str, int | float | str]:
     }
 
 
-def exactness(target: Target, courses: Sequence[Course], elf: Path) -> Path:
+def exactness(target: Target, courses: Sequence[Course], elf: Path, *, profile: Profile = "exact") -> Path:
     """The program that learns and prints a checksum of what it has learned (see src/main_exactness.c)."""
     return link(
         target,
@@ -370,6 +371,7 @@ def exactness(target: Target, courses: Sequence[Course], elf: Path) -> Path:
         blobs={"courses": b"".join(course.data for course in courses)},
         defines=course_constants(courses),
         programs=[course.program.data for course in courses],
+        profile=profile,
     )
 
 

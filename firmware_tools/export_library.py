@@ -1,8 +1,8 @@
 """The engine as a library for projects of others: an Arduino library, or a CMake target.
 
-Both hold the engine's C as it is, a model's program as a C array (model.h), and an example that learns from a stream.
-With a model, the library holds the operators that the model needs; else all, and model.h is a small network to begin
-with.
+Both hold the engine's C as it is, a model's program as a C array (model.h), and, if the model learns classes, an
+example that learns them from a stream. With a model, the library holds the operators that the model needs; else all,
+and model.h is a small network to begin with.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def model_header(program: Program) -> str:
             f"#define MODEL_ARENA_BYTES {program.arena_bytes}",
             f"#define MODEL_INPUTS {program.input.size} /* {program.input.dtype} */",
             f"#define MODEL_OUTPUTS {program.output.size} /* {program.output.dtype} */",
+            f"typedef {'int8_t' if program.input.dtype == 'int8' else 'float'} model_input_t;",
             "",
             "static const uint32_t model[] = {",
             *(f"    {line}" for line in lines),
@@ -75,6 +76,8 @@ def export(kind: Kind, out: Path, program: Program | None = None) -> list[Path]:
     sources = out / "src"
     sources.mkdir(parents=True, exist_ok=True)
     kernels = kernel_table.whole() if program is None else kernel_table.needed([program.data])
+    model = first_model() if program is None else program
+    learns_classes = model.loss == "softmax_cross_entropy"
     prelude = _EXACT_PRAGMA if kind == "arduino" else ""
     for path in ENGINE:
         text = kernel_table.source(kernels) if path.name == "mote_kernels.c" else path.read_text()
@@ -82,14 +85,14 @@ def export(kind: Kind, out: Path, program: Program | None = None) -> list[Path]:
     for header in _headers(ENGINE):
         shutil.copyfile(header, sources / header.name)
     shutil.copyfile(LIBRARY / "TinyFleetMote.h", sources / "TinyFleetMote.h")
-    (sources / "model.h").write_text(model_header(program or first_model()))
+    (sources / "model.h").write_text(model_header(model))
     licence = ROOT / "LICENSE"
     if licence.exists():  # an installed package keeps it elsewhere
         shutil.copyfile(licence, out / "LICENSE")
     if kind == "arduino":
-        _arduino(out)
+        _arduino(out, learns_classes)
     else:
-        _cmake(out)
+        _cmake(out, learns_classes)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
@@ -105,16 +108,17 @@ def _headers(sources: tuple[Path, ...]) -> list[Path]:
     return sorted(found)
 
 
-def _arduino(out: Path) -> None:
+def _arduino(out: Path, example: bool) -> None:
     properties = Template((LIBRARY / "library.properties.in").read_text())
     (out / "library.properties").write_text(properties.substitute(version=version()))
     shutil.copyfile(LIBRARY / "keywords.txt", out / "keywords.txt")
-    example = out / "examples" / "LearnOnAStream"
-    example.mkdir(parents=True)
-    shutil.copyfile(LIBRARY / "LearnOnAStream.ino", example / "LearnOnAStream.ino")
+    if example:
+        folder = out / "examples" / "LearnOnAStream"
+        folder.mkdir(parents=True)
+        shutil.copyfile(LIBRARY / "LearnOnAStream.ino", folder / "LearnOnAStream.ino")
 
 
-def _cmake(out: Path) -> None:
+def _cmake(out: Path, example: bool) -> None:
     text = Template((LIBRARY / "CMakeLists.txt.in").read_text()).substitute(
         version=version(),
         sources="\n".join(f"    src/{path.name}" for path in ENGINE),
@@ -122,5 +126,6 @@ def _cmake(out: Path) -> None:
         fast=" ".join(flag for flag in PROFILES["fast"] if not flag.startswith("-std")),
     )
     (out / "CMakeLists.txt").write_text(text)
-    (out / "examples").mkdir()
-    shutil.copyfile(LIBRARY / "quickstart.c", out / "examples" / "quickstart.c")
+    if example:
+        (out / "examples").mkdir()
+        shutil.copyfile(LIBRARY / "quickstart.c", out / "examples" / "quickstart.c")

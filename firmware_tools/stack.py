@@ -46,7 +46,7 @@ def usage(graphs: Iterable[Path], table: Iterable[Entry]) -> Usage:
     """Reads the .ci files of the engine's sources, and of everything else that is linked.
 
     The arithmetic and the copying that the compiler calls (__aeabi_..., memcpy) are not in them and count as 0.
-    Raises ValueError for a frame of unknown size or for recursion.
+    Raises ValueError for a frame of unknown size, and for recursion and pointers that the entries come to.
     """
     reached: dict[str, set[str]] = {}
     for entry in table:
@@ -54,6 +54,7 @@ def usage(graphs: Iterable[Path], table: Iterable[Entry]) -> Usage:
             reached.setdefault(member, set()).add(function)
     frames: dict[str, int] = {}
     calls: dict[str, set[str]] = {}
+    unknown: dict[str, str] = {}  # a function that calls through a pointer to anything -> where
     for path in graphs:
         for line in path.read_text().splitlines():
             if node := _NODE.match(line):
@@ -63,13 +64,20 @@ def usage(graphs: Iterable[Path], table: Iterable[Entry]) -> Usage:
                 frames[name] = int(size)
             elif edge := _EDGE.match(line):
                 caller, callee, file, number = edge.groups()
-                targets = _behind_pointer(Path(file), int(number), reached) if callee == "__indirect_call" else {callee}
+                if callee == "__indirect_call":
+                    targets = _behind_pointer(Path(file), int(number), reached)
+                    if not targets:
+                        unknown[caller] = f"{file}:{number}"
+                else:
+                    targets = {callee}
                 calls.setdefault(caller, set()).update(targets)
 
     @cache
     def deepest(function: str) -> Depth:
         if function in walking:
             raise ValueError(f"{function} calls itself")
+        if function in unknown:
+            raise ValueError(f"{function} calls through a pointer that can be anything, at {unknown[function]}")
         walking.add(function)
         below = [deepest(callee) for callee in sorted(calls.get(function, ())) if callee in frames]
         walking.discard(function)

@@ -168,7 +168,7 @@ def gradient(net: Net, weights: dict[str, Array], x: Array, y: Array, name: str)
 # Graphs: branches, sums, concatenation, and every float32 operation.
 
 _CHANNELS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16, 17])
-_ACTIVATIONS = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID, Kind.SOFTMAX)
+ACTIVATIONS = (Kind.RELU, Kind.RELU6, Kind.LEAKY_RELU, Kind.TANH, Kind.SIGMOID, Kind.SOFTMAX)
 _TRAINS = st.sampled_from(["nothing", "bias", "all", "all"])
 
 
@@ -228,7 +228,7 @@ class _Growing:
         )  # fmt: skip
 
     def activation(self, x: int) -> int:
-        kind = self.draw(st.sampled_from(_ACTIVATIONS))
+        kind = self.draw(st.sampled_from(ACTIVATIONS))
         return self.op(kind, (x,), self.shape(x), slope=0.25 if kind == Kind.LEAKY_RELU else 0.0)
 
     def norm(self, x: int) -> int:
@@ -331,6 +331,72 @@ def records_end(data: bytes) -> int:
     """Where a program's constants begin."""
     fields = HEADER.unpack_from(data)
     return HEADER.size + int(fields[5]) * TENSOR.size + int(fields[6]) * OP.size
+
+
+@st.composite
+def int8_operations(draw: st.DrawFn) -> bytes:
+    """A dense layer, convolution or addition in int8, with any constants that an output may be scaled by."""
+    kind = draw(st.sampled_from([Kind.INT8_DENSE, Kind.INT8_CONV2D, Kind.INT8_DEPTHWISE, Kind.INT8_ADD]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    channels = draw(st.sampled_from([1, 3, 7, 8, 9, 16, 17, 23, 32, 41]))
+    h, w, filters, kernel = draw(st.integers(1, 9)), draw(st.integers(1, 9)), channels, (0, 0)
+    fields: dict[str, Any] = {}
+    out = h, w
+    if kind in (Kind.INT8_CONV2D, Kind.INT8_DEPTHWISE):
+        where = [draw(_window(size)) for size in (h, w)]
+        kernel, out = (where[0][0], where[1][0]), (where[0][4], where[1][4])
+        for i, name in enumerate(("strides", "dilation", "pads"), 1):
+            fields[name] = where[0][i], where[1][i]
+    if kind in (Kind.INT8_DENSE, Kind.INT8_CONV2D):
+        filters = draw(st.sampled_from([1, 2, 4, 7, 8, 9, 16, 17, 31, 40]))
+    if kind == Kind.INT8_DENSE:
+        out = 1, 1
+    elif kind == Kind.INT8_CONV2D and draw(st.integers(0, 4)) == 0:
+        channels = 1021 // (kernel[0] * kernel[1]) + draw(st.integers(0, 6))  # about 1024 taps
+    x = Tensor((h, w, channels), "int8", 1.0, draw(st.integers(-128, 127)))
+    y = Tensor((*out, filters), "int8", 1.0, draw(st.integers(-128, 127)))
+    shape = {
+        Kind.INT8_DENSE: (filters, x.size),
+        Kind.INT8_CONV2D: (filters, *kernel, channels),
+        Kind.INT8_DEPTHWISE: (*kernel, filters),
+        Kind.INT8_ADD: (0,),
+    }[kind]
+    weights = random.integers(-128, 128, shape).astype(np.int8)
+    op = Op(
+        kind, "op", (0, 0) if kind == Kind.INT8_ADD else (0,), 1, kernel=kernel, weights=weights,
+        bias=np.zeros(filters, np.int32), weight_scales=np.ones(filters), low=draw(st.sampled_from([-128, -5])),
+        high=draw(st.sampled_from([127, 90])), **fields,
+    )  # fmt: skip
+    data = bytearray(p.assemble(Graph((x, y), (op,), 1)).data)
+
+    def scaling(bits: float) -> tuple[int, int]:
+        """A multiplier and a shift: mostly such that sums of so many bits become about 8."""
+        if random.integers(4) == 0:
+            return int(random.integers(2**31)), int(random.integers(-31, 31))
+        return int(random.integers(2**30, 2**31)), int(7 - bits + random.integers(3))
+
+    at = records_end(data)
+    if kind == Kind.INT8_ADD:
+        left = int(random.integers(21))
+        scales = [*scaling(27 - left), *scaling(27 - left), *scaling(27)]
+        data[at : at + 40] = struct.pack("<10i", *random.integers(-128, 129, 3), left, *scales)
+    else:
+        bits = np.log2(73 * 73 * np.sqrt(weights.size / filters))
+        for o in range(filters):
+            bias = int(random.integers(-(2**31), 2**31)) >> int(random.integers(32))
+            data[at + 4 + 12 * o : at + 16 + 12 * o] = struct.pack("<3i", bias, *scaling(bits))
+    return sealed(bytes(data))
+
+
+@st.composite
+def _window(draw: st.DrawFn, size: int) -> tuple[int, int, int, int, int]:
+    """In one dimension: kernel, stride, dilation, padding before, and the output's size."""
+    k, d, s = draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    reach = (k - 1) * d
+    before, after = draw(st.integers(0, reach)), draw(st.integers(0, reach))
+    if size + before + after <= reach:
+        before = after = reach
+    return k, s, d, before, (size + before + after - reach - 1) // s + 1
 
 
 TRICKY = (0, 1, 2, 3, 4, 5, 6, 7, 8, 127, 128, 254, 255)

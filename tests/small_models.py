@@ -1,6 +1,8 @@
 """Small models that together have every kind of operation: to compare targets to the bit, and to seed a fuzzer."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -204,6 +206,94 @@ def biases() -> Program:
         Op(Kind.DENSE, "b", (2,), 3, weights=w[30:45].reshape(3, 5), bias=w[:3], trains="bias"),
     )
     return p.assemble(Graph(tensors, ops, 3, "binary_cross_entropy"))
+
+
+def int8_operations(seed: int) -> Iterator[tuple[str, Program]]:
+    """Programs of one int8 operation each, of shapes, windows and scales that reach every way to compute it: channels
+    that are multiples of 4 and 16 and such that are none, windows that overlap the border or all of the input, outputs
+    too small for a scratch, shifts and biases at their limits."""
+    random = np.random.default_rng(seed)
+
+    def draw(*choices: int) -> int:
+        return int(random.choice(choices))
+
+    for _ in range(160):
+        kind = (Kind.INT8_CONV2D, Kind.INT8_DEPTHWISE, Kind.INT8_DENSE, Kind.INT8_AVGPOOL, Kind.INT8_MEAN)[
+            draw(0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 3, 4)
+        ]
+        size, kernel, strides, dilation, pads, shape = [], [], [], [], [], []
+        one_tap, dilates = draw(0, 0, 1), draw(0, 0, 0, 1) and kind != Kind.INT8_AVGPOOL
+        for _ in range(2):
+            n, s, d = draw(*range(1, 14)), draw(1, 1, 2, 3), draw(2, 3) if dilates else 1
+            k = 1 if one_tap else draw(*range(1, 5))
+            pad = draw(*range((k - 1) * d + 1))
+            n = max(n, (k - 1) * d + 1 - pad)
+            size.append(n)
+            kernel.append(k)
+            strides.append(s)
+            dilation.append(d)
+            pads.append(pad)
+            # Padding at the end, too, but no window that lies outside.
+            shape.append(min((n + 2 * pad - (k - 1) * d - 1) // s + 1, (n - 1 + pad) // s + 1))
+        inputs = draw(1, 1, 2, 3, 4, 4, 5, 7, 8, 12, 16, 16, 17, 24, 31, 64, 68)
+        outputs = inputs if kind not in (Kind.INT8_CONV2D, Kind.INT8_DENSE) else draw(1, 2, 3, 4, 6, 8, 13, 16, 32, 64)
+        window: dict[str, Any] = {
+            "kernel": tuple(kernel),
+            "strides": tuple(strides),
+            "dilation": tuple(dilation),
+            "pads": tuple(pads),
+        }
+        taps, weights = kernel[0] * kernel[1] * inputs, (outputs, *kernel, inputs)
+        if kind == Kind.INT8_DEPTHWISE:
+            outputs = inputs * draw(1, 1, 1, 2)
+            taps, weights = kernel[0] * kernel[1], (*kernel, outputs)
+        elif kind == Kind.INT8_DENSE:
+            window, shape, taps = {}, [1, 1], math.prod(size) * inputs
+            weights = (outputs, taps)
+        elif kind == Kind.INT8_MEAN:
+            window, shape = {}, [1, 1]
+        x = Tensor((size[0], size[1], inputs), "int8", float(np.float32(random.uniform(0.01, 0.1))), draw(-128, 3, 127))
+        low, high = (-128, 127) if draw(0, 1) else (-100, draw(50, 127))
+        more: dict[str, Any] = {"low": low, "high": high, **window}
+        scale = x.scale
+        if kind in (Kind.INT8_CONV2D, Kind.INT8_DEPTHWISE, Kind.INT8_DENSE):
+            scales = random.uniform(0.004, 0.008, outputs)
+            bias = random.integers(-20000, 20000, outputs)
+            scale = float(np.float32(73 * 73 * math.sqrt(taps) * x.scale * 0.006 / 90))
+            if draw(0, 0, 1):  # channels whose outputs hardly change, or hardly ever lie inside
+                odd = random.random(outputs) < 0.3
+                scales = np.where(odd, scales * 2.0 ** random.integers(-22, 6, outputs), scales)
+                bias = np.where(odd, random.choice([-(2**30), 2**30, 2**20, 0], outputs), bias)
+            more |= {
+                "weights": random.integers(-128, 128, weights).astype(np.int8),
+                "bias": bias.astype(np.int32),
+                "weight_scales": scales,
+            }
+        y = Tensor((shape[0], shape[1], outputs), "int8", scale, draw(-128, -5, 127))
+        op = Op(kind, "op", (0,), 1, **more)
+        yield f"{kind.name} {x.shape} {y.shape} {window}", p.assemble(Graph((x, y), (op,), 1))
+
+
+def int8_weights() -> Program:
+    """Takes six floats; its int8 weights train."""
+    tensors = (Tensor((1, 1, 6)), Tensor((1, 1, 6), "int8", 0.1), Tensor((1, 1, 3), "int8", 0.1), Tensor((1, 1, 3)))
+    weights = np.random.default_rng(6).integers(-127, 128, (3, 6)).astype(np.int8)
+    ops = (
+        Op(Kind.QUANTIZE, "in", (0,), 1),
+        Op(
+            Kind.TRAINED_INT8_DENSE,
+            "dense",
+            (1,),
+            2,
+            weights=weights,
+            bias=np.zeros(3, np.int32),
+            weight_scales=np.full(3, 0.01),
+            trains="all",
+            trained=3,
+        ),
+        Op(Kind.DEQUANTIZE, "out", (2,), 3),
+    )
+    return p.assemble(Graph(tensors, ops, 3, "softmax_cross_entropy"))
 
 
 def masked() -> Program:

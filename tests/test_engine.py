@@ -436,3 +436,29 @@ def test_a_seed_names_a_task() -> None:
 def test_a_stream_refuses_a_class_of_one_sample() -> None:
     s, _keep = stream([4, 1, 4], 2)
     assert lib.mote_stream_open(s, 1) == lib.MOTE_ERR_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("features", ffi.NULL),
+        ("starts", ffi.NULL),
+        ("size", 0),
+        ("ways", 0),
+        ("ways", lib.MOTE_STREAM_MAX_WAYS + 1),
+        ("scale", math.nan),
+        ("scale", math.inf),
+    ],
+)
+def test_a_stream_that_cannot_be_is_refused(field: str, value: object) -> None:
+    s, _keep = stream([4] * 50, 2)
+    assert lib.mote_stream_open(s, 1) == lib.MOTE_OK
+    setattr(s, field, value)
+    assert lib.mote_stream_open(s, 1) == lib.MOTE_ERR_ARGUMENT
+    assert lib.mote_stream_open(ffi.NULL, 1) == lib.MOTE_ERR_ARGUMENT
+
+
+def test_a_stream_whose_classes_run_backwards_is_refused() -> None:
+    s, keep = stream([4, 4, 4], 2)
+    keep[1][1] = 9
+    assert lib.mote_stream_open(s, 1) == lib.MOTE_ERR_ARGUMENT

@@ -13,7 +13,7 @@ import pytest
 import small_models
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from nets import nets, random_weights, spoilt
+from nets import int8_operations, nets, random_weights, spoilt
 
 from edge import program as p
 from edge.mote_build import FLAGS, SOURCES, STRICT
@@ -89,7 +89,7 @@ def collect(strategy: st.SearchStrategy[bytes], count: int) -> list[bytes]:
 @pytest.fixture(scope="module")
 def good() -> list[bytes]:
     random = collect(nets().map(lambda net: net.build(random_weights(net.whole(), 1)).data), 150)
-    return random + [model().data for model in small_models.MODELS.values()]
+    return random + collect(int8_operations(), 150) + [model().data for model in small_models.MODELS.values()]
 
 
 SPOILT = [
@@ -135,15 +135,16 @@ def test_sanitizers_find_nothing_in_good_and_hostile_programs(
 
 
 def test_every_compiler_and_level_gives_the_same_bits(good: list[bytes], tmp_path: Path) -> None:
+    """Freestanding is without what only a processor that is asked for it has."""
     path = corpus(tmp_path / "corpus", good)
     outputs = {}
     for cc in (compiler("gcc"), shutil.which("clang") or shutil.which("clang-14")):
-        for level in ("-O0", "-O2", "-O3"):
+        for level in (["-O0"], ["-O2"], ["-O3", "-march=native"], ["-O2", "-ffreestanding"]):
             if cc is None:
                 continue
-            flags = ["-std=c99", level, "-ffp-contract=off", *(["-march=native"] if level == "-O3" else [])]
-            program = linked(cc, flags, "programs.c", tmp_path / f"{Path(cc).stem}{level}")
-            outputs[f"{cc} {level}"] = run([program, path, "20"])
+            flags = ["-std=c99", "-ffp-contract=off", *level]
+            program = linked(cc, flags, "programs.c", tmp_path / "".join([Path(cc).stem, *level]))
+            outputs[" ".join([cc, *level])] = run([program, path, "20"])
     assert len(set(outputs.values())) == 1, outputs.keys()
     assert len(set(next(iter(outputs.values())).splitlines())) > 50
 
@@ -155,13 +156,22 @@ def test_exponential_logarithm_tanh_and_root_are_right_to_the_last_bits(tmp_path
     assert all(float(error) < 1.4e-7 for error in found.values()), found
 
 
+#: On a host, what the compiler's library knows of the processor.
+PROCESSOR = {"__cpu_model", "_GLOBAL_OFFSET_TABLE_"}
+
+
 @pytest.mark.parametrize(
-    ("names", "flags"),
-    [(("gcc",), []), (CLANG, []), (("arm-none-eabi-gcc",), CORTEX_M4)],
-    ids=["gcc", "clang", "cortex-m4"],
+    ("names", "flags", "more"),
+    [
+        (("gcc",), [], PROCESSOR),
+        (("gcc",), ["-ffreestanding"], set()),
+        (CLANG, [], PROCESSOR),
+        (("arm-none-eabi-gcc",), CORTEX_M4, set()),
+    ],
+    ids=["gcc", "freestanding", "clang", "cortex-m4"],
 )
 def test_the_engine_is_clean_and_needs_nothing_but_memory_functions(
-    names: tuple[str, ...], flags: list[str], tmp_path: Path
+    names: tuple[str, ...], flags: list[str], more: set[str], tmp_path: Path
 ) -> None:
     cc = compiler(*names)
     objects = compiled(cc, [*FLAGS, *STRICT, *flags], tmp_path / "build")
@@ -170,7 +180,7 @@ def test_the_engine_is_clean_and_needs_nothing_but_memory_functions(
     defined = {words[-1] for words in listing if len(words) == 3 and words[1] in "TDBR"}
     wanted = {words[-1] for words in listing if len(words) == 2 and words[0] == "U"}
     assert all(name.startswith("mote_") for name in defined), defined
-    assert wanted - defined <= {"memcpy", "memmove", "memset", "memcmp"}
+    assert wanted - defined <= {"memcpy", "memmove", "memset", "memcmp"} | more
     tables = {"mote_kernels", "mote_losses"}  # constants, which a loader fills in where code can be anywhere
     variables = {words[-1] for words in listing if len(words) == 3 and words[1] in "dDbBcC"} - tables
     assert not variables, variables

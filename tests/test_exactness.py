@@ -1,7 +1,8 @@
-"""The same bits everywhere: what 500 steps teach is equal on every core, architecture and compiler."""
+"""The same bits everywhere: what 500 steps teach, and int8 outputs, on every core, architecture and compiler."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import zlib
@@ -13,9 +14,10 @@ import pytest
 import small_models
 
 from edge._mote import ffi, lib
+from edge.learner import MoteLearner
 from edge.mote_build import FLAGS, STRICT
-from edge.program import Program
-from firmware_tools import boards, build, emulate, kernel_table
+from edge.program import Program, assemble
+from firmware_tools import boards, build, emulate, kernel_table, tflite_reader
 
 ROOT = Path(__file__).parents[1]
 BOARDS = {
@@ -85,9 +87,26 @@ def learn_here(course: build.Course) -> str:
     return f"{len(learned):x} {zlib.crc32(learned):x} {int(np.float32(loss[0]).view(np.uint32)):x}"
 
 
+def infer_here(course: build.Course) -> str:
+    """What the extension in this process infers: `bytes CRC-32 0`, as the C program prints it."""
+    learner, state, crc, count = MoteLearner(course.program), course.seed, 0, 0
+    for step in range(course.steps):
+        x = np.full(course.program.input.size, 127, np.int8)
+        for i in range(x.size if step > 0 else 0):
+            state ^= state << 13 & 0xFFFFFFFF
+            state ^= state >> 17
+            state ^= state << 5 & 0xFFFFFFFF
+            x[i] = (state >> 24) - 256 * (state >> 31)
+        y = np.asarray(learner.infer(x)).tobytes()
+        crc, count = zlib.crc32(y, crc), count + len(y)
+    return f"{count:x} {crc:x} 0"
+
+
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
-    """What this process learns of every model."""
+    """What this process learns of every model, in 500 steps: an MLP, a CNN, a depthwise-separable network in float32,
+    one in int8 under a float32 head, and one whose int8 weights learn."""
+    assert all(course.steps == 500 for course in COURSES.values())
     return [learn_here(course) for course in COURSES.values()]
 
 
@@ -104,11 +123,16 @@ def test_a_core_learns_the_same_bits(core: str, expected: list[str], tmp_path: P
 
 @pytest.mark.parametrize("architecture", LINUX)
 def test_an_architecture_learns_the_same_bits(architecture: str, expected: list[str], tmp_path: Path) -> None:
+    said = run_on_linux(architecture, list(COURSES.values()), tmp_path)
+    assert dict(zip(COURSES, said, strict=True)) == dict(zip(COURSES, expected, strict=True))
+
+
+def run_on_linux(architecture: str, courses: list[build.Course], tmp_path: Path) -> list[str]:
+    """What the C program prints, compiled for a Linux of another kind; skips if its tools are not here."""
     cc, flags, runner = LINUX[architecture]
     for tool in (cc, *runner):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
-    courses = list(COURSES.values())
     data = b"".join(course.data for course in courses)
     words = ",".join(str(word) for word in np.frombuffer(data, "<u4"))
     (tmp_path / "device.h").write_text(
@@ -124,4 +148,63 @@ def test_an_architecture_learns_the_same_bits(architecture: str, expected: list[
     command = [cc, *FLAGS, *STRICT, *flags, *folders, tmp_path / "mote_kernels.c", *sources, "-o", tmp_path / "exact"]
     subprocess.run(command, check=True)
     done = subprocess.run([*runner, tmp_path / "exact"], check=True, capture_output=True, text=True, timeout=LIMIT)
-    assert dict(zip(COURSES, done.stdout.splitlines(), strict=True)) == dict(zip(COURSES, expected, strict=True))
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def int8_courses() -> dict[str, build.Course]:
+    """Single int8 operations of many shapes, three samples of each."""
+    programs = {f"{number} {name}": program for number, (name, program) in enumerate(small_models.int8_operations(11))}
+    return {name: build.Course(program, steps=3) for name, program in programs.items()}
+
+
+@pytest.fixture(scope="module")
+def int8_expected(int8_courses: dict[str, build.Course]) -> dict[str, str]:
+    """What this process infers; tests/test_int8_kernels.py compares that with TFLite."""
+    return {name: infer_here(course) for name, course in int8_courses.items()}
+
+
+@pytest.mark.parametrize(
+    ("core", "profile"),
+    [
+        ("Cortex-M3", "exact"),
+        ("Cortex-M4F", "exact"),
+        ("Cortex-M4F", "fast"),
+        ("Cortex-M33", "exact"),
+        ("Cortex-M55", "exact"),
+        ("Cortex-M55", "fast"),
+    ],
+)
+def test_a_core_infers_the_same_int8(
+    core: str,
+    profile: build.Profile,
+    int8_courses: dict[str, build.Course],
+    int8_expected: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    if not build.available() or not emulate.available():
+        pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
+    target = boards.load(BOARDS[core])
+    elf = build.exactness(target, list(int8_courses.values()), tmp_path / "exact.elf", profile=profile)
+    said = emulate.run(target, elf, timeout=LIMIT).splitlines()
+    assert dict(zip(int8_courses, said, strict=True)) == int8_expected
+
+
+@pytest.mark.parametrize("architecture", LINUX)
+def test_an_architecture_infers_the_same_int8(
+    architecture: str, int8_courses: dict[str, build.Course], int8_expected: dict[str, str], tmp_path: Path
+) -> None:
+    said = run_on_linux(architecture, list(int8_courses.values()), tmp_path)
+    assert dict(zip(int8_courses, said, strict=True)) == int8_expected
+
+
+@pytest.mark.skipif("TINYFLEET_DATA" not in os.environ, reason="needs MLPerf Tiny's models in $TINYFLEET_DATA")
+@pytest.mark.parametrize("core", ["Cortex-M4F", "Cortex-M33", "Cortex-M55"])
+@pytest.mark.parametrize("model", ["kws_ref_model", "vww_96_int8", "pretrainedResnet_quant", "ad01_int8"])
+def test_a_core_infers_the_same_of_mlperf_tiny(core: str, model: str, tmp_path: Path) -> None:
+    if not build.available() or not emulate.available():
+        pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
+    file = Path(os.environ["TINYFLEET_DATA"]) / "tflite" / f"mlperf_tiny__{model}.tflite"
+    course, target = build.Course(assemble(tflite_reader.read(file)), steps=2), boards.load(BOARDS[core])
+    elf = build.exactness(target, [course], tmp_path / "exact.elf")
+    assert emulate.run(target, elf, timeout=LIMIT).splitlines() == [infer_here(course)]

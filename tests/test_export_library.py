@@ -53,7 +53,33 @@ def test_the_quick_start_is_built_by_cmake_and_learns_a_stream(profile: str, tmp
     right, seen = (int(word) for word in said.split()[:3:2])
     assert seen == 600
     assert right > 500
-    assert len((export_library.LIBRARY / "quickstart.c").read_text().splitlines()) <= 33
+    assert len((export_library.LIBRARY / "quickstart.c").read_text().splitlines()) <= 36
+
+
+def test_the_quick_start_learns_with_an_int8_backbone(tmp_path: Path) -> None:
+    """The model's input is int8: samples are its numbers."""
+    needs("cmake", "cc")
+    export_library.export("cmake", tmp_path / "mote", small_models.int8_with_head())
+    run(["cmake", "-S", tmp_path / "mote", "-B", tmp_path / "build"])
+    run(["cmake", "--build", tmp_path / "build", "--parallel", "2"])
+    random_ = random.Random(2)
+    lines = []
+    for _ in range(800):
+        label = random_.randrange(4)
+        image = [str(60 * label - 90 + random_.randrange(-10, 11)) for _ in range(64)]
+        lines.append(" ".join([*image, str(label)]))
+    right, seen = (int(word) for word in run([tmp_path / "build" / "quickstart"], input="\n".join(lines)).split()[:3:2])
+    assert seen == 800 and right > 500
+
+
+@pytest.mark.parametrize("model", ["regression", "int8_rest"])
+def test_a_model_that_learns_no_classes_comes_without_the_example(model: str, tmp_path: Path) -> None:
+    needs("cmake", "cc")
+    for kind in ("cmake", "arduino"):
+        files = export_library.export(kind, tmp_path / kind, small_models.MODELS[model]())
+        assert not any("examples" in path.parts for path in files)
+    run(["cmake", "-S", tmp_path / "cmake", "-B", tmp_path / "build"])
+    run(["cmake", "--build", tmp_path / "build", "--parallel", "2"])
 
 
 def test_an_installed_library_is_found_by_another_project(tmp_path: Path) -> None:

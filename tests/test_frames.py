@@ -102,6 +102,13 @@ def test_a_line_without_end_takes_no_memory() -> None:
     assert [*reader.feed(b"\0" + frames.encode(frame))] == [frame] and reader.dropped == 1
 
 
+@pytest.mark.parametrize(("line", "dropped"), [(b"\0\0\0", 0), (b"\1\0", 1), (b"\5\0", 1), (b"\2x\0", 1)])
+def test_what_is_too_short_to_be_a_frame_is_dropped_and_silence_is_not(line: bytes, dropped: int) -> None:
+    reader = Reader()
+    assert [*reader.feed(line)] == [] and reader.dropped == dropped
+    assert c_read(line) == ([], dropped)
+
+
 def test_a_topic_that_is_too_long_is_refused() -> None:
     with pytest.raises(ValueError, match="256 bytes"):
         frames.encode(Frame(frames.MESSAGE, "t" * 256))

@@ -9,11 +9,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import HealthCheck, assume, event, example, given, settings
 from hypothesis import strategies as st
-from nets import graphs, with_weights
+from nets import ACTIVATIONS, graphs, with_weights
 
-from edge.graph import Graph, Kind, Op
+from edge.graph import Graph, Kind, Op, Tensor
 from edge.learner import MoteLearner
 from edge.plan import WEIGHTED
 from edge.program import assemble
@@ -169,12 +169,38 @@ def target(graph: Graph, random: np.random.Generator) -> np.ndarray:
     return random.normal(size=size).astype(np.float32)
 
 
+def many_readers() -> Graph:
+    """A layer whose output every operation that trains nothing reads, and sums read too: all but one of them add to
+    what others have written of its gradient."""
+    tensors = [Tensor((2, 2, 3)), Tensor((2, 2, 3))]
+    ops = [Op(Kind.CONV2D, "all", (0,), 1, (1, 1), (1, 1), (1, 1), trains="all")]
+
+    def add(kind: Kind, *inputs: int, **fields: object) -> int:
+        tensors.append(Tensor((2, 2, 3)))
+        ops.append(Op(kind, kind.name, inputs, len(tensors) - 1, **fields))  # type: ignore[arg-type]
+        return len(tensors) - 1
+
+    total = add(Kind.ADD, 1, 1)
+    for kind in ACTIVATIONS:
+        total = add(Kind.ADD, total, add(kind, 1, slope=0.25 if kind == Kind.LEAKY_RELU else 0.0))
+    window = {"kernel": (3, 3), "strides": (1, 1), "dilation": (1, 1), "pads": (1, 1)}
+    for kind in (Kind.AVGPOOL, Kind.MAXPOOL, Kind.CONV2D, Kind.DEPTHWISE):
+        trains = "all" if kind in WEIGHTED else "nothing"
+        total = add(Kind.ADD, total, add(kind, 1, trains=trains, **window))
+    total = add(Kind.ADD, total, add(Kind.LAYERNORM, 1, epsilon=0.01, trains="all"))
+    total = add(Kind.ADD, total, 1)
+    tensors += [Tensor((1, 1, 12), view_of=total), Tensor((1, 1, 3))]
+    ops.append(Op(Kind.DENSE, "head", (len(tensors) - 2,), len(tensors) - 1, trains="all"))
+    return Graph(tuple(tensors), tuple(ops), len(tensors) - 1, "mse")
+
+
 @settings(
     max_examples=int(os.environ.get("TINYFLEET_GRADIENT_EXAMPLES", "100")),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
+@example(many_readers(), 9)  # of which all layers learn
 @given(graphs(), st.integers(0, 2**32 - 1))
 def test_gradients_are_tensorflows(graph: Graph, seed: int) -> None:
     """One step at a known rate changes every parameter that trains by the rate times TensorFlow's gradient, and no

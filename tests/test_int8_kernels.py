@@ -240,14 +240,17 @@ def test_dense(reference: Reference, how: dict[str, Any], inputs: int, outputs: 
 
 
 @SETTINGS
-@given(weighted(per_channel=True), windows(), st.integers(1, 20), st.integers(1, 9))
+@given(weighted(per_channel=True), windows(), st.integers(1, 20), st.integers(1, 40))
 def test_conv2d(reference: Reference, how: dict[str, Any], at: dict[str, Any], inputs: int, outputs: int) -> None:
     kernel = at["kernel"]
     convolution(reference, how, at, "CONV_2D", inputs, outputs, (outputs, *kernel, inputs), math.prod(kernel) * inputs)
 
 
 @SETTINGS
-@given(weighted(per_channel=True), st.integers(1, 9), st.integers(1, 9), st.integers(1, 140), st.integers(1, 9))
+@given(
+    weighted(per_channel=True), st.integers(1, 9), st.integers(1, 9), st.integers(1, 140) | st.integers(1020, 1030),
+    st.integers(1, 40),
+)  # fmt: skip
 def test_pointwise_conv2d(reference: Reference, how: dict[str, Any], h: int, w: int, inputs: int, outputs: int) -> None:
     one = (1, 1)
     at = {

@@ -2,6 +2,7 @@
 numbers at the ends of what a float can be."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,6 +258,104 @@ def test_what_many_devices_cannot_learn_is_refused_and_the_others_learn() -> Non
 
 
 # Numbers at the ends
+
+
+def everything(loss: p.Loss) -> p.Program:
+    """A model of every kind of float32 layer, with room for the momentum."""
+    layers: list[p.Layer] = [
+        p.Conv2D(3, 2, padding="same"),
+        p.LeakyReLU(0.1),
+        p.DepthwiseConv2D(2),
+        p.Sigmoid(),
+        p.MaxPool2D(2, 1),
+        p.LayerNorm(),
+        p.AvgPool2D(2, 1, "same"),
+        p.Flatten(),
+        p.Dense(5),
+        p.Softmax(),
+        p.Dense(4),
+        p.ReLU6(),
+        p.Dense(3),
+        p.Tanh(),
+    ]
+    return p.build(layers, (4, 4, 2), loss, momentum=True)
+
+
+OPTIMISERS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.9, "weight_decay": 0.01},
+    "clipped": {"clip_norm": 0.1},
+}
+CASES = [(everything(loss), name) for loss in p.LOSSES for name in OPTIMISERS]
+CASES += [(make(), "plain") for make in (small_models.int8_weights, small_models.quantised_training)]
+CASES += [(small_models.int8_with_head(), name) for name in ("plain", "clipped")]
+
+
+@pytest.mark.parametrize(
+    ("program", "optimiser"),
+    CASES,
+    ids=[f"{program.loss}, {program.input.dtype}, {name}" for program, name in CASES],
+)
+def test_what_is_not_a_number_is_an_error_and_leaves_no_trace(program: p.Program, optimiser: str) -> None:
+    """Whoever is given such samples, targets and rates between the good ones learns, bit by bit, what one learns who is
+    not: weights, momentum and the generator that rounds are as they were."""
+    clean, tried = (MoteLearner(program, **OPTIMISERS[optimiser]) for _ in range(2))
+    random = np.random.default_rng(0)
+    if not program.data[21] & 1:  # carries no initial values
+        for learner in (clean, tried):
+            learner.set_parameters(program.initial(1))
+    is_float = program.input.dtype == "float32"
+    targets, kept = tried._targets, program.params_bytes + program.momentum_bytes
+    for step in range(6):
+        x = random.normal(size=program.input_shape).astype(np.float32)
+        x = x if is_float else (x * 60).clip(-128, 127).astype(np.int8)
+        y = np.float32([step % 3]) if program.loss == "softmax_cross_entropy" else random.random(targets, np.float32)
+        for bad in (math.nan, math.inf, -math.inf):
+            wrong: list[tuple[Any, Any, float]] = [
+                (x, y, bad),
+                (x, np.where(np.arange(targets) == step % targets, bad, y), 0.1),
+            ]
+            if is_float:
+                spoilt = x.copy()
+                spoilt.flat[random.integers(x.size)] = bad
+                wrong.append((spoilt, y, 0.1))
+            before = tried._arena[:kept].tobytes()
+            for x_, y_, rate in wrong:
+                with pytest.raises(LearnerError) as error:
+                    tried.learn(x_, y_, rate)
+                assert error.value.code in (lib.MOTE_ERR_ARGUMENT, lib.MOTE_ERR_TARGET)
+                assert tried._arena[:kept].tobytes() == before
+        start = clean.parameters.tobytes()
+        assert clean.learn(x, y, 0.1) == tried.learn(x, y, 0.1)
+        assert clean._arena[:kept].tobytes() == tried._arena[:kept].tobytes()
+        assert clean.parameters.tobytes() != start
+
+
+@pytest.mark.parametrize("loss", p.LOSSES)
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_a_loss_that_is_not_finite_leaves_weights_and_momentum(loss: p.Loss, optimiser: str) -> None:
+    """Weights so large that the logits, or their squares, are not finite."""
+    learner = MoteLearner(p.build([p.Dense(4), p.Dense(3)], (2,), loss, momentum=True), **OPTIMISERS[optimiser])
+    learner.set_parameters(np.full(27, 1e30, np.float32))
+    before = learner._arena[: 2 * 27 * 4].tobytes()
+    y = 1 if loss == "softmax_cross_entropy" else [1.0, 0.0, 1.0]
+    with pytest.raises(LearnerError) as error:
+        learner.learn([1.0, -0.5], y, 0.1)
+    assert error.value.code == lib.MOTE_ERR_DIVERGED
+    assert learner._arena[: 2 * 27 * 4].tobytes() == before
+
+
+@pytest.mark.parametrize("loss", p.LOSSES)
+def test_inputs_and_weights_at_the_small_end_learn_finite_numbers(loss: p.Loss) -> None:
+    """Denormal samples, denormal weights, all-zero samples: through layer norm, softmax and every activation."""
+    program = everything(loss)
+    learner = MoteLearner(program)
+    y = np.float32([1]) if loss == "softmax_cross_entropy" else np.float32([1.0, 0.0, 0.5])
+    for weights in (program.initial(2), np.full(program.n_params, 1e-40, np.float32), np.zeros(program.n_params)):
+        learner.set_parameters(weights)
+        for size in (0.0, 1e-45, 1e-39, 1e-20):
+            assert math.isfinite(learner.learn(np.full(program.input_shape, size, np.float32), y, 0.1))
+            assert np.isfinite(learner.parameters).all() and np.isfinite(learner.infer(np.zeros((4, 4, 2)))).all()
 
 
 @pytest.mark.parametrize("loss", p.LOSSES)

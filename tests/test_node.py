@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import edge.node
+from edge._mote import ffi, lib
 from edge.agent import AgentNode
 from edge.errors import UserError
 from edge.graph import Graph, Kind, Op, Tensor
@@ -416,6 +418,7 @@ def test_a_program_is_adopted_over_the_air(make: Make) -> None:
 
 
 OTHER_SIZE = build([DenseLayer(3)], (5,), "softmax_cross_entropy")
+OTHER_TARGETS = build([DenseLayer(3)], (6,), "mse")
 NO_LOSS = build([DenseLayer(3)], (6,), None, weights={"dense_0/weights": np.ones((3, 6)), "dense_0/bias": np.ones(3)})
 
 
@@ -433,7 +436,9 @@ def int8_input() -> Program:
         (HEAD_ONLY.data, 1, ErrorCode.PROGRAM, -3),  # not the bytes that were promised
         (b"MOTE" + bytes(200), None, ErrorCode.PROGRAM, -2),  # no program
         (OTHER_SIZE.data, None, ErrorCode.PROGRAM, -1),  # takes other samples than this device has
+        (OTHER_TARGETS.data, None, ErrorCode.PROGRAM, -1),
         (int8_input().data, None, ErrorCode.PROGRAM, -8),  # what a fleet does not exchange
+        (small_models.int8_weights().data, None, ErrorCode.PROGRAM, -8),
         (NO_LOSS.data, None, ErrorCode.PROGRAM, -8),
         (bytes(2000), None, ErrorCode.ROOM, 0),  # too large
     ],
@@ -491,6 +496,212 @@ def test_anything_else_is_counted_and_dropped(make: Make, payload: bytes, data: 
     node.receive(data.draw(st.text(max_size=40)), payload)
     assert list(node.poll()) == [] and node.counters == Counters(9, 1, 0)
     assert len(replies(deliver(node, broadcast(work())))) == 1
+
+
+def node_of(**changes: Any) -> tuple[int, Any, Any]:
+    """What mote_node_init says to a good configuration with these fields changed; the node; what it needs alive."""
+    good = mote()
+    config = ffi.new("mote_node_config_t *", good._node.config)  # type: ignore[attr-defined]
+    for name, value in changes.items():
+        setattr(config, name, value)
+    node = ffi.new("mote_node_t *")
+    return int(lib.mote_node_init(node, config)), node, (good, config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{name: ffi.NULL} for name in ("fleet", "id", "td", "sample", "out", "program", "base")]
+    + [{"out_size": 255}, {"out_size": (1 << 20) + 1}, {"sample_count": 6}]
+    + [{"source": {"open": ffi.NULL}}, {"source": {"next": ffi.NULL}}],
+    ids=lambda changes: " ".join(f"{name}" for name in changes),
+)
+def test_a_configuration_that_lacks_something_is_refused(changes: dict[str, Any]) -> None:
+    assert node_of()[0] == lib.MOTE_OK
+    if "source" in changes:
+        source = ffi.new("mote_source_t *", mote()._node.config.source)  # type: ignore[attr-defined]
+        for name, value in changes["source"].items():
+            setattr(source, name, value)
+        changes = {"source": source[0]}
+    assert node_of(**changes)[0] == lib.MOTE_ERR_ARGUMENT
+    assert lib.mote_node_init(ffi.NULL, ffi.NULL) == lib.MOTE_ERR_ARGUMENT
+    assert lib.mote_node_init(ffi.new("mote_node_t *"), ffi.NULL) == lib.MOTE_ERR_ARGUMENT
+
+
+def test_names_are_letters_digits_dots_lines_and_dashes() -> None:
+    def starts(name: bytes) -> bool:
+        fleet = ffi.new("char[]", name)
+        return node_of(fleet=fleet)[0] == lib.MOTE_OK
+
+    good = b"ABCXYZabcxyz0123456789._-"
+    for byte in range(1, 256):
+        if byte not in good:
+            assert starts(bytes([byte])) == (chr(byte).isalnum() and byte < 128), byte
+    assert all(starts(bytes([byte])) for byte in good)
+    assert starts(b"x" * 32) and not starts(b"x" * 33) and not starts(b"")
+
+
+def test_a_node_without_room_for_a_copy_of_the_weights_turns_sparse_replies_down() -> None:
+    code, node, _keep = node_of(base_count=PROGRAM.n_params - 1)
+    assert code == lib.MOTE_OK
+    c = mote()
+    c._node = node  # type: ignore[attr-defined]
+    assert replies(do(c, work(update=UpdateFormat(top=0.5)))) == [Failed(7, ErrorCode.ROOM)]
+    assert serve(c, work(id=8, update=UpdateFormat()))
+
+
+def test_a_source_that_does_not_open_and_one_that_has_nothing_yet() -> None:
+    node = mote()
+    source = node._node.config.source  # type: ignore[attr-defined]
+    opens, gives = source.open, source.next
+    ready = False
+
+    @ffi.callback("int(void *, uint32_t)")  # type: ignore[untyped-decorator]
+    def fails(_context: Any, _seed: int) -> int:
+        return -77
+
+    @ffi.callback("int(void *, int, float *, float *)")  # type: ignore[untyped-decorator]
+    def waits(context: Any, query: int, x: Any, y: Any) -> int:
+        return int(gives(context, query, x, y)) if ready else 0
+
+    source.open = fails
+    do(node, work())
+    assert replies(deliver(node, broadcast(work()))) == [Failed(7, ErrorCode.SAMPLES, -77)]
+    source.open, source.next = opens, waits
+    do(node, work(id=8))
+    assert replies(deliver(node, broadcast(work()))) == [], "it waits for a sample to learn from"
+    assert not node.step()
+    ready = True
+    for _ in range(20):
+        assert node.step()
+    ready = False
+    assert not node.step(), "it waits for a sample to be scored by"
+    ready = True
+    (done,) = replies(deliver(node, []))
+    assert isinstance(done, Done) and np.array_equal(dense([done]), expected(work())[0].parameters)
+
+
+@both
+def test_a_chunk_that_does_not_fit_is_malformed(make: Make) -> None:
+    node, order = make(), work()
+    first, second = chunks(WEIGHTS.astype("<f4").tobytes())
+    other = list(chunks(bytes(3 * 1024)))
+    for number, payload in (
+        (1, first),  # another's offset
+        (2, other[2]),  # behind the end
+        (1, other[1]),  # more than is left
+        (0, next(chunks(bytes(1000)))),  # less than a chunk
+        (0, first[:-1] + bytes([first[-1] ^ 1])),  # not what the checksum says
+        (0, first + b"\0"),
+        (0, first[:-1]),
+        ("x", first),
+        (":", first),
+        ("00", first),
+        ("99999", first),
+        ("1024", first),
+    ):
+        before = node.counters.malformed
+        do(node, order)
+        node.receive(TOPICS.weights(5, 1, number), payload)
+        assert node.counters.malformed == before + 1
+    do(node, order)
+    assert replies(deliver(node, [(TOPICS.weights(5, 1, 0), first), (TOPICS.weights(5, 1, 1), second)]))
+
+
+@both
+def test_an_order_with_something_behind_it_is_malformed(make: Make) -> None:
+    node = make()
+    node.receive(TOPICS.do(ID), encode(work()) + b"\0")
+    node.receive(TOPICS.do(ID), b"")
+    assert node.counters.malformed == 2 and list(node.poll()) == []
+
+
+@both
+def test_numbers_of_a_round_may_be_long(make: Make) -> None:
+    order = work(run=2**32 - 1, round=1234567890)
+    (done,) = serve(make(), order)
+    assert np.array_equal(dense([done]), expected(order)[0].parameters)
+
+
+@both
+def test_without_queries_or_steps_the_mean_losses_are_0(make: Make) -> None:
+    node = make()
+    (done,) = serve(node, work(query=0))
+    assert done.metrics is not None and done.metrics.query_loss == 0.0 < done.metrics.loss
+    (done,) = serve(node, work(id=8, phases=()))
+    assert done.metrics is not None and done.metrics.loss == 0.0 < done.metrics.query_loss
+
+
+@both
+def test_layers_apart_are_shared_in_parts(make: Make) -> None:
+    """Two layers, with one between them that stays."""
+    deep = build([DenseLayer(4), ReLU(), DenseLayer(5), ReLU(), DenseLayer(3)], (6,), "softmax_cross_entropy")
+    node, vector = make(deep), deep.initial(2)
+    order = work(model=deep.model_id, phases=(), update=UpdateFormat(shared=0b101))
+    do(node, order)
+    parts = [did.update for did in replies(deliver(node, broadcast(order, vector))) if isinstance(did, Done)]
+    got = [(part.offset, part.values.tolist()) for part in parts if isinstance(part, Dense)]
+    assert got == [(0, vector[:28].tolist()), (53, vector[53:].tolist())]
+
+
+@both
+def test_a_share_that_is_a_whole_number_is_sent_exactly(make: Make) -> None:
+    (done,) = serve(make(), work(update=UpdateFormat(shared=1, top=0.25)))
+    assert isinstance(done.update, Sparse) and len(done.update.indices) == 70
+
+
+@both
+def test_a_model_of_which_nothing_trains_is_scored_at_once(make: Make) -> None:
+    layer = {"dense_0/weights": np.ones((3, 6), np.float32), "dense_0/bias": np.zeros(3, np.float32)}
+    frozen = build([DenseLayer(3)], (6,), "softmax_cross_entropy", trainable=[], weights=layer)
+    node = make(frozen)
+    outs = do(node, work(kind="evaluate", model=frozen.model_id, phases=(), update=None))
+    (done,) = replies([*outs, *deliver(node, [])])
+    assert isinstance(done, Done) and done.metrics is not None and done.metrics.queried == 10
+
+
+@both
+def test_a_loss_that_is_not_finite_while_scoring_is_told(make: Make) -> None:
+    node, order = make(), work(kind="evaluate", phases=(), update=None)
+    do(node, order)
+    huge = np.full_like(WEIGHTS, 3e38)
+    assert replies(deliver(node, broadcast(order, huge))) == [Failed(7, ErrorCode.DIVERGED)]
+
+
+@both
+def test_a_model_of_one_number_has_no_right_answers_to_count(make: Make) -> None:
+    one = build([DenseLayer(1)], (6,), "mse")
+    node, order = make(one), work(model=one.model_id)
+    do(node, order)
+    (done,) = replies(deliver(node, broadcast(order, one.initial(1))))
+    assert isinstance(done, Done) and done.metrics is not None
+    assert (done.metrics.queried, done.metrics.correct) == (10, 0) and done.metrics.query_loss > 0
+
+
+@both
+def test_a_model_larger_than_the_wire_is_turned_down(make: Make) -> None:
+    large = build([DenseLayer(40_000), DenseLayer(3)], (6,), "softmax_cross_entropy")
+    assert large.n_params * 4 > 1 << 20
+    node = make(large, arena_bytes=4 << 20) if make is mote else make(large)
+    order = work(model=large.model_id)
+    assert replies(do(node, order)) == [Failed(7, ErrorCode.ROOM)]
+
+
+@both
+def test_a_program_that_can_not_be_taken_is_turned_down(make: Make) -> None:
+    def adopt(node: Node, size: int) -> list[Did]:
+        return replies(do(node, Adopt(3, b"12345678", size, 0)))
+
+    assert adopt(make(adopt_bytes=0), 100) == [Failed(3, ErrorCode.ROOM)]
+    assert adopt(make(adopt_bytes=100), 101) == [Failed(3, ErrorCode.ROOM)]
+    assert adopt(make(adopt_bytes=2 << 20), (1 << 20) + 1) == [Failed(3, ErrorCode.ROOM)]
+    assert adopt(make(), 0) == [Failed(3, ErrorCode.ROOM)]
+    node = make()
+    assert adopt(node, 100) == []
+    assert do(node, work()) == [Unsubscribe(TOPICS.program(b"12345678")), Subscribe(TOPICS.weights(5, 1))]
+    node = make()
+    assert adopt(node, 100) == []
+    node.connected()
+    assert Subscribe(TOPICS.program(b"12345678")) in list(node.poll())
 
 
 # ------------------------------------------------------------------------------------- the two nodes, side by side

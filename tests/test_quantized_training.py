@@ -21,7 +21,7 @@ from edge.program import ProgramError, assemble
 from edge.quantized import logistic_table
 from firmware_tools.keras_reader import read as read_keras
 from firmware_tools.quantized_training import Importance, Update, assume, choose, everything_from, measure, train_int8
-from firmware_tools.reading import CompileError
+from firmware_tools.reading import CompileError, compact
 from firmware_tools.tflite_reader import read as read_tflite
 
 # Graphs
@@ -235,6 +235,79 @@ def test_what_float32_training_has_besides_is_refused():
     learner = MoteLearner(assemble(graph), clip_norm=1.0)
     with pytest.raises(LearnerError):
         learner.learn(image(np.random.default_rng(1)), 0, 0.1)
+
+
+def two_ways(kind: Kind | None) -> Graph:
+    """A dense layer that trains, the sum of its output with what an operation that changes nothing makes of it, and the
+    sum of that with the output again. None: without the operation."""
+    random = np.random.default_rng(4)
+    one = {} if kind == Kind.INT8_MEAN else {"kernel": (1, 1), "strides": (1, 1), "dilation": (1, 1)}
+    tensors = (
+        Tensor((1, 1, 6), "int8", 1 / 64, 3),
+        *[Tensor((1, 1, 4), "int8", 0.05, -5)] * 2,
+        Tensor((1, 1, 4), "int8", 0.1, -5),
+        Tensor((1, 1, 4), "int8", 0.2, -5),
+        Tensor((1, 1, 4)),
+    )
+    dense = Op(
+        Kind.TRAINED_INT8_DENSE,
+        "dense",
+        (0,),
+        1,
+        weights=random.integers(-127, 128, (4, 6)).astype(np.int8),
+        bias=random.integers(-300, 300, 4).astype(np.int32),
+        weight_scales=random.uniform(0.004, 0.006, 4),
+        trains="all",
+        trained=4,
+    )
+    same = () if kind is None else (Op(kind, "same", (1,), 2, **one),)  # type: ignore[arg-type]
+    ends = (
+        Op(Kind.INT8_ADD, "sum", (1, 2 if same else 1), 3),
+        Op(Kind.INT8_ADD, "again", (3, 1), 4),
+        Op(Kind.DEQUANTIZE, "logits", (4,), 5),
+    )
+    return compact(Graph(tensors, (dense, *same, *ends), 5, "softmax_cross_entropy"))
+
+
+def dequantised_twice(times: int) -> Graph:
+    """The same dense layer, of whose output one dequantisation or two go into a sum."""
+    whole = two_ways(None)
+    tensors = (*whole.tensors[:2], *[Tensor((1, 1, 4))] * (times + 1))
+    ops = [whole.ops[0], *(Op(Kind.DEQUANTIZE, f"out{i}", (1,), 2 + i) for i in range(times))]
+    return replace(
+        whole,
+        tensors=tensors,
+        ops=(*ops, Op(Kind.ADD, "sum", (2, 1 + times), 2 + times)),
+        output=2 + times,
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(two_ways(None), two_ways(kind)) for kind in (Kind.INT8_MAXPOOL, Kind.INT8_AVGPOOL, Kind.INT8_MEAN)]
+    + [(dequantised_twice(1), dequantised_twice(2))],
+    ids=["maximum", "average", "mean", "dequantise"],
+)
+def test_a_gradient_that_comes_by_several_ways_is_their_sum(one, other):
+    """Ways through operations that change nothing teach the same bits as the direct ones."""
+    learners = MoteLearner(assemble(one)), MoteLearner(assemble(other))
+    before = learners[0].parameters
+    random = np.random.default_rng(5)
+    for step in range(20):
+        x = random.integers(-128, 128, 6).astype(np.int8)
+        assert learners[0].learn(x, step % 4, 0.05) == learners[1].learn(x, step % 4, 0.05)
+    assert learners[0].parameters.tobytes() == learners[1].parameters.tobytes() != before.tobytes()
+
+
+def test_a_bias_that_would_leave_32_bits_stays_at_their_end():
+    learner = MoteLearner(assemble(two_ways(None)))
+    unit = learner.parameters[-4:].copy()
+    x = np.full(6, 100, np.int8)
+    for rate in (1e30, -1e30):
+        for label in range(4):
+            learner.learn(x, label, rate)
+            assert np.isfinite(learner.parameters).all()
+    assert (learner.parameters[-4:] != unit).any()
 
 
 # Programs

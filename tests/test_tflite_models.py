@@ -1,10 +1,13 @@
 """.tflite files: what is read gives TFLite's own numbers, and what is refused says why."""
 
 import os
+import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -219,12 +222,22 @@ def test_a_model_that_ends_the_interpreter_does_not_end_us(name: str, tmp_path: 
         read(path)
 
 
-@needs_tflite
-@pytest.mark.skipif(not find_spec("tensorflow"), reason="tensorflow is not installed")
-def test_branches_slices_and_every_activation_compute_what_tflite_computes(tmp_path: Path) -> None:
-    paths = tmp_path / "int8.tflite", tmp_path / "float32.tflite"
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """CONVERT's int8 and its float32 model."""
+    if not find_spec("tensorflow"):
+        pytest.skip("tensorflow is not installed")
+    folder = tmp_path_factory.mktemp("converted")
+    paths = folder / "int8.tflite", folder / "float32.tflite"
     subprocess.run([sys.executable, "-c", CONVERT, *paths], check=True, capture_output=True)
-    for path in paths:
+    return paths
+
+
+@needs_tflite
+def test_branches_slices_and_every_activation_compute_what_tflite_computes(
+    converted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for path in converted:
         graph = read(path)
         samples = inputs(graph, SAMPLES)
         compare(graph, samples, in_tflite(path, samples, tmp_path))
@@ -266,31 +279,81 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 SMALL = ["tflm__hello_world_float", "tflm__hello_world_int8", "haoyu_r__Voice_Turn", "haoyu_r__Move"]
+WORDS = (0, 1, 2, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x0FFFFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFF0, 0xFFFFFFFF)
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    st.sampled_from(SMALL),
-    st.one_of(st.none(), st.floats(0, 1)),
-    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+PLACES = st.floats(0, 1, exclude_max=True)
+CHANGES = st.lists(
+    st.tuples(st.sampled_from(["byte", "near", "word", "copy"]), PLACES, PLACES, st.integers(0, 255)), max_size=6
 )
-def test_a_damaged_file_is_refused_or_still_a_model(
-    name: str, keep: float | None, changes: list[tuple[float, int]]
-) -> None:
-    data = bytearray((models() / f"{name}.tflite").read_bytes())
-    if keep is not None:
-        del data[int(keep * len(data)) :]
-    for where, value in changes:
-        if data:
-            data[int(where * len(data))] = value
+
+
+def damaged(data: bytes, keep: float | None, changes: list[tuple[str, float, float, int]]) -> bytes:
+    """A file, cut, and with bytes, whole words and copies of its own parts in places where they do not belong."""
+    out = bytearray(data)
+    for how, where, source, value in changes:
+        at = int(where * len(data))
+        new = bytes([value])
+        if how == "near":
+            new = bytes([(out[at] + (-4, -1, 1, 4)[value % 4]) % 256])
+        elif how == "word":
+            at, new = at & ~3, WORDS[value % len(WORDS)].to_bytes(4, "little")
+        elif how == "copy":
+            new = data[int(source * len(data)) :][: value % 40]
+        out[at : at + len(new)] = new
+    return bytes(out[: len(data) if keep is None else int(keep * len(data))])
+
+
+@contextmanager
+def limits(seconds: float, size: int) -> Iterator[None]:
+    """Raises TimeoutError after so many seconds; fails if more memory than `size` bytes was taken at a time."""
+
+    def stop(_signal: int, _frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    tracemalloc.start()
     try:
-        graph = read(bytes(data))
+        yield
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert peak < size
+
+
+def read_damaged(data: bytes) -> None:
+    """A file is refused in a line, or is a model that the engine runs."""
+    try:
+        with limits(60, 40 * len(data) + (1 << 24)):
+            graph = read(data)
     except CompileError as error:
         assert "\n" not in str(error)
         return
     try:
-        learner = MoteLearner(assemble(graph))
-    except ProgramError:  # weights that are not finite
+        program = assemble(graph)
+    except ProgramError:  # weights that are not finite, or too much memory
         return
-    if sum(layer.macs for layer in learner.program.layers) < 1e7:
-        learner.infer(inputs(graph, 1)[0])
+    if sum(layer.macs for layer in program.layers) < 1e7 and program.arena_bytes < 1 << 24:
+        MoteLearner(program).infer(inputs(graph, 1)[0])
+
+
+FILES = settings(max_examples=int(os.environ.get("TINYFLEET_FILE_EXAMPLES", "300")), deadline=None)
+
+
+@FILES
+@given(st.sampled_from(SMALL), st.none() | PLACES, CHANGES)
+def test_a_damaged_file_is_refused_or_still_a_model(
+    name: str, keep: float | None, changes: list[tuple[str, float, float, int]]
+) -> None:
+    read_damaged(damaged((models() / f"{name}.tflite").read_bytes(), keep, changes))
+
+
+@FILES
+@given(st.sampled_from([0, 1]), st.none() | PLACES, CHANGES)
+def test_a_damaged_file_of_every_operator_is_refused_or_still_a_model(
+    converted: tuple[Path, Path], which: int, keep: float | None, changes: list[tuple[str, float, float, int]]
+) -> None:
+    read_damaged(damaged(converted[which].read_bytes(), keep, changes))

@@ -13,7 +13,6 @@ typedef struct {
     uint32_t crc;
     uint8_t block[1 + BLOCK]; /* its code, then bytes that are not zero */
     size_t size;
-    int open; /* whether a block must follow: at the start, and after a zero */
 } writer_t;
 
 static void flush(writer_t *w)
@@ -29,7 +28,6 @@ static void write_bytes(writer_t *w, const uint8_t *bytes, size_t size)
         if (w->size == BLOCK) {
             flush(w);
         }
-        w->open = bytes[i] == 0;
         if (bytes[i] == 0) {
             flush(w);
         } else {
@@ -57,7 +55,6 @@ void mote_frame_write(mote_frame_put_t put, void *context, int kind, const char 
     w.context = context;
     w.crc = 0;
     w.size = 0;
-    w.open = 1;
     uint8_t head[HEAD] = {(uint8_t)kind, (uint8_t)topic_size};
     put(context, &delimiter, 1);
     write_checked(&w, head, HEAD);
@@ -68,9 +65,7 @@ void mote_frame_write(mote_frame_put_t put, void *context, int kind, const char 
     uint32_t crc = w.crc;
     uint8_t tail[CRC] = {(uint8_t)crc, (uint8_t)(crc >> 8), (uint8_t)(crc >> 16), (uint8_t)(crc >> 24)};
     write_bytes(&w, tail, CRC);
-    if (w.size > 0 || w.open) {
-        flush(&w);
-    }
+    flush(&w); /* a block is always begun: one that is full is written when the next byte comes */
     put(context, &delimiter, 1);
 }
 
@@ -123,7 +118,7 @@ static int finish(const mote_frame_reader_t *r, mote_frame_t *frame)
 int mote_frame_read(mote_frame_reader_t *r, uint8_t byte, mote_frame_t *frame)
 {
     if (byte == 0) {
-        int something = r->size > 0 || r->block > 0 || r->zero || r->broken;
+        int something = r->size > 0 || r->block > 0 || r->zero;
         int whole = finish(r, frame);
         if (something && !whole) {
             r->dropped++;

@@ -83,15 +83,20 @@ void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, mote_range_t ra
 void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, mote_range_t range, const mote_requant_t *requant,
                               const int8_t *weights, uint32_t row, uint32_t first, uint32_t count);
 
-/* Where a target has better instructions than C can name (mote_int8_dsp.c and its like), these compute a convolution's
- * output pixels from the first on, all channels, and tell how many; and all of a depthwise one, telling whether. */
-#if defined(__ARM_FEATURE_DSP) && defined(__ARM_FEATURE_SIMD32) && defined(__OPTIMIZE__) && !defined(__clang__) &&     \
-    !defined(__ARM_FEATURE_MVE)
+/* Which instructions compute int8 better than C can name them. */
+#if defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 1) && !defined(__clang__)
+#define MOTE_INT8_MVE
+#elif defined(__ARM_FEATURE_DSP) && defined(__ARM_FEATURE_SIMD32) && defined(__OPTIMIZE__) && !defined(__clang__)
 #define MOTE_INT8_DSP
 #endif
-#ifdef MOTE_INT8_DSP
+#if defined(__x86_64__) && defined(__GNUC__) && __STDC_HOSTED__
+#define MOTE_INT8_AVX2 /* asks the compiler's library what the processor has */
+#endif
+
+/* By such (mote_int8_dsp.c, mote_int8_mve.c, mote_int8_avx2.c), these compute a convolution's output pixels from the
+ * first on, all channels, and tell how many; and all of a depthwise one, telling whether. */
+#if defined(MOTE_INT8_DSP) || defined(MOTE_INT8_AVX2)
 uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants);
-int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op);
 #else
 static inline uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op,
                                              const mote_int8_constants_t *constants)
@@ -99,6 +104,10 @@ static inline uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *o
     (void)m, (void)op, (void)constants;
     return 0;
 }
+#endif
+#if defined(MOTE_INT8_DSP) || defined(MOTE_INT8_MVE) || defined(MOTE_INT8_AVX2)
+int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op);
+#else
 static inline int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op)
 {
     (void)m, (void)op;

@@ -37,6 +37,8 @@ static const int8_t *taps_at(const window_t *a, int32_t y, int32_t x, uint32_t l
 /* Adds what the window gives to the sums of four filters, or of one. */
 static void add_window(const window_t *a, int32_t acc[4], uint32_t filters, const int8_t *w)
 {
+    int8_t zeros[16];
+    memset(zeros, a->in->zero_point, sizeof zeros);
     const uint32_t channels = a->in->c, row = (uint32_t)a->op->kernel_h * a->op->kernel_w * channels;
     int32_t y = a->y;
     for (uint32_t i = 0; i < a->op->kernel_h; i++, y += a->op->dilation_h) {
@@ -44,17 +46,16 @@ static void add_window(const window_t *a, int32_t acc[4], uint32_t filters, cons
         uint32_t taps;
         for (uint32_t j = 0; j < a->op->kernel_w; j += taps, x += (int32_t)taps * a->op->dilation_w) {
             const int8_t *values = taps_at(a, y, x, a->op->kernel_w - j, &taps);
-            if (values != NULL && filters == 4) {
-                mote_int8_dots(acc, w, row, values, taps * channels);
-            } else if (values != NULL) {
-                *acc = mote_int8_dot(*acc, w, values, taps * channels);
-            } else {
-                for (uint32_t k = 0; k < filters * channels; k++) {
-                    const int32_t weight = w[k / channels * row + k % channels];
-                    acc[k / channels] = mote_wrapped_sum(acc[k / channels], weight * a->in->zero_point);
+            const uint32_t most = values != NULL ? taps * channels : sizeof zeros;
+            for (uint32_t left = taps * channels, n; left > 0; left -= n, w += n) {
+                const int8_t *from = values != NULL ? values : zeros;
+                n = left < most ? left : most;
+                if (filters == 4) {
+                    mote_int8_dots(acc, w, row, from, n);
+                } else {
+                    *acc = mote_int8_dot(*acc, w, from, n);
                 }
             }
-            w += taps * channels;
         }
     }
 }
@@ -92,10 +93,13 @@ static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_
     for (; to < end; pixel++, to += out->c) {
         a.y = (int32_t)(pixel / out->w) * op->stride_h - op->pad_top;
         a.x = (int32_t)(pixel % out->w) * op->stride_w - op->pad_left;
-        int8_t *patch = NULL;
-        if (count == out->c && op->kernel_h * op->kernel_w > 1 && (uint32_t)(end - to) >= row + count) {
+        const int8_t *patch = NULL;
+        if (op->kernel_h * op->kernel_w == 1) {
+            uint32_t taps;
+            patch = taps_at(&a, a.y, a.x, 1, &taps);
+        } else if (count == out->c && (uint32_t)(end - to) >= row + count) {
+            gather(&a, end - row);
             patch = end - row;
-            gather(&a, patch);
         }
         uint32_t filters;
         for (uint32_t o = 0; o < count; o += filters) {
@@ -113,8 +117,10 @@ static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_
             } else {
                 *acc = mote_int8_dot(*acc, w, patch, row);
             }
-            for (uint32_t f = 0; f < filters; f++) {
-                to[o + f] = mote_requantised(acc[f], &r[f], out->zero_point, c->range);
+            if (filters == 4) {
+                mote_int8_put_four(to + o, acc, r, out->zero_point, c->range);
+            } else {
+                to[o] = mote_requantised(*acc, r, out->zero_point, c->range);
             }
         }
     }

@@ -37,9 +37,7 @@ void mote_int8_dense_part(const mote_t *m, const mote_op_t *op, mote_range_t ran
     for (; o + 4 <= count; o += 4, weights += 4 * n) {
         int32_t acc[4] = {requant[o].bias, requant[o + 1].bias, requant[o + 2].bias, requant[o + 3].bias};
         mote_int8_dots(acc, weights, n, x, n);
-        for (uint32_t f = 0; f < 4; f++) {
-            y[o + f] = mote_requantised(acc[f], &requant[o + f], out->zero_point, range);
-        }
+        mote_int8_put_four(y + o, acc, requant + o, out->zero_point, range);
     }
     for (; o < count; o++, weights += n) {
         int32_t acc = mote_int8_dot(requant[o].bias, weights, x, n);

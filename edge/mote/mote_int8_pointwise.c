@@ -1,7 +1,7 @@
 /* int8 sums, products and functions of one number, and the steps between int8 and float32. */
 #include "mote_kernel_list.h"
 
-#include "mote_int8.h"
+#include "mote_int8_avx2.h"
 
 typedef struct {
     mote_range_t range;
@@ -41,7 +41,17 @@ void mote_int8_add(const mote_t *m, const mote_op_t *op)
     const int8_t *x = mote_read(m, op->in), *x2 = mote_read(m, op->in2);
     int8_t *y = mote_write(m, op->out);
     const int32_t unit = 1 << a->left_shift;
-    for (uint32_t i = mote_size(mote_tensor(m, op->out)); i > 0; i--) {
+    uint32_t left = mote_size(mote_tensor(m, op->out));
+#ifdef MOTE_INT8_AVX2
+    if (mote_has_avx2()) {
+        const uint32_t done = mote_int8_add_avx2(a, x, x2, y, left);
+        x += done;
+        x2 += done;
+        y += done;
+        left -= done;
+    }
+#endif
+    for (; left > 0; left--) {
         int32_t sum = mote_wrapped_sum(mote_scaled((*x++ + a->in_offset) * unit, a->in_multiplier, a->in_shift),
                                        mote_scaled((*x2++ + a->in2_offset) * unit, a->in2_multiplier, a->in2_shift));
         *y++ =

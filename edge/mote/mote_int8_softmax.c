@@ -90,13 +90,13 @@ static void softmax(const int8_t *x, int8_t *y, uint32_t n, const softmax_t *c)
             sum += mote_rounded_shift(exp_of_difference(x[i] - most, c), 12);
         }
     }
-    int32_t zeros = leading_zeros(sum);
+    int32_t zeros = leading_zeros(sum), shift = 12 - zeros + 31 - 8;
     int32_t scale = reciprocal_of_one_plus((int32_t)(((uint32_t)sum << zeros) - (1u << 31)));
     for (uint32_t i = 0; i < n; i++) {
         int32_t value = INT8_MIN;
         if (x[i] - most >= c->diff_min) {
             int32_t share = mote_high_product(scale, exp_of_difference(x[i] - most, c));
-            value += mote_rounded_shift(share, zeros < 4 ? 31 : 12 - zeros + 31 - 8);
+            value += shift > 31 ? 0 : mote_rounded_shift(share, shift); /* a share of 512 or more is less than a half */
         }
         y[i] = mote_clamped(value, all);
     }

@@ -234,7 +234,8 @@ static inline void *mote_write(const mote_t *m, uint32_t tensor)
     return mote_activations(m) + mote_tensor(m, tensor)->offset;
 }
 
-/* A gradient to be written, or NULL if nobody wants it. */
+/* A gradient to be written, or NULL if nobody wants it: the first op of a backward pass has something that trains, and
+ * so a single input. */
 static inline float *mote_din(const mote_t *m, const mote_op_t *op)
 {
     return op->din == MOTE_NO_TENSOR || op == &mote_ops(m)[m->first] ? NULL : (float *)mote_write(m, op->din);
@@ -242,7 +243,7 @@ static inline float *mote_din(const mote_t *m, const mote_op_t *op)
 
 static inline float *mote_din2(const mote_t *m, const mote_op_t *op)
 {
-    return op->din2 == MOTE_NO_TENSOR || op == &mote_ops(m)[m->first] ? NULL : (float *)mote_write(m, op->din2);
+    return op->din2 == MOTE_NO_TENSOR ? NULL : (float *)mote_write(m, op->din2);
 }
 
 /* A float op's weights and bias, and where their updates go: NULL where they do not train now. */

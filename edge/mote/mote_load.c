@@ -160,12 +160,11 @@ static const mote_loss_t *loss_of(const mote_header_t *h)
     return l;
 }
 
-/* The tensors that the header names, and the loss over them. */
+/* The tensors that the header names (the input is there), and the loss over them. */
 static int ends_fit(const mote_t *m)
 {
     const mote_header_t *h = mote_header(m);
-    if (h->input >= h->tensors || mote_tensor(m, h->input)->offset != MOTE_EXTERNAL || !is_written(m, h->logits) ||
-        !is_written(m, h->output)) {
+    if (mote_tensor(m, h->input)->offset != MOTE_EXTERNAL || !is_written(m, h->logits) || !is_written(m, h->output)) {
         return MOTE_ERR_FORMAT;
     }
     const mote_tensor_t *logits = mote_tensor(m, h->logits), *output = mote_tensor(m, h->output);
@@ -221,7 +220,7 @@ int mote_load(mote_t *m, const void *program, size_t size, void *arena, size_t a
         return error;
     }
     size_t need = arena_bytes(h);
-    if (arena_size < need || (uintptr_t)arena % 4 != 0 || (arena == NULL && need != 0)) {
+    if (arena == NULL || arena_size < need || (uintptr_t)arena % 4 != 0) {
         return MOTE_ERR_ARENA;
     }
     if (h->params != 0) {

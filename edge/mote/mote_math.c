@@ -15,14 +15,11 @@ static float from_bits(uint32_t bits)
     return value;
 }
 
-/* e^x. Below -87, just above the subnormal results, it is 0; above 88 it stays at e^88. */
+/* e^x for x <= 88; more is not asked for. Below -87, just above the subnormal results, it is 0. */
 float mote_expf(float x)
 {
     if (!(x >= -87.0f)) {
         return x < 0.0f ? 0.0f : x; /* not a number stays so */
-    }
-    if (x > 88.0f) {
-        x = 88.0f;
     }
     float n = x * 1.44269504088896341f;
     int32_t k = (int32_t)(n + (n < 0.0f ? -0.5f : 0.5f));

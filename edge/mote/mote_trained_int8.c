@@ -136,12 +136,12 @@ static mote_requant_t requant_of(const parts_t *p, uint32_t o, filter_t filter)
 }
 
 /* Of the channels that train, from `first` on, as many as fit into r. Returns how many. */
-static uint32_t requants_of(const mote_op_t *op, const parts_t *p, filter_t (*filter)(const parts_t *, uint32_t),
-                            uint32_t first, mote_requant_t *r)
+static uint32_t requants_of(const mote_op_t *op, const parts_t *p, uint32_t first, mote_requant_t *r)
 {
+    const int depthwise = op->kind == MOTE_TRAINED_INT8_DEPTHWISE;
     uint32_t count = 0;
-    for (; count < CHUNK && first + count < op->trained; count++) {
-        r[count] = requant_of(p, first + count, filter(p, first + count));
+    for (uint32_t o = first; count < CHUNK && o < op->trained; count++, o++) {
+        r[count] = requant_of(p, o, depthwise ? depthwise_filter_of(p, o) : filter_of(p, o));
     }
     return count;
 }
@@ -151,7 +151,7 @@ void mote_trained_int8_dense(const mote_t *m, const mote_op_t *op)
     const parts_t p = parts_of(m, op, mote_size(mote_tensor(m, op->in)));
     mote_requant_t r[CHUNK];
     uint32_t o = 0;
-    for (uint32_t count; (count = requants_of(op, &p, filter_of, o, r)) != 0; o += count) {
+    for (uint32_t count; (count = requants_of(op, &p, o, r)) != 0; o += count) {
         mote_int8_dense_part(m, op, p.range, r, filter_of(&p, o).w, o, count);
     }
     mote_int8_dense_part(m, op, p.range, p.requant + o, filter_of(&p, o).w, o, p.out->c - o);
@@ -162,7 +162,7 @@ void mote_trained_int8_conv2d(const mote_t *m, const mote_op_t *op)
     const parts_t p = parts_of(m, op, filter_taps(m, op));
     mote_requant_t r[CHUNK];
     uint32_t o = 0;
-    for (uint32_t count; (count = requants_of(op, &p, filter_of, o, r)) != 0; o += count) {
+    for (uint32_t count; (count = requants_of(op, &p, o, r)) != 0; o += count) {
         mote_int8_conv2d_part(m, op, p.range, r, filter_of(&p, o).w, o, count);
     }
     mote_int8_conv2d_part(m, op, p.range, p.requant + o, filter_of(&p, o).w, o, p.out->c - o);
@@ -173,7 +173,7 @@ void mote_trained_int8_depthwise(const mote_t *m, const mote_op_t *op)
     const parts_t p = parts_of(m, op, (uint32_t)op->kernel_h * op->kernel_w);
     mote_requant_t r[CHUNK];
     uint32_t o = 0;
-    for (uint32_t count; (count = requants_of(op, &p, depthwise_filter_of, o, r)) != 0; o += count) {
+    for (uint32_t count; (count = requants_of(op, &p, o, r)) != 0; o += count) {
         filter_t f = depthwise_filter_of(&p, o);
         mote_int8_depthwise_part(m, op, p.range, r, f.w, f.row, o, count);
     }

@@ -12,19 +12,13 @@ static uint32_t float_bits(float v)
     return bits;
 }
 
-/* The f16 nearest to v, ties to even (IEEE 754). */
+/* The f16 nearest to v, ties to even (IEEE 754); |v| < 65520, as mote_update_is_finite has seen to. */
 static uint16_t to_half(float v)
 {
     uint32_t bits = float_bits(v);
     uint32_t sign = bits >> 16 & 0x8000u;
     uint32_t magnitude = bits & 0x7fffffffu;
     uint32_t half, rest, tie;
-    if (magnitude > 0x7f800000u) {
-        return (uint16_t)(sign | 0x7e00u); /* not a number */
-    }
-    if (magnitude >= 0x477ff000u) {
-        return (uint16_t)(sign | 0x7c00u); /* at least 65520: infinity */
-    }
     if (magnitude < 0x38800000u) { /* below 2^-14: subnormal, counted in 2^-24 */
         uint32_t shift = 126 - (magnitude >> 23);
         if (shift > 24) {
@@ -70,8 +64,8 @@ static int shared_range(const mote_node_t *n, uint32_t from, uint32_t *first, ui
     int found = 0;
     for (uint32_t layer = 0; layer < n->mote.layers; layer++) {
         size_t at = 0, count = 0;
-        if (!(n->shared >> layer & 1) || mote_layer(&n->mote, layer, &at, &count) != MOTE_OK || count == 0 ||
-            at + count <= from) {
+        (void)mote_layer(&n->mote, layer, &at, &count);
+        if (!(n->shared >> layer & 1) || at + count <= from) {
             continue;
         }
         if (!found) {
@@ -117,7 +111,7 @@ static uint32_t count_changes(const mote_node_t *n, uint32_t bits)
 
 int mote_update_is_finite(const mote_node_t *n)
 {
-    uint32_t limit = n->half ? 0x477ff000u : 0x7f800000u;
+    uint32_t limit = n->half ? 0x477ff000u : 0x7f800000u; /* 65520, which f16 rounds to infinity; infinity */
     uint32_t end = 0;
     for (uint32_t i = next_shared(n, 0, &end); i < end; i = next_shared(n, i + 1, &end)) {
         uint32_t bits = mote_is_sparse(n) ? change_bits(n, i) : float_bits(parameter(n, i)) & 0x7fffffffu;
@@ -214,7 +208,7 @@ static void write_dense(const mote_node_t *n, const mote_part_t *part, uint8_t *
 static void write_sparse(const mote_node_t *n, const mote_part_t *part, uint32_t ties, uint8_t *gaps, uint8_t *values)
 {
     uint32_t before = UINT32_MAX, end = 0;
-    for (uint32_t i = next_shared(n, part->from, &end); i < part->next && i < end; i = next_shared(n, i + 1, &end)) {
+    for (uint32_t i = next_shared(n, part->from, &end); i < part->next; i = next_shared(n, i + 1, &end)) {
         if (!is_chosen(n, i, &ties)) {
             continue;
         }

@@ -87,12 +87,14 @@ static inline float mote_dot(const float *a, const float *b, uint32_t n)
     s2 = s[2];
     s3 = s[3];
 #endif
+#if !MOTE_HAS_LANES
     for (; n >= 4; n -= 4, a += 4, b += 4) {
         s0 += a[0] * b[0];
         s1 += a[1] * b[1];
         s2 += a[2] * b[2];
         s3 += a[3] * b[3];
     }
+#endif
     if (n > 0) {
         s0 += a[0] * b[0];
     }

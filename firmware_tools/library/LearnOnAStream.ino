@@ -8,7 +8,7 @@
 #include "model.h"
 
 static uint32_t arena[MODEL_ARENA_BYTES / 4]; /* all the memory that learning takes */
-static float x[MODEL_INPUTS];
+static model_input_t x[MODEL_INPUTS];
 static mote_t engine;
 
 void setup() {
@@ -25,10 +25,11 @@ void setup() {
 
 void loop() {
   for (int i = 0; i < MODEL_INPUTS; i++) {
-    x[i] = analogRead(A0) / 512.0f - 1.0f;
+    x[i] = sizeof(model_input_t) == 1 ? analogRead(A0) / 4 - 128 : analogRead(A0) / 512.0f - 1.0f; /* int8, or float */
     delay(10);
   }
-  for (int i = 0; i < MODEL_OUTPUTS; i++) {
+  const int classes = (int)mote_outputs(&engine);
+  for (int i = 0; i < classes; i++) {
     if (digitalRead(2 + i) == LOW) {
       float label = i, loss;
       if (mote_learn(&engine, x, &label, 0.05f, &loss) == MOTE_OK) {
@@ -42,7 +43,7 @@ void loop() {
   if (mote_infer(&engine, x, &output) == MOTE_OK) {
     const float *p = (const float *)output;
     int best = 0;
-    for (int i = 1; i < MODEL_OUTPUTS; i++) {
+    for (int i = 1; i < classes; i++) {
       best = p[i] > p[best] ? i : best;
     }
     Serial.print("class ");

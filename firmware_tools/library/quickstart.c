@@ -11,18 +11,21 @@ int main(void)
 {
     mote_t m;
     const void *output;
-    float x[MODEL_INPUTS + 1], *label = &x[MODEL_INPUTS], loss = 0.0f;
+    model_input_t x[MODEL_INPUTS];
+    float number, loss = 0.0f;
     int right = 0, seen = 0, have = 0;
     int error = mote_load(&m, model, sizeof model, arena, sizeof arena);
-    while (error == MOTE_OK && scanf("%f", &x[have]) == 1) {
-        if (++have > MODEL_INPUTS && (error = mote_infer(&m, x, &output)) == MOTE_OK) {
+    while (error == MOTE_OK && scanf("%f", &number) == 1) {
+        if (have < MODEL_INPUTS) {
+            x[have++] = (model_input_t)number;
+        } else if ((error = mote_infer(&m, x, &output)) == MOTE_OK) { /* number is the class */
             const float *p = output; /* a probability for every class */
             int best = 0;
-            for (int k = 1; k < MODEL_OUTPUTS; k++) {
+            for (int k = 1; k < (int)mote_outputs(&m); k++) {
                 best = p[k] > p[best] ? k : best;
             }
-            right += best == (int)*label;
-            error = mote_learn(&m, x, label, 0.05f, &loss);
+            right += best == (int)number;
+            error = mote_learn(&m, x, &number, 0.05f, &loss);
             seen++;
             have = 0;
         }

@@ -1,8 +1,9 @@
-/* Learns made-up samples and prints a checksum of all that it has learned, so that targets can be compared to the bit.
+/* Learns made-up samples and prints a checksum of all that it has learned, so that targets can be compared to the bit;
+ * of a program in which nothing trains, a checksum of all that it infers.
  *
  * Every target runs this file on the same programs, which lie in `device_courses`, each behind its course_t: boards
  * through semihosting, others with a semihost.h of their own. Prints, for every program, `bytes CRC-32 loss-bits` of
- * what trains and of the last loss, in base 16, and ends.
+ * what trains (or of outputs) and of the last loss, in base 16, and ends.
  */
 #include <string.h>
 
@@ -56,12 +57,43 @@ static void make_sample(const mote_t *m, uint32_t class, uint32_t classes)
     }
 }
 
+static void line(uint32_t bytes, uint32_t crc, uint32_t bits)
+{
+    semihost_number(bytes, 16);
+    semihost_print(" ");
+    semihost_number(crc, 16);
+    semihost_print(" ");
+    semihost_number(bits, 16);
+    semihost_print("\n");
+}
+
+/* Bytes of all values; the first sample has the greatest alone. */
+static void infer(mote_t *m, const course_t *course)
+{
+    const uint32_t bytes = (uint32_t)mote_outputs(m) * (mote_output_type(m) == MOTE_INT8 ? 1u : 4u);
+    uint32_t crc = 0;
+    state = course->seed;
+    for (uint32_t step = 0; step < course->steps; step++) {
+        const void *y;
+        for (uint32_t i = 0; i < mote_inputs(m); i++) {
+            x.quantized[i] = step == 0 ? INT8_MAX : (int8_t)(next_random() >> 24);
+        }
+        check(mote_infer(m, &x, &y));
+        crc = mote_crc32(crc, y, bytes);
+    }
+    line(course->steps * bytes, crc, 0);
+}
+
 static void run(const course_t *course)
 {
     mote_t m;
     float loss = 0.0f;
     uint32_t bits;
     check(mote_load(&m, course + 1, course->size, mote_arena, sizeof mote_arena));
+    if (m.trainable == 0) {
+        infer(&m, course);
+        return;
+    }
     const uint32_t classes = (uint32_t)mote_outputs(&m);
     state = course->seed;
     for (uint32_t step = 0; step < course->steps; step++) {
@@ -75,12 +107,7 @@ static void run(const course_t *course)
         }
     }
     memcpy(&bits, &loss, sizeof bits);
-    semihost_number(mote_header(&m)->params, 16);
-    semihost_print(" ");
-    semihost_number(mote_crc32(0, m.arena, mote_header(&m)->params), 16);
-    semihost_print(" ");
-    semihost_number(bits, 16);
-    semihost_print("\n");
+    line(mote_header(&m)->params, mote_crc32(0, m.arena, mote_header(&m)->params), bits);
 }
 
 int main(void)
