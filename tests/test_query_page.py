@@ -35,7 +35,8 @@ def served() -> Iterator[Endpoint]:
         model = f"<urn:tinyfleet:model:{MODEL.hex()}>"
         store.update(
             "PREFIX tf: <https://w3id.org/tinyfleet#> INSERT DATA { "
-            f"{model} a tf:Model ; tf:engine 'mote' ; tf:runRamBytes 9936 ; tf:trainRamBytes 12000 }}"
+            f"{model} a tf:Model ; tf:engine 'mote' ; "
+            "tf:runRamBytes 9936 ; tf:trainRamBytes 12000 ; tf:storageBytes 9000 }"
         )
         with Endpoint(store, TOKEN, registry=registry) as endpoint:
             yield endpoint
