@@ -7,9 +7,10 @@ what no file can tell (the sensor, the meaning of the classes) comes from the mo
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -282,16 +283,26 @@ def put_facts(store: Store, facts: Facts) -> None:
     things: dict[Iri, dict[Iri, Mapping[Iri, Binding | None]]] = {
         s: {} for s, said in facts.items() if {TF.Board, TF.Model} & set(each(said.get(RDF.type)))
     }
+    known = store.query("SELECT DISTINCT ?thing { VALUES ?thing { UNDEF } ?thing ?p ?o }", thing=list(things))
+    things = {Iri(str(thing)): {} for thing in known.column("thing")}
     rest: dict[Iri, Mapping[Iri, Binding | None]] = {}
     for subject, said in facts.items():
         whole = subject.partition("#")[0].partition(":train:")[0]
         things.get(Iri(whole), rest)[subject] = said
-    store.write(rest)
+    for some in _batches(rest):
+        store.write(some)
     for iri, about in things.items():
         if TF.Board in each(about[iri][RDF.type]):
             _replace_board(store, iri, about)
         else:
             _replace(store, iri, about)
+
+
+def _batches(facts: Facts, subjects: int = 2000) -> Iterator[Facts]:
+    """The facts about so many subjects at a time: no request to a server is then too long."""
+    left = iter(facts.items())
+    while some := dict(islice(left, subjects)):
+        yield some
 
 
 _SUBSYSTEMS = """PREFIX ssn: <http://www.w3.org/ns/ssn/>
