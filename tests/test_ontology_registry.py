@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +26,9 @@ TOPICS = Topics("home")
 TD = TOPICS.td("dev-1")
 
 
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with EmbeddedStore() as opened:
+@pytest.fixture(params=["memory", "indexed", "oxigraph"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    with open_store(request.param, tmp_path) as opened:
         yield opened
 
 
