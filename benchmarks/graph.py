@@ -40,8 +40,9 @@ from edge.protocol import Status, Topics, encode
 from edge.thing import Board, thing_description
 from firmware_tools import boards as board_files
 from ontology import library
+from ontology.columns import Range
 from ontology.describe import Layer, ModelDescription, board_facts, model_facts
-from ontology.index import IndexedStore, Range
+from ontology.index import IndexedStore
 from ontology.names import PROV, RDF, TD, TF, Iri, board_iri, device_iri, round_iri, run_iri, version_iri
 from ontology.registry import Registry
 from ontology.store import EmbeddedStore, Facts, RemoteStore, Store, Value, parameters, term, triples
