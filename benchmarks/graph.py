@@ -31,7 +31,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyoxigraph as ox
 from rich.console import Console
 from rich.progress import track
@@ -41,8 +40,9 @@ from edge.protocol import Status, Topics, encode
 from edge.thing import Board, thing_description
 from firmware_tools import boards as board_files
 from ontology import library
+from ontology.columns import Range
 from ontology.describe import Layer, ModelDescription, board_facts, model_facts
-from ontology.index import IndexedStore, Range
+from ontology.index import IndexedStore
 from ontology.names import PROV, RDF, TD, TF, Iri, board_iri, device_iri, round_iri, run_iri, version_iri
 from ontology.registry import Registry
 from ontology.store import EmbeddedStore, Facts, RemoteStore, Store, Value, parameters, term, triples
@@ -248,8 +248,8 @@ class _Stream(io.RawIOBase):
 
 
 def rss() -> float:
-    """MB."""
-    return psutil.Process().memory_info().rss / 1e6
+    """MB, as Linux counts them."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def repeat(question: Callable[[], Any]) -> dict[str, Any]:
@@ -349,7 +349,7 @@ def ask(folder: Path, n: int, slow: dict[str, float]) -> dict[str, Any]:
         busy = beside_a_long_query(store, n)
         return {"open_s": opened, "first_answer_s": first, "indexed_at_once": indexed, "memory_mb": rss(),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-                "questions": answers, **busy}  # fmt: skip
+                "questions": answers, **busy, **descriptions(store, n)}  # fmt: skip
 
 
 def statuses(n: int, count: int, seed: int) -> list[tuple[str, bytes]]:
@@ -392,6 +392,20 @@ def beside_a_long_query(store: IndexedStore, n: int) -> dict[str, Any]:
         if query is not None:
             thread.join()
     return rates
+
+
+def descriptions(store: Store, n: int) -> dict[str, Any]:
+    """Thing Descriptions a second, read as JSON-LD and checked against their shapes, in batches of 50."""
+    fleet, registry, topics = Fleet(), Registry(store, FLEET), Topics(FLEET)
+    messages = []
+    for i in range(min(n, 500)):
+        (said,) = fleet.facts(i).values()
+        td = thing_description(FLEET, name_of(i), fleet.board(i), "mote", "0.7.0", said[TF.arenaBytes], bytes(8))
+        messages.append((topics.td(name_of(i)), json.dumps(td).encode()))
+    began = time.perf_counter()
+    for i in range(0, len(messages), 50):
+        registry.take(messages[i : i + 50])
+    return {"descriptions_per_s": len(messages) / (time.perf_counter() - began)}
 
 
 def remote_updates(store: Store, n: int) -> dict[str, Any]:
@@ -578,7 +592,7 @@ def measure(sizes: list[int], url: str, kept: Path | None, say: Callable[[str], 
                 store.update("CLEAR ALL")
                 found = load_remote(store, n)
                 found["questions"] = questions(store, n, slow)
-                found |= remote_updates(store, n)
+                found |= remote_updates(store, n) | descriptions(store, n)
         report["sizes"][n] = found
         before = {name: q["median_ms"] / 1e3 for name, q in found["questions"].items() if q}
         last = n
@@ -620,6 +634,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             ("checked updates a second, registry to store", number("updates_per_s alone", ",.0f")),
             ("the same beside a query that scans the graph", number("updates_per_s beside a long query", ",.0f")),
             ("checked updates a second, end to end from MQTT", number("end_to_end_per_s", ",.0f")),
+            ("checked Thing Descriptions a second", number("descriptions_per_s", ",.0f")),
             ("processor time of the server for each, µs", number("cpu_us_per_status", ",.0f")),
             ("server's start until all are marked offline, s", number("all_offline_s", ".1f")),
             ("memory of the server after that, MB", number("server_memory_mb", ",.0f")),

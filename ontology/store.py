@@ -300,9 +300,9 @@ def each(given: Binding | None) -> Iterable[Value]:
     return (given,) if isinstance(given, (str, bool, int, float, datetime)) else given
 
 
-def _short(error: Exception) -> str:
-    """Oxigraph's message without the long list of what the grammar would have taken."""
-    text = str(error).partition(": expected one of ")[0]
+def _short(error: object) -> str:
+    """Oxigraph's message in one line, without the long list of what the grammar would have taken."""
+    text = " ".join(str(error).partition(": expected one of ")[0].split())
     return text if len(text) <= 300 else text[:300] + "…"
 
 
@@ -472,7 +472,7 @@ class RemoteStore(Store):
         except urllib.error.HTTPError as error:
             with error:
                 detail = error.read(2000).decode(errors="replace").strip() or error.reason
-            raise StoreError(f"{url} refused ({error.code}): {detail}") from None
+            raise StoreError(f"{url} refused ({error.code}): {_short(detail)}") from None
         except (OSError, urllib.error.URLError) as error:
             reason = getattr(error, "reason", error)
             raise Unreachable(f"no answer from {url} ({reason}); is the server running?") from None

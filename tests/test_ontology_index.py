@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ontology import library
+from ontology.columns import Range
 from ontology.endpoint import Endpoint
-from ontology.index import ANSWERED, IndexedStore, Range
+from ontology.index import ANSWERED, IndexedStore
 from ontology.names import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
 from ontology.store import EmbeddedStore, Facts, RemoteStore, Rows, Store, rows, triples
 

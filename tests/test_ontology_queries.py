@@ -21,7 +21,7 @@ MODEL = model_iri(PROGRAM.model_id)
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
-@pytest.fixture(params=["memory", "disk", "remote"])
+@pytest.fixture(params=["memory", "disk", "indexed", "remote", "oxigraph"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     with open_store(request.param, tmp_path) as opened:
         yield opened

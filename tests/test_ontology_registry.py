@@ -22,17 +22,17 @@ from edge.thing import VIRTUAL, Board, thing_description, this_machine
 from firmware_tools import boards
 from ontology import describe, library
 from ontology.names import BOARDS, PROPERTIES, SOSA_EXTEND, TF, board_iri, device_iri, model_iri
-from ontology.registry import MAX_BYTES, Registry
-from ontology.store import EmbeddedStore, Store, StoreError
+from ontology.registry import MAX_BYTES, Refused, Registry, read, to_triples
+from ontology.store import EmbeddedStore, Patch, Store, StoreError
 
 TOPICS = Topics("home")
 TD = TOPICS.td("dev-1")
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with EmbeddedStore() as opened:
+@pytest.fixture(params=["memory", "indexed", "oxigraph"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    with open_store(request.param, tmp_path) as opened:
         yield opened
 
 
@@ -240,6 +240,19 @@ def without_board(name: str) -> dict[str, Any]:
     return td
 
 
+SHARP = [
+    *(bytes([c]) for c in b'"\\{}[]:,\x00\xff'), b"\\u", b"\\ud800", b"@id", b"@type", b"@context", b"tf:", b"1e999",
+    b"null",
+]  # fmt: skip
+
+
+def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+    """The data with some stretches of it cut out and others put in their place."""
+    for at, length, new in edits:
+        data = data[:at] + new + data[at + length :]
+    return data
+
+
 def with_board(**changes: Any) -> dict[str, Any]:
     td = description()
     td["tf:board"] |= {name.replace("__", ":").replace("at_", "@"): value for name, value in changes.items()}
@@ -426,6 +439,86 @@ def test_no_description_breaks_the_registry(path: tuple[str, ...], value: Any) -
         device = device_iri("home", "dev-1")
         boards = {str(s).partition("#")[0] for s in subjects if str(s).startswith(BOARDS)}
         assert subjects == set() if not taken else device in subjects and len(boards) <= 1
+
+
+VALID = payload(description())
+edits = st.lists(
+    st.tuples(st.integers(0, len(VALID)), st.integers(0, 8), st.binary(max_size=4) | st.sampled_from(SHARP)), max_size=4
+)
+
+
+@settings(max_examples=300)
+@given(data=st.one_of(st.binary(max_size=200), json_values.map(payload), edits.map(lambda e: edited(VALID, e))))
+def test_no_bytes_break_the_reader_or_the_registry(data: bytes) -> None:
+    try:
+        to_triples(read(data))
+    except Refused as reason:
+        assert str(reason)
+    with EmbeddedStore() as store:
+        registry = Registry(store, "home")
+        assert registry.handle(TD, data) or everything(store) == []
+
+
+def test_messages_taken_together_end_as_taken_one_by_one() -> None:
+    messages = [
+        (TD, payload(description())),
+        (TOPICS.status("dev-1"), status(samples=1, battery=0.5)),
+        (TOPICS.td("dev-2"), payload(description("dev-2", tf__board={"@id": board_iri("nano33ble")}))),
+        (TOPICS.status("dev-2"), b"damaged"),
+        (TOPICS.td("dev-3"), payload(description("dev-4"))),
+        (TOPICS.status("dev-1"), status(samples=2)),
+        ("tinyfleet/away/devices/x/td", b""),
+        (TOPICS.td("dev-2"), b""),
+        (TOPICS.status("dev-1"), status(online=False)),
+        (TOPICS.status("dev-2"), status(samples=9)),
+    ]
+    with EmbeddedStore() as together, EmbeddedStore() as apart:
+        one, many = Registry(apart, "home"), Registry(together, "home")
+        alone = [one.take([message])[0] for message in messages]
+        assert many.take(messages) == alone
+        assert everything(together) == everything(apart)
+        assert (many.accepted, many.refused) == (one.accepted, one.refused) == (7, 2)
+    assert [taken and (taken.kind, taken.device, taken.online, taken.refusal is None) for taken in alone] == [
+        ("td", "dev-1", True, True),
+        ("status", "dev-1", True, True),
+        ("td", "dev-2", True, True),
+        ("status", "dev-2", False, False),
+        ("td", "dev-3", False, False),
+        ("status", "dev-1", True, True),
+        None,
+        ("td", "dev-2", False, True),
+        ("status", "dev-1", False, True),
+        ("status", "dev-2", True, True),
+    ]
+
+
+def test_a_status_writes_only_what_has_changed(store: Store, registry: Registry, tmp_path: Path) -> None:
+    registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    if not isinstance(store, EmbeddedStore):
+        pytest.skip("a remote server keeps no account of it")
+    written: list[Patch] = []
+    apply = store._apply
+    store._apply = lambda patch: (written.append(patch), apply(patch))[1]  # type: ignore[method-assign]
+    registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    registry.handle(TOPICS.status("dev-1"), status(samples=6, battery=0.5))
+    device, samples = device_iri("home", "dev-1"), TF.samples
+    integer = "<http://www.w3.org/2001/XMLSchema#integer>"
+    assert written == [
+        Patch([], [], []),
+        Patch([], [f'<{device}> <{samples}> "5"^^{integer} .\n'], [f'<{device}> <{samples}> "6"^^{integer} .\n']),
+    ]
+
+
+def test_nobody_is_online_until_it_says_so(store: Store, registry: Registry) -> None:
+    away = Registry(store, "away")
+    for i in range(3):
+        registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
+        registry.handle(TOPICS.status(f"dev-{i}"), status(online=i > 0))
+    away.handle(Topics("away").td("dev-1"), payload(description("dev-1", "away")))
+    away.handle(Topics("away").status("dev-1"), status())
+    registry.nobody_is_online()
+    online = f"SELECT ?d WHERE {{ ?d <{TF.online}> true }}"
+    assert store.query(online).column("d") == [device_iri("away", "dev-1")]
 
 
 @settings(max_examples=200, deadline=None)
