@@ -473,7 +473,9 @@ def test_messages_taken_together_end_as_taken_one_by_one() -> None:
         (TOPICS.status("dev-2"), status(samples=9)),
     ]
     with EmbeddedStore() as together, EmbeddedStore() as apart:
-        one, many = Registry(apart, "home"), Registry(together, "home")
+        one, many = (
+            Registry(store, "home", clock=lambda: datetime(2026, 1, 1, tzinfo=UTC)) for store in (apart, together)
+        )
         alone = [one.take([message])[0] for message in messages]
         assert many.take(messages) == alone
         assert everything(together) == everything(apart)
