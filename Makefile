@@ -5,14 +5,15 @@ BIN = $(VENV)/bin
 NATIVE = $(wildcard edge/mote/*.[ch]) edge/protocol.cddl edge/mote_build.py edge/mote_codegen.py setup.py pyproject.toml
 
 # For the tests: cross compilers, emulators and what builds the exported library.
-TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf
+TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf chromedriver
+PAGE = $(addprefix ontology/page/,package.json package-lock.json index.html page.css page.js icon.svg)
 
-.PHONY: demo test test-slow fuzz coverage instructions check lock clean tools-demo tools-test
+.PHONY: demo test test-slow fuzz coverage instructions boards vocabulary check page lock clean tools-demo tools-test
 
 demo: $(VENV)/.demo
 	$(BIN)/tinyfleet demo $(ARGS)
 
-test: $(VENV)/.test check
+test: $(VENV)/.test page check
 	$(BIN)/pytest $(ARGS)
 
 test-slow: $(VENV)/.test
@@ -30,6 +31,15 @@ coverage: $(VENV)/.test
 instructions: $(VENV)/.test
 	$(BIN)/python benchmarks/instructions.py $(ARGS)
 
+# The catalogue of boards as a graph, for `tinyfleet graph load`. BOARDS is the folder of the public board files.
+BOARDS ?= $(TINYFLEET_DATA)/boards
+boards: $(VENV)/.demo
+	$(BIN)/tinyfleet graph boards $(BOARDS) --out build/boards.ttl $(ARGS)
+
+# The vocabulary as an HTML page.
+vocabulary: $(VENV)/.demo
+	$(BIN)/tinyfleet graph vocabulary --out build/vocabulary.html
+
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,6 +54,11 @@ $(VENV)/.test: requirements-dev.lock $(NATIVE)
 	@sh tools/install.sh $(PYTHON) $(VENV) requirements-dev.lock $(TOOLS)
 	@touch $@ $(VENV)/.demo
 
+# The query page of the endpoint, from npm's YASGUI. Without npm there is none.
+page: ontology/page/dist/index.html
+ontology/page/dist/index.html: tools/page.sh $(PAGE)
+	@sh tools/page.sh
+
 # Needs `uv`. Writes no index address.
 LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header pyproject.toml
 lock:
@@ -51,4 +66,4 @@ lock:
 	echo 'setuptools>=75' | $(LOCK) - --extra dev -o requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info edge/_mote*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .tinyfleet
+	rm -rf $(VENV) build *.egg-info ontology/page/dist ontology/page/node_modules edge/_mote*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .tinyfleet

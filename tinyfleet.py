@@ -17,10 +17,12 @@ COMMANDS = {
     "demo": ("server.demo", "demo", "Run a whole fleet on this machine: devices, server, graph, results."),
     "server": ("server.cli", "server", "Run the fleet's server: broker, registry, knowledge graph, SPARQL endpoint."),
     "run": ("server.cli", "run", "Run rounds of federated (meta-)learning on the devices that a query selects."),
+    "deploy": ("server.cli", "deploy", "Give a model to the devices that a query selects, over the air."),
     "agent": ("edge.cli", "agent", "Run this machine as a device that learns (a Raspberry Pi, say)."),
     "device": ("edge.cli", "device", "Run virtual devices: the microcontroller's C node and engine, natively."),
     "gateway": ("firmware_tools.cli", "gateway", "Join a board on a serial line to the fleet's broker."),
     "query": ("ontology.cli", "query", "Ask the fleet's knowledge graph a SPARQL question."),
+    "graph": ("ontology.graph_cli", "app", "Fill the knowledge graph: boards, descriptions from elsewhere."),
     "model": ("firmware_tools.model_cli", "app", "Compile, plan and describe models."),
     "firmware": ("firmware_tools.cli", "app", "Build, measure and run firmware for a board."),
 }

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import paho.mqtt.client as mqtt
@@ -30,8 +31,10 @@ log = logging.getLogger(__name__)
 class Session:
     """Connects on construction, and again whenever the broker is lost, until closed.
 
-    on_message(topic, payload) gets every message. on_connect() is called whenever the session is new, the first time
-    too: nothing is subscribed to then. Without on_connect, what was subscribed to is subscribed to again.
+    on_message(topic, payload) gets every message, and the broker is told so when it returns. With on_delivery(topic,
+    payload, done) in its place, the broker is told when done() is called, in whatever thread: once the message is safe.
+    on_connect() is called whenever the session is new, the first time too: nothing is subscribed to then. Without
+    on_connect, what was subscribed to is subscribed to again.
     will: (topic, payload) that the broker publishes, retained, should this session break.
 
     With `background`, paho's thread does the talking and calls back; without, `pump` does, in the caller's thread.
@@ -43,7 +46,8 @@ class Session:
         port: int,
         client_id: str,
         *,
-        on_message: Callable[[str, bytes], None],
+        on_message: Callable[[str, bytes], None] | None = None,
+        on_delivery: Callable[[str, bytes, Callable[[], None]], None] | None = None,
         on_connect: Callable[[], None] | None = None,
         will: tuple[str, bytes] | None = None,
         background: bool = True,
@@ -62,12 +66,20 @@ class Session:
         self._connected = threading.Event()
         self._closing = threading.Event()
         self._retry_at, self._retry = 0.0, RETRY[0]
-        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311)
+        self._number = 0  # of the session: a message's number means nothing in the next one
+        self._client = mqtt.Client(
+            CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311, manual_ack=on_delivery is not None
+        )
         self._client.reconnect_delay_set(*RETRY)
         self._client.on_socket_open = self._opened
         self._client.on_connect = self._accepted
         self._client.on_disconnect = self._lost
-        self._client.on_message = lambda _client, _data, message: on_message(message.topic, bytes(message.payload))
+        if on_delivery is not None:
+            self._client.on_message = lambda _client, _data, message: on_delivery(
+                message.topic, bytes(message.payload), partial(self._done, message.mid, message.qos, self._number)
+            )
+        elif on_message is not None:
+            self._client.on_message = lambda _client, _data, message: on_message(message.topic, bytes(message.payload))
         if will is not None:
             self._client.will_set(*will, qos=1, retain=True)
         try:
@@ -158,6 +170,10 @@ class Session:
             "with --broker HOST:PORT"
         )
 
+    def _done(self, mid: int, qos: int, number: int) -> None:
+        if number == self._number:
+            self._client.ack(mid, qos)
+
     # Called by paho.
 
     def _opened(self, _client: mqtt.Client, _data: Any, sock: Any) -> None:
@@ -178,6 +194,7 @@ class Session:
             self._client.subscribe(filter, qos=1)
 
     def _lost(self, _client: mqtt.Client, _data: Any, _flags: Any, _reason: ReasonCode, _properties: Any) -> None:
+        self._number += 1
         self._connected.clear()
         if not self._known and self._refusal is None:
             self._refusal = self._nobody("something else than a broker is there")

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from edge.cli import DataOption
 from edge.errors import UserError
 from edge.graph import LOSSES
 from edge.program import Program
@@ -232,8 +233,8 @@ def describe(
     """
     import pyoxigraph
 
-    from ontology import names
     from ontology.describe import put_model
+    from ontology.names import PREFIXES
     from ontology.store import EmbeddedStore
 
     about = description(file)
@@ -246,14 +247,63 @@ def describe(
     with EmbeddedStore() as store:
         put_model(store, about)
         triples = store.construct("CONSTRUCT WHERE { ?s ?p ?o }")
-    triples.sort(key=lambda triple: ("#" in str(triple.subject), str(triple)))  # the model first, then its parts
-    prefixes = {"tf": names.TF.iri, "prov": names.PROV.iri, "schema": names.SCHEMA.iri, "rdf": names.RDF.iri}
-    turtle = pyoxigraph.serialize(triples, format=pyoxigraph.RdfFormat.TURTLE, prefixes=prefixes) or b""
+    model = pyoxigraph.NamedNode(about.iri)
+    triples.sort(key=lambda triple: (triple.subject != model, str(triple)))  # the model first, then its parts
+    turtle = pyoxigraph.serialize(triples, format=pyoxigraph.RdfFormat.TURTLE, prefixes=PREFIXES) or b""
     print(turtle.decode().rstrip())
 
 
+@app.command("match")
+def match(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|FILE",
+            help="A model of the graph by its id (16 hexadecimal digits), or a .keras, .tflite or .mote file, which is "
+            "described in the graph first.",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(metavar="ID", help="A device of the fleet.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="Also what does not fit, and which need is missed.")] = False,
+    fleet: Annotated[str | None, typer.Option(help="The fleet's name. Default: the running server's.")] = None,
+    data: DataOption = Path(".tinyfleet"),
+    as_json: AsJson = False,
+) -> None:
+    """Say which devices can run a model and train how much of it, or which models fit a device, the best first.
+
+    \b
+    Examples:
+      tinyfleet model match --model model.keras
+      tinyfleet model match --model 0123456789abcdef --why
+      tinyfleet model match --device kitchen
+      tinyfleet model match --model model.mote --device kitchen
+    """
+    from firmware_tools import show_match as show
+    from ontology import match as matching
+    from ontology.cli import find_server, open_store
+    from ontology.names import fleet_name
+
+    if model is None and device is None:
+        raise UserError("give a model with --model, a device with --device, or both")
+    name = fleet_name(fleet or find_server(data).get("fleet", "home"))
+    with open_store(data) as store:
+        about = None
+        if model is not None:
+            about = matching.known_model(store, model) or matching.describe(store, description(Path(model)))
+        if device is not None:
+            matching.known_device(store, device, name)
+        misses = matching.why_not(store, name, model=about, device=device) if why or (about and device) else {}
+        if about is not None:
+            fits = [fit for fit in matching.devices(store, about, name) if device in (None, fit.device)]
+            show.devices(about, fits, misses, device, as_json)
+        else:
+            assert device is not None
+            show.models(device, matching.models(store, device, name), misses, as_json)
+
+
 def description(file: Path) -> ModelDescription:
-    """What a model's file says, and for a Keras model that the engine can run, the memory that its plan takes.
+    """What a model's file and the card beside it say, and, if the engine can run it, the exact memory that it takes to
+    run and to train from each of its layers on.
 
     Raises UserError if it is no model's file.
     """
@@ -265,19 +315,32 @@ def description(file: Path) -> ModelDescription:
         except OSError as e:
             raise UserError(f"cannot read '{file}': {e.strerror}; give the path of a model's file") from e
     about = from_file(file)
-    if file.suffix != ".keras":
-        return about
     try:
-        run, training = compiler.memory(file)
+        planned = _planned(file)
     except UserError as e:
         return replace(about, notes=(*about.notes, f"the engine cannot run it: {e}"))
-    return replace(
-        about,
-        engine="mote",
-        run_ram_bytes=run.ram_bytes,
-        train_ram_bytes=None if training is None else training.ram_bytes,
-        storage_bytes=(training or run).initial_bytes,
-    )
+    return replace(about, engine="mote", **planned | {"notes": (*about.notes, *planned["notes"])})
+
+
+def _planned(file: Path) -> dict[str, Any]:
+    """The fields of a description that the engine's plan tells. Raises UserError if the engine cannot run the model."""
+    from ontology.describe import TrainingOption
+
+    takes = compiler.plan(file)
+    options = [
+        # From where one can train, one can from every layer behind it: the rows' places count the layers that train.
+        TrainingOption(layer, len(rows) - place, bias_only, memory.ram_bytes, memory.parameters)
+        for bias_only, rows in ((False, takes.train_from), (True, takes.bias_from))
+        for place, (layer, memory) in enumerate(rows.items())
+    ]
+    training = takes.trainable
+    return {
+        "run_ram_bytes": takes.run.ram_bytes,
+        "train_ram_bytes": None if training is None else training.ram_bytes,
+        "storage_bytes": (training or takes.run).initial_bytes,
+        "training_options": tuple(options),
+        "notes": takes.notes,
+    }
 
 
 @contextmanager

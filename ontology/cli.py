@@ -10,8 +10,8 @@ import pyoxigraph as ox
 import typer
 
 from edge.errors import UserError
-from ontology import library, names
-from ontology.names import Iri
+from ontology import library
+from ontology.names import PREFIXES, Iri
 from ontology.store import (
     Binding,
     EmbeddedStore,
@@ -29,24 +29,6 @@ GRAPH = "graph"
 """The folder of the graph in the data directory."""
 SERVER = "server.json"
 """Where a running server says how to reach it."""
-
-_PREFIXES = {
-    "model": "urn:tinyfleet:model:",
-    "dcterms": "http://purl.org/dc/terms/",
-    "nnet": names.NNET.iri,
-    "owl": names.OWL.iri,
-    "prov": names.PROV.iri,
-    "rdf": names.RDF.iri,
-    "rdfs": names.RDFS.iri,
-    "s3n": names.S3N.iri,
-    "schema": names.SCHEMA.iri,
-    "skos": "http://www.w3.org/2004/02/skos/core#",
-    "sosa": names.SOSA.iri,
-    "ssn": names.SSN.iri,
-    "td": names.TD.iri,
-    "tf": names.TF.iri,
-    "xsd": names.XSD.iri,
-}
 
 
 def query(
@@ -89,7 +71,7 @@ def query(
         if isinstance(answer, ox.QueryBoolean):
             typer.echo("true" if answer else "false")
         elif isinstance(answer, ox.QueryTriples):
-            typer.echo((ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=_PREFIXES) or b"").decode().rstrip())
+            typer.echo((ox.serialize(answer, format=ox.RdfFormat.TURTLE, prefixes=PREFIXES) or b"").decode().rstrip())
         else:
             found = rows(answer)
             if as_json:
@@ -127,23 +109,24 @@ def _cell(value: Value | None) -> str:
         case float():
             return f"{value:.4g}"
         case Iri():
-            for prefix, iri in _PREFIXES.items():
-                if value.startswith(iri):
-                    return f"{prefix}:{value.removeprefix(iri)}"
-            return value
+            return shorten(value)
         case datetime():
             return value.isoformat(sep=" ", timespec="seconds")
         case _:
             return printable(str(value))
 
 
+def shorten(text: str) -> str:
+    """The text with the known namespaces in it as prefixes."""
+    for prefix, iri in PREFIXES.items():
+        text = text.replace(iri, f"{prefix}:")
+    return text
+
+
 def _print_library(as_json: bool) -> None:
-    about = {}
-    for name in library.names():
-        head = [line.removeprefix("#").strip() for line in library.text(name).split("\n\n")[0].splitlines()]
-        about[name] = {"about": " ".join(head[: head.index("")]), "parameters": parameters(library.text(name))}
+    known = [library.query(name) for name in library.names()]
     if as_json:
-        typer.echo(json.dumps(about, indent=2))
+        typer.echo(json.dumps({q.name: {"about": q.about, "parameters": [*q.parameters]} for q in known}, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -151,8 +134,8 @@ def _print_library(as_json: bool) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("query", "parameters", "answers"):
         table.add_column(column)
-    for name, said in about.items():
-        table.add_row(name, ", ".join(said["parameters"]), str(said["about"]))
+    for query in known:
+        table.add_row(query.name, ", ".join(query.parameters), query.about)
     Console(markup=False, highlight=False).print(table)
 
 
@@ -165,7 +148,8 @@ def read_query(file: str) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}), nor is it a query of the library: {', '.join(library.names())}"
+            f"{file} cannot be read ({error.strerror}), nor is it a query of the library{library.hint(file)}; "
+            "`tinyfleet query --list` shows them"
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not text; give a file with a SPARQL query") from None
@@ -174,8 +158,8 @@ def read_query(file: str) -> str:
 def _with_prefixes(sparql: str) -> str:
     """The query with the known prefixes that it uses and does not declare, on a line before it."""
     declared = {m[1] for m in re.finditer(r"\bPREFIX\s+([\w.-]*)\s*:", sparql, re.IGNORECASE)}
-    used = [p for p in _PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
-    return " ".join(f"PREFIX {p}: <{_PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
+    used = [p for p in PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
+    return " ".join(f"PREFIX {p}: <{PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
 
 
 def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:
@@ -189,7 +173,8 @@ def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:
 
 
 def _value(text: str) -> Value:
-    """What a word of the command line means: an IRI, a number, true or false, or text (always so in quotes)."""
+    """What a word of the command line means: an IRI, a number, a date and time, true or false, or text (always so in
+    quotes)."""
     if len(text) >= 2 and text[0] == text[-1] == '"':
         return text[1:-1]
     if text.startswith("<") and text.endswith(">"):
@@ -202,6 +187,11 @@ def _value(text: str) -> Value:
         return int(text)
     if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?", text):
         return float(text)
+    if re.match(r"\d{4}-\d\d-\d\dT", text):
+        try:
+            return datetime.fromisoformat(text)
+        except ValueError:
+            raise UserError(f"{text!r} is no date and time; write 2026-01-31T12:00:00Z") from None
     return text
 
 

@@ -123,6 +123,7 @@ class _Reader:
                 parameters=figures.parameters if figures else None,
                 quantization=_number_type(about.get("dtype")) if figures and learned else None,
                 trainable=bool(trainable and about.get("trainable", True)) if learned else None,
+                activation=_activation(about.get("activation")),
             )
         )
         return figures.output if figures else None
@@ -151,6 +152,11 @@ def _inputs(entry: Config) -> list[Shape | None]:
                 yield from tensors(inner)
 
     return list(tensors(entry.get("inbound_nodes", [])[:1]))
+
+
+def _activation(said: Any) -> str | None:
+    """The function's name; None if there is none, or it is no plain one."""
+    return said if isinstance(said, str) and said != "linear" else None
 
 
 def _number_type(dtype: Any) -> str:

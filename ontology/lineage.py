@@ -1,23 +1,45 @@
-"""Runs, rounds and model versions as PROV-O: who learned what from what, and with what result.
+"""Runs, rounds, updates, model versions and deployments as PROV-O: who learned what from what, and with what result.
 
 A run trains one model; each round takes the run's newest version and makes the next one out of its devices' replies.
+Also what is written when a device's state changes: since when it is offline, and events of drift.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from edge.protocol import Status
 from ontology import shapes
-from ontology.names import PROV, RDF, TF, Iri, device_iri, fleet_name, round_iri, run_iri, version_iri
+from ontology.names import (
+    PROV,
+    RDF,
+    SOSA,
+    TF,
+    Iri,
+    deployment_iri,
+    device_iri,
+    fleet_name,
+    model_iri,
+    round_iri,
+    run_iri,
+    update_iri,
+    version_iri,
+)
 from ontology.store import Binding, Store
+
+DRIFTED = 0.5
+"""A drift of so much is an event, once,"""
+SETTLED = 0.4
+"""until it has fallen below this: a drift that trembles about the threshold is one event, not many."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One device's part in a round: what it reported, None where it reported nothing of the kind.
 
-    loss: mean over the samples learned from; accuracy: 0 to 1, on samples never learned from; bytes_up: payload sent.
+    loss: mean over the samples learned from; accuracy: 0 to 1, on samples never learned from; bytes_up: payload sent;
+    encoding: the form of its update, such as "sparse f16".
     """
 
     device: str
@@ -25,6 +47,7 @@ class Part:
     accuracy: float | None = None
     samples: int | None = None
     bytes_up: int | None = None
+    encoding: str | None = None
 
 
 class Lineage:
@@ -79,8 +102,10 @@ class Lineage:
         bytes_up: int | None = None,
         bytes_down: int | None = None,
         accuracy: float | None = None,
+        lost: Iterable[str] = (),
     ) -> Iri | None:
-        """A round has ended: `asked` devices were asked, `parts` took part, and the parameters now have this hash.
+        """A round has ended: `asked` devices were asked, `parts` took part, and the parameters now have this hash; of
+        those asked, the devices in `lost` gave no usable reply.
 
         The IRI of the version that the round made, derived from the run's newest before it; None if it made none
         (sha256 is None: nobody replied). The round's loss is the mean of its parts' losses.
@@ -95,6 +120,7 @@ class Lineage:
                 TF.inRun: run_iri(self._fleet, run),
                 TF.roundNumber: number,
                 TF.asked: asked,
+                TF.noReplyFrom: [device_iri(self._fleet, device) for device in lost],
                 TF.loss: sum(losses) / len(losses) if losses else None,
                 TF.accuracy: _finite(accuracy),
                 TF.bytesUp: bytes_up,
@@ -117,6 +143,13 @@ class Lineage:
                 TF.samples: p.samples,
                 TF.bytesUp: p.bytes_up,
             }
+            facts[update_iri(self._fleet, run, number, p.device)] = {
+                RDF.type: [TF.Update, PROV.Entity],
+                PROV.wasGeneratedBy: about,
+                PROV.wasAttributedTo: device,
+                TF.bytesUp: p.bytes_up,
+                TF.encoding: p.encoding,
+            }
         version = None
         if sha256 is not None:
             version = version_iri(self._fleet, run, number)
@@ -127,6 +160,41 @@ class Lineage:
     def end(self, run: int, at: datetime | None = None) -> None:
         """A run has ended."""
         self._store.write({run_iri(self._fleet, run): {PROV.endedAtTime: at or datetime.now(UTC)}})
+
+    def deployment(
+        self,
+        number: int,
+        model: Iri,
+        targets: Iterable[str],
+        *,
+        selected_by: str,
+        started: datetime,
+        ended: datetime | None = None,
+        confirmed: Iterable[str] = (),
+        failed: Iterable[str] = (),
+    ) -> Iri:
+        """A model is given to devices: said when it begins, and again, with what came of it, when it has ended."""
+
+        def iris(devices: Iterable[str]) -> list[Iri]:
+            return [device_iri(self._fleet, device) for device in devices]
+
+        about = deployment_iri(self._fleet, number)
+        facts: dict[Iri, dict[Iri, Binding | None]] = {
+            about: {
+                RDF.type: [TF.Deployment, PROV.Activity],
+                TF.fleet: self._fleet,
+                TF.ofModel: model,
+                PROV.used: model,
+                TF.target: iris(targets),
+                TF.confirmedBy: iris(confirmed),
+                TF.failedOn: iris(failed),
+                TF.selectedBy: selected_by,
+                PROV.startedAtTime: started,
+                PROV.endedAtTime: ended,
+            }
+        }
+        shapes.admit(self._store, f"deployment {number}", facts)
+        return about
 
     def _newest(self, run: int, number: int) -> tuple[Iri, Iri | None]:
         """The model of the run, and its newest version before this round."""
@@ -161,6 +229,39 @@ class Lineage:
             PROV.wasGeneratedBy: activity,
             PROV.wasDerivedFrom: before,
         }
+
+
+def changes(store: Store, device: Iri, status: Status, at: datetime) -> dict[Iri, dict[Iri, Binding | None]]:
+    """What a device's new status changes beside its state: since when it is offline, and, where its drift rises
+    through DRIFTED, a drift event, which ends when it falls below SETTLED. To be written with the state.
+
+    Whether an event is under way is asked of the graph, so that a status that comes twice makes no second one.
+    """
+    if not status.online:
+        known = store.ask(f"ASK {{ <{device}> <{TF.offlineSince}> ?since }}")
+        return {} if known else {device: {TF.offlineSince: at}}
+    facts: dict[Iri, dict[Iri, Binding | None]] = {device: {TF.offlineSince: None}}
+    if status.drift is None or SETTLED <= status.drift < DRIFTED:
+        return facts
+    events = store.query(
+        f"""SELECT ?event ?ended WHERE {{
+              ?event <{TF.device}> <{device}> ; a <{TF.DriftEvent}> .
+              OPTIONAL {{ ?event <{PROV.endedAtTime}> ?ended }}
+            }}"""
+    )
+    under_way = [Iri(str(row["event"])) for row in events if "ended" not in row]
+    if status.drift < SETTLED:
+        facts |= {event: {PROV.endedAtTime: at} for event in under_way}
+    elif not under_way:
+        facts[Iri(f"{device}:drift:{len(events) + 1}")] = {
+            RDF.type: [TF.DriftEvent, SOSA.Observation, PROV.Activity],
+            TF.device: device,
+            TF.drift: status.drift,
+            TF.ofModel: model_iri(status.model),
+            SOSA.resultTime: at,
+            PROV.startedAtTime: at,
+        }
+    return facts
 
 
 def _finite(number: float | None) -> float | None:

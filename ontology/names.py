@@ -1,9 +1,10 @@
-"""The IRIs of the graph: namespaces, and how a device, board, model, run, round or version is named.
+"""The IRIs of the graph: namespaces, and how whatever is described is named.
 
 A name is made from what identifies the thing, so that describing it twice adds nothing.
 """
 
 import re
+from urllib.parse import quote
 
 from edge.errors import UserError
 
@@ -30,20 +31,52 @@ class Namespace:
 
 
 TF = Namespace("https://w3id.org/tinyfleet#")
+DCTERMS = Namespace("http://purl.org/dc/terms/")
+MLS = Namespace("http://www.w3.org/ns/mls#")
 NNET = Namespace("https://w3id.org/tinyml-schema/neural-network-schema#")
 OWL = Namespace("http://www.w3.org/2002/07/owl#")
 PROV = Namespace("http://www.w3.org/ns/prov#")
 RDF = Namespace("http://www.w3.org/1999/02/22-rdf-syntax-ns#")
 RDFS = Namespace("http://www.w3.org/2000/01/rdf-schema#")
 S3N = Namespace("http://w3id.org/s3n/")
+S3N_EXTEND = Namespace("https://w3id.org/tinyml-schema/neural-network-schema/s3n_extend/")
 SCHEMA = Namespace("https://schema.org/")
 SH = Namespace("http://www.w3.org/ns/shacl#")
+SKOS = Namespace("http://www.w3.org/2004/02/skos/core#")
 SOSA = Namespace("http://www.w3.org/ns/sosa/")
+SOSA_EXTEND = Namespace("https://w3id.org/tinyml-schema/neural-network-schema/sosa_extend/")
 SSN = Namespace("http://www.w3.org/ns/ssn/")
+SSN_SYSTEM = Namespace("http://www.w3.org/ns/ssn/systems/")
 TD = Namespace("https://www.w3.org/2019/wot/td#")
 XSD = Namespace("http://www.w3.org/2001/XMLSchema#")
 
+PREFIXES = {
+    "s3n_extend": S3N_EXTEND.iri,
+    "sosa_extend": SOSA_EXTEND.iri,
+    "model": "urn:tinyfleet:model:",
+    "dcterms": DCTERMS.iri,
+    "mls": MLS.iri,
+    "nnet": NNET.iri,
+    "owl": OWL.iri,
+    "prov": PROV.iri,
+    "rdf": RDF.iri,
+    "rdfs": RDFS.iri,
+    "s3n": S3N.iri,
+    "schema": SCHEMA.iri,
+    "skos": SKOS.iri,
+    "sosa": SOSA.iri,
+    "om": "http://www.ontology-of-units-of-measure.org/resource/om-2/",
+    "ssn-system": SSN_SYSTEM.iri,
+    "ssn": SSN.iri,
+    "td": TD.iri,
+    "tf": TF.iri,
+    "xsd": XSD.iri,
+}
+"""What stands for a namespace where people write and read."""
+
 BOARDS = "https://w3id.org/tinyfleet/board/"
+PARTS = "https://w3id.org/tinyfleet/part/"
+PROPERTIES = "https://w3id.org/tinyfleet/property/"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _MODEL = re.compile(r"[0-9a-f]{16}")
 
@@ -72,6 +105,16 @@ def board_iri(board: str) -> Iri:
     return Iri(BOARDS + _name("board", board, 64))
 
 
+def part_iri(part: str) -> Iri:
+    """https://w3id.org/tinyfleet/part/{part}: a kind of sensor that boards carry."""
+    return Iri(PARTS + _name("part", part, 64))
+
+
+def property_iri(name: str) -> Iri:
+    """https://w3id.org/tinyfleet/property/{name}: what can be observed, such as temperature."""
+    return Iri(PROPERTIES + _name("property", name, 64))
+
+
 def model_iri(model: bytes | str) -> Iri:
     """urn:tinyfleet:model:{hex16}, from the first 8 bytes of the SHA-256 of the model's file or their hex digits."""
     digits = model.hex() if isinstance(model, bytes) else model.lower()
@@ -93,3 +136,33 @@ def round_iri(fleet: str, run: int, number: int) -> Iri:
 def version_iri(fleet: str, run: int, number: int) -> Iri:
     """urn:tinyfleet:{fleet}:run:{run}:version:{number}: the weights after that round; 0 are those it began with."""
     return Iri(f"{run_iri(fleet, run)}:version:{number:d}")
+
+
+def dataset_iri(name: str) -> Iri:
+    """A data set's address, or else urn:tinyfleet:dataset:{name}."""
+    return Iri(name) if re.match(r"https?://", name) else Iri(f"urn:tinyfleet:dataset:{quote(name, safe='/')}")
+
+
+def option_iri(model: Iri, layers: int, bias_only: bool) -> Iri:
+    """{model}:train:{layers} or {model}:train:{layers}:bias: training the last layers, or only their biases."""
+    return Iri(f"{model}:train:{layers:d}" + ":bias" * bias_only)
+
+
+def update_iri(fleet: str, run: int, number: int, device: str) -> Iri:
+    """urn:tinyfleet:{fleet}:run:{run}:round:{number}:{device}:update: what the device replied in the round."""
+    return Iri(f"{round_iri(fleet, run, number)}:{_name('device', device, 32)}:update")
+
+
+def deployment_iri(fleet: str, number: int) -> Iri:
+    """urn:tinyfleet:{fleet}:deployment:{number}"""
+    return Iri(f"urn:tinyfleet:{fleet_name(fleet)}:deployment:{number:d}")
+
+
+def drift_iri(fleet: str, device: str, number: int) -> Iri:
+    """urn:tinyfleet:{fleet}:{device}:drift:{number}"""
+    return Iri(f"{device_iri(fleet, device)}:drift:{number:d}")
+
+
+def measurement_iri(model: Iri, board: str, emulated: bool) -> Iri:
+    """{model}:on:{board} or {model}:on:{board}:emulated: what the model took on that kind of board."""
+    return Iri(f"{model}:on:{_name('board', board, 64)}" + ":emulated" * emulated)

@@ -1,27 +1,39 @@
-"""MQTT in, graph out: what devices say of themselves becomes facts, once it is checked.
+"""Descriptions in, graph out: what devices say of themselves becomes facts, once it is checked.
 
-`Registry.handle` takes a topic and its payload and touches no network. A Thing Description is read as JSON-LD with our
-own context, checked against the shapes, and written flat: facts about the device on the device, facts about its kind
-of board once on the board, by whoever says them first (`tinyfleet firmware boards --describe` says those that are
-known). A status is a few flat facts. What cannot be right is refused, counted and logged with its reason, and leaves
-the graph as it was; what comes twice, late or in another order ends in the same graph.
+`Registry.take` takes MQTT topics and their payloads, as many as have arrived, and writes what they say in one
+transaction; `Registry.put` takes a description that came in another way. Neither touches the network. A Thing
+Description is read as JSON-LD with our own context, checked against the shapes, and written flat: facts about the
+device on the device, facts about its kind of board once on the board, by whoever says them first (`tinyfleet firmware
+boards --describe` says those that are known). The document itself is kept beside them (ontology/things.py). A thing
+that is no device of the fleet, which only `put` takes, is written with what it says flatly of itself. A status is a few
+flat facts. What cannot be right is refused, counted and logged with its reason, and leaves the graph as it was; what
+comes twice, late or in another order ends in the same graph.
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jsonschema_rs
 import pyoxigraph as ox
 
 from edge.errors import UserError
 from edge.protocol import ProtocolError, Topics, decode_status
-from ontology import shapes
-from ontology.names import BOARDS, RDF, TD, TF, Iri, device_iri, fleet_name, model_iri
-from ontology.store import Binding, Store, StoreError, Value, printable, value
+from ontology import lineage, shapes
+from ontology.describe import known_parts
+from ontology.implied import with_implied
+from ontology.names import BOARDS, RDF, S3N, SSN, TD, TF, Iri, device_iri, fleet_name, model_iri
+from ontology.store import BASE, Binding, Store, StoreError, Value, each, printable, term, value
+from ontology.things import Changes, Document, Things, split
 
 MAX_BYTES = 65_536
 """A Thing Description may be so long."""
@@ -31,9 +43,23 @@ MAX_DEPTH = 16
 TD_CONTEXT = "https://www.w3.org/2022/wot/td/v1.1"
 _CONTEXT_FILE = Path(__file__).with_name("context.jsonld")
 
-# What is taken from a description. All else that it says (affordances, forms) stays in the retained message.
-_DEVICE = (TD.title, TF.fleet, TF.deviceId, TF.board, TF.engine, TF.engineVersion, TF.arenaBytes, TF.model)
+_SCHEMA_FILE = Path(__file__).with_name("thing.schema.json")
+
+# What is taken from a description. All else that it says (affordances, forms) stays in the document.
+_DEVICE = (
+    TD.title,
+    TD.description,
+    TF.fleet,
+    TF.deviceId,
+    TF.board,
+    TF.engine,
+    TF.engineVersion,
+    TF.arenaBytes,
+    TF.model,
+)
 _BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)
+# A fleet may have a million devices: of what a device's type implies, this is what queries of S3N's kind ask for.
+_TYPES = (TD.Thing, TF.Device, S3N.SmartSensor)
 _STATE = (TF.online, TF.currentModel, TF.samples, TF.malformed, TF.stale, TF.battery, TF.drift)
 
 # JSON-LD keywords with which a description could say things of other nodes, or change what its words mean.
@@ -43,7 +69,24 @@ log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """Why a message was not taken."""
+    """Why a message was not taken: `violations`, one line each."""
+
+    def __init__(self, *violations: str) -> None:
+        super().__init__("; ".join(violations))
+        self.violations = violations
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What became of a message: what it was, of which device, and why it was refused, if it was.
+
+    online: what a status says; for a description, whether there is one (an empty one takes the device away).
+    """
+
+    kind: Literal["td", "status"]
+    device: str
+    online: bool = False
+    refusal: str | None = None
 
 
 @cache
@@ -52,46 +95,91 @@ def _context() -> dict[str, Any]:
     return context
 
 
+@cache
+def _schema() -> jsonschema_rs.Validator:
+    return jsonschema_rs.validator_for(json.loads(_SCHEMA_FILE.read_text(encoding="utf-8")))
+
+
 class Registry:
     """Keeps one fleet's devices in the graph. `accepted` and `refused` count messages; `last_refusal` says why."""
 
-    def __init__(self, store: Store, fleet: str) -> None:
+    def __init__(self, store: Store, fleet: str, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        """clock: what time it is, for facts that say when."""
         self._store = store
-        self._fleet = fleet_name(fleet)
+        self._clock = clock
+        self.fleet = fleet_name(fleet)
         self._topics = Topics(fleet)
+        self.things = Things(store)
         self.accepted = 0
         self.refused = 0
         self.last_refusal: str | None = None
 
     def handle(self, topic: str, payload: bytes) -> bool:
-        """Takes one message. True if it went into the graph; False if it was refused or is none of the registry's.
+        """Takes one message, as `take` does. True if it went into the graph; False if it was refused or is none of the
+        registry's."""
+        (taken,) = self.take([(topic, payload)])
+        return taken is not None and taken.refusal is None
+
+    def take(self, messages: Sequence[tuple[str, bytes]]) -> list[Taken | None]:
+        """Takes messages in the order of their arrival; for each what became of it, None if it is none of the
+        registry's. When this returns they are in the graph.
 
         An empty description (a cleared retained message) takes the device out of the graph. Raises StoreError if the
-        store fails: the message can then be handed over again.
+        store fails: the messages can then be handed over again.
         """
-        found = self._topics.parse(topic)
-        if found is None or found[0] not in ("td", "status"):
-            return False
-        kind, (device,) = found
-        try:
-            if kind == "status":
-                self._status(device, payload)
-            elif payload:
-                self._description(device, payload)
-            else:
-                self._store.remove(device_iri(self._fleet, device))
-        except StoreError:
-            raise
-        except (Refused, ProtocolError, UserError) as reason:
-            self.refused += 1
-            what = "Thing Description" if kind == "td" else "status"
-            self.last_refusal = printable(f"{what} of {device!r} refused: {reason}")
-            log.warning("%s", self.last_refusal)
-            return False
-        self.accepted += 1
-        return True
+        with self.things.lock:
+            taken: list[Taken | None] = []
+            facts, changes = _Pending(), Changes()
+            for topic, payload in messages:
+                found = self._topics.parse(topic)
+                if found is None or found[0] not in ("td", "status"):
+                    taken.append(None)
+                    continue
+                kind: Literal["td", "status"] = found[0]  # type: ignore[assignment]
+                (device,) = found[1]
+                try:
+                    if kind == "status":
+                        online = self._status(device, payload, facts)
+                    elif payload:
+                        self._description(device, payload, facts, changes)
+                        online = True
+                    else:
+                        self.things.write(facts, changes)
+                        facts, changes = _Pending(), Changes()
+                        self.things.remove(device_iri(self.fleet, device))
+                        online = False
+                except StoreError:
+                    raise
+                except (Refused, ProtocolError, UserError) as reason:
+                    what = "Thing Description" if kind == "td" else "status"
+                    refusal = printable(f"{what} of {device!r} refused: {reason}")
+                    log.warning("%s", refusal)
+                    taken.append(Taken(kind, device, refusal=refusal))
+                else:
+                    taken.append(Taken(kind, device, online))
+            self.things.write(facts, changes)
+            for one in taken:
+                if one is not None and one.refusal is None:
+                    self.accepted += 1
+                elif one is not None:
+                    self.refused += 1
+                    self.last_refusal = one.refusal
+            return taken
 
-    def _status(self, device: str, payload: bytes) -> None:
+    def nobody_is_online(self) -> None:
+        """Takes it that every device is offline until it says otherwise. In many transactions, if they are many."""
+        answer = self._store.evaluate(
+            """PREFIX tf: <https://w3id.org/tinyfleet#>
+            SELECT ?device WHERE { VALUES ?fleet { UNDEF } ?device tf:online true ; tf:fleet ?fleet }""",
+            fleet=self.fleet,
+        )
+        assert isinstance(answer, ox.QuerySolutions)
+        devices = (value(solution["device"]) for solution in answer)
+        while some := list(islice(devices, 1000)):
+            now: dict[Iri, Binding | None] = {TF.online: False, TF.offlineSince: self._clock()}
+            self._store.write({Iri(str(device)): now for device in some})
+
+    def _status(self, device: str, payload: bytes, pending: "_Pending") -> bool:
         if not payload:
             raise Refused("it is empty")
         status = decode_status(payload)
@@ -109,13 +197,60 @@ class Registry:
                 TF.battery: status.battery,
                 TF.drift: status.drift,
             }
-        self._store.write({device_iri(self._fleet, device): facts})
+        iri = device_iri(self.fleet, device)
+        if iri in pending and (not status.online or status.drift is not None):
+            self._store.write(pending)  # for what has changed is asked of the graph
+            pending.clear()
+        pending.setdefault(iri, {}).update(facts)
+        for subject, said in lineage.changes(self._store, iri, status, self._clock()).items():
+            pending.setdefault(subject, {}).update(said)
+        return status.online
 
-    def _description(self, device: str, payload: bytes) -> None:
-        iri = device_iri(self._fleet, device)
+    def _description(self, device: str, payload: bytes, pending: "_Pending", changes: Changes) -> None:
         document = read(payload)
+        iri = device_iri(self.fleet, device)
         if document.get("id", document.get("@id")) != iri:
             raise Refused(f"its id must be {iri} on this topic, not {document.get('id')!r:.100}")
+        self._describe(document, pending, changes)
+
+    def name(self, document: Mapping[str, Any]) -> Iri:
+        """An id for a description that has none: a device's own, or else a random one (UUID version 4)."""
+        kinds, device = document.get("@type"), document.get("tf:deviceId")
+        if isinstance(kinds, list) and "tf:Device" in kinds and isinstance(device, str):
+            return device_iri(self.fleet, device)
+        return Iri(uuid.uuid4().urn)
+
+    def put(self, given: Mapping[str, Any]) -> bool:
+        """Writes a description, in place of the one of the same id if there is one. True if there was none.
+
+        Raises Refused, or UserError, for what cannot be right.
+        """
+        with self.things.lock:
+            facts, changes = _Pending(), Changes()
+            new = self._describe(given, facts, changes)
+            self.things.write(facts, changes)
+            return new
+
+    def _describe(self, given: Mapping[str, Any], pending: "_Pending", changes: Changes) -> bool:
+        """Adds to what is to be written. True if there is no description of that id."""
+        try:
+            document, expires = split(given)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        id = Iri(document.get("id", document.get("@id", "")))
+        try:
+            term(id)
+        except StoreError:
+            raise Refused("id: one text, an IRI") from None
+        if own := re.fullmatch(r"urn:tinyfleet:([^:]+):([^:]+)", id):
+            self._device(own[2], id, document, pending)
+        else:
+            self._thing(id, document, pending)
+        return self.things.change(id, document, expires, changes)
+
+    def _device(self, device: str, iri: Iri, document: Document, pending: "_Pending") -> None:
+        if iri != device_iri(self.fleet, device):
+            raise Refused(f"id: {iri:.100} is not of the fleet {self.fleet!r}")
         triples = to_triples(document)
         thing = _facts(triples, iri)
         if TF.Device not in thing.get(RDF.type, ()) or TD.Thing not in thing.get(RDF.type, ()):
@@ -123,37 +258,57 @@ class Registry:
         for subject in _typed(triples, TF.Device):
             if subject != iri:
                 raise Refused(f"it describes another device, {subject}")
-        wrong = shapes.violations(triples)
-        if wrong:
-            raise Refused("; ".join(wrong))
-        for predicate, expected in ((TF.fleet, self._fleet), (TF.deviceId, device)):
+        _conforms(triples, document)
+        for predicate, expected in ((TF.fleet, self.fleet), (TF.deviceId, device)):
             if thing[predicate] != [expected]:
                 raise Refused(f"its {predicate.removeprefix(TF.iri)} must be {expected!r}, not {thing[predicate][0]!r}")
         board = Iri(str(thing[TF.board][0]))
         said = {p: v for p, v in _facts(triples, board).items() if p in _BOARD}
         if said and board not in _typed(triples, TF.Board):
             raise Refused("what its tf:board points to must have the @type tf:Board")
-        known = self._about(board)
+        known = _listed(pending[board]) if board in pending else self._about(board)
         if not known and TF.ramBytes not in said:
             raise Refused(f"its board {board} is not known and it does not describe it")
-        for predicate, values in said.items():
-            if known and set(values) != set(known.get(predicate, ())):
+        for predicate, stated in said.items():
+            if known and set(stated) != set(known.get(predicate, ())):
                 log.warning(
                     "%s says that %s of its board is %s; %s stays known with %s",
                     iri,
                     predicate.split("#")[-1],
-                    _text(values),
+                    _text(stated),
                     board,
                     _text(known.get(predicate, [])),
                 )
         ram, arena = {**known, **said}.get(TF.ramBytes, [math.inf])[0], thing.get(TF.arenaBytes, [0])[0]
         if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
             raise Refused(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
-        facts: dict[Iri, dict[Iri, Binding | None]] = {iri: {p: thing.get(p) for p in _DEVICE}}
-        facts[iri][RDF.type] = [TD.Thing, TF.Device]
+        facts = pending.setdefault(iri, {})
+        facts.update((p, thing.get(p)) for p in _DEVICE)
         if not known:
-            facts[board] = {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}
-        self._store.write(facts)
+            flat = {board: {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}}
+            more = with_implied(flat, known_parts(self._store, [str(name) for name in said.get(TF.sensor, ())]))
+            for subject, about in more.items():
+                pending.setdefault(subject, {}).update(about)
+            known = _listed(more[board])
+        facts[RDF.type] = _TYPES
+        facts[SSN.hasSubSystem] = known.get(SSN.hasSubSystem)
+        if facts[TD.description] is None:
+            facts[TD.description] = known.get(TD.title)
+
+    def _thing(self, iri: Iri, document: Document, pending: "_Pending") -> None:
+        """What a thing that is no device says of itself flatly, in place of all that was said of it."""
+        if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", iri) or iri.startswith(("urn:tinyfleet:", BASE)):
+            raise Refused(f"id: {iri:.100} cannot be a thing's; take an IRI of your own")
+        triples = to_triples(document)
+        for triple in triples:
+            if triple.predicate.value == RDF.type and str(triple.object).startswith(f"<{TF.iri}"):
+                raise Refused(f"@type: {triple.object} is for what is named urn:tinyfleet:{self.fleet}:…")
+        _conforms(triples, document)
+        said: dict[Iri, list[Value]] = {RDF.type: [TD.Thing]}
+        for triple in triples:
+            if triple.subject == ox.NamedNode(iri) and isinstance(triple.object, (ox.NamedNode, ox.Literal)):
+                said.setdefault(Iri(triple.predicate.value), []).append(value(triple.object))
+        pending[iri] = {**dict.fromkeys(self._about(iri)), **said}
 
     def _about(self, subject: Iri) -> dict[Iri, list[Value]]:
         """What the graph says of a subject."""
@@ -164,8 +319,27 @@ class Registry:
         return facts
 
 
-def _text(values: list[Value]) -> str:
-    return ", ".join(sorted(printable(str(v)) for v in values)) or "nothing"
+def _conforms(triples: list[ox.Triple], document: Mapping[str, Any]) -> None:
+    """Raises Refused unless the description has the form of one and its triples conform to the shapes."""
+    form = [
+        f"{'.'.join(map(str, error.instance_path)) or '(root)'}: {error.message:.200}"
+        for error in _schema().iter_errors(dict(document))
+    ]
+    wrong = [*shapes.violations(triples), *form]
+    if wrong:
+        raise Refused(*wrong[:20])
+
+
+_Pending = dict[Iri, dict[Iri, Binding | None]]
+"""What is to be written, of each subject."""
+
+
+def _listed(facts: Mapping[Iri, Binding | None]) -> dict[Iri, list[Value]]:
+    return {p: list(each(given)) for p, given in facts.items()}
+
+
+def _text(given: list[Value]) -> str:
+    return ", ".join(sorted(printable(str(v)) for v in given)) or "nothing"
 
 
 def _facts(triples: list[ox.Triple], subject: str) -> dict[Iri, list[Value]]:

@@ -1,20 +1,23 @@
 """One interface over embedded Oxigraph and any SPARQL 1.1 endpoint.
 
-Everything lies in the default graph. A query takes parameters where its text says `VALUES ?name { UNDEF }`: the text is
-valid SPARQL as it stands (the parameter is then free), and binding puts terms in place of UNDEF, so the same text and
-the same values work on every store. Terms are written by Oxigraph's own serialiser: a value cannot end its literal.
+Facts lie in the default graph; a named graph beside it keeps documents (ontology/things.py). A query takes parameters
+where its text says `VALUES ?name { UNDEF }`: the text is valid SPARQL as it stands (the parameter is then free), and
+binding puts terms in place of UNDEF, so the same text and the same values work on every store. Terms are written by
+Oxigraph's own serialiser: a value cannot end its literal.
 """
 
 import json
 import re
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Self, overload
+from typing import NamedTuple, Self, overload
 
 import pyoxigraph as ox
 
@@ -28,6 +31,22 @@ Facts = Mapping[Iri, Mapping[Iri, Binding | None]]
 """What is said of each subject: for each predicate, its value or values."""
 Answer = ox.QuerySolutions | ox.QueryBoolean | ox.QueryTriples
 Row = dict[str, Value]
+
+BASE = "https://w3id.org/tinyfleet/"
+"""What relative IRIs are relative to: no address of a server, for what is stored outlives it."""
+
+
+RECORDS = Iri("https://w3id.org/tinyfleet/things")
+"""The named graph of what is no fact of the fleet: documents, and when they came."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The graphs that a query is asked of, whatever it names itself: those that make its default graph, and those that
+    GRAPH may name."""
+
+    default: Sequence[Iri] = ()
+    named: Sequence[Iri] = ()
 
 
 class StoreError(UserError):
@@ -148,6 +167,17 @@ def parameters(sparql: str) -> list[str]:
     return list(dict.fromkeys(m["name"] for m in _PARAMETER.finditer(sparql) if m["name"]))
 
 
+def parameter_pattern(sparql: str, values: str) -> str:
+    """A regular expression for the query with its parameters, bound or free: `values` is what each may hold, and a
+    group of the parameter's name."""
+    parts, end = [], 0
+    for found in _PARAMETER.finditer(sparql):
+        if name := found["name"]:
+            parts += [re.escape(sparql[end : found.start()]), rf"VALUES \?{name} \{{ (?P<{name}>{values}) \}}"]
+            end = found.end()
+    return "".join([*parts, re.escape(sparql[end:])])
+
+
 def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
     """The query with its parameters bound; those not named stay free.
 
@@ -166,7 +196,7 @@ def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
         name = match["name"]
         if name is None or name not in bindings:
             return match[0]
-        return f"VALUES ?{name} {{ {' '.join(str(term(v)) for v in _values(bindings[name]))} }}"
+        return f"VALUES ?{name} {{ {' '.join(str(term(v)) for v in each(bindings[name]))} }}"
 
     return _PARAMETER.sub(put, sparql)
 
@@ -175,7 +205,7 @@ class Store(ABC):
     """A graph that is asked and changed in SPARQL 1.1. Every change is atomic; safe to share between threads."""
 
     @abstractmethod
-    def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
         """The raw answer to any query, as terms: solutions, a boolean or triples."""
 
     @abstractmethod
@@ -213,18 +243,27 @@ class Store(ABC):
         if text:
             self.update(f"INSERT DATA {{\n{text}}}")
 
-    def write(self, facts: Facts) -> None:
-        """Makes these the only values of these predicates of these subjects; None takes a predicate away."""
-        pairs = " ".join(f"({_node(s)} {_node(p)})" for s, said in facts.items() for p in said)
-        if pairs:
-            self.update(
-                f"DELETE {{ ?s ?p ?o }} WHERE {{ VALUES (?s ?p) {{ {pairs} }} ?s ?p ?o }} ;\n"
-                f"INSERT DATA {{\n{_data(triples(facts))}}}"
-            )
+    def write(self, facts: Facts, records: Facts | None = None) -> None:
+        """Makes these the only values of these predicates of these subjects; None takes a predicate away. Records go
+        into the graph RECORDS, in the same change."""
+        text = " ;\n".join(part for part in (_writing(facts), _writing(records or {}, RECORDS)) if part)
+        if text:
+            self.update(text)
+
+    def records(self, subjects: Sequence[Iri]) -> list[dict[Iri, Value]]:
+        """What the graph RECORDS says of each of the subjects, one value of a predicate; nothing where it says none."""
+        found: dict[Value, dict[Iri, Value]] = {subject: {} for subject in subjects}
+        if subjects:
+            # With VALUES outside of GRAPH, Oxigraph reads all records.
+            wanted = " ".join(str(_node(subject)) for subject in subjects)
+            for row in self.query(f"SELECT * WHERE {{ GRAPH <{RECORDS}> {{ VALUES ?s {{ {wanted} }} ?s ?p ?o }} }}"):
+                found[row["s"]][Iri(str(row["p"]))] = row["o"]
+        return [found[subject] for subject in subjects]
 
     def remove(self, subject: Iri) -> None:
-        """Takes away everything that is said of the subject."""
-        self.update(f"DELETE WHERE {{ {_node(subject)} ?p ?o }}")
+        """Takes away everything that is said of the subject, its records too."""
+        said = f"{{ {_node(subject)} ?p ?o }}"
+        self.update(f"DELETE WHERE {said} ; DELETE WHERE {{ GRAPH <{RECORDS}> {said} }}")
 
     def __enter__(self) -> Self:
         return self
@@ -233,23 +272,37 @@ class Store(ABC):
         self.close()
 
 
+def _writing(facts: Facts, graph: Iri | None = None) -> str:
+    """The update that makes these the only values of these predicates of these subjects, in the default graph or in a
+    named one; empty if there is nothing to write."""
+    pairs = " ".join(f"({_node(s)} {_node(p)})" for s, said in facts.items() for p in said)
+    if not pairs:
+        return ""
+    begin, end = ("", "") if graph is None else (f"GRAPH {_node(graph)} {{ ", " }")
+    return (
+        f"DELETE {{ {begin}?s ?p ?o{end} }} WHERE {{ {begin}VALUES (?s ?p) {{ {pairs} }} ?s ?p ?o{end} }} ;\n"
+        f"INSERT DATA {{{begin}\n{_data(triples(facts))}{end}}}"
+    )
+
+
 def triples(facts: Facts) -> Iterator[Triple]:
     """The triples of these facts."""
     for subject, said in facts.items():
         for predicate, given in said.items():
-            for o in _values(given):
+            for o in each(given):
                 yield subject, predicate, o
 
 
-def _values(given: Binding | None) -> Iterable[Value]:
+def each(given: Binding | None) -> Iterable[Value]:
+    """The values that are given: none, one or many."""
     if given is None:
         return ()
     return (given,) if isinstance(given, (str, bool, int, float, datetime)) else given
 
 
-def _short(error: Exception) -> str:
-    """Oxigraph's message without the long list of what the grammar would have taken."""
-    text = str(error).partition(": expected one of ")[0]
+def _short(error: object) -> str:
+    """Oxigraph's message in one line, without the long list of what the grammar would have taken."""
+    text = " ".join(str(error).partition(": expected one of ")[0].split())
     return text if len(text) <= 300 else text[:300] + "…"
 
 
@@ -257,10 +310,33 @@ def _data(given: Iterable[Triple]) -> str:
     return "".join(f"{_node(s)} {_node(p)} {term(o)} .\n" for s, p, o in given)
 
 
+_HERE = ox.DefaultGraph()
+
+
+class Patch(NamedTuple):
+    """A change of the graph: triples that go, triples that come, and patterns for what else goes (before they come),
+    in SPARQL, which alone does it all in one transaction."""
+
+    emptied: list[str]
+    gone: list[str]
+    new: list[str]
+
+    def extend(self, more: "Patch") -> None:
+        """Adds the other change to this one."""
+        for all_, some in zip(self, more, strict=True):
+            all_.extend(some)
+
+
 class EmbeddedStore(Store):
-    """Oxigraph in this process: on disk (RocksDB) in the folder `path`, made if need be, or in memory without one."""
+    """Oxigraph in this process: on disk (RocksDB) in the folder `path`, made if need be, or in memory without one.
+
+    One writer at a time, any number of readers beside it: a query sees the graph as it was when it began, and holds up
+    no write. What a write has returned from is kept when the process is killed, for it is in RocksDB's log, in the
+    hands of the operating system; should the machine lose its power, the last seconds may be missing.
+    """
 
     def __init__(self, path: str | Path | None = None) -> None:
+        self._writing = threading.RLock()
         if path is None:
             self._store: ox.Store | None = ox.Store()
             return
@@ -280,10 +356,17 @@ class EmbeddedStore(Store):
             raise StoreError("the store is closed")
         return self._store
 
-    def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
         text = bind(sparql, bindings)
         try:
-            return self._open.query(text)
+            if dataset is None:
+                return self._open.query(text, base_iri=BASE)
+            return self._open.query(
+                text,
+                base_iri=BASE,
+                default_graph=[_node(graph) for graph in dataset.default],
+                named_graphs=[_node(graph) for graph in dataset.named],
+            )
         except SyntaxError as error:
             raise StoreError(f"the query is not valid SPARQL: {_short(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
@@ -291,14 +374,59 @@ class EmbeddedStore(Store):
 
     def update(self, sparql: str) -> None:
         try:
-            self._open.update(sparql)
+            with self._writing:
+                self._open.update(sparql, base_iri=BASE)
         except SyntaxError as error:
             raise StoreError(f"the update is not valid SPARQL: {_short(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
             raise StoreError(f"the update failed: {error}") from None
 
     def add(self, triples: Iterable[Triple]) -> None:
-        self._open.extend([ox.Quad(_node(s), _node(p), term(o), ox.DefaultGraph()) for s, p, o in triples])
+        quads = [ox.Quad(_node(s), _node(p), term(o), _HERE) for s, p, o in triples]
+        with self._writing:
+            self._open.extend(quads)
+
+    def write(self, facts: Facts, records: Facts | None = None) -> None:
+        with self._writing:
+            patch = self._difference(facts)
+            patch.extend(self._difference(records or {}, RECORDS))
+            self._apply(patch)
+
+    def _difference(self, facts: Facts, graph: Iri | None = None) -> Patch:
+        """What must go and come so that `write` has written the facts into the default graph, or into a named one."""
+        patch = Patch([], [], [])
+        where = _HERE if graph is None else _node(graph)
+        begin, end = ("", "") if graph is None else (f"GRAPH {where} {{ ", " }")
+        for s, said in facts.items():
+            subject = _node(s)
+            for p, given in said.items():
+                predicate = _node(p)
+                wanted = {term(o) for o in each(given)}
+                there = {quad.object for quad in self._open.quads_for_pattern(subject, predicate, None, where)}
+                if not all(isinstance(o, (ox.NamedNode, ox.Literal)) for o in there):
+                    patch.emptied.append(f"DELETE WHERE {{ {begin}{subject} {predicate} ?o{end} }} ;\n")
+                    there = set()
+                patch.gone.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in there - wanted)
+                patch.new.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in wanted - there)
+        return patch
+
+    def records(self, subjects: Sequence[Iri]) -> list[dict[Iri, Value]]:
+        graph = _node(RECORDS)
+        return [
+            {
+                Iri(quad.predicate.value): value(quad.object)
+                for quad in self._open.quads_for_pattern(_node(subject), None, None, graph)
+            }
+            for subject in subjects
+        ]
+
+    def _apply(self, patch: Patch) -> None:
+        if any(patch):
+            EmbeddedStore.update(
+                self,
+                f"{''.join(patch.emptied)}DELETE DATA {{\n{''.join(patch.gone)}}} ;\n"
+                f"INSERT DATA {{\n{''.join(patch.new)}}}",
+            )
 
     def __len__(self) -> int:
         return len(self._open)
@@ -330,9 +458,9 @@ class RemoteStore(Store):
         proxies: dict[str, str] | None = {} if host in ("localhost", "::1") or host.startswith("127.") else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
-    def _post(self, url: str, form: Mapping[str, str], accept: str) -> tuple[str, bytes]:
+    def _post(self, url: str, form: Mapping[str, str | Sequence[str]], accept: str) -> tuple[str, bytes]:
         try:
-            body = urllib.parse.urlencode(form).encode()
+            body = urllib.parse.urlencode(form, doseq=True).encode()
         except UnicodeEncodeError as error:
             raise StoreError(f"the text cannot be sent: {error}") from None
         request = urllib.request.Request(url, data=body, headers={"Accept": accept})
@@ -344,16 +472,16 @@ class RemoteStore(Store):
         except urllib.error.HTTPError as error:
             with error:
                 detail = error.read(2000).decode(errors="replace").strip() or error.reason
-            raise StoreError(f"{url} refused ({error.code}): {detail}") from None
+            raise StoreError(f"{url} refused ({error.code}): {_short(detail)}") from None
         except (OSError, urllib.error.URLError) as error:
             reason = getattr(error, "reason", error)
             raise Unreachable(f"no answer from {url} ({reason}); is the server running?") from None
 
-    def evaluate(self, sparql: str, **bindings: Binding) -> Answer:
-        text = bind(sparql, bindings)
-        kind, body = self._post(
-            self._url, {"query": text}, "application/sparql-results+json, application/n-triples;q=0.9"
-        )
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
+        form: dict[str, str | Sequence[str]] = {"query": bind(sparql, bindings)}
+        if dataset is not None:
+            form |= {"default-graph-uri": dataset.default, "named-graph-uri": dataset.named}
+        kind, body = self._post(self._url, form, "application/sparql-results+json, application/n-triples;q=0.9")
         try:
             if kind == "application/sparql-results+json":
                 return ox.parse_query_results(body, ox.QueryResultsFormat.JSON)

@@ -49,6 +49,23 @@ _LEARNED: dict[str, tuple[int, ...] | None] = {
     "MUL": None,
     "DIV": None,
 }
+# Operators that end with an activation of their own: the table of their options.
+_FUSED = {
+    "ADD": tflite.AddOptions,
+    "AVERAGE_POOL_2D": tflite.Pool2DOptions,
+    "CONV_2D": tflite.Conv2DOptions,
+    "DEPTHWISE_CONV_2D": tflite.DepthwiseConv2DOptions,
+    "FULLY_CONNECTED": tflite.FullyConnectedOptions,
+    "MAX_POOL_2D": tflite.Pool2DOptions,
+    "MUL": tflite.MulOptions,
+    "SUB": tflite.SubOptions,
+    "SVDF": tflite.SVDFOptions,
+}
+_ACTIVATIONS = {
+    number: name.lower()
+    for name, number in vars(tflite.ActivationFunctionType).items()
+    if not name.startswith("_") and name != "NONE"
+}
 # What these take and learn is not in the file's tables, or is in another subgraph.
 _OPAQUE = {"CUSTOM", "DELEGATE", "IF", "WHILE", "CALL", "CALL_ONCE", "PLACEHOLDER_FOR_GREATER_OP_CODES"}
 _OPAQUE |= {name for name in _OPERATORS.values() if name.startswith("STABLEHLO_")}
@@ -207,7 +224,17 @@ def _layer(kind: str, inputs: list[_Tensor | None], outputs: list[_Tensor | None
         macs=_macs(kind, inputs, result, operator),
         parameters=None if kind in _OPAQUE else sum(t.size for t in learned),
         quantization=weights.quantization if weights else None,
+        activation=_activation(kind, operator),
     )
+
+
+def _activation(kind: str, operator: Any) -> str | None:
+    table = operator.BuiltinOptions() if kind in _FUSED else None
+    if table is None:
+        return None
+    options = _FUSED[kind]()
+    options.Init(table.Bytes, table.Pos)
+    return _ACTIVATIONS.get(options.FusedActivationFunction())
 
 
 def _learned(kind: str, inputs: list[_Tensor | None]) -> list[_Tensor]:

@@ -1,9 +1,10 @@
-"""The commands of the server: `tinyfleet server` and `tinyfleet run`."""
+"""The commands of the server: `tinyfleet server`, `tinyfleet run` and `tinyfleet deploy`."""
 
 import json
 import logging
 import signal
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -18,6 +19,7 @@ from edge import tasks
 from edge.cli import BrokerOption, DataOption, TaskOption, broker_address
 from edge.errors import UserError
 from edge.program import Program, ProgramError
+from ontology import library
 from ontology.cli import find_server, read_query
 from ontology.names import fleet_name
 from ontology.store import RemoteStore
@@ -38,7 +40,8 @@ def server(
         ".tinyfleet"
     ),
 ) -> None:
-    """Run the fleet's server: broker, registry, knowledge graph, SPARQL endpoint; until interrupted.
+    """Run the fleet's server, until interrupted: broker, registry, knowledge graph and, over HTTP on loopback, SPARQL,
+    the query page and the Thing Description Directory.
 
     \b
     Examples:
@@ -62,6 +65,8 @@ def server(
     ) as running:
         typer.echo(f"broker:   {running.broker_kind} on {running.broker[0]}:{running.broker[1]}")
         typer.echo(f"endpoint: {running.endpoint}")
+        typer.echo(f"page:     {running.address}/")
+        typer.echo(f"things:   {running.address}/things")
         typer.echo(f"ready: fleet '{fleet}', data in {data}")
         while not stopped.wait(1.0):  # a wait without end would not let signals through everywhere
             pass
@@ -161,3 +166,67 @@ def _parameters(path: Path, program: Program) -> NDArray[np.float32]:
         raise UserError(f"{path} has other parameters than the model ({error}); give a file of the same task") from None
     except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} has no parameters ({error}); give a file that `tinyfleet run --out` wrote") from None
+
+
+def deploy(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.mote", help="A program, made by `tinyfleet model compile`.")],
+    select: Annotated[
+        str, typer.Option(help="Who is to get it: a SPARQL file with a column ?id, or a query of the library.")
+    ] = "runnable",
+    yes: Annotated[bool, typer.Option("--yes", help="Do it. Default: only show who would get it.")] = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a device may take.")] = 60.0,
+    broker: BrokerOption = None,
+    fleet: Annotated[str | None, typer.Option(help="The fleet's name. Default: the running server's.")] = None,
+    data: DataOption = Path(".tinyfleet"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Give a model to the devices that a query selects, over the air. Without --yes it only shows who would get it.
+
+    Devices that cannot hold the model, run it already or are offline are left out. Ends with 1 if not all confirmed.
+
+    \b
+    Examples:
+      tinyfleet deploy model.mote
+      tinyfleet deploy model.mote --select drifted --yes
+      tinyfleet deploy model.mote --select my-devices.rq --yes --json
+    """
+    from server import deploy as deploying
+    from server import show_deployment as show
+
+    program = deploying.read_program(model)
+    found = find_server(data)
+    if not found:
+        raise UserError(f"no server runs on {data}; start one with `tinyfleet server --data {data}`")
+    sparql = read_query(select)
+    name = fleet_name(fleet or found.get("fleet", "home"))
+    address = broker_address(broker, data)
+    console = Console(highlight=False, quiet=as_json)
+    with RemoteStore(found["endpoint"], found.get("token")) as store:
+        plan = deploying.plan(store, program, model.stem, sparql, name)
+        said: dict[str, object] = {
+            "model": plan.model,
+            "targets": [fit.device for fit in plan.targets],
+            "left_out": dict(plan.left_out),
+        }
+        show.plan(console, model, program, plan)
+        if not yes:
+            console.print("Nothing was sent. To give it to them, add --yes", soft_wrap=True)
+            ended = None
+        else:
+            with show.Results(console, len(plan.targets)) as on_result:
+                ended = deploying.deploy(
+                    store,
+                    program,
+                    plan,
+                    broker=address,
+                    fleet=name,
+                    selected_by=select if select in library.names() else sparql,
+                    timeout=timeout,
+                    on_result=on_result,
+                )
+            said |= {"deployment": ended.iri, "results": [asdict(result) for result in ended.results]}
+            show.outcome(console, ended)
+    if as_json:
+        typer.echo(json.dumps(said, indent=2))
+    if ended is not None and len(ended.devices("confirmed")) < len(plan.targets):
+        raise typer.Exit(1)

@@ -52,8 +52,8 @@ Vector = NDArray[np.float32]
 class Event:
     """What happened in a round, for whoever watches.
 
-    broadcast: the weights are out; asked: a device was given work; replied: with these metrics; lost: it gives no
-    reply, for this reason.
+    broadcast: the weights are out; asked: a device was given work; replied: with these metrics, and an update of this
+    encoding, if any; lost: it gives no reply, for this reason.
     """
 
     kind: Literal["broadcast", "asked", "replied", "lost"]
@@ -61,6 +61,7 @@ class Event:
     device: str = ""
     reason: str = ""
     metrics: MetricRecord | None = None
+    encoding: str | None = None
 
 
 @dataclass
@@ -501,7 +502,8 @@ class MqttGrid(Grid):
         if job.work.kind == "train":
             content["arrays"] = to_record(vector, self.program, job.broadcast.record)
         job.reply = Message(content, reply_to=job.message)
-        self._close_job(job, Event("replied", job.server_round, job.device, metrics=content.metric_records["metrics"]))
+        said, form = content.metric_records["metrics"], _encoding(parts[0].update)
+        self._close_job(job, Event("replied", job.server_round, job.device, metrics=said, encoding=form))
 
     def _fail(self, job: _Job, code: int, reason: str) -> None:
         if job.reply is None:
@@ -520,6 +522,13 @@ class MqttGrid(Grid):
         if self._on_event is not None:
             for event in events:
                 self._on_event(event)
+
+
+def _encoding(update: Dense | Sparse | None) -> str | None:
+    """How an update's numbers travel: "sparse f16"."""
+    if update is None:
+        return None
+    return f"{'dense' if isinstance(update, Dense) else 'sparse'} {'f16' if update.half else 'f32'}"
 
 
 class CompositeGrid(Grid):

@@ -22,8 +22,9 @@ from edge.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_pla
 from edge.tasks import Recipe, Task
 from ontology import describe, library
 from ontology.lineage import Lineage, Part
+from ontology.match import select
 from ontology.names import Iri
-from ontology.store import Binding, Store, parameters
+from ontology.store import Store
 from server.grid import Event, MqttGrid
 from server.strategies import Reptile, TinyMetaFed, TinyReptile
 
@@ -149,16 +150,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def select(store: Store, sparql: str, model: Iri, fleet: str) -> list[str]:
-    """The device ids that a query selects: its column ?id. It may have the parameters ?model and ?fleet."""
-    given: dict[str, Binding] = {"model": model, "fleet": fleet}
-    known = parameters(sparql)
-    rows = store.query(sparql, **{name: term for name, term in given.items() if name in known})
-    if "id" not in rows.variables:
-        raise UserError("a query that selects clients has a column ?id, the devices' ids; add it to its SELECT")
-    return [str(device) for device in rows.column("id")]
-
-
 def explain(store: Store, model: Iri, fleet: str) -> list[str]:
     """For every device of the fleet, why it may not be able to train the model; what the graph can tell."""
     rows = store.query(
@@ -243,7 +234,7 @@ def run(
         if event.kind == "asked":
             asked.append(event.device)
         elif event.kind == "replied" and event.metrics is not None:
-            parts.append(_part(event.device, event.metrics))
+            parts.append(_part(event.device, event.metrics, event.encoding))
             arenas.append(int(event.metrics["arena-bytes"]))  # type: ignore[arg-type]
         elif event.kind == "lost":
             lost[event.device] = event.reason
@@ -296,6 +287,7 @@ def run(
                 bytes_up=this.bytes_up,
                 bytes_down=this.bytes_down,
                 accuracy=this.accuracy,
+                lost=this.lost,
             )
             done.append(this)
             newest, began, up, down = learned, now, grid.traffic.bytes_up, grid.traffic.bytes_down
@@ -322,14 +314,14 @@ def run(
     return Outcome(number, vector, newest, done)
 
 
-def _part(device: str, metrics: MetricRecord) -> Part:
+def _part(device: str, metrics: MetricRecord, encoding: str | None) -> Part:
     def number(key: str) -> float | None:
         value = metrics.get(key)
         return float(value) if isinstance(value, int | float) else None
 
     samples, size = metrics["num-examples"], metrics["bytes-up"]
     assert isinstance(samples, int) and isinstance(size, int)
-    return Part(device, number("loss"), number("accuracy"), samples, size)
+    return Part(device, number("loss"), number("accuracy"), samples, size, encoding)
 
 
 def _sha256(vector: Vector) -> str:

@@ -1,27 +1,45 @@
-"""The fleet's server in one object: a broker, the graph on disk, the registry that fills it, a SPARQL endpoint."""
+"""The fleet's server in one object: a broker, the graph on disk, the registry that fills it, and what answers over
+HTTP: SPARQL, the query page, the Thing Description Directory."""
 
 import json
 import logging
 import os
+import queue
 import secrets
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from edge.protocol import ProtocolError, Topics, decode_status
+from edge.protocol import Topics
 from edge.session import Session
 from ontology.cli import GRAPH, SERVER
 from ontology.endpoint import Endpoint
-from ontology.names import fleet_name
+from ontology.index import IndexedStore
+from ontology.names import Iri, fleet_name
 from ontology.registry import Registry
-from ontology.store import EmbeddedStore, StoreError
+from ontology.store import StoreError
 from server.broker import Broker
+
+MOST = 1000
+"""So many messages are written in one transaction at most."""
+WAITING = 10_000
+"""So many may wait for it; after that, the broker is left waiting."""
+SETTLING = 2.0
+"""Seconds that a new server waits at most until all are marked offline; with a million, that goes on behind it."""
+
+_Message = tuple[str, bytes, Callable[[], None]]
+_NEW_SESSION: _Message = ("", b"", lambda: None)
+_END: _Message = ("", b"", lambda: None)
 
 log = logging.getLogger(__name__)
 
 
 class FleetServer:
     """Runs from its construction until it is closed (or use it in a `with`).
+
+    Messages are written as many at once as have arrived since the last were, and the broker is told that a message has
+    been received once it is in the graph: what the broker has been told is never lost, however the server ends.
 
     data: the folder of the graph and of server.json, which tells other commands where the server is, and the token for
     updates; only its owner can read that. broker: one that runs already, or None to start one on `port` (0: a free
@@ -46,22 +64,32 @@ class FleetServer:
         self._topics = Topics(fleet)
         self._online: dict[str, bool] = {}
         with ExitStack() as stack:
-            self.store = stack.enter_context(EmbeddedStore(data / GRAPH))
+            self.store = stack.enter_context(IndexedStore(data / GRAPH))
             if broker is None:
                 started = stack.enter_context(Broker(port, data / "broker"))
                 self.broker = started.host, started.port
                 self.broker_kind = started.kind
             else:
                 self.broker, self.broker_kind = broker, "given"
-            token = secrets.token_urlsafe(32)
-            self.endpoint = stack.enter_context(Endpoint(self.store, token, endpoint_port)).url
-            self.token = token
-            self.registry = Registry(self.store, fleet)
             self._session: Session | None = None
+            self.registry = Registry(self.store, fleet)
+            self.token = secrets.token_urlsafe(32)
+            served = stack.enter_context(
+                Endpoint(self.store, self.token, endpoint_port, registry=self.registry, deleted=self._forget)
+            )
+            self.address, self.endpoint = served.address, served.url
+            self._arrived: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+            self._room = threading.Semaphore(WAITING)
+            self._settled = threading.Event()  # nobody is taken to be online any more because an earlier server said so
+            writer = threading.Thread(target=self._write, name="registry", daemon=True)
+            writer.start()
+            stack.callback(writer.join)
+            stack.callback(self._arrived.put, _END)
             name = f"tinyfleet-server-{secrets.token_hex(4)}"
-            self._session = Session(*self.broker, name, on_message=self._receive, on_connect=self._connected)
+            self._session = Session(*self.broker, name, on_delivery=self._receive, on_connect=self._connected)
             stack.callback(self._session.close)
             self._connected()
+            self._settled.wait(SETTLING)
             self._publish_address(data / SERVER)
             stack.callback((data / SERVER).unlink, missing_ok=True)
             self._close = stack.pop_all()
@@ -81,13 +109,16 @@ class FleetServer:
         with a broker, nothing is known. Called for every new session; for the first one, maybe twice."""
         if self._session is None:
             return
-        self.store.update(
-            f"""PREFIX tf: <https://w3id.org/tinyfleet#>
-            DELETE {{ ?device tf:online true }} INSERT {{ ?device tf:online false }}
-            WHERE {{ ?device tf:fleet {json.dumps(self.fleet)} ; tf:online true }}"""
-        )
+        self._arrived.put(_NEW_SESSION)
         self._session.subscribe(self._topics.td("+"))
         self._session.subscribe(self._topics.status("+"))
+
+    def _forget(self, thing: Iri) -> None:
+        """A client of the directory has deleted a thing: a device's description goes from the broker too, where it
+        would wait for the next server."""
+        fleet = f"urn:tinyfleet:{self.fleet}:"
+        if self._session is not None and thing.startswith(fleet):
+            self._session.publish(self._topics.td(thing.removeprefix(fleet)), b"", retain=True)
 
     def _publish_address(self, path: Path) -> None:
         host, port = self.broker
@@ -98,26 +129,51 @@ class FleetServer:
             json.dump(address, file)
         new.replace(path)
 
-    def _receive(self, topic: str, payload: bytes) -> None:
+    def _receive(self, topic: str, payload: bytes, done: Callable[[], None]) -> None:
         """Called by the session's thread."""
-        try:
-            accepted = self.registry.handle(topic, payload)
-        except StoreError as error:
-            log.error("a message could not be stored: %s", error)
-            return
-        found = self._topics.parse(topic)
-        if found is None:
-            return
-        kind, (device,) = found
-        if not accepted:
-            self._on_news(str(self.registry.last_refusal))
-        elif kind == "td":
-            self._on_news(f"{device}: described" if payload else f"{device}: removed")
-        elif kind == "status":
+        self._room.acquire()
+        self._arrived.put((topic, payload, done))
+
+    def _write(self) -> None:
+        """The writer's thread: takes all that has arrived, then what has arrived since."""
+        batch: list[_Message] = []
+        while True:
+            message = self._arrived.get()
+            special = message is _NEW_SESSION or message is _END
+            if not special:
+                batch.append(message)
             try:
-                online = decode_status(payload).online
-            except ProtocolError:
+                if batch and (special or len(batch) == MOST or self._arrived.empty()):
+                    taken, batch = batch, []
+                    self._room.release(len(taken))
+                    self._take(taken)
+                if message is _NEW_SESSION:
+                    self.registry.nobody_is_online()
+            except Exception:  # whatever one message sets off, the others are still to be heard
+                log.exception("messages could not be taken")
+            if message is _NEW_SESSION:
+                self._settled.set()
+            elif message is _END:
                 return
-            if self._online.get(device) != online:
-                self._online[device] = online
-                self._on_news(f"{device}: {'online' if online else 'offline'}")
+
+    def _take(self, batch: list[_Message]) -> None:
+        try:
+            taken = self.registry.take([(topic, payload) for topic, payload, _ in batch])
+        except StoreError as error:
+            if len(batch) > 1:  # one of them may be the cause
+                for message in batch:
+                    self._take([message])
+            else:  # the broker is not told: it brings the message again
+                log.error("a message could not be stored: %s", error)
+            return
+        for (_, _, done), one in zip(batch, taken, strict=True):
+            done()
+            if one is None:
+                continue
+            if one.refusal is not None:
+                self._on_news(one.refusal)
+            elif one.kind == "td":
+                self._on_news(f"{one.device}: {'described' if one.online else 'removed'}")
+            elif self._online.get(one.device) != one.online:
+                self._online[one.device] = one.online
+                self._on_news(f"{one.device}: {'online' if one.online else 'offline'}")

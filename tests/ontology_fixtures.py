@@ -1,25 +1,60 @@
 """What the tests of the graph share: a Thing Description, and stores of every kind."""
 
+import atexit
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+from conftest import free_port
+
 from edge.protocol import Status, encode
 from ontology.endpoint import Endpoint
+from ontology.index import IndexedStore
 from ontology.store import EmbeddedStore, RemoteStore, Store
 
 MODEL = bytes.fromhex("0123456789abcdef")
 TOKEN = "a token"
 
 
+@cache
+def oxigraph() -> str:
+    """The address of an oxigraph server, in memory; one for all tests."""
+    program = Path(sys.executable).with_name("oxigraph")
+    if not program.exists():
+        pytest.skip("the oxigraph server is not installed: pip install oxigraph")
+    port = free_port()
+    command = [program, "serve", "--bind", f"127.0.0.1:{port}"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    atexit.register(server.kill)
+    assert server.stderr is not None
+    for line in server.stderr:
+        if "Listening" in line:
+            break
+    threading.Thread(target=server.stderr.read, daemon=True).start()  # a full pipe must not stop it
+    return f"http://127.0.0.1:{port}"
+
+
 @contextmanager
 def open_store(kind: str, folder: Path) -> Iterator[Store]:
-    """A fresh store: in memory, on disk, or an endpoint's over HTTP."""
-    if kind == "remote":
+    """A fresh store: in memory, on disk, our endpoint's over HTTP, or that of another server of SPARQL 1.1."""
+    if kind == "oxigraph":
+        url = oxigraph()
+        with RemoteStore(f"{url}/query", update_url=f"{url}/update") as remote:
+            remote.update("CLEAR ALL")
+            yield remote
+    elif kind == "remote":
         with EmbeddedStore() as served, Endpoint(served, TOKEN) as endpoint, RemoteStore(endpoint.url, TOKEN) as remote:
             yield remote
+    elif kind == "indexed":
+        with IndexedStore() as store:
+            yield store
     else:
         with EmbeddedStore(folder / "graph" if kind == "disk" else None) as store:
             yield store

@@ -92,7 +92,9 @@ def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
     [
         ((), "give a query"),
         (("clients", "--sparql", "ASK {}"), "give a query"),
-        (("no-such.rq",), "nor is it a query of the library: clients"),
+        (("no-such.rq",), "nor is it a query of the library; `tinyfleet query --list` shows them"),
+        (("client",), "nor is it a query of the library, did you mean 'clients'?"),
+        (("offline", "--param", "before=2026-13-01T00:00:00Z"), "is no date and time; write 2026-01-31T12:00:00Z"),
         ((".",), "cannot be read"),
         (("--sparql", "SELECT ?s {"), "not valid SPARQL: error at 1:"),
         (("clients", "--param", "model"), "NAME=VALUE"),

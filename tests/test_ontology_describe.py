@@ -167,6 +167,97 @@ def test_every_tflite_model_is_described_or_refused_with_a_reason() -> None:
     assert "quantised axis of tensor" in refused["tflm__person_detect.tflite"]
 
 
+def test_what_the_engine_plans_is_described_with_every_model_that_it_can_run() -> None:
+    from firmware_tools import compiler
+    from firmware_tools.model_cli import description
+
+    folder = data("tflite")
+    planned = 0
+    with EmbeddedStore() as store:
+        for path in sorted(folder.glob("*.tflite")):
+            try:
+                model = description(path)
+            except DescribeError as error:
+                assert path.name == "tflm__person_detect.tflite" and str(error)
+                continue
+            describe.put_model(store, model)
+            if model.engine is None:
+                assert any("cannot run it" in note for note in model.notes), path.name
+                assert (model.run_ram_bytes, model.training_options) == (None, ())
+                continue
+            planned += 1
+            assert model.run_ram_bytes and model.storage_bytes and model.training_options
+            for option in model.training_options:
+                assert option.ram_bytes >= model.run_ram_bytes
+            # Training more layers never takes less.
+            full = sorted((o.layers_trained, o.ram_bytes) for o in model.training_options if not o.bias_only)
+            assert [ram for _, ram in full] == sorted(ram for _, ram in full)
+            assert len({(o.layers_trained, o.bias_only) for o in model.training_options}) == len(model.training_options)
+        rows = store.query(PREFIXES + "SELECT DISTINCT ?m { ?m tf:trainingOption ?o }")
+        assert len(rows) == len({f"{p}" for p in rows.column("m")})
+    assert planned == 32
+    # The figures are those of the program that would be compiled.
+    path = folder / "mlperf_tiny__kws_ref_model.tflite"
+    program = compiler.compile_model(path, train_from="dense")
+    (option,) = (o for o in description(path).training_options if o.layers_trained == 1 and not o.bias_only)
+    assert (option.train_from, option.ram_bytes) == ("dense", program.arena_bytes)
+    assert option.parameters == program.n_params
+
+
+def test_what_quantisation_would_save_is_estimated_for_float_models_only() -> None:
+    model = describe.from_program(mlp(), "digits")
+    assert model.quantized_storage_bytes == 64 * 32 + 4 * 32 + 32 * 10 + 4 * 10
+    assert model.quantized_run_ram_bytes == 64 + 32
+    layers = (describe.Layer("l", "CONV_2D", (4, 4, 1), (2, 2, 8), 8, 80, "int8 per-channel"),)
+    int8 = ModelDescription("m", "tflite", "ab" * 32, 10, layers)
+    assert (int8.quantized_storage_bytes, int8.quantized_run_ram_bytes) == (None, None)
+    unknown = ModelDescription("m", "keras", "ab" * 32, 10, (describe.Layer("l", "Mystery", quantization="float32"),))
+    assert (unknown.quantized_storage_bytes, unknown.quantized_run_ram_bytes) == (None, None)
+
+
+def test_training_options_become_facts_and_stay_when_a_later_description_has_none() -> None:
+    options = (
+        describe.TrainingOption("dense_2", 1, False, 500, 330),
+        describe.TrainingOption("dense_1", 2, True, 400, 42),
+    )
+    model = describe.replace(describe.from_program(mlp(), "digits"), training_options=options)
+    query = (
+        PREFIXES
+        + """SELECT ?o ?from ?n ?bias ?ram { ?m tf:trainingOption ?o .
+      ?o tf:trainFrom ?from ; tf:layersTrained ?n ; tf:biasOnly ?bias ; tf:trainRamBytes ?ram } ORDER BY ?n"""
+    )
+    with EmbeddedStore() as store:
+        iri = describe.put_model(store, model)
+        wanted = [
+            {"o": f"{iri}:train:1", "from": "dense_2", "n": 1, "bias": False, "ram": 500},
+            {"o": f"{iri}:train:2:bias", "from": "dense_1", "n": 2, "bias": True, "ram": 400},
+        ]
+        assert list(store.query(query)) == wanted
+        before = len(store)
+        describe.put_model(store, describe.replace(model, training_options=()))
+        assert list(store.query(query)) == wanted and len(store) == before
+        describe.put_model(store, describe.replace(model, training_options=options[:1]))
+        assert list(store.query(query)) == wanted[:1]
+        assert not store.ask(f"ASK {{ <{iri}:train:2:bias> ?p ?o }}")
+
+
+def test_what_describe_prints_can_be_loaded(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from firmware_tools.model_cli import app as model_app
+    from ontology.graph_cli import app as graph_app
+
+    path = tmp_path / "digits.mote"
+    path.write_bytes(mlp().data)
+    printed = CliRunner().invoke(model_app, ["describe", str(path)])
+    (tmp_path / "digits.ttl").write_text(printed.output, encoding="utf-8")
+    assert CliRunner().invoke(graph_app, ["load", str(tmp_path / "digits.ttl"), "--data", str(tmp_path)]).exit_code == 0
+    with EmbeddedStore(tmp_path / "graph") as loaded, EmbeddedStore() as store:
+        describe.put_model(store, describe.from_program(mlp(), "digits"))
+        everything = "SELECT * { ?s ?p ?o } ORDER BY ?s ?p ?o"
+        assert list(loaded.query(everything)) == list(store.query(everything))
+
+
 def test_multiply_accumulates_agree_with_what_the_authors_say() -> None:
     models, authors = data("tflite"), data("seloc_ml") / "tflite_models.ttl"
     graph = ox.Store()

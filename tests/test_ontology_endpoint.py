@@ -14,7 +14,7 @@ import pytest
 from ontology_fixtures import TOKEN, everything
 
 from edge.errors import UserError
-from ontology import endpoint as module
+from ontology import sparql_http, web
 from ontology.endpoint import Endpoint
 from ontology.names import Iri
 from ontology.store import EmbeddedStore, RemoteStore, StoreError
@@ -115,6 +115,32 @@ def test_triples_come_in_the_form_that_is_asked_for(client: Client, kind: str) -
     assert len(list(ox.parse(answer.body, form))) == 2
 
 
+SD = "http://www.w3.org/ns/sparql-service-description#"
+
+
+@pytest.mark.parametrize("kind", ["text/turtle", "application/n-triples", "application/rdf+xml", "application/ld+json"])
+def test_without_a_query_the_service_describes_itself(client: Client, served: Endpoint, kind: str) -> None:
+    answer = client("GET", Accept=kind)
+    assert (answer.status, answer.kind) == (200, kind)
+    form = ox.RdfFormat.from_media_type(kind)
+    assert form is not None
+    said = {(quad.predicate.value, str(quad.object).strip("<>")) for quad in ox.parse(answer.body, form)}
+    assert (f"{SD}endpoint", served.url) in said
+    assert {o for p, o in said if p == f"{SD}supportedLanguage"} == {f"{SD}SPARQL11Query", f"{SD}SPARQL11Update"}
+    formats = {o.rpartition("/")[2] for p, o in said if p == f"{SD}resultFormat"}
+    assert {"SPARQL_Results_JSON", "SPARQL_Results_CSV", "Turtle", "JSON-LD"} <= formats
+
+
+def test_a_service_that_takes_no_updates_does_not_say_that_it_does(filled: EmbeddedStore) -> None:
+    with Endpoint(filled) as endpoint:
+        assert b"SPARQL11Update" not in Client(endpoint.url)("GET").body
+
+
+def test_a_browser_is_led_from_the_endpoint_to_the_page(client: Client) -> None:
+    answer = client("GET", Accept="text/html,application/xhtml+xml,*/*;q=0.8")
+    assert (answer.status, answer.headers["location"]) == (303, "/")
+
+
 def test_a_boolean_comes_as_json_or_xml(client: Client) -> None:
     assert json.loads(client.get("ASK { ?s ?p 1 }").body)["boolean"] is True
     assert client.get("ASK { ?s ?p 1 }", "text/csv").status == 406
@@ -123,16 +149,19 @@ def test_a_boolean_comes_as_json_or_xml(client: Client) -> None:
 @pytest.mark.parametrize(
     ("status", "answer"),
     [
-        (400, lambda c: c("GET", "/sparql")),
+        (400, lambda c: c("GET", "/sparql?default-graph-uri=urn:x")),
         (400, lambda c: c("GET", "/sparql?query=ASK%7B%7D&query=ASK%7B%7D")),
         (400, lambda c: c("GET", "/sparql?update=CLEAR+ALL")),
-        (400, lambda c: c("GET", "/sparql?query=ASK%7B%7D&default-graph-uri=urn:x")),
+        (400, lambda c: c("GET", "/sparql?query=ASK%7B%7D&default-graph-uri=x+y")),
+        (400, lambda c: c("GET", "/sparql?query=ASK%7B%7D&using-graph-uri=urn:x")),
+        (400, lambda c: c("POST", "/sparql?query=ASK%7B%7D", "ASK {}", Content_Type="application/sparql-query")),
         (400, lambda c: c("GET", "/sparql?query=%FF")),
         (400, lambda c: c.get("SELECT ?s WHERE {")),
         (400, lambda c: c("POST", body="query=ASK%7B%7D&update=CLEAR+ALL", Content_Type=FORM)),
         (400, lambda c: c("POST", body="nothing=here", Content_Type=FORM)),
         (400, lambda c: c("POST", body=b"\xff", Content_Type="application/sparql-query")),
-        (404, lambda c: c("GET", "/")),
+        (404, lambda c: c("GET", "/nothing")),
+        (404, lambda c: c("GET", "/things")),
         (405, lambda c: c("PUT", body="ASK {}")),
         (406, lambda c: c.get(SELECT, "text/html")),
         (406, lambda c: c.get(SELECT, "text/turtle")),
@@ -205,13 +234,13 @@ def test_words_that_only_look_like_service_are_free(client: Client) -> None:
 
 
 def test_a_result_that_is_too_long_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_RESULT", 100)
+    monkeypatch.setattr(sparql_http, "MAX_RESULT", 100)
     answer = client.get(SELECT)
     assert (answer.status, b"add a LIMIT" in answer.body) == (413, True)
 
 
 def test_a_request_that_is_too_long_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_REQUEST", 1000)
+    monkeypatch.setattr(web, "MAX_REQUEST", 1000)
     answer = client("POST", body="# " + "x" * 2000, Content_Type="application/sparql-query")
     assert answer.status == 413
 

@@ -4,9 +4,12 @@ import copy
 import itertools
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,25 +18,27 @@ from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything, open_store, payload, status
 
 from edge.protocol import Topics
-from edge.thing import VIRTUAL, thing_description
-from ontology import describe
-from ontology.names import TF, board_iri, device_iri, model_iri
-from ontology.registry import MAX_BYTES, Registry
-from ontology.store import EmbeddedStore, Store, StoreError
+from edge.thing import VIRTUAL, Board, thing_description, this_machine
+from firmware_tools import boards
+from ontology import describe, library
+from ontology.names import BOARDS, PROPERTIES, SOSA_EXTEND, TF, board_iri, device_iri, model_iri
+from ontology.registry import MAX_BYTES, Refused, Registry, read, to_triples
+from ontology.store import EmbeddedStore, Patch, Store, StoreError
 
 TOPICS = Topics("home")
 TD = TOPICS.td("dev-1")
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
-@pytest.fixture
-def store() -> Iterator[Store]:
-    with EmbeddedStore() as opened:
+@pytest.fixture(params=["memory", "indexed", "oxigraph"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    with open_store(request.param, tmp_path) as opened:
         yield opened
 
 
 @pytest.fixture
 def registry(store: Store) -> Registry:
-    return Registry(store, "home")
+    return Registry(store, "home", clock=lambda: NOW)
 
 
 def about(store: Store, subject: str) -> dict[str, list[Any]]:
@@ -54,7 +59,10 @@ def test_a_description_becomes_facts_on_the_device_and_on_its_board(store: Store
     board = about(store, board_iri("nano33ble"))
     assert board["ramBytes"] == [262_144]
     assert board["sensor"] == ["hts221", "pdm-microphone"]
-    assert len(everything(store)) == sum(map(len, device.values())) + sum(map(len, board.values()))
+    assert "observes" in board and "observes" not in device
+    subjects = {str(row["s"]).partition("#")[0] for row in store.query("SELECT ?s { ?s ?p ?o }")}
+    about_it = {device_iri("home", "dev-1"), board_iri("nano33ble")}
+    assert {s for s in subjects - about_it if not s.startswith((PROPERTIES, SOSA_EXTEND.iri))} == set()
 
 
 def test_what_the_devices_of_this_project_send_is_taken(store: Store, registry: Registry) -> None:
@@ -62,14 +70,48 @@ def test_what_the_devices_of_this_project_send_is_taken(store: Store, registry: 
     assert registry.handle(TD, payload(td)), registry.last_refusal
 
 
+def test_what_the_devices_of_this_project_send_is_valid_for_the_w3c() -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    path = Path(os.environ.get("TINYFLEET_DATA", "")) / "ontologies/wot-td/td-json-schema-validation.json"
+    if not path.is_file():
+        pytest.skip("TINYFLEET_DATA has no JSON Schema of Thing Descriptions")
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    validator = jsonschema.Draft7Validator(schema, format_checker=jsonschema.FormatChecker())
+    kinds = [VIRTUAL, this_machine(), *(boards.load(name).board for name in boards.known())]
+    for board in kinds:
+        td = json.loads(payload(thing_description("home", "dev-1", board, "mote", "0.1.0", 9_936, MODEL)))
+        assert [error.message for error in validator.iter_errors(td)] == [], board.id
+    assert list(validator.iter_errors(td | {"security": "other", "title": 5})), "the schema refuses what is wrong"
+
+
 def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> None:
     registry.handle(TD, payload(description()))
     one = len(everything(store))
     for i in range(2, 11):
         assert registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
-    per_device = len(about(store, device_iri("home", "dev-2")))
-    assert len(everything(store)) <= one + 9 * (per_device + 1)
+    per_device = sum(map(len, about(store, device_iri("home", "dev-2")).values()))
+    assert len(everything(store)) == one + 9 * per_device
+    assert per_device <= 18, "with the seven of its state: 25 triples"
     assert len(store.query("SELECT ?b WHERE { ?b <https://w3id.org/tinyfleet#ramBytes> ?r }")) == 1
+
+
+def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_that_later(
+    store: Store, registry: Registry
+) -> None:
+    assert registry.handle(TD, payload(description()))
+    query = """PREFIX ssn: <http://www.w3.org/ns/ssn/>
+    SELECT ?system { VALUES ?device { UNDEF } ?device ssn:hasSubSystem ?system } ORDER BY ?system"""
+
+    def systems() -> list[str]:
+        found = store.query(query, device=device_iri("home", "dev-1")).column("system")
+        return [str(one).partition("#")[2] for one in found]
+
+    assert systems() == ["controller", "sensor-hts221", "sensor-pdm-microphone"]
+    describe.put_board(
+        store, Board("nano33ble", "Arduino Nano 33 BLE", "nrf52840", 64_000_000, 262_144, 983_040, ("lsm9ds1",))
+    )
+    assert systems() == ["controller", "sensor-lsm9ds1"]
+    assert not store.ask('ASK { ?s ?p "hts221" }')
 
 
 def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
@@ -86,7 +128,7 @@ def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
     }
 
 
-def test_a_will_marks_a_device_offline_and_nothing_else(store: Store, registry: Registry) -> None:
+def test_a_will_marks_a_device_offline_since_now_and_nothing_else(store: Store, registry: Registry) -> None:
     registry.handle(TD, payload(description()))
     registry.handle(TOPICS.status("dev-1"), status(samples=5))
     before = everything(store)
@@ -95,24 +137,73 @@ def test_a_will_marks_a_device_offline_and_nothing_else(store: Store, registry: 
     assert changed == {
         (device_iri("home", "dev-1"), TF.online, "True"),
         (device_iri("home", "dev-1"), TF.online, "False"),
+        (device_iri("home", "dev-1"), TF.offlineSince, repr(NOW)),
     }
 
 
 def test_repeats_and_any_order_end_in_the_same_graph() -> None:
     messages = [
         (TD, payload(description())),
-        (TOPICS.status("dev-1"), status(samples=3, drift=0.25)),
+        (TOPICS.status("dev-1"), status(samples=3, drift=0.75)),
         (TOPICS.td("dev-2"), payload(description("dev-2", title="The second"))),
         (TOPICS.status("dev-2"), status(online=False)),
     ]
     graphs = set()
     for order in itertools.permutations(messages):
         with EmbeddedStore() as store:
-            registry = Registry(store, "home")
+            registry = Registry(store, "home", clock=lambda: NOW)
             for topic, data in (*order, *order[::-1], order[0]):
                 assert registry.handle(topic, data)
             graphs.add(tuple(everything(store)))
     assert len(graphs) == 1
+
+
+def test_a_device_is_offline_since_it_was_first_heard_to_be(store: Store) -> None:
+    times = iter(NOW + timedelta(hours=hour) for hour in range(9))
+    registry = Registry(store, "home", clock=lambda: next(times))
+
+    def since() -> list[Any]:
+        return about(store, device_iri("home", "dev-1")).get("offlineSince", [])
+
+    for online, expected in ((True, []), (False, [1]), (False, [1]), (True, []), (False, [4])):
+        registry.handle(TOPICS.status("dev-1"), status(online=online))
+        assert since() == [NOW + timedelta(hours=hour) for hour in expected]
+
+
+def test_a_drift_that_rises_is_one_event_until_it_has_settled(store: Store) -> None:
+    times = iter(NOW + timedelta(hours=hour) for hour in range(99))
+    registry = Registry(store, "home", clock=lambda: next(times))
+    registry.handle(TD, payload(description()))
+    #         0    1     2    3    4     5    6    7     8    9
+    course = (0.1, 0.45, 0.5, 0.9, 0.41, 0.6, 0.6, 0.39, 0.2, 0.8)
+    for drift in course:
+        assert registry.handle(TOPICS.status("dev-1"), status(drift=drift))
+        registry = Registry(store, "home", clock=lambda: next(times))  # what it knows is in the graph
+    registry.handle(TOPICS.status("dev-1"), status(online=False))
+    events = store.query(library.text("drift-events"), id="dev-1", fleet="home")
+    assert [dict(row) for row in events] == [
+        {"id": "dev-1", "drift": pytest.approx(0.8), "model": model_iri(MODEL), "time": NOW + timedelta(hours=9)},
+        {
+            "id": "dev-1",
+            "drift": 0.5,
+            "model": model_iri(MODEL),
+            "time": NOW + timedelta(hours=2),
+            "ended": NOW + timedelta(hours=7),
+        },
+    ]
+    second = f"{device_iri('home', 'dev-1')}:drift:2"
+    assert {"DriftEvent", "device", "drift", "ofModel"} <= {
+        name.removeprefix(TF.iri) for row in everything(store) if row[0] == second for name in (row[1], row[2][1:-1])
+    }
+
+
+def test_what_changes_within_one_batch_is_seen(store: Store, registry: Registry) -> None:
+    states = [status(drift=drift) for drift in (0.75, 0.75, 0.25, 0.5)]
+    messages = [(TD, payload(description())), *((TOPICS.status("dev-1"), s) for s in (*states, status(online=False)))]
+    assert all(taken is not None and taken.refusal is None for taken in registry.take(messages))
+    events = store.query(library.text("drift-events"), fleet="home")
+    assert sorted((row["drift"], "ended" in row) for row in events) == [(0.5, False), (0.75, True)]
+    assert about(store, device_iri("home", "dev-1"))["offlineSince"] == [NOW]
 
 
 def test_a_newer_description_takes_the_place_of_the_older(store: Store, registry: Registry) -> None:
@@ -147,6 +238,19 @@ def without_board(name: str) -> dict[str, Any]:
     td = description()
     del td["tf:board"][name]
     return td
+
+
+SHARP = [
+    *(bytes([c]) for c in b'"\\{}[]:,\x00\xff'), b"\\u", b"\\ud800", b"@id", b"@type", b"@context", b"tf:", b"1e999",
+    b"null",
+]  # fmt: skip
+
+
+def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+    """The data with some stretches of it cut out and others put in their place."""
+    for at, length, new in edits:
+        data = data[:at] + new + data[at + length :]
+    return data
 
 
 def with_board(**changes: Any) -> dict[str, Any]:
@@ -333,8 +437,90 @@ def test_no_description_breaks_the_registry(path: tuple[str, ...], value: Any) -
         assert (registry.accepted, registry.refused) == ((1, 0) if taken else (0, 1))
         subjects = set(store.query("SELECT DISTINCT ?s WHERE { ?s ?p ?o }").column("s"))
         device = device_iri("home", "dev-1")
-        boards = {s for s in subjects if s != device}
+        boards = {str(s).partition("#")[0] for s in subjects if str(s).startswith(BOARDS)}
         assert subjects == set() if not taken else device in subjects and len(boards) <= 1
+
+
+VALID = payload(description())
+edits = st.lists(
+    st.tuples(st.integers(0, len(VALID)), st.integers(0, 8), st.binary(max_size=4) | st.sampled_from(SHARP)), max_size=4
+)
+
+
+@settings(max_examples=300)
+@given(data=st.one_of(st.binary(max_size=200), json_values.map(payload), edits.map(lambda e: edited(VALID, e))))
+def test_no_bytes_break_the_reader_or_the_registry(data: bytes) -> None:
+    try:
+        to_triples(read(data))
+    except Refused as reason:
+        assert str(reason)
+    with EmbeddedStore() as store:
+        registry = Registry(store, "home")
+        assert registry.handle(TD, data) or everything(store) == []
+
+
+def test_messages_taken_together_end_as_taken_one_by_one() -> None:
+    messages = [
+        (TD, payload(description())),
+        (TOPICS.status("dev-1"), status(samples=1, battery=0.5)),
+        (TOPICS.td("dev-2"), payload(description("dev-2", tf__board={"@id": board_iri("nano33ble")}))),
+        (TOPICS.status("dev-2"), b"damaged"),
+        (TOPICS.td("dev-3"), payload(description("dev-4"))),
+        (TOPICS.status("dev-1"), status(samples=2)),
+        ("tinyfleet/away/devices/x/td", b""),
+        (TOPICS.td("dev-2"), b""),
+        (TOPICS.status("dev-1"), status(online=False)),
+        (TOPICS.status("dev-2"), status(samples=9)),
+    ]
+    with EmbeddedStore() as together, EmbeddedStore() as apart:
+        one, many = (
+            Registry(store, "home", clock=lambda: datetime(2026, 1, 1, tzinfo=UTC)) for store in (apart, together)
+        )
+        alone = [one.take([message])[0] for message in messages]
+        assert many.take(messages) == alone
+        assert everything(together) == everything(apart)
+        assert (many.accepted, many.refused) == (one.accepted, one.refused) == (7, 2)
+    assert [taken and (taken.kind, taken.device, taken.online, taken.refusal is None) for taken in alone] == [
+        ("td", "dev-1", True, True),
+        ("status", "dev-1", True, True),
+        ("td", "dev-2", True, True),
+        ("status", "dev-2", False, False),
+        ("td", "dev-3", False, False),
+        ("status", "dev-1", True, True),
+        None,
+        ("td", "dev-2", False, True),
+        ("status", "dev-1", False, True),
+        ("status", "dev-2", True, True),
+    ]
+
+
+def test_a_status_writes_only_what_has_changed(store: Store, registry: Registry, tmp_path: Path) -> None:
+    registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    if not isinstance(store, EmbeddedStore):
+        pytest.skip("a remote server keeps no account of it")
+    written: list[Patch] = []
+    apply = store._apply
+    store._apply = lambda patch: (written.append(patch), apply(patch))[1]  # type: ignore[method-assign]
+    registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    registry.handle(TOPICS.status("dev-1"), status(samples=6, battery=0.5))
+    device, samples = device_iri("home", "dev-1"), TF.samples
+    integer = "<http://www.w3.org/2001/XMLSchema#integer>"
+    assert written == [
+        Patch([], [], []),
+        Patch([], [f'<{device}> <{samples}> "5"^^{integer} .\n'], [f'<{device}> <{samples}> "6"^^{integer} .\n']),
+    ]
+
+
+def test_nobody_is_online_until_it_says_so(store: Store, registry: Registry) -> None:
+    away = Registry(store, "away")
+    for i in range(3):
+        registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
+        registry.handle(TOPICS.status(f"dev-{i}"), status(online=i > 0))
+    away.handle(Topics("away").td("dev-1"), payload(description("dev-1", "away")))
+    away.handle(Topics("away").status("dev-1"), status())
+    registry.nobody_is_online()
+    online = f"SELECT ?d WHERE {{ ?d <{TF.online}> true }}"
+    assert store.query(online).column("d") == [device_iri("away", "dev-1")]
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,8 +8,27 @@ from ontology_fixtures import description
 
 from edge.thing import VIRTUAL
 from ontology import shapes
-from ontology.describe import Layer, ModelDescription, board_facts, model_facts
-from ontology.names import PROV, RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri, run_iri
+from ontology.card import Card, Score
+from ontology.describe import Layer, ModelDescription, TrainingOption, board_facts, model_facts, part_facts
+from ontology.names import (
+    PROV,
+    RDF,
+    SCHEMA,
+    SOSA,
+    TD,
+    TF,
+    Iri,
+    board_iri,
+    deployment_iri,
+    device_iri,
+    drift_iri,
+    measurement_iri,
+    model_iri,
+    option_iri,
+    part_iri,
+    run_iri,
+    update_iri,
+)
 from ontology.registry import to_triples
 from ontology.store import EmbeddedStore, triples
 
@@ -25,10 +44,16 @@ MODEL = ModelDescription(
     1,
     2,
     3,
+    (TrainingOption("l", 1, True, 2, 2),),
+    Card(pipeline_tag="image-classification", datasets=("d",), scores=(Score("accuracy", 0.9),), labels=("a", "b")),
 )
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 RUN, ROUND, PART, VERSION = (run_iri("home", 1), *(Iri(f"{run_iri('home', 1)}:{n}") for n in ("round:1", "part", "v")))
 M, B, LAYER = model_iri("ab" * 8), board_iri("virtual"), Iri(f"{model_iri('ab' * 8)}#layer-0")
+OPTION, SCORE, PARTS = option_iri(M, 1, True), Iri(f"{M}#score-0"), part_iri("hts221")
+UPDATE, DEPLOYMENT, DRIFT = update_iri("home", 1, 1, "d"), deployment_iri("home", 1), drift_iri("home", "d", 1)
+MEASUREMENT = measurement_iri(M, "virtual", True)
+DEVICE = device_iri("home", "d")
 GOOD: dict[Iri, dict[Iri, Any]] = {
     **model_facts(MODEL),
     **board_facts(VIRTUAL),
@@ -45,6 +70,26 @@ GOOD: dict[Iri, dict[Iri, Any]] = {
         TF.accuracy: 0.0, TF.samples: 4, TF.bytesUp: 0,
     },
     VERSION: {RDF.type: TF.ModelVersion, TF.ofModel: M, TF.versionNumber: 0, TF.sha256: "cd" * 32},
+    **part_facts("hts221", ["temperature"]),
+    UPDATE: {
+        RDF.type: TF.Update, PROV.wasGeneratedBy: ROUND, PROV.wasAttributedTo: DEVICE, TF.bytesUp: 9,
+        TF.encoding: "sparse f16",
+    },
+    DEPLOYMENT: {
+        RDF.type: TF.Deployment, TF.fleet: "home", TF.ofModel: M, TF.target: [DEVICE, device_iri("home", "e")],
+        TF.confirmedBy: DEVICE, TF.failedOn: device_iri("home", "e"), TF.selectedBy: "clients",
+        PROV.startedAtTime: NOW, PROV.endedAtTime: NOW,
+    },
+    DRIFT: {RDF.type: TF.DriftEvent, TF.device: DEVICE, TF.drift: 3.5, TF.ofModel: M, SOSA.resultTime: NOW},
+    MEASUREMENT: {
+        RDF.type: TF.Measurement, TF.ofModel: M, TF.onBoard: B, TF.emulated: True, TF.instructions: 22_511,
+        TF.latencySeconds: 0.5, TF.energyJoules: 0.5,
+    },
+    DEVICE: {
+        RDF.type: TF.Device, TD.title: "d", TD.description: "a device", TD.hasSecurityConfiguration: "nosec_sc",
+        TF.fleet: "home", TF.deviceId: "d", TF.board: B, TF.engine: "mote", TF.engineVersion: "1", TF.arenaBytes: 9,
+        TF.model: M,
+    },
 }  # fmt: skip
 RULES: list[tuple[Iri, Iri, list[Any]]] = [
     (B, TD.title, [None, "", ["a", "b"], 5, "x" * 201]),
@@ -99,6 +144,52 @@ RULES: list[tuple[Iri, Iri, list[Any]]] = [
     (VERSION, TF.versionNumber, [None, -1]),
     (VERSION, TF.sha256, [None, "x"]),
     (VERSION, PROV.wasDerivedFrom, ["text", [M, RUN]]),
+    (B, TF.observes, ["temperature", Iri("https://example.org/temperature")]),
+    (B, TF.core, ["", 5, ["a", "b"]]),
+    (B, TF.connectivity, ["", 5]),
+    (B, TF.doubt, ["external RAM"]),
+    (PARTS, TF.partName, [None, "HTS221", ["a", "b"]]),
+    (PARTS, SOSA.observes, [None, "temperature", Iri("https://example.org/temperature")]),
+    *((M, TF[name], [-1, 1.5, "2 KB", [1, 2]]) for name in ("quantizedRunRamBytes", "quantizedStorageBytes")),
+    (M, TF.trainingOption, [Iri("urn:not-an-option"), "text"]),
+    (M, TF.inputProperty, ["sound", Iri("https://example.org/sound")]),
+    (M, TF.classLabels, [Iri("urn:list-0")]),
+    (M, TF.pipelineTag, ["", 5, ["a", "b"]]),
+    (M, TF.dataset, ["digits"]),
+    (M, TF.metric, [Iri("urn:not-a-score"), 0.5]),
+    (OPTION, TF.trainFrom, [None, "", 5, ["a", "b"]]),
+    (OPTION, TF.layersTrained, [None, 0, "one"]),
+    (OPTION, TF.biasOnly, [None, "yes", [True, False]]),
+    (OPTION, TF.trainRamBytes, [None, 0, "2 KB"]),
+    (OPTION, TF.trainableParameters, [None, 0, 1.5]),
+    (SCORE, TF.metricName, [None, "", 5]),
+    (SCORE, TF.metricValue, [None, 1, "0.9"]),
+    (LAYER, TF.activation, ["", 5, ["a", "b"]]),
+    (UPDATE, PROV.wasGeneratedBy, [None, "text"]),
+    (UPDATE, PROV.wasAttributedTo, [None, "text", [DEVICE, M]]),
+    (UPDATE, TF.bytesUp, [-1, 0.5]),
+    (UPDATE, TF.encoding, ["", 5]),
+    (DEPLOYMENT, TF.fleet, [None, 5]),
+    (DEPLOYMENT, TF.ofModel, [None, "text", [M, VERSION]]),
+    (DEPLOYMENT, TF.target, [None, "d"]),
+    (DEPLOYMENT, TF.confirmedBy, ["d", device_iri("home", "e")]),
+    (DEPLOYMENT, TF.failedOn, ["e", DEVICE]),
+    (DEPLOYMENT, TF.selectedBy, ["", 5, ["a", "b"]]),
+    (DEPLOYMENT, PROV.startedAtTime, [None, "now"]),
+    (DEPLOYMENT, PROV.endedAtTime, ["now", [NOW, datetime(2027, 1, 1, tzinfo=UTC)]]),
+    (DRIFT, TF.device, [None, "d"]),
+    (DRIFT, TF.drift, [None, 3, "3.5"]),
+    (DRIFT, TF.ofModel, ["m", [M, VERSION]]),
+    (DRIFT, SOSA.resultTime, [None, "now"]),
+    (MEASUREMENT, TF.ofModel, [None, "m"]),
+    (MEASUREMENT, TF.onBoard, [None, "virtual", [B, M]]),
+    (MEASUREMENT, TF.emulated, [None, "yes"]),
+    (MEASUREMENT, TF.latencySeconds, [-0.5, "fast"]),
+    (MEASUREMENT, TF.energyJoules, [-0.5, "little"]),
+    (MEASUREMENT, TF.instructions, [0, 1.5]),
+    (DEVICE, TD.description, [5, "x" * 1001, ["a", "b"]]),
+    (DEVICE, TF.engine, [None, "Mote!", ["a", "b"]]),
+    (DEVICE, TF.engineVersion, [None, "", ["a", "b"]]),
 ]
 LISTS = {
     Iri("urn:list-0"): {RDF.first: 0, RDF.rest: RDF.nil},
@@ -145,6 +236,22 @@ def test_both_engines_say_the_same() -> None:
         td = {name: value for name, value in (description() | change).items() if value is not None}
         text = shapes._ntriples(to_triples(td))
         assert shapes.by_shacl(text) == shapes.by_pyshacl(text) != []
+
+
+def test_nothing_measured_is_0() -> None:
+    for predicate in (TF.latencySeconds, TF.energyJoules):
+        assert shapes.violations(triples(GOOD | {MEASUREMENT: GOOD[MEASUREMENT] | {predicate: 0.0}}))
+
+
+def test_what_is_known_only_from_elsewhere_may_leave_more_open() -> None:
+    elsewhere = Iri("https://example.org/models/1")
+    model = {elsewhere: GOOD[M] | {TF.sha256: None, TF.fileBytes: None, SCHEMA.identifier: "1"}}
+    rest = {s: said for s, said in GOOD.items() if s not in (M, DEVICE)}
+    device = {DEVICE: GOOD[DEVICE] | dict.fromkeys((TF.engine, TF.engineVersion, TF.arenaBytes, TF.model))}
+    assert shapes.violations(triples(rest | model | device)) == []
+    for change in ({TF.sha256: "ab" * 32}, {SCHEMA.identifier: None}):
+        assert shapes.violations(triples(rest | {elsewhere: model[elsewhere] | change}))
+    assert shapes.violations(triples(rest | {Iri("urn:other:model"): model[elsewhere]}))
 
 
 def test_what_breaks_its_shape_is_not_written() -> None:

@@ -45,6 +45,7 @@ for tool in "$@"; do
     gcc-aarch64-linux-gnu) missing aarch64-linux-gnu-gcc && packages="$packages $tool libc6-dev-arm64-cross" ;;
     gcc-arm-linux-gnueabihf) missing arm-linux-gnueabihf-gcc && packages="$packages $tool libc6-dev-armhf-cross" ;;
     qemu-user) missing qemu-arm && packages="$packages qemu-user" ;;
+    chromedriver) missing chromedriver && packages="$packages chromium chromium-driver" ;;
     clang) missing clang && missing clang-14 && packages="$packages clang libclang-rt-14-dev" ;;
     *) missing "$tool" && ! [ -x "/usr/sbin/$tool" ] && packages="$packages $tool" ;;
     esac

@@ -1,0 +1,178 @@
+"""Killed in mid-write, the graph keeps all that was acknowledged, whole, and answers again at once; and whoever asks
+holds up no writer."""
+
+import json
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import free_port, start_mosquitto
+
+from edge.protocol import Status, Topics, encode
+from edge.session import Session
+from ontology.index import IndexedStore
+from ontology.names import TF, device_iri
+from ontology.registry import Registry
+from ontology.store import EmbeddedStore, RemoteStore, Store
+
+DEVICES = 40
+TOPICS = Topics("home")
+SAMPLES = f"SELECT ?d ?n WHERE {{ ?d <{TF.samples}> ?n }}"
+WRITER = """
+import sys
+from edge.protocol import Status, Topics, encode
+from ontology.index import IndexedStore
+from ontology.registry import Registry
+
+path, first, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with IndexedStore(path) as store:
+    registry, topics = Registry(store, "home"), Topics("home")
+    for n in range(first, 1 << 30):
+        # All devices in one transaction: whoever looks finds them at the same number.
+        taken = registry.take([(topics.status(f"d{i}"), encode(Status(True, bytes(8), n))) for i in range(devices)])
+        assert all(one.refusal is None for one in taken)
+        print(n, flush=True)
+"""
+SERVER = """
+import sys, threading
+from pathlib import Path
+from server.serve import FleetServer
+
+server = FleetServer(Path(sys.argv[1]), "home", broker=("127.0.0.1", int(sys.argv[2])))
+print("ready", flush=True)
+threading.Event().wait()
+"""
+
+
+def start(program: str, *arguments: object) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def line(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def samples(store: Store) -> dict[str, object]:
+    rows = store.query(SAMPLES)
+    assert len({row["d"] for row in rows}) == len(rows), "a device with two values of one thing"
+    return {str(row["d"]): row["n"] for row in rows}
+
+
+def test_what_was_written_before_the_kill_is_there_and_whole(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    last = 0
+    for _ in range(12):
+        writer = start(WRITER, tmp_path / "graph", last + 1, DEVICES)
+        for _ in range(rng.randint(1, 40)):
+            said = int(line(writer))
+        os.kill(writer.pid, signal.SIGKILL)  # from outside, at no point of the writer's choice
+        assert writer.stdout is not None
+        said = max([said, *map(int, writer.stdout.read().split())])
+        writer.wait()
+        began = time.perf_counter()
+        with EmbeddedStore(tmp_path / "graph") as store:
+            found = samples(store)
+            assert time.perf_counter() - began < 2
+        assert set(found) == {device_iri("home", f"d{i}") for i in range(DEVICES)}
+        (n,) = set(found.values())  # a transaction is there whole or not at all
+        assert n in (said, said + 1)  # the one after the last that was told of may be there, too
+        last = int(str(n))
+    with IndexedStore(tmp_path / "graph") as store:
+        assert not store.indexed, "an index that was not saved with this graph must not be taken for its"
+        assert store.wait()
+
+
+def test_what_the_broker_was_told_is_in_the_graph_when_the_server_is_killed(tmp_path: Path) -> None:
+    port, data = free_port(), tmp_path / "data"
+    broker = start_mosquitto(tmp_path, port)
+    devices = Session("127.0.0.1", port, "devices")
+    rng, n = random.Random(1), 0
+    try:
+        for _ in range(5):
+            server = start(SERVER, data, port)
+            assert line(server) == "ready\n"
+            for _ in range(rng.randint(1, 400)):
+                n += 1  # retained, as devices send it: what was not acknowledged, the next server gets
+                devices.publish(TOPICS.status(f"d{n % 20}"), encode(Status(True, bytes(8), n)), retain=True)
+            os.kill(server.pid, signal.SIGKILL)
+            server.wait()
+        assert devices.flush(60)
+        server = start(SERVER, data, port)
+        assert line(server) == "ready\n"
+        at = json.loads((data / "server.json").read_text())
+        graph = RemoteStore(at["endpoint"], at["token"])
+        wanted = {device_iri("home", f"d{k % 20}"): k for k in range(max(1, n - 19), n + 1)}
+        deadline = time.monotonic() + 60
+        while (found := samples(graph)) != wanted and time.monotonic() < deadline:
+            pass
+        assert found == wanted
+        server.kill()
+        server.wait()
+    finally:
+        devices.close()
+        broker.terminate()
+        broker.wait()
+
+
+def test_the_broker_is_told_when_the_message_is_safe_and_not_before(broker: tuple[str, int]) -> None:
+    """mosquitto has at most 20 messages under way to a client that has not acknowledged them."""
+    came: queue.Queue[tuple[bytes, Callable[[], None]]] = queue.Queue()
+    server = Session(*broker, "server", on_delivery=lambda _topic, payload, done: came.put((payload, done)))
+    server.subscribe("x")
+    server.publish("x", b"subscribed")
+    came.get(timeout=30)[1]()
+    device = Session(*broker, "device", on_message=lambda _topic, payload: ready.put(payload))
+    ready: queue.Queue[bytes] = queue.Queue()
+    device.subscribe("ready")
+    for i in range(30):
+        device.publish("x", b"%d" % i)
+    first = [came.get(timeout=30) for _ in range(20)]
+    device.publish("ready", b"")  # all 30 are with the broker when this comes back
+    ready.get(timeout=30)
+    assert came.empty()
+    for _, done in first:
+        done()
+    rest = [came.get(timeout=30) for _ in range(10)]
+    assert [payload for payload, _ in first + rest] == [b"%d" % i for i in range(30)]
+    server.close()
+    device.close()
+
+
+def test_a_long_query_holds_up_no_update_and_sees_none_of_it(tmp_path: Path) -> None:
+    with IndexedStore(tmp_path / "graph") as store:
+        registry = Registry(store, "home")
+        registry.take([(TOPICS.status(f"d{i}"), encode(Status(True, bytes(8), 0))) for i in range(150)])
+        began, ended = threading.Event(), threading.Event()
+        answer: list[object] = []
+
+        def ask() -> None:
+            began.set()
+            # 3 million solutions, which take a second at least.
+            rows = store.query(
+                f"SELECT (SUM(?a * ?b * ?c) AS ?n) WHERE {{ ?x <{TF.samples}> ?a . ?y <{TF.samples}> ?b . "
+                f"?z <{TF.samples}> ?c }}"
+            )
+            answer.extend(rows.column("n"))
+            ended.set()
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        began.wait()
+        n = 0
+        while not ended.is_set() and n < 10:
+            n += 1
+            registry.take([(TOPICS.status(f"d{i}"), encode(Status(True, bytes(8), n))) for i in range(150)])
+        assert n == 10, "the updates were over before the query was"
+        assert set(samples(store).values()) == {10}
+        asking.join()
+        (cube,) = answer  # of the sum of all samples at one moment, at which every device had said as much
+        assert cube in {(150 * k) ** 3 for k in range(11)}
