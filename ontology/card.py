@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from edge.errors import UserError
 from ontology.names import property_iri
@@ -121,7 +121,7 @@ def parse(text: str) -> Card | None:
     )
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):
     """Without aliases: a card of a few bytes could otherwise stand for gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
