@@ -331,7 +331,8 @@ def questions(store: Store, n: int, slow: dict[str, float]) -> dict[str, Any]:
     for name in library.names():
         text = library.text(name)
         given = {key: value for key, value in bound.items() if key in parameters(text)}
-        asked[f"library: {name}"] = lambda text=text, given=given: store.query(text, **given)
+        ask = store.construct if "\nCONSTRUCT " in text else store.query
+        asked[f"library: {name}"] = lambda ask=ask, text=text, given=given: ask(text, **given)
     found = {}
     for name in track(list(asked), f"{n} devices: asking", console=Console(stderr=True), transient=True):
         found[name] = None if slow.get(name, 0) > TOO_LONG else repeat(asked[name])
