@@ -48,10 +48,10 @@ def usage(graphs: Iterable[Path], table: Iterable[Entry]) -> Usage:
     The arithmetic and the copying that the compiler calls (__aeabi_..., memcpy) are not in them and count as 0.
     Raises ValueError for a frame of unknown size, and for recursion and pointers that the entries come to.
     """
-    reached: dict[str, set[str]] = {}
+    reached: dict[str, set[str]] = {member: set() for members in _MEMBERS for member in members}
     for entry in table:
         for member, function in zip(_MEMBERS[entry.is_loss], entry.functions, strict=True):
-            reached.setdefault(member, set()).add(function)
+            reached[member].add(function)
     frames: dict[str, int] = {}
     calls: dict[str, set[str]] = {}
     unknown: dict[str, str] = {}  # a function that calls through a pointer to anything -> where
@@ -65,9 +65,10 @@ def usage(graphs: Iterable[Path], table: Iterable[Entry]) -> Usage:
             elif edge := _EDGE.match(line):
                 caller, callee, file, number = edge.groups()
                 if callee == "__indirect_call":
-                    targets = _behind_pointer(Path(file), int(number), reached)
-                    if not targets:
+                    members = _members_called(Path(file), int(number))
+                    if not members & reached.keys():
                         unknown[caller] = f"{file}:{number}"
+                    targets = set().union(*(reached.get(member, set()) for member in members))
                 else:
                     targets = {callee}
                 calls.setdefault(caller, set()).update(targets)
@@ -97,6 +98,5 @@ def _short(function: str) -> str:
     return f"{Path(file).name}:{name.split('.')[0]}" if file else name.split(".")[0]
 
 
-def _behind_pointer(file: Path, line: int, reached: Mapping[str, set[str]]) -> set[str]:
-    called = re.findall(r"->(\w+)\(", file.read_text().splitlines()[line - 1])
-    return set().union(*(reached.get(member, set()) for member in called))
+def _members_called(file: Path, line: int) -> set[str]:
+    return set(re.findall(r"->(\w+)\(", file.read_text().splitlines()[line - 1]))

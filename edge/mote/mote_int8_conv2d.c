@@ -126,15 +126,19 @@ static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_
     }
 }
 
-void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, mote_range_t range, const mote_requant_t *requant,
-                           const int8_t *weights, uint32_t first, uint32_t count)
+void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t first,
+                           uint32_t count)
 {
-    const mote_int8_constants_t c = {range, requant, weights};
-    run(m, op, &c, first, count, count == mote_tensor(m, op->out)->c ? mote_int8_conv2d_fast(m, op, &c) : 0);
+    run(m, op, c, first, count, 0);
+}
+
+void mote_int8_conv2d_whole(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c)
+{
+    run(m, op, c, 0, mote_tensor(m, op->out)->c, mote_int8_conv2d_fast(m, op, c));
 }
 
 void mote_int8_conv2d(const mote_t *m, const mote_op_t *op)
 {
     const mote_int8_constants_t c = mote_int8_constants(m, op);
-    run(m, op, &c, 0, mote_tensor(m, op->out)->c, mote_int8_conv2d_fast(m, op, &c));
+    mote_int8_conv2d_whole(m, op, &c);
 }

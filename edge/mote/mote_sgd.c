@@ -49,36 +49,19 @@ static float squared_norm(mote_t *m)
     return sum;
 }
 
-int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sgd_t *how, float *loss)
+/* Puts into m->step what clipping multiplies the gradient by. 0 if the gradient is not finite. */
+static MOTE_APART int clip(mote_t *m, const float *y, const float *target, float most)
 {
-    const void *y;
-    if (how == NULL || !mote_finite(how->rate) || !(how->momentum >= 0.0f && how->momentum < 1.0f) ||
-        !(how->weight_decay >= 0.0f) || !(how->rate * how->weight_decay < 1.0f) || !(how->clip_norm >= 0.0f)) {
-        return MOTE_ERR_ARGUMENT;
-    }
-    int error = mote_loss(m, x, target, loss, &y);
-    if (error != MOTE_OK) {
-        return error;
-    }
-    const mote_header_t *h = mote_header(m);
-    if (h->flags & MOTE_TRAINS_INT8 || (how->momentum > 0.0f && !(h->flags & MOTE_HAS_MOMENTUM))) {
-        return MOTE_ERR_FROZEN;
-    }
-    if (m->mask == 0) {
-        return MOTE_OK;
-    }
-    float scale = 1.0f;
-    if (how->clip_norm > 0.0f) {
-        mote_begin_back(m, y, target, 1.0f);
-        float norm = mote_sqrtf(squared_norm(m));
-        if (!mote_finite(norm)) {
-            return MOTE_ERR_DIVERGED;
-        }
-        scale = norm > how->clip_norm ? how->clip_norm / norm : 1.0f;
-        (void)mote_loss(m, x, target, loss, &y); /* gradients lie where values were */
-    }
-    mote_begin_back(m, y, target, scale);
-    float *w = (float *)(void *)m->arena, *v = w + h->params / sizeof(float);
+    mote_begin_back(m, y, target, 1.0f);
+    float norm = mote_sqrtf(squared_norm(m));
+    m->step = norm > most ? most / norm : 1.0f;
+    return mote_finite(norm);
+}
+
+/* The backward pass that mote_begin_back has begun, and the update. */
+static MOTE_APART void go_back_with(mote_t *m, const mote_sgd_t *how)
+{
+    float *w = (float *)(void *)m->arena, *v = w + mote_header(m)->params / sizeof(float);
     float kept = 1.0f - how->rate * how->weight_decay;
     if (how->momentum > 0.0f) {
         blend(m, v, how->momentum, w, how->weight_decay);
@@ -94,5 +77,39 @@ int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sg
             blend(m, w, 0.0f, w, kept);
         }
     }
+}
+
+static MOTE_APART int fits(const mote_sgd_t *how)
+{
+    return how != NULL && mote_finite(how->rate) && how->momentum >= 0.0f && how->momentum < 1.0f &&
+           how->weight_decay >= 0.0f && how->rate * how->weight_decay < 1.0f && how->clip_norm >= 0.0f;
+}
+
+int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sgd_t *how, float *loss)
+{
+    const void *y;
+    if (!fits(how)) {
+        return MOTE_ERR_ARGUMENT;
+    }
+    int error = mote_loss(m, x, target, loss, &y);
+    if (error != MOTE_OK) {
+        return error;
+    }
+    const mote_header_t *h = mote_header(m);
+    if (h->flags & MOTE_TRAINS_INT8 || (how->momentum > 0.0f && !(h->flags & MOTE_HAS_MOMENTUM))) {
+        return MOTE_ERR_FROZEN;
+    }
+    if (m->mask == 0) {
+        return MOTE_OK;
+    }
+    m->step = 1.0f;
+    if (how->clip_norm > 0.0f) {
+        if (!clip(m, y, target, how->clip_norm)) {
+            return MOTE_ERR_DIVERGED;
+        }
+        (void)mote_loss(m, x, target, loss, &y); /* gradients lie where values were */
+    }
+    mote_begin_back(m, y, target, m->step);
+    go_back_with(m, how);
     return MOTE_OK;
 }
