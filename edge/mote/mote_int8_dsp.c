@@ -26,13 +26,13 @@ enum { PIXELS = 4 };
  * every pixel taps 0 and 2, then 1 and 3, as int16. Where their number is no multiple of four, zeros lie ahead of the
  * first: they meet weights of the filter before, or what lies ahead of all weights. */
 typedef struct {
+    const mote_requant_t *end;
+    int8_t *to;
+    uint32_t pixel; /* bytes from pixel to pixel */
     const uint32_t *taps;
     uint32_t entry; /* where the first round through the unrolled loop starts */
     uint32_t zeros; /* ahead of the first tap */
     int32_t unit;   /* 2 zero_point + 1 */
-    const mote_requant_t *end;
-    int8_t *to;
-    uint32_t pixel; /* bytes from pixel to pixel */
 } group_t;
 
 /* Runs the filters from that of r on, one by one. r0 stays at the group_t; its taps end where it begins. */
@@ -46,8 +46,8 @@ static void run_filters(group_t *group, const int8_t *weights, const mote_requan
                    "    movs    r5, #(3f - 2f)  \n"
                    "    mla     r4, r1, r5, r4  \n"
                    "    orr     r4, r4, #1      \n"
-                   "    str     r4, [r0, #4]    \n"
-                   "1:  ldrd    r1, r4, [r0]    \n"
+                   "    str     r4, [r0, #16]   \n"
+                   "1:  ldrd    r1, r4, [r0, #12] \n"
                    "    ldr     r10, [r3], #12  \n"
                    "    mov     r11, r10        \n"
                    "    mov     r12, r10        \n"
@@ -70,9 +70,10 @@ static void run_filters(group_t *group, const int8_t *weights, const mote_requan
                    "    smlad   lr, r9, r7, lr  \n"
                    ".endm                       \n"
                    "2:  mote_four               \n"
-                   "3:  mote_four               \n"
+                   "3:                          \n"
+                   ".rept 15                    \n"
                    "    mote_four               \n"
-                   "    mote_four               \n"
+                   ".endr                       \n"
                    ".purgem mote_four           \n"
                    "    cmp     r1, r0          \n"
                    "    bne     2b              \n"
@@ -83,7 +84,7 @@ static void run_filters(group_t *group, const int8_t *weights, const mote_requan
                    "    asr     \\acc, \\acc, r5 \n"
                    "    ssat    \\acc, #8, \\acc \n"
                    ".endm                       \n"
-                   "    ldrd    r8, r6, [r0, #8] \n"
+                   "    ldrd    r8, r6, [r0, #20] \n"
                    "    ldrd    r4, r5, [r3, #-8] \n"
                    "    subs    r2, r2, r8      \n"
                    "    rsbs    r5, r5, #0      \n"
@@ -94,14 +95,13 @@ static void run_filters(group_t *group, const int8_t *weights, const mote_requan
                    "    mote_output r12         \n"
                    "    mote_output lr          \n"
                    ".purgem mote_output         \n"
-                   "    add     r4, r0, #16     \n"
-                   "    ldm     r4, {r1, r8, r9} \n"
+                   "    ldm     r0, {r1, r8, r9} \n"
                    "    add     r4, r8, r9, lsl #1 \n"
                    "    strb    r12, [r4]       \n"
                    "    strb    lr, [r4, r9]    \n"
                    "    strb    r11, [r8, r9]   \n"
                    "    strb    r10, [r8], #1   \n"
-                   "    str     r8, [r0, #20]   \n"
+                   "    str     r8, [r0, #4]    \n"
                    "    cmp     r3, r1          \n"
                    "    bne     1b              \n"
                    : "+r"(w), "+r"(requant), "+r"(skipped)
@@ -249,7 +249,7 @@ static void run_group(group_t *group, const mote_int8_constants_t *constants, in
         group->to = to + o;
         if (o < end) {
             group->end = r + end;
-            run_filters(group, weights, r + o, -((row + 3) >> 2) & 3u);
+            run_filters(group, weights, r + o, -((row + 3) >> 2) & 15u);
             o = end;
         } else {
             run_filter(group, weights, r + o, row, zero_point, constants->range);
@@ -303,18 +303,25 @@ static MOTE_APART void add_square(int32_t acc[2][2], const int8_t *w, const int8
     acc[1][1] = d;
 }
 
-/* The output of a sum, of a scale whose shift fits. unit: 2 zero_point + 1. */
-static inline int8_t output(int32_t acc, const mote_requant_t *r, int32_t unit)
+/* The outputs of a filter's two sums, of a scale whose shift fits. unit: 2 zero_point + 1. */
+static inline void put_two(int8_t *to, int8_t *other, const int32_t acc[2], const mote_requant_t *r, int32_t unit)
 {
-    const int32_t right = -r->shift, offset = ((unit * (1 << right)) >> 1) + (acc >> 31);
-    int32_t y;
-    __asm("qadd %0, %1, %1       \n"
-          "smmlar %0, %0, %2, %3 \n"
-          "asr %0, %0, %4        \n"
-          "ssat %0, #8, %0"
-          : "=&r"(y)
-          : "r"(acc), "r"(r->multiplier), "r"(offset), "r"(right));
-    return (int8_t)y;
+    const int32_t right = -r->shift, offset = (unit * (1 << right)) >> 1;
+    int32_t y = acc[0], z = acc[1], rest;
+    __asm(".macro mote_output acc      \n"
+          "    add     %[rest], %[offset], \\acc, asr #31 \n"
+          "    qadd    \\acc, \\acc, \\acc \n"
+          "    smmlar  \\acc, \\acc, %[multiplier], %[rest] \n"
+          "    asr     \\acc, \\acc, %[right] \n"
+          "    ssat    \\acc, #8, \\acc \n"
+          ".endm                       \n"
+          "    mote_output %[y]        \n"
+          "    mote_output %[z]        \n"
+          ".purgem mote_output"
+          : [y] "+r"(y), [z] "+r"(z), [rest] "=&r"(rest)
+          : [multiplier] "r"(r->multiplier), [right] "r"(right), [offset] "r"(offset));
+    *to = (int8_t)y;
+    *other = (int8_t)z;
 }
 
 /* Windows of one tap, where they lie: output pixels from `pixel` on, by twos, whose number is at least two. */
@@ -331,10 +338,8 @@ static MOTE_APART void run_pairs(const mote_t *m, const mote_op_t *op, const mot
         for (const mote_requant_t *r = constants->requant; to != end; r += 2, w += 2 * row, to += 2) {
             int32_t acc[2][2] = {{r[0].bias, r[0].bias}, {r[1].bias, r[1].bias}};
             add_square(acc, w, x, row);
-            to[0] = output(acc[0][0], r, unit);
-            to[1] = output(acc[1][0], r + 1, unit);
-            to[channels] = output(acc[0][1], r, unit);
-            to[channels + 1] = output(acc[1][1], r + 1, unit);
+            put_two(to, to + channels, acc[0], r, unit);
+            put_two(to + 1, to + channels + 1, acc[1], r + 1, unit);
         }
         clamp(end - channels, 2 * channels, constants->range);
     }

@@ -181,7 +181,7 @@ static MOTE_APART void conv2d_chunks(const mote_t *m, const mote_op_t *op)
 {
     chunk_t chunk = {.first = 0, .count = 0};
     while (next(m, op, filter_taps(m, op), &chunk)) {
-        mote_int8_conv2d_part(m, op, &chunk.constants, chunk.first, chunk.count);
+        mote_int8_conv2d_part(m, op, &chunk.constants, chunk.first, chunk.count, 0);
     }
 }
 
