@@ -84,6 +84,9 @@ void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, const mote_int8
 void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t row,
                               uint32_t first, uint32_t count);
 
+/* Copies the taps of an output pixel's window. */
+void mote_int8_window(const mote_t *m, const mote_op_t *op, uint32_t pixel, int8_t *to);
+
 /* All that a convolution writes. */
 void mote_int8_conv2d_whole(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c);
 

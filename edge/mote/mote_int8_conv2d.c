@@ -129,6 +129,15 @@ void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, const mote_int8
     }
 }
 
+void mote_int8_window(const mote_t *m, const mote_op_t *op, uint32_t pixel, int8_t *to)
+{
+    const uint32_t width = mote_tensor(m, op->out)->w;
+    const window_t a = {op, mote_tensor(m, op->in), mote_read(m, op->in),
+                        (int32_t)(pixel / width) * op->stride_h - op->pad_top,
+                        (int32_t)(pixel % width) * op->stride_w - op->pad_left};
+    gather(&a, to);
+}
+
 void mote_int8_conv2d_whole(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c)
 {
     mote_int8_conv2d_part(m, op, c, 0, mote_tensor(m, op->out)->c, mote_int8_conv2d_fast(m, op, c));

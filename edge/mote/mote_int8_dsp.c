@@ -324,16 +324,25 @@ static inline void put_two(int8_t *to, int8_t *other, const int32_t acc[2], cons
     *other = (int8_t)z;
 }
 
-/* Windows of one tap, where they lie: output pixels from `pixel` on, by twos, whose number is at least two. */
+enum { WINDOW = 40 /* bytes of a window that is gathered on the stack */ };
+
+/* Output pixels from `pixel` on, by twos, whose number is at least two: small windows, or, where they lie, of one tap. */
 static MOTE_APART void run_pairs(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants,
                                  uint32_t pixel)
 {
     const mote_tensor_t *out = mote_tensor(m, op->out);
-    const uint32_t row = mote_tensor(m, op->in)->c, channels = out->c, pixels = (uint32_t)out->h * out->w;
+    const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * mote_tensor(m, op->in)->c;
+    const uint32_t channels = out->c, pixels = (uint32_t)out->h * out->w;
     const int32_t unit = 2 * out->zero_point + 1;
     for (; pixel < pixels; pixel += 2) {
         pixel = pixel + 2 <= pixels ? pixel : pixels - 2; /* the last one but one again, where one is left */
+        int8_t windows[2 * WINDOW];
         const int8_t *x = (const int8_t *)mote_read(m, op->in) + pixel * row, *w = constants->weights;
+        if (row <= WINDOW) {
+            mote_int8_window(m, op, pixel, windows);
+            mote_int8_window(m, op, pixel + 1, windows + row);
+            x = windows;
+        }
         int8_t *to = (int8_t *)mote_write(m, op->out) + pixel * channels, *end = to + channels;
         for (const mote_requant_t *r = constants->requant; to != end; r += 2, w += 2 * row, to += 2) {
             int32_t acc[2][2] = {{r[0].bias, r[0].bias}, {r[1].bias, r[1].bias}};
@@ -381,9 +390,11 @@ static MOTE_APART uint32_t run_groups(const mote_t *m, const mote_op_t *op, cons
 static MOTE_APART int pairs_fit(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    return op->kernel_h * op->kernel_w == 1 && op->stride_h * op->stride_w == 1 && in->h == out->h &&
-           in->w == out->w && (op->pad_top | op->pad_left) == 0 && in->c % 8 == 0 && out->c % 2 == 0 &&
-           out->h * out->w >= 2 && fitting(constants->requant, 0, out->c) == out->c;
+    const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * in->c;
+    const int there = row == in->c && op->stride_h * op->stride_w == 1 && in->h == out->h && in->w == out->w &&
+                      (op->pad_top | op->pad_left) == 0;
+    return (there || row <= WINDOW) && row % 8 == 0 && out->c % 2 == 0 && out->h * out->w >= 2 &&
+           fitting(constants->requant, 0, out->c) == out->c;
 }
 
 uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
