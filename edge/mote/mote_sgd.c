@@ -58,24 +58,28 @@ static MOTE_APART int clip(mote_t *m, const float *y, const float *target, float
     return mote_finite(norm);
 }
 
-/* The backward pass that mote_begin_back has begun, and the update. */
-static MOTE_APART void go_back_with(mote_t *m, const mote_sgd_t *how)
+/* What comes before the backward pass, and behind it, so that it is an update with momentum and decay. */
+static MOTE_APART void begin_update(mote_t *m, const mote_sgd_t *how)
 {
     float *w = (float *)(void *)m->arena, *v = w + mote_header(m)->params / sizeof(float);
-    float kept = 1.0f - how->rate * how->weight_decay;
     if (how->momentum > 0.0f) {
         blend(m, v, how->momentum, w, how->weight_decay);
         m->step = 1.0f;
         m->to_momentum = 1;
-        mote_go_back(m);
+    } else { /* kept * w - rate * g = kept * (w - rate / kept * g): the input's gradient is of the whole w */
+        m->step = -how->rate / (1.0f - how->rate * how->weight_decay);
+    }
+}
+
+static MOTE_APART void end_update(mote_t *m, const mote_sgd_t *how)
+{
+    float *w = (float *)(void *)m->arena, *v = w + mote_header(m)->params / sizeof(float);
+    float kept = 1.0f - how->rate * how->weight_decay;
+    if (how->momentum > 0.0f) {
         m->to_momentum = 0;
         blend(m, w, 1.0f, v, -how->rate);
-    } else { /* kept * w - rate * g = kept * (w - rate / kept * g): the input's gradient is of the whole w */
-        m->step = -how->rate / kept;
-        mote_go_back(m);
-        if (kept != 1.0f) {
-            blend(m, w, 0.0f, w, kept);
-        }
+    } else if (kept != 1.0f) {
+        blend(m, w, 0.0f, w, kept);
     }
 }
 
@@ -110,6 +114,8 @@ int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sg
         (void)mote_loss(m, x, target, loss, &y); /* gradients lie where values were */
     }
     mote_begin_back(m, y, target, m->step);
-    go_back_with(m, how);
+    begin_update(m, how);
+    mote_go_back(m);
+    end_update(m, how);
     return MOTE_OK;
 }

@@ -162,7 +162,8 @@ static int next(const mote_t *m, const mote_op_t *op, uint32_t taps, chunk_t *ch
         chunk->constants.requant = chunk->trained;
         for (chunk->count = 0; chunk->count < CHUNK && o + chunk->count < op->trained; chunk->count++) {
             const uint32_t at = o + chunk->count;
-            chunk->trained[chunk->count] = requant_of(&p, at, depthwise ? depthwise_filter_of(&p, at) : filter_of(&p, at));
+            const filter_t filter = depthwise ? depthwise_filter_of(&p, at) : filter_of(&p, at);
+            chunk->trained[chunk->count] = requant_of(&p, at, filter);
         }
     }
     return 1;
@@ -185,15 +186,21 @@ static MOTE_APART void conv2d_chunks(const mote_t *m, const mote_op_t *op)
     }
 }
 
+/* Of one none of whose channels train. */
+static MOTE_APART void conv2d_whole(const mote_t *m, const mote_op_t *op)
+{
+    mote_int8_constants_t c = mote_int8_constants(m, op);
+    c.weights += mote_tensor(m, op->out)->c * sizeof(float); /* behind their scales */
+    mote_int8_conv2d_whole(m, op, &c);
+}
+
 void mote_trained_int8_conv2d(const mote_t *m, const mote_op_t *op)
 {
     if (op->trained != 0) {
         conv2d_chunks(m, op);
-        return;
+    } else {
+        conv2d_whole(m, op);
     }
-    mote_int8_constants_t c = mote_int8_constants(m, op);
-    c.weights += mote_tensor(m, op->out)->c * sizeof(float); /* behind their scales */
-    mote_int8_conv2d_whole(m, op, &c);
 }
 
 void mote_trained_int8_depthwise(const mote_t *m, const mote_op_t *op)
