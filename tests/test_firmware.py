@@ -131,10 +131,11 @@ def whole_image(board: str, profile: build.Profile, elf: Path) -> build.Size:
     return build.size(elf)
 
 
+@pytest.mark.parametrize("board", ["microbit", "mps2-an385", "mps2-an386"])
 @pytest.mark.parametrize("profile", ["exact", "fast"])
-def test_what_the_engine_takes_beyond_its_arena_is_bounded(profile: build.Profile, tmp_path: Path) -> None:
+def test_what_the_engine_takes_beyond_its_arena_is_bounded(profile: build.Profile, board: str, tmp_path: Path) -> None:
     """Of any model: with all operators that the engine has, its state and its stack take at most 512 bytes."""
-    size = whole_image("mps2-an386", profile, tmp_path / "whole.elf")
+    size = whole_image(board, profile, tmp_path / "whole.elf")
     assert set(size.depths) == {"mote_load", "mote_infer", "mote_loss", "mote_learn", "mote_learn_with"}
     assert {"mote_conv2d_back", "mote_int8_conv2d"} <= set(size.frames)
     assert {name: depth for name, depth in size.depths.items() if depth.bytes + STATE > 512} == {}

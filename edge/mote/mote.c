@@ -183,23 +183,29 @@ int mote_infer(mote_t *m, const void *x, const void **y)
     return MOTE_OK;
 }
 
-int mote_loss(mote_t *m, const void *x, const float *target, float *loss, const void **y)
+/* Whether a loss can be computed: MOTE_OK if so. */
+static MOTE_APART int loss_fits(const mote_t *m, const void *x, const float *target)
 {
-    if (target == NULL || loss == NULL || y == NULL || !input_fits(m, x)) {
+    if (target == NULL || !input_fits(m, x)) {
         return MOTE_ERR_ARGUMENT;
     }
     const mote_header_t *h = mote_header(m);
     if (h->loss == MOTE_NO_LOSS) {
         return MOTE_ERR_FROZEN;
     }
-    const mote_loss_t *l = mote_loss_of(h);
-    uint32_t n = m->outputs;
-    if (!l->target_fits(n, target)) {
-        return MOTE_ERR_TARGET;
+    return mote_loss_of(h)->target_fits(m->outputs, target) ? MOTE_OK : MOTE_ERR_TARGET;
+}
+
+int mote_loss(mote_t *m, const void *x, const float *target, float *loss, const void **y)
+{
+    int error = loss == NULL || y == NULL ? MOTE_ERR_ARGUMENT : loss_fits(m, x, target);
+    if (error != MOTE_OK) {
+        return error;
     }
     forward(m, x);
-    *loss = l->forward(m, n, mote_read(m, h->logits), target, mote_write(m, h->output));
+    const mote_header_t *h = mote_header(m);
     *y = mote_read(m, h->output);
+    *loss = mote_loss_of(h)->forward(m, m->outputs, mote_read(m, h->logits), target, mote_write(m, h->output));
     return mote_finite(*loss) ? MOTE_OK : MOTE_ERR_DIVERGED;
 }
 

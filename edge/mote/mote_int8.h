@@ -74,14 +74,21 @@ static inline mote_int8_constants_t mote_int8_constants(const mote_t *m, const m
  * and so many bytes of weights. */
 int mote_int8_constants_fit(const mote_t *m, const mote_op_t *op, uint64_t weights);
 
-/* What a dense or convolution writes for the output channels first ... first + count - 1: weights and requant are
- * those of these channels, from the first on. For a depthwise one, `row` is how many channels a row of weights has. */
-void mote_int8_dense_part(const mote_t *m, const mote_op_t *op, mote_range_t range, const mote_requant_t *requant,
-                          const int8_t *weights, uint32_t first, uint32_t count);
-void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, mote_range_t range, const mote_requant_t *requant,
-                           const int8_t *weights, uint32_t first, uint32_t count);
-void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, mote_range_t range, const mote_requant_t *requant,
-                              const int8_t *weights, uint32_t row, uint32_t first, uint32_t count);
+/* What a dense or convolution writes for the output channels first ... first + count - 1: c has weights and requant of
+ * these channels, from the first on. For a depthwise one, `row` is how many channels a row of weights has. A convolution
+ * writes the output pixels from `pixel` on. */
+void mote_int8_dense_part(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t first,
+                          uint32_t count);
+void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t first,
+                           uint32_t count, uint32_t pixel);
+void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t row,
+                              uint32_t first, uint32_t count);
+
+/* Copies the taps of an output pixel's window. */
+void mote_int8_window(const mote_t *m, const mote_op_t *op, uint32_t pixel, int8_t *to);
+
+/* All that a convolution writes. */
+void mote_int8_conv2d_whole(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c);
 
 /* Which instructions compute int8 better than C can name them. */
 #if defined(__ARM_FEATURE_MVE) && (__ARM_FEATURE_MVE & 1) && !defined(__clang__)

@@ -80,10 +80,10 @@ static void gather(const window_t *a, int8_t *to)
     }
 }
 
-/* Output pixels from `pixel` on: see mote_int8_conv2d_part. Of a window, the taps that lie side by side are a row of
- * numbers; of most windows all are, gathered in the end of the output that is not written yet. */
-static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t first, uint32_t count,
-                uint32_t pixel)
+/* Of a window, the taps that lie side by side are a row of numbers; of most windows all are, gathered in the end of the
+ * output that is not written yet. */
+void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t first,
+                           uint32_t count, uint32_t pixel)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
     const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * in->c, size = mote_size(out);
@@ -97,7 +97,7 @@ static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_
         if (op->kernel_h * op->kernel_w == 1) {
             uint32_t taps;
             patch = taps_at(&a, a.y, a.x, 1, &taps);
-        } else if (count == out->c && (uint32_t)(end - to) >= row + count) {
+        } else if (count == out->c && (uint32_t)(end - to) >= row + 4) {
             gather(&a, end - row);
             patch = end - row;
         }
@@ -107,6 +107,9 @@ static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_
             const int8_t *w = c->weights + o * row;
             int32_t acc[4];
             filters = count - o >= 4 ? 4 : 1;
+            if (to + o + filters > end - row && patch == end - row) {
+                patch = NULL; /* these outputs lie there */
+            }
             for (uint32_t f = 0; f < filters; f++) {
                 acc[f] = r[f].bias;
             }
@@ -126,15 +129,22 @@ static void run(const mote_t *m, const mote_op_t *op, const mote_int8_constants_
     }
 }
 
-void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, mote_range_t range, const mote_requant_t *requant,
-                           const int8_t *weights, uint32_t first, uint32_t count)
+void mote_int8_window(const mote_t *m, const mote_op_t *op, uint32_t pixel, int8_t *to)
 {
-    const mote_int8_constants_t c = {range, requant, weights};
-    run(m, op, &c, first, count, count == mote_tensor(m, op->out)->c ? mote_int8_conv2d_fast(m, op, &c) : 0);
+    const uint32_t width = mote_tensor(m, op->out)->w;
+    const window_t a = {op, mote_tensor(m, op->in), mote_read(m, op->in),
+                        (int32_t)(pixel / width) * op->stride_h - op->pad_top,
+                        (int32_t)(pixel % width) * op->stride_w - op->pad_left};
+    gather(&a, to);
+}
+
+void mote_int8_conv2d_whole(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c)
+{
+    mote_int8_conv2d_part(m, op, c, 0, mote_tensor(m, op->out)->c, mote_int8_conv2d_fast(m, op, c));
 }
 
 void mote_int8_conv2d(const mote_t *m, const mote_op_t *op)
 {
     const mote_int8_constants_t c = mote_int8_constants(m, op);
-    run(m, op, &c, 0, mote_tensor(m, op->out)->c, mote_int8_conv2d_fast(m, op, &c));
+    mote_int8_conv2d_whole(m, op, &c);
 }

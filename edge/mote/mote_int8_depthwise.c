@@ -30,8 +30,8 @@ static int32_t window(const mote_t *m, const mote_op_t *op, int32_t acc, const i
     return acc;
 }
 
-void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, mote_range_t range, const mote_requant_t *requant,
-                              const int8_t *weights, uint32_t row, uint32_t first, uint32_t count)
+void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t row,
+                              uint32_t first, uint32_t count)
 {
     const mote_tensor_t *out = mote_tensor(m, op->out);
     const uint32_t multiple = out->c / mote_tensor(m, op->in)->c;
@@ -39,19 +39,20 @@ void mote_int8_depthwise_part(const mote_t *m, const mote_op_t *op, mote_range_t
     for (int32_t y = 0; y < out->h; y++) {
         for (int32_t x = 0; x < out->w; x++, to += out->c) {
             for (uint32_t o = 0; o < count; o++) {
-                int32_t acc = window(m, op, requant[o].bias, weights + o, row, y * op->stride_h - op->pad_top,
+                const mote_requant_t *r = c->requant + o;
+                int32_t acc = window(m, op, r->bias, c->weights + o, row, y * op->stride_h - op->pad_top,
                                      x * op->stride_w - op->pad_left, (first + o) / multiple);
-                to[o] = mote_requantised(acc, &requant[o], out->zero_point, range);
+                to[o] = mote_requantised(acc, r, out->zero_point, c->range);
             }
         }
     }
 }
 
-static void run(const mote_t *m, const mote_op_t *op)
+static MOTE_APART void run(const mote_t *m, const mote_op_t *op)
 {
     const mote_int8_constants_t c = mote_int8_constants(m, op);
     const uint32_t channels = mote_tensor(m, op->out)->c;
-    mote_int8_depthwise_part(m, op, c.range, c.requant, c.weights, channels, 0, channels);
+    mote_int8_depthwise_part(m, op, &c, channels, 0, channels);
 }
 
 void mote_int8_depthwise(const mote_t *m, const mote_op_t *op)

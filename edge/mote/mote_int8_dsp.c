@@ -26,13 +26,13 @@ enum { PIXELS = 4 };
  * every pixel taps 0 and 2, then 1 and 3, as int16. Where their number is no multiple of four, zeros lie ahead of the
  * first: they meet weights of the filter before, or what lies ahead of all weights. */
 typedef struct {
+    const mote_requant_t *end;
+    int8_t *to;
+    uint32_t pixel; /* bytes from pixel to pixel */
     const uint32_t *taps;
     uint32_t entry; /* where the first round through the unrolled loop starts */
     uint32_t zeros; /* ahead of the first tap */
     int32_t unit;   /* 2 zero_point + 1 */
-    const mote_requant_t *end;
-    int8_t *to;
-    uint32_t pixel; /* bytes from pixel to pixel */
 } group_t;
 
 /* Runs the filters from that of r on, one by one. r0 stays at the group_t; its taps end where it begins. */
@@ -46,8 +46,8 @@ static void run_filters(group_t *group, const int8_t *weights, const mote_requan
                    "    movs    r5, #(3f - 2f)  \n"
                    "    mla     r4, r1, r5, r4  \n"
                    "    orr     r4, r4, #1      \n"
-                   "    str     r4, [r0, #4]    \n"
-                   "1:  ldrd    r1, r4, [r0]    \n"
+                   "    str     r4, [r0, #16]   \n"
+                   "1:  ldrd    r1, r4, [r0, #12] \n"
                    "    ldr     r10, [r3], #12  \n"
                    "    mov     r11, r10        \n"
                    "    mov     r12, r10        \n"
@@ -70,9 +70,10 @@ static void run_filters(group_t *group, const int8_t *weights, const mote_requan
                    "    smlad   lr, r9, r7, lr  \n"
                    ".endm                       \n"
                    "2:  mote_four               \n"
-                   "3:  mote_four               \n"
+                   "3:                          \n"
+                   ".rept 15                    \n"
                    "    mote_four               \n"
-                   "    mote_four               \n"
+                   ".endr                       \n"
                    ".purgem mote_four           \n"
                    "    cmp     r1, r0          \n"
                    "    bne     2b              \n"
@@ -83,7 +84,7 @@ static void run_filters(group_t *group, const int8_t *weights, const mote_requan
                    "    asr     \\acc, \\acc, r5 \n"
                    "    ssat    \\acc, #8, \\acc \n"
                    ".endm                       \n"
-                   "    ldrd    r8, r6, [r0, #8] \n"
+                   "    ldrd    r8, r6, [r0, #20] \n"
                    "    ldrd    r4, r5, [r3, #-8] \n"
                    "    subs    r2, r2, r8      \n"
                    "    rsbs    r5, r5, #0      \n"
@@ -94,14 +95,13 @@ static void run_filters(group_t *group, const int8_t *weights, const mote_requan
                    "    mote_output r12         \n"
                    "    mote_output lr          \n"
                    ".purgem mote_output         \n"
-                   "    add     r4, r0, #16     \n"
-                   "    ldm     r4, {r1, r8, r9} \n"
+                   "    ldm     r0, {r1, r8, r9} \n"
                    "    add     r4, r8, r9, lsl #1 \n"
                    "    strb    r12, [r4]       \n"
                    "    strb    lr, [r4, r9]    \n"
                    "    strb    r11, [r8, r9]   \n"
                    "    strb    r10, [r8], #1   \n"
-                   "    str     r8, [r0, #20]   \n"
+                   "    str     r8, [r0, #4]    \n"
                    "    cmp     r3, r1          \n"
                    "    bne     1b              \n"
                    : "+r"(w), "+r"(requant), "+r"(skipped)
@@ -123,7 +123,7 @@ static inline uint32_t *put_four(uint32_t *to, uint32_t four)
 }
 
 /* Adds n of them: step is 1, or 0 where all are as the four at x. */
-static __attribute__((noinline)) void put(taps_t *taps, const int8_t *x, uint32_t step, uint32_t n)
+static MOTE_APART void put(taps_t *taps, const int8_t *x, uint32_t step, uint32_t n)
 {
     taps_t t = *taps;
     for (; n >= 4; n -= 4, x += 4 * step) {
@@ -249,7 +249,7 @@ static void run_group(group_t *group, const mote_int8_constants_t *constants, in
         group->to = to + o;
         if (o < end) {
             group->end = r + end;
-            run_filters(group, weights, r + o, -((row + 3) >> 2) & 3u);
+            run_filters(group, weights, r + o, -((row + 3) >> 2) & 15u);
             o = end;
         } else {
             run_filter(group, weights, r + o, row, zero_point, constants->range);
@@ -261,27 +261,114 @@ static void run_group(group_t *group, const mote_int8_constants_t *constants, in
     }
 }
 
-/* Bytes of taps of four pixels, and a group_t, that a function takes of the stack. Larger windows are gathered at the
- * end of the output, as long as that is not written yet. */
-enum { OWN_TAPS = 64, OWN = 2 * PIXELS * OWN_TAPS + sizeof(group_t) };
+/* acc[f][p] += the sum of filter f's weights by pixel p's values; both lie `row` apart, a multiple of 8. */
+static MOTE_APART void add_square(int32_t acc[2][2], const int8_t *w, const int8_t *x, uint32_t row)
+{
+    int32_t a = acc[0][0], b = acc[0][1], c = acc[1][0], d = acc[1][1];
+    const int8_t *end = x + row;
+    uint32_t x_even, x_odd, y_even, y_odd, w_even, w_odd;
+    __asm("1:                          \n"
+          ".rept 2                     \n"
+          "    ldr     %[y_odd], [%[x], %[row]] \n"
+          "    ldr     %[x_odd], [%[x]], #4 \n"
+          "    ldr     %[w_odd], [%[w], %[row]] \n"
+          "    sxtb16  %[y_even], %[y_odd] \n"
+          "    sxtb16  %[y_odd], %[y_odd], ror #8 \n"
+          "    sxtb16  %[x_even], %[x_odd] \n"
+          "    sxtb16  %[x_odd], %[x_odd], ror #8 \n"
+          "    sxtb16  %[w_even], %[w_odd] \n"
+          "    sxtb16  %[w_odd], %[w_odd], ror #8 \n"
+          "    smlad   %[c], %[w_even], %[x_even], %[c] \n"
+          "    smlad   %[d], %[w_even], %[y_even], %[d] \n"
+          "    smlad   %[c], %[w_odd], %[x_odd], %[c] \n"
+          "    smlad   %[d], %[w_odd], %[y_odd], %[d] \n"
+          "    ldr     %[w_odd], [%[w]], #4 \n"
+          "    sxtb16  %[w_even], %[w_odd] \n"
+          "    sxtb16  %[w_odd], %[w_odd], ror #8 \n"
+          "    smlad   %[a], %[w_even], %[x_even], %[a] \n"
+          "    smlad   %[b], %[w_even], %[y_even], %[b] \n"
+          "    smlad   %[a], %[w_odd], %[x_odd], %[a] \n"
+          "    smlad   %[b], %[w_odd], %[y_odd], %[b] \n"
+          ".endr                       \n"
+          "    cmp     %[x], %[end]    \n"
+          "    bne     1b"
+          : [a] "+r"(a), [b] "+r"(b), [c] "+r"(c), [d] "+r"(d), [x] "+r"(x), [w] "+r"(w), [x_even] "=&r"(x_even),
+            [x_odd] "=&r"(x_odd), [y_even] "=&r"(y_even), [y_odd] "=&r"(y_odd), [w_even] "=&r"(w_even),
+            [w_odd] "=&r"(w_odd)
+          : [row] "r"(row), [end] "r"(end)
+          : "cc", "memory");
+    acc[0][0] = a;
+    acc[0][1] = b;
+    acc[1][0] = c;
+    acc[1][1] = d;
+}
 
-uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
+/* The outputs of a filter's two sums, of a scale whose shift fits. unit: 2 zero_point + 1. */
+static inline void put_two(int8_t *to, int8_t *other, const int32_t acc[2], const mote_requant_t *r, int32_t unit)
+{
+    const int32_t right = -r->shift, offset = (unit * (1 << right)) >> 1;
+    int32_t y = acc[0], z = acc[1], rest;
+    __asm(".macro mote_output acc      \n"
+          "    add     %[rest], %[offset], \\acc, asr #31 \n"
+          "    qadd    \\acc, \\acc, \\acc \n"
+          "    smmlar  \\acc, \\acc, %[multiplier], %[rest] \n"
+          "    asr     \\acc, \\acc, %[right] \n"
+          "    ssat    \\acc, #8, \\acc \n"
+          ".endm                       \n"
+          "    mote_output %[y]        \n"
+          "    mote_output %[z]        \n"
+          ".purgem mote_output"
+          : [y] "+r"(y), [z] "+r"(z), [rest] "=&r"(rest)
+          : [multiplier] "r"(r->multiplier), [right] "r"(right), [offset] "r"(offset));
+    *to = (int8_t)y;
+    *other = (int8_t)z;
+}
+
+enum { WINDOW = 40 /* bytes of a window that is gathered on the stack */ };
+
+/* Output pixels from `pixel` on, by twos, whose number is at least two: small windows, or, where they lie, of one tap. */
+static MOTE_APART void run_pairs(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants,
+                                 uint32_t pixel)
+{
+    const mote_tensor_t *out = mote_tensor(m, op->out);
+    const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * mote_tensor(m, op->in)->c;
+    const uint32_t channels = out->c, pixels = (uint32_t)out->h * out->w;
+    const int32_t unit = 2 * out->zero_point + 1;
+    for (; pixel < pixels; pixel += 2) {
+        pixel = pixel + 2 <= pixels ? pixel : pixels - 2; /* the last one but one again, where one is left */
+        int8_t windows[2 * WINDOW];
+        const int8_t *x = (const int8_t *)mote_read(m, op->in) + pixel * row, *w = constants->weights;
+        if (row <= WINDOW) {
+            mote_int8_window(m, op, pixel, windows);
+            mote_int8_window(m, op, pixel + 1, windows + row);
+            x = windows;
+        }
+        int8_t *to = (int8_t *)mote_write(m, op->out) + pixel * channels, *end = to + channels;
+        for (const mote_requant_t *r = constants->requant; to != end; r += 2, w += 2 * row, to += 2) {
+            int32_t acc[2][2] = {{r[0].bias, r[0].bias}, {r[1].bias, r[1].bias}};
+            add_square(acc, w, x, row);
+            put_two(to, to + channels, acc[0], r, unit);
+            put_two(to + 1, to + channels + 1, acc[1], r + 1, unit);
+        }
+        clamp(end - channels, 2 * channels, constants->range);
+    }
+}
+
+/* Output pixels from the first on, by fours; tells how many. */
+static MOTE_APART uint32_t run_groups(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
     const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * in->c, zeros = -row & 3u, channels = out->c;
+    /* The group and its taps lie at the end of the output, as long as that is not written yet. */
     const uint32_t scratch = 2 * PIXELS * (row + zeros) + sizeof(group_t), size = mote_size(out) & ~3u;
-    uint32_t own[OWN / sizeof(uint32_t)], pixels = (uint32_t)out->h * out->w;
-    int8_t *to = mote_write(m, op->out), *end = (int8_t *)own + sizeof own;
-    if (scratch > sizeof own) {
-        pixels = scratch < size ? (size - scratch) / channels : 0;
-        end = to + size;
-    }
+    const uint32_t pixels = scratch < size ? (size - scratch) / channels : 0;
     const void *ahead = constants->requant + channels;
     if (pixels < PIXELS || (zeros != 0 && constants->weights != ahead)) {
         return 0;
     }
-    group_t *group = (group_t *)(void *)(end - sizeof(group_t));
-    uint32_t *taps = (uint32_t *)(void *)(end - scratch);
+    int8_t *to = mote_write(m, op->out);
+    group_t *group = (group_t *)(void *)(to + size - sizeof(group_t));
+    uint32_t *taps = (uint32_t *)(void *)(to + size - scratch);
     group->taps = taps;
     group->unit = 2 * out->zero_point + 1;
     group->pixel = channels;
@@ -297,6 +384,27 @@ uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_
         run_group(group, constants, to + pixel * channels, row, out->zero_point, fit);
     }
     return pixels;
+}
+
+/* 1 if run_pairs can compute all filters. */
+static MOTE_APART int pairs_fit(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
+    const uint32_t row = (uint32_t)op->kernel_h * op->kernel_w * in->c;
+    const int there = row == in->c && op->stride_h * op->stride_w == 1 && in->h == out->h && in->w == out->w &&
+                      (op->pad_top | op->pad_left) == 0;
+    return (there || row <= WINDOW) && row % 8 == 0 && out->c % 2 == 0 && out->h * out->w >= 2 &&
+           fitting(constants->requant, 0, out->c) == out->c;
+}
+
+uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants)
+{
+    const uint32_t pixels = run_groups(m, op, constants);
+    if (!pairs_fit(m, op, constants)) {
+        return pixels;
+    }
+    run_pairs(m, op, constants, pixels);
+    return (uint32_t)mote_tensor(m, op->out)->h * mote_tensor(m, op->out)->w;
 }
 
 enum { CHANNELS = 4, TAPS = 9 };
@@ -326,7 +434,7 @@ typedef struct {
 } line_t;
 
 /* Computes pixels to, to + to_step, ... up to end, of windows whose first tap is at from, from + from_step, ... */
-static void run_line(line_t *line, const int8_t *from, uint32_t skipped_twos)
+static void run_line(const line_t *line, const int8_t *from, uint32_t skipped_twos)
 {
     register uint32_t *at __asm("r0") = line->begin;
     register const int8_t *x __asm("r1") = from;
@@ -399,49 +507,76 @@ typedef struct {
     uint16_t begin, end, first, last;
 } stretch_t;
 
-/* The stretch that begins at pixel `begin`, in one dimension. */
-static stretch_t stretch(int32_t begin, int32_t in, int32_t out, int32_t kernel, int32_t stride, int32_t pad)
+/* The stretch behind s, in one dimension. */
+static inline void go_on(stretch_t *s, int32_t in, int32_t out, int32_t kernel, int32_t stride, int32_t pad)
 {
-    const int32_t start = begin * stride - pad;
+    const int32_t start = s->end * stride - pad;
     const int32_t first = start < 0 ? -start : 0, last = start + kernel > in ? in - start : kernel;
-    int32_t end = begin + 1;
+    int32_t end = s->end + 1;
     if (first == 0 && last == kernel) {
         end = (in - kernel + pad) / stride + 1;
     }
-    stretch_t s = {(uint16_t)begin, (uint16_t)(end < out ? end : out), (uint16_t)first, (uint16_t)last};
-    return s;
+    s->begin = s->end;
+    s->end = (uint16_t)(end < out ? end : out);
+    s->first = (uint16_t)first;
+    s->last = (uint16_t)last;
+}
+
+static MOTE_APART void go_down(stretch_t *rows, const mote_t *m, const mote_op_t *op)
+{
+    go_on(rows, mote_tensor(m, op->in)->h, mote_tensor(m, op->out)->h, op->kernel_h, op->stride_h, op->pad_top);
+}
+
+static MOTE_APART void go_right(stretch_t *columns, const mote_t *m, const mote_op_t *op)
+{
+    go_on(columns, mote_tensor(m, op->in)->w, mote_tensor(m, op->out)->w, op->kernel_w, op->stride_w, op->pad_left);
 }
 
 /* Output pixels of whose windows the same taps lie inside the input. */
 typedef struct {
-    uint32_t from, to;      /* elements ahead of the first pixel's first tap inside, and of the first pixel */
-    uint32_t rows, columns; /* of pixels */
-    uint32_t inside, taps;  /* how many taps lie inside, how many there are */
-    uint32_t weight[TAPS];  /* where the weights of a tap are: first of the taps inside, then of the others */
-    uint32_t at[TAPS];      /* where a tap inside is in the input, from the first one on */
+    line_t line;
+    const int8_t *from; /* the first pixel's first tap inside, and the first pixel: of channel 0 */
+    int8_t *to;
+    uint16_t rows, columns; /* of pixels */
+    uint8_t inside, taps;   /* how many taps lie inside, how many there are */
+    uint8_t tap[TAPS];      /* their numbers: first of the taps inside, then of the others */
 } patch_t;
 
-static void lay_out(patch_t *patch, const mote_tensor_t *in, const mote_tensor_t *out, const mote_op_t *op,
-                    stretch_t rows, stretch_t columns)
+/* Where the pixels are, and their windows. */
+static MOTE_APART void place(patch_t *patch, const mote_t *m, const mote_op_t *op, const stretch_t *rows,
+                             const stretch_t *columns)
 {
+    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
     const uint32_t channels = in->c;
-    const uint32_t y = (uint32_t)(rows.begin * op->stride_h + rows.first - op->pad_top);
-    const uint32_t x = (uint32_t)(columns.begin * op->stride_w + columns.first - op->pad_left);
-    patch->from = (y * in->w + x) * channels;
-    patch->to = ((uint32_t)rows.begin * out->w + columns.begin) * channels;
-    patch->rows = (uint32_t)rows.end - rows.begin;
-    patch->columns = (uint32_t)columns.end - columns.begin;
-    patch->taps = (uint32_t)op->kernel_h * op->kernel_w;
-    patch->inside = 0;
-    uint32_t weight = 0, outside = patch->taps;
-    for (uint32_t i = 0; i < op->kernel_h; i++) {
-        for (uint32_t j = 0; j < op->kernel_w; j++, weight += channels) {
-            if (i >= rows.first && i < rows.last && j >= columns.first && j < columns.last) {
-                patch->weight[patch->inside] = weight;
-                patch->at[patch->inside++] = ((i - rows.first) * in->w + j - columns.first) * channels;
-            } else {
-                patch->weight[--outside] = weight;
-            }
+    const uint32_t y = (uint32_t)(rows->begin * op->stride_h + rows->first - op->pad_top);
+    const uint32_t x = (uint32_t)(columns->begin * op->stride_w + columns->first - op->pad_left);
+    patch->from = (const int8_t *)mote_read(m, op->in) + (y * in->w + x) * channels;
+    patch->to = (int8_t *)mote_write(m, op->out) + ((uint32_t)rows->begin * out->w + columns->begin) * channels;
+    patch->line.to_step = out->w * channels;
+    patch->line.from_step = op->stride_h * in->w * channels;
+    patch->rows = (uint16_t)(rows->end - rows->begin);
+    patch->columns = (uint16_t)(columns->end - columns->begin);
+    patch->taps = (uint8_t)(op->kernel_h * op->kernel_w);
+    patch->inside = (uint8_t)((rows->last - rows->first) * (columns->last - columns->first));
+}
+
+/* Where the taps are. */
+static MOTE_APART void lay_out(patch_t *patch, const mote_tensor_t *in, const mote_op_t *op, const stretch_t *rows,
+                               const stretch_t *columns)
+{
+    enum { TWO = sizeof(two_t) / sizeof(uint32_t) };
+    const uint32_t width = op->kernel_w, channels = in->c;
+    uint32_t *begin = patch->line.begin = patch->line.bias + (TAPS / 2 - patch->inside / 2) * TWO;
+    uint32_t inside = 0, outside = patch->taps;
+    patch->line.at = patch->line.even = patch->line.odd = 0;
+    for (uint32_t tap = 0; tap < patch->taps; tap++) {
+        const uint32_t i = tap / width, j = tap % width;
+        if (i >= rows->first && i < rows->last && j >= columns->first && j < columns->last) {
+            begin[CHANNELS + inside / 2 * TWO + inside % 2] =
+                ((i - rows->first) * in->w + j - columns->first) * channels; /* that of a last one is the line's */
+            patch->tap[inside++] = (uint8_t)tap;
+        } else {
+            patch->tap[--outside] = (uint8_t)tap;
         }
     }
 }
@@ -457,53 +592,6 @@ static inline uint32_t doubled_odd(uint32_t word)
     return (uint32_t)__sadd16(mote_odd(word), mote_odd(word));
 }
 
-/* Makes ready what a line of four channels needs: w and r are theirs. Returns how many twos less than all there are. */
-static uint32_t prepare(line_t *line, const patch_t *patch, const int8_t *w, const mote_requant_t *r, int32_t zero_in,
-                        int32_t zero_out)
-{
-    int32_t a = 2 * r[0].bias, b = 2 * r[1].bias, c = 2 * r[2].bias, d = 2 * r[3].bias;
-    for (uint32_t k = patch->inside; k < patch->taps; k++) {
-        const uint32_t word = mote_word(w + patch->weight[k]), even = doubled_even(word), odd = doubled_odd(word);
-        a = __smlabb((int32_t)even, zero_in, a);
-        b = __smlabb((int32_t)odd, zero_in, b);
-        c = __smlatb((int32_t)even, zero_in, c);
-        d = __smlatb((int32_t)odd, zero_in, d);
-    }
-    const uint32_t twos = patch->inside / 2, skipped = TAPS / 2 - twos;
-    two_t *two = line->twos + skipped, *end = line->twos + TAPS / 2;
-    uint32_t *bias = line->begin = line->bias + skipped * sizeof(two_t) / sizeof(uint32_t);
-    bias[0] = (uint32_t)a;
-    bias[1] = (uint32_t)b;
-    bias[2] = (uint32_t)c;
-    bias[3] = (uint32_t)d;
-    const uint32_t *weight = patch->weight, *at = patch->at;
-    for (; two != end; two++, weight += 2, at += 2) {
-        const uint32_t one = mote_word(w + weight[0]), other = mote_word(w + weight[1]);
-        uint32_t low, high;
-        __asm("pkhbt %0, %1, %2, lsl #16" : "=r"(low) : "r"(one), "r"(other));
-        __asm("pkhtb %0, %1, %2, asr #16" : "=r"(high) : "r"(other), "r"(one));
-        two->at[0] = at[0];
-        two->at[1] = at[1];
-        two->weights[0] = doubled_even(low);
-        two->weights[1] = doubled_odd(low);
-        two->weights[2] = doubled_even(high);
-        two->weights[3] = doubled_odd(high);
-    }
-    line->at = line->even = line->odd = 0;
-    if ((patch->inside & 1u) != 0) {
-        const uint32_t word = mote_word(w + *weight);
-        line->at = *at;
-        line->even = doubled_even(word);
-        line->odd = doubled_odd(word);
-    }
-    for (uint32_t f = 0; f < CHANNELS; f++) {
-        line->requant[f].multiplier = r[f].multiplier;
-        line->requant[f].right = -r[f].shift;
-        line->requant[f].offset = ((2 * zero_out + 1) * (1 << -r[f].shift)) >> 1;
-    }
-    return skipped;
-}
-
 /* 1 if four channels' outputs can be computed as above, and no doubled sum can overflow. */
 static int all_fit(const mote_requant_t *r)
 {
@@ -515,58 +603,114 @@ static int all_fit(const mote_requant_t *r)
     return 1;
 }
 
+/* Makes ready what a line of the four channels from `first` on needs. 0 if they cannot be computed as above. */
+static MOTE_APART int prepare(patch_t *patch, const mote_t *m, const mote_op_t *op, uint32_t first)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in);
+    const mote_int8_constants_t constants = mote_int8_constants(m, op);
+    const mote_requant_t *r = constants.requant + first;
+    const int8_t *w = constants.weights + first;
+    if (!all_fit(r)) {
+        return 0;
+    }
+    line_t *line = &patch->line;
+    const uint32_t channels = in->c;
+    int32_t a = 2 * r[0].bias, b = 2 * r[1].bias, c = 2 * r[2].bias, d = 2 * r[3].bias;
+    for (uint32_t k = patch->inside; k < patch->taps; k++) {
+        const uint32_t word = mote_word(w + patch->tap[k] * channels), even = doubled_even(word);
+        const uint32_t odd = doubled_odd(word);
+        a = __smlabb((int32_t)even, in->zero_point, a);
+        b = __smlabb((int32_t)odd, in->zero_point, b);
+        c = __smlatb((int32_t)even, in->zero_point, c);
+        d = __smlatb((int32_t)odd, in->zero_point, d);
+    }
+    uint32_t *bias = line->begin;
+    bias[0] = (uint32_t)a;
+    bias[1] = (uint32_t)b;
+    bias[2] = (uint32_t)c;
+    bias[3] = (uint32_t)d;
+    const uint8_t *tap = patch->tap;
+    for (two_t *two = (two_t *)(void *)(bias + CHANNELS); two != line->twos + TAPS / 2; two++, tap += 2) {
+        const uint32_t one = mote_word(w + tap[0] * channels), other = mote_word(w + tap[1] * channels);
+        uint32_t low, high;
+        __asm("pkhbt %0, %1, %2, lsl #16" : "=r"(low) : "r"(one), "r"(other));
+        __asm("pkhtb %0, %1, %2, asr #16" : "=r"(high) : "r"(other), "r"(one));
+        two->weights[0] = doubled_even(low);
+        two->weights[1] = doubled_odd(low);
+        two->weights[2] = doubled_even(high);
+        two->weights[3] = doubled_odd(high);
+    }
+    if ((patch->inside & 1u) != 0) {
+        const uint32_t word = mote_word(w + *tap * channels);
+        line->even = doubled_even(word);
+        line->odd = doubled_odd(word);
+    }
+    const int32_t unit = 2 * mote_tensor(m, op->out)->zero_point + 1;
+    for (uint32_t f = 0; f < CHANNELS; f++) {
+        line->requant[f].multiplier = r[f].multiplier;
+        line->requant[f].right = -r[f].shift;
+        line->requant[f].offset = (unit * (1 << -r[f].shift)) >> 1;
+    }
+    return 1;
+}
+
+/* The four channels from `first` on, that are made ready, of pixels that begin `step` apart. */
+static MOTE_APART void run_lines(patch_t *patch, uint32_t first, uint32_t channels, uint32_t step)
+{
+    const int8_t *from = patch->from + first;
+    int8_t *to = patch->to + first, *end = to + patch->columns * channels;
+    for (; to != end; to += channels, from += step) {
+        patch->line.to = to;
+        patch->line.end = to + patch->rows * patch->line.to_step;
+        run_line(&patch->line, from, TAPS / 2 - patch->inside / 2);
+    }
+}
+
 /* All channels that can be computed as above. */
-static void run_patch(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants,
-                      const patch_t *patch)
+static MOTE_APART void run_patches(const mote_t *m, const mote_op_t *op)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    const int8_t *from = (const int8_t *)mote_read(m, op->in) + patch->from;
-    int8_t *to = (int8_t *)mote_write(m, op->out) + patch->to;
-    const uint32_t channels = out->c, step = op->stride_w * channels;
-    line_t line;
-    line.to_step = out->w * channels;
-    line.from_step = op->stride_h * in->w * channels;
-    for (uint32_t c = 0; c < channels; c += CHANNELS) {
-        const mote_requant_t *r = constants->requant + c;
-        if (!all_fit(r)) {
-            continue;
+    stretch_t rows = {0, 0, 0, 0}, columns = {0, 0, 0, 0};
+    while (rows.end < out->h) {
+        go_down(&rows, m, op);
+        for (columns.end = 0; columns.end < out->w;) {
+            patch_t patch;
+            go_right(&columns, m, op);
+            place(&patch, m, op, &rows, &columns);
+            lay_out(&patch, in, op, &rows, &columns);
+            for (uint32_t c = 0; c < in->c; c += CHANNELS) {
+                if (prepare(&patch, m, op, c)) {
+                    run_lines(&patch, c, in->c, op->stride_w * in->c);
+                }
+            }
         }
-        const uint32_t skipped = prepare(&line, patch, constants->weights + c, r, in->zero_point, out->zero_point);
-        for (uint32_t i = 0; i < patch->columns; i++) {
-            line.to = to + i * channels + c;
-            line.end = line.to + patch->rows * line.to_step;
-            run_line(&line, from + i * step + c, skipped);
+    }
+}
+
+/* What run_patches leaves. */
+static MOTE_APART void run_others(const mote_t *m, const mote_op_t *op)
+{
+    const mote_tensor_t *out = mote_tensor(m, op->out);
+    mote_int8_constants_t four = mote_int8_constants(m, op);
+    if (four.range.low != INT8_MIN || four.range.high != INT8_MAX) {
+        clamp(mote_write(m, op->out), mote_size(out), four.range);
+    }
+    for (uint32_t c = 0; c < out->c; c += CHANNELS, four.requant += CHANNELS, four.weights += CHANNELS) {
+        if (!all_fit(four.requant)) {
+            mote_int8_depthwise_part(m, op, &four, out->c, c, CHANNELS);
         }
     }
 }
 
 int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op)
 {
-    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    const mote_int8_constants_t constants = mote_int8_constants(m, op);
-    if (in->c != out->c || in->c % CHANNELS != 0 || op->kernel_h * op->kernel_w > TAPS || op->dilation_h != 1 ||
-        op->dilation_w != 1) {
+    const mote_tensor_t *in = mote_tensor(m, op->in);
+    if (in->c != mote_tensor(m, op->out)->c || in->c % CHANNELS != 0 || op->kernel_h * op->kernel_w > TAPS ||
+        op->dilation_h != 1 || op->dilation_w != 1) {
         return 0;
     }
-    stretch_t rows = {0, 0, 0, 0}, columns = {0, 0, 0, 0};
-    while (rows.end < out->h) {
-        rows = stretch(rows.end, in->h, out->h, op->kernel_h, op->stride_h, op->pad_top);
-        for (columns.end = 0; columns.end < out->w;) {
-            patch_t patch;
-            columns = stretch(columns.end, in->w, out->w, op->kernel_w, op->stride_w, op->pad_left);
-            lay_out(&patch, in, out, op, rows, columns);
-            run_patch(m, op, &constants, &patch);
-        }
-    }
-    if (constants.range.low != INT8_MIN || constants.range.high != INT8_MAX) {
-        clamp(mote_write(m, op->out), mote_size(out), constants.range);
-    }
-    for (uint32_t c = 0; c < out->c; c += CHANNELS) {
-        if (!all_fit(constants.requant + c)) {
-            mote_int8_depthwise_part(m, op, constants.range, constants.requant + c, constants.weights + c, out->c, c,
-                                     CHANNELS);
-        }
-    }
+    run_patches(m, op);
+    run_others(m, op);
     return 1;
 }
 

@@ -82,6 +82,15 @@ enum {
 /* From here on kinds have int8 weights that train. */
 #define MOTE_FIRST_TRAINED_INT8 MOTE_TRAINED_INT8_DENSE
 
+/* A function whose frame is taken beside those of what else its caller calls, not inside it: for the stack's depth. */
+#if defined(__clang__)
+#define MOTE_APART __attribute__((noinline))
+#elif defined(__GNUC__)
+#define MOTE_APART __attribute__((noinline, noclone)) /* a clone may take more arguments, on the caller's stack */
+#else
+#define MOTE_APART
+#endif
+
 #define MOTE_NO_TENSOR UINT16_MAX
 #define MOTE_EXTERNAL UINT32_MAX   /* a tensor's offset: it is the model's input, at mote_t.x */
 #define MOTE_MAX_BYTES 0x10000000u /* of any size, so that no sum of a few overflows 32 bits */

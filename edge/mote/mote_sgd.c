@@ -49,11 +49,50 @@ static float squared_norm(mote_t *m)
     return sum;
 }
 
+/* Puts into m->step what clipping multiplies the gradient by. 0 if the gradient is not finite. */
+static MOTE_APART int clip(mote_t *m, const float *y, const float *target, float most)
+{
+    mote_begin_back(m, y, target, 1.0f);
+    float norm = mote_sqrtf(squared_norm(m));
+    m->step = norm > most ? most / norm : 1.0f;
+    return mote_finite(norm);
+}
+
+/* What comes before the backward pass, and behind it, so that it is an update with momentum and decay. */
+static MOTE_APART void begin_update(mote_t *m, const mote_sgd_t *how)
+{
+    float *w = (float *)(void *)m->arena, *v = w + mote_header(m)->params / sizeof(float);
+    if (how->momentum > 0.0f) {
+        blend(m, v, how->momentum, w, how->weight_decay);
+        m->step = 1.0f;
+        m->to_momentum = 1;
+    } else { /* kept * w - rate * g = kept * (w - rate / kept * g): the input's gradient is of the whole w */
+        m->step = -how->rate / (1.0f - how->rate * how->weight_decay);
+    }
+}
+
+static MOTE_APART void end_update(mote_t *m, const mote_sgd_t *how)
+{
+    float *w = (float *)(void *)m->arena, *v = w + mote_header(m)->params / sizeof(float);
+    float kept = 1.0f - how->rate * how->weight_decay;
+    if (how->momentum > 0.0f) {
+        m->to_momentum = 0;
+        blend(m, w, 1.0f, v, -how->rate);
+    } else if (kept != 1.0f) {
+        blend(m, w, 0.0f, w, kept);
+    }
+}
+
+static MOTE_APART int fits(const mote_sgd_t *how)
+{
+    return how != NULL && mote_finite(how->rate) && how->momentum >= 0.0f && how->momentum < 1.0f &&
+           how->weight_decay >= 0.0f && how->rate * how->weight_decay < 1.0f && how->clip_norm >= 0.0f;
+}
+
 int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sgd_t *how, float *loss)
 {
     const void *y;
-    if (how == NULL || !mote_finite(how->rate) || !(how->momentum >= 0.0f && how->momentum < 1.0f) ||
-        !(how->weight_decay >= 0.0f) || !(how->rate * how->weight_decay < 1.0f) || !(how->clip_norm >= 0.0f)) {
+    if (!fits(how)) {
         return MOTE_ERR_ARGUMENT;
     }
     int error = mote_loss(m, x, target, loss, &y);
@@ -67,32 +106,16 @@ int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sg
     if (m->mask == 0) {
         return MOTE_OK;
     }
-    float scale = 1.0f;
+    m->step = 1.0f;
     if (how->clip_norm > 0.0f) {
-        mote_begin_back(m, y, target, 1.0f);
-        float norm = mote_sqrtf(squared_norm(m));
-        if (!mote_finite(norm)) {
+        if (!clip(m, y, target, how->clip_norm)) {
             return MOTE_ERR_DIVERGED;
         }
-        scale = norm > how->clip_norm ? how->clip_norm / norm : 1.0f;
         (void)mote_loss(m, x, target, loss, &y); /* gradients lie where values were */
     }
-    mote_begin_back(m, y, target, scale);
-    float *w = (float *)(void *)m->arena, *v = w + h->params / sizeof(float);
-    float kept = 1.0f - how->rate * how->weight_decay;
-    if (how->momentum > 0.0f) {
-        blend(m, v, how->momentum, w, how->weight_decay);
-        m->step = 1.0f;
-        m->to_momentum = 1;
-        mote_go_back(m);
-        m->to_momentum = 0;
-        blend(m, w, 1.0f, v, -how->rate);
-    } else { /* kept * w - rate * g = kept * (w - rate / kept * g): the input's gradient is of the whole w */
-        m->step = -how->rate / kept;
-        mote_go_back(m);
-        if (kept != 1.0f) {
-            blend(m, w, 0.0f, w, kept);
-        }
-    }
+    mote_begin_back(m, y, target, m->step);
+    begin_update(m, how);
+    mote_go_back(m);
+    end_update(m, how);
     return MOTE_OK;
 }

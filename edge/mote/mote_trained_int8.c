@@ -135,50 +135,80 @@ static mote_requant_t requant_of(const parts_t *p, uint32_t o, filter_t filter)
     return r;
 }
 
-/* Of the channels that train, from `first` on, as many as fit into r. Returns how many. */
-static uint32_t requants_of(const mote_op_t *op, const parts_t *p, uint32_t first, mote_requant_t *r)
+/* Output channels first ... first + count - 1: at most CHUNK of those that train, whose requants are `trained`, or all
+ * others. A row of a depthwise one's weights has `row` channels. */
+typedef struct {
+    mote_int8_constants_t constants;
+    uint32_t row, first, count;
+    mote_requant_t trained[CHUNK];
+} chunk_t;
+
+/* The chunk behind this one. 1 if there is another. */
+static int next(const mote_t *m, const mote_op_t *op, uint32_t taps, chunk_t *chunk)
 {
+    const parts_t p = parts_of(m, op, taps);
     const int depthwise = op->kind == MOTE_TRAINED_INT8_DEPTHWISE;
-    uint32_t count = 0;
-    for (uint32_t o = first; count < CHUNK && o < op->trained; count++, o++) {
-        r[count] = requant_of(p, o, depthwise ? depthwise_filter_of(p, o) : filter_of(p, o));
+    const uint32_t o = chunk->first += chunk->count;
+    if (o == p.out->c) {
+        return 0;
     }
-    return count;
+    const filter_t first = depthwise ? depthwise_filter_of(&p, o) : filter_of(&p, o);
+    chunk->constants.range = p.range;
+    chunk->constants.weights = first.w;
+    chunk->constants.requant = p.requant + o;
+    chunk->row = first.row;
+    chunk->count = p.out->c - o;
+    if (o < op->trained) {
+        chunk->constants.requant = chunk->trained;
+        for (chunk->count = 0; chunk->count < CHUNK && o + chunk->count < op->trained; chunk->count++) {
+            const uint32_t at = o + chunk->count;
+            const filter_t filter = depthwise ? depthwise_filter_of(&p, at) : filter_of(&p, at);
+            chunk->trained[chunk->count] = requant_of(&p, at, filter);
+        }
+    }
+    return 1;
 }
 
 void mote_trained_int8_dense(const mote_t *m, const mote_op_t *op)
 {
-    const parts_t p = parts_of(m, op, mote_size(mote_tensor(m, op->in)));
-    mote_requant_t r[CHUNK];
-    uint32_t o = 0;
-    for (uint32_t count; (count = requants_of(op, &p, o, r)) != 0; o += count) {
-        mote_int8_dense_part(m, op, p.range, r, filter_of(&p, o).w, o, count);
+    chunk_t chunk = {.first = 0, .count = 0};
+    while (next(m, op, mote_size(mote_tensor(m, op->in)), &chunk)) {
+        mote_int8_dense_part(m, op, &chunk.constants, chunk.first, chunk.count);
     }
-    mote_int8_dense_part(m, op, p.range, p.requant + o, filter_of(&p, o).w, o, p.out->c - o);
+}
+
+/* Of a convolution some of whose channels train. */
+static MOTE_APART void conv2d_chunks(const mote_t *m, const mote_op_t *op)
+{
+    chunk_t chunk = {.first = 0, .count = 0};
+    while (next(m, op, filter_taps(m, op), &chunk)) {
+        mote_int8_conv2d_part(m, op, &chunk.constants, chunk.first, chunk.count, 0);
+    }
+}
+
+/* Of one none of whose channels train. */
+static MOTE_APART void conv2d_whole(const mote_t *m, const mote_op_t *op)
+{
+    mote_int8_constants_t c = mote_int8_constants(m, op);
+    c.weights += mote_tensor(m, op->out)->c * sizeof(float); /* behind their scales */
+    mote_int8_conv2d_whole(m, op, &c);
 }
 
 void mote_trained_int8_conv2d(const mote_t *m, const mote_op_t *op)
 {
-    const parts_t p = parts_of(m, op, filter_taps(m, op));
-    mote_requant_t r[CHUNK];
-    uint32_t o = 0;
-    for (uint32_t count; (count = requants_of(op, &p, o, r)) != 0; o += count) {
-        mote_int8_conv2d_part(m, op, p.range, r, filter_of(&p, o).w, o, count);
+    if (op->trained != 0) {
+        conv2d_chunks(m, op);
+    } else {
+        conv2d_whole(m, op);
     }
-    mote_int8_conv2d_part(m, op, p.range, p.requant + o, filter_of(&p, o).w, o, p.out->c - o);
 }
 
 void mote_trained_int8_depthwise(const mote_t *m, const mote_op_t *op)
 {
-    const parts_t p = parts_of(m, op, (uint32_t)op->kernel_h * op->kernel_w);
-    mote_requant_t r[CHUNK];
-    uint32_t o = 0;
-    for (uint32_t count; (count = requants_of(op, &p, o, r)) != 0; o += count) {
-        filter_t f = depthwise_filter_of(&p, o);
-        mote_int8_depthwise_part(m, op, p.range, r, f.w, f.row, o, count);
+    chunk_t chunk = {.first = 0, .count = 0};
+    while (next(m, op, (uint32_t)op->kernel_h * op->kernel_w, &chunk)) {
+        mote_int8_depthwise_part(m, op, &chunk.constants, chunk.row, chunk.first, chunk.count);
     }
-    filter_t f = depthwise_filter_of(&p, o);
-    mote_int8_depthwise_part(m, op, p.range, p.requant + o, f.w, f.row, o, p.out->c - o);
 }
 
 /* x to an integer, at random: up with the probability of its fraction, so that the mean is x. Beyond +-2^24 it stays
