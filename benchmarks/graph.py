@@ -509,11 +509,13 @@ def in_s3n(n: int) -> dict[str, Any]:
     """The same devices in S3N's nested form, where every device says what its board has; and the same question."""
     fleet = Fleet()
     seen = {board.id: names for board, names in real_boards()}
-    prefixes = """PREFIX s3n: <http://w3id.org/s3n/> PREFIX s3ne: <http://w3id.org/s3n/extend#>
-    PREFIX schema: <https://schema.org/> PREFIX sosa: <http://www.w3.org/ns/sosa/> PREFIX ssn: <http://www.w3.org/ns/ssn/>
-    PREFIX sys: <http://www.w3.org/ns/ssn/systems/>"""
-    head = prefixes.replace("PREFIX", "@prefix").replace("> ", "> .\n").replace("/systems/>", "/systems/> .\n")
-    parts = [head]
+    spaces = {
+        "s3n": "http://w3id.org/s3n/", "s3ne": "http://w3id.org/s3n/extend#", "schema": "https://schema.org/",
+        "sosa": "http://www.w3.org/ns/sosa/", "ssn": "http://www.w3.org/ns/ssn/",
+        "sys": "http://www.w3.org/ns/ssn/systems/",
+    }  # fmt: skip
+    prefixes = "".join(f"PREFIX {name}: <{iri}>\n" for name, iri in spaces.items())  # in Turtle 1.1 as in SPARQL
+    parts = [prefixes]
     for i in range(n):
         board = fleet.board(i)
         parts.append(f"<{device_iri(FLEET, name_of(i))}> a s3n:SmartSensor ;\n")
