@@ -58,19 +58,26 @@ STATUSES = 20_000
 P = """PREFIX prov: <http://www.w3.org/ns/prov#> PREFIX schema: <https://schema.org/>
 PREFIX td: <https://www.w3.org/2019/wot/td#> PREFIX tf: <https://w3id.org/tinyfleet#>
 """
-FITTING = f"""?board tf:ramBytes ?ram ; tf:flashBytes ?flash ; tf:observes <{SEEN}sound> , <{SEEN}acceleration> .
+FITTING = f"""?board tf:ramBytes ?ram ; tf:flashBytes ?flash ; tf:observes <{SEEN}temperature> , <{SEEN}acceleration> .
 FILTER(?ram >= 128000 && ?flash >= 512000)"""
 HAVE = P + f"SELECT ?device WHERE {{ {FITTING} ?device tf:board ?board }}"
 FIRST = HAVE + " LIMIT 100"
 BEST = (
-    P
+    P  # the device first, in a query of its own: else Oxigraph goes through all devices that have the model's engine
     + """SELECT ?model ?name ?takes WHERE {
-  VALUES ?device { UNDEF }
-  ?device tf:engine ?engine ; tf:arenaBytes ?arena ; tf:board ?board . ?board tf:flashBytes ?flash .
-  ?model tf:engine ?engine ; a tf:Model ; tf:runRamBytes ?takes ; tf:storageBytes ?storage ; schema:name ?name .
+  { SELECT ?engine ?arena ?board ?flash WHERE {
+    VALUES ?device { UNDEF }
+    ?device tf:engine ?engine ; tf:arenaBytes ?arena ; tf:board ?board . ?board tf:flashBytes ?flash .
+  } }
+  ?model a tf:Model ; tf:engine ?engine ; tf:runRamBytes ?takes ; tf:storageBytes ?storage ; schema:name ?name .
   FILTER(?arena >= ?takes && ?flash >= ?storage)
   FILTER NOT EXISTS { ?model tf:inputProperty ?missing . FILTER NOT EXISTS { ?board tf:observes ?missing } }
 } ORDER BY DESC(?takes) ?model LIMIT 10"""
+)
+FOUND = (
+    P
+    + f"""SELECT ?device ?title WHERE {{ ?board tf:observes <{SEEN}acceleration> ; tf:mcu ?mcu .
+  ?device tf:board ?board ; tf:arenaBytes ?arena ; td:title ?title FILTER(?arena >= 65536) }} LIMIT 10"""
 )
 SEARCH = (
     P
@@ -317,6 +324,7 @@ def questions(store: Store, n: int, slow: dict[str, float]) -> dict[str, Any]:
         "which devices have the RAM, flash and sensors: the first 100": lambda: store.query(FIRST),
         "best models for a device": lambda: store.query(BEST, device=next(picked)),
         "a device by its id": lambda: store.query("SELECT ?p ?o { VALUES ?s { UNDEF } ?s ?p ?o }", s=next(picked)),
+        "Thing Description search, by sensor and arena": lambda: store.query(FOUND),
         "Thing Description search, by a word of the title": lambda: store.query(SEARCH),
         "devices by engine version, in SPARQL": lambda: store.query(VERSIONS),
     }
@@ -528,7 +536,7 @@ def in_s3n(n: int) -> dict[str, Any]:
     question = (
         prefixes
         + f"""SELECT DISTINCT ?device WHERE {{
-      ?device ssn:hasSubSystem [ sosa:observes <{SEEN}sound> ] , [ sosa:observes <{SEEN}acceleration> ] ,
+      ?device ssn:hasSubSystem [ sosa:observes <{SEEN}temperature> ] , [ sosa:observes <{SEEN}acceleration> ] ,
         [ s3n:hasSystemCapability ?able ] .
       ?able sys:hasSystemProperty [ a s3ne:RAM ; schema:value ?ram ] , [ a s3ne:Flash ; schema:value ?flash ] .
       FILTER(?ram >= 128000 && ?flash >= 512000) }}"""

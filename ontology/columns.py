@@ -350,6 +350,18 @@ def distinct_of(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.
     return distinct, places[keys]
 
 
+def counted(keys: Numbers, among: Mask) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The different keys, rising; how many there are of each, and how many of these are among the chosen."""
+    most = int(keys.max(initial=0)) + 1
+    if most > 1 << 22:
+        distinct, place = np.unique(keys, return_inverse=True)
+        chosen = np.bincount(place[among], minlength=len(distinct))
+        return distinct, np.bincount(place, minlength=len(distinct)), chosen
+    counts, chosen = np.bincount(keys, minlength=most), np.bincount(keys[among], minlength=most)
+    distinct = np.flatnonzero(counts)
+    return distinct, counts[distinct], chosen[distinct]
+
+
 def fill(columns: Columns, column: Column, names: Sequence[bytes], texts: Sequence[bytes]) -> None:
     """Puts values that are to be the only ones of their devices into a column."""
     found = columns.rows(names, make=True)

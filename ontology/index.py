@@ -20,7 +20,7 @@ import pyoxigraph as ox
 from numpy.typing import NDArray
 
 from ontology import library
-from ontology.columns import Codes, Column, Columns, NotHeld, Range, Types, among, distinct_of, exact, fill
+from ontology.columns import Codes, Column, Columns, NotHeld, Range, Types, among, counted, exact, fill
 from ontology.names import RDF, TF, Iri
 from ontology.store import (
     RECORDS,
@@ -289,13 +289,16 @@ class IndexedStore(EmbeddedStore):
             keys = (TF.currentModel, TF.engine, TF.engineVersion)
             for predicate in keys[1:]:
                 mask &= columns.numbers(predicate) >= 0
-            key = np.zeros(columns.size, np.int64)
+            most = np.prod([len(columns.codes(predicate).values) + 1 for predicate in keys], dtype=np.float64)
+            key: NDArray[Any] = np.zeros(columns.size, np.int32 if most < 2**31 else np.int64)
             for predicate in keys:
-                key = key * (len(columns.codes(predicate).values) + 1) + columns.numbers(predicate) + 1
-            key, online = key[mask], columns.numbers(TF.online)[mask] == 1
-            distinct, place = distinct_of(key)
-            counts = np.bincount(place, minlength=len(distinct))
-            on = np.bincount(place[online], minlength=len(distinct))
+                key *= len(columns.codes(predicate).values) + 1
+                key += columns.numbers(predicate)
+                key += 1
+            online = columns.numbers(TF.online) == 1
+            if not mask.all():
+                key, online = key[mask], online[mask]
+            distinct, counts, on = counted(key, online)
             found: list[Row] = []
             for code, n, m in zip(distinct.tolist(), counts.tolist(), on.tolist(), strict=True):
                 row: Row = {}
@@ -337,14 +340,14 @@ class IndexedStore(EmbeddedStore):
             known = (kinds[0] >= 0) & (kinds[1] >= 0) & (ram[kinds[0]] >= 0)
             kinds, counts = kinds[:, known], counts[known]
             values, engine_codes = list(of_board.values), dict(engines.codes)
+        needed = {seen for properties in inputs.values() for seen in properties}
+        able = {seen: np.array([(board, seen) in observed for board in values], np.bool_) for seen in needed}
         found = []
         for row in models:
-            need = inputs.get(row["model"], [])
-            able = np.array([all((Iri(b), p) in observed for p in need) for b in values], np.bool_) if need else None
             fit = (kinds[1] == engine_codes.get(str(row["engine"]), -2)) & (kinds[2] >= row["takes"])
             fit &= flash[kinds[0]] >= row["storage"]
-            if able is not None:
-                fit &= able[kinds[0]]
+            for seen in inputs.get(row["model"], ()):
+                fit &= able[seen][kinds[0]]
             devices = int(counts[fit].sum())
             if devices:
                 training = int(counts[fit & (kinds[2] >= row["bytes"])].sum()) if "bytes" in row else 0
