@@ -75,8 +75,8 @@ static inline mote_int8_constants_t mote_int8_constants(const mote_t *m, const m
 int mote_int8_constants_fit(const mote_t *m, const mote_op_t *op, uint64_t weights);
 
 /* What a dense or convolution writes for the output channels first ... first + count - 1: c has weights and requant of
- * these channels, from the first on. For a depthwise one, `row` is how many channels a row of weights has. A convolution
- * writes the output pixels from `pixel` on. */
+ * these channels, from the first on. For a depthwise one, `row` is how many channels a row of weights has. A
+ * convolution writes the output pixels from `pixel` on. */
 void mote_int8_dense_part(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t first,
                           uint32_t count);
 void mote_int8_conv2d_part(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *c, uint32_t first,

@@ -157,10 +157,10 @@ AVX2 void mote_int8_dots_avx2(int32_t acc[4], const int8_t *w, uint32_t row, con
     __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
     if (n >= 8) {
         const __m128i values = widened_half(x);
-        const __m128i ab = _mm_hadd_epi32(_mm_madd_epi16(widened_half(w), values),
-                                          _mm_madd_epi16(widened_half(w + row), values));
-        const __m128i cd = _mm_hadd_epi32(_mm_madd_epi16(widened_half(w2), values),
-                                          _mm_madd_epi16(widened_half(w2 + row), values));
+        const __m128i ab =
+            _mm_hadd_epi32(_mm_madd_epi16(widened_half(w), values), _mm_madd_epi16(widened_half(w + row), values));
+        const __m128i cd =
+            _mm_hadd_epi32(_mm_madd_epi16(widened_half(w2), values), _mm_madd_epi16(widened_half(w2 + row), values));
         sums = _mm_add_epi32(sums, _mm_hadd_epi32(ab, cd));
         n -= 8, w += 8, x += 8;
     }
@@ -177,7 +177,7 @@ enum { PIXELS = 4, FILTERS = 2 * LANES, MOST_TAPS = 1024 };
 
 /* What is computed at a time: 16 output channels of four pixels. */
 typedef struct {
-    __m256i weights[MOST_TAPS / 2][2]; /* of every channel a pair of taps as int16, 0 beyond the last tap */
+    __m256i weights[MOST_TAPS / 2][2];    /* of every channel a pair of taps as int16, 0 beyond the last tap */
     int16_t taps[PIXELS][MOST_TAPS + 16]; /* of every pixel; 16 more, so that rows lie apart in the cache */
     channels_t channels[2];
 } block_t;

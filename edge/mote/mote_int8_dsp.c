@@ -326,7 +326,8 @@ static inline void put_two(int8_t *to, int8_t *other, const int32_t acc[2], cons
 
 enum { WINDOW = 40 /* bytes of a window that is gathered on the stack */ };
 
-/* Output pixels from `pixel` on, by twos, whose number is at least two: small windows, or, where they lie, of one tap. */
+/* Output pixels from `pixel` on, by twos, whose number is at least two: small windows, or, where they lie, of one tap.
+ */
 static MOTE_APART void run_pairs(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants,
                                  uint32_t pixel)
 {

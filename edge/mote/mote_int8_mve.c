@@ -92,8 +92,8 @@ int mote_int8_depthwise_fast(const mote_t *m, const mote_op_t *op)
                 const pair_t sums = window(op, in, each(&r->bias, n), constants.weights + c, input, first + (int32_t)c,
                                            rows, columns, some);
                 const pair_t multiplier = each(&r->multiplier, n), shift = each(&r->shift, n);
-                const int32x4_t even = mote_int8_outputs(sums.even, multiplier.even, shift.even, out->zero_point,
-                                                         constants.range);
+                const int32x4_t even =
+                    mote_int8_outputs(sums.even, multiplier.even, shift.even, out->zero_point, constants.range);
                 const int32x4_t odd =
                     mote_int8_outputs(sums.odd, multiplier.odd, shift.odd, out->zero_point, constants.range);
                 vstrbq_p_s16(to + c, vmovntq_s32(vmovnbq_s32(vdupq_n_s16(0), even), odd), some);

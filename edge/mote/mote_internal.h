@@ -72,8 +72,8 @@ enum {
     /* int8 weights that train. The output channels 0 .. op->trained - 1 have their weights (int8, [trained][...], or
      * [kernel_h][kernel_w][trained]; padded to 4 bytes) and then their bias (int32, not folded) behind op->params.
      * A, R [out], float weight scale [out], then weights of all channels that do not train, as above without the
-     * first `trained` ones. If only MOTE_TRAINS_BIAS: the constants hold all weights, op->params the biases. R's bias of a
-     * channel that trains is 0 if its weights do, else - zero point * sum of weights. */
+     * first `trained` ones. If only MOTE_TRAINS_BIAS: the constants hold all weights, op->params the biases. R's bias
+     * of a channel that trains is 0 if its weights do, else - zero point * sum of weights. */
     MOTE_TRAINED_INT8_DENSE = 48,
     MOTE_TRAINED_INT8_CONV2D,
     MOTE_TRAINED_INT8_DEPTHWISE

@@ -45,7 +45,7 @@ void mote_add_back(mote_t *m, const mote_op_t *op)
 #define ACTIVATION(name, y_of_x, slope_of)                                                                             \
     int mote_##name##_check(const mote_t *m, const mote_op_t *op)                                                      \
     {                                                                                                                  \
-        return mote_same_floats(m, op);                                                                                     \
+        return mote_same_floats(m, op);                                                                                \
     }                                                                                                                  \
                                                                                                                        \
     void mote_##name(const mote_t *m, const mote_op_t *op)                                                             \

@@ -1,5 +1,5 @@
-/* ReLU, ReLU6 and leaky ReLU in float32. All can work in place. Their way back needs no more than one bit for each element of
- * the output: where the plan says so, they keep that mask, and the output's memory is free for others. */
+/* ReLU, ReLU6 and leaky ReLU in float32. All can work in place. Their way back needs no more than one bit for each
+ * element of the output: where the plan says so, they keep that mask, and the output's memory is free for others. */
 #include "mote_kernel_list.h"
 #include "mote_window.h"
 
