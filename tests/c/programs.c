@@ -61,10 +61,11 @@ static int learn(mote_t *m, const void *x, const float *target, int step)
     int has_momentum = (mote_header(m)->flags & MOTE_HAS_MOMENTUM) != 0;
     mote_sgd_t how = {0.05f, has_momentum ? 0.5f : 0.0f, step % 2 ? 0.01f : 0.0f, step % 3 ? 0.5f : 0.0f};
     float loss;
+    const int error = mote_learn_with(m, x, target, &how, &loss);
     if (mote_header(m)->loss == MOTE_NO_LOSS || mote_header(m)->flags & MOTE_TRAINS_INT8) {
-        return mote_learn_with(m, x, target, &how, &loss) == MOTE_ERR_FROZEN ? MOTE_OK : MOTE_ERR_ARGUMENT;
+        return error == MOTE_ERR_FROZEN ? MOTE_OK : error == MOTE_ERR_DIVERGED ? error : MOTE_ERR_ARGUMENT;
     }
-    return mote_learn_with(m, x, target, &how, &loss);
+    return error;
 }
 
 static int run(const void *program, size_t size, int steps)
