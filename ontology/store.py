@@ -149,15 +149,18 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", text)
 
 
-# Comments, IRIs and strings are matched first, so that nothing inside them is taken for a parameter.
-_PARAMETER = re.compile(
+OPAQUE = (
     r"#[^\n\r]*"
     r"|<[^<>\"{}|^`\\\x00-\x20]*>"
     r"|\"\"\"(?:[^\"\\]|\\.|\"{1,2}(?!\"))*\"\"\""
     r"|'''(?:[^'\\]|\\.|'{1,2}(?!'))*'''"
     r"|\"(?:[^\"\\\n\r]|\\.)*\""
     r"|'(?:[^'\\\n\r]|\\.)*'"
-    r"|\bVALUES\s*[?$](?P<name>\w+)\s*\{\s*UNDEF\s*\}",
+)
+"""Matches SPARQL's comments, IRIs and strings: to be tried first, so that nothing is looked for inside them."""
+
+_PARAMETER = re.compile(
+    OPAQUE + r"|\bVALUES\s*[?$](?P<name>\w+)\s*\{\s*UNDEF\s*\}",
     re.IGNORECASE | re.DOTALL,
 )
 

@@ -8,17 +8,11 @@ import re
 from collections.abc import Collection
 
 from ontology.names import Iri
-from ontology.store import StoreError, term
+from ontology.store import OPAQUE, StoreError, term
 
 # What a brace or a keyword may not be looked for in comes first: comments, IRIs, strings, variables, names, tags.
 _TOKEN = re.compile(
-    r"#[^\n\r]*"
-    r"|<[^<>\"{}|^`\\\x00-\x20]*>"
-    r"|\"\"\"(?:[^\"\\]|\\.|\"{1,2}(?!\"))*\"\"\""
-    r"|'''(?:[^'\\]|\\.|'{1,2}(?!'))*'''"
-    r"|\"(?:[^\"\\\n\r]|\\.)*\""
-    r"|'(?:[^'\\\n\r]|\\.)*'"
-    r"|[?$@]\w+"
+    OPAQUE + r"|[?$@]\w+"
     r"|(?:\w[\w.-]*)?:(?:[\w.:-]|%[0-9A-Fa-f]{2}|\\.)*"
     r"|(?P<word>[A-Za-z]+)"
     r"|(?P<brace>[{}])",
