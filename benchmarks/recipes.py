@@ -87,7 +87,7 @@ def trial(task: Task, strategy: str, rounds: int, seed: int) -> float:
     learned = to_vector(result.arrays, task.program)
     if not np.isfinite(learned).all():
         return 0.0
-    unseen = replace(task, held_out=task.validation)
+    unseen = replace(task, draw=lambda _, *how: task.draw("validation", *how))
     return float(np.mean([one_pass(unseen, learned, shots=k, episodes=100, seed=seed).mean for k in SHOTS]))
 
 

@@ -4,7 +4,7 @@ Of every held-out task the learner sees K samples a class, learns from them as a
 in C), and is scored on samples it has not seen.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,7 @@ from numpy.typing import NDArray
 
 from edge.learner import MoteLearner
 from edge.protocol import ALL_LAYERS, Phase
-from edge.tasks import Episode, Task
-
-Draw = Callable[[int, int, int], Episode]
-"""(seed, shots, queries a class) -> a task."""
+from edge.tasks import Split, Task
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """That `one_pass` tries."""
@@ -47,21 +44,20 @@ def few_shot(
     episodes: int = 100,
     queries: int = 15,
     seed: int = 0,
-    draw: Draw | None = None,
+    split: Split = "held_out",
 ) -> Score:
     """Adapts `start` (the program's parameter vector) to each of `episodes` tasks through the phases, and scores it.
 
     A phase learns `steps` samples, going through the support set again and again, each time in a new order. queries: a
-    class. draw: where tasks come from; the held-out ones by default. The same seed gives the same tasks and orders,
+    class. split: where tasks come from. The same seed gives the same tasks and orders,
     whatever the start and the phases are, so that starts can be compared task by task.
     """
     learner = MoteLearner(task.program)
     every_layer = learner.mask
-    draw = draw or task.held_out
     accuracies = np.empty(episodes)
     for e in range(episodes):
         episode_seed, order_seed = (int(s) for s in np.random.SeedSequence([seed, e]).generate_state(2))
-        episode = draw(episode_seed, shots, queries)
+        episode = task.draw(split, [episode_seed], shots, queries)[0]
         order = _endless(len(episode.support_y), np.random.default_rng(order_seed))
         learner.set_parameters(start)
         for phase in phases:
@@ -82,12 +78,12 @@ def one_pass(
     tasks: what a start is worth to a device that cannot keep its samples."""
     steps = shots * task.ways
 
-    def at(rate: float, count: int, draw: Draw, seed: int) -> Score:
+    def at(rate: float, count: int, split: Split, seed: int) -> Score:
         phases = [Phase(ALL_LAYERS, steps, rate)]
-        return few_shot(task, start, phases, shots=shots, episodes=count, queries=queries, seed=seed, draw=draw)
+        return few_shot(task, start, phases, shots=shots, episodes=count, queries=queries, seed=seed, split=split)
 
-    best = max(RATES, key=lambda rate: at(rate, 50, task.validation, seed + 1).mean)
-    return at(best, episodes, task.held_out, seed)
+    best = max(RATES, key=lambda rate: at(rate, 50, "validation", seed + 1).mean)
+    return at(best, episodes, "held_out", seed)
 
 
 def _endless(count: int, random: np.random.Generator) -> Iterator[int]:

@@ -28,7 +28,7 @@ from edge.learner import MoteLearner
 from edge.protocol import Status, Topics, encode, plan_from_config
 from edge.session import Session
 from edge.streams import DatasetStream
-from edge.tasks import ClientData, Episode, Recipe, Task, draw_episode
+from edge.tasks import ClientData, Episodes, Recipe, Split, Task, draw_episode
 from edge.thing import VIRTUAL, thing_description
 from ontology import library
 from ontology.store import EmbeddedStore, Rows
@@ -53,14 +53,14 @@ def client(index: int, of: int) -> ClientData:
     return ClientData.of(noisy, 1 / 255, WAYS)
 
 
-def episode(seed: int, shots: int, queries: int) -> Episode:
+def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
     data = client(99, 100)
     classes = np.split(data.features.astype(np.float32) * np.float32(data.scale), data.starts[1:-1].tolist())
-    return draw_episode(classes, WAYS, seed, shots, queries)
+    return Episodes.of(draw_episode(classes, WAYS, seed, shots, queries) for seed in seeds)
 
 
 RECIPE = Recipe(head_steps=4, steps=16, rate=0.1, alpha=1.0, top=0.25)
-TASK = Task("patterns", WAYS, PROGRAM, client, episode, episode, RECIPE, RECIPE)
+TASK = Task("patterns", WAYS, PROGRAM, client, draw, RECIPE, RECIPE)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from edge import tasks
 from edge.errors import UserError
 from edge.program import Dense, Layer, Loss, build
-from edge.tasks import Episode, Task, omniglot
+from edge.tasks import Split, Task, omniglot
 
 needs_omniglot = pytest.mark.skipif(
     not (os.environ.get("TINYFLEET_DATA") and Path(os.environ["TINYFLEET_DATA"], "omniglot").is_dir()),
@@ -39,8 +38,9 @@ def test_clients_fit_the_program_and_the_stream(task: Task) -> None:
 
 @pytest.mark.parametrize("shots", [1, 5, 10])
 def test_episodes_are_balanced_repeatable_and_disjoint(task: Task, shots: int) -> None:
-    for draw in (task.held_out, task.validation):
-        one, two, other = draw(3, shots, 10), draw(3, shots, 10), draw(4, shots, 10)
+    for split in ("training", "validation", "held_out"):
+        one, other = task.draw(split, [3, 4], shots, 10)
+        two = task.draw(split, [5, 3], shots, 10)[1]
         for a, b in zip(vars(one).values(), vars(two).values(), strict=True):
             np.testing.assert_array_equal(a, b)
         assert not np.array_equal(one.query_x, other.query_x)
@@ -52,15 +52,16 @@ def test_episodes_are_balanced_repeatable_and_disjoint(task: Task, shots: int) -
 
 
 def test_what_devices_hold_and_what_is_tuned_on_and_scored_share_no_sample(task: Task) -> None:
-    def seen(draw: Callable[[int, int, int], Episode]) -> set[bytes]:
-        return {x.tobytes() for seed in range(40) for x in draw(seed, 5, 10).query_x}
+    def seen(split: Split) -> set[bytes]:
+        return {x.tobytes() for xs in task.draw(split, range(40), 5, 10).query_x for x in xs}
 
     scale = np.float32(task.client(0, 16).scale)
     on_devices = {
         (row.astype(np.float32) * scale).tobytes() for index in range(16) for row in task.client(index, 16).features
     }
-    validation, held_out = seen(task.validation), seen(task.held_out)
+    validation, held_out = seen("validation"), seen("held_out")
     assert len(validation) > 500 and len(held_out) > 500
+    assert not seen("training") & (validation | held_out)
     assert not on_devices & held_out and not on_devices & validation and not validation & held_out
 
 

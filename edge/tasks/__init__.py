@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,14 +52,48 @@ class ClientData:
             raise UserError(f"a task has {self.ways} classes and the model {gives}; choose the same task's model")
 
 
+Split = Literal["training", "validation", "held_out"]
+"""What the fleet learns from, what rates and step counts are tuned on, and what is scored: they never share a class (or
+a speaker, a room, a span of time: whatever a new device would be new in)."""
+
+Targets = NDArray[np.int64] | NDArray[np.float32]
+"""Classes int64 [...] in 0 .. ways - 1, or of a regression float32 [..., outputs]."""
+
+
 @dataclass(frozen=True)
 class Episode:
-    """One few-shot task: float32 samples [n, size], int64 labels [n] in 0 .. ways - 1; no sample is in both halves."""
+    """One few-shot task: float32 samples [n, size] and targets [n, ...]; no sample is in both halves."""
 
     support_x: NDArray[np.float32]
-    support_y: NDArray[np.int64]
+    support_y: Targets
     query_x: NDArray[np.float32]
-    query_y: NDArray[np.int64]
+    query_y: Targets
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Few-shot tasks of one size, side by side: the arrays of an Episode under one more axis, the tasks."""
+
+    support_x: NDArray[np.float32]
+    support_y: Targets
+    query_x: NDArray[np.float32]
+    query_y: Targets
+
+    @classmethod
+    def of(cls, episodes: Iterable[Episode]) -> Episodes:
+        rows = [vars(episode) for episode in episodes]
+        return cls(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+    def __len__(self) -> int:
+        return len(self.support_x)
+
+    def __getitem__(self, index: int) -> Episode:
+        return Episode(**{name: array[index] for name, array in vars(self).items()})
+
+
+Draw = Callable[[Split, Sequence[int], int, int], Episodes]
+"""(split, seeds, shots, queries) -> one task a seed, of so many samples a class to learn from and to be asked about (of
+a regression: so many in all). The same seed gives the same task, whatever it is drawn with."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +116,7 @@ class Task:
     program: Program
     #: (index, of) -> what device number `index` of a fleet of `of` holds.
     client: Callable[[int, int], ClientData]
-    #: (seed, shots, queries per class) -> a task of held-out classes.
-    held_out: Callable[[int, int, int], Episode]
-    #: as held_out, of classes that no device holds either: what rates and step counts are tuned on.
-    validation: Callable[[int, int, int], Episode]
+    draw: Draw
     #: what TinyMetaFed does with it, and what FedAvg does.
     meta: Recipe
     fedavg: Recipe

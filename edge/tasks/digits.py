@@ -8,12 +8,14 @@ Optical Recognition of Handwritten Digits set, as it comes with scikit-learn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edge import program as p
 from edge.errors import UserError
-from edge.tasks import ClientData, Episode, Recipe, Task, draw_episode
+from edge.tasks import ClientData, Episode, Episodes, Recipe, Split, Task, draw_episode
 
 WAYS = 5
 MOUNTS = 8  # four turns, then the same mirrored
@@ -35,19 +37,24 @@ def load() -> Task:
         shares = [_mounted(images[d][index::of], index % MOUNTS) for d in TRAINING]
         return ClientData.of(shares, SCALE, WAYS)
 
-    def episode(mirrored: bool, seed: int, shots: int, queries: int) -> Episode:
-        mount = 4 * mirrored + seed % 4
-        halves = [images[d][int(mirrored) :: 2] for d in UNSEEN]
-        classes = [_mounted(half, mount).astype(np.float32) * np.float32(SCALE) for half in halves]
+    def episode(split: Split, seed: int, shots: int, queries: int) -> Episode:
+        if split == "training":
+            mount, chosen = seed % MOUNTS, [images[d] for d in TRAINING]
+        else:
+            mirrored = split == "held_out"
+            mount, chosen = 4 * mirrored + seed % 4, [images[d][int(mirrored) :: 2] for d in UNSEEN]
+        classes = [_mounted(some, mount).astype(np.float32) * np.float32(SCALE) for some in chosen]
         return draw_episode(classes, WAYS, seed, shots, queries)
+
+    def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
+        return Episodes.of(episode(split, seed, shots, queries) for seed in seeds)
 
     return Task(
         name="digits",
         ways=WAYS,
         program=PROGRAM,
         client=client,
-        validation=lambda seed, shots, queries: episode(False, seed, shots, queries),
-        held_out=lambda seed, shots, queries: episode(True, seed, shots, queries),
+        draw=draw,
         meta=Recipe(head_steps=16, steps=144, rate=0.1, alpha=2.0, top=0.1),
         fedavg=Recipe(head_steps=0, steps=160, rate=0.02, alpha=1.0, top=1.0),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from edge import program as p
 from edge.errors import UserError
-from edge.tasks import ClientData, Episode, Recipe, Task, draw_episode
+from edge.tasks import ClientData, Episode, Episodes, Recipe, Split, Task, draw_episode
 
 WAYS = 5
 CHARACTERS = 40  # of one device: 800 samples, 157 KB
@@ -54,24 +55,27 @@ def load() -> Task:
     packed = Path(folder, "omniglot", "omniglot_28x28_4bit.npz") if folder else None
     background, evaluation = read_packed(packed) if packed and packed.exists() else _download()
     for_validation = np.arange(len(background)) % 10 == 9
-    validation, training = background[for_validation], background[~for_validation]
+    training = background[~for_validation]
+    characters = {"training": training, "validation": background[for_validation], "held_out": evaluation}
 
     def client(index: int, of: int) -> ClientData:
         own = np.random.default_rng(index).choice(len(training), CHARACTERS, replace=False)
         return ClientData.of([training[c] for c in own], SCALE, WAYS)
 
-    def episode(characters: Characters, seed: int, shots: int, queries: int) -> Episode:
-        few = np.random.default_rng(seed).choice(len(characters), WAYS, replace=False)
-        classes = [characters[c].astype(np.float32) * np.float32(SCALE) for c in few]
+    def episode(some: Characters, seed: int, shots: int, queries: int) -> Episode:
+        few = np.random.default_rng(seed).choice(len(some), WAYS, replace=False)
+        classes = [some[c].astype(np.float32) * np.float32(SCALE) for c in few]
         return draw_episode(classes, WAYS, seed, shots, queries)
+
+    def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
+        return Episodes.of(episode(characters[split], seed, shots, queries) for seed in seeds)
 
     return Task(
         name="omniglot",
         ways=WAYS,
         program=PROGRAM,
         client=client,
-        validation=lambda seed, shots, queries: episode(validation, seed, shots, queries),
-        held_out=lambda seed, shots, queries: episode(evaluation, seed, shots, queries),
+        draw=draw,
         meta=Recipe(head_steps=16, steps=144, rate=0.1, alpha=2.0, top=0.1),
         fedavg=Recipe(head_steps=0, steps=160, rate=0.07, alpha=1.0, top=1.0),
     )
