@@ -240,6 +240,14 @@ class Store(ABC):
             raise StoreError("this query is not a CONSTRUCT or DESCRIBE")
         return list(answer)
 
+    def values(self, subjects: Sequence[Iri], predicate: Iri) -> dict[Iri, Value]:
+        """What is said by this predicate of those of the subjects of which it is said; of many values, one."""
+        if not subjects:
+            return {}
+        wanted = " ".join(str(_node(subject)) for subject in subjects)
+        found = self.query(f"SELECT ?s ?o WHERE {{ VALUES ?s {{ {wanted} }} ?s {_node(predicate)} ?o }}")
+        return {Iri(str(row["s"])): row["o"] for row in found}
+
     def add(self, triples: Iterable[Triple]) -> None:
         """Adds triples; those that are there already stay as they are."""
         text = _data(triples)
