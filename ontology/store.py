@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple, Self, overload
+from typing import Any, NamedTuple, Self, overload
 
 import pyoxigraph as ox
 
@@ -408,17 +408,23 @@ class EmbeddedStore(Store):
         patch = Patch([], [], [])
         where = _HERE if graph is None else _node(graph)
         begin, end = ("", "") if graph is None else (f"GRAPH {where} {{ ", " }")
-        for s, said in facts.items():
-            subject = _node(s)
-            for p, given in said.items():
-                predicate = _node(p)
-                wanted = {term(o) for o in each(given)}
-                there = {quad.object for quad in self._open.quads_for_pattern(subject, predicate, None, where)}
-                if not all(isinstance(o, (ox.NamedNode, ox.Literal)) for o in there):
-                    patch.emptied.append(f"DELETE WHERE {{ {begin}{subject} {predicate} ?o{end} }} ;\n")
-                    there = set()
-                patch.gone.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in there - wanted)
-                patch.new.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in wanted - there)
+        wanted = {(_node(s), _node(p)): set(map(term, each(o))) for s, said in facts.items() for p, o in said.items()}
+        if not wanted:
+            return patch
+        there: dict[tuple[ox.NamedNode, ox.NamedNode], set[Any]] = {pair: set() for pair in wanted}
+        pairs = " ".join(f"({subject} {predicate})" for subject, predicate in wanted)
+        # One query for many costs half of what quads_for_pattern for each does.
+        answer = EmbeddedStore.evaluate(self, f"SELECT * WHERE {{ {begin}VALUES (?s ?p) {{ {pairs} }} ?s ?p ?o{end} }}")
+        assert isinstance(answer, ox.QuerySolutions)
+        for solution in answer:
+            there[solution["s"], solution["p"]].add(solution["o"])
+        for (subject, predicate), values in wanted.items():
+            known = there[subject, predicate]
+            if not all(isinstance(o, (ox.NamedNode, ox.Literal)) for o in known):
+                patch.emptied.append(f"DELETE WHERE {{ {begin}{subject} {predicate} ?o{end} }} ;\n")
+                known = set()
+            patch.gone.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in known - values)
+            patch.new.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in values - known)
         return patch
 
     def records(self, subjects: Sequence[Iri]) -> list[dict[Iri, Value]]:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from edge.protocol import Topics
-from edge.session import Session
+from edge.session import Receipt, Session
 from ontology.cli import GRAPH, SERVER
 from ontology.endpoint import Endpoint
 from ontology.index import IndexedStore
@@ -28,9 +28,9 @@ WAITING = 10_000
 SETTLING = 2.0
 """Seconds that a new server waits at most until all are marked offline; with a million, that goes on behind it."""
 
-_Message = tuple[str, bytes, Callable[[], None]]
-_NEW_SESSION: _Message = ("", b"", lambda: None)
-_END: _Message = ("", b"", lambda: None)
+_Message = tuple[str, bytes, Receipt | None]
+_NEW_SESSION: _Message = ("a new session", b"", None)
+_END: _Message = ("the end", b"", None)
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +129,10 @@ class FleetServer:
             json.dump(address, file)
         new.replace(path)
 
-    def _receive(self, topic: str, payload: bytes, done: Callable[[], None]) -> None:
+    def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:
         """Called by the session's thread."""
         self._room.acquire()
-        self._arrived.put((topic, payload, done))
+        self._arrived.put((topic, payload, receipt))
 
     def _write(self) -> None:
         """The writer's thread: takes all that has arrived, then what has arrived since."""
@@ -166,8 +166,9 @@ class FleetServer:
             else:  # the broker is not told: it brings the message again
                 log.error("a message could not be stored: %s", error)
             return
-        for (_, _, done), one in zip(batch, taken, strict=True):
-            done()
+        if self._session is not None:
+            self._session.received(receipt for _, _, receipt in batch)
+        for one in taken:
             if one is None:
                 continue
             if one.refusal is not None:
