@@ -26,7 +26,7 @@ from ontology.names import (
     update_iri,
     version_iri,
 )
-from ontology.store import Binding, Store, Value
+from ontology.store import Binding, Store
 
 DRIFTED = 0.5
 """A drift of so much is an event, once,"""
@@ -251,15 +251,22 @@ class Histories:
                 elif status.drift < SETTLED:
                     settled[device] = None
         # What a device's state is already needs no second look: who wrote that it is online took away since when it is
-        # not, and who wrote that its drift is small ended its event, in the same transaction.
+        # not, and who wrote that its drift is small or large ended its event or began one, in the same transaction.
         online = store.values(list(devices), TF.online)
-        drift = store.values(list(settled), TF.drift)
-        away = [device for device in devices if online.get(device) is not True]
-        asked = [device for device in settled if device not in drifted and not _small(drift.get(device))]
-        self._offline = set(store.values(away, TF.offlineSince))
+        drift = store.values(list(drifted | settled), TF.drift)
+        self._offline = set(store.values([d for d in devices if online.get(d) is not True], TF.offlineSince))
         self._events: dict[Iri, int] = {}
         self._under_way: dict[Iri, list[Iri]] = {}
-        if asked := [*drifted, *asked]:
+        asked = []
+        for device in drifted | settled:
+            known = drift.get(device)
+            if not isinstance(known, float) or (device in drifted and device in settled):
+                asked.append(device)
+            elif device in drifted and known >= DRIFTED:
+                self._under_way[device] = []  # one is, whichever
+            elif device in drifted or known >= SETTLED:
+                asked.append(device)
+        if asked:
             for row in store.query(
                 f"""SELECT ?device ?event ?ended WHERE {{
                       VALUES ?device {{ {" ".join(f"<{device}>" for device in asked)} }}
@@ -308,10 +315,6 @@ class Histories:
                 PROV.startedAtTime: at,
             }
         return facts
-
-
-def _small(drift: Value | None) -> bool:
-    return isinstance(drift, float) and drift < SETTLED
 
 
 def _finite(number: float | None) -> float | None:

@@ -55,6 +55,7 @@ _DEVICE = (
     TF.engine,
     TF.engineVersion,
     TF.arenaBytes,
+    TF.adoptBytes,
     TF.model,
 )
 _BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)

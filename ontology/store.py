@@ -322,6 +322,9 @@ def _data(given: Iterable[Triple]) -> str:
 
 
 _HERE = ox.DefaultGraph()
+UNFLUSHED = 200_000
+"""So many triples may change until RocksDB's buffers are written to files: left alone, they take 128 MB for each of the
+orders in which Oxigraph keeps the triples, and that twice while they are written."""
 
 
 class Patch(NamedTuple):
@@ -348,6 +351,7 @@ class EmbeddedStore(Store):
 
     def __init__(self, path: str | Path | None = None) -> None:
         self._writing = threading.RLock()
+        self._unflushed = 0
         if path is None:
             self._store: ox.Store | None = ox.Store()
             return
@@ -439,6 +443,10 @@ class EmbeddedStore(Store):
 
     def _apply(self, patch: Patch) -> None:
         if any(patch):
+            self._unflushed += len(patch.gone) + len(patch.new)
+            if self._unflushed > UNFLUSHED:
+                self._unflushed = 0
+                self._open.flush()
             EmbeddedStore.update(
                 self,
                 f"{''.join(patch.emptied)}DELETE DATA {{\n{''.join(patch.gone)}}} ;\n"

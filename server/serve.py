@@ -7,6 +7,7 @@ import os
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,8 @@ MOST = 1000
 """So many messages are written in one transaction at most."""
 WAITING = 10_000
 """So many may wait for it; after that, the broker is left waiting."""
+GATHERING = 0.005
+"""Seconds that the first message of a transaction waits for others: one of many costs each of them less."""
 SETTLING = 2.0
 """Seconds that a new server waits at most until all are marked offline; with a million, that goes on behind it."""
 
@@ -141,6 +144,8 @@ class FleetServer:
             message = self._arrived.get()
             special = message is _NEW_SESSION or message is _END
             if not special:
+                if not batch and self._arrived.qsize() < MOST:
+                    time.sleep(GATHERING)
                 batch.append(message)
             try:
                 if batch and (special or len(batch) == MOST or self._arrived.empty()):
