@@ -323,8 +323,7 @@ def _data(given: Iterable[Triple]) -> str:
 
 _HERE = ox.DefaultGraph()
 UNFLUSHED = 200_000
-"""So many triples may change until RocksDB's buffers are written to files: left alone, they take 128 MB for each of the
-orders in which Oxigraph keeps the triples, and that twice while they are written."""
+"""So many triples may change until RocksDB's buffers in memory are written to files."""
 
 
 class Patch(NamedTuple):
