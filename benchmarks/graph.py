@@ -362,7 +362,8 @@ def ask(folder: Path, n: int, slow: dict[str, float]) -> dict[str, Any]:
 
 
 def statuses(n: int, count: int, seed: int) -> list[tuple[str, bytes]]:
-    """Statuses as devices send them, of devices picked at random."""
+    """Statuses as devices send them, of devices picked at random; all of them have drifted, the dearest case: the first
+    of a device that had not begins an event."""
     rng, topics = random.Random(seed), Topics(FLEET)
     model = [bytes.fromhex(model.iri[-16:]) for model in models()]
     return [
@@ -464,7 +465,7 @@ def end_to_end(folder: Path, n: int) -> dict[str, Any]:
         while server.store.ask(online):
             time.sleep(0.05)
         settled = time.perf_counter() - began
-        rates = []
+        rates, used = [], []
         for seed in (3, 4, 5):
             fleet = subprocess.Popen(
                 [sys.executable, __file__, "--publish", *map(str, (*server.broker, n, STATUSES, seed))],
@@ -473,16 +474,16 @@ def end_to_end(folder: Path, n: int) -> dict[str, Any]:
             assert fleet.stdin is not None and fleet.stdout is not None
             fleet.stdout.readline()
             goal = server.registry.accepted + STATUSES
-            began, used = time.perf_counter(), time.process_time()
+            began, cpu = time.perf_counter(), time.process_time()
             fleet.stdin.write(b"go\n")
             fleet.stdin.close()
             while server.registry.accepted < goal:
                 time.sleep(0.005)
             rates.append(STATUSES / (time.perf_counter() - began))
-            used = time.process_time() - used
+            used.append(1e6 * (time.process_time() - cpu) / STATUSES)
             fleet.wait()
         return {"broker": server.broker_kind, "server_ready_s": ready, "all_offline_s": settled,
-                "end_to_end_per_s": max(rates), "end_to_end_runs": rates, "cpu_us_per_status": 1e6 * used / STATUSES,
+                "end_to_end_per_s": max(rates), "end_to_end_runs": rates, "cpu_us_per_status": min(used),
                 "server_memory_mb": rss(), "refused": server.registry.refused}  # fmt: skip
 
 
@@ -645,8 +646,8 @@ def show(report: dict[str, Any], console: Console) -> None:
             ("checked updates a second, registry to store", number("updates_per_s alone", ",.0f")),
             ("the same beside a query that scans the graph", number("updates_per_s beside a long query", ",.0f")),
             ("checked updates a second, end to end from MQTT", number("end_to_end_per_s", ",.0f")),
-            ("checked Thing Descriptions a second", number("descriptions_per_s", ",.0f")),
             ("processor time of the server for each, µs", number("cpu_us_per_status", ",.0f")),
+            ("checked Thing Descriptions a second", number("descriptions_per_s", ",.0f")),
             ("server's start until all are marked offline, s", number("all_offline_s", ".1f")),
             ("memory of the server after that, MB", number("server_memory_mb", ",.0f")),
         ],

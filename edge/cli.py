@@ -115,13 +115,14 @@ def agent(
     board = this_machine()
     engine, version = ("mote", ENGINE_VERSION) if tflite is None else ("tflite", "builtin")
     arena = board.ram_bytes // 4  # what it may learn in; more than any program asks for
-    td = thing_description(fleet, id, board, engine, version, arena, what.program.model_id)
+    room = 0 if tflite else 1 << 20
+    td = thing_description(fleet, id, board, engine, version, arena, what.program.model_id, room)
 
     def learner(program: Program) -> MaskedLearner:
         return MoteLearner(program) if tflite is None else LiteRTLearner(tflite)
 
     def node() -> AgentNode:
-        return AgentNode(fleet, id, td, what.program, stream, learner, adopt_bytes=0 if tflite else 1 << 20)
+        return AgentNode(fleet, id, td, what.program, stream, learner, adopt_bytes=room)
 
     try:
         one = Device(node, host, port, fleet)

@@ -295,6 +295,7 @@ def build(
         engine_version=ENGINE_VERSION,
         arena_bytes=program.arena_bytes,
         model=program.model_id,
+        adopt_bytes=adopt_bytes,
     )
     out.mkdir(parents=True, exist_ok=True)
     generated = mote_codegen.generate(out / "firmware.wire")

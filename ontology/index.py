@@ -258,6 +258,16 @@ class IndexedStore(EmbeddedStore):
                         return found
         return super().evaluate(text, dataset)
 
+    def values(self, subjects: Sequence[Iri], predicate: Iri) -> dict[Iri, Value]:
+        with self._reading:
+            column = None if self._ready is None else self._ready.columns.get(predicate)
+            if self._ready is not None and column is not None and not isinstance(column, Types):
+                found = self._ready.rows([_name(subject) for subject in subjects], make=False).tolist()
+                numbers = column.numbers
+                decoded = ((s, column.decode(numbers[row])) for s, row in zip(subjects, found, strict=True) if row >= 0)
+                return {s: v for s, v in decoded if v is not None}
+        return super().values(subjects, predicate)
+
     def select(self, where: Mapping[Iri, Range | Collection[Value]]) -> NDArray[np.str_] | None:
         """The devices, as `{fleet}:{device}`, of which the graph says all this: for each predicate a number in a range,
         or one of these values. None if there is no index now: ask the graph."""
