@@ -19,7 +19,7 @@ import pyoxigraph as ox
 from numpy.typing import NDArray
 
 from ontology import library
-from ontology.columns import Columns, NotHeld, alike, exact, id_of
+from ontology.columns import Columns, NotHeld, alike, among, exact, id_of
 from ontology.names import RDF, TF, Iri
 from ontology.store import Row, Rows, Value, bind, parameter_pattern, term
 
@@ -107,7 +107,7 @@ _VALUE = re.compile(r'"([^"]*)"|<([^>]*)>')
 @cache
 def _recognised(name: str) -> re.Pattern[str]:
     """The query of the library, its parameters free or bound to simple texts and IRIs, perhaps with a limit."""
-    simple = r'UNDEF|(?:(?:"[A-Za-z0-9._-]*"|<[A-Za-z][A-Za-z0-9+.-]*:[^<>"{}|^`\\\x00-\x20]*>) ?)*'
+    simple = r'UNDEF|(?:(?:[0-9]+|"[A-Za-z0-9._-]*"|<[A-Za-z][A-Za-z0-9+.-]*:[^<>"{}|^`\\\x00-\x20]*>) ?)*'
     return re.compile(parameter_pattern(library.text(name).strip(), simple) + r"(?:\s+LIMIT (?P<LIMIT>[0-9]{1,9}))?")
 
 
@@ -528,3 +528,90 @@ ANSWERED: dict[str, Answerer] = {
     **{name: partial(_by_kinds, name) for name in KINDS},
 }
 """The queries of the library that the index answers."""
+
+
+# ------------------------------------------------------------------------------------------- counts within a query
+
+
+def supplied(store: "IndexedStore", text: str) -> str | None:
+    """A query of the library with the counts of devices that it has in a subquery, as values; None if it is none."""
+    for name, (pattern, count) in SUPPLIED.items():
+        if _recognised(name).fullmatch(text.strip()) is None:
+            continue
+        match = pattern.search(text)
+        assert match is not None, f"{name}.rq does not count as it should"
+        given = match["fleet"]
+        fleets: list[Value] = [text for text, _ in _VALUE.findall(given)]
+        known = store.kept(_known)
+        with store.reading() as columns:
+            if columns is None or known is None or len(set(fleets)) < len(fleets):
+                return None
+            values = count(columns, known, None if given == "UNDEF" else fleets)
+        return text[: match.start()] + values + text[match.end() :]
+    return None
+
+
+def _of_boards(columns: Columns, known: _Known, fleets: list[Value] | None) -> str:
+    boards, (counts, online) = _online(columns, TF.board, fleets)
+    lines = (f"(<{b}> {n} {m})" for b, n, m in zip(boards, counts, online, strict=True) if n)
+    return f"VALUES (?hardware ?alike ?ready) {{ {' '.join(lines)} }}"
+
+
+def _of_models(columns: Columns, known: _Known, fleets: list[Value] | None) -> str:
+    models, (counts, _) = _online(columns, TF.currentModel, fleets)
+    lines = (f"(<{model}> {n})" for model, n in zip(models, counts, strict=True) if n)
+    return f"VALUES (?model ?alike) {{ {' '.join(lines)} }}"
+
+
+def _online(columns: Columns, predicate: Iri, fleets: list[Value] | None) -> tuple[list[str], list[list[int]]]:
+    """How many devices have each of a predicate's values, and how many of these are online."""
+    codes, values = columns.numbers(predicate), columns.codes(predicate).values
+    mask = (columns.numbers(RDF.type) == 1) & (codes >= 0)
+    fleet = columns.numbers(TF.fleet)
+    mask &= fleet >= 0 if fleets is None else among(columns.codes(TF.fleet), fleets)[fleet]
+    online = mask & (columns.numbers(TF.online) == 1)
+    return values, [np.bincount(codes[chosen], minlength=len(values)).tolist() for chosen in (mask, online)]
+
+
+def _of_kinds(columns: Columns, known: _Known, fleets: list[Value] | None) -> str:
+    groups = columns.by_kind
+    chosen = columns.chosen(groups, fleets)
+    boards, engines = columns.codes(TF.board).values, columns.codes(TF.engine).values
+    counts: dict[tuple[str, int], int] = {}
+    for n, (board, engine, arena) in zip(
+        groups.counts[chosen].tolist(), groups.keys[2:, chosen].T.tolist(), strict=True
+    ):
+        if board >= 0 and engine >= 0 and (ram := known.ram.get(Iri(boards[board]))) is not None:
+            kind = engines[engine], ram if arena < 0 else arena
+            counts[kind] = counts.get(kind, 0) + n
+    lines = (f"({term(engine)} {arena} {n})" for (engine, arena), n in counts.items())
+    return f"VALUES (?engine ?arena ?alike) {{ {' '.join(lines)} }}"
+
+
+def _block(text: str) -> re.Pattern[str]:
+    fleets = r'(?P<fleet>UNDEF|(?:"[A-Za-z0-9._-]*" ?)*)'
+    return re.compile(r"\s+".join(re.escape(part).replace("UNDEF", fleets) for part in text.split()))
+
+
+_BOARDS_COUNTED = _block(
+    """SELECT ?hardware (COUNT(?device) AS ?alike) (SUM(IF(COALESCE(?on, false), 1, 0)) AS ?ready) WHERE {
+    VALUES ?fleet { UNDEF } ?device a tf:Device ; tf:fleet ?fleet ; tf:board ?hardware .
+    OPTIONAL { ?device tf:online ?on } } GROUP BY ?hardware"""
+)
+_MODELS_COUNTED = _block(
+    """SELECT ?model (COUNT(?device) AS ?alike) WHERE { VALUES ?fleet { UNDEF }
+    ?device a tf:Device ; tf:fleet ?fleet ; tf:currentModel ?model . } GROUP BY ?model"""
+)
+_KINDS_COUNTED = _block(
+    """SELECT ?engine ?arena (COUNT(?device) AS ?alike) WHERE { VALUES ?fleet { UNDEF }
+    ?device a tf:Device ; tf:fleet ?fleet ; tf:engine ?engine ; tf:board/tf:ramBytes ?ram .
+    OPTIONAL { ?device tf:arenaBytes ?said } BIND(COALESCE(?said, ?ram) AS ?arena) } GROUP BY ?engine ?arena"""
+)
+SUPPLIED: dict[str, tuple[re.Pattern[str], Callable[[Columns, _Known, list[Value] | None], str]]] = {
+    "boards": (_BOARDS_COUNTED, _of_boards),
+    "coverage": (_BOARDS_COUNTED, _of_boards),
+    "models": (_MODELS_COUNTED, _of_models),
+    "sensors": (_BOARDS_COUNTED, _of_boards),
+    "training-options": (_KINDS_COUNTED, _of_kinds),
+}
+"""The queries of the library that count devices in a subquery, which the index does for them."""

@@ -20,7 +20,7 @@ import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
 
-from ontology.answers import answered
+from ontology.answers import answered, supplied
 from ontology.columns import Codes, Column, Columns, Ids, NotHeld, Range, Types, among, exact, fill
 from ontology.names import RDF, SCHEMA, TD, TF, Iri
 from ontology.store import (
@@ -312,7 +312,7 @@ class IndexedStore(EmbeddedStore):
             found = answered(self, text)
             if found is not None:
                 return found.as_solutions()
-            text = narrowed(text, self._candidates) or text
+            text = supplied(self, text) or narrowed(text, self._candidates) or text
         return super().evaluate(text, dataset)
 
     def query(self, sparql: str, **bindings: Binding) -> Rows:
