@@ -82,23 +82,35 @@ def _written(value: Value) -> str:
 
 def answered(store: "IndexedStore", text: str) -> Table | None:
     """The answer of the index to a query; None if it has none."""
-    for name, answer in ANSWERED.items():
-        match = _recognised(name).fullmatch(text.strip())
-        if match is None:
-            continue
-        bound: dict[str, list[Value] | None] = {}
-        limit = None
-        for parameter, given in match.groupdict().items():
-            if parameter == "LIMIT":
-                limit = None if given is None else int(given)
-            else:
-                values = [Iri(iri) if iri else text for text, iri in _VALUE.findall(given)]
-                if len(set(values)) < len(values):
-                    return None
-                bound[parameter] = None if given == "UNDEF" else values
-        found = answer(store, bound)
-        return found if found is None or limit is None else Table(found.variables, islice(found.rows, limit))
-    return None
+    name, text = _meant(text)
+    match = _recognised(name).fullmatch(text) if name in ANSWERED else None
+    if match is None:
+        return None
+    bound: dict[str, list[Value] | None] = {}
+    for parameter, given in match.groupdict().items():
+        if parameter != "LIMIT":
+            values = [Iri(iri) if iri else text for text, iri in _VALUE.findall(given)]
+            if len(set(values)) < len(values):
+                return None
+            bound[parameter] = None if given == "UNDEF" else values
+    found = ANSWERED[name](store, bound)
+    return (
+        found
+        if found is None or match["LIMIT"] is None
+        else Table(found.variables, islice(found.rows, int(match["LIMIT"])))
+    )
+
+
+def _meant(text: str) -> tuple[str, str]:
+    """The name of the query of the library that begins as this one, empty if none does; and the query, trimmed. Most
+    that are asked are none, and this is all that they lose."""
+    text = text.strip()
+    return _beginnings().get(text.partition("\n")[0], ""), text
+
+
+@cache
+def _beginnings() -> dict[str, str]:
+    return {library.text(name).partition("\n")[0]: name for name in (*ANSWERED, *SUPPLIED)}
 
 
 _VALUE = re.compile(r'"([^"]*)"|<([^>]*)>')
@@ -535,20 +547,20 @@ ANSWERED: dict[str, Answerer] = {
 
 def supplied(store: "IndexedStore", text: str) -> str | None:
     """A query of the library with the counts of devices that it has in a subquery, as values; None if it is none."""
-    for name, (pattern, count) in SUPPLIED.items():
-        if _recognised(name).fullmatch(text.strip()) is None:
-            continue
-        match = pattern.search(text)
-        assert match is not None, f"{name}.rq does not count as it should"
-        given = match["fleet"]
-        fleets: list[Value] = [text for text, _ in _VALUE.findall(given)]
-        known = store.kept(_known)
-        with store.reading() as columns:
-            if columns is None or known is None or len(set(fleets)) < len(fleets):
-                return None
-            values = count(columns, known, None if given == "UNDEF" else fleets)
-        return text[: match.start()] + values + text[match.end() :]
-    return None
+    name, text = _meant(text)
+    if name not in SUPPLIED or _recognised(name).fullmatch(text) is None:
+        return None
+    pattern, count = SUPPLIED[name]
+    match = pattern.search(text)
+    assert match is not None, f"{name}.rq does not count as it should"
+    given = match["fleet"]
+    fleets: list[Value] = [text for text, _ in _VALUE.findall(given)]
+    known = store.kept(_known)
+    with store.reading() as columns:
+        if columns is None or known is None or len(set(fleets)) < len(fleets):
+            return None
+        values = count(columns, known, None if given == "UNDEF" else fleets)
+    return text[: match.start()] + values + text[match.end() :]
 
 
 def _of_boards(columns: Columns, known: _Known, fleets: list[Value] | None) -> str:

@@ -127,6 +127,8 @@ def narrowed(sparql: str, candidates: Callable[[str], Sequence[str] | None]) -> 
     filter by CONTAINS(?t, "word") or REGEX(?t, "word", "i"), alone or joined to others by &&. LCASE or STR may be
     around ?t. All solutions then have ?s among the candidates, and nothing else of the query changes.
     """
+    if "title" not in sparql or "\\u" in sparql.lower():  # \\u stands for other characters than are seen
+        return None
     tokens = [m for m in _TOKEN.finditer(sparql) if not m[0].startswith("#")]
     texts = [m[0] for m in tokens]
     words = [m[0].upper() if m.lastgroup == "word" else m[0] for m in tokens]
@@ -135,8 +137,6 @@ def narrowed(sparql: str, candidates: Callable[[str], Sequence[str] | None]) -> 
         prefixes[texts[at + 1]] = texts[at + 2][1:-1]
         at += 3
     if words[at : at + 1] != ["SELECT"] or texts.count("{") != 1 or texts.count("}") != 1 or "FROM" in words:
-        return None
-    if "\\u" in sparql.lower():  # which stands for other characters than are seen
         return None
     begin, end = texts.index("{"), texts.index("}")
     if not at < begin < end:
