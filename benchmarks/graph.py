@@ -389,6 +389,9 @@ def within(limit: float, measure: Callable[[], dict[str, Any]]) -> dict[str, Any
 def tell(found: dict[str, Any]) -> None:
     """What has been found, as it is found, so that a run that is cut has said something."""
     for name, value in found.items():
+        if name == "questions":
+            tell(value)
+            continue
         if isinstance(value, dict):
             value = shown(value)
         print(
