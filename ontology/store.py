@@ -171,12 +171,16 @@ def parameters(sparql: str) -> list[str]:
 
 
 def parameter_pattern(sparql: str, values: str) -> str:
-    """A regular expression for the query with its parameters, bound or free: `values` is what each may hold, and a
-    group of the parameter's name."""
-    parts, end = [], 0
+    """A regular expression for the query with its parameters, bound or free: `values` is what each may hold, the same
+    wherever it stands, and a group of the parameter's name."""
+    parts: list[str] = []
+    end = 0
+    names = set()
     for found in _PARAMETER.finditer(sparql):
         if name := found["name"]:
-            parts += [re.escape(sparql[end : found.start()]), rf"VALUES \?{name} \{{ (?P<{name}>{values}) \}}"]
+            held = rf"(?P={name})" if name in names else rf"(?P<{name}>{values})"
+            parts += [re.escape(sparql[end : found.start()]), rf"VALUES \?{name} \{{ {held} \}}"]
+            names.add(name)
             end = found.end()
     return "".join([*parts, re.escape(sparql[end:])])
 
