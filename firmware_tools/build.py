@@ -334,6 +334,23 @@ def bench(target: Target, program: Program, elf: Path, *, steps: int, profile: P
     )
 
 
+def bench_mel(target: Target, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
+    """The program that counts the instructions of one frame's features (see src/bench_mel.c)."""
+    return link(
+        target,
+        elf,
+        [SOURCES / "main_bench.c", SOURCES / "bench_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c"],
+        defines={"steps": steps},
+        profile=profile,
+    )
+
+
+def mel(target: Target, elf: Path) -> Path:
+    """The program that prints a checksum of the features of made-up sound (see src/main_mel.c)."""
+    sources = [SOURCES / "main_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c", MOTE / "mote_crc.c"]
+    return link(target, elf, sources)
+
+
 @dataclass(frozen=True)
 class Course:
     """What src/main_exactness.c does with a program: `steps` steps on made-up samples, with this optimiser; or as many
