@@ -5,16 +5,20 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from flwr.app import ConfigRecord
 
 from edge import datasets, frames, tasks
 from edge.agent import AgentNode
-from edge.client_app import to_metrics
+from edge.client_app import to_metrics, to_record
+from edge.device import virtual_device
 from edge.learner import MoteLearner
 from edge.node import MoteNode, Node, Publish
 from edge.protocol import ALL_LAYERS, Done, Phase, Topics, UpdateFormat, Work, chunks, decode_did, encode
 from edge.streams import DatasetStream
 from edge.tasks import Task, keywords
 from firmware_tools import boards, build, emulate
+from server.grid import MqttGrid
+from server.run import method
 
 FLEET, ID = "test", "device-1"
 TOPICS = Topics(FLEET)
@@ -73,6 +77,28 @@ def test_the_agent_learns_what_the_virtual_microcontroller_learns(name: str) -> 
     record = to_metrics(first.metrics, "train", 0, task.program)
     assert ("accuracy" in record) == (name != "sine"), "a regression has no accuracy"
     assert record["query-loss"] > 0  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["sine", pytest.param("presence", marks=needs("occupancy"))])
+def test_a_fleet_learns_it_over_a_broker(name: str, broker: tuple[str, int]) -> None:
+    """FedAvg on virtual devices lowers the loss that they report; of a regression they report no accuracy."""
+    task = _load(name)
+    devices = [virtual_device(*broker, FLEET, f"device-{i}", task.program, task.client(i, 3)) for i in range(3)]
+    for device in devices:
+        device.start()
+    how = method("fedavg", task, rounds=6, clients=3)
+    try:
+        with MqttGrid(*broker, FLEET, task.program) as grid:
+            assert len(grid.wait_for_nodes(3, LIMIT)) == 3
+            start = to_record(task.program.initial(1), task.program)
+            result = how.strategy.start(grid, start, 6, LIMIT, train_config=ConfigRecord(dict(how.train_config)))
+    finally:
+        for device in devices:
+            device.stop()
+        assert all(device.join(LIMIT) for device in devices)
+    rounds = [result.train_metrics_clientapp[number] for number in range(1, 7)]
+    assert rounds[-1]["query-loss"] < rounds[0]["loss"]  # type: ignore[operator]
+    assert all(("accuracy" in metrics) == (name == "presence") for metrics in rounds)
 
 
 @pytest.mark.skipif(not build.available() or not emulate.available(), reason="needs gcc-arm-none-eabi and QEMU")
