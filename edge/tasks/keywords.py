@@ -82,12 +82,13 @@ def load() -> Task:
     pool = np.concatenate([spoken[who][word] for who in names for word in ALL_WORDS])
     counts = np.array([[len(spoken[who][word]) for word in ALL_WORDS] for who in names])
     first = np.cumsum(counts).reshape(counts.shape) - counts
+    numbers = {split: np.searchsorted(names, some) for split, some in speakers.items()}
 
     def rows(split: Split, seed: int, shots: int, queries: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of one task: the clips to learn from and to be asked about, word by word."""
         random = np.random.default_rng(seed)
         words = [ALL_WORDS.index(WORDS[split][i]) for i in random.permutation(len(WORDS[split]))[:WAYS]]
-        who = np.array([names.index(name) for name in speakers[split]])[random.permutation(len(speakers[split]))]
+        who = random.permutation(numbers[split])
         enough = (counts[who][:, words].cumsum(axis=0) >= shots + queries).all(axis=1)
         if not enough.any():
             raise ValueError(f"the {split} speakers do not say a word {shots + queries} times")
@@ -135,7 +136,7 @@ def load() -> Task:
         program=PROGRAM,
         client=client,
         draw=draw,
-        meta=Recipe(head_steps=16, steps=144, rate=0.02, alpha=1.0, top=0.1),
+        meta=Recipe(head_steps=16, steps=144, rate=0.02, alpha=2.0, top=0.1),
         fedavg=Recipe(head_steps=0, steps=160, rate=0.01, alpha=1.0, top=1.0),
         large=LARGE,
         stream=stream,
