@@ -27,7 +27,9 @@ BrokerOption = Annotated[
     typer.Option(metavar="HOST:PORT", help="The MQTT broker. Default: the running server's, else 127.0.0.1:1883."),
 ]
 FleetOption = Annotated[str, typer.Option(help="The fleet to join.")]
-TaskOption = Annotated[str, typer.Option(help=f"What to learn: {', '.join(tasks.NAMES)}.")]
+TaskOption = Annotated[
+    str, typer.Option(help=f"What to learn: {', '.join(tasks.NAMES)}, or the path of a file that has a task.")
+]
 DataOption = Annotated[Path, typer.Option(help="The folder of a server on this machine, to find its broker.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for each device that is up.")]
 

@@ -46,7 +46,7 @@ LINK = ("--specs=nano.specs", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--fatal
 
 #: Of the engine's sources: those of a host alone, and those that only a node needs.
 _HOST = ("mote_host.c",)
-_OF_NODE = ("mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c")
+_OF_NODE = ("mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c", "mote_mel.c")
 NODE = tuple(MOTE / name for name in mote_build.SOURCES if name not in _HOST)
 ENGINE = tuple(path for path in NODE if path.name not in _OF_NODE)
 
@@ -335,6 +335,23 @@ def bench(target: Target, program: Program, elf: Path, *, steps: int, profile: P
     )
 
 
+def bench_mel(target: Target, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
+    """The program that counts the instructions of one frame's features (see src/bench_mel.c)."""
+    return link(
+        target,
+        elf,
+        [SOURCES / "main_bench.c", SOURCES / "bench_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c"],
+        defines={"steps": steps},
+        profile=profile,
+    )
+
+
+def mel(target: Target, elf: Path) -> Path:
+    """The program that prints a checksum of the features of made-up sound (see src/main_mel.c)."""
+    sources = [SOURCES / "main_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c", MOTE / "mote_crc.c"]
+    return link(target, elf, sources)
+
+
 @dataclass(frozen=True)
 class Course:
     """What src/main_exactness.c does with a program: `steps` steps on made-up samples, with this optimiser; or as many
@@ -377,14 +394,25 @@ def exactness(target: Target, courses: Sequence[Course], elf: Path, *, profile: 
 
 
 def _samples(data: ClientData) -> dict[str, Blob]:
-    return {
-        "features": np.ascontiguousarray(data.features, np.uint8).tobytes(),
+    numbers = "u1" if data.features.dtype == np.uint8 else "<f4"
+    blobs: dict[str, Blob] = {
+        "features": np.ascontiguousarray(data.features, numbers).tobytes(),
         "starts": np.asarray(data.starts, "<u4").tobytes(),
     }
+    if data.targets is not None:
+        blobs["targets"] = np.ascontiguousarray(data.targets, "<f4").tobytes()
+    return blobs
 
 
 def _task(data: ClientData) -> dict[str, int | float | str]:
-    return {"classes": len(data.starts) - 1, "scale": float(data.scale), "ways": data.ways}
+    return {
+        "classes": len(data.starts) - 1,
+        "scale": float(data.scale),
+        "ways": data.ways,
+        "fixed": int(data.fixed),
+        "float_features": int(data.features.dtype == np.float32),
+        "target_outputs": 0 if data.targets is None else data.targets.shape[1],
+    }
 
 
 def _shape(program: Program) -> dict[str, int | float | str]:
