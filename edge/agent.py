@@ -10,6 +10,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from edge.protocol import (
     ErrorCode,
     Failed,
     Metrics,
+    Phase,
     ProtocolError,
     Sparse,
     Status,
@@ -43,7 +45,7 @@ from edge.protocol import (
     encode,
     varint_sizes,
 )
-from edge.streams import Stream
+from edge.streams import Sample, Stream
 
 RECENT = 8  # orders remembered, so that a late double of one is known
 HEAD = 72  # bytes of a reply besides its update's values, at most
@@ -158,6 +160,8 @@ class AgentNode:
         if self._state is _State.LEARN:
             while self._at_phase < len(self._work.phases) and self._at_step >= self._work.phases[self._at_phase].steps:
                 self._at_phase, self._at_step = self._at_phase + 1, 0
+                if self._update is not None and self._at_phase == self._update.since:
+                    self._base = self._learner.parameters
             if self._at_phase == len(self._work.phases):
                 self._state = _State.QUERY
         try:
@@ -169,6 +173,8 @@ class AgentNode:
                     return False
             elif self._state is _State.QUERY:
                 diverged = self._update is not None and not self._update_is_finite(self._update)
+                if self._update is not None and self._update.clip > 0 and not diverged:
+                    self._clip(self._update)
                 self._finish(ErrorCode.DIVERGED if diverged else None)
         except LearnerError as error:
             diverged = error.code == lib.MOTE_ERR_DIVERGED
@@ -281,6 +287,8 @@ class AgentNode:
             self._rejection = Failed(work.id, ErrorCode.WRONG_MODEL)
         elif self._program.n_params * 4 > CHUNK * MAX_CHUNKS:
             self._rejection = Failed(work.id, ErrorCode.ROOM)
+        elif not _makes_sense(work):
+            self._rejection = Failed(work.id, ErrorCode.ENGINE, lib.MOTE_ERR_ARGUMENT)
         elif any(p.layers != ALL_LAYERS and p.layers & ~self._trainable for p in work.phases):
             self._rejection = Failed(work.id, ErrorCode.ENGINE, lib.MOTE_ERR_FROZEN)
         else:
@@ -366,11 +374,34 @@ class AgentNode:
             return False
         phase = self._work.phases[self._at_phase]
         self._learner.mask = self._trainable if phase.layers == ALL_LAYERS else phase.layers
-        self._loss += np.float32(self._learner.learn(*sample, phase.rate))
+        if phase.pull > 0:
+            self._loss += self._learn_pulled(sample, phase)
+        else:
+            self._loss += np.float32(self._learner.learn(*sample, phase.rate))
         self._learned += 1
         self._samples += 1
         self._at_step += 1
         return True
+
+    def _learn_pulled(self, sample: Sample, phase: Phase) -> np.float32:
+        """FedProx's step, as learn_one in mote_node.c takes it. The loss."""
+        kept = np.float32(1) - np.float32(phase.rate) * np.float32(phase.pull)
+        loss = np.float32(self._learner.learn(*sample, float(np.float32(phase.rate) / kept)))
+        learned, pulled = self._learner.parameters, self._shared(self._learner.mask)
+        learned[pulled] = self._base[pulled] + kept * (learned[pulled] - self._base[pulled])
+        self._learner.set_parameters(learned)
+        return loss
+
+    def _clip(self, update: UpdateFormat) -> None:
+        """Scales the shared changes down to a norm of at most update.clip, as mote_update_clip does."""
+        learned, shared = self._learner.parameters, self._shared(update.shared)
+        changes = learned[shared] - self._base[shared]
+        with np.errstate(over="ignore"):
+            squares = np.cumsum(changes * changes, dtype=np.float32)  # one after the other, as C adds them up
+        norm = np.sqrt(squares[-1]) if len(squares) else np.float32(0)
+        if norm > np.float32(update.clip):
+            learned[shared] = self._base[shared] + np.float32(update.clip) / norm * changes
+            self._learner.set_parameters(learned)
 
     def _score(self) -> bool:
         sample = self._stream.next(query=True)
@@ -397,7 +428,7 @@ class AgentNode:
 
     def _update_is_finite(self, update: UpdateFormat) -> bool:
         sent = self._learner.parameters
-        if update.top < 1.0:
+        if _sends_changes(update):
             sent = sent - self._base
         magnitude = np.abs(sent[self._shared(update.shared)])
         return bool((magnitude < HALF_LIMIT if update.half else np.isfinite(magnitude)).all())
@@ -423,6 +454,9 @@ class AgentNode:
             room = self._out_bytes - HEAD
             if self._update.top < 1.0:
                 updates = [*sparse_update(parameters - self._base, shared, self._update, room)]
+            elif _sends_changes(self._update):
+                changes = dense_update(parameters - self._base, shared, self._update, room)
+                updates = [replace(dense, change=True) for dense in changes]
             else:
                 updates = [*dense_update(parameters, shared, self._update, room)]
         return iter(
@@ -437,6 +471,22 @@ def _sample_sizes(program: Program) -> tuple[int, int]:
     """Numbers of one input and of one target."""
     targets = 1 if program.loss == "softmax_cross_entropy" else math.prod(program.output_shape)
     return math.prod(program.input_shape), targets
+
+
+def _sends_changes(update: UpdateFormat) -> bool:
+    return update.top < 1.0 or update.since > 0
+
+
+def _makes_sense(work: Work) -> bool:
+    """Whether the pulls, the base and the clipping that work asks for go together."""
+    pulls = [(np.float32(phase.rate), np.float32(phase.pull)) for phase in work.phases]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not all(pull >= 0 and (pull == 0 or rate * pull < 1) for rate, pull in pulls):
+            return False
+    if work.kind != "train" or work.update is None:
+        return True
+    since, pulled = work.update.since, any(pull > 0 for _, pull in pulls)
+    return work.update.clip >= 0 and (since == 0 or (since < len(work.phases) and not pulled))
 
 
 def dense_update(parameters: Vector, shared: NDArray[np.bool_], update: UpdateFormat, room: int) -> Iterator[Dense]:

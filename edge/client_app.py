@@ -156,8 +156,9 @@ def patched(start: Vector, parts: Iterable[Done]) -> Vector:
     vector = start.copy()
     for part in parts:
         match part.update:
-            case Dense(offset=offset, values=values):
-                vector[offset : offset + len(values)] = values
+            case Dense(offset=offset, values=values, change=change):
+                part_of = slice(offset, offset + len(values))
+                vector[part_of] = start[part_of] + values if change else values
             case Sparse(indices=indices, changes=changes):
                 vector[indices] = start[indices] + changes
     return vector
