@@ -103,6 +103,8 @@ class AgentNode:
         self._make = make
         self._adopt_bytes = adopt_bytes
         self._out_bytes = out_bytes
+        self._base: Vector
+        self._work: Work
         self._load(program)
         self._malformed = self._stale = self._samples = 0
         self._announce = self._tell_status = False
@@ -219,7 +221,7 @@ class AgentNode:
         if _sample_sizes(program) != _sample_sizes(self._builtin):
             raise LearnerError("this program takes other samples than this device has", lib.MOTE_ERR_ARGUMENT)
         self._program, self._learner = program, learner
-        self._base: Vector = np.zeros(0, np.float32)
+        self._base = np.zeros(0, np.float32)
         self._trainable = 0
         layers: list[slice] = []
         first = 0

@@ -110,6 +110,7 @@ class _Job:
     asked: int = 0
     parts: dict[int, tuple[Done, bytes]] = field(default_factory=dict)  # part -> the message, and its payload
     reply: Message | None = None
+    ended: Event | None = None  # what its reply came to; told when that is pulled
 
 
 def node_id(device: str) -> int:
@@ -254,7 +255,9 @@ class MqttGrid(Grid):
             for message_id in list(message_ids):
                 job = self._jobs.get(message_id)
                 if job is not None and job.reply is not None:
+                    assert job.ended is not None
                     replies.append(job.reply)
+                    self._events.append(job.ended)
                     del self._jobs[message_id]
                     job.broadcast.open_jobs -= 1
                     if job.broadcast.open_jobs == 0:
@@ -285,12 +288,30 @@ class MqttGrid(Grid):
                     elif all(job.reply is None for job in jobs):
                         self._changed.wait(max(0.0, min(until, *(self._next(job) for job in jobs)) - time.monotonic()))
         finally:  # an interrupt: nothing stays behind at the broker
-            with self._changed:
-                for message_id in waiting:
-                    self._fail(self._jobs[message_id], NO_REPLY, "interrupted")
-            if waiting:
-                self.pull_messages(waiting)
+            self.give_up(waiting, "interrupted")
         return sorted(replies, key=lambda reply: reply.metadata.src_node_id)  # sums do not depend on who came first
+
+    def wait_for_one(self, message_ids: Iterable[str]) -> str:
+        """The first of these messages that there is a reply to, as soon as there is one: at the latest when the time of
+        one of them is up."""
+        waiting = list(message_ids)
+        while True:
+            self._ask()
+            with self._changed:
+                jobs = [(message_id, self._jobs[message_id]) for message_id in waiting]
+                for message_id, job in jobs:
+                    if job.reply is not None:
+                        return message_id
+                self._changed.wait(max(0.0, min(self._next(job) for _, job in jobs) - time.monotonic()))
+
+    def give_up(self, message_ids: Iterable[str], reason: str) -> None:
+        """Waits for these no longer: a reply that comes yet is stale. What only they needed is taken back."""
+        waiting = list(message_ids)
+        with self._changed:
+            for job in filter(None, map(self._jobs.get, waiting)):
+                self._fail(job, NO_REPLY, reason)
+        if waiting:
+            self.pull_messages(waiting)
 
     # Down
 
@@ -513,7 +534,7 @@ class MqttGrid(Grid):
     def _close_job(self, job: _Job, event: Event) -> None:
         del self._by_work[job.work.id]
         job.parts.clear()
-        self._events.append(event)
+        job.ended = event
         self._changed.notify_all()
 
     def _tell(self) -> None:

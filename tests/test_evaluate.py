@@ -17,8 +17,8 @@ START = TASK.program.initial(0)
 def test_the_same_seed_gives_the_same_scores() -> None:
     phases = [Phase(ALL_LAYERS, 20, 0.05)]
     one, other = (few_shot(TASK, START, phases, shots=2, episodes=10, seed=4) for _ in range(2))
-    assert one.accuracies.tolist() == other.accuracies.tolist()
-    assert one.accuracies.tolist() != few_shot(TASK, START, phases, shots=2, episodes=10, seed=5).accuracies.tolist()
+    assert one.values.tolist() == other.values.tolist()
+    assert one.values.tolist() != few_shot(TASK, START, phases, shots=2, episodes=10, seed=5).values.tolist()
 
 
 def test_every_start_and_plan_meets_the_same_tasks() -> None:
@@ -50,5 +50,5 @@ def test_phases_train_only_their_layers() -> None:
         arrays[name][:] = 0
     start = TASK.program.join(arrays)
     frozen = few_shot(TASK, start, [Phase(1, 50, 0.1)], shots=5, episodes=10)
-    assert frozen.accuracies.tolist() == [0.2] * 10
+    assert frozen.values.tolist() == [0.2] * 10
     assert few_shot(TASK, start, [Phase(2, 50, 0.1)], shots=5, episodes=10).mean > 0.3
