@@ -25,6 +25,7 @@ MAX_CHUNKS = 1024
 MAX_PHASES = 4
 ALL_LAYERS = 0xFFFFFFFF
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT16S = 84  # RFC 8746 typed arrays, little-endian
 _FLOAT32S = 85
 _TRAIN, _EVALUATE, _ADOPT, _REBOOT = 1, 2, 3, 4
@@ -701,6 +702,6 @@ def _sequence(config: Mapping[str, Any], key: str, default: list[Any]) -> Sequen
 
 def _finite(value: Any, what: str) -> float:
     number = float(value)
-    if not abs(number) <= np.finfo(np.float32).max:
+    if not abs(number) <= _FLOAT32_MAX:
         raise ProtocolError(f"{what} must be a finite float32, not {value}")
     return number

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,7 +27,64 @@ RETRY = (1, 10)
 SHORT = 5.0
 """Seconds: a session that ends sooner is suspicious. Two clients of one name end each other's."""
 
+READ = 65_536
+"""Bytes to read at once, at most."""
+
 log = logging.getLogger(__name__)
+
+
+class _Wire:
+    """The socket that paho has. paho reads byte by byte and writes message by message, a system call each; this reads
+    what is there, and gathers what is written until it is flushed."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._read = memoryview(b"")
+        self.unsent = bytearray()
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def setblocking(self, flag: bool) -> None:
+        self._sock.setblocking(flag)
+
+    @property
+    def unread(self) -> bool:
+        return len(self._read) > 0
+
+    def recv(self, size: int) -> bytes:
+        if not self._read:
+            self._read = memoryview(self._sock.recv(READ))
+        data, self._read = bytes(self._read[:size]), self._read[size:]
+        return data
+
+    def send(self, data: bytes) -> int:
+        self.unsent += data
+        return len(data)
+
+    def flush(self) -> None:
+        """Sends as much as the system takes now. A connection that is lost is noticed by reading."""
+        try:
+            while self.unsent:
+                del self.unsent[: self._sock.send(self.unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.unsent.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self._sock.close()
+
+
+class _Client(mqtt.Client):
+    """paho's client on a _Wire."""
+
+    def _create_socket(self) -> Any:
+        sock = super()._create_socket()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages, one after the other
+        self.wire = _Wire(sock)
+        return self.wire
 
 
 class Session:
@@ -37,7 +96,7 @@ class Session:
     on_connect, what was subscribed to is subscribed to again.
     will: (topic, payload) that the broker publishes, retained, should this session break.
 
-    With `background`, paho's thread does the talking and calls back; without, `pump` does, in the caller's thread.
+    With `background`, a thread of its own listens and calls back; without, `pump` does, in the caller's thread.
     """
 
     def __init__(
@@ -67,11 +126,15 @@ class Session:
         self._closing = threading.Event()
         self._retry_at, self._retry = 0.0, RETRY[0]
         self._number = 0  # of the session: a message's number means nothing in the next one
-        self._client = mqtt.Client(
+        # Messages are written by whoever publishes, and read by one thread. paho's own thread would do both, and every
+        # publish would wake it; the lock keeps the two apart.
+        self._lock = threading.RLock()
+        self._gathering = 0
+        self._pipe = socket.socketpair() if background else None  # one end wakes who waits at the other
+        self._thread: threading.Thread | None = None
+        self._client = _Client(
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311, manual_ack=on_delivery is not None
         )
-        self._client.reconnect_delay_set(*RETRY)
-        self._client.on_socket_open = self._opened
         self._client.on_connect = self._accepted
         self._client.on_disconnect = self._lost
         if on_delivery is not None:
@@ -86,9 +149,10 @@ class Session:
             self._client.connect(host, port, KEEPALIVE)
         except (OSError, ValueError) as error:
             raise UserError(self._nobody(str(error))) from error
-        if background:
-            self._client.loop_start()
         self._wait_until_accepted()
+        if background:
+            self._thread = threading.Thread(target=self._run, name=client_id, daemon=True)
+            self._thread.start()
 
     @property
     def connected(self) -> bool:
@@ -97,16 +161,19 @@ class Session:
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
         """Publishes at QoS 1. Does not wait."""
-        self._last = self._client.publish(topic, payload, qos=1, retain=retain)
+        with self._writing():
+            self._last = self._client.publish(topic, payload, qos=1, retain=retain)
 
     def subscribe(self, filter: str) -> None:
         """Subscribes at QoS 1. Doing so again brings the retained messages again."""
-        self._filters[filter] = None
-        self._client.subscribe(filter, qos=1)
+        with self._writing():
+            self._filters[filter] = None
+            self._client.subscribe(filter, qos=1)
 
     def unsubscribe(self, filter: str) -> None:
-        self._filters.pop(filter, None)
-        self._client.unsubscribe(filter)
+        with self._writing():
+            self._filters.pop(filter, None)
+            self._client.unsubscribe(filter)
 
     def pump(self, timeout: float) -> None:
         """Sends and receives, waiting for at most so many seconds; reconnects when it is time to. Not for a session
@@ -118,10 +185,71 @@ class Session:
                 return
             self._retry_at, self._retry = now + self._retry, min(2 * self._retry, RETRY[1])
             try:
-                self._client.reconnect()
+                with self._lock:
+                    self._client.reconnect()
             except OSError:
                 return
-        self._client.loop(timeout)
+        self._loop(timeout)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is published in this block leaves at its end, at once: many messages at the cost of one."""
+        with self._lock:
+            self._gathering += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._gathering -= 1
+            self._leave()
+
+    def _loop(self, timeout: float) -> None:
+        """Waits until there is something to read, or room to write what is left, and does so."""
+        wire = self._client.wire
+        waiting = select.poll()
+        with self._lock:
+            wire.flush()
+            try:
+                waiting.register(wire, select.POLLIN | (select.POLLOUT if wire.unsent else 0))
+            except ValueError:  # it is closed
+                return
+        if self._pipe is not None:
+            waiting.register(self._pipe[0], select.POLLIN)
+        ready = [fd for fd, _ in waiting.poll(1000 * timeout)]
+        if self._pipe is not None and self._pipe[0].fileno() in ready:
+            self._pipe[0].recv(4096)
+        with self._lock:
+            if wire.fileno() in ready:
+                self._client.loop_read()
+                while wire.unread and self._client.socket() is wire:
+                    self._client.loop_read()
+            self._client.loop_write()  # what callbacks have published
+            self._client.loop_misc()
+            wire.flush()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self.pump(1.0)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            yield
+        if self._gathering == 0:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Sends what is written, in the background: without, `pump` does."""
+        if self._pipe is None or threading.current_thread() is self._thread:
+            return
+        with self._lock:
+            self._client.wire.flush()
+        if self._client.wire.unsent:  # the socket is full: whoever reads it writes the rest
+            self._rouse()
+
+    def _rouse(self) -> None:
+        if self._pipe is not None:
+            self._pipe[1].send(b"!")
 
     def flush(self, timeout: float) -> bool:
         """Waits until the broker has what was published last. False if it has not in so many seconds."""
@@ -144,11 +272,15 @@ class Session:
     def close(self) -> None:
         """Says goodbye: the broker drops the will. Does not wait for what was published: flush does."""
         self._closing.set()
-        self._client.disconnect()
-        if self._background:
-            self._client.loop_stop()
-        else:
-            self._client.loop(0)
+        with self._lock:
+            self._client.disconnect()
+        self._rouse()
+        if self._thread is None:
+            self._loop(0)
+        elif self._thread is not threading.current_thread():
+            self._thread.join()
+        for end in self._pipe or ():
+            end.close()
 
     def _wait_until_accepted(self) -> None:
         end = time.monotonic() + CONNECT_TIMEOUT
@@ -156,10 +288,8 @@ class Session:
             left = end - time.monotonic()
             if left <= 0:
                 self._refusal = self._nobody("something is there, and stays silent")
-            elif self._background:
-                self._connected.wait(min(left, 0.05))
             else:
-                self._client.loop(min(left, 0.05))
+                self._loop(min(left, 0.05))
         if self._refusal is not None:
             self.close()
             raise UserError(self._refusal)
@@ -172,12 +302,10 @@ class Session:
 
     def _done(self, mid: int, qos: int, number: int) -> None:
         if number == self._number:
-            self._client.ack(mid, qos)
+            with self._writing():
+                self._client.ack(mid, qos)
 
     # Called by paho.
-
-    def _opened(self, _client: mqtt.Client, _data: Any, sock: Any) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages, one after the other
 
     def _accepted(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if reason.is_failure:

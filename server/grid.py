@@ -183,6 +183,8 @@ class MqttGrid(Grid):
         for broadcast in broadcasts:
             self._clear(broadcast)
         if self._session is not None:
+            if self._session.connected:
+                self._session.flush(2)  # a run that has ended has left nothing at the broker
             self._session.close()
 
     # Flower's Grid
@@ -237,13 +239,15 @@ class MqttGrid(Grid):
         asked = [(message, self._plan(message)) for message in messages]  # all of them, before anything is published
         broadcasts: dict[bytes, tuple[int, _Broadcast]] = {}
         message_ids = []
-        for message, work in asked:
-            record, _ = the_records(message)
-            digest = hashlib.sha256(b"".join(key.encode() + array.data for key, array in record.items())).digest()
-            if digest not in broadcasts:
-                broadcasts[digest] = self._broadcast(record, work.server_round)
-            message_ids.append(self._start(message, work, *broadcasts[digest]))
-        self._ask()
+        assert self._session is not None
+        with self._session.together():
+            for message, work in asked:
+                record, _ = the_records(message)
+                digest = hashlib.sha256(b"".join(key.encode() + array.data for key, array in record.items())).digest()
+                if digest not in broadcasts:
+                    broadcasts[digest] = self._broadcast(record, work.server_round)
+                message_ids.append(self._start(message, work, *broadcasts[digest]))
+            self._ask()
         self._tell()
         return message_ids
 
@@ -333,10 +337,10 @@ class MqttGrid(Grid):
     def _clear(self, broadcast: _Broadcast) -> None:
         with self._changed:
             self._broadcasts.remove(broadcast)
-        for topic in broadcast.chunks:
-            self._publish(topic, b"", retain=True)
-        if self._session is not None and self._session.connected:
-            self._session.flush(2)  # a round that has ended has left nothing at the broker
+        assert self._session is not None
+        with self._session.together():
+            for topic in broadcast.chunks:
+                self._publish(topic, b"", retain=True)
 
     def _connected(self) -> None:
         """A new connection has no subscriptions, and if the broker is new too, it has no weights either."""

@@ -1,4 +1,4 @@
-"""Fleets with a straggler, a liar, or a secret: asynchronous rounds, robust aggregation, privacy, FedProx and first-order
+"""Fleets with a straggler, a liar or a secret: asynchronous rounds, robust aggregation, privacy, FedProx, first-order
 MAML, on virtual devices over a real broker."""
 # ruff: noqa: F811
 

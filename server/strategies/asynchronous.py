@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from logging import INFO
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from edge.client_app import from_numpy, to_numpy
 from edge.errors import UserError
 from server.flower import log
 from server.grid import MqttGrid
@@ -105,8 +106,8 @@ class Asynchronous(Strategy):
         moved = ArrayRecord()
         for key, array in arrays.items():
             if self.strategy.is_shared(key):
-                change = learned[key].numpy().astype(np.float64) - base[key].numpy()
-                moved[key] = Array(np.asarray(array.numpy() + weight * change, dtype=np.float32))
+                change = to_numpy(learned[key]).astype(np.float64) - to_numpy(base[key])
+                moved[key] = from_numpy(np.asarray(to_numpy(array) + weight * change, dtype=np.float32))
             else:
                 moved[key] = array
         return moved

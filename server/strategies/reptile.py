@@ -9,10 +9,11 @@ from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from edge.client_app import from_numpy, to_numpy
 from edge.errors import UserError
 from edge.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
 from server.flower import log
@@ -98,13 +99,13 @@ class Reptile(Strategy):
         alpha = self.rate(server_round)
         updated = ArrayRecord()
         for key, array in self._sent.items():
-            sent = array.numpy()
+            sent = to_numpy(array)
             if self.is_shared(key):
-                learned = [arrays_of(reply)[key].numpy() for reply in good]
+                learned = [to_numpy(arrays_of(reply)[key]) for reply in good]
                 pull = np.mean([g_k.astype(np.float64) - sent for g_k in learned], axis=0)
-                updated[key] = Array(np.asarray(sent + alpha * pull, dtype=np.float32))
+                updated[key] = from_numpy(np.asarray(sent + alpha * pull, dtype=np.float32))
             else:
-                updated[key] = Array(sent)
+                updated[key] = array
         metrics = mean_metrics([next(iter(reply.content.metric_records.values())) for reply in good])
         metrics["alpha"] = alpha
         return updated, metrics
@@ -129,7 +130,7 @@ class Reptile(Strategy):
         if {key: tuple(a.shape) for key, a in arrays.items()} != {key: tuple(a.shape) for key, a in sent.items()}:
             log(WARNING, "node %d: its arrays are not those it was sent; left out", node)
             return False
-        if not all(np.isfinite(array.numpy()).all() for array in arrays.values()):
+        if not all(np.isfinite(to_numpy(array)).all() for array in arrays.values()):
             log(WARNING, "node %d: its arrays are not finite; left out (is beta too large?)", node)
             return False
         return True
