@@ -12,12 +12,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge._mote import lib
+from edge.drift import OnlineLearner, Reaction
 from edge.learner import Learner, LearnerError
 from edge.node import NOT_FOR_FLEETS, OUT_BYTES, PROGRAM_BYTES, Counters, Out, Publish, Reboot, Subscribe, Unsubscribe
 from edge.program import Program, ProgramError
@@ -68,6 +69,14 @@ class MaskedLearner(Learner, Protocol):
     def mask(self, layers: int) -> None: ...
 
 
+class Online(NamedTuple):
+    """How a device learns for itself: from which stream, at what rate, and what it does about drift."""
+
+    stream: Stream
+    rate: float
+    reaction: Reaction | None = Reaction()
+
+
 class _State(Enum):
     IDLE = auto()
     WANT_WEIGHTS = auto()
@@ -91,9 +100,11 @@ class AgentNode:
         *,
         adopt_bytes: int = PROGRAM_BYTES,
         out_bytes: int = OUT_BYTES,
+        online: Online | None = None,
     ) -> None:
         """`td` is its Thing Description. `make` gives the learner for a program: this one now, another when one is
-        adopted. adopt_bytes: the largest program to adopt (0: none is)."""
+        adopted. adopt_bytes: the largest program to adopt (0: none is). online: what it learns when it is not asked to,
+        for itself, beginning anew from the weights of each round."""
         self.id = id
         self._topics = Topics(fleet)
         self._do_topic = self._topics.do(id)
@@ -103,6 +114,8 @@ class AgentNode:
         self._make = make
         self._adopt_bytes = adopt_bytes
         self._out_bytes = out_bytes
+        self._online_settings = online
+        self._online: OnlineLearner | None = None
         self._base: Vector
         self._work: Work
         self._load(program)
@@ -181,7 +194,7 @@ class AgentNode:
         except LearnerError as error:
             diverged = error.code == lib.MOTE_ERR_DIVERGED
             self._finish(ErrorCode.DIVERGED if diverged else ErrorCode.ENGINE, 0 if diverged else error.code)
-        return self._state in (_State.LEARN, _State.QUERY)
+        return self._state in (_State.LEARN, _State.QUERY) or self._learn_online()
 
     def poll(self) -> Iterator[Out]:
         """See Node."""
@@ -208,7 +221,8 @@ class AgentNode:
             yield Reboot()
 
     def _status(self, online: bool) -> Publish:
-        status = Status(online, self.model, self._samples, self._malformed, self._stale)
+        drift = self._online.drift if self._online is not None else None
+        status = Status(online, self.model, self._samples, self._malformed, self._stale, drift=drift)
         return Publish(self._topics.status(self.id), encode(status), True)
 
     # Orders
@@ -221,7 +235,12 @@ class AgentNode:
         if _sample_sizes(program) != _sample_sizes(self._builtin):
             raise LearnerError("this program takes other samples than this device has", lib.MOTE_ERR_ARGUMENT)
         self._program, self._learner = program, learner
-        self._base = np.zeros(0, np.float32)
+        self._base = np.zeros(0, np.float32)  # until a round has brought some
+        if self._online_settings is not None:
+            stream, rate, reaction = self._online_settings
+            stream.open(0)
+            nothing = np.zeros(program.n_params, np.float32)
+            self._online = OnlineLearner(self._make(program), program, nothing, rate, reaction)
         self._trainable = 0
         layers: list[slice] = []
         first = 0
@@ -348,6 +367,8 @@ class AgentNode:
             self._finish(ErrorCode.DIVERGED)
             return
         self._learner.set_parameters(self._base)
+        if self._online is not None:
+            self._online.set_start(self._base)
         self._state = _State.LEARN
         try:
             self._stream.open(self._work.seed)
@@ -384,6 +405,21 @@ class AgentNode:
         self._samples += 1
         self._at_step += 1
         return True
+
+    def _learn_online(self) -> bool:
+        """Learns from one sample for itself. False if there is none, or if there is something to say first."""
+        if self._online is None or self._online_settings is None or len(self._base) == 0:
+            return False
+        sample = self._online_settings.stream.next(query=False)
+        if sample is None:
+            return False
+        before = self._online.drift
+        self._online.learn(*sample)
+        self._samples += 1
+        # Said when drift is noticed, and when it is over: what lies between is nobody's news. At once, as it falls.
+        news = (before == 0) != (self._online.drift == 0)
+        self._tell_status |= news
+        return not news
 
     def _learn_pulled(self, sample: Sample, phase: Phase) -> np.float32:
         """FedProx's step, as learn_one in mote_node.c takes it. The loss."""

@@ -148,11 +148,10 @@ def from_numpy(numbers: NDArray[Any]) -> Array:
 
 @cache
 def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What np.save writes before the numbers of a C-contiguous array, big models' arrays not made for it."""
-    file = io.BytesIO()
-    spelled = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, spelled)
-    return file.getvalue()
+    """What np.save writes before the numbers of a C-contiguous array."""
+    file, numbers = io.BytesIO(), np.zeros(shape, dtype)
+    np.save(file, numbers)
+    return file.getvalue()[: -numbers.nbytes or None]
 
 
 def _keys(record: ArrayRecord, program: Program) -> list[str]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
@@ -81,7 +81,7 @@ class _Client(mqtt.Client):
     """paho's client on a _Wire."""
 
     def _create_socket(self) -> Any:
-        sock = super()._create_socket()
+        sock = cast(socket.socket, super()._create_socket())
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages, one after the other
         self.wire = _Wire(sock)
         return self.wire
@@ -126,15 +126,16 @@ class Session:
         self._closing = threading.Event()
         self._retry_at, self._retry = 0.0, RETRY[0]
         self._number = 0  # of the session: a message's number means nothing in the next one
-        # Messages are written by whoever publishes, and read by one thread. paho's own thread would do both, and every
-        # publish would wake it; the lock keeps the two apart.
-        self._lock = threading.RLock()
+        # Messages are written by whoever publishes, and read by one thread, which calls back. paho's own thread would
+        # do both, and every publish would wake it. The lock is for writing alone: a callback may wait for a publisher.
+        self._lock = threading.Lock()
         self._gathering = 0
         self._pipe = socket.socketpair() if background else None  # one end wakes who waits at the other
         self._thread: threading.Thread | None = None
         self._client = _Client(
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311, manual_ack=on_delivery is not None
         )
+        self._client.on_socket_register_write = lambda *_: None  # so that paho only queues: `_write` writes
         self._client.on_connect = self._accepted
         self._client.on_disconnect = self._lost
         if on_delivery is not None:
@@ -161,19 +162,19 @@ class Session:
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
         """Publishes at QoS 1. Does not wait."""
-        with self._writing():
-            self._last = self._client.publish(topic, payload, qos=1, retain=retain)
+        self._last = self._client.publish(topic, payload, qos=1, retain=retain)
+        self._leave()
 
     def subscribe(self, filter: str) -> None:
         """Subscribes at QoS 1. Doing so again brings the retained messages again."""
-        with self._writing():
-            self._filters[filter] = None
-            self._client.subscribe(filter, qos=1)
+        self._filters[filter] = None
+        self._client.subscribe(filter, qos=1)
+        self._leave()
 
     def unsubscribe(self, filter: str) -> None:
-        with self._writing():
-            self._filters.pop(filter, None)
-            self._client.unsubscribe(filter)
+        self._filters.pop(filter, None)
+        self._client.unsubscribe(filter)
+        self._leave()
 
     def pump(self, timeout: float) -> None:
         """Sends and receives, waiting for at most so many seconds; reconnects when it is time to. Not for a session
@@ -185,8 +186,7 @@ class Session:
                 return
             self._retry_at, self._retry = now + self._retry, min(2 * self._retry, RETRY[1])
             try:
-                with self._lock:
-                    self._client.reconnect()
+                self._client.reconnect()
             except OSError:
                 return
         self._loop(timeout)
@@ -205,45 +205,45 @@ class Session:
 
     def _loop(self, timeout: float) -> None:
         """Waits until there is something to read, or room to write what is left, and does so."""
+        self._write()
         wire = self._client.wire
         waiting = select.poll()
-        with self._lock:
-            wire.flush()
-            try:
-                waiting.register(wire, select.POLLIN | (select.POLLOUT if wire.unsent else 0))
-            except ValueError:  # it is closed
-                return
+        try:
+            waiting.register(wire, select.POLLIN | (select.POLLOUT if wire.unsent else 0))
+        except ValueError:  # it is closed
+            return
         if self._pipe is not None:
             waiting.register(self._pipe[0], select.POLLIN)
         ready = [fd for fd, _ in waiting.poll(1000 * timeout)]
         if self._pipe is not None and self._pipe[0].fileno() in ready:
             self._pipe[0].recv(4096)
-        with self._lock:
-            if wire.fileno() in ready:
+        if wire.fileno() in ready:
+            self._client.loop_read()
+            while wire.unread and self._client.socket() is not None:
                 self._client.loop_read()
-                while wire.unread and self._client.socket() is wire:
-                    self._client.loop_read()
-            self._client.loop_write()  # what callbacks have published
-            self._client.loop_misc()
-            wire.flush()
+        self._client.loop_misc()
+        self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            self._client.loop_write()
+            self._client.wire.flush()
 
     def _run(self) -> None:
         while not self._closing.is_set():
             self.pump(1.0)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._lock:
-            yield
-        if self._gathering == 0:
-            self._leave()
-
     def _leave(self) -> None:
-        """Sends what is written, in the background: without, `pump` does."""
-        if self._pipe is None or threading.current_thread() is self._thread:
+        """Sends what is queued, in the background: without, `pump` does, and while the listening thread calls back, or
+        there is no connection, that thread will."""
+        if (
+            self._pipe is None
+            or self._gathering
+            or threading.current_thread() is self._thread
+            or not self._connected.is_set()
+        ):
             return
-        with self._lock:
-            self._client.wire.flush()
+        self._write()
         if self._client.wire.unsent:  # the socket is full: whoever reads it writes the rest
             self._rouse()
 
@@ -272,8 +272,8 @@ class Session:
     def close(self) -> None:
         """Says goodbye: the broker drops the will. Does not wait for what was published: flush does."""
         self._closing.set()
-        with self._lock:
-            self._client.disconnect()
+        self._client.disconnect()
+        self._write()
         self._rouse()
         if self._thread is None:
             self._loop(0)
@@ -302,8 +302,8 @@ class Session:
 
     def _done(self, mid: int, qos: int, number: int) -> None:
         if number == self._number:
-            with self._writing():
-                self._client.ack(mid, qos)
+            self._client.ack(mid, qos)
+            self._leave()
 
     # Called by paho.
 
