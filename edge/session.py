@@ -165,6 +165,11 @@ class Session:
         self._last = self._client.publish(topic, payload, qos=1, retain=retain)
         self._leave()
 
+    def clear(self, topic: str) -> None:
+        """Takes a retained message back, at QoS 0: if the connection breaks now, it may stay."""
+        self._client.publish(topic, b"", qos=0, retain=True)
+        self._leave()
+
     def subscribe(self, filter: str) -> None:
         """Subscribes at QoS 1. Doing so again brings the retained messages again."""
         self._filters[filter] = None

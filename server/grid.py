@@ -12,9 +12,11 @@ import itertools
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,6 +48,9 @@ from edge.session import Session
 from server.flower import NO_REPLY, NODE_FAILED, NODE_UNAVAILABLE, Run, new_run, stamp
 
 Vector = NDArray[np.float32]
+
+RECENT = 4
+"""Rounds whose weights are taken back once more in a new session."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class _Job:
     ended: Event | None = None  # what its reply came to; told when that is pulled
 
 
+@cache
 def node_id(device: str) -> int:
     """Flower's number for a device: 63 bits of its id's SHA-256, so it is the same in every run."""
     return int.from_bytes(hashlib.sha256(device.encode()).digest()[:8], "big") >> 1
@@ -161,6 +167,7 @@ class MqttGrid(Grid):
         self._by_work: dict[int, _Job] = {}  # by the wire's correlation id, while open
         self._events: list[Event] = []
         self._broadcasts: list[_Broadcast] = []
+        self._cleared: deque[_Broadcast] = deque(maxlen=RECENT)
         self._session: Session | None = None
         name = f"tinyfleet-grid-{secrets.token_hex(4)}"
         self._session = Session(host, port, name, on_message=self._receive, on_connect=self._connected)
@@ -337,10 +344,14 @@ class MqttGrid(Grid):
     def _clear(self, broadcast: _Broadcast) -> None:
         with self._changed:
             self._broadcasts.remove(broadcast)
+            self._cleared.append(broadcast)
+        self._clear_topics(broadcast)
+
+    def _clear_topics(self, broadcast: _Broadcast) -> None:
         assert self._session is not None
         with self._session.together():
             for topic in broadcast.chunks:
-                self._publish(topic, b"", retain=True)
+                self._session.clear(topic)
 
     def _connected(self) -> None:
         """A new connection has no subscriptions, and if the broker is new too, it has no weights either."""
@@ -349,15 +360,16 @@ class MqttGrid(Grid):
         self._session.subscribe(self._topics.status("+"))
         self._session.subscribe(self._topics.did("+"))
         with self._changed:
-            broadcasts = list(self._broadcasts)
+            broadcasts, cleared = list(self._broadcasts), list(self._cleared)
+        for broadcast in cleared:  # the connection may have broken before the broker heard of it
+            self._clear_topics(broadcast)
         for broadcast in broadcasts:
             for topic, payload in broadcast.chunks.items():
                 self._publish(topic, payload, retain=True)
             with self._changed:
                 over = not any(broadcast is other for other in self._broadcasts)
             if over:  # it ended meanwhile
-                for topic in broadcast.chunks:
-                    self._publish(topic, b"", retain=True)
+                self._clear_topics(broadcast)
 
     def _publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
         assert self._session is not None

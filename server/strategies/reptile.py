@@ -97,12 +97,12 @@ class Reptile(Strategy):
         if not good:
             return None, None
         alpha = self.rate(server_round)
+        learned = [arrays_of(reply) for reply in good]
         updated = ArrayRecord()
         for key, array in self._sent.items():
             sent = to_numpy(array)
             if self.is_shared(key):
-                learned = [to_numpy(arrays_of(reply)[key]) for reply in good]
-                pull = np.mean([g_k.astype(np.float64) - sent for g_k in learned], axis=0)
+                pull = np.mean([to_numpy(g_k[key]).astype(np.float64) - sent for g_k in learned], axis=0)
                 updated[key] = from_numpy(np.asarray(sent + alpha * pull, dtype=np.float32))
             else:
                 updated[key] = array
