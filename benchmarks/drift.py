@@ -148,7 +148,7 @@ def main() -> None:
         return
     streams = [stream(seed, args.samples, args.changes, held_out=True) for seed in seeds]
     title = f"Digits, {args.samples} samples, {args.changes} changes, {args.seeds} seeds (mean ± 95 %)"
-    table = Table("", "accuracy", "100 after a change", "noticed", "delay (samples)", "false alarms", title=title)
+    table = Table("", "accuracy", "100 after a change", "noticed", "delay (samples)", "false alarms")
     curves = {}
     for name, how in methods(RATE, Reaction()).items():
         rights, after, noticed, waits, false = [], [], 0, [], 0
@@ -163,7 +163,9 @@ def main() -> None:
         delay = f"{np.median(waits):.0f} (median), {max(waits)} at most" if waits else "-"
         accuracy = interval([float(right.mean()) for right in rights])
         table.add_row(name, accuracy, interval(after), seen, delay, str(false) if how[1] else "-")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(title)
+    console.print(table)
     if args.plot:
         plot(args.plot, curves, streams[0].changes)
 

@@ -1,6 +1,8 @@
 """Online learning under drift: noticed soon, not without cause, adapted to, and known to the fleet's graph."""
 
 import queue
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,6 +111,13 @@ def test_a_paced_stream_gives_a_sample_when_it_is_due(monkeypatch: pytest.Monkey
     assert stream.next(False) is not None and stream.next(False) is None
     now += 1.1
     assert [stream.next(False) is not None for _ in range(3)] == [True, True, False]
+
+
+def test_who_does_not_learn_online_imports_no_river_and_nobody_tensorflow() -> None:
+    """Both take seconds; a server's first round is over before."""
+    code = "import sys, edge.cli, server.run, server.evaluate; print({'river', 'scipy', 'tensorflow'} & {*sys.modules})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "set()"
 
 
 # The agent
