@@ -342,7 +342,7 @@ def run(
                 return None
             if not asked and not parts:  # ours say so themselves; Flower's would go on with nobody
                 raise UserError(f"no client is there for round {server_round}; start devices, or widen the selection")
-            now = datetime.now(UTC)
+            now, up_now, down_now = datetime.now(UTC), grid.traffic.bytes_up, grid.traffic.bytes_down
             learned = to_vector(arrays, program)
             used = []
             for part, began_in in sorted(parts, key=lambda part: part[0].device):
@@ -356,8 +356,8 @@ def run(
                 parts=[part for part, _ in used],
                 staleness=[age for _, age in used],
                 lost=dict(lost),
-                bytes_up=grid.traffic.bytes_up - up,
-                bytes_down=grid.traffic.bytes_down - down,
+                bytes_up=up_now - up,
+                bytes_down=down_now - down,
                 arena_bytes=max(arenas, default=None),
                 seconds=(now - began).total_seconds(),
             )
@@ -375,7 +375,7 @@ def run(
                 lost=this.lost,
             )
             done.append(this)
-            newest, began, up, down = learned, now, grid.traffic.bytes_up, grid.traffic.bytes_down
+            newest, began, up, down = learned, now, up_now, down_now
             asked.clear()
             parts.clear()
             lost.clear()

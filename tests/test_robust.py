@@ -286,6 +286,8 @@ def test_asynchronous_rounds_learn(server: FleetServer, devices: Start, name: st
     outcome = learn(server, how, 20, clients=4)
     assert len(outcome.rounds) == 20 and not any(this.lost for this in outcome.rounds)
     assert max(age for this in outcome.rounds for age in this.staleness) >= 1
+    sent = sum(part.bytes_up or 0 for this in outcome.rounds for part in this.parts)
+    assert sum(this.bytes_up for this in outcome.rounds) >= sent, "what comes while a round is written down counts, too"
     assert not np.array_equal(outcome.parameters, outcome.start)
 
 
