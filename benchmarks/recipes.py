@@ -25,8 +25,7 @@ from rich.table import Table
 from edge import tasks
 from edge.client_app import serve, to_record, to_vector
 from edge.tasks import Recipe, Task
-from server.cli import SHOTS
-from server.evaluate import one_pass
+from server.evaluate import SHOTS, one_pass
 from server.flower import Run, log_level, new_run, stamp
 from server.run import first_parameters, limit_clients, method
 

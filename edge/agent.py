@@ -10,13 +10,15 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge._mote import lib
+from edge.drift import OnlineLearner, Reaction
 from edge.learner import Learner, LearnerError
 from edge.node import NOT_FOR_FLEETS, OUT_BYTES, PROGRAM_BYTES, Counters, Out, Publish, Reboot, Subscribe, Unsubscribe
 from edge.program import Program, ProgramError
@@ -32,6 +34,7 @@ from edge.protocol import (
     ErrorCode,
     Failed,
     Metrics,
+    Phase,
     ProtocolError,
     Sparse,
     Status,
@@ -43,7 +46,7 @@ from edge.protocol import (
     encode,
     varint_sizes,
 )
-from edge.streams import Stream
+from edge.streams import Sample, Stream
 
 RECENT = 8  # orders remembered, so that a late double of one is known
 HEAD = 72  # bytes of a reply besides its update's values, at most
@@ -64,6 +67,14 @@ class MaskedLearner(Learner, Protocol):
 
     @mask.setter
     def mask(self, layers: int) -> None: ...
+
+
+class Online(NamedTuple):
+    """How a device learns for itself: from which stream, at what rate, and what it does about drift."""
+
+    stream: Stream
+    rate: float
+    reaction: Reaction | None = Reaction()
 
 
 class _State(Enum):
@@ -89,9 +100,11 @@ class AgentNode:
         *,
         adopt_bytes: int = PROGRAM_BYTES,
         out_bytes: int = OUT_BYTES,
+        online: Online | None = None,
     ) -> None:
         """`td` is its Thing Description. `make` gives the learner for a program: this one now, another when one is
-        adopted. adopt_bytes: the largest program to adopt (0: none is)."""
+        adopted. adopt_bytes: the largest program to adopt (0: none is). online: what it learns when it is not asked to,
+        for itself, beginning anew from the weights of each round."""
         self.id = id
         self._topics = Topics(fleet)
         self._do_topic = self._topics.do(id)
@@ -101,6 +114,10 @@ class AgentNode:
         self._make = make
         self._adopt_bytes = adopt_bytes
         self._out_bytes = out_bytes
+        self._online_settings = online
+        self._online: OnlineLearner | None = None
+        self._base: Vector
+        self._work: Work
         self._load(program)
         self._malformed = self._stale = self._samples = 0
         self._announce = self._tell_status = False
@@ -158,6 +175,8 @@ class AgentNode:
         if self._state is _State.LEARN:
             while self._at_phase < len(self._work.phases) and self._at_step >= self._work.phases[self._at_phase].steps:
                 self._at_phase, self._at_step = self._at_phase + 1, 0
+                if self._update is not None and self._at_phase == self._update.since:
+                    self._base = self._learner.parameters
             if self._at_phase == len(self._work.phases):
                 self._state = _State.QUERY
         try:
@@ -169,11 +188,13 @@ class AgentNode:
                     return False
             elif self._state is _State.QUERY:
                 diverged = self._update is not None and not self._update_is_finite(self._update)
+                if self._update is not None and self._update.clip > 0 and not diverged:
+                    self._clip(self._update)
                 self._finish(ErrorCode.DIVERGED if diverged else None)
         except LearnerError as error:
             diverged = error.code == lib.MOTE_ERR_DIVERGED
             self._finish(ErrorCode.DIVERGED if diverged else ErrorCode.ENGINE, 0 if diverged else error.code)
-        return self._state in (_State.LEARN, _State.QUERY)
+        return self._state in (_State.LEARN, _State.QUERY) or self._learn_online()
 
     def poll(self) -> Iterator[Out]:
         """See Node."""
@@ -200,7 +221,8 @@ class AgentNode:
             yield Reboot()
 
     def _status(self, online: bool) -> Publish:
-        status = Status(online, self.model, self._samples, self._malformed, self._stale)
+        drift = self._online.drift if self._online is not None else None
+        status = Status(online, self.model, self._samples, self._malformed, self._stale, drift=drift)
         return Publish(self._topics.status(self.id), encode(status), True)
 
     # Orders
@@ -213,7 +235,12 @@ class AgentNode:
         if _sample_sizes(program) != _sample_sizes(self._builtin):
             raise LearnerError("this program takes other samples than this device has", lib.MOTE_ERR_ARGUMENT)
         self._program, self._learner = program, learner
-        self._base: Vector = np.zeros(0, np.float32)
+        self._base = np.zeros(0, np.float32)  # until a round has brought some
+        if self._online_settings is not None:
+            stream, rate, reaction = self._online_settings
+            stream.open(0)
+            nothing = np.zeros(program.n_params, np.float32)
+            self._online = OnlineLearner(self._make(program), program, nothing, rate, reaction)
         self._trainable = 0
         layers: list[slice] = []
         first = 0
@@ -281,6 +308,8 @@ class AgentNode:
             self._rejection = Failed(work.id, ErrorCode.WRONG_MODEL)
         elif self._program.n_params * 4 > CHUNK * MAX_CHUNKS:
             self._rejection = Failed(work.id, ErrorCode.ROOM)
+        elif not _makes_sense(work):
+            self._rejection = Failed(work.id, ErrorCode.ENGINE, lib.MOTE_ERR_ARGUMENT)
         elif any(p.layers != ALL_LAYERS and p.layers & ~self._trainable for p in work.phases):
             self._rejection = Failed(work.id, ErrorCode.ENGINE, lib.MOTE_ERR_FROZEN)
         else:
@@ -338,6 +367,8 @@ class AgentNode:
             self._finish(ErrorCode.DIVERGED)
             return
         self._learner.set_parameters(self._base)
+        if self._online is not None:
+            self._online.set_start(self._base)
         self._state = _State.LEARN
         try:
             self._stream.open(self._work.seed)
@@ -366,11 +397,49 @@ class AgentNode:
             return False
         phase = self._work.phases[self._at_phase]
         self._learner.mask = self._trainable if phase.layers == ALL_LAYERS else phase.layers
-        self._loss += np.float32(self._learner.learn(*sample, phase.rate))
+        if phase.pull > 0:
+            self._loss += self._learn_pulled(sample, phase)
+        else:
+            self._loss += np.float32(self._learner.learn(*sample, phase.rate))
         self._learned += 1
         self._samples += 1
         self._at_step += 1
         return True
+
+    def _learn_online(self) -> bool:
+        """Learns from one sample for itself. False if there is none, or if there is something to say first."""
+        if self._online is None or self._online_settings is None or len(self._base) == 0:
+            return False
+        sample = self._online_settings.stream.next(query=False)
+        if sample is None:
+            return False
+        before = self._online.drift
+        self._online.learn(*sample)
+        self._samples += 1
+        # Said when drift is noticed, and when it is over: what lies between is nobody's news. At once, as it falls.
+        news = (before == 0) != (self._online.drift == 0)
+        self._tell_status |= news
+        return not news
+
+    def _learn_pulled(self, sample: Sample, phase: Phase) -> np.float32:
+        """FedProx's step, as learn_one in mote_node.c takes it. The loss."""
+        kept = np.float32(1) - np.float32(phase.rate) * np.float32(phase.pull)
+        loss = np.float32(self._learner.learn(*sample, float(np.float32(phase.rate) / kept)))
+        learned, pulled = self._learner.parameters, self._shared(self._learner.mask)
+        learned[pulled] = self._base[pulled] + kept * (learned[pulled] - self._base[pulled])
+        self._learner.set_parameters(learned)
+        return loss
+
+    def _clip(self, update: UpdateFormat) -> None:
+        """Scales the shared changes down to a norm of at most update.clip, as mote_update_clip does."""
+        learned, shared = self._learner.parameters, self._shared(update.shared)
+        changes = learned[shared] - self._base[shared]
+        with np.errstate(over="ignore"):
+            squares = np.cumsum(changes * changes, dtype=np.float32)  # one after the other, as C adds them up
+        norm = np.sqrt(squares[-1]) if len(squares) else np.float32(0)
+        if norm > np.float32(update.clip):
+            learned[shared] = self._base[shared] + np.float32(update.clip) / norm * changes
+            self._learner.set_parameters(learned)
 
     def _score(self) -> bool:
         sample = self._stream.next(query=True)
@@ -397,7 +466,7 @@ class AgentNode:
 
     def _update_is_finite(self, update: UpdateFormat) -> bool:
         sent = self._learner.parameters
-        if update.top < 1.0:
+        if _sends_changes(update):
             sent = sent - self._base
         magnitude = np.abs(sent[self._shared(update.shared)])
         return bool((magnitude < HALF_LIMIT if update.half else np.isfinite(magnitude)).all())
@@ -423,6 +492,9 @@ class AgentNode:
             room = self._out_bytes - HEAD
             if self._update.top < 1.0:
                 updates = [*sparse_update(parameters - self._base, shared, self._update, room)]
+            elif _sends_changes(self._update):
+                changes = dense_update(parameters - self._base, shared, self._update, room)
+                updates = [replace(dense, change=True) for dense in changes]
             else:
                 updates = [*dense_update(parameters, shared, self._update, room)]
         return iter(
@@ -437,6 +509,22 @@ def _sample_sizes(program: Program) -> tuple[int, int]:
     """Numbers of one input and of one target."""
     targets = 1 if program.loss == "softmax_cross_entropy" else math.prod(program.output_shape)
     return math.prod(program.input_shape), targets
+
+
+def _sends_changes(update: UpdateFormat) -> bool:
+    return update.top < 1.0 or update.since > 0
+
+
+def _makes_sense(work: Work) -> bool:
+    """Whether the pulls, the base and the clipping that work asks for go together."""
+    pulls = [(np.float32(phase.rate), np.float32(phase.pull)) for phase in work.phases]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not all(pull >= 0 and (pull == 0 or rate * pull < 1) for rate, pull in pulls):
+            return False
+    if work.kind != "train" or work.update is None:
+        return True
+    since, pulled = work.update.since, any(pull > 0 for _, pull in pulls)
+    return work.update.clip >= 0 and (since == 0 or (since < len(work.phases) and not pulled))
 
 
 def dense_update(parameters: Vector, shared: NDArray[np.bool_], update: UpdateFormat, room: int) -> Iterator[Dense]:

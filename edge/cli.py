@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 from edge import tasks
-from edge.agent import AgentNode, MaskedLearner
+from edge.agent import AgentNode, MaskedLearner, Online
 from edge.device import Device, virtual_device
+from edge.drift import Paced
 from edge.errors import UserError
 from edge.learner import LiteRTLearner, MoteLearner
 from edge.node import ENGINE_VERSION
@@ -94,6 +95,9 @@ def agent(
         Path | None,
         typer.Option(help="Learn with this .tflite model in TFLite's interpreter, instead of the C engine."),
     ] = None,
+    online: Annotated[
+        float, typer.Option(min=0, help="Learn for itself, too: a sample every so many seconds; 0: only when asked.")
+    ] = 0.0,
     task: TaskOption = "digits",
     broker: BrokerOption = None,
     fleet: FleetOption = "home",
@@ -105,6 +109,7 @@ def agent(
     \b
     Examples:
       tinyfleet agent
+      tinyfleet agent --online 0.1
       tinyfleet agent --id kitchen --broker 192.168.1.5:1883
       tinyfleet agent --tflite model.tflite --client 3
     """
@@ -113,7 +118,8 @@ def agent(
     if client >= of:
         raise UserError(f"there is no client {client} in a fleet of {of}; raise --of")
     id = id or re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:32] or "agent"
-    stream = DatasetStream(what.client(client, of))
+    samples = what.client(client, of)
+    stream = DatasetStream(samples)
     board = this_machine()
     engine, version = ("mote", ENGINE_VERSION) if tflite is None else ("tflite", "builtin")
     arena = board.ram_bytes // 4  # what it may learn in; more than any program asks for
@@ -124,7 +130,8 @@ def agent(
         return MoteLearner(program) if tflite is None else LiteRTLearner(tflite)
 
     def node() -> AgentNode:
-        return AgentNode(fleet, id, td, what.program, stream, learner, adopt_bytes=room)
+        own = Online(Paced(DatasetStream(samples), online), what.fedavg.rate) if online else None
+        return AgentNode(fleet, id, td, what.program, stream, learner, adopt_bytes=room, online=own)
 
     try:
         one = Device(node, host, port, fleet)

@@ -10,7 +10,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
 
@@ -25,11 +25,12 @@ MAX_CHUNKS = 1024
 MAX_PHASES = 4
 ALL_LAYERS = 0xFFFFFFFF
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT16S = 84  # RFC 8746 typed arrays, little-endian
 _FLOAT32S = 85
 _TRAIN, _EVALUATE, _ADOPT, _REBOOT = 1, 2, 3, 4
 _DONE, _FAILED = 1, 2
-_DENSE, _SPARSE = 1, 2
+_DENSE, _SPARSE, _CHANGE = 1, 2, 3
 
 Floats = NDArray[np.float32]
 Kind = Literal["train", "evaluate"]
@@ -61,20 +62,28 @@ class ErrorCode(IntEnum):
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` samples learned at this rate with these layers training, everything else fixed."""
+    """`steps` samples learned at this rate with these layers training, everything else fixed. pull: FedProx's mu, how
+    strongly each step draws them back to the round's weights; rate * pull < 1."""
 
     layers: int
     steps: int
     rate: float
+    pull: float = 0.0
 
 
 @dataclass(frozen=True)
 class UpdateFormat:
-    """Which layers are sent back, as f16 or f32, and, with top < 1, what fraction of them (by largest change)."""
+    """Which layers are sent back, as f16 or f32, and, with top < 1, what fraction of them (by largest change).
+
+    since: changes are those since this phase (0: the round's weights); with since > 0 only changes are sent. clip: they
+    are scaled down to at most this Euclidean norm; 0: as they are.
+    """
 
     shared: int = ALL_LAYERS
     half: bool = False
     top: float = 1.0
+    since: int = 0
+    clip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,16 +129,18 @@ class Metrics:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """Parameter values offset, offset + 1, ...; `half` says that they travel as f16."""
+    """Parameter values offset, offset + 1, ...; `half` says that they travel as f16. With `change`, they are what was
+    added to these parameters."""
 
     offset: int
     values: Floats
     half: bool = False
+    change: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Sparse:
-    """changes[i] is what was added to parameter indices[i] (strictly rising) since the round's weights."""
+    """changes[i] is what was added to parameter indices[i] (strictly rising)."""
 
     indices: NDArray[np.uint32]
     changes: Floats
@@ -215,9 +226,9 @@ def _bytes(value: object, what: str, size: int | None = None) -> bytes:
     return value
 
 
-def _list(value: object, what: str, length: int) -> list[Any]:
-    if type(value) is not list or len(value) != length:
-        raise ProtocolError(f"{what} must be an array of {length}, not {value!r:.50}")
+def _list(value: object, what: str, *lengths: int) -> list[Any]:
+    if type(value) is not list or len(value) not in lengths:
+        raise ProtocolError(f"{what} must be an array of {' or '.join(map(str, lengths))}, not {value!r:.50}")
     return value
 
 
@@ -250,11 +261,11 @@ def _numbers(values: Floats, half: bool) -> cbor2.CBORTag:
 def _work(m: Work) -> list[Any]:
     if len(m.phases) > MAX_PHASES:
         raise ProtocolError(f"at most {MAX_PHASES} phases fit one message, not {len(m.phases)}")
-    update = m.update and [
-        _uint(m.update.shared, "shared"),
-        _bool(m.update.half, "half"),
-        _F32(m.update.top),
-    ]
+    update: list[Any] | None = None
+    if m.update is not None:
+        update = [_uint(m.update.shared, "shared"), _bool(m.update.half, "half"), _F32(m.update.top)]
+        if m.update.since or m.update.clip:
+            update += [_uint(m.update.since, "since"), _F32(m.update.clip)]
     return [
         {"train": _TRAIN, "evaluate": _EVALUATE}[m.kind],
         _uint(m.id, "id"),
@@ -262,7 +273,10 @@ def _work(m: Work) -> list[Any]:
         _uint(m.round, "round"),
         _bytes(m.model, "model", 8),
         _uint(m.seed, "seed"),
-        [[_uint(p.layers, "layers"), _uint(p.steps, "steps"), _F32(p.rate)] for p in m.phases],
+        [
+            [_uint(p.layers, "layers"), _uint(p.steps, "steps"), _F32(p.rate), *([_F32(p.pull)] if p.pull else [])]
+            for p in m.phases
+        ],
         _uint(m.query, "query"),
         update,
     ]
@@ -281,7 +295,8 @@ def _done(m: Done) -> list[Any]:
         ]
     update: list[Any] | None = None
     if isinstance(m.update, Dense):
-        update = [_DENSE, _uint(m.update.offset, "offset"), _numbers(m.update.values, m.update.half)]
+        kind = _CHANGE if m.update.change else _DENSE
+        update = [kind, _uint(m.update.offset, "offset"), _numbers(m.update.values, m.update.half)]
     elif isinstance(m.update, Sparse):
         if len(m.update.indices) != len(m.update.changes):
             raise ProtocolError(f"{len(m.update.indices)} indices for {len(m.update.changes)} changes")
@@ -405,10 +420,7 @@ def decode_do(payload: bytes) -> Do:
                 _uint(round_, "round"),
                 _bytes(model, "model", 8),
                 _uint(seed, "seed"),
-                tuple(
-                    Phase(_uint(layers, "layers"), _uint(steps, "steps"), _float(rate, "rate"))
-                    for layers, steps, rate in (_list(phase, "phase", 3) for phase in phases)
-                ),
+                tuple(map(_decode_phase, phases)),
                 _uint(query, "query"),
                 None if update is None else _decode_format(update),
             )
@@ -421,9 +433,17 @@ def decode_do(payload: bytes) -> Do:
     raise ProtocolError(f"no order is numbered {fields[0]!r:.50}")
 
 
+def _decode_phase(fields: object) -> Phase:
+    layers, steps, rate, *pull = _list(fields, "phase", 3, 4)
+    return Phase(
+        _uint(layers, "layers"), _uint(steps, "steps"), _float(rate, "rate"), *(_float(p, "pull") for p in pull)
+    )
+
+
 def _decode_format(fields: object) -> UpdateFormat:
-    shared, half, top = _list(fields, "update", 3)
-    return UpdateFormat(_uint(shared, "shared"), _bool(half, "half"), _float(top, "top"))
+    shared, half, top, *more = _list(fields, "update", 3, 5)
+    format = UpdateFormat(_uint(shared, "shared"), _bool(half, "half"), _float(top, "top"))
+    return replace(format, since=_uint(more[0], "since"), clip=_float(more[1], "clip")) if more else format
 
 
 def decode_did(payload: bytes) -> Did:
@@ -468,8 +488,8 @@ def _decode_update(fields: object) -> Dense | Sparse:
     kind, where, numbers = _list(fields, "update", 3)
     values, half = _from_numbers(numbers)
     match _uint(kind, "update"):
-        case 1:
-            return Dense(_uint(where, "offset"), values, half)
+        case 1 | 3 as number:
+            return Dense(_uint(where, "offset"), values, half, number == _CHANGE)
         case 2:
             indices = _from_gaps(_bytes(where, "gaps"))
             if len(indices) != len(values):
@@ -618,8 +638,9 @@ def plan_from_config(config: Mapping[str, Any], kind: Kind = "train", node: int 
 
     A key that is absent: "phase-steps" is [32] to train and [] to evaluate, "phase-layers" all layers,
     "phase-rates" the value of "lr" (as Flower's own examples call it), else 0.05; "query" 0 to train, 32 to evaluate;
-    "shared-layers" all, "top" 1, "half" false; "seed" another for every round and node. An evaluation sends no
-    update. Raises ProtocolError.
+    "shared-layers" all, "top" 1, "half" false, "since" 0; "seed" another for every round and node. Two keys are those
+    that Flower's strategies set: "proximal-mu" (FedProx), the pull of every phase, and "clipping_norm" (differential
+    privacy with clipping on the device). An evaluation sends no update. Raises ProtocolError.
     """
     steps = _sequence(config, "phase-steps", [32] if kind == "train" else [])
     layers = _sequence(config, "phase-layers", [ALL_LAYERS] * len(steps))
@@ -629,16 +650,28 @@ def plan_from_config(config: Mapping[str, Any], kind: Kind = "train", node: int 
             f"phase-steps, phase-layers and phase-rates must have the same length, at most {MAX_PHASES}: "
             f"{len(steps)}, {len(layers)}, {len(rates)}"
         )
+    pull = _finite(config.get("proximal-mu", 0.0), "proximal-mu")
     phases = tuple(
-        Phase(_uint(int(layer), "phase-layers"), _uint(int(step), "phase-steps"), _finite(rate, "phase-rates"))
+        Phase(_uint(int(layer), "phase-layers"), _uint(int(step), "phase-steps"), _finite(rate, "phase-rates"), pull)
         for layer, step, rate in zip(layers, steps, rates, strict=True)
     )
+    if not all(phase.pull >= 0 and (phase.pull == 0 or phase.rate * phase.pull < 1) for phase in phases):
+        raise ProtocolError(f"proximal-mu times the rate must be less than 1, and not negative; mu is {pull:g}")
     update = None
     if kind == "train":
         shared = _uint(int(config.get("shared-layers", ALL_LAYERS)), "shared-layers")
-        update = UpdateFormat(shared, bool(config.get("half", False)), _finite(config.get("top", 1.0), "top"))
-        if not 0 < update.top <= 1:
-            raise ProtocolError(f"top is the share of the changes to send, in (0, 1], not {update.top:g}")
+        since, clip = (
+            _uint(int(config.get("since", 0)), "since"),
+            _finite(config.get("clipping_norm", 0.0), "clipping_norm"),
+        )
+        top = _finite(config.get("top", 1.0), "top")
+        update = UpdateFormat(shared, bool(config.get("half", False)), top, since, clip)
+        if not 0 < top <= 1:
+            raise ProtocolError(f"top is the share of the changes to send, in (0, 1], not {top:g}")
+        if since and (since >= len(phases) or pull):
+            raise ProtocolError("since is the number of a phase, and goes with no proximal-mu")
+        if clip < 0:
+            raise ProtocolError(f"clipping_norm is the largest norm of an update, not {clip:g}")
     query = _uint(int(config.get("query", 0 if kind == "train" else 32)), "query")
     seed = config["seed"] if "seed" in config else config.get("server-round", 0) + node * 0x9E3779B1
     return Plan(phases, query, update, int(seed) & 0xFFFFFFFF)
@@ -655,6 +688,10 @@ def config_from_plan(plan: Plan) -> dict[str, int | float | bool | list[int] | l
     }
     if plan.update is not None:
         config |= {"shared-layers": plan.update.shared, "top": plan.update.top, "half": plan.update.half}
+        config |= {"since": plan.update.since} if plan.update.since else {}
+        config |= {"clipping_norm": plan.update.clip} if plan.update.clip else {}
+    if plan.phases and plan.phases[0].pull:
+        config["proximal-mu"] = plan.phases[0].pull
     return config
 
 
@@ -665,6 +702,6 @@ def _sequence(config: Mapping[str, Any], key: str, default: list[Any]) -> Sequen
 
 def _finite(value: Any, what: str) -> float:
     number = float(value)
-    if not abs(number) <= np.finfo(np.float32).max:
+    if not abs(number) <= _FLOAT32_MAX:
         raise ProtocolError(f"{what} must be a finite float32, not {value}")
     return number

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import paho.mqtt.client as mqtt
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge.errors import UserError
@@ -25,8 +27,8 @@ RETRY = (1, 10)
 SHORT = 5.0
 """Seconds: a session that ends sooner is suspicious. Two clients of one name end each other's."""
 
-PIECE = 65_536
-"""Bytes that are read from the broker at once, at most."""
+READ = 65_536
+"""Bytes to read at once, at most."""
 
 log = logging.getLogger(__name__)
 
@@ -38,50 +40,61 @@ class Receipt(NamedTuple):
     number: int
 
 
-class _Buffered:
-    """A socket that is read in large pieces: paho reads a message in three, each a call of the system, and each a time
-    when other threads of Python go first. `pending` is what paho asks sockets of TLS for: it does not wait while there
-    is some."""
+class _Wire:
+    """The socket that paho has. paho reads byte by byte and writes message by message, a system call each; this reads
+    what is there, and gathers what is written until it is flushed."""
 
-    def __init__(self, socket: socket.socket) -> None:
-        self._socket = socket
-        self._piece = b""
-        self._taken = 0
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._read = memoryview(b"")
+        self.unsent = bytearray()
 
-    def pending(self) -> int:
-        return len(self._piece) - self._taken
+    def fileno(self) -> int:
+        return self._sock.fileno()
 
-    def recv(self, size: int, /) -> bytes:
-        if not self._piece:
-            self._piece = self._socket.recv(PIECE)
-        part = self._piece[self._taken : self._taken + size]
-        self._taken += len(part)
-        if self._taken == len(self._piece):  # nobody keeps it while nothing comes
-            self._piece, self._taken = b"", 0
-        return part
+    def setblocking(self, flag: bool) -> None:
+        self._sock.setblocking(flag)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._socket, name)
+    @property
+    def unread(self) -> bool:
+        return len(self._read) > 0
+
+    def recv(self, size: int) -> bytes:
+        if not self._read:
+            self._read = memoryview(self._sock.recv(READ))
+        data, self._read = bytes(self._read[:size]), self._read[size:]
+        return data
+
+    def send(self, data: bytes) -> int:
+        self.unsent += data
+        return len(data)
+
+    def flush(self) -> None:
+        """Sends as much as the system takes now. A connection that is lost is noticed by reading."""
+        try:
+            while self.unsent:
+                del self.unsent[: self._sock.send(self.unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.unsent.clear()
+
+    def close(self) -> None:
+        self.flush()
+        self._sock.close()
 
 
 class _Client(mqtt.Client):
-    """paho's client, made for many small messages."""
+    """paho's client on a _Wire."""
 
     def _create_socket(self) -> Any:
-        return _Buffered(cast("socket.socket", super()._create_socket()))
-
-    def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
-        result = super().loop_read(max_packets)
-        while result == MQTTErrorCode.MQTT_ERR_SUCCESS:
-            sock = self.socket()
-            if sock is None or not cast("_Buffered", sock).pending():
-                break
-            result = super().loop_read(max_packets)
-        return result
+        sock = cast(socket.socket, super()._create_socket())
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages, one after the other
+        self.wire = _Wire(sock)
+        return self.wire
 
     def acknowledge(self, numbers: Sequence[int]) -> None:
-        """Says of messages of QoS 1 that they have been received: all in one packet as far as paho is concerned, for
-        each by itself wakes its thread and takes a call of the system."""
+        """Says of messages of QoS 1 that they have been received: one packet as far as paho is concerned."""
         packet = b"".join(struct.pack("!BBH", mqtt.PUBACK, 2, number) for number in numbers)
         self._packet_queue(mqtt.PUBACK, packet, 0, 1)
 
@@ -95,7 +108,7 @@ class Session:
     on_connect, what was subscribed to is subscribed to again.
     will: (topic, payload) that the broker publishes, retained, should this session break.
 
-    With `background`, paho's thread does the talking and calls back; without, `pump` does, in the caller's thread.
+    With `background`, a thread of its own listens and calls back; without, `pump` does, in the caller's thread.
     """
 
     def __init__(
@@ -125,11 +138,16 @@ class Session:
         self._closing = threading.Event()
         self._retry_at, self._retry = 0.0, RETRY[0]
         self._number = 0  # of the session: a message's number means nothing in the next one
+        # Messages are written by whoever publishes, and read by one thread, which calls back. paho's own thread would
+        # do both, and every publish would wake it. The lock is for writing alone: a callback may wait for a publisher.
+        self._lock = threading.Lock()
+        self._gathering = 0
+        self._pipe = socket.socketpair() if background else None  # one end wakes who waits at the other
+        self._thread: threading.Thread | None = None
         self._client = _Client(
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311, manual_ack=on_delivery is not None
         )
-        self._client.reconnect_delay_set(*RETRY)
-        self._client.on_socket_open = self._opened
+        self._client.on_socket_register_write = lambda *_: None  # so that paho only queues: `_write` writes
         self._client.on_connect = self._accepted
         self._client.on_disconnect = self._lost
         if on_delivery is not None:
@@ -144,9 +162,10 @@ class Session:
             self._client.connect(host, port, KEEPALIVE)
         except (OSError, ValueError) as error:
             raise UserError(self._nobody(str(error))) from error
-        if background:
-            self._client.loop_start()
         self._wait_until_accepted()
+        if background:
+            self._thread = threading.Thread(target=self._run, name=client_id, daemon=True)
+            self._thread.start()
 
     @property
     def connected(self) -> bool:
@@ -156,15 +175,23 @@ class Session:
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
         """Publishes at QoS 1. Does not wait."""
         self._last = self._client.publish(topic, payload, qos=1, retain=retain)
+        self._leave()
+
+    def clear(self, topic: str) -> None:
+        """Takes a retained message back, at QoS 0: if the connection breaks now, it may stay."""
+        self._client.publish(topic, b"", qos=0, retain=True)
+        self._leave()
 
     def subscribe(self, filter: str) -> None:
         """Subscribes at QoS 1. Doing so again brings the retained messages again."""
         self._filters[filter] = None
         self._client.subscribe(filter, qos=1)
+        self._leave()
 
     def unsubscribe(self, filter: str) -> None:
         self._filters.pop(filter, None)
         self._client.unsubscribe(filter)
+        self._leave()
 
     def received(self, receipts: Iterable[Receipt | None]) -> None:
         """Tells the broker that these messages have been received, in whatever thread. Those of QoS 0 have no receipt,
@@ -172,6 +199,7 @@ class Session:
         numbers = [receipt.number for receipt in receipts if receipt is not None and receipt.session == self._number]
         if numbers:
             self._client.acknowledge(numbers)
+            self._leave()
 
     def pump(self, timeout: float) -> None:
         """Sends and receives, waiting for at most so many seconds; reconnects when it is time to. Not for a session
@@ -186,7 +214,67 @@ class Session:
                 self._client.reconnect()
             except OSError:
                 return
-        self._client.loop(timeout)
+        self._loop(timeout)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is published in this block leaves at its end, at once: many messages at the cost of one."""
+        with self._lock:
+            self._gathering += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._gathering -= 1
+            self._leave()
+
+    def _loop(self, timeout: float) -> None:
+        """Waits until there is something to read, or room to write what is left, and does so."""
+        self._write()
+        wire = self._client.wire
+        waiting = select.poll()
+        try:
+            waiting.register(wire, select.POLLIN | (select.POLLOUT if wire.unsent else 0))
+        except ValueError:  # it is closed
+            return
+        if self._pipe is not None:
+            waiting.register(self._pipe[0], select.POLLIN)
+        ready = [fd for fd, _ in waiting.poll(1000 * timeout)]
+        if self._pipe is not None and self._pipe[0].fileno() in ready:
+            self._pipe[0].recv(4096)
+        if wire.fileno() in ready:
+            self._client.loop_read()
+            while wire.unread and self._client.socket() is not None:
+                self._client.loop_read()
+        self._client.loop_misc()
+        self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            self._client.loop_write()
+            self._client.wire.flush()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            self.pump(1.0)
+
+    def _leave(self) -> None:
+        """Sends what is queued, in the background: without, `pump` does, and while the listening thread calls back, or
+        there is no connection, that thread will."""
+        if (
+            self._pipe is None
+            or self._gathering
+            or threading.current_thread() is self._thread
+            or not self._connected.is_set()
+        ):
+            return
+        self._write()
+        if self._client.wire.unsent:  # the socket is full: whoever reads it writes the rest
+            self._rouse()
+
+    def _rouse(self) -> None:
+        if self._pipe is not None:
+            self._pipe[1].send(b"!")
 
     def flush(self, timeout: float) -> bool:
         """Waits until the broker has what was published last. False if it has not in so many seconds."""
@@ -210,10 +298,14 @@ class Session:
         """Says goodbye: the broker drops the will. Does not wait for what was published: flush does."""
         self._closing.set()
         self._client.disconnect()
-        if self._background:
-            self._client.loop_stop()
-        else:
-            self._client.loop(0)
+        self._write()
+        self._rouse()
+        if self._thread is None:
+            self._loop(0)
+        elif self._thread is not threading.current_thread():
+            self._thread.join()
+        for end in self._pipe or ():
+            end.close()
 
     def _wait_until_accepted(self) -> None:
         end = time.monotonic() + CONNECT_TIMEOUT
@@ -221,10 +313,8 @@ class Session:
             left = end - time.monotonic()
             if left <= 0:
                 self._refusal = self._nobody("something is there, and stays silent")
-            elif self._background:
-                self._connected.wait(min(left, 0.05))
             else:
-                self._client.loop(min(left, 0.05))
+                self._loop(min(left, 0.05))
         if self._refusal is not None:
             self.close()
             raise UserError(self._refusal)
@@ -236,9 +326,6 @@ class Session:
         )
 
     # Called by paho.
-
-    def _opened(self, _client: mqtt.Client, _data: Any, sock: Any) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages, one after the other
 
     def _accepted(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if reason.is_failure:

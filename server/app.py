@@ -17,12 +17,10 @@ from edge.cli import broker_address
 from edge.client_app import to_record, to_vector
 from edge.errors import UserError
 from edge.tasks import load
-from server.evaluate import one_pass
+from server.evaluate import baselines
 from server.flower import log
 from server.grid import CompositeGrid, MqttGrid
 from server.run import first_parameters, limit_clients, method
-
-SHOTS = (1, 5, 10)
 
 app = ServerApp()
 
@@ -56,10 +54,9 @@ def main(grid: Grid, context: Context) -> None:
     if not result.arrays:
         raise UserError("no client gave a usable reply in any round; see the log of the clients")
     learned = to_vector(result.arrays, task.program)
-    for name, parameters in (("learned", learned), ("initial", start)):
-        for shots in SHOTS:
-            score = one_pass(task, parameters, shots=shots, seed=seed)
-            log(INFO, "%s start, %d shots: accuracy %.3f +- %.3f", name, shots, score.mean, score.spread)
+    for name, scores in baselines(task, learned, seed=seed).items():
+        for score in scores:
+            log(INFO, "%s, %d shots: %s %.3f +- %.3f", name, score.shots, score.metric, score.mean, score.spread)
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout: float) -> Sequence[int]:

@@ -24,8 +24,6 @@ from ontology.cli import find_server, read_query
 from ontology.names import fleet_name
 from ontology.store import RemoteStore
 
-SHOTS = (1, 5, 10)
-
 
 def server(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the broker to start; 0: a free one.")] = 1883,
@@ -75,7 +73,8 @@ def server(
 
 def run(
     strategy: Annotated[
-        str, typer.Option(help="tinymetafed, tinyreptile, reptile, or one of Flower's, such as fedavg or krum.")
+        str,
+        typer.Option(help="tinymetafed, tinyreptile, reptile, fomaml, or one of Flower's, such as fedavg or krum."),
     ] = "tinymetafed",
     task: TaskOption = "digits",
     rounds: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
@@ -90,6 +89,22 @@ def run(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a round may take.")] = 60.0,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for that many devices, at first.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Of the first parameters, the tasks and the choice of devices.")] = 0,
+    asynchronous: Annotated[
+        bool, typer.Option("--asynchronous", help="No rounds: each update counts when it comes; --rounds of them.")
+    ] = False,
+    top: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the changes that is sent. Default: the task's.")
+    ] = None,
+    local: Annotated[bool, typer.Option(help="TinyMetaFed: whether the head stays on the devices.")] = True,
+    anneal: Annotated[bool, typer.Option(help="TinyMetaFed: whether the server's rate falls as it goes.")] = True,
+    mu: Annotated[float, typer.Option(min=0, help="FedProx: weight of the proximal term.")] = 0.1,
+    dp_clip: Annotated[
+        float, typer.Option(min=0, help="Differential privacy: largest norm of a device's change. 0: none of it.")
+    ] = 0.0,
+    dp_noise: Annotated[float, typer.Option(min=0, help="Its noise on the sum, in units of --dp-clip.")] = 1.0,
+    dp_on_device: Annotated[
+        bool, typer.Option("--dp-on-device", help="The devices clip, so that the server sees no change as it was.")
+    ] = False,
     broker: BrokerOption = None,
     fleet: Annotated[str | None, typer.Option(help="The fleet's name. Default: the running server's.")] = None,
     data: DataOption = Path(".tinyfleet"),
@@ -101,19 +116,22 @@ def run(
     Examples:
       tinyfleet run
       tinyfleet run --strategy fedavg --rounds 10 --clients 8
+      tinyfleet run --strategy reptile --asynchronous --rounds 100
+      tinyfleet run --strategy fedavg --dp-clip 1 --dp-noise 0.5
       tinyfleet run --select my-clients.rq --out start.npz
     """
     from server import show
-    from server.evaluate import one_pass
+    from server.evaluate import baselines
     from server.flower import log_level
-    from server.run import Round, method
+    from server.run import Options, Round, method
     from server.run import run as run_rounds
 
     log_level(logging.ERROR)  # the rounds are shown below
     if out is not None and not out.parent.is_dir():
         raise UserError(f"there is no folder {out.parent} to write {out.name} into; make it, or choose another --out")
     what = tasks.load(task)
-    how = method(strategy, what, rounds=rounds, clients=clients, seed=seed)
+    options = Options(local, anneal, top, mu, asynchronous, dp_clip, dp_noise, dp_on_device)
+    how = method(strategy, what, rounds=rounds, clients=clients, seed=seed, options=options)
     begin = None if start is None else _parameters(start, what.program)
     found = find_server(data)
     if not found:
@@ -124,8 +142,8 @@ def run(
     def report(this: Round) -> None:
         line = {
             "round": this.number, "asked": this.asked, "clients": [part.device for part in this.parts],
-            "lost": dict(this.lost), "loss": this.loss, "accuracy": this.accuracy, "bytes-up": this.bytes_up,
-            "bytes-down": this.bytes_down, "seconds": round(this.seconds, 3),
+            "staleness": list(this.staleness), "lost": dict(this.lost), "loss": this.loss, "accuracy": this.accuracy,
+            "bytes-up": this.bytes_up, "bytes-down": this.bytes_down, "seconds": round(this.seconds, 3),
         }  # fmt: skip
         typer.echo(json.dumps(line))
 
@@ -147,12 +165,11 @@ def run(
         )
     if out is not None:
         np.savez(out, **what.program.split(outcome.parameters))
-    scores = {}
-    for name, parameters in (("learned", outcome.parameters), ("random", what.program.initial(seed))):
-        scores[name] = [one_pass(what, parameters, shots=k, seed=seed) for k in SHOTS]
+    scores = baselines(what, outcome.parameters, seed=seed)
     if as_json:
         means = {name: {str(s.shots): s.mean for s in row} for name, row in scores.items()}
-        typer.echo(json.dumps({"run": outcome.run, "accuracy-by-shots": means}))
+        metric = scores["learned"][0].metric
+        typer.echo(json.dumps({"run": outcome.run, f"{metric.replace(' ', '-')}-by-shots": means}))
     else:
         console.print(show.scores(scores))
         console.print(f"run {outcome.run}; its lineage: tinyfleet query lineage --data {data}")

@@ -31,8 +31,7 @@ from ontology import library
 from ontology.cli import print_rows
 from ontology.names import Iri, model_iri
 from server import show
-from server.cli import SHOTS
-from server.evaluate import one_pass
+from server.evaluate import SHOTS, one_pass
 from server.flower import log_level
 from server.run import Outcome, Round, method, run
 from server.serve import FleetServer

@@ -1,38 +1,54 @@
-"""Few-shot evaluation: how well a start adapts to tasks of classes that no device has trained on.
+"""Few-shot evaluation: how well a start adapts to tasks that no device has trained on.
 
-Of every held-out task the learner sees K samples a class, learns from them as a device does (online, one sample a step,
-in C), and is scored on samples it has not seen.
+Of every held-out task the learner sees K samples a class (of a regression: K in all), learns from them as a device does
+(online, one sample a step, in C), and is scored on samples it has not seen: by its accuracy, or by its mean squared
+error.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.learner import MoteLearner
+from edge._mote import lib
+from edge.learner import LearnerError, MoteLearner
 from edge.protocol import ALL_LAYERS, Phase
-from edge.tasks import Split, Task
+from edge.tasks import Episode, Split, Task
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """That `one_pass` tries."""
 
 
+SHOTS = (1, 5, 10)
+"""That `baselines` scores."""
+
+Metric = Literal["accuracy", "mean squared error"]
+
+
 @dataclass(frozen=True)
 class Score:
-    """Accuracies [episodes] on the queries of held-out tasks, after learning from `shots` samples a class."""
+    """What the metric came to on the queries of held-out tasks [episodes], after learning from `shots` samples a class
+    (of a regression: in all). Where training diverged it is the worst there is: 0 of accuracy, infinite error."""
 
     shots: int
-    accuracies: NDArray[np.float64]
+    values: NDArray[np.float64]
+    metric: Metric = "accuracy"
 
     @property
     def mean(self) -> float:
-        return float(self.accuracies.mean())
+        return float(self.values.mean())
 
     @property
     def spread(self) -> float:
         """Standard deviation over the tasks; of the mean, it is this over the root of their number."""
-        return float(self.accuracies.std(ddof=1)) if len(self.accuracies) > 1 else 0.0
+        return float(self.values.std(ddof=1)) if len(self.values) > 1 else 0.0
+
+    @property
+    def merit(self) -> float:
+        """The mean, so signed that more is better."""
+        return self.mean if self.metric == "accuracy" else -self.mean
 
 
 def few_shot(
@@ -54,36 +70,73 @@ def few_shot(
     """
     learner = MoteLearner(task.program)
     every_layer = learner.mask
-    accuracies = np.empty(episodes)
+    metric: Metric = "accuracy" if task.program.loss == "softmax_cross_entropy" else "mean squared error"
+    values = np.empty(episodes)
     for e in range(episodes):
         episode_seed, order_seed = (int(s) for s in np.random.SeedSequence([seed, e]).generate_state(2))
         episode = task.draw(split, [episode_seed], shots, queries)[0]
         order = _endless(len(episode.support_y), np.random.default_rng(order_seed))
         learner.set_parameters(start)
-        for phase in phases:
-            learner.mask = phase.layers & every_layer
-            for _ in range(phase.steps):
-                i = next(order)
-                learner.learn(episode.support_x[i], episode.support_y[i], phase.rate)
+        try:
+            for phase in phases:
+                learner.mask = phase.layers & every_layer
+                for _ in range(phase.steps):
+                    i = next(order)
+                    learner.learn(episode.support_x[i], episode.support_y[i], phase.rate)
+        except LearnerError as error:
+            if error.code != lib.MOTE_ERR_DIVERGED:
+                raise
+            values[e] = 0 if metric == "accuracy" else np.inf
+            continue
         learner.mask = every_layer
-        answers = [int(np.argmax(learner.infer(x))) for x in episode.query_x]
-        accuracies[e] = np.mean(np.asarray(answers) == episode.query_y)
-    return Score(shots, accuracies)
+        values[e] = _score(learner, episode)
+    return Score(shots, values, metric)
+
+
+def _score(learner: MoteLearner, episode: Episode) -> float:
+    answers = np.array([learner.infer(x) for x in episode.query_x], np.float64)
+    if learner.program.loss == "softmax_cross_entropy":
+        return float(np.mean(answers.argmax(axis=1) == episode.query_y))
+    return float(np.mean((answers - episode.query_y) ** 2))
 
 
 def one_pass(
-    task: Task, start: NDArray[np.float32], *, shots: int, episodes: int = 200, queries: int = 10, seed: int = 0
+    task: Task,
+    start: NDArray[np.float32],
+    *,
+    shots: int,
+    episodes: int = 200,
+    queries: int = 10,
+    seed: int = 0,
+    layers: int = ALL_LAYERS,
 ) -> Score:
-    """Adapts once through the K samples a class, all layers, at the rate that is best for this start on validation
-    tasks: what a start is worth to a device that cannot keep its samples."""
-    steps = shots * task.ways
+    """Adapts once through the K samples a class, at the rate that is best for this start on validation tasks: what a
+    start is worth to a device that cannot keep its samples. layers: mask of those that learn."""
+    steps = shots * (task.ways if task.program.loss == "softmax_cross_entropy" else 1)
 
     def at(rate: float, count: int, split: Split, seed: int) -> Score:
-        phases = [Phase(ALL_LAYERS, steps, rate)]
+        phases = [Phase(layers, steps, rate)]
         return few_shot(task, start, phases, shots=shots, episodes=count, queries=queries, seed=seed, split=split)
 
-    best = max(RATES, key=lambda rate: at(rate, 50, "validation", seed + 1).mean)
+    best = max(RATES, key=lambda rate: at(rate, 50, "validation", seed + 1).merit)
     return at(best, episodes, "held_out", seed)
+
+
+def baselines(
+    task: Task, learned: NDArray[np.float32], *, shots: Sequence[int] = SHOTS, seed: int = 0
+) -> dict[str, list[Score]]:
+    """What a learned start is worth (for FedAvg's this is FedAvg with local fine-tuning), beside what needs less of it:
+    its body under a head that alone learns (as TinyOL, Ren, Anicic and Runkler 2021), and training from scratch."""
+    last = 1 << sum(layer.trainable for layer in task.program.layers) - 1
+    starts = {
+        "learned": (learned, ALL_LAYERS),
+        "learned, head alone (TinyOL)": (learned, last),
+        "from scratch": (task.program.initial(seed), ALL_LAYERS),
+    }
+    return {
+        name: [one_pass(task, start, shots=k, seed=seed, layers=layers) for k in shots]
+        for name, (start, layers) in starts.items()
+    }
 
 
 def _endless(count: int, random: np.random.Generator) -> Iterator[int]:

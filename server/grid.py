@@ -12,9 +12,11 @@ import itertools
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,6 +48,9 @@ from edge.session import Session
 from server.flower import NO_REPLY, NODE_FAILED, NODE_UNAVAILABLE, Run, new_run, stamp
 
 Vector = NDArray[np.float32]
+
+RECENT = 4
+"""Rounds whose weights are taken back once more in a new session."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,10 @@ class _Job:
     asked: int = 0
     parts: dict[int, tuple[Done, bytes]] = field(default_factory=dict)  # part -> the message, and its payload
     reply: Message | None = None
+    ended: Event | None = None  # what its reply came to; told when that is pulled
 
 
+@cache
 def node_id(device: str) -> int:
     """Flower's number for a device: 63 bits of its id's SHA-256, so it is the same in every run."""
     return int.from_bytes(hashlib.sha256(device.encode()).digest()[:8], "big") >> 1
@@ -160,6 +167,7 @@ class MqttGrid(Grid):
         self._by_work: dict[int, _Job] = {}  # by the wire's correlation id, while open
         self._events: list[Event] = []
         self._broadcasts: list[_Broadcast] = []
+        self._cleared: deque[_Broadcast] = deque(maxlen=RECENT)
         self._session: Session | None = None
         name = f"tinyfleet-grid-{secrets.token_hex(4)}"
         self._session = Session(host, port, name, on_message=self._receive, on_connect=self._connected)
@@ -182,6 +190,8 @@ class MqttGrid(Grid):
         for broadcast in broadcasts:
             self._clear(broadcast)
         if self._session is not None:
+            if self._session.connected:
+                self._session.flush(2)  # a run that has ended has left nothing at the broker
             self._session.close()
 
     # Flower's Grid
@@ -236,13 +246,15 @@ class MqttGrid(Grid):
         asked = [(message, self._plan(message)) for message in messages]  # all of them, before anything is published
         broadcasts: dict[bytes, tuple[int, _Broadcast]] = {}
         message_ids = []
-        for message, work in asked:
-            record, _ = the_records(message)
-            digest = hashlib.sha256(b"".join(key.encode() + array.data for key, array in record.items())).digest()
-            if digest not in broadcasts:
-                broadcasts[digest] = self._broadcast(record, work.server_round)
-            message_ids.append(self._start(message, work, *broadcasts[digest]))
-        self._ask()
+        assert self._session is not None
+        with self._session.together():
+            for message, work in asked:
+                record, _ = the_records(message)
+                digest = hashlib.sha256(b"".join(key.encode() + array.data for key, array in record.items())).digest()
+                if digest not in broadcasts:
+                    broadcasts[digest] = self._broadcast(record, work.server_round)
+                message_ids.append(self._start(message, work, *broadcasts[digest]))
+            self._ask()
         self._tell()
         return message_ids
 
@@ -254,7 +266,9 @@ class MqttGrid(Grid):
             for message_id in list(message_ids):
                 job = self._jobs.get(message_id)
                 if job is not None and job.reply is not None:
+                    assert job.ended is not None
                     replies.append(job.reply)
+                    self._events.append(job.ended)
                     del self._jobs[message_id]
                     job.broadcast.open_jobs -= 1
                     if job.broadcast.open_jobs == 0:
@@ -285,12 +299,30 @@ class MqttGrid(Grid):
                     elif all(job.reply is None for job in jobs):
                         self._changed.wait(max(0.0, min(until, *(self._next(job) for job in jobs)) - time.monotonic()))
         finally:  # an interrupt: nothing stays behind at the broker
-            with self._changed:
-                for message_id in waiting:
-                    self._fail(self._jobs[message_id], NO_REPLY, "interrupted")
-            if waiting:
-                self.pull_messages(waiting)
+            self.give_up(waiting, "interrupted")
         return sorted(replies, key=lambda reply: reply.metadata.src_node_id)  # sums do not depend on who came first
+
+    def wait_for_one(self, message_ids: Iterable[str]) -> str:
+        """The first of these messages that there is a reply to, as soon as there is one: at the latest when the time of
+        one of them is up."""
+        waiting = list(message_ids)
+        while True:
+            self._ask()
+            with self._changed:
+                jobs = [(message_id, self._jobs[message_id]) for message_id in waiting]
+                for message_id, job in jobs:
+                    if job.reply is not None:
+                        return message_id
+                self._changed.wait(max(0.0, min(self._next(job) for _, job in jobs) - time.monotonic()))
+
+    def give_up(self, message_ids: Iterable[str], reason: str) -> None:
+        """Waits for these no longer: a reply that comes yet is stale. What only they needed is taken back."""
+        waiting = list(message_ids)
+        with self._changed:
+            for job in filter(None, map(self._jobs.get, waiting)):
+                self._fail(job, NO_REPLY, reason)
+        if waiting:
+            self.pull_messages(waiting)
 
     # Down
 
@@ -312,10 +344,14 @@ class MqttGrid(Grid):
     def _clear(self, broadcast: _Broadcast) -> None:
         with self._changed:
             self._broadcasts.remove(broadcast)
-        for topic in broadcast.chunks:
-            self._publish(topic, b"", retain=True)
-        if self._session is not None and self._session.connected:
-            self._session.flush(2)  # a round that has ended has left nothing at the broker
+            self._cleared.append(broadcast)
+        self._clear_topics(broadcast)
+
+    def _clear_topics(self, broadcast: _Broadcast) -> None:
+        assert self._session is not None
+        with self._session.together():
+            for topic in broadcast.chunks:
+                self._session.clear(topic)
 
     def _connected(self) -> None:
         """A new connection has no subscriptions, and if the broker is new too, it has no weights either."""
@@ -324,15 +360,16 @@ class MqttGrid(Grid):
         self._session.subscribe(self._topics.status("+"))
         self._session.subscribe(self._topics.did("+"))
         with self._changed:
-            broadcasts = list(self._broadcasts)
+            broadcasts, cleared = list(self._broadcasts), list(self._cleared)
+        for broadcast in cleared:  # the connection may have broken before the broker heard of it
+            self._clear_topics(broadcast)
         for broadcast in broadcasts:
             for topic, payload in broadcast.chunks.items():
                 self._publish(topic, payload, retain=True)
             with self._changed:
                 over = not any(broadcast is other for other in self._broadcasts)
             if over:  # it ended meanwhile
-                for topic in broadcast.chunks:
-                    self._publish(topic, b"", retain=True)
+                self._clear_topics(broadcast)
 
     def _publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
         assert self._session is not None
@@ -513,7 +550,7 @@ class MqttGrid(Grid):
     def _close_job(self, job: _Job, event: Event) -> None:
         del self._by_work[job.work.id]
         job.parts.clear()
-        self._events.append(event)
+        job.ended = event
         self._changed.notify_all()
 
     def _tell(self) -> None:

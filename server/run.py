@@ -12,7 +12,12 @@ from datetime import UTC, datetime
 import flwr.serverapp.strategy as flower_strategies
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    Strategy,
+)
 from numpy.typing import NDArray
 
 from edge.client_app import to_record, to_vector
@@ -26,11 +31,12 @@ from ontology.match import select
 from ontology.names import Iri
 from ontology.store import Store
 from server.grid import Event, MqttGrid
-from server.strategies import Reptile, TinyMetaFed, TinyReptile
+from server.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 
 Vector = NDArray[np.float32]
 
-META = ("tinymetafed", "tinyreptile", "reptile")
+META = ("tinymetafed", "tinyreptile", "reptile", "fomaml")
+ASYNCHRONOUS = ("tinymetafed", "reptile", "fomaml", "fedavg")
 
 
 def head(program: Program) -> int:
@@ -53,42 +59,104 @@ class Method:
     train_config: Mapping[str, int | float | bool | list[int] | list[float]] = field(default_factory=dict)
 
 
-def method(name: str, task: Task, *, rounds: int, clients: int, query: int = 16, seed: int = 0) -> Method:
+@dataclass(frozen=True)
+class Options:
+    """What of a method can be chosen apart from its recipe.
+
+    local, anneal: whether TinyMetaFed keeps the head on the devices, and lowers alpha as it goes. top: the share of the
+    changes that is sent, by default the recipe's. mu: of FedProx's proximal term. asynchronous: no rounds; an update
+    counts when it comes. dp_clip: of differential privacy, the largest norm of a device's change (0: none of it);
+    dp_noise: the standard deviation of the sum's noise in units of dp_clip; dp_on_device: devices clip, not the server.
+    """
+
+    local: bool = True
+    anneal: bool = True
+    top: float | None = None
+    mu: float = 0.1
+    asynchronous: bool = False
+    dp_clip: float = 0.0
+    dp_noise: float = 1.0
+    dp_on_device: bool = False
+
+
+def method(
+    name: str,
+    task: Task,
+    *,
+    rounds: int,
+    clients: int,
+    query: int = 16,
+    seed: int = 0,
+    options: Options = Options(),
+) -> Method:
     """One of ours (META), or any of Flower's by its class name in any case, with the task's recipe for it.
 
-    clients: how many a round. query: samples that each device scores itself on. Raises UserError for an unknown name.
+    clients: how many a round. query: samples that each device scores itself on. Raises UserError for an unknown name,
+    or for options that do not go with it.
     """
     key = name.lower()
+    if options.dp_clip and (options.asynchronous or key not in ("fedavg", "fedprox")):
+        raise UserError(
+            f"differential privacy is for the rounds of fedavg and fedprox: its noise is made for their mean, and "
+            f"not for {'asynchronous ones' if options.asynchronous else name}"
+        )
+    if key in META or (options.asynchronous and key == "fedavg"):
+        ours = _ours(key, task, rounds, clients, query, seed, options)
+        if not options.asynchronous:
+            return Method(type(ours).__name__, ours)
+        if key == "tinyreptile":
+            raise UserError("TinyReptile visits one device at a time; for asynchronous rounds choose reptile")
+        return Method("FedAsync" if key == "fedavg" else f"asynchronous {type(ours).__name__}", Asynchronous(ours))
+    if options.asynchronous:
+        raise UserError(f"{name} needs all of a round's updates at once; asynchronous are {', '.join(ASYNCHRONOUS)}")
+    return _flowers(key, name, task, clients, query, seed, options)
+
+
+def _ours(key: str, task: Task, rounds: int, clients: int, query: int, seed: int, options: Options) -> Reptile:
     recipe = task.meta if key in META else task.fedavg
     alpha, beta, steps = recipe.alpha, recipe.rate, recipe.steps
-    if key == "reptile":
-        return Method("Reptile", Reptile(alpha=alpha, beta=beta, steps=steps, clients=clients, query=query, seed=seed))
     if key == "tinyreptile":
-        return Method("TinyReptile", TinyReptile(alpha=alpha, beta=beta, steps=steps, query=query, seed=seed))
-    if key == "tinymetafed":
-        strategy = TinyMetaFed(
-            rounds=rounds,
-            alpha=alpha,
-            beta=beta,
-            steps=steps,
-            local=head(task.program) if recipe.head_steps else 0,
-            local_steps=recipe.head_steps,
-            top=recipe.top,
-            clients=clients,
-            query=query,
-            seed=seed,
-        )
-        return Method("TinyMetaFed", strategy)
+        return TinyReptile(alpha=alpha, beta=beta, steps=steps, query=query, seed=seed)
+    if key == "fomaml":
+        outer = max(1, steps // 8)
+        return FOMAML(alpha=alpha, beta=beta, steps=steps - outer, outer=outer, clients=clients, query=query, seed=seed)
+    if key != "tinymetafed":
+        return Reptile(alpha=alpha, beta=beta, steps=steps, clients=clients, query=query, seed=seed)
+    return TinyMetaFed(
+        rounds=rounds,
+        alpha=alpha,
+        alpha_end=0.0 if options.anneal else alpha,
+        beta=beta,
+        steps=steps,
+        local=head(task.program) if recipe.head_steps and options.local else 0,
+        local_steps=recipe.head_steps,
+        top=recipe.top if options.top is None else options.top,
+        clients=clients,
+        query=query,
+        seed=seed,
+    )
+
+
+def _flowers(key: str, name: str, task: Task, clients: int, query: int, seed: int, options: Options) -> Method:
     classes = {name: getattr(flower_strategies, name) for name in flower_strategies.__all__}
     known = {name.lower(): kind for name, kind in classes.items() if issubclass(kind, FedAvg)}
     if key not in known:
         raise UserError(f"there is no strategy '{name}'; choose one of {', '.join((*META, *sorted(known)))}")
+    recipe, kind = task.fedavg, known[key]
     # No least number of nodes: Flower's would wait for them without end.
-    flowers = known[key](fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=0, min_available_nodes=0)
-    plan = Plan(phases(recipe, task.program), query, UpdateFormat(top=recipe.top), seed)
+    more = {"proximal_mu": options.mu} if key == "fedprox" else {}
+    flowers: Strategy = kind(
+        fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=0, min_available_nodes=0, **more
+    )
+    if options.dp_clip:
+        private = DifferentialPrivacyClientSideFixedClipping
+        wrapper = private if options.dp_on_device else DifferentialPrivacyServerSideFixedClipping
+        flowers = wrapper(flowers, options.dp_noise, options.dp_clip, clients)
+    top = recipe.top if options.top is None else options.top
+    plan = Plan(phases(recipe, task.program), query, UpdateFormat(top=top), seed)
     config = config_from_plan(plan)
     del config["seed"]  # then every device draws samples of its own in every round
-    return Method(known[key].__name__, flowers, config)
+    return Method(f"{kind.__name__}{' with differential privacy' if options.dp_clip else ''}", flowers, config)
 
 
 def first_parameters(program: Program, how: Method, seed: int = 0) -> Vector:
@@ -96,7 +164,8 @@ def first_parameters(program: Program, how: Method, seed: int = 0) -> Vector:
     from there. (A random one would favour some labels over others, and no task has the labels of another.)"""
     vector = program.initial(seed)
     parts = program.split(vector)
-    mask = getattr(how.strategy, "local", 0)
+    strategy = how.strategy.strategy if isinstance(how.strategy, Asynchronous) else how.strategy
+    mask = strategy.local if isinstance(strategy, TinyMetaFed) else 0
     for i, layer in enumerate(layer for layer in program.layers if layer.trainable):
         if mask >> i & 1:
             for name in parts:
@@ -105,15 +174,23 @@ def first_parameters(program: Program, how: Method, seed: int = 0) -> Vector:
     return program.join(parts)
 
 
+_PRIVATE = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyClientSideFixedClipping)
+
+
 def limit_clients(strategy: Strategy, clients: int, nodes: int) -> None:
-    """Has one of Flower's strategies, which take a share of the nodes, take so many of them; ours know their number."""
+    """Has one of Flower's strategies, which take a share of the nodes, take so many of them; ours know their number.
+    Under differential privacy, the noise is made for as many."""
+    if isinstance(strategy, _PRIVATE):
+        strategy.num_sampled_clients = min(clients, nodes)
+        strategy = strategy.strategy
     if isinstance(strategy, FedAvg):
         strategy.fraction_train = min(1.0, (clients + 0.5) / nodes)  # it rounds down
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round came to. loss and accuracy are None where no device reported one."""
+    """What one round came to, or in an asynchronous run one update. loss and accuracy are None where no device reported
+    one. staleness: of each part, how many versions ago its device began."""
 
     number: int
     asked: int
@@ -123,6 +200,7 @@ class Round:
     bytes_down: int
     arena_bytes: int | None  # the most that a device's engine has to work in
     seconds: float
+    staleness: Sequence[int] = ()
 
     @property
     def loss(self) -> float | None:
@@ -226,7 +304,7 @@ def run(
     model = describe.put_model(store, describe.from_program(program, task.name))
     vector = first_parameters(program, how, seed) if start is None else np.asarray(start, np.float32)
     asked: list[str] = []
-    parts: list[Part] = []
+    parts: list[tuple[Part, int]] = []  # and the round that it was asked in
     lost: dict[str, str] = {}
     arenas: list[int] = []
 
@@ -234,7 +312,7 @@ def run(
         if event.kind == "asked":
             asked.append(event.device)
         elif event.kind == "replied" and event.metrics is not None:
-            parts.append(_part(event.device, event.metrics, event.encoding))
+            parts.append((_part(event.device, event.metrics, event.encoding), event.server_round))
             arenas.append(int(event.metrics["arena-bytes"]))  # type: ignore[arg-type]
         elif event.kind == "lost":
             lost[event.device] = event.reason
@@ -262,17 +340,24 @@ def run(
             random.seed(f"{seed} {server_round}")  # Flower's strategies draw the next round's nodes with it
             if server_round == 0:
                 return None
-            if not asked:  # ours say so themselves; Flower's would go on with nobody
+            if not asked and not parts:  # ours say so themselves; Flower's would go on with nobody
                 raise UserError(f"no client is there for round {server_round}; start devices, or widen the selection")
-            now = datetime.now(UTC)
+            now, up_now, down_now = datetime.now(UTC), grid.traffic.bytes_up, grid.traffic.bytes_down
             learned = to_vector(arrays, program)
+            used = []
+            for part, began_in in sorted(parts, key=lambda part: part[0].device):
+                if isinstance(how.strategy, Asynchronous) and server_round - began_in > how.strategy.max_staleness:
+                    lost[part.device] = f"its update is {server_round - began_in} versions old, too old"
+                else:
+                    used.append((part, server_round - began_in))
             this = Round(
                 number=server_round,
                 asked=len(asked),
-                parts=sorted(parts, key=lambda part: part.device),
+                parts=[part for part, _ in used],
+                staleness=[age for _, age in used],
                 lost=dict(lost),
-                bytes_up=grid.traffic.bytes_up - up,
-                bytes_down=grid.traffic.bytes_down - down,
+                bytes_up=up_now - up,
+                bytes_down=down_now - down,
                 arena_bytes=max(arenas, default=None),
                 seconds=(now - began).total_seconds(),
             )
@@ -290,7 +375,7 @@ def run(
                 lost=this.lost,
             )
             done.append(this)
-            newest, began, up, down = learned, now, grid.traffic.bytes_up, grid.traffic.bytes_down
+            newest, began, up, down = learned, now, up_now, down_now
             asked.clear()
             parts.clear()
             lost.clear()
@@ -298,7 +383,7 @@ def run(
             if on_round is not None:
                 on_round(this)
             # The fleet may have shrunk or grown; only Flower's strategies need to be told.
-            if isinstance(how.strategy, FedAvg) and (there := grid.wait_for_nodes(1, 0)):
+            if isinstance(how.strategy, (FedAvg, *_PRIVATE)) and (there := grid.wait_for_nodes(1, 0)):
                 limit_clients(how.strategy, clients, len(there))
             return None
 

@@ -75,19 +75,28 @@ def size(count: float) -> str:
 
 
 def scores(results: Mapping[str, Sequence[Score]]) -> Table:
-    """Accuracy by start and shots; after the sign, 1.96 standard errors of the mean over tasks."""
-    table = Table(title="Accuracy on held-out tasks, after one pass over K samples a class")
+    """Accuracy or error by start and shots; after the sign, 1.96 standard errors of the mean over tasks."""
+    first = next(iter(results.values()))[0]
+    each = "K samples a class" if first.metric == "accuracy" else "K samples"
+    table = Table(title=f"{first.metric.capitalize()} on held-out tasks, after one pass over {each}")
     table.add_column("start")
     for score in next(iter(results.values())):
         table.add_column(f"K = {score.shots}", justify="right")
     for name, row in results.items():
-        table.add_row(name, *(f"{score.mean:.1%} ± {half_width(score):.1%}" for score in row))
+        table.add_row(name, *map(interval, row))
     return table
+
+
+def interval(score: Score) -> str:
+    """A score and the half width of its 95 % interval."""
+    if score.metric == "accuracy":
+        return f"{score.mean:.1%} ± {half_width(score):.1%}"
+    return f"{score.mean:.3g} ± {half_width(score):.2g}"
 
 
 def half_width(score: Score) -> float:
     """Of the 95 % interval of the mean over tasks."""
-    return float(1.96 * score.spread / len(score.accuracies) ** 0.5)
+    return float(1.96 * score.spread / len(score.values) ** 0.5)
 
 
 def plot(path: Path, title: str, runs: Mapping[str, Sequence[Round]], results: Mapping[str, Sequence[Score]]) -> None:
@@ -108,12 +117,15 @@ def plot(path: Path, title: str, runs: Mapping[str, Sequence[Round]], results: M
         colours[name] = line.get_color()
     learning.set(xlabel="sent by all devices (kB)", ylabel="mean loss on the devices", xscale="log")
     greys = itertools.cycle(("grey", "silver"))
+    metric = next(iter(results.values()))[0].metric
+    scale = 100 if metric == "accuracy" else 1
     for name, row in results.items():
         colour = next((colour for run, colour in colours.items() if run in name), None) or next(greys)
         shots = [score.shots for score in row]
-        means, errors = [100 * score.mean for score in row], [100 * half_width(score) for score in row]
+        means, errors = [scale * score.mean for score in row], [scale * half_width(score) for score in row]
         adapting.errorbar(shots, means, errors, marker="o", capsize=3, label=name, color=colour)
-    adapting.set(xlabel="samples a class (K)", ylabel="accuracy on held-out tasks (%)", xticks=shots)
+    unit = " (%)" if metric == "accuracy" else ""
+    adapting.set(xlabel="samples a class (K)", ylabel=f"{metric} on held-out tasks{unit}", xticks=shots)
     for axes in (learning, adapting):
         axes.grid(alpha=0.3)
         axes.legend()

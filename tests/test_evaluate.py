@@ -1,14 +1,18 @@
 """Few-shot evaluation: fair, repeatable, and without a look at what is scored."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from edge import tasks
+from edge.program import Dense, build
 from edge.protocol import ALL_LAYERS, Phase
-from edge.tasks import Episodes
-from server.evaluate import few_shot, one_pass
+from edge.tasks import Episode, Episodes, Split
+from server import show
+from server.evaluate import baselines, few_shot, one_pass
 
 TASK = tasks.load("digits")
 START = TASK.program.initial(0)
@@ -17,8 +21,8 @@ START = TASK.program.initial(0)
 def test_the_same_seed_gives_the_same_scores() -> None:
     phases = [Phase(ALL_LAYERS, 20, 0.05)]
     one, other = (few_shot(TASK, START, phases, shots=2, episodes=10, seed=4) for _ in range(2))
-    assert one.accuracies.tolist() == other.accuracies.tolist()
-    assert one.accuracies.tolist() != few_shot(TASK, START, phases, shots=2, episodes=10, seed=5).accuracies.tolist()
+    assert one.values.tolist() == other.values.tolist()
+    assert one.values.tolist() != few_shot(TASK, START, phases, shots=2, episodes=10, seed=5).values.tolist()
 
 
 def test_every_start_and_plan_meets_the_same_tasks() -> None:
@@ -50,5 +54,48 @@ def test_phases_train_only_their_layers() -> None:
         arrays[name][:] = 0
     start = TASK.program.join(arrays)
     frozen = few_shot(TASK, start, [Phase(1, 50, 0.1)], shots=5, episodes=10)
-    assert frozen.accuracies.tolist() == [0.2] * 10
+    assert frozen.values.tolist() == [0.2] * 10
     assert few_shot(TASK, start, [Phase(2, 50, 0.1)], shots=5, episodes=10).mean > 0.3
+
+
+def lines(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
+    """Regression tasks: y = a * x, for a slope of its own each."""
+
+    def one(seed: int) -> Episode:
+        random = np.random.default_rng(seed)
+        x = random.uniform(-1, 1, (shots + queries, 1)).astype(np.float32)
+        y = np.float32(random.uniform(-2, 2)) * x
+        return Episode(x[:shots], y[:shots], x[shots:], y[shots:])
+
+    return Episodes.of(map(one, seeds))
+
+
+LINES = replace(TASK, name="lines", ways=1, program=build([Dense(1)], (1,), "mse"), draw=lines)
+
+
+def test_a_regression_is_scored_by_its_squared_error() -> None:
+    zero = np.zeros(2, np.float32)
+    untrained = few_shot(LINES, zero, [], shots=3, episodes=40, queries=50)
+    episode = LINES.draw("held_out", [int(np.random.SeedSequence([0, 0]).generate_state(2)[0])], 3, 50)[0]
+    assert untrained.metric == "mean squared error"
+    assert untrained.values[0] == pytest.approx(np.mean(np.asarray(episode.query_y) ** 2), rel=1e-6)
+    few, many = (one_pass(LINES, zero, shots=shots, episodes=40) for shots in (2, 20))
+    assert many.mean < 0.2 * untrained.mean and many.mean < few.mean < untrained.mean, (
+        "the best rate is the least error"
+    )
+    assert many.merit > few.merit
+    said = show.scores({"learned": [few, many]})
+    assert said.title is not None and "Mean squared error" in str(said.title) and "%" not in show.interval(many)
+
+
+def test_what_diverges_is_the_worst_there_is() -> None:
+    wild = [Phase(ALL_LAYERS, 500, 50.0)]
+    assert few_shot(LINES, np.ones(2, np.float32), wild, shots=5, episodes=2).mean == np.inf
+
+
+def test_the_baselines_are_a_head_alone_and_a_random_start() -> None:
+    scores = baselines(TASK, START, shots=(2,), seed=0)
+    assert list(scores) == ["learned", "learned, head alone (TinyOL)", "from scratch"]
+    ((learned,), (head,), (scratch,)) = scores.values()
+    assert np.array_equal(learned.values, scratch.values), "START is what seed 0 gives"
+    assert not np.array_equal(learned.values, head.values) and learned.values.shape == head.values.shape

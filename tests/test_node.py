@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 import edge.node
 from edge._mote import ffi, lib
 from edge.agent import AgentNode
+from edge.client_app import patched
 from edge.errors import UserError
 from edge.graph import Graph, Kind, Op, Tensor
 from edge.learner import MoteLearner
@@ -243,6 +245,92 @@ def test_sparse_replies(make: Make, half: bool, out_bytes: int, top: float) -> N
         assert np.array_equal(np.concatenate([u.indices for u in got]), wanted)
         values = own[wanted].astype(np.float16).astype(np.float32) if half else own[wanted]
         assert np.array_equal(np.concatenate([u.changes for u in got]), values)
+
+
+@both
+def test_a_pull_is_fedproxs_step(make: Make) -> None:
+    """w - rate * (g + mu * (w - the round's weights)), of the layers that train: the gradient from plain steps."""
+    rate, mu = np.float32(0.25), np.float32(1.5)
+    order = work(phases=(Phase(2, 3, 0.25), Phase(3, 12, float(rate), float(mu))), query=0)
+    learner, stream = MoteLearner(PROGRAM), DatasetStream(DATA)
+    learner.set_parameters(WEIGHTS)
+    stream.open(order.seed)
+    learner.mask = 2
+    for _ in range(3):
+        learner.learn(*stream.next(False), 0.25)
+    learner.mask = 3
+    for _ in range(12):
+        before = learner.parameters
+        learner.learn(*stream.next(False), float(rate))
+        learner.set_parameters(learner.parameters - rate * mu * (before - WEIGHTS))
+    got = dense(serve(make(), order))
+    np.testing.assert_allclose(got, learner.parameters, rtol=1e-5, atol=1e-6)
+    free = dense(serve(make(), replace(order, phases=tuple(replace(phase, pull=0.0) for phase in order.phases))))
+    assert np.linalg.norm(got - WEIGHTS) < 0.8 * np.linalg.norm(free - WEIGHTS), (
+        "it stays nearer to the round's weights"
+    )
+
+
+@both
+@pytest.mark.parametrize("out_bytes", [256, 8192])
+def test_changes_since_a_phase(make: Make, out_bytes: int) -> None:
+    """What the last phase alone has changed, as first-order MAML asks: dense as changes, and the largest of them."""
+    inner, outer = Phase(ALL_LAYERS, 10, 0.1), Phase(ALL_LAYERS, 1, 0.05)
+    adapted, learned = (expected(work(phases=phases, query=0))[0].parameters for phases in ((inner,), (inner, outer)))
+    node = make(out_bytes=out_bytes)
+    done = serve(node, work(phases=(inner, outer), update=UpdateFormat(since=1)))
+    assert all(isinstance(d.update, Dense) and d.update.change for d in done)
+    assert np.array_equal(dense(done), learned - adapted)
+    assert np.array_equal(patched(WEIGHTS, done), WEIGHTS + (learned - adapted))
+    some = serve(node, work(8, phases=(inner, outer), update=UpdateFormat(since=1, top=0.1)))
+    indices = np.concatenate([d.update.indices for d in some if isinstance(d.update, Sparse)])
+    changes = np.concatenate([d.update.changes for d in some if isinstance(d.update, Sparse)])
+    assert np.array_equal(changes, (learned - adapted)[indices]) and len(indices) == np.ceil(0.1 * PROGRAM.n_params)
+
+
+@both
+def test_an_update_is_clipped_on_the_device(make: Make) -> None:
+    """To a norm over what is sent; one that is small enough goes as it is."""
+    node, changes = make(), expected(work())[0].parameters - WEIGHTS
+    for id, shared, part in ((7, ALL_LAYERS, slice(0, None)), (8, 2, slice(280, None))):
+        norm = float(np.linalg.norm(changes[part]))
+        clipped = dense(serve(node, work(id, update=UpdateFormat(shared, clip=norm / 4))))[part] - WEIGHTS[part]
+        np.testing.assert_allclose(clipped, changes[part] / 4, rtol=1e-3, atol=1e-6)
+        assert np.linalg.norm(clipped) <= norm / 4 * (1 + 1e-5)
+        whole = dense(serve(node, work(id + 10, update=UpdateFormat(shared, clip=norm * 2))))
+        assert np.array_equal(whole[part], expected(work())[0].parameters[part])
+
+
+@both
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"phases": (Phase(3, 5, 0.5, 2.0),)},
+        {"phases": (Phase(3, 5, 0.5, -1.0),)},
+        {"phases": (Phase(3, 5, 0.5, float("nan")),)},
+        {"update": UpdateFormat(since=1)},
+        {"update": UpdateFormat(clip=-1.0)},
+        {"phases": (Phase(3, 5, 0.1), Phase(3, 5, 0.1, 1.0)), "update": UpdateFormat(since=1)},
+    ],
+    ids=["all the way", "negative", "not a number", "no such phase", "negative norm", "two bases"],
+)
+def test_what_makes_no_sense_is_turned_down(make: Make, fields: dict[str, Any]) -> None:
+    assert replies(do(make(), work(**fields))) == [Failed(7, ErrorCode.ENGINE, lib.MOTE_ERR_ARGUMENT)]
+
+
+def test_what_needs_a_copy_of_the_weights_is_turned_down_where_there_is_no_room_for_one() -> None:
+    node = mote(sparse=False)
+    pulled = (Phase(3, 5, 0.1, 1.0),)
+    for id, order in enumerate(
+        (
+            work(phases=pulled),
+            work(phases=pulled, kind="evaluate", update=None),
+            work(phases=(Phase(3, 5, 0.1), Phase(3, 1, 0.1)), update=UpdateFormat(since=1)),
+            work(update=UpdateFormat(clip=1.0)),
+        )
+    ):
+        assert replies(do(node, replace(order, id=id))) == [Failed(id, ErrorCode.ROOM)]
+    serve(node, work(9))
 
 
 @both
@@ -713,6 +801,12 @@ ORDERS: list[Do] = [
     work(4, 3, kind="evaluate", update=None),
     work(5, 3, model=HEAD_ONLY.model_id),
     work(6, 4, phases=(Phase(3, 9, float("inf")),)),
+    work(11, 4, phases=(Phase(2, 3, 0.1), Phase(3, 4, 0.2, 2.0)), update=UpdateFormat(shared=2, half=True)),
+    work(12, 5, phases=(Phase(3, 5, 0.1), Phase(3, 0, 0.1), Phase(3, 2, 0.1)), update=UpdateFormat(since=2, clip=0.01)),
+    work(13, 6, phases=(Phase(3, 5, 0.1), Phase(1, 2, 0.1)), update=UpdateFormat(top=0.2, since=1, half=True)),
+    work(14, 6, update=UpdateFormat(shared=1, clip=0.05, half=True)),
+    work(15, 7, phases=(Phase(3, 5, 0.5, 2.0),)),
+    work(16, 7, update=UpdateFormat(since=1)),
     Adopt(7, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data)),
     Adopt(8, PROGRAM.model_id, len(PROGRAM.data), zlib.crc32(PROGRAM.data)),
     Adopt(9, b"12345678", len(HEAD_ONLY.data), 5),

@@ -52,14 +52,14 @@ from edge.protocol import (
 u32 = st.integers(0, 2**32 - 1)
 f32 = st.floats(width=32, allow_nan=False)
 model = st.binary(min_size=8, max_size=8)
-formats = st.builds(UpdateFormat, u32, st.booleans(), f32)
-phases = st.lists(st.builds(Phase, u32, u32, f32), max_size=4).map(tuple)
+formats = st.builds(UpdateFormat, u32, st.booleans(), f32) | st.builds(UpdateFormat, u32, st.booleans(), f32, u32, f32)
+phases = st.lists(st.builds(Phase, u32, u32, f32) | st.builds(Phase, u32, u32, f32, f32), max_size=4).map(tuple)
 works = st.builds(Work, u32, st.sampled_from(["train", "evaluate"]), u32, u32, model, u32, phases, u32)
 works = st.builds(lambda work, update: replace(work, update=update), works, st.none() | formats)
 orders = st.one_of(works, st.builds(Adopt, u32, model, u32, u32), st.builds(Reboot, u32))
 metrics = st.builds(Metrics, u32, f32, u32, u32, f32, u32)
 values = arrays(np.float32, st.integers(0, 40), elements=st.floats(width=16, allow_nan=False))
-denses = st.builds(Dense, u32, values, st.booleans())
+denses = st.builds(Dense, u32, values, st.booleans(), st.booleans())
 sparses = st.builds(
     lambda indices, change, half: Sparse(
         np.array(sorted(indices), np.uint32), np.full(len(indices), change, np.float32), half

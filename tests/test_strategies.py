@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from edge.errors import UserError
 from edge.protocol import ALL_LAYERS, plan_from_config
-from server.flower import Run, new_run
-from server.strategies import Reptile, TinyMetaFed, TinyReptile
+from server.flower import Run, new_run, stamp
+from server.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 
 Arrays = dict[str, list[float]]
 START: Arrays = {"dense_0/weights": [1.0, 2.0], "dense_0/bias": [0.0], "dense_1/weights": [4.0, -4.0]}
@@ -189,3 +189,77 @@ def test_tinymetafed_keeps_the_local_layers_initial_values() -> None:
     new = values(arrays)
     assert new["dense_0/weights"].tolist() == [2.0, 3.0]
     assert new["dense_1/weights"].tolist() == START["dense_1/weights"]
+
+
+def test_first_order_maml_asks_for_what_the_last_samples_changed() -> None:
+    config = configure(FOMAML(beta=0.25, steps=6, outer=2, outer_beta=0.5))[0].content.config_records["config"]
+    phases, _, update, _ = plan_from_config(config)
+    assert [(p.layers, p.steps, p.rate) for p in phases] == [(ALL_LAYERS, 6, 0.25), (ALL_LAYERS, 2, 0.5)]
+    assert update is not None and update.since == 1
+    with pytest.raises(UserError, match="at least one sample"):
+        FOMAML(outer=0)
+
+
+def test_tinymetafeds_parts_switch_apart() -> None:
+    strategy = TinyMetaFed(rounds=4, alpha=0.5, alpha_end=0.5, local=0, top=1.0)
+    config = configure(strategy)[0].content.config_records["config"]
+    phases, _, update, _ = plan_from_config(config)
+    assert len(phases) == 1, "no local part"
+    assert update is not None and (update.shared, update.top) == (ALL_LAYERS, 1.0)
+    assert {strategy.rate(r) for r in (1, 2, 3, 4)} == {0.5}
+
+
+class Inbox(Nodes):
+    """A grid whose devices answer in the order that the test says, each by moving all parameters by 1."""
+
+    def __init__(self, nodes: list[int], answers: list[int]) -> None:
+        super().__init__(nodes)
+        self.answers = answers  # the nodes, in the order of their replies
+        self.open: dict[str, Message] = {}
+        self.given: dict[int, list[float]] = {}  # node -> the first parameter that it was sent, each time
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            ids.append(stamp(message))
+            self.open[ids[-1]] = message
+            first = next(iter(message.content.array_records.values()))["dense_0/weights"].numpy()[0]
+            self.given.setdefault(message.metadata.dst_node_id, []).append(float(first))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for id in message_ids:
+            if self.answers and self.open[id].metadata.dst_node_id == abs(self.answers[0]):
+                message, who = self.open.pop(id), self.answers.pop(0)
+                if who < 0:
+                    return [Message(Error(3, "late"), reply_to=message)]
+                sent = next(iter(message.content.array_records.values()))
+                return [reply(message, {k: (a.numpy() + 1).tolist() for k, a in sent.items()})]
+        return []
+
+
+def test_a_stale_update_counts_less_and_too_old_a_one_not_at_all() -> None:
+    """Three devices at once; node 12's first reply comes when the others have made 3 versions."""
+    strategy = Asynchronous(Reptile(alpha=3.0, clients=3), exponent=1.0, max_staleness=3)
+    grid = Inbox([10, 11, 12], [10, 11, 10, 12])
+    firsts: list[float] = []
+
+    def seen(version: int, arrays: ArrayRecord) -> None:
+        firsts.append(float(arrays["dense_0/weights"].numpy()[0]))
+
+    result = strategy.start(grid, record(START), num_rounds=4, evaluate_fn=seen)
+    ages = [metrics["staleness"] for metrics in result.train_metrics_clientapp.values()]
+    assert ages == [0, 1, 1, 3]
+    weights = [1.0, 1 / 2, 1 / 2, 1 / 4]
+    assert firsts == pytest.approx([1.0 + sum(weights[:n]) for n in range(5)])
+    assert grid.given[10] == pytest.approx([1.0, 2.0, 3.0]), "whoever replied works on the newest version"
+    strict = Asynchronous(Reptile(alpha=3.0, clients=3), max_staleness=2)
+    later = strict.start(Inbox([10, 11, 12], [10, 11, 10, 12, 10]), record(START), num_rounds=4)
+    assert [m["staleness"] for m in later.train_metrics_clientapp.values()] == [0, 1, 1, 0], "the one of 3 is left out"
+
+
+def test_devices_that_only_fail_end_an_asynchronous_run() -> None:
+    with pytest.raises(UserError, match="none of the devices gave a usable reply for round 1"):
+        Asynchronous(Reptile(clients=2)).start(Inbox([10, 11], [-10, -11]), record(START))
+    with pytest.raises(UserError, match="no client is there for round 1"):
+        Asynchronous(Reptile(clients=2)).start(Inbox([], []), record(START))

@@ -195,6 +195,10 @@ static size_t encode_part(mote_node_t *n)
             done->done_update_choice = done_update_sparse_m_c;
             done->done_update_sparse_m.sparse_gaps = bytes;
             set_numbers(n, &done->done_update_sparse_m.sparse_changes, gaps + part.gaps, part.count);
+        } else if (mote_sends_changes(n)) {
+            done->done_update_choice = done_update_change_m_c;
+            done->done_update_change_m.change_offset = part.from;
+            set_numbers(n, &done->done_update_change_m.change_by, gaps, part.count);
         } else {
             done->done_update_choice = done_update_dense_m_c;
             done->done_update_dense_m.dense_offset = part.from;
@@ -295,10 +299,56 @@ static void want_chunks(mote_node_t *n, uint32_t size)
     n->pending |= SUBSCRIBE_CHUNKS;
 }
 
+/* How strongly a phase draws the weights back; 0: it doesn't. */
+static float pull_of(const struct phase *phase)
+{
+    return phase->phase_pull_present ? phase->phase_pull : 0.0f;
+}
+
+/* What of the learned parameters an order wants; NULL: nothing. */
+static const struct update_format *format_of(const struct work *work)
+{
+    return work->work_order_choice == work_order_train_m_c && work->work_update_choice == work_update_update_format_m_c
+               ? &work->work_update_update_format_m
+               : NULL;
+}
+
+/* The phase whose beginning is the base of an update's changes, and what they are clipped to; each 0 if not said. */
+static uint32_t since_of(const struct update_format *format)
+{
+    return format->update_format_changes_of_m_present ? format->update_format_changes_of_m.changes_of_since : 0;
+}
+
+static float clip_of(const struct update_format *format)
+{
+    return format->update_format_changes_of_m_present ? format->update_format_changes_of_m.changes_of_clip : 0.0f;
+}
+
+/* Whether an order needs a copy of the weights beside those that learn; *fits: whether its numbers make sense. */
+static int needs_base(const struct work *work, int *fits)
+{
+    const struct update_format *format = format_of(work);
+    size_t phases = work->work_phases_phase_m_count;
+    int pulled = 0;
+    *fits = 1;
+    for (size_t i = 0; i < phases; i++) {
+        const struct phase *phase = &work->work_phases_phase_m[i];
+        float pull = pull_of(phase);
+        pulled |= pull != 0.0f;
+        *fits &= pull >= 0.0f && (pull == 0.0f || phase->phase_rate * pull < 1.0f);
+    }
+    if (format == NULL) {
+        return pulled;
+    }
+    *fits &= clip_of(format) >= 0.0f && (since_of(format) == 0 || (since_of(format) < phases && !pulled));
+    return pulled || format->update_format_top < 1.0f || since_of(format) > 0 || clip_of(format) > 0.0f;
+}
+
 /* The reason to turn this work down at once, or NO_ERROR. */
 static uint32_t work_error(const mote_node_t *n, const struct work *work, int32_t *detail)
 {
     uint32_t params = mote_header(&n->mote)->params;
+    int fits;
     *detail = 0;
     if (memcmp(work->work_model.value, n->model, sizeof n->model) != 0) {
         return WRONG_MODEL;
@@ -306,10 +356,12 @@ static uint32_t work_error(const mote_node_t *n, const struct work *work, int32_
     if (params > MOTE_CHUNK * MOTE_MAX_CHUNKS) {
         return NO_ROOM;
     }
-    if (work->work_order_choice == work_order_train_m_c && work->work_update_choice == work_update_update_format_m_c &&
-        work->work_update_update_format_m.update_format_top < 1.0f &&
-        (n->config.base == NULL || n->config.base_count < params / sizeof(float))) {
+    if (needs_base(work, &fits) && (n->config.base == NULL || n->config.base_count < params / sizeof(float))) {
         return NO_ROOM;
+    }
+    if (!fits) {
+        *detail = MOTE_ERR_ARGUMENT;
+        return ENGINE;
     }
     for (size_t i = 0; i < work->work_phases_phase_m_count; i++) {
         uint32_t layers = work->work_phases_phase_m[i].phase_layers;
@@ -354,12 +406,19 @@ static void take_work(mote_node_t *n, uint32_t order, const struct work *work)
         n->phase[i].layers = phase->phase_layers == UINT32_MAX ? n->mote.trainable : phase->phase_layers;
         n->phase[i].steps = phase->phase_steps;
         n->phase[i].rate = phase->phase_rate;
+        n->phase[i].pull = pull_of(phase);
     }
-    if (work->work_order_choice == work_order_train_m_c && work->work_update_choice == work_update_update_format_m_c) {
+    int fits;
+    n->based = (uint32_t)needs_base(work, &fits);
+    n->since = 0;
+    const struct update_format *format = format_of(work);
+    if (format != NULL) {
         n->update = 1;
-        n->shared = work->work_update_update_format_m.update_format_shared;
-        n->half = work->work_update_update_format_m.update_format_half;
-        n->top = work->work_update_update_format_m.update_format_top;
+        n->shared = format->update_format_shared;
+        n->half = format->update_format_half;
+        n->top = format->update_format_top;
+        n->since = since_of(format);
+        n->clip = clip_of(format);
     }
     want_chunks(n, mote_header(&n->mote)->params);
     if (n->missing == 0) {
@@ -442,7 +501,7 @@ static void start_learning(mote_node_t *n)
     n->at_phase = n->at_step = 0;
     n->learned = n->queried = n->correct = 0;
     n->loss = n->query_loss = 0.0f;
-    if (n->update && mote_is_sparse(n)) {
+    if (n->based) {
         memcpy(n->config.base, w, params);
     }
     if (!mote_all_finite(w, params / sizeof(float))) {
@@ -629,14 +688,32 @@ static void fail_engine(mote_node_t *n, int error)
     }
 }
 
+/* w = base + kept * (w - base), of the layers that train. */
+static void pull_back(mote_node_t *n, uint32_t layers, float kept)
+{
+    float *w = mote_parameters(&n->mote, NULL);
+    const float *base = n->config.base;
+    for (uint32_t layer = 0; layer < n->mote.layers; layer++) {
+        size_t first = 0, count = 0;
+        (void)mote_layer(&n->mote, layer, &first, &count);
+        for (size_t i = first; (layers >> layer & 1u) && i < first + count; i++) {
+            w[i] = base[i] + kept * (w[i] - base[i]);
+        }
+    }
+}
+
+/* With a pull, FedProx's step: w - rate * (g + pull * (w - base)) = base + kept * (w - rate / kept * g - base). */
 static void learn_one(mote_node_t *n, const mote_phase_t *phase, const float *x, const float *y)
 {
-    float loss = 0.0f;
-    (void)mote_train_mask(&n->mote, phase->layers, 0); /* work_error looked at it */
-    int error = mote_learn(&n->mote, x, y, phase->rate, &loss);
+    float loss = 0.0f, kept = 1.0f - phase->rate * phase->pull;
+    (void)mote_train_mask(&n->mote, phase->layers, 0); /* work_error looked at it, and that kept > 0 */
+    int error = mote_learn(&n->mote, x, y, phase->pull > 0.0f ? phase->rate / kept : phase->rate, &loss);
     if (error != MOTE_OK) {
         fail_engine(n, error);
     } else {
+        if (phase->pull > 0.0f) {
+            pull_back(n, phase->layers, kept);
+        }
         n->loss += loss;
         n->learned++;
         n->counters.samples++;
@@ -671,6 +748,9 @@ int mote_node_step(mote_node_t *n)
     while (n->state == LEARN && n->at_phase < n->phases && n->at_step >= n->phase[n->at_phase].steps) {
         n->at_phase++;
         n->at_step = 0;
+        if (n->since > 0 && n->at_phase == n->since) {
+            memcpy(n->config.base, n->mote.arena, mote_header(&n->mote)->params);
+        }
     }
     if (n->state == LEARN && n->at_phase == n->phases) {
         n->state = QUERY;
@@ -686,7 +766,11 @@ int mote_node_step(mote_node_t *n)
         }
         score_one(n, x, y);
     } else if (n->state == QUERY) {
-        finish(n, n->update && !mote_update_is_finite(n) ? DIVERGED : NO_ERROR, 0);
+        int diverged = n->update && !mote_update_is_finite(n);
+        if (n->update && n->clip > 0.0f && !diverged) {
+            mote_update_clip(n);
+        }
+        finish(n, diverged ? DIVERGED : NO_ERROR, 0);
     }
     return n->state == LEARN || n->state == QUERY;
 }

@@ -37,7 +37,8 @@ typedef struct {
     uint8_t model[8];
     void *arena;
     size_t arena_size;
-    float *base;       /* room for a copy of the round's weights, or NULL: then no sparse replies */
+    float *base; /* room for a copy of the weights, or NULL: then none of what needs it: sparse replies or other changes,
+                    clipping, a pull towards the round's weights */
     size_t base_count; /* floats */
     float *sample;     /* room for one input and one target */
     size_t sample_count;
@@ -65,7 +66,7 @@ typedef struct {
 
 typedef struct {
     uint32_t layers, steps;
-    float rate;
+    float rate, pull;
 } mote_phase_t;
 
 /* The owner keeps one of these, zeroed or not; what is in it is the node's own. */
@@ -85,8 +86,11 @@ typedef struct {
     uint32_t run, round, seed, query;
     uint32_t phases;
     mote_phase_t phase[MOTE_MAX_PHASES];
+    uint32_t based;                /* whether it needs a copy of the weights */
     uint32_t update, shared, half; /* whether an update goes back, of which layers, as f16 */
     float top;
+    uint32_t since; /* the phase whose beginning is the base; 0: the round's weights */
+    float clip;     /* the largest norm of the changes, or 0 */
 
     /* What is being received: the round's weights, or a program. */
     uint8_t wanted_model[8];

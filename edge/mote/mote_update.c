@@ -114,12 +114,31 @@ int mote_update_is_finite(const mote_node_t *n)
     uint32_t limit = n->half ? 0x477ff000u : 0x7f800000u; /* 65520, which f16 rounds to infinity; infinity */
     uint32_t end = 0;
     for (uint32_t i = next_shared(n, 0, &end); i < end; i = next_shared(n, i + 1, &end)) {
-        uint32_t bits = mote_is_sparse(n) ? change_bits(n, i) : float_bits(parameter(n, i)) & 0x7fffffffu;
+        uint32_t bits = mote_sends_changes(n) ? change_bits(n, i) : float_bits(parameter(n, i)) & 0x7fffffffu;
         if (bits >= limit) {
             return 0;
         }
     }
     return 1;
+}
+
+void mote_update_clip(mote_node_t *n)
+{
+    float *w = (float *)(void *)n->mote.arena, sum = 0.0f;
+    uint32_t end = 0;
+    for (uint32_t i = next_shared(n, 0, &end); i < end; i = next_shared(n, i + 1, &end)) {
+        float by = change(n, i);
+        sum += by * by;
+    }
+    float norm = mote_sqrtf(sum);
+    if (!(norm > n->clip)) {
+        return;
+    }
+    float scale = n->clip / norm;
+    end = 0;
+    for (uint32_t i = next_shared(n, 0, &end); i < end; i = next_shared(n, i + 1, &end)) {
+        w[i] = n->config.base[i] + scale * change(n, i);
+    }
 }
 
 /* The k-th largest change, by bisecting on the bits: those of positive floats are ordered as the floats are. Changes
@@ -201,7 +220,8 @@ int mote_update_plan(const mote_node_t *n, uint32_t from, uint32_t ties, mote_pa
 static void write_dense(const mote_node_t *n, const mote_part_t *part, uint8_t *values)
 {
     for (uint32_t i = 0; i < part->count; i++) {
-        values += write_number(n, values, parameter(n, part->from + i));
+        uint32_t at = part->from + i;
+        values += write_number(n, values, mote_sends_changes(n) ? change(n, at) : parameter(n, at));
     }
 }
 

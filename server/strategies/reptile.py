@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
 
+from edge.client_app import from_numpy, to_numpy
 from edge.errors import UserError
 from edge.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
 from server.flower import log
@@ -49,7 +49,7 @@ class Reptile(Strategy):
         self.seed = seed
         self.phases: Sequence[Phase] = (Phase(ALL_LAYERS, steps, beta),)
         self.update = UpdateFormat(half=half)
-        self._sent: dict[str, NDArray[np.float32]] = {}
+        self._sent = ArrayRecord()
 
     def rate(self, server_round: int) -> float:
         """The server's rate alpha in this round, which counts from 1."""
@@ -65,14 +65,25 @@ class Reptile(Strategy):
         random = np.random.default_rng([self.seed, server_round])
         chosen = random.choice(len(nodes), min(self.clients, len(nodes)), replace=False)
         log(INFO, "configure_train: %d of %d nodes", len(chosen), len(nodes))
-        self._sent = {key: array.numpy() for key, array in arrays.items()}
-        return [self._message(server_round, arrays, config, nodes[i]) for i in sorted(chosen)]
+        self._sent = arrays
+        return [self.message(server_round, arrays, config, nodes[i]) for i in sorted(chosen)]
 
-    def _message(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, node: int) -> Message:
-        task_seed = int(np.random.SeedSequence([self.seed, server_round, node]).generate_state(1)[0])
+    def message(
+        self,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        node: int,
+        *,
+        task: int | None = None,
+        ttl: float | None = None,
+    ) -> Message:
+        """What one client is to do. task: what its task's seed comes from, by default the round. ttl: its seconds."""
+        number = server_round if task is None else task
+        task_seed = int(np.random.SeedSequence([self.seed, number, node]).generate_state(1)[0])
         plan = Plan(tuple(self.phases), self.query, self.update, task_seed)
         instructions = ConfigRecord({**config, "server-round": server_round, **config_from_plan(plan)})
-        return Message(RecordDict({"arrays": arrays, "config": instructions}), node, MessageType.TRAIN)
+        return Message(RecordDict({"arrays": arrays, "config": instructions}), node, MessageType.TRAIN, ttl=ttl)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -82,30 +93,32 @@ class Reptile(Strategy):
         Replies that are errors, or whose arrays differ from those sent in name or shape or are not finite, are left
         out. The order in which replies came does not matter: they are added up by node id, in float64.
         """
-        good = sorted((r for r in replies if self._is_good(r)), key=lambda r: r.metadata.src_node_id)
+        good = sorted((r for r in replies if self.is_good(r, self._sent)), key=lambda r: r.metadata.src_node_id)
         if not good:
             return None, None
         alpha = self.rate(server_round)
+        learned = [arrays_of(reply) for reply in good]
         updated = ArrayRecord()
-        for key, sent in self._sent.items():
-            if self._is_shared(key):
-                learned = [_arrays(reply)[key].numpy() for reply in good]
-                pull = np.mean([g_k.astype(np.float64) - sent for g_k in learned], axis=0)
-                updated[key] = Array(np.asarray(sent + alpha * pull, dtype=np.float32))
+        for key, array in self._sent.items():
+            sent = to_numpy(array)
+            if self.is_shared(key):
+                pull = np.mean([to_numpy(g_k[key]).astype(np.float64) - sent for g_k in learned], axis=0)
+                updated[key] = from_numpy(np.asarray(sent + alpha * pull, dtype=np.float32))
             else:
-                updated[key] = Array(sent)
+                updated[key] = array
         metrics = mean_metrics([next(iter(reply.content.metric_records.values())) for reply in good])
         metrics["alpha"] = alpha
         return updated, metrics
 
-    def _is_shared(self, key: str) -> bool:
+    def is_shared(self, key: str) -> bool:
         """Whether this array belongs to the fleet; the others keep their initial values here. Arrays are named as in a
         program: dense_2/weights belongs to layer 2."""
         if self.update.shared == ALL_LAYERS:
             return True
         return bool(self.update.shared >> int(key.partition("/")[0].rpartition("_")[2]) & 1)
 
-    def _is_good(self, reply: Message) -> bool:
+    def is_good(self, reply: Message, sent: ArrayRecord) -> bool:
+        """Whether a reply can be used: no error, the arrays that were sent, and finite."""
         node = reply.metadata.src_node_id
         if reply.has_error():
             log(INFO, "node %d: %s", node, reply.error.reason)
@@ -113,11 +126,11 @@ class Reptile(Strategy):
         if len(reply.content.array_records) != 1 or len(reply.content.metric_records) != 1:
             log(WARNING, "node %d: a reply has one ArrayRecord and one MetricRecord; left out", node)
             return False
-        arrays = _arrays(reply)
-        if {key: tuple(a.shape) for key, a in arrays.items()} != {key: a.shape for key, a in self._sent.items()}:
+        arrays = arrays_of(reply)
+        if {key: tuple(a.shape) for key, a in arrays.items()} != {key: tuple(a.shape) for key, a in sent.items()}:
             log(WARNING, "node %d: its arrays are not those it was sent; left out", node)
             return False
-        if not all(np.isfinite(array.numpy()).all() for array in arrays.values()):
+        if not all(np.isfinite(to_numpy(array)).all() for array in arrays.values()):
             log(WARNING, "node %d: its arrays are not finite; left out (is beta too large?)", node)
             return False
         return True
@@ -140,7 +153,8 @@ class Reptile(Strategy):
         log(INFO, "\tupdates: layers %#x, %s", self.update.shared, "f16" if self.update.half else "f32")
 
 
-def _arrays(reply: Message) -> ArrayRecord:
+def arrays_of(reply: Message) -> ArrayRecord:
+    """A good reply's arrays."""
     return next(iter(reply.content.array_records.values()))
 
 

@@ -1,0 +1,297 @@
+"""Fleets with a straggler, a liar or a secret: asynchronous rounds, robust aggregation, privacy, FedProx, first-order
+MAML, on virtual devices over a real broker."""
+# ruff: noqa: F811
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    Krum,
+    Strategy,
+)
+from numpy.typing import NDArray
+from test_grid_fleet import PROGRAM, START, TASK, Start, client, devices, learn, quiet, replayed, server  # noqa: F401
+
+from edge.client_app import to_record, to_vector
+from edge.device import Device
+from edge.errors import UserError
+from edge.learner import MoteLearner
+from edge.node import MoteNode, Out, Publish
+from edge.protocol import Dense, Done, decode_did, encode
+from edge.streams import DatasetStream
+from edge.tasks import ClientData
+from edge.thing import VIRTUAL, thing_description
+from server.grid import MqttGrid
+from server.run import Method, Options, Round, method
+from server.serve import FleetServer
+from server.strategies import FOMAML, Asynchronous, Reptile
+
+Vector = NDArray[np.float32]
+Broker = tuple[str, int]
+
+
+class OddNode(MoteNode):
+    """The C node, but its owner tampers with what it sends."""
+
+    def __init__(self, id: str, data: ClientData) -> None:
+        td = thing_description("test", id, VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
+        super().__init__("test", id, td, PROGRAM, data)
+
+    def poll(self) -> Iterator[Out]:
+        for out in super().poll():
+            if isinstance(out, Publish) and out.topic.endswith("/did"):
+                yield from self.tamper(out)
+            else:
+                yield out
+
+    def tamper(self, reply: Publish) -> Iterator[Publish]:
+        raise NotImplementedError
+
+
+class Liar(OddNode):
+    """Sends ten times the opposite of what it has learned."""
+
+    def tamper(self, reply: Publish) -> Iterator[Publish]:
+        did = decode_did(reply.payload)
+        assert isinstance(did, Done) and isinstance(did.update, Dense)
+        update = Dense(did.update.offset, -10 * did.update.values, did.update.half)
+        yield reply._replace(payload=encode(Done(did.id, did.part, did.parts, did.metrics, update)))
+
+
+class Silent(OddNode):
+    """Never answers."""
+
+    def tamper(self, reply: Publish) -> Iterator[Publish]:
+        return iter(())
+
+
+class Late(OddNode):
+    """Keeps its first reply until it is released."""
+
+    def __init__(self, id: str, data: ClientData) -> None:
+        super().__init__(id, data)
+        self.released, self.sent = threading.Event(), threading.Event()
+        self.kept: list[Publish] = []
+
+    def tamper(self, reply: Publish) -> Iterator[Publish]:
+        if self.sent.is_set():
+            yield reply
+        else:
+            self.kept = [reply]
+
+    def poll(self) -> Iterator[Out]:
+        yield from super().poll()
+        if self.kept and self.released.is_set():
+            yield self.kept.pop()
+            self.sent.set()
+
+
+@pytest.fixture
+def odd(broker: Broker) -> Iterator[Any]:
+    started: list[Device] = []
+
+    def start(kind: type[OddNode], index: int) -> Device:
+        id = f"odd-{index}"
+        device = Device(lambda: kind(id, client(index, 100)), *broker, "test")
+        device.start()
+        started.append(device)
+        return device
+
+    yield start
+    for device in started:
+        device.stop()
+    for device in started:
+        assert device.join(10)
+
+
+# Robust aggregation
+
+
+def accuracy(vector: Vector) -> float:
+    """On the task of seed 5, on samples that no device has."""
+    learner, stream = MoteLearner(PROGRAM), DatasetStream(client(50, 100))
+    learner.set_parameters(vector)
+    stream.open(5)
+    samples = [stream.next(query=False) for _ in range(300)]
+    return float(np.mean([int(np.argmax(learner.infer(x))) == y for x, y in samples]))
+
+
+def after_rounds(strategy: Strategy, broker: Broker, count: int, rounds: int = 3, **config: Any) -> Vector:
+    settings = ConfigRecord({"phase-steps": [60], "lr": 0.1, "seed": 5, **config})
+    with MqttGrid(*broker, "test", PROGRAM) as grid:
+        assert len(grid.wait_for_nodes(count, 10)) == count
+        result = strategy.start(grid, to_record(START, PROGRAM), rounds, 30, train_config=settings)
+    return to_vector(result.arrays, PROGRAM)
+
+
+def test_a_liar_ruins_the_mean_and_not_what_is_made_for_liars(broker: Broker, devices: Start, odd: Any) -> None:
+    devices(5)
+    honest = accuracy(after_rounds(FedAvg(fraction_evaluate=0.0), broker, 5))
+    odd(Liar, 7)
+    assert honest > 0.9
+    assert accuracy(after_rounds(FedAvg(fraction_evaluate=0.0), broker, 6)) < honest - 0.3
+    for robust in (
+        FedMedian(fraction_evaluate=0.0),
+        FedTrimmedAvg(fraction_evaluate=0.0, beta=0.2),
+        Krum(fraction_evaluate=0.0, num_malicious_nodes=1),
+    ):
+        assert accuracy(after_rounds(robust, broker, 6)) > honest - 0.05, type(robust).__name__
+
+
+def test_fedprox_is_applied_on_the_device(broker: Broker, devices: Start) -> None:
+    """The stronger the term, the nearer the fleet stays to the weights that it was sent."""
+    devices(3)
+
+    def distance(mu: float) -> float:
+        strategy = FedProx(fraction_evaluate=0.0, proximal_mu=mu)
+        return float(np.linalg.norm(after_rounds(strategy, broker, 3, rounds=1) - START))
+
+    free, some, strong = (distance(mu) for mu in (0.0, 1.0, 9.0))
+    assert strong < 0.5 * some < 0.5 * free * 0.9
+    with MqttGrid(*broker, "test", PROGRAM) as grid, pytest.raises(ValueError, match="proximal-mu times the rate"):
+        grid.wait_for_nodes(3, 10)
+        FedProx(proximal_mu=11.0).start(
+            grid, to_record(START, PROGRAM), 1, 30, train_config=ConfigRecord({"phase-steps": [5], "lr": 0.1})
+        )
+
+
+# Differential privacy
+
+
+@pytest.mark.parametrize(
+    "wrapper", [DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyClientSideFixedClipping]
+)
+def test_privacy_clips_each_change_and_adds_noise(broker: Broker, devices: Start, wrapper: Any) -> None:
+    """Without noise the mean is that of the clipped changes; with it, the difference has the deviation promised."""
+    devices(4)
+    clip, noise = 0.25, 2.0
+    config = {"phase-steps": [20], "lr": 0.1}
+
+    def once(noise: float) -> Vector:
+        strategy = wrapper(FedAvg(fraction_evaluate=0.0), noise, clip, 4)
+        settings = ConfigRecord({**config})
+        with MqttGrid(*broker, "test", PROGRAM) as grid:
+            grid.wait_for_nodes(4, 10)
+            return to_vector(strategy.start(grid, to_record(START, PROGRAM), 1, 30, settings).arrays, PROGRAM)
+
+    changes = replayed(4) - START
+    norms = np.linalg.norm(changes, axis=1)
+    assert (norms > clip).all(), "there is something to clip"
+    clipped = (changes * (clip / norms)[:, None]).mean(axis=0)
+    still = once(0.0)
+    np.testing.assert_allclose(still - START, clipped, rtol=1e-3, atol=1e-6)
+    difference = once(noise) - still
+    assert difference.std() == pytest.approx(noise * clip / 4, rel=0.15), f"over {PROGRAM.n_params} parameters"
+
+
+def test_the_devices_send_no_change_larger_than_the_clip(broker: Broker, devices: Start, server: FleetServer) -> None:
+    devices(3)
+    options = Options(dp_clip=0.1, dp_noise=0.0, dp_on_device=True)
+    how = method("fedavg", TASK, rounds=1, clients=3, options=options)
+    outcome = learn(server, how, 1, clients=3)
+    assert how.name == "FedAvg with differential privacy" and len(outcome.rounds[0].parts) == 3
+    assert 0 < np.linalg.norm(outcome.parameters - outcome.start) <= 0.1 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [("krum", {}), ("reptile", {}), ("fedavg", {"asynchronous": True})])
+def test_privacy_that_would_not_hold_is_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="differential privacy is for the rounds of fedavg and fedprox"):
+        method(name, TASK, rounds=1, clients=3, options=Options(dp_clip=1.0, **options))
+
+
+# First-order MAML
+
+
+def test_first_order_maml_moves_the_start_by_the_last_samples_changes(broker: Broker, devices: Start) -> None:
+    devices(3)
+    strategy = FOMAML(alpha=0.5, beta=0.1, steps=10, outer=3, outer_beta=0.02, clients=3, seed=4)
+    expected = []
+    with MqttGrid(*broker, "test", PROGRAM) as grid:
+        grid.wait_for_nodes(3, 10)
+        for message in strategy.configure_train(1, to_record(START, PROGRAM), ConfigRecord(), grid):
+            index = int(grid.device(message.metadata.dst_node_id).removeprefix("test-"))
+            learner, stream = MoteLearner(PROGRAM), DatasetStream(client(index, 100))
+            learner.set_parameters(START)
+            stream.open(int(message.content.config_records["config"]["seed"]))  # type: ignore[call-overload]
+            for _ in range(10):
+                learner.learn(*stream.next(query=False), 0.1)
+            adapted = learner.parameters
+            for _ in range(3):
+                learner.learn(*stream.next(query=False), 0.02)
+            expected.append(learner.parameters - adapted)
+        result = strategy.start(grid, to_record(START, PROGRAM), 1, 30)
+    moved = to_vector(result.arrays, PROGRAM)
+    np.testing.assert_allclose(moved, START + 0.5 * np.mean(expected, axis=0), rtol=1e-5, atol=1e-6)
+
+
+# Asynchronous rounds
+
+
+def test_a_straggler_that_never_answers_holds_nothing_up(server: FleetServer, devices: Start, odd: Any) -> None:
+    """Twelve updates are used though one of the three places is taken for good, and no timeout is waited for."""
+    devices(2)
+    odd(Silent, 9)
+    how = method("reptile", TASK, rounds=12, clients=3, options=Options(asynchronous=True))
+    outcome = learn(server, how, 12, clients=3, timeout=600.0)
+    assert [this.number for this in outcome.rounds] == list(range(1, 13))
+    assert all(len(this.parts) == len(this.staleness) == 1 for this in outcome.rounds)
+    assert {part.device for this in outcome.rounds for part in this.parts} == {"test-0", "test-1"}
+    assert sum(this.asked for this in outcome.rounds) == 3 + 11, "a place is filled again as soon as it is free"
+    assert not np.array_equal(outcome.parameters, outcome.start)
+
+
+@pytest.mark.parametrize("most", [100, 4])
+def test_a_late_update_is_used_with_its_staleness_unless_it_is_too_old(
+    server: FleetServer, devices: Start, odd: Any, most: int
+) -> None:
+    """It comes when six others have been used."""
+    devices(2)
+    late = odd(Late, 9)
+
+    def watch(this: Round) -> None:
+        if this.number == 6:
+            late.node.released.set()
+            assert late.node.sent.wait(10)
+
+    strategy = Asynchronous(Reptile(clients=3, beta=0.1), max_staleness=most)
+    outcome = learn(server, Method("late", strategy), 40, clients=3, timeout=600.0, on_round=watch)
+    ages = [
+        age
+        for this in outcome.rounds
+        for part, age in zip(this.parts, this.staleness, strict=True)
+        if part.device == "odd-9"
+    ]
+    reasons = [this.lost["odd-9"] for this in outcome.rounds if "odd-9" in this.lost]
+    if most == 100:
+        assert ages[0] >= 6 and not reasons
+    else:
+        assert len(reasons) == 1 and "too old" in reasons[0]
+        assert all(age <= 4 for age in ages), "what it learns next is used again"
+
+
+@pytest.mark.parametrize("name", ["tinymetafed", "fomaml", "fedavg"])
+def test_asynchronous_rounds_learn(server: FleetServer, devices: Start, name: str) -> None:
+    devices(4)
+    how = method(name, TASK, rounds=20, clients=3, options=Options(asynchronous=True))
+    outcome = learn(server, how, 20, clients=4)
+    assert len(outcome.rounds) == 20 and not any(this.lost for this in outcome.rounds)
+    assert max(age for this in outcome.rounds for age in this.staleness) >= 1
+    sent = sum(part.bytes_up or 0 for this in outcome.rounds for part in this.parts)
+    assert sum(this.bytes_up for this in outcome.rounds) >= sent, "what comes while a round is written down counts, too"
+    assert not np.array_equal(outcome.parameters, outcome.start)
+
+
+def test_what_can_not_be_asynchronous_says_so() -> None:
+    for name, why in (("tinyreptile", "one device at a time"), ("krum", "all of a round's updates at once")):
+        with pytest.raises(UserError, match=why):
+            method(name, TASK, rounds=1, clients=2, options=Options(asynchronous=True))
