@@ -134,7 +134,7 @@ def _keys(record: ArrayRecord, program: Program) -> list[str]:
 
 
 def to_metrics(metrics: Metrics, kind: Kind, bytes_up: int, program: Program) -> MetricRecord:
-    """A reply's metrics. Unknown is absent: no loss without a sample, no accuracy without a query."""
+    """A reply's metrics. Unknown is absent: no loss without a sample, no accuracy without a class to be asked."""
     record = MetricRecord(
         {
             "num-examples": metrics.samples if kind == "train" else metrics.queried,
@@ -146,7 +146,8 @@ def to_metrics(metrics: Metrics, kind: Kind, bytes_up: int, program: Program) ->
     if metrics.samples:
         record["loss"] = metrics.loss
     if metrics.queried:
-        record["accuracy"] = metrics.correct / metrics.queried
+        if program.loss == "softmax_cross_entropy":
+            record["accuracy"] = metrics.correct / metrics.queried
         record["query-loss"] = metrics.query_loss
     return record
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # pip runs this file by itself
 from edge.mote_codegen import DEFINES, generate  # noqa: E402
 
 # What Python sees, in the order of their dependencies.
-HEADERS = ["mote.h", "mote_host.h", "mote_node.h", "mote_stream.h", "mote_frame.h"]
+HEADERS = ["mote.h", "mote_host.h", "mote_node.h", "mote_stream.h", "mote_frame.h", "mote_mel.h"]
 # Our own C: clean under STRICT, which the tests build it with.
 SOURCES = ["mote.c", "mote_load.c", "mote_sgd.c", "mote_kernels.c", "mote_math.c", "mote_crc.c", "mote_stream.c"]
 SOURCES += ["mote_conv.c", "mote_depthwise.c", "mote_pool.c", "mote_norm.c", "mote_pointwise.c", "mote_place.c"]
@@ -31,7 +31,7 @@ SOURCES += ["mote_dense.c", "mote_relu.c", "mote_loss.c", "mote_host.c"]
 SOURCES += ["mote_int8_dense.c", "mote_int8_conv2d.c", "mote_int8_depthwise.c", "mote_int8_pool.c"]
 SOURCES += ["mote_int8_pointwise.c", "mote_int8_softmax.c", "mote_int8_back.c", "mote_trained_int8.c"]
 SOURCES += ["mote_int8_dots.c", "mote_int8_dsp.c", "mote_int8_mve.c", "mote_int8_avx2.c"]
-SOURCES += ["mote_node.c", "mote_update.c", "mote_frame.c"]
+SOURCES += ["mote_node.c", "mote_update.c", "mote_frame.c", "mote_mel.c"]
 
 # Contraction would let a compiler fuse a product and a sum, and round once where another target rounds twice.
 FLAGS = ["-std=c99", "-O2", "-ffp-contract=off"]

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from edge._mote import ffi, lib
 from edge.errors import UserError
 from edge.program import Program
@@ -128,12 +130,19 @@ class MoteNode:
             self._keep.append(value)
             return value
 
-        self._stream.features = keep(ffi.from_buffer("uint8_t[]", data.features))
+        if data.features.dtype == np.uint8:
+            self._stream.features = keep(ffi.from_buffer("uint8_t[]", data.features))
+        else:
+            self._stream.values = keep(ffi.from_buffer("float[]", data.features))
+        if data.targets is not None:
+            self._stream.targets = keep(ffi.from_buffer("float[]", data.targets))
+            self._stream.outputs = data.targets.shape[1]
         self._stream.starts = keep(ffi.from_buffer("uint32_t[]", data.starts))
         self._stream.classes = len(data.starts) - 1
         self._stream.size = data.features.shape[1]
         self._stream.scale = data.scale
         self._stream.ways = data.ways
+        self._stream.fixed = data.fixed
         config.source = lib.mote_stream_source(self._stream)
         config.fleet = keep(ffi.new("char[]", fleet.encode()))
         config.id = keep(ffi.new("char[]", id.encode()))

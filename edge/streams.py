@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from edge.tasks import ClientData
 
-Sample = tuple[NDArray[np.float32], float]
-"""Features, and the class."""
+Sample = tuple[NDArray[np.float32], float | NDArray[np.float32]]
+"""Features, and the class or the targets."""
 
 MAX_WAYS = 32
 
@@ -35,6 +35,8 @@ class DatasetStream:
         sizes = np.diff(data.starts.astype(np.int64))
         if not 1 <= data.ways <= min(MAX_WAYS, len(sizes)) or sizes.min() < 2 or not np.isfinite(data.scale):
             raise ValueError(f"{len(sizes)} classes, at least 2 samples each, can't give a task of {data.ways} ways")
+        if data.fixed and data.ways != len(sizes):
+            raise ValueError(f"a task of {data.ways} ways can't give {len(sizes)} classes their own labels")
         if data.starts[0] != 0 or data.starts[-1] != len(data.features):
             raise ValueError("the classes are not all the samples")
         self._data = data
@@ -58,6 +60,9 @@ class DatasetStream:
             seed = (seed ^ seed >> shift) * factor & 0xFFFFFFFF
         self._random = seed or 0x9E3779B9
         ways, classes = self._data.ways, len(self._data.starts) - 1
+        if self._data.fixed:
+            self._chosen = list(range(ways))
+            return
         chosen: list[int] = []
         for i in range(ways):
             last = classes - ways + i
@@ -75,4 +80,6 @@ class DatasetStream:
         count = end - first
         kept = 1 if count < 8 else count // 4
         row = first + count - kept + self._below(kept) if query else first + self._below(count - kept)
-        return self._data.features[row].astype(np.float32) * self._scale, float(label)
+        features, targets = self._data.features[row], self._data.targets
+        x = features if features.dtype == np.float32 else features.astype(np.float32) * self._scale
+        return x, float(label) if targets is None else targets[row]

@@ -46,7 +46,7 @@ LINK = ("--specs=nano.specs", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--fatal
 
 #: Of the engine's sources: those of a host alone, and those that only a node needs.
 _HOST = ("mote_host.c",)
-_OF_NODE = ("mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c")
+_OF_NODE = ("mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c", "mote_mel.c")
 NODE = tuple(MOTE / name for name in mote_build.SOURCES if name not in _HOST)
 ENGINE = tuple(path for path in NODE if path.name not in _OF_NODE)
 
@@ -376,14 +376,25 @@ def exactness(target: Target, courses: Sequence[Course], elf: Path, *, profile: 
 
 
 def _samples(data: ClientData) -> dict[str, Blob]:
-    return {
-        "features": np.ascontiguousarray(data.features, np.uint8).tobytes(),
+    numbers = "u1" if data.features.dtype == np.uint8 else "<f4"
+    blobs: dict[str, Blob] = {
+        "features": np.ascontiguousarray(data.features, numbers).tobytes(),
         "starts": np.asarray(data.starts, "<u4").tobytes(),
     }
+    if data.targets is not None:
+        blobs["targets"] = np.ascontiguousarray(data.targets, "<f4").tobytes()
+    return blobs
 
 
 def _task(data: ClientData) -> dict[str, int | float | str]:
-    return {"classes": len(data.starts) - 1, "scale": float(data.scale), "ways": data.ways}
+    return {
+        "classes": len(data.starts) - 1,
+        "scale": float(data.scale),
+        "ways": data.ways,
+        "fixed": int(data.fixed),
+        "float_features": int(data.features.dtype == np.float32),
+        "target_outputs": 0 if data.targets is None else data.targets.shape[1],
+    }
 
 
 def _shape(program: Program) -> dict[str, int | float | str]:

@@ -448,6 +448,9 @@ def test_a_stream_refuses_a_class_of_one_sample() -> None:
         ("ways", lib.MOTE_STREAM_MAX_WAYS + 1),
         ("scale", math.nan),
         ("scale", math.inf),
+        ("fixed", 1),  # two of fifty classes
+        ("values", ffi.new("float *")),  # beside the bytes
+        ("targets", ffi.new("float *")),  # of no outputs
     ],
 )
 def test_a_stream_that_cannot_be_is_refused(field: str, value: object) -> None:

@@ -28,7 +28,7 @@ from edge.learner import MoteLearner
 from edge.protocol import Status, Topics, encode, plan_from_config
 from edge.session import Session
 from edge.streams import DatasetStream
-from edge.tasks import ClientData, Episodes, Recipe, Split, Task, draw_episode
+from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, draw_episode
 from edge.thing import VIRTUAL, thing_description
 from ontology import library
 from ontology.store import EmbeddedStore, Rows
@@ -59,8 +59,13 @@ def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episod
     return Episodes.of(draw_episode(classes, WAYS, seed, shots, queries) for seed in seeds)
 
 
+def stream(index: int) -> Recording:
+    seen = draw("held_out", [index], 8, 1)[0]
+    return Recording(seen.support_x, seen.support_y, None)
+
+
 RECIPE = Recipe(head_steps=4, steps=16, rate=0.1, alpha=1.0, top=0.25)
-TASK = Task("patterns", WAYS, PROGRAM, client, draw, RECIPE, RECIPE)
+TASK = Task("patterns", WAYS, PROGRAM, client, draw, RECIPE, RECIPE, PROGRAM, stream)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """The Python stream is the C stream: the same seed gives the same samples, to the bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,22 +22,41 @@ def data(sizes: list[int], ways: int, scale: float) -> ClientData:
     ways=st.integers(1, 32),
     seed=st.integers(0, 2**32 - 1),
     queries=st.lists(st.booleans(), max_size=30),
+    real=st.booleans(),
+    fixed=st.booleans(),
+    outputs=st.integers(0, 3),
 )
-def test_python_and_c_draw_the_same(sizes: list[int], ways: int, seed: int, queries: list[bool]) -> None:
-    client = data(sizes, min(ways, len(sizes)), 1 / 255)
+def test_python_and_c_draw_the_same(
+    sizes: list[int], ways: int, seed: int, queries: list[bool], real: bool, fixed: bool, outputs: int
+) -> None:
+    sizes = sizes[:32] if fixed else sizes
+    client = data(sizes, len(sizes) if fixed else min(ways, len(sizes)), 1 / 255)
+    random = np.random.default_rng(2)
+    features = random.normal(size=client.features.shape).astype(np.float32) if real else client.features
+    targets = random.normal(size=(len(features), outputs)).astype(np.float32) if outputs else None
+    client = replace(client, features=features, targets=targets, fixed=fixed)
     stream = DatasetStream(client)
     stream.open(seed)
-    c, x, y = ffi.new("mote_stream_t *"), ffi.new("float[3]"), ffi.new("float *")
-    c.features = features = ffi.from_buffer("uint8_t[]", client.features)
-    c.starts = starts = ffi.from_buffer("uint32_t[]", client.starts)
-    c.classes, c.size, c.scale, c.ways = len(sizes), 3, client.scale, client.ways
+    c, x, y = ffi.new("mote_stream_t *"), ffi.new("float[3]"), ffi.new("float[3]")
+    keep = [ffi.from_buffer("uint32_t[]", client.starts)]
+    c.starts = keep[0]
+    if real:
+        keep.append(ffi.from_buffer("float[]", client.features))
+        c.values = keep[-1]
+    else:
+        keep.append(ffi.from_buffer("uint8_t[]", client.features))
+        c.features = keep[-1]
+    if targets is not None:
+        keep.append(ffi.from_buffer("float[]", targets))
+        c.targets, c.outputs = keep[-1], outputs
+    c.classes, c.size, c.scale, c.ways, c.fixed = len(sizes), 3, client.scale, client.ways, fixed
     assert lib.mote_stream_open(c, seed) == lib.MOTE_OK
     assert list(c.chosen)[: client.ways] == stream._chosen
     for query in queries:
         lib.mote_stream_next(c, query, x, y)
-        features_, label = stream.next(query)
-        assert np.frombuffer(ffi.buffer(x), np.float32).tobytes() == features_.tobytes() and y[0] == label
-    assert features and starts
+        features_, target = stream.next(query)
+        assert np.frombuffer(ffi.buffer(x), np.float32).tobytes() == features_.tobytes()
+        assert list(y)[: outputs or 1] == (np.ravel(target).tolist())
 
 
 def test_queries_are_never_learned_from() -> None:
@@ -53,3 +74,31 @@ def test_queries_are_never_learned_from() -> None:
 def test_data_that_gives_no_task_is_refused(sizes: list[int], ways: int, scale: float) -> None:
     with pytest.raises(ValueError, match="can't give a task"):
         DatasetStream(data(sizes, ways, scale))
+
+
+def test_fixed_labels_need_all_classes_in_a_task() -> None:
+    with pytest.raises(ValueError, match="their own labels"):
+        DatasetStream(replace(data([5, 5, 5], 2, 1.0), fixed=True))
+
+
+def test_fixed_labels_are_the_classes_numbers() -> None:
+    client = ClientData.of([np.full((8, 1), c, np.float32) for c in range(3)], 1.0, 3, fixed=True)
+    stream = DatasetStream(client)
+    for seed in range(20):
+        stream.open(seed)
+        for query in (False, True):
+            x, label = stream.next(query)
+            assert x[0] == label
+
+
+def test_a_sample_of_a_regression_has_its_own_target() -> None:
+    xs = [np.arange(10, dtype=np.float32)[:, None] + 10 * f for f in range(4)]
+    client = ClientData.of(xs, 1.0, 1, targets=[np.concatenate([x * 2, -x], axis=1) for x in xs])
+    stream = DatasetStream(client)
+    functions = set()
+    for seed in range(20):
+        stream.open(seed)
+        drawn = [stream.next(query) for query in (False, True) * 10]
+        assert all(np.array_equal(y, [2 * x[0], -x[0]]) for x, y in drawn)
+        functions.add(tuple({int(x[0] // 10) for x, _ in drawn}))
+    assert functions == {(0,), (1,), (2,), (3,)}, "a task is one function"

@@ -1,6 +1,8 @@
 /* Few-shot tasks drawn from a data set in memory; the same on every target, since it counts in integers alone. */
 #include "mote_stream.h"
 
+#include <string.h>
+
 #include "mote.h"
 
 /* xorshift32 (Marsaglia 2003, "Xorshift RNGs"): period 2^32 - 1, never 0. */
@@ -31,8 +33,11 @@ static int is_chosen(const mote_stream_t *s, uint32_t count, uint32_t class)
 
 int mote_stream_open(mote_stream_t *s, uint32_t seed)
 {
-    if (s == NULL || s->features == NULL || s->starts == NULL || s->size == 0 || s->ways == 0 ||
-        s->ways > MOTE_STREAM_MAX_WAYS || s->classes < s->ways || !(s->scale - s->scale == 0.0f)) {
+    if (s == NULL || (s->features == NULL) == (s->values == NULL) || s->starts == NULL || s->size == 0 ||
+        s->ways == 0 || s->ways > MOTE_STREAM_MAX_WAYS || s->classes < s->ways || !(s->scale - s->scale == 0.0f)) {
+        return MOTE_ERR_ARGUMENT;
+    }
+    if ((s->targets != NULL && s->outputs == 0) || (s->fixed && s->classes != s->ways)) {
         return MOTE_ERR_ARGUMENT;
     }
     for (uint32_t c = 0; c < s->classes; c++) {
@@ -47,6 +52,12 @@ int mote_stream_open(mote_stream_t *s, uint32_t seed)
     seed *= 0xc2b2ae35u;
     seed ^= seed >> 16;
     s->random = seed == 0 ? 0x9e3779b9u : seed;
+    if (s->fixed) {
+        for (uint32_t i = 0; i < s->ways; i++) {
+            s->chosen[i] = i;
+        }
+        return MOTE_OK;
+    }
 
     /* A random subset without a list of all classes (Floyd, in Bentley 1987, "A sample of brilliance") ... */
     for (uint32_t i = 0; i < s->ways; i++) {
@@ -71,11 +82,19 @@ void mote_stream_next(mote_stream_t *s, int query, float *x, float *y)
     uint32_t count = s->starts[s->chosen[label] + 1] - first;
     uint32_t kept = count < 8 ? 1 : count / 4;
     uint32_t row = query ? first + count - kept + below(s, kept) : first + below(s, count - kept);
-    const uint8_t *features = s->features + (size_t)row * s->size;
-    for (uint32_t j = 0; j < s->size; j++) {
-        x[j] = (float)features[j] * s->scale;
+    size_t first_feature = (size_t)row * s->size;
+    if (s->values != NULL) {
+        memcpy(x, s->values + first_feature, s->size * sizeof *x);
+    } else {
+        for (uint32_t j = 0; j < s->size; j++) {
+            x[j] = (float)s->features[first_feature + j] * s->scale;
+        }
     }
-    *y = (float)label;
+    if (s->targets != NULL) {
+        memcpy(y, s->targets + (size_t)row * s->outputs, s->outputs * sizeof *y);
+    } else {
+        *y = (float)label;
+    }
 }
 
 static int source_open(void *context, uint32_t seed)

@@ -1,12 +1,19 @@
-"""What a fleet learns. One file a task; the agent, the simulator and the server read the same."""
+"""What a fleet learns. One file a task; the agent, the simulator and the server read the same.
+
+A file has a function `load()` that returns its Task; whole numbers in a task's name, as in omniglot-20, are given to
+it.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
+import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,36 +21,60 @@ from numpy.typing import NDArray
 from edge.errors import UserError
 from edge.program import Program
 
-NAMES = ("digits", "omniglot")
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 @dataclass(frozen=True)
 class ClientData:
     """The samples that one device holds, in the form that the C stream replays (see mote_stream.h).
 
-    features: uint8 [samples, size], rows sorted by class; a feature's value is its byte times `scale`.
-    starts: uint32 [classes + 1]; class c has rows starts[c] to starts[c + 1] - 1.
+    features: [samples, size], rows sorted by class: uint8, of which each is worth `scale`, or float32 as they are.
+    starts: uint32 [classes + 1]; class c has rows starts[c] to starts[c + 1] - 1. Its last quarter is never learned
+    from: where time matters, rows of a class are in the order of time.
     ways: how many classes make one task.
+    fixed: whether a class's number is its label, and all are one task; else every task labels its classes anew.
+    targets: of a regression, float32 [samples, outputs]; a class is then a function, and a task has one: ways is 1.
     """
 
-    features: NDArray[np.uint8]
+    features: NDArray[np.uint8] | NDArray[np.float32]
     starts: NDArray[np.uint32]
     scale: float
     ways: int
+    fixed: bool = False
+    targets: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(cls, classes: Sequence[NDArray[np.uint8]], scale: float, ways: int) -> ClientData:
-        """From one array [samples, size] a class."""
+    def of(
+        cls,
+        classes: Sequence[NDArray[Any]],
+        scale: float,
+        ways: int,
+        *,
+        fixed: bool = False,
+        targets: Sequence[NDArray[np.float32]] | None = None,
+    ) -> ClientData:
+        """From one array [samples, size] a class, uint8 or float32, and of a regression one [samples, outputs]."""
         starts = np.cumsum([0, *(len(c) for c in classes)]).astype(np.uint32)
-        return cls(np.ascontiguousarray(np.concatenate(classes)), starts, scale, ways)
+        joined = None if targets is None else np.ascontiguousarray(np.concatenate(targets), np.float32)
+        return cls(np.ascontiguousarray(np.concatenate(classes)), starts, scale, ways, fixed, joined)
 
     def must_fit(self, program: Program) -> None:
-        """Raises UserError unless this model can learn from these samples: their features, and a class for a target."""
+        """Raises UserError unless this model can learn from these samples: their features, and their class or targets
+        for a target."""
         has, takes, gives = self.features.shape[1], math.prod(program.input_shape), math.prod(program.output_shape)
         if has != takes:
             raise UserError(
                 f"the samples have {has} features and the model takes {takes}; choose the same task's model"
             )
+        if self.targets is not None:
+            wants = self.targets.shape[1]
+            if program.loss == "softmax_cross_entropy" or gives != wants:
+                kind = "classes" if program.loss == "softmax_cross_entropy" else "values"
+                raise UserError(
+                    f"a sample has {wants} numbers to predict and the model learns {gives} {kind}; choose the same "
+                    "task's model"
+                )
+            return
         if program.loss != "softmax_cross_entropy" and gives > 1:
             raise UserError(
                 f"a sample has one class and the model learns {gives} values; choose one that ends in softmax"
@@ -91,6 +122,19 @@ class Episodes:
         return Episode(**{name: array[index] for name, array in vars(self).items()})
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What one device sees, in the order of time.
+
+    x: float32 [n, size]. y: int64 [n], or float32 [n, outputs]. drifts: the samples with which what is to be learned
+    changes; None where nobody knows.
+    """
+
+    x: NDArray[np.float32]
+    y: Targets
+    drifts: tuple[int, ...] | None
+
+
 Draw = Callable[[Split, Sequence[int], int, int], Episodes]
 """(split, seeds, shots, queries) -> one task a seed, of so many samples a class to learn from and to be asked about (of
 a regression: so many in all). The same seed gives the same task, whatever it is drawn with."""
@@ -120,14 +164,82 @@ class Task:
     #: what TinyMetaFed does with it, and what FedAvg does.
     meta: Recipe
     fedavg: Recipe
+    #: for a Raspberry Pi; takes the same samples as `program`, which trains on a Cortex-M4 with 256 KB of RAM.
+    large: Program
+    #: index -> what device number `index`, of those that are held out, sees as time goes by.
+    stream: Callable[[int], Recording]
 
 
 def load(name: str) -> Task:
-    """The task of that name. Raises UserError if there is none, or if its data cannot be had."""
-    if name not in NAMES:
-        raise UserError(f"there is no task named '{name}'; known tasks: {', '.join(NAMES)}")
-    task: Task = importlib.import_module(f"edge.tasks.{name}").load()
+    """The task of that name, or of that file, if it ends in .py. Raises UserError if there is none, or if its data
+    cannot be had."""
+    if name.endswith(".py"):
+        return _load_file(Path(name))
+    module, *numbers = name.split("-")
+    if module not in NAMES or not all(number.isdecimal() for number in numbers):
+        raise UserError(
+            f"there is no task named '{name}'; known tasks: {', '.join(NAMES)}, or the path of a file that has one"
+        )
+    load_it = importlib.import_module(f"edge.tasks.{module}").load
+    try:
+        task: Task = load_it(*map(int, numbers))
+    except TypeError as error:
+        raise UserError(f"there is no task named '{name}': '{module}' takes no such numbers") from error
     return task
+
+
+def _load_file(path: Path) -> Task:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"there is no file {path}; name one of the tasks {', '.join(NAMES)}, or a file's path")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    task: Task = module.load()
+    return task
+
+
+def hashed(seeds: Sequence[int] | NDArray[Any], salt: int, count: int) -> NDArray[np.float64]:
+    """[seeds, count] numbers in [0, 1), the same for the same seed and salt: SplitMix64 (Steele et al. 2014). A
+    generator for every seed would take 15 microseconds each."""
+    state = np.asarray(seeds, np.uint64)[:, None] * np.uint64(0xD1342543DE82EF95) + np.uint64(salt << 32)
+    state = state + np.arange(1, count + 1, dtype=np.uint64)
+    state = state * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    state = state ^ state >> np.uint64(31)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def draw_classes(
+    pool: NDArray[np.uint8], scale: float, ways: int, seeds: Sequence[int], shots: int, queries: int
+) -> Episodes:
+    """A task a seed, of `ways` of the classes [classes, samples, size] under a random labelling: many at once.
+
+    Raises ValueError if a class has too few samples.
+    """
+    tasks, (classes, samples, _) = len(seeds), pool.shape
+    if shots + queries > samples:
+        raise ValueError(f"a class has {samples} samples, fewer than {shots} + {queries}")
+    chosen = np.argsort(hashed(seeds, 1, classes), axis=1)[:, :ways]
+    keys = hashed(seeds, 2, ways * samples).reshape(tasks, ways, samples)
+    rows = np.argsort(keys, axis=2)[:, :, : shots + queries]
+    order = np.argsort(hashed(seeds, 3, ways * shots), axis=1)
+    label = np.arange(ways)
+
+    def values(rows: NDArray[np.int64], order: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        of = np.broadcast_to(chosen[:, :, None], rows.shape).reshape(tasks, -1)
+        flat = rows.reshape(tasks, -1)
+        if order is not None:
+            of, flat = np.take_along_axis(of, order, 1), np.take_along_axis(flat, order, 1)
+        picked: NDArray[np.float32] = pool[of, flat].astype(np.float32) * np.float32(scale)
+        return picked
+
+    return Episodes(
+        support_x=values(rows[:, :, :shots], order),
+        support_y=label.repeat(shots)[order],
+        query_x=values(rows[:, :, shots:]),
+        query_y=np.tile(label.repeat(queries), (tasks, 1)),
+    )
 
 
 def draw_episode(classes: list[NDArray[np.float32]], ways: int, seed: int, shots: int, queries: int) -> Episode:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge import program as p
 from edge.errors import UserError
-from edge.tasks import ClientData, Episode, Episodes, Recipe, Split, Task, draw_episode
+from edge.tasks import ClientData, Episode, Episodes, Recipe, Recording, Split, Task, draw_episode
 
 WAYS = 5
 MOUNTS = 8  # four turns, then the same mirrored
@@ -23,6 +23,7 @@ TRAINING, UNSEEN = range(5), range(5, 10)
 SCALE = 1 / 16  # a pixel is 0 to 16
 
 PROGRAM = p.build([p.Dense(32), p.ReLU(), p.Dense(WAYS)], (64,), "softmax_cross_entropy")
+LARGE = p.build([p.Dense(128), p.ReLU(), p.Dense(64), p.ReLU(), p.Dense(WAYS)], (64,), "softmax_cross_entropy")
 
 
 def load() -> Task:
@@ -49,6 +50,17 @@ def load() -> Task:
     def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
         return Episodes.of(episode(split, seed, shots, queries) for seed in seeds)
 
+    def stream(index: int) -> Recording:
+        """The digits 5 to 9 as they are, while the camera is turned by 90 degrees after every 200 of them."""
+        random = np.random.default_rng(index)
+        parts, labels = [], []
+        for mount in range(4):
+            label = random.integers(0, WAYS, 200)
+            rows = [images[UNSEEN[k]][random.integers(len(images[UNSEEN[k]]))] for k in label]
+            parts.append(_mounted(np.stack(rows), (index + mount) % 4).astype(np.float32) * np.float32(SCALE))
+            labels.append(label.astype(np.int64))
+        return Recording(np.concatenate(parts), np.concatenate(labels), (200, 400, 600))
+
     return Task(
         name="digits",
         ways=WAYS,
@@ -57,6 +69,8 @@ def load() -> Task:
         draw=draw,
         meta=Recipe(head_steps=16, steps=144, rate=0.1, alpha=2.0, top=0.1),
         fedavg=Recipe(head_steps=0, steps=160, rate=0.02, alpha=1.0, top=1.0),
+        large=LARGE,
+        stream=stream,
     )
 
 

@@ -1,14 +1,20 @@
-"""Omniglot: handwritten characters of fifty alphabets, 14x14 pixels, as five-way few-shot classification.
+"""Omniglot: handwritten characters of fifty alphabets, as few-shot classification.
 
 The background alphabets train, the evaluation alphabets are held out, as Lake et al. (2015) split them; every tenth
-background character is for validation. Every device holds training characters of its own, each from twenty drawers.
+background character is for validation. A device holds what some drawers wrote of one alphabet, and no two devices the
+same drawing, as long as there are enough. Every drawer drew a character once, so that a device needs a few of them to
+learn a character and to be asked about it.
+
+    omniglot         5-way, 14x14 pixels
+    omniglot-20      20-way
+    omniglot-5-28    5-way, 28x28 pixels, and so on
+
 The data is read from the folder `omniglot` of TINYFLEET_DATA if there is one, else downloaded once from its authors'
 repository and kept in the user's cache.
 """
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from itertools import groupby
@@ -17,110 +23,132 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edge import datasets
 from edge import program as p
-from edge.errors import UserError
-from edge.tasks import ClientData, Episode, Episodes, Recipe, Split, Task, draw_episode
+from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, draw_classes
 
-WAYS = 5
-CHARACTERS = 40  # of one device: 800 samples, 157 KB
-SIDE = 14
-SCALE = 1 / 60  # a pixel is the sum of four grey levels of 0 to 15
-
-PROGRAM = p.build(
-    [
-        p.Conv2D(8, (3, 3), padding="same"),
-        p.ReLU(),
-        p.MaxPool2D(2),
-        p.Conv2D(16, (3, 3), padding="same"),
-        p.ReLU(),
-        p.MaxPool2D(2),
-        p.Flatten(),
-        p.Dense(WAYS),
-    ],
-    (SIDE, SIDE, 1),
-    "softmax_cross_entropy",
-)
+CHARACTERS = 40  # of one device, at most
+DRAWERS = 20
+FEW = 4  # drawers of one device, at least: three to learn from and one to be asked about
+SHOWN = 100  # samples of an alphabet in a recording
 
 SOURCE = "https://github.com/brendenlake/omniglot/raw/master/python/"
 SHA256 = {
     "images_background.zip": "ad41ab679c8b5d90b271ef46be6987cc81211774a695c29dcc5367b2b26ee640",
     "images_evaluation.zip": "1f61a8f3366785b057fc117d9228e78a16e3d976c8953b2a10fcc74cf0609cee",
 }
+PACKED = "omniglot/omniglot_28x28_4bit.npz"
+PACKED_SHA256 = "e73efef81bd0cd909eef36695bad4008db8e77967595e0092fcf87e5277e50cc"
 
-Characters = NDArray[np.uint8]  # [characters, drawers, SIDE * SIDE]
+Characters = NDArray[np.uint8]  # [characters, drawers, 28 * 28], ink 0 to 15
+Alphabets = NDArray[np.int64]  # [characters]
 
 
-def load() -> Task:
-    folder = os.environ.get("TINYFLEET_DATA")
-    packed = Path(folder, "omniglot", "omniglot_28x28_4bit.npz") if folder else None
-    background, evaluation = read_packed(packed) if packed and packed.exists() else _download()
+def _conv(filters: int, stride: int = 1) -> list[p.Layer]:
+    return [p.Conv2D(filters, (3, 3), strides=stride, padding="same"), p.ReLU()]
+
+
+def program(ways: int, side: int) -> p.Program:
+    """Trains on a Cortex-M4 with 256 KB of RAM."""
+    first = [*_conv(8), p.MaxPool2D(2)] if side == 14 else [*_conv(8, 2), *_conv(16), p.MaxPool2D(2)]
+    layers = [*first, *_conv(16), p.MaxPool2D(2), p.Flatten(), p.Dense(ways)]
+    return p.build(layers, (side, side, 1), "softmax_cross_entropy")
+
+
+def large(ways: int, side: int) -> p.Program:
+    """Four convolutions of 64 filters, as Vinyals et al. (2016), in strides as in Nichol et al. (2018), without batch
+    normalisation, which learning from one sample after the other does not have."""
+    strides = (2, 2, 2, 2) if side == 28 else (1, 2, 2, 2)
+    layers = [layer for stride in strides for layer in _conv(64, stride)]
+    return p.build([*layers, p.Flatten(), p.Dense(ways)], (side, side, 1), "softmax_cross_entropy")
+
+
+def load(ways: int = 5, side: int = 14) -> Task:
+    if not 2 <= ways <= 20 or side not in (14, 28):
+        raise TypeError("omniglot has 2 to 20 ways, and sides of 14 and 28 pixels")
+    (background, background_alphabet), (evaluation, evaluation_alphabet) = _data()
+    scale = 1 / 15 if side == 28 else 1 / 60
+    if side == 14:
+        background, evaluation = shrink(background), shrink(evaluation)
     for_validation = np.arange(len(background)) % 10 == 9
-    training = background[~for_validation]
+    training, alphabet = background[~for_validation], background_alphabet[~for_validation]
     characters = {"training": training, "validation": background[for_validation], "held_out": evaluation}
+    alphabets = [np.flatnonzero(alphabet == a) for a in np.unique(alphabet)]
+    alphabets = [own for own in alphabets if len(own) >= ways]
 
     def client(index: int, of: int) -> ClientData:
-        own = np.random.default_rng(index).choice(len(training), CHARACTERS, replace=False)
-        return ClientData.of([training[c] for c in own], SCALE, WAYS)
-
-    def episode(some: Characters, seed: int, shots: int, queries: int) -> Episode:
-        few = np.random.default_rng(seed).choice(len(some), WAYS, replace=False)
-        classes = [some[c].astype(np.float32) * np.float32(SCALE) for c in few]
-        return draw_episode(classes, WAYS, seed, shots, queries)
+        turn, which = divmod(index, len(alphabets))
+        sharing = -(-(of - which) // len(alphabets))  # devices that have this alphabet
+        count = max(FEW, DRAWERS // sharing)
+        drawers = (turn * count + np.arange(count)) % DRAWERS
+        own = alphabets[which][:CHARACTERS]
+        return ClientData.of([training[c, drawers] for c in own], scale, ways)
 
     def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
-        return Episodes.of(episode(characters[split], seed, shots, queries) for seed in seeds)
+        return draw_classes(characters[split], scale, ways, seeds, shots, queries)
+
+    def stream(index: int) -> Recording:
+        """The evaluation alphabets after one another, `ways` characters of each, in a random order from the index."""
+        random = np.random.default_rng(index)
+        order = random.permutation(np.unique(evaluation_alphabet))
+        xs, ys = [], []
+        for a in order:
+            own = random.choice(np.flatnonzero(evaluation_alphabet == a), ways, replace=False)
+            rows = random.permutation(ways * DRAWERS)[:SHOWN]
+            xs.append(evaluation[own].reshape(ways * DRAWERS, -1)[rows].astype(np.float32) * np.float32(scale))
+            ys.append(rows // DRAWERS)
+        drifts = tuple(int(at) for at in np.cumsum([len(y) for y in ys])[:-1])
+        return Recording(np.concatenate(xs), np.concatenate(ys).astype(np.int64), drifts)
 
     return Task(
-        name="omniglot",
-        ways=WAYS,
-        program=PROGRAM,
+        name="-".join(["omniglot", *map(str, (ways, side) if side != 14 else (ways,) if ways != 5 else ())]),
+        ways=ways,
+        program=program(ways, side),
         client=client,
         draw=draw,
         meta=Recipe(head_steps=16, steps=144, rate=0.1, alpha=2.0, top=0.1),
         fedavg=Recipe(head_steps=0, steps=160, rate=0.07, alpha=1.0, top=1.0),
+        large=large(ways, side),
+        stream=stream,
     )
 
 
-def read_packed(path: Path) -> tuple[Characters, Characters]:
+def _data() -> tuple[tuple[Characters, Alphabets], tuple[Characters, Alphabets]]:
+    packed = datasets.local(PACKED)
+    if packed is not None:
+        datasets.check([packed], PACKED_SHA256, "Omniglot")
+        return read_packed(packed)
+    paths = [datasets.download(SOURCE + name, digest, "Omniglot", PACKED) for name, digest in SHA256.items()]
+    background, evaluation = (read_zip(path) for path in paths)
+    return background, evaluation
+
+
+def read_packed(path: Path) -> tuple[tuple[Characters, Alphabets], tuple[Characters, Alphabets]]:
     """Background and evaluation characters from 28x28 images of 16 grey levels, two pixels a byte."""
     with np.load(path) as data:
         packed, split, shape = data["images"], data["class_split"], data["shape"]
-    images = _shrink(np.stack([packed >> 4, packed & 15], -1).reshape(shape))
-    return images[split == 0], images[split == 1]
+        alphabet = data["class_alphabet"].astype(np.int64)
+    images = np.stack([packed >> 4, packed & 15], -1).reshape(*shape[:2], 28 * 28)
+    return (images[split == 0], alphabet[split == 0]), (images[split == 1], alphabet[split == 1])
 
 
-def read_zip(path: Path) -> Characters:
+def read_zip(path: Path) -> tuple[Characters, Alphabets]:
     """Characters from the authors' archive: alphabet/character/drawer.png, ink black on white, 105x105 pixels."""
     from PIL import Image
 
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".png"))
-        characters = []
-        for _, drawers in groupby(names, key=lambda name: name.rsplit("/", 1)[0]):
+        characters, alphabets = [], []
+        for folder, drawers in groupby(names, key=lambda name: name.rsplit("/", 1)[0]):
             pages = [Image.open(archive.open(name)).convert("L") for name in drawers]
             small = [np.asarray(page.resize((28, 28), Image.Resampling.BOX)) for page in pages]
-            characters.append(15 - np.stack(small) // 16)
-    return _shrink(np.stack(characters))
+            characters.append(15 - np.stack(small).reshape(len(small), 28 * 28) // 16)
+            alphabets.append(folder.split("/")[-2])
+    return np.stack(characters), np.unique(alphabets, return_inverse=True)[1].astype(np.int64)
 
 
-def _download() -> tuple[Characters, Characters]:
-    try:
-        import pooch
-
-        paths = [pooch.retrieve(SOURCE + name, f"sha256:{digest}") for name, digest in SHA256.items()]
-    except ImportError as error:
-        raise UserError("downloading Omniglot needs pooch: pip install 'tinyfleet[edge]'") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"Omniglot could not be downloaded ({error}); set TINYFLEET_DATA to a folder that has "
-            "omniglot/omniglot_28x28_4bit.npz, or try again with a network"
-        ) from error
-    background, evaluation = (read_zip(Path(path)) for path in paths)
-    return background, evaluation
-
-
-def _shrink(images: NDArray[np.uint8]) -> Characters:
-    """[n, drawers, 28, 28] of 0 to 15 -> [n, drawers, 196] of 0 to 60, each the sum of 2x2 pixels."""
+def shrink(images: Characters) -> Characters:
+    """[n, drawers, 28 * 28] of 0 to 15 -> [n, drawers, 14 * 14] of 0 to 60, each the sum of 2x2 pixels."""
     n, drawers = images.shape[:2]
-    quarters: NDArray[np.uint8] = images.reshape(n, drawers, SIDE, 2, SIDE, 2).sum(axis=(3, 5), dtype=np.uint8)
-    return np.reshape(quarters, (n, drawers, SIDE * SIDE))
+    quarters: NDArray[np.uint8] = images.reshape(n, drawers, 14, 2, 14, 2).sum(axis=(3, 5), dtype=np.uint8)
+    return np.reshape(quarters, (n, drawers, 14 * 14))

@@ -88,12 +88,21 @@ static void take(const mote_frame_t *frame)
 
 static void start(void)
 {
+#if DEVICE_FLOAT_FEATURES
+    stream.values = (const float *)(const void *)device_features; /* aligned by the build */
+#else
     stream.features = device_features;
-    stream.starts = (const uint32_t *)(const void *)device_starts; /* aligned by the build */
+#endif
+#if DEVICE_TARGET_OUTPUTS > 0
+    stream.targets = (const float *)(const void *)device_targets;
+    stream.outputs = DEVICE_TARGET_OUTPUTS;
+#endif
+    stream.starts = (const uint32_t *)(const void *)device_starts;
     stream.classes = DEVICE_CLASSES;
     stream.size = DEVICE_INPUTS;
     stream.scale = DEVICE_SCALE;
     stream.ways = DEVICE_WAYS;
+    stream.fixed = DEVICE_FIXED;
 
     mote_node_config_t config;
     memset(&config, 0, sizeof config);

@@ -1,0 +1,215 @@
+"""Spoken words, heard by devices whose speakers differ: three-way few-shot classification of Speech Commands.
+
+Four of the ten words train (down, go, left, no), three are for validation (off, on, right) and three are held out
+(stop, up, yes), and so are the speakers: 32, 7 and 13 of 52. A device has one training speaker. A task is three words
+said by one speaker, or by as many as it takes to have so many samples: a speaker says a word about five times.
+
+Features are those of mote_mel.h, computed by the C that a device runs: 49 frames of 20 bands, above their mean.
+
+The data is read from the folder audio/gsc_v2_speakers20_16k of TINYFLEET_DATA if there is one, else the test archive of
+Speech Commands v2 (Warden 2018) is downloaded once, and of it the speakers are taken that say each of the ten words,
+and at least 20 clips in all. Features are kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge import datasets, features
+from edge import program as p
+from edge.errors import UserError
+from edge.tasks import ClientData, Episode, Episodes, Recipe, Recording, Split, Task
+
+WAYS = 3
+WORDS: dict[Split, tuple[str, ...]] = {
+    "training": ("down", "go", "left", "no"),
+    "validation": ("off", "on", "right"),
+    "held_out": ("stop", "up", "yes"),
+}
+ALL_WORDS = tuple(word for words in WORDS.values() for word in words)
+CLIP = features.RATE  # samples: a second
+SHAPE = (features.frames(CLIP), features.BANDS, 1)
+SCALE = 1 / 32  # four octaves above the mean are 1
+CLIPS = 20  # of a speaker, at least
+HOME = 4  # speakers, in a recording
+
+FOLDER = "audio/gsc_v2_speakers20_16k"
+#: Of index.csv and the FLAC files, in the order of their names.
+FOLDER_SHA256 = "0b64ec41bb8f87fc6b7e6d253d5f266f7d2d36d70deddebcecd21f1b858fc5ed"
+SOURCE = "http://download.tensorflow.org/data/speech_commands_test_set_v0.02.tar.gz"
+SHA256 = "cc2a00c1147c2254e9be3fa0f779d8c17421dc349b86366567a8edfa9acd51df"
+
+Clip = tuple[str, str, NDArray[np.int16]]  # speaker, word, [CLIP]
+Spoken = dict[str, dict[str, NDArray[np.uint8]]]  # speaker -> word -> [clips, features]
+
+
+def _network(*filters: int) -> p.Program:
+    layers: list[p.Layer] = []
+    for count in filters:
+        layers += [p.Conv2D(count, (3, 3), strides=2, padding="same"), p.ReLU()]
+    return p.build([*layers, p.Flatten(), p.Dense(WAYS)], SHAPE, "softmax_cross_entropy")
+
+
+PROGRAM = _network(16, 24, 32)
+LARGE = _network(32, 64, 128)
+
+
+def load() -> Task:
+    spoken = _spoken()
+    names = sorted(spoken)
+    speakers: dict[Split, list[str]] = {
+        "held_out": names[3::4],
+        "validation": names[1::8],
+        "training": [name for i, name in enumerate(names) if i % 4 != 3 and i % 8 != 1],
+    }
+
+    def client(index: int, of: int) -> ClientData:
+        own = spoken[speakers["training"][index % len(speakers["training"])]]
+        return ClientData.of([own[word] for word in WORDS["training"] if len(own[word]) > 1], SCALE, WAYS)
+
+    def episode(split: Split, seed: int, shots: int, queries: int) -> Episode:
+        random = np.random.default_rng(seed)
+        words = [WORDS[split][i] for i in random.permutation(len(WORDS[split]))[:WAYS]]
+        heard: list[list[NDArray[np.uint8]]] = [[] for _ in words]
+        for i in random.permutation(len(speakers[split])):
+            for some, word in zip(heard, words, strict=True):
+                some.extend(spoken[speakers[split][i]][word])
+            if min(map(len, heard)) >= shots + queries:
+                break
+        else:
+            raise ValueError(f"the {split} speakers do not say a word {shots + queries} times")
+        order = random.permutation(WAYS * shots)
+        picked = [[some[row] for row in random.permutation(len(some))[: shots + queries]] for some in heard]
+        support = np.array([row for some in picked for row in some[:shots]])[order]
+        query = np.array([row for some in picked for row in some[shots:]])
+        label = np.arange(WAYS)
+        return Episode(
+            support.astype(np.float32) * np.float32(SCALE),
+            label.repeat(shots)[order],
+            query.astype(np.float32) * np.float32(SCALE),
+            label.repeat(queries),
+        )
+
+    def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
+        return Episodes.of(episode(split, seed, shots, queries) for seed in seeds)
+
+    def stream(index: int) -> Recording:
+        """Three homes of four held-out speakers each, every clip twice; in each, the words are other commands."""
+        random = np.random.default_rng(index)
+        who = random.permutation(len(speakers["held_out"]))
+        xs, ys = [], []
+        for home in range(3):
+            clips = [
+                (row, label)
+                for i in who[home * HOME : (home + 1) * HOME]
+                for label, word in zip(random.permutation(WAYS), WORDS["held_out"], strict=True)
+                for row in spoken[speakers["held_out"][i]][word]
+            ]
+            order = np.concatenate([random.permutation(len(clips)) for _ in range(2)])
+            xs.append(np.array([clips[i][0] for i in order]).astype(np.float32) * np.float32(SCALE))
+            ys.append(np.array([clips[i][1] for i in order], np.int64))
+        drifts = (len(ys[0]), len(ys[0]) + len(ys[1]))
+        return Recording(np.concatenate(xs), np.concatenate(ys), drifts)
+
+    return Task(
+        name="keywords",
+        ways=WAYS,
+        program=PROGRAM,
+        client=client,
+        draw=draw,
+        meta=Recipe(head_steps=16, steps=144, rate=0.02, alpha=1.0, top=0.1),
+        fedavg=Recipe(head_steps=0, steps=160, rate=0.01, alpha=1.0, top=1.0),
+        large=LARGE,
+        stream=stream,
+    )
+
+
+def _spoken() -> Spoken:
+    """All clips' features, from the cache if they were computed before."""
+    folder = datasets.local(FOLDER)
+    if folder is not None:
+        files = [folder / "index.csv", *sorted(folder.glob("*.flac"))]
+        datasets.check(files, FOLDER_SHA256, "Speech Commands")
+    else:
+        archive = datasets.download(SOURCE, SHA256, "Speech Commands", FOLDER)
+    digest = SHA256 if folder is None else FOLDER_SHA256
+    cached = datasets.cache() / f"keywords-{digest[:16]}-{features.VERSION}.npz"
+    if not cached.exists():
+        clips = list(read_archive(archive) if folder is None else read_folder(folder))
+        kept = with_features(clips)
+        with suppress(OSError):  # full, or not for writing: then they are computed again
+            new = cached.with_suffix(".new.npz")
+            np.savez(new, **{f"{who} {word}": rows for who, words in kept.items() for word, rows in words.items()})
+            new.replace(cached)
+        return kept
+    spoken: Spoken = defaultdict(dict)
+    with np.load(cached) as data:
+        for name in data.files:
+            who, word = name.split()
+            spoken[who][word] = data[name]
+    return spoken
+
+
+def with_features(clips: Sequence[Clip]) -> Spoken:
+    """The features of the clips of every speaker who says all words, and CLIPS in all; no clip twice."""
+    rows: dict[str, dict[str, dict[bytes, NDArray[np.int16]]]] = defaultdict(lambda: defaultdict(dict))
+    for who, word, samples in clips:
+        rows[who][word][samples.tobytes()] = samples
+    return {
+        who: {
+            word: np.stack([features.level(features.log_mel(clip)).ravel() for clip in words[word].values()])
+            for word in ALL_WORDS
+        }
+        for who, words in sorted(rows.items())
+        if set(words) == set(ALL_WORDS) and sum(map(len, words.values())) >= CLIPS
+    }
+
+
+def _second(samples: NDArray[np.int16]) -> NDArray[np.int16]:
+    return np.concatenate([samples[:CLIP], np.zeros(max(0, CLIP - len(samples)), np.int16)])
+
+
+def read_folder(folder: Path) -> Iterator[Clip]:
+    """Of one FLAC file a speaker, and index.csv, which says where a clip is in it."""
+    soundfile = _soundfile()
+    with (folder / "index.csv").open() as file:
+        index = list(csv.DictReader(file))
+    for name in sorted({row["file"] for row in index}):
+        samples, rate = soundfile.read(folder / name, dtype="int16")
+        if rate != features.RATE:
+            raise UserError(f"{folder / name} has {rate} samples a second, not {features.RATE}; use another recording")
+        for row in index:
+            if row["file"] == name:
+                start = int(row["start"])
+                yield row["speaker"], row["word"], _second(samples[start : start + int(row["length"])])
+
+
+def read_archive(path: Path) -> Iterator[Clip]:
+    """Of the authors' archive: word/speaker_nohash_number.wav."""
+    soundfile = _soundfile()
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = re.search(r"(?:^|/)([a-z]+)/([0-9a-f]+)_nohash_\d+\.wav$", member.name)
+            file = archive.extractfile(member) if name is not None and name[1] in ALL_WORDS else None
+            if name is not None and file is not None:
+                samples, _ = soundfile.read(io.BytesIO(file.read()), dtype="int16")
+                yield name[2], name[1], _second(samples)
+
+
+def _soundfile() -> Any:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:  # OSError: without its library
+        raise UserError("reading speech needs soundfile: pip install 'tinyfleet[edge]'") from error
+    return soundfile

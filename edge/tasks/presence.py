@@ -1,0 +1,193 @@
+"""Is somebody in the room? From CO2, humidity and temperature, in rooms that differ: two-way, with fixed labels.
+
+A task is a room: K samples of each answer from the first six tenths of its time, and as many of each to be asked
+about from the rest. Rooms are split, so that what is scored is a new room and a later time. Labels are not
+drawn anew: 0 is empty, 1 is occupied. A device has a training room; its stream, too, keeps the later time for queries.
+
+Light is left out, since who is in a room turns it on: a threshold on it is a baseline (see `baselines`), and so is the
+majority, which is right in one half of the queries.
+
+Rooms, from the folder `occupancy` of TINYFLEET_DATA: of Berkeley's Sutardja Dai Hall the 24 with motion in at least 2 %
+of the minutes, which is the label; and two held-out rooms elsewhere where people were counted, of the UCI repository:
+Occupancy Detection (357) and Room Occupancy Estimation (864, which has no humidity).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge import datasets
+from edge import program as p
+from edge.errors import UserError
+from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
+
+MOTION = 0.02  # share of the minutes, at least
+LAGS = (5, 15)  # minutes over which a change is seen
+FEATURES = 3 * (1 + len(LAGS))
+HELD = 128  # samples of a class on a device
+EARLY = 0.6  # of a room's time
+FILES = {
+    "berkeley_sdh_45rooms_1min.csv.gz": "a511d8b0e2d7cbcf18a121aac7f8ffca6d8fc7f75831c0b73e10ecdc260eae33",
+    "uci_occupancy_detection.csv.gz": "b027154e5c353afd47f07a3988e53c3d41dd55fe538f808df4d4c2de005d6ce4",
+    "uci_room_occupancy_estimation.csv.gz": "e85f07857ecca659c74e6a37d7d89eb844a9ac6dc83a1f16b41500c4f5293ba2",
+}
+
+PROGRAM = p.build([p.Dense(32), p.ReLU(), p.Dense(32), p.ReLU(), p.Dense(2)], (FEATURES,), "softmax_cross_entropy")
+LARGE = p.build([p.Dense(128), p.ReLU(), p.Dense(128), p.ReLU(), p.Dense(2)], (FEATURES,), "softmax_cross_entropy")
+
+
+@dataclass(frozen=True)
+class Room:
+    """Minute by minute: x float32 [n, FEATURES], light float64 [n], y int64 [n]."""
+
+    name: str
+    x: NDArray[np.float32]
+    light: NDArray[np.float64]
+    y: NDArray[np.int64]
+
+    def rows(self, label: int, late: int) -> NDArray[np.int64]:
+        """Of that label, in the first share EARLY of the time, or behind it."""
+        cut = int(EARLY * len(self.y))
+        found = np.flatnonzero(self.y == label)
+        return found[found >= cut] if late else found[found < cut]
+
+
+def load() -> Task:
+    rooms = split_rooms(read(_folder()))
+
+    def client(index: int, of: int) -> ClientData:
+        turn, which = divmod(index, len(rooms["training"]))
+        room = rooms["training"][which]
+        classes = []
+        for label in (0, 1):
+            rows = np.flatnonzero(room.y == label)
+            step = max(1, len(rows) // HELD)
+            classes.append(room.x[rows[turn % step :: step][:HELD]])
+        return ClientData.of(classes, 1.0, 2, fixed=True)
+
+    def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
+        chosen, support, query = _rows(rooms[split], seeds, shots, queries)
+        label = np.tile(np.arange(2).repeat(shots), (len(seeds), 1))
+        asked = np.tile(np.arange(2).repeat(queries), (len(seeds), 1))
+        some = [rooms[split][room] for room in chosen]
+        return Episodes(
+            np.stack([room.x[rows] for room, rows in zip(some, support, strict=True)]),
+            label,
+            np.stack([room.x[rows] for room, rows in zip(some, query, strict=True)]),
+            asked,
+        )
+
+    def stream(index: int) -> Recording:
+        """A held-out room as it was recorded."""
+        room = rooms["held_out"][index % len(rooms["held_out"])]
+        return Recording(room.x, room.y, None)
+
+    return Task(
+        name="presence",
+        ways=2,
+        program=PROGRAM,
+        client=client,
+        draw=draw,
+        meta=Recipe(head_steps=16, steps=144, rate=0.05, alpha=1.0, top=0.1),
+        fedavg=Recipe(head_steps=0, steps=160, rate=0.02, alpha=1.0, top=1.0),
+        large=LARGE,
+        stream=stream,
+    )
+
+
+def baselines(split: Split, seeds: Sequence[int], shots: int, queries: int) -> dict[str, NDArray[np.float64]]:
+    """Accuracies [tasks] on the very tasks that `draw` gives, of what needs no model: the majority of the samples to
+    learn from (as many of each: it says empty), and the threshold on light that is best on them."""
+    rooms = split_rooms(read(_folder()))[split]
+    chosen, support, query = _rows(rooms, seeds, shots, queries)
+    seen, asked = np.arange(2).repeat(shots), np.arange(2).repeat(queries)
+    scores = []
+    for room, rows, late in zip(chosen, support, query, strict=True):
+        light = rooms[room].light[rows]
+        levels = np.unique(light)
+        edges = np.array([-np.inf, *(levels[1:] + levels[:-1]) / 2])
+        best = edges[np.argmax([np.mean((light > edge) == seen) for edge in edges])]
+        scores.append(np.mean((rooms[room].light[late] > best) == asked))
+    return {"majority": np.full(len(seeds), np.mean(asked == 0)), "light threshold": np.array(scores)}
+
+
+def split_rooms(rooms: Sequence[Room]) -> dict[Split, list[Room]]:
+    """Of Berkeley's rooms, in the order of their numbers, one half trains and a quarter each is for validation and held
+    out; so are the rooms that are elsewhere."""
+    here = [room for room in rooms if room.name.startswith("berkeley")]
+    elsewhere = [room for room in rooms if room not in here]
+    return {"training": here[0::2], "validation": here[1::4], "held_out": here[3::4] + elsewhere}
+
+
+def _rows(
+    rooms: Sequence[Room], seeds: Sequence[int], shots: int, queries: int
+) -> tuple[list[int], list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Of every task: its room, and the rows to learn from and to be asked about, the empty ones first."""
+    chosen = (hashed(seeds, 1, 1)[:, 0] * len(rooms)).astype(int).tolist()
+    support: list[NDArray[np.int64]] = []
+    query: list[NDArray[np.int64]] = []
+    of = {(i, late): [room.rows(label, late) for label in (0, 1)] for i, room in enumerate(rooms) for late in (0, 1)}
+    for room, seed in zip(chosen, seeds, strict=True):
+        random = np.random.default_rng(seed)
+        for rows, count, late in ((support, shots, 0), (query, queries, 1)):
+            of_label = of[room, late]
+            if min(map(len, of_label)) < count:
+                raise ValueError(f"room {rooms[room].name} has fewer than {count} samples of a label")
+            rows.append(np.concatenate([random.choice(some, count, replace=False) for some in of_label]))
+    return chosen, support, query
+
+
+def _folder() -> Path:
+    folder = datasets.local("occupancy")
+    if folder is None:
+        raise UserError(
+            f"the rooms are not there; set TINYFLEET_DATA to a folder that has occupancy/ with {', '.join(FILES)}"
+        )
+    return folder
+
+
+@cache
+def read(folder: Path) -> list[Room]:
+    """All rooms of these files. Raises UserError if one is missing or damaged."""
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise UserError("reading the rooms needs pandas: pip install 'tinyfleet[edge]'") from error
+    tables: list[Any] = []
+    for name, sha256 in FILES.items():
+        if not (folder / name).exists():
+            raise UserError(f"{folder} has no {name}; set TINYFLEET_DATA to a folder whose occupancy/ has it")
+        datasets.check([folder / name], sha256, name)
+        tables.append(pd.read_csv(folder / name))
+    berkeley, detection, estimation = tables
+    rooms = []
+    for number, table in berkeley.groupby("room"):
+        y = (table["pir"] > 0).to_numpy().astype(np.int64)
+        if y.mean() >= MOTION:
+            rooms.append(
+                _room(f"berkeley-{number}", table["co2"], table["humidity"], table["temperature"], table["light"], y)
+            )
+    table = detection.sort_values("date")
+    y = table["Occupancy"].to_numpy().astype(np.int64)
+    rooms.append(_room("uci-357", table["CO2"], table["Humidity"], table["Temperature"], table["Light"], y))
+    table = estimation.iloc[::2]  # every half minute
+    y = (table["Room_Occupancy_Count"] > 0).to_numpy().astype(np.int64)
+    warm, light = (table[[f"S{i}_{what}" for i in range(1, 5)]].mean(axis=1) for what in ("Temp", "Light"))
+    rooms.append(_room("uci-864", table["S5_CO2"], None, warm, light, y))
+    return rooms
+
+
+def _room(name: str, co2: Any, humidity: Any, temperature: Any, light: Any, y: NDArray[np.int64]) -> Room:
+    """Levels near 0, the same way for every room, and by how much they have changed."""
+    wet = np.zeros(len(y)) if humidity is None else humidity.to_numpy() / 10 - 5
+    levels = np.stack([co2.to_numpy() / 100 - 4, wet, temperature.to_numpy() - 23], axis=1)
+    changes = [5 * (levels - np.concatenate([np.repeat(levels[:1], lag, 0), levels[:-lag]])) for lag in LAGS]
+    x = np.clip(np.concatenate([levels, *changes], axis=1), -5, 5).astype(np.float32)
+    return Room(name, x, light.to_numpy().astype(np.float64), y)

@@ -1,0 +1,66 @@
+"""Sine waves of unknown amplitude and phase: few-shot regression, after Finn et al. 2017 (MAML).
+
+A task is one wave, y = a sin(x + p), with a in [0.1, 5], p in [0, 2 pi) and x in [-5, 5]; nothing is shared between two
+tasks but that. It needs no data. A device holds waves of its own, and every task that it is given is one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge import program as p
+from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
+
+WAVES, SAMPLES = 32, 40  # of one device: 10 KB
+CHANGES = 200  # samples in a recording until the wave changes
+#: What is hashed with a seed, so that no wave is in two of them.
+SALTS: dict[Split, int] = {"training": 1, "validation": 2, "held_out": 3}
+DEVICES, RECORDED = 4, 5
+
+PROGRAM = p.build([p.Dense(32), p.Tanh(), p.Dense(32), p.Tanh(), p.Dense(1)], (1,), "mse")
+LARGE = p.build([p.Dense(64), p.Tanh(), p.Dense(64), p.Tanh(), p.Dense(1)], (1,), "mse")
+
+
+def load() -> Task:
+    return Task(
+        name="sine",
+        ways=1,
+        program=PROGRAM,
+        client=client,
+        draw=draw,
+        meta=Recipe(head_steps=16, steps=144, rate=0.01, alpha=1.0, top=0.1),
+        fedavg=Recipe(head_steps=0, steps=160, rate=0.01, alpha=1.0, top=1.0),
+        large=LARGE,
+        stream=stream,
+    )
+
+
+def waves(
+    seeds: Sequence[int] | NDArray[np.int64], salt: int, part: int, count: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The wave of each seed at `count` places, other ones for another part: x and y, [waves, count, 1]."""
+    wave = hashed(seeds, salt, 2)
+    amplitude, phase = 0.1 + 4.9 * wave[:, :1], 2 * math.pi * wave[:, 1:]
+    x = 10 * hashed(seeds, 16 * part + salt, count) - 5
+    y = amplitude * np.sin(x + phase)
+    return x.astype(np.float32)[:, :, None], y.astype(np.float32)[:, :, None]
+
+
+def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
+    salt = SALTS[split]
+    return Episodes(*waves(seeds, salt, 1, shots), *waves(seeds, salt, 2, queries))
+
+
+def client(index: int, of: int) -> ClientData:
+    x, y = waves(np.arange(index * WAVES, (index + 1) * WAVES), DEVICES, 1, SAMPLES)
+    return ClientData.of(list(x), 1.0, 1, targets=list(y))
+
+
+def stream(index: int) -> Recording:
+    """Five waves, one after the other."""
+    x, y = waves(np.arange(index * 5, index * 5 + 5), RECORDED, 1, CHANGES)
+    return Recording(x.reshape(-1, 1), y.reshape(-1, 1), tuple(range(CHANGES, 5 * CHANGES, CHANGES)))
