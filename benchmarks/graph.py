@@ -4,7 +4,9 @@ python benchmarks/graph.py --devices 10000 100000
 python benchmarks/graph.py --devices 10000 --store http://127.0.0.1:7878   # a server of SPARQL 1.1, such as oxigraph's
 
 Each size is loaded, asked and updated in a process of its own, so that memory is that of a store that has just been
-opened. Figures are wall-clock, and depend on what else the machine does; --json has the numbers.
+opened; each query of the library is asked in one that is forked from it, and ended when it takes longer than --limit.
+What a step finds is printed to stderr as it ends, and all of it in tables at the end. Figures are wall-clock, and
+depend on what else the machine does; --json has the numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import json
 import os
 import random
 import resource
+import select
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -53,7 +57,7 @@ ROUND_OF = 9 / 10  # of the devices, that took part in the last round
 SEEN = "https://w3id.org/tinyfleet/property/"
 RDFLIB_MOST, NESTED_MOST = 10_000, 2_000
 BUDGET = 3.0  # seconds that a question is asked again and again
-TOO_LONG = 60.0  # seconds that a question may take once; one that would take longer, by the size before, is left out
+LIMIT = 20.0  # seconds that a query of the library may take, unless --limit says otherwise
 STATUSES = 20_000
 P = """PREFIX prov: <http://www.w3.org/ns/prov#> PREFIX schema: <https://schema.org/>
 PREFIX td: <https://www.w3.org/2019/wot/td#> PREFIX tf: <https://w3id.org/tinyfleet#>
@@ -81,8 +85,8 @@ FOUND = (
 )
 SEARCH = (
     P
-    + """SELECT ?device ?title WHERE { ?device td:title ?title ; a tf:Device FILTER(CONTAINS(?title, "no. 4321")) }
-LIMIT 10"""
+    + """SELECT ?device ?title WHERE { ?device td:title ?title ; a tf:Device
+  FILTER(CONTAINS(LCASE(?title), "no. 4321")) } LIMIT 10"""
 )
 VERSIONS = P + "SELECT ?version (COUNT(?d) AS ?n) WHERE { ?d tf:engineVersion ?version } GROUP BY ?version"
 
@@ -315,54 +319,115 @@ def index(folder: Path, n: int) -> dict[str, Any]:
             "index_mb": (folder / "graph.index").stat().st_size / 1e6}  # fmt: skip
 
 
-def questions(store: Store, n: int, slow: dict[str, float]) -> dict[str, Any]:
-    """The goals' questions, then the library's. slow: those to be left out."""
+def questions(store: Store, n: int, limit: float) -> dict[str, Any]:
+    """The goals' questions, then the library's, each of these in a process of its own."""
     rng = random.Random(SEED)
-    devices = [device_iri(FLEET, name_of(rng.randrange(n))) for _ in range(1000)]
-    picked = iter(devices * 10)
+    names = [name_of(rng.randrange(n)) for _ in range(1000)]
+    picked = iter(names * 10)
+    best, by_version = library.text("models-for-device"), library.text("versions")
     asked: dict[str, Callable[[], Any]] = {
         "which devices have the RAM, flash and sensors: the first 100": lambda: store.query(FIRST),
-        "best models for a device": lambda: store.query(BEST, device=next(picked)),
-        "a device by its id": lambda: store.query("SELECT ?p ?o { VALUES ?s { UNDEF } ?s ?p ?o }", s=next(picked)),
+        "best models for a device": lambda: store.query(best, id=next(picked), fleet=FLEET),
+        "ten models that fit a device, in SPARQL": lambda: store.query(BEST, device=device_iri(FLEET, next(picked))),
+        "a device by its id": lambda: store.query(
+            "SELECT ?p ?o { VALUES ?s { UNDEF } ?s ?p ?o }", s=device_iri(FLEET, next(picked))
+        ),
         "Thing Description search, by sensor and arena": lambda: store.query(FOUND),
         "Thing Description search, by a word of the title": lambda: store.query(SEARCH),
+        "devices by engine version": lambda: store.query(by_version, fleet=FLEET),
         "devices by engine version, in SPARQL": lambda: store.query(VERSIONS),
     }
     if isinstance(store, IndexedStore):
+        asked["Thing Description search, by a word of the title, in SPARQL"] = lambda: list(store.on_graph(SEARCH))
         asked["which devices have the RAM, flash and sensors: all of them"] = lambda: store.select(
             {TF.board: store.query(P + f"SELECT ?board WHERE {{ {FITTING} }}").column("board")}
         )
         asked["which devices are online with drift above 0.9: all of them"] = lambda: store.select(
             {TF.online: [True], TF.drift: Range(0.9)}
         )
+    found: dict[str, Any] = {}
+    for name, ask in asked.items():
+        found[name] = repeat(ask)
+        tell({name: found[name]})
     bound = {"fleet": FLEET, "model": models()[20].iri, "running": models()[20].iri, "id": name_of(n // 2), "run": 1}
     for name in library.names():
         text = library.text(name)
         given = {key: value for key, value in bound.items() if key in parameters(text)}
-        ask = store.construct if "\nCONSTRUCT " in text else store.query
-        asked[f"library: {name}"] = lambda ask=ask, text=text, given=given: ask(text, **given)
-    found = {}
-    for name in track(list(asked), f"{n} devices: asking", console=Console(stderr=True), transient=True):
-        found[name] = None if slow.get(name, 0) > TOO_LONG else repeat(asked[name])
+        ask_it = store.construct if "\nCONSTRUCT " in text else store.query
+        ways = {f"library: {name}": given}
+        if "id" in given and name != "models-for-device":
+            ways = {f"library: {name}, of one device": given, f"library: {name}": given | {"id": None}}
+        for title, chosen in ways.items():
+            said = {key: value for key, value in chosen.items() if value is not None}
+            found[title] = within(
+                limit, lambda ask_it=ask_it, text=text, said=said: repeat(lambda: ask_it(text, **said))
+            )
+            tell({title: found[title]})
     return found
 
 
-def ask(folder: Path, n: int, slow: dict[str, float]) -> dict[str, Any]:
+def within(limit: float, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is measured in a process forked from this one; if it takes longer, by more than what `repeat` may, only
+    that it does. Oxigraph cannot be told to stop, a process can."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, json.dumps(measure() | {"peak_memory_mb": rss()}).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    ready, _, _ = select.select([reader], [], [], limit + BUDGET)
+    answer = os.read(reader, 4096) if ready else b""
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reader)
+    found: dict[str, Any] = json.loads(answer) if answer else {"over_limit_s": limit}
+    return found
+
+
+def tell(found: dict[str, Any]) -> None:
+    """What has been found, as it is found, so that a run that is cut has said something."""
+    for name, value in found.items():
+        if name == "questions":
+            tell(value)
+            continue
+        if isinstance(value, dict):
+            value = shown(value)
+        print(
+            f"  {name}: {value:,.2f}" if isinstance(value, float) else f"  {name}: {value}", file=sys.stderr, flush=True
+        )
+
+
+def shown(question: dict[str, Any]) -> str:
+    """Median and 99th percentile in ms."""
+    if "over_limit_s" in question:
+        return f"over {question['over_limit_s']:.0f} s"
+    return f"{question['median_ms']:,.1f} / {question['p99_ms']:,.1f}"
+
+
+def ask(folder: Path, n: int, limit: float) -> dict[str, Any]:
     began = time.perf_counter()
     with IndexedStore(folder / "graph") as store:
         opened = time.perf_counter() - began
         store.query(FIRST)
         first = time.perf_counter() - began
         indexed = store.indexed
-        answers = questions(store, n, slow)
-        busy = beside_a_long_query(store, n)
+        store.wait()
+        answers = questions(store, n, limit)
         return {"open_s": opened, "first_answer_s": first, "indexed_at_once": indexed, "memory_mb": rss(),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-                "questions": answers, **busy, **descriptions(store, n)}  # fmt: skip
+                "questions": answers}  # fmt: skip
+
+
+def updates(folder: Path, n: int) -> dict[str, Any]:
+    with IndexedStore(folder / "graph") as store:
+        return {**beside_a_long_query(store, n), **descriptions(store, n)}
 
 
 def statuses(n: int, count: int, seed: int) -> list[tuple[str, bytes]]:
-    """Statuses as devices send them, of devices picked at random."""
+    """Statuses as devices send them, of devices picked at random; all of them have drifted, the dearest case: the first
+    of a device that had not begins an event."""
     rng, topics = random.Random(seed), Topics(FLEET)
     model = [bytes.fromhex(model.iri[-16:]) for model in models()]
     return [
@@ -464,7 +529,7 @@ def end_to_end(folder: Path, n: int) -> dict[str, Any]:
         while server.store.ask(online):
             time.sleep(0.05)
         settled = time.perf_counter() - began
-        rates = []
+        rates, used = [], []
         for seed in (3, 4, 5):
             fleet = subprocess.Popen(
                 [sys.executable, __file__, "--publish", *map(str, (*server.broker, n, STATUSES, seed))],
@@ -473,16 +538,16 @@ def end_to_end(folder: Path, n: int) -> dict[str, Any]:
             assert fleet.stdin is not None and fleet.stdout is not None
             fleet.stdout.readline()
             goal = server.registry.accepted + STATUSES
-            began, used = time.perf_counter(), time.process_time()
+            began, cpu = time.perf_counter(), time.process_time()
             fleet.stdin.write(b"go\n")
             fleet.stdin.close()
             while server.registry.accepted < goal:
                 time.sleep(0.005)
             rates.append(STATUSES / (time.perf_counter() - began))
-            used = time.process_time() - used
+            used.append(1e6 * (time.process_time() - cpu) / STATUSES)
             fleet.wait()
         return {"broker": server.broker_kind, "server_ready_s": ready, "all_offline_s": settled,
-                "end_to_end_per_s": max(rates), "end_to_end_runs": rates, "cpu_us_per_status": 1e6 * used / STATUSES,
+                "end_to_end_per_s": max(rates), "end_to_end_runs": rates, "cpu_us_per_status": min(used),
                 "server_memory_mb": rss(), "refused": server.registry.refused}  # fmt: skip
 
 
@@ -500,7 +565,9 @@ def in_rdflib(n: int) -> dict[str, Any]:
     device = device_iri(FLEET, name_of(n // 2))
     asked = {
         "which devices have the RAM, flash and sensors: the first 100": FIRST,
-        "best models for a device": BEST.replace("VALUES ?device { UNDEF }", f"VALUES ?device {{ <{device}> }}"),
+        "ten models that fit a device, in SPARQL": BEST.replace(
+            "VALUES ?device { UNDEF }", f"VALUES ?device {{ <{device}> }}"
+        ),
         "Thing Description search, by a word of the title": SEARCH,
         "devices by engine version, in SPARQL": VERSIONS,
     }
@@ -568,48 +635,50 @@ def apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
         return pool.apply(function, arguments)
 
 
-def embedded(folder: Path, n: int, slow: dict[str, float], say: Callable[[str], None]) -> dict[str, Any]:
+def embedded(folder: Path, n: int, limit: float, say: Callable[[str], None]) -> dict[str, Any]:
     known = folder / "loaded.json"
+    found: dict[str, Any] = {}
+
+    def step(what: str, function: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        say(f"{n} devices: {what}")
+        part = apart(function, folder, n, *arguments)
+        tell({name: value for name, value in part.items() if name != "questions"})
+        found.update(part)
+
     if known.exists():
-        found: dict[str, Any] = json.loads(known.read_text())
+        found = json.loads(known.read_text())
+        tell(found)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        say(f"{n} devices: loading")
-        found = apart(load, folder, n)
-        say(f"{n} devices: building the index")
-        found |= apart(index, folder, n)
+        step("loading", load)
+        step("building the index", index)
         known.write_text(json.dumps(found))
-    say(f"{n} devices: asking")
-    found |= apart(ask, folder, n, slow)
+    step("asking", ask, limit)
+    step("updating", updates)
     if shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin"):
-        say(f"{n} devices: end to end from MQTT")
-        found |= apart(end_to_end, folder, n)
+        step("end to end from MQTT", end_to_end)
     return found
 
 
-def measure(sizes: list[int], url: str, kept: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(sizes: list[int], url: str, kept: Path | None, limit: float, say: Callable[[str], None]) -> dict[str, Any]:
     check_fleet()
     report: dict[str, Any] = {"boards": len(real_boards()), "models": MODELS, "sizes": {}}
-    before: dict[str, float] = {}
-    last = 0
     for n in sizes:
-        slow = {name: seconds * n / last for name, seconds in before.items()} if last else {}
         if url == "embedded":
             with tempfile.TemporaryDirectory() as folder:
-                found = embedded((kept or Path(folder)) / str(n), n, slow, say)
+                found = embedded((kept or Path(folder)) / str(n), n, limit, say)
         else:
             with RemoteStore(f"{url}/query", update_url=f"{url}/update", timeout=600) as store:
                 store.update("CLEAR ALL")
                 found = load_remote(store, n)
-                found["questions"] = questions(store, n, slow)
+                found["questions"] = questions(store, n, limit)
                 found |= remote_updates(store, n) | descriptions(store, n)
         report["sizes"][n] = found
-        before = {name: q["median_ms"] / 1e3 for name, q in found["questions"].items() if q}
-        last = n
     if url == "embedded":
         say(f"rdflib, {RDFLIB_MOST} devices")
         report["rdflib"] = {"devices": RDFLIB_MOST, **apart(in_rdflib, min(RDFLIB_MOST, max(sizes)))}
+        tell(report["rdflib"])
         say(f"S3N's nested form, {NESTED_MOST} devices")
         report["s3n"] = {"devices": NESTED_MOST, **apart(in_s3n, NESTED_MOST)}
     return report
@@ -619,16 +688,16 @@ def show(report: dict[str, Any], console: Console) -> None:
     sizes = report["sizes"]
 
     def table(title: str, rows: list[tuple[str, Callable[[dict[str, Any]], str]]]) -> None:
-        shown = Table(title=title, title_justify="left")
-        shown.add_column("devices")
+        grid = Table(title=title, title_justify="left")
+        grid.add_column("devices")
         for n in sizes:
-            shown.add_column(f"{n:,}", justify="right")
+            grid.add_column(f"{n:,}", justify="right")
         if "rdflib" in report:
-            shown.add_column(f"rdflib, {report['rdflib']['devices']:,}", justify="right")
+            grid.add_column(f"rdflib, {report['rdflib']['devices']:,}", justify="right")
         for name, cell in rows:
             columns = [*sizes.values(), *([report["rdflib"]] if "rdflib" in report else [])]
-            shown.add_row(name, *(cell(found) for found in columns))
-        console.print(shown)
+            grid.add_row(name, *(cell(found) for found in columns))
+        console.print(grid)
 
     def number(key: str, form: str = ",.1f") -> Callable[[dict[str, Any]], str]:
         return lambda found: format(found[key], form) if key in found else ""
@@ -645,8 +714,8 @@ def show(report: dict[str, Any], console: Console) -> None:
             ("checked updates a second, registry to store", number("updates_per_s alone", ",.0f")),
             ("the same beside a query that scans the graph", number("updates_per_s beside a long query", ",.0f")),
             ("checked updates a second, end to end from MQTT", number("end_to_end_per_s", ",.0f")),
-            ("checked Thing Descriptions a second", number("descriptions_per_s", ",.0f")),
             ("processor time of the server for each, µs", number("cpu_us_per_status", ",.0f")),
+            ("checked Thing Descriptions a second", number("descriptions_per_s", ",.0f")),
             ("server's start until all are marked offline, s", number("all_offline_s", ".1f")),
             ("memory of the server after that, MB", number("server_memory_mb", ",.0f")),
         ],
@@ -655,21 +724,21 @@ def show(report: dict[str, Any], console: Console) -> None:
     def latency(name: str) -> Callable[[dict[str, Any]], str]:
         def cell(found: dict[str, Any]) -> str:
             q = found["questions"].get(name)
-            return f"{q['median_ms']:,.1f} / {q['p99_ms']:,.1f}" if q else ""
+            return shown(q) if q else ""
 
         return cell
 
     names = list(dict.fromkeys(name for found in sizes.values() for name in found["questions"]))
     table("Questions: median / 99th percentile, ms", [(name, latency(name)) for name in names])
     if "s3n" in report:
-        shown = Table(title=f"Which devices have it, of {report['s3n']['devices']:,}", title_justify="left")
+        grid = Table(title=f"Which devices have it, of {report['s3n']['devices']:,}", title_justify="left")
         for heading in ("form", "triples", "load, s", "memory, MB", "median, ms", "rows"):
-            shown.add_column(heading, justify="left" if heading == "form" else "right")
+            grid.add_column(heading, justify="left" if heading == "form" else "right")
         for form in ("nested", "flat"):
             found = report["s3n"][form]
-            shown.add_row(form, f"{found['triples']:,}", f"{found['load_s']:.2f}", f"{found['memory_mb']:.0f}",
+            grid.add_row(form, f"{found['triples']:,}", f"{found['load_s']:.2f}", f"{found['memory_mb']:.0f}",
                           f"{found['median_ms']:.2f}", str(found["rows"]))  # fmt: skip
-        console.print(shown)
+        console.print(grid)
 
 
 def main() -> None:
@@ -677,6 +746,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[10_000, 100_000], help="sizes of fleets")
     parser.add_argument("--store", default="embedded", help="embedded, or the address of a server with /query, /update")
     parser.add_argument("--keep", type=Path, help="a folder for the loaded fleets, which a later run finds there")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that a query of the library may take")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--publish", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -684,7 +754,9 @@ def main() -> None:
         publish(args.publish[0], *map(int, args.publish[1:]))
         return
     progress = Console(stderr=True)
-    report = measure(sorted(args.devices), args.store, args.keep, lambda line: progress.print(f"[dim]{line}[/dim]"))
+    report = measure(
+        sorted(args.devices), args.store, args.keep, args.limit, lambda line: progress.print(f"[dim]{line}[/dim]")
+    )
     if args.json:
         print(json.dumps(report, indent=2))
     else:

@@ -27,7 +27,9 @@ BrokerOption = Annotated[
     typer.Option(metavar="HOST:PORT", help="The MQTT broker. Default: the running server's, else 127.0.0.1:1883."),
 ]
 FleetOption = Annotated[str, typer.Option(help="The fleet to join.")]
-TaskOption = Annotated[str, typer.Option(help=f"What to learn: {', '.join(tasks.NAMES)}.")]
+TaskOption = Annotated[
+    str, typer.Option(help=f"What to learn: {', '.join(tasks.NAMES)}, or the path of a file that has a task.")
+]
 DataOption = Annotated[Path, typer.Option(help="The folder of a server on this machine, to find its broker.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for each device that is up.")]
 
@@ -115,13 +117,14 @@ def agent(
     board = this_machine()
     engine, version = ("mote", ENGINE_VERSION) if tflite is None else ("tflite", "builtin")
     arena = board.ram_bytes // 4  # what it may learn in; more than any program asks for
-    td = thing_description(fleet, id, board, engine, version, arena, what.program.model_id)
+    room = 0 if tflite else 1 << 20
+    td = thing_description(fleet, id, board, engine, version, arena, what.program.model_id, room)
 
     def learner(program: Program) -> MaskedLearner:
         return MoteLearner(program) if tflite is None else LiteRTLearner(tflite)
 
     def node() -> AgentNode:
-        return AgentNode(fleet, id, td, what.program, stream, learner, adopt_bytes=0 if tflite else 1 << 20)
+        return AgentNode(fleet, id, td, what.program, stream, learner, adopt_bytes=room)
 
     try:
         one = Device(node, host, port, fleet)

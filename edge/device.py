@@ -6,7 +6,17 @@ import threading
 from collections.abc import Callable
 
 from edge.errors import UserError
-from edge.node import ARENA_BYTES, ENGINE_VERSION, MoteNode, Node, Publish, Reboot, Subscribe, Unsubscribe
+from edge.node import (
+    ARENA_BYTES,
+    ENGINE_VERSION,
+    PROGRAM_BYTES,
+    MoteNode,
+    Node,
+    Publish,
+    Reboot,
+    Subscribe,
+    Unsubscribe,
+)
 from edge.program import Program
 from edge.session import Session
 from edge.tasks import ClientData
@@ -112,5 +122,9 @@ def virtual_device(
     Raises UserError if there is no broker, or if the samples or the memory do not fit the model.
     """
     arena = max(ARENA_BYTES, program.arena_bytes)
-    td = thing_description(fleet, id, board, "mote", ENGINE_VERSION, arena, program.model_id)
-    return Device(lambda: MoteNode(fleet, id, td, program, data, arena_bytes=arena), host, port, fleet)
+    td = thing_description(fleet, id, board, "mote", ENGINE_VERSION, arena, program.model_id, PROGRAM_BYTES)
+
+    def node() -> MoteNode:
+        return MoteNode(fleet, id, td, program, data, arena_bytes=arena, adopt_bytes=PROGRAM_BYTES)
+
+    return Device(node, host, port, fleet)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import paho.mqtt.client as mqtt
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.reasoncodes import ReasonCode
 
 from edge.errors import UserError
@@ -25,14 +25,72 @@ RETRY = (1, 10)
 SHORT = 5.0
 """Seconds: a session that ends sooner is suspicious. Two clients of one name end each other's."""
 
+PIECE = 65_536
+"""Bytes that are read from the broker at once, at most."""
+
 log = logging.getLogger(__name__)
+
+
+class Receipt(NamedTuple):
+    """What `Session.received` tells the broker of a message by: its number in one session."""
+
+    session: int
+    number: int
+
+
+class _Buffered:
+    """A socket that is read in large pieces: paho reads a message in three, each a call of the system, and each a time
+    when other threads of Python go first. `pending` is what paho asks sockets of TLS for: it does not wait while there
+    is some."""
+
+    def __init__(self, socket: socket.socket) -> None:
+        self._socket = socket
+        self._piece = b""
+        self._taken = 0
+
+    def pending(self) -> int:
+        return len(self._piece) - self._taken
+
+    def recv(self, size: int, /) -> bytes:
+        if not self._piece:
+            self._piece = self._socket.recv(PIECE)
+        part = self._piece[self._taken : self._taken + size]
+        self._taken += len(part)
+        if self._taken == len(self._piece):  # nobody keeps it while nothing comes
+            self._piece, self._taken = b"", 0
+        return part
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+
+class _Client(mqtt.Client):
+    """paho's client, made for many small messages."""
+
+    def _create_socket(self) -> Any:
+        return _Buffered(cast("socket.socket", super()._create_socket()))
+
+    def loop_read(self, max_packets: int = 1) -> MQTTErrorCode:
+        result = super().loop_read(max_packets)
+        while result == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            sock = self.socket()
+            if sock is None or not cast("_Buffered", sock).pending():
+                break
+            result = super().loop_read(max_packets)
+        return result
+
+    def acknowledge(self, numbers: Sequence[int]) -> None:
+        """Says of messages of QoS 1 that they have been received: all in one packet as far as paho is concerned, for
+        each by itself wakes its thread and takes a call of the system."""
+        packet = b"".join(struct.pack("!BBH", mqtt.PUBACK, 2, number) for number in numbers)
+        self._packet_queue(mqtt.PUBACK, packet, 0, 1)
 
 
 class Session:
     """Connects on construction, and again whenever the broker is lost, until closed.
 
     on_message(topic, payload) gets every message, and the broker is told so when it returns. With on_delivery(topic,
-    payload, done) in its place, the broker is told when done() is called, in whatever thread: once the message is safe.
+    payload, receipt) in its place, the broker is told when `received` is given the receipt: once the message is safe.
     on_connect() is called whenever the session is new, the first time too: nothing is subscribed to then. Without
     on_connect, what was subscribed to is subscribed to again.
     will: (topic, payload) that the broker publishes, retained, should this session break.
@@ -47,7 +105,7 @@ class Session:
         client_id: str,
         *,
         on_message: Callable[[str, bytes], None] | None = None,
-        on_delivery: Callable[[str, bytes, Callable[[], None]], None] | None = None,
+        on_delivery: Callable[[str, bytes, Receipt | None], None] | None = None,
         on_connect: Callable[[], None] | None = None,
         will: tuple[str, bytes] | None = None,
         background: bool = True,
@@ -67,7 +125,7 @@ class Session:
         self._closing = threading.Event()
         self._retry_at, self._retry = 0.0, RETRY[0]
         self._number = 0  # of the session: a message's number means nothing in the next one
-        self._client = mqtt.Client(
+        self._client = _Client(
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311, manual_ack=on_delivery is not None
         )
         self._client.reconnect_delay_set(*RETRY)
@@ -76,7 +134,7 @@ class Session:
         self._client.on_disconnect = self._lost
         if on_delivery is not None:
             self._client.on_message = lambda _client, _data, message: on_delivery(
-                message.topic, bytes(message.payload), partial(self._done, message.mid, message.qos, self._number)
+                message.topic, bytes(message.payload), Receipt(self._number, message.mid) if message.qos else None
             )
         elif on_message is not None:
             self._client.on_message = lambda _client, _data, message: on_message(message.topic, bytes(message.payload))
@@ -107,6 +165,13 @@ class Session:
     def unsubscribe(self, filter: str) -> None:
         self._filters.pop(filter, None)
         self._client.unsubscribe(filter)
+
+    def received(self, receipts: Iterable[Receipt | None]) -> None:
+        """Tells the broker that these messages have been received, in whatever thread. Those of QoS 0 have no receipt,
+        and those of a session that has ended come again."""
+        numbers = [receipt.number for receipt in receipts if receipt is not None and receipt.session == self._number]
+        if numbers:
+            self._client.acknowledge(numbers)
 
     def pump(self, timeout: float) -> None:
         """Sends and receives, waiting for at most so many seconds; reconnects when it is time to. Not for a session
@@ -169,10 +234,6 @@ class Session:
             f"no MQTT broker answers at {self._where} ({reason}); start one with `tinyfleet server`, or name another "
             "with --broker HOST:PORT"
         )
-
-    def _done(self, mid: int, qos: int, number: int) -> None:
-        if number == self._number:
-            self._client.ack(mid, qos)
 
     # Called by paho.
 

@@ -41,9 +41,17 @@ def this_machine() -> Board:
 
 
 def thing_description(
-    fleet: str, id: str, board: Board, engine: str, engine_version: str, arena_bytes: int, model: bytes
+    fleet: str,
+    id: str,
+    board: Board,
+    engine: str,
+    engine_version: str,
+    arena_bytes: int,
+    model: bytes,
+    adopt_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """The description as JSON-LD. `arena_bytes` is the memory there is to learn in; `model` the built-in program's id.
+    """The description as JSON-LD. `arena_bytes` is the memory there is to learn in; `model` the built-in program's id;
+    `adopt_bytes` the room for a program over the air, 0 if it adopts none.
 
     What is not known is left out, never 0.
     """
@@ -57,6 +65,7 @@ def thing_description(
         "tf:flashBytes": board.flash_bytes,
         "tf:sensor": list(board.sensors) or None,
     }
+    room = {} if adopt_bytes is None else {"tf:adoptBytes": adopt_bytes}
     return {
         "@context": ["https://www.w3.org/2022/wot/td/v1.1", {"tf": "https://w3id.org/tinyfleet#"}],
         "id": f"urn:tinyfleet:{fleet}:{id}",
@@ -70,5 +79,6 @@ def thing_description(
         "tf:engine": engine,
         "tf:engineVersion": engine_version,
         "tf:arenaBytes": arena_bytes,
+        **room,
         "tf:model": {"@id": f"urn:tinyfleet:model:{model.hex()}"},
     }

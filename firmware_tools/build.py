@@ -295,6 +295,7 @@ def build(
         engine_version=ENGINE_VERSION,
         arena_bytes=program.arena_bytes,
         model=program.model_id,
+        adopt_bytes=adopt_bytes,
     )
     out.mkdir(parents=True, exist_ok=True)
     generated = mote_codegen.generate(out / "firmware.wire")
@@ -332,6 +333,23 @@ def bench(target: Target, program: Program, elf: Path, *, steps: int, profile: P
         programs=[program.data],
         profile=profile,
     )
+
+
+def bench_mel(target: Target, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
+    """The program that counts the instructions of one frame's features (see src/bench_mel.c)."""
+    return link(
+        target,
+        elf,
+        [SOURCES / "main_bench.c", SOURCES / "bench_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c"],
+        defines={"steps": steps},
+        profile=profile,
+    )
+
+
+def mel(target: Target, elf: Path) -> Path:
+    """The program that prints a checksum of the features of made-up sound (see src/main_mel.c)."""
+    sources = [SOURCES / "main_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c", MOTE / "mote_crc.c"]
+    return link(target, elf, sources)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The graph over HTTP, on loopback: SPARQL at /sparql, the query page at /, the Thing Description Directory at /things.
+"""The graph over HTTP, on loopback: SPARQL at /sparql, the query page at /, the Thing Description Directory at /things,
+the vocabulary at /vocabulary.
 
 Everybody on this machine may read; who has the token may write.
 """
@@ -26,8 +27,9 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from edge.errors import UserError
-from ontology import library, web
+from ontology import library, vocabulary_page, web
 from ontology.directory import Directory
+from ontology.implied import VOCABULARY
 from ontology.names import PREFIXES, RDF, Iri
 from ontology.registry import Registry
 from ontology.sparql_http import Protocol
@@ -82,13 +84,28 @@ def _library() -> list[dict[str, Any]]:
 def _vocabulary() -> dict[str, list[str]]:
     """The vocabulary's classes and properties, to be completed while one types."""
     found: dict[str, list[str]] = {"classes": [], "properties": []}
-    quads = ox.parse(path=str(Path(__file__).with_name("tinyfleet.ttl")), format=ox.RdfFormat.TURTLE)
+    quads = ox.parse(path=str(VOCABULARY), format=ox.RdfFormat.TURTLE)
     for quad in quads:
         if quad.predicate.value == RDF.type and isinstance(quad.subject, ox.NamedNode):
             kind = re.sub(".*(Class|Property)$", r"\1", str(quad.object).strip("<>"))
             if kind in ("Class", "Property"):
                 found["classes" if kind == "Class" else "properties"].append(quad.subject.value)
     return {kind: sorted(set(terms)) for kind, terms in found.items()}
+
+
+async def _terms(request: Request) -> Response:
+    """The vocabulary: a page for people, Turtle for who asks for it."""
+    try:
+        media = web.choose(request.headers.get("accept", "*/*"), ("text/html", "text/turtle"))
+    except HttpError as error:
+        return web.problem(error)
+    headers = {"Vary": "Accept", "Content-Security-Policy": _POLICY}
+    if media == "text/turtle":
+        return Response(VOCABULARY.read_bytes(), headers=headers, media_type=media)
+    return Response(await in_thread(_vocabulary_page), headers=headers, media_type=media)
+
+
+_vocabulary_page = cache(vocabulary_page.page)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -133,7 +150,7 @@ class Endpoint:
         routes: list[BaseRoute] = [
             Route(path, protocol.sparql, methods=["GET", "POST"]) for path in ("/sparql", "/sparql/")
         ]
-        routes += _page(registry)
+        routes += [Route("/vocabulary", _terms, methods=["GET"]), *_page(registry)]
         if self._directory is not None:
             routes += self._directory.routes
 

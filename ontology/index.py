@@ -10,18 +10,19 @@ import hashlib
 import logging
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
 
-from ontology import library
-from ontology.columns import Codes, Column, Columns, NotHeld, Range, Types, among, counted, exact, fill
-from ontology.names import RDF, TF, Iri
+from ontology.answers import answered, supplied
+from ontology.columns import Codes, Column, Columns, Ids, NotHeld, Range, Types, among, exact, fill
+from ontology.names import RDF, SCHEMA, TD, TF, Iri
 from ontology.store import (
     RECORDS,
     Answer,
@@ -30,25 +31,38 @@ from ontology.store import (
     EmbeddedStore,
     Facts,
     Patch,
-    Row,
+    Rows,
     Triple,
     Value,
     bind,
     each,
-    parameter_pattern,
-    rows,
     term,
 )
+from ontology.titles import narrowed, text_of
+from ontology.titles import read as read_titles
 
 _DEVICE = re.compile(r"urn:tinyfleet:(?!model:)([A-Za-z0-9._-]+:[A-Za-z0-9._-]+)")
 _LINE = re.compile(rb"<urn:tinyfleet:(?!model:)([A-Za-z0-9._-]+:[A-Za-z0-9._-]+)>\t([^\n]*)\n")
+_OTHER = re.compile(rb"<(?!urn:tinyfleet:(?!model:)[A-Za-z0-9._-]+:[A-Za-z0-9._-]+>)([^>\n]*)>\t([^\n]*)\n")
+# What the questions ask of models and boards (ontology/answers.py).
+_SHARED = {
+    f"<{p}>"
+    for p in (
+        RDF.type, SCHEMA.name, TF.engine, TF.runRamBytes, TF.storageBytes, TF.trainRamBytes, TF.trainableLayers,
+        TF.trainingOption, TF.layersTrained, TF.biasOnly, TF.inputProperty, TF.parameters, TF.ramBytes, TF.flashBytes,
+        TF.observes,
+    )
+}  # fmt: skip
+_MODEL = f"<{TF.Model}> .\n"
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 
 class IndexedStore(EmbeddedStore):
-    """An EmbeddedStore with columns over its devices, from which it answers some of the library's queries (`ANSWERED`),
-    whoever asks them, and those of its own methods that the graph alone would take seconds for.
+    """An EmbeddedStore with columns over its devices, from which it answers some of the library's queries
+    (ontology/answers.py), whoever asks them, and finds words in titles (ontology/titles.py); and those of its own
+    methods that the graph alone would take seconds for.
 
     The index of a folder is the file `{path}.index`.
     """
@@ -62,6 +76,8 @@ class IndexedStore(EmbeddedStore):
         self._columns: Columns | None = None
         self._changed: set[str] = set()  # devices that were written while the columns were being built
         self._lost = False  # what was built meanwhile is of no use
+        self._edition = 0  # of all but the devices' own columns
+        self._kept: dict[Callable[[IndexedStore], Any], tuple[int, Any]] = {}
         self._closing = False
         self._builder: threading.Thread | None = None
         if self._file is not None and mark:
@@ -79,7 +95,8 @@ class IndexedStore(EmbeddedStore):
 
     @property
     def _ready(self) -> Columns | None:
-        return None if self._columns is None or self._columns.odd else self._columns
+        columns = self._columns
+        return None if columns is None or columns.odd or columns.strangers else columns
 
     def wait(self) -> bool:
         """Waits until the columns are built; False if they cannot hold this graph."""
@@ -110,6 +127,7 @@ class IndexedStore(EmbeddedStore):
             columns, patch = self._columns, Patch([], [], [])
             rest: dict[Iri, dict[Iri, Binding | None]] = {}
             puts: list[tuple[Iri, int, Column, Binding | None]] = []
+            titled: list[tuple[Iri, int | None, Binding | None]] = []
             named = [(s, name) for s in facts if (name := _name(s)) and name not in columns.odd]
             found = columns.rows([name for _, name in named], make=True).tolist()
             row_of = dict(zip((s for s, _ in named), found, strict=True))
@@ -119,8 +137,10 @@ class IndexedStore(EmbeddedStore):
                     column = None if row is None else columns.columns.get(p)
                     if row is None or column is None:
                         rest.setdefault(s, {})[p] = given
+                        if p == TD.title:
+                            titled.append((s, row, given))
                         continue
-                    if isinstance(column, Types):
+                    if isinstance(column, (Types, Ids)):
                         rest.setdefault(s, {})[p] = given = list(each(given))
                         puts.append((s, row, column, given))
                         continue
@@ -133,18 +153,30 @@ class IndexedStore(EmbeddedStore):
                     patch.gone.extend(f"<{s}> <{p}> {o} .\n" for o in was - wanted)
                     patch.new.extend(f"<{s}> <{p}> {o} .\n" for o in wanted - was)
                     puts.append((s, row, column, values))
-            patch.extend(self._difference(rest))
+            more = self._difference(rest)
+            anew = bool(more.emptied) or any(_shared(line) for line in (*more.gone, *more.new))
+            patch.extend(more)
             patch.extend(self._difference(records or {}, RECORDS))
             self._apply(patch)
-            described = [columns.columns[p] for p in (RDF.type, TF.fleet, TF.board, TF.engine, TF.arenaBytes)]
+            self._edition += anew
             with self._reading:
-                columns.described += any(column in described for _, _, column, _ in puts)
                 for s, row, column, given in puts:
                     try:
-                        column.put(row, given)
+                        columns.put(column, row, _name(s), given)
                     except NotHeld:
                         columns.odd.add(_name(s))
-            self._note(s for s in facts if _name(s) in columns.odd)
+                for s, row, given in titled:
+                    texts = [text_of(term(o)) for o in each(given)]
+                    if row is None:
+                        columns.titles.put_other(s, texts)
+                    else:
+                        columns.titles.put(row, texts)
+            self._note(
+                s
+                for s, said in facts.items()
+                if _name(s) in columns.odd
+                or (RDF.type in said and not _name(s) and (s in columns.strangers or TF.Device in each(said[RDF.type])))
+            )
 
     def add(self, triples: Iterable[Triple]) -> None:
         triples = list(triples)
@@ -163,26 +195,35 @@ class IndexedStore(EmbeddedStore):
 
     def _note(self, subjects: Iterable[str]) -> None:
         """These subjects have been written. Called with self._writing."""
-        devices = {s for s in subjects if _name(s)}
+        written = set(subjects)
+        self._edition += bool(written)
         if self._columns is None:
-            self._changed |= devices
+            self._changed |= written
         else:
-            self._refresh(self._columns, devices)
+            self._refresh(self._columns, written)
 
-    def _refresh(self, columns: Columns, devices: Collection[str]) -> None:
-        """Reads these devices from the graph."""
-        for device in devices:
+    def _refresh(self, columns: Columns, subjects: Collection[str]) -> None:
+        """Reads these subjects from the graph."""
+        for subject in subjects:
             terms: dict[Iri, list[Any]] = {}
-            for quad in self._open.quads_for_pattern(ox.NamedNode(device), None, None, ox.DefaultGraph()):
-                if (predicate := Iri(quad.predicate.value)) in columns.columns:
+            name = _name(subject)
+            for quad in self._open.quads_for_pattern(ox.NamedNode(subject), None, None, ox.DefaultGraph()):
+                if (predicate := Iri(quad.predicate.value)) in columns.columns or predicate == TD.title:
                     terms.setdefault(predicate, []).append(quad.object)
-            name = _name(device)
+            titles = [text_of(o) for o in terms.pop(TD.title, [])]
             with self._reading:
-                (row,) = columns.rows([name], make=bool(terms)).tolist()
+                if not name:
+                    columns.titles.put_other(subject, titles)
+                    columns.strangers.discard(subject)
+                    if ox.NamedNode(TF.Device) in terms.get(RDF.type, ()):
+                        columns.strangers.add(subject)
+                    continue
+                (row,) = columns.rows([name], make=bool(terms or titles)).tolist()
                 columns.odd.discard(name)
                 if row >= 0:
+                    columns.titles.put(row, titles)
                     try:
-                        columns.replace(row, {p: [exact(o, p) for o in said] for p, said in terms.items()})
+                        columns.replace(row, name, {p: [exact(o, p) for o in said] for p, said in terms.items()})
                     except NotHeld:
                         columns.odd.add(name)
 
@@ -191,6 +232,7 @@ class IndexedStore(EmbeddedStore):
     def _rebuild(self) -> None:
         """Has the columns built anew, in the background. Called with self._writing, but at first."""
         self._columns = None
+        self._edition += 1
         self._lost = True
         if self._builder is None or not self._builder.is_alive():
             self._builder = threading.Thread(target=self._build, name="index", daemon=True)
@@ -209,8 +251,8 @@ class IndexedStore(EmbeddedStore):
                     if len(changed) <= 1000:
                         self._refresh(columns, changed)
                         self._columns, self._builder = columns, None
-                        if columns.odd:
-                            log.warning("%d devices are not as their columns must be: no index", len(columns.odd))
+                        if odd := len(columns.odd) + len(columns.strangers):
+                            log.warning("%d devices are not as their columns must be: no index", odd)
                         return
                 self._refresh(columns, changed)
 
@@ -219,23 +261,40 @@ class IndexedStore(EmbeddedStore):
         columns = Columns()
         ask = f"SELECT ?s ?o WHERE {{ VALUES ?o {{ <{TF.Device}> }} ?s a ?o }}"
         names = [np.empty(0, "S1")]
-        self._each(ask, lambda some, _: names.append(np.array(some, "S")))
+        self._each(ask, lambda some, _: names.append(np.array(some, "S")), lambda one, _: columns.strangers.add(one))
         columns.begin(np.unique(np.concatenate(names)))
         for predicate, column in columns.columns.items():
             put = partial(fill, columns, column)
             if not self._each(ask if predicate == RDF.type else f"SELECT ?s ?o WHERE {{ ?s <{predicate}> ?o }}", put):
                 return None
+        titles: list[tuple[NDArray[np.int64], bytes]] = []
+        others: dict[str, bytes] = {}
+        if not self._each(
+            f"SELECT ?s ?o WHERE {{ ?s <{TD.title}> ?o }}",
+            lambda some, texts: titles.append((columns.rows(some, make=True), read_titles(texts))),
+            lambda other, text: others.update({other: others.get(other, b"") + read_titles([text])}),
+        ):
+            return None
+        columns.titles.fill([found for found, _ in titles], [text for _, text in titles])
+        columns.titles.others = others
+        for groups in (columns.by_kind, columns.by_model):
+            groups.sort(columns.size)
         return columns
 
-    def _each(self, query: str, take: Callable[[Sequence[bytes], Sequence[bytes]], None]) -> bool:
-        """Hands over the devices of an answer, as `{fleet}:{device}`, and their values, in pieces. False if the store
-        is being closed, or changes so that it is all in vain.
+    def _each(
+        self,
+        query: str,
+        take: Callable[[Sequence[bytes], Sequence[bytes]], None],
+        rest: Callable[[str, bytes], None] = lambda subject, text: None,
+    ) -> bool:
+        """Hands over the devices of an answer, as `{fleet}:{device}`, and their values, in pieces; what other IRIs it
+        has, one by one, to `rest`. False if the store is being closed, or changes so that it is all in vain.
 
         As Oxigraph writes TSV faster than Python reads its solutions; a million of them need little memory so.
         """
         answer = EmbeddedStore.evaluate(self, query)
         assert isinstance(answer, ox.QuerySolutions)
-        sink = _Sink(take, lambda: self._closing or self._lost)
+        sink = _Sink(take, rest, lambda: self._closing or self._lost)
         try:
             answer.serialize(cast("IO[bytes]", sink), ox.QueryResultsFormat.TSV)
             sink.take()
@@ -250,13 +309,57 @@ class IndexedStore(EmbeddedStore):
     def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
         text = bind(sparql, bindings)
         if dataset is None and self.indexed:
-            for name, answer in ANSWERED.items():
-                if (match := _recognised(name).fullmatch(text.strip())) is not None:
-                    fleets = None if match["fleet"] == "UNDEF" else re.findall(r'"([^"]*)"', match["fleet"])
-                    found = answer(self, fleets)
-                    if found is not None:
-                        return found
+            found = answered(self, text)
+            if found is not None:
+                return found.as_solutions()
+            text = supplied(self, text) or narrowed(text, self._candidates) or text
         return super().evaluate(text, dataset)
+
+    def values(self, subjects: Sequence[Iri], predicate: Iri) -> dict[Iri, Value]:
+        with self._reading:
+            column = None if self._ready is None else self._ready.columns.get(predicate)
+            if self._ready is not None and column is not None and not isinstance(column, Types):
+                found = self._ready.rows([_name(subject) for subject in subjects], make=False).tolist()
+                numbers = column.numbers
+                decoded = ((s, column.decode(numbers[row])) for s, row in zip(subjects, found, strict=True) if row >= 0)
+                return {s: v for s, v in decoded if v is not None}
+        return super().values(subjects, predicate)
+
+    def query(self, sparql: str, **bindings: Binding) -> Rows:
+        text = bind(sparql, bindings)
+        found = answered(self, text) if self.indexed else None
+        return super().query(text) if found is None else found.as_rows()
+
+    def on_graph(self, sparql: str) -> ox.QuerySolutions:
+        """The answer to a SELECT, whatever the index knows."""
+        answer = EmbeddedStore.evaluate(self, sparql)
+        assert isinstance(answer, ox.QuerySolutions)
+        return answer
+
+    def kept(self, make: Callable[["IndexedStore"], T]) -> T:
+        """What `make` makes of the graph, made again after every change of what is said of anything but devices' own
+        states: of models and boards, say."""
+        edition = self._edition
+        known = self._kept.get(make)
+        if known is None or known[0] != edition:
+            known = self._kept[make] = edition, make(self)
+        return cast("T", known[1])
+
+    @contextmanager
+    def reading(self) -> Iterator[Columns | None]:
+        """The columns, while they do not change; None if there is no index now: ask the graph."""
+        with self._reading:
+            yield self._ready
+
+    def _candidates(self, word: str) -> list[str] | None:
+        with self._reading:
+            columns = self._ready
+            found = None if columns is None else columns.titles.find(word)
+            if columns is None or found is None:
+                return None
+            mask = np.zeros(columns.size, np.bool_)
+            mask[found[0]] = True
+            return [f"urn:tinyfleet:{name.decode()}" for name in columns.raw_names(mask).tolist()] + found[1]
 
     def select(self, where: Mapping[Iri, Range | Collection[Value]]) -> NDArray[np.str_] | None:
         """The devices, as `{fleet}:{device}`, of which the graph says all this: for each predicate a number in a range,
@@ -274,106 +377,7 @@ class IndexedStore(EmbeddedStore):
                     mask &= among(column, wanted)[numbers]
                 else:
                     mask &= np.isin(numbers, [column.encode(v) for v in wanted])
-            return columns.names(mask)
-
-    def devices_by_model(self, fleets: Collection[str] | None) -> ox.QuerySolutions | None:
-        """The answer to the query `devices-by-model`."""
-        named: dict[Value, list[Value]] = {}
-        for said in rows(_solutions(EmbeddedStore.evaluate(self, _NAMES))):
-            named.setdefault(said["model"], []).append(said["name"])
-        with self._reading:
-            columns = self._ready
-            if columns is None:
-                return None
-            mask = columns.of_fleets(fleets)
-            keys = (TF.currentModel, TF.engine, TF.engineVersion)
-            for predicate in keys[1:]:
-                mask &= columns.numbers(predicate) >= 0
-            most = np.prod([len(columns.codes(predicate).values) + 1 for predicate in keys], dtype=np.float64)
-            key: NDArray[Any] = np.zeros(columns.size, np.int32 if most < 2**31 else np.int64)
-            for predicate in keys:
-                key *= len(columns.codes(predicate).values) + 1
-                key += columns.numbers(predicate)
-                key += 1
-            online = columns.numbers(TF.online) == 1
-            if not mask.all():
-                key, online = key[mask], online[mask]
-            distinct, counts, on = counted(key, online)
-            found: list[Row] = []
-            for code, n, m in zip(distinct.tolist(), counts.tolist(), on.tolist(), strict=True):
-                row: Row = {}
-                for predicate, variable in zip(reversed(keys), ("version", "engine", "running"), strict=True):
-                    values = columns.codes(predicate)
-                    code, number = divmod(code, len(values.values) + 1)
-                    if (given := values.decode(number - 1)) is not None:
-                        row[variable] = given
-                for name in named.get(row.get("running", ""), [None]):
-                    found.append(row | {"devices": n, "online": m} | ({} if name is None else {"name": name}))
-        found.sort(key=lambda r: (-cast("int", r["devices"]), str(r.get("running", "")), r["engine"], r["version"]))
-        return _as_answer(("running", "name", "engine", "version", "devices", "online"), found)
-
-    def fits(self, fleets: Collection[str] | None) -> ox.QuerySolutions | None:
-        """The answer to the query `fits`."""
-        models = rows(_solutions(EmbeddedStore.evaluate(self, _MODELS)))
-        boards = rows(_solutions(EmbeddedStore.evaluate(self, _BOARDS)))
-        observed = {
-            (row["board"], row["property"]) for row in rows(_solutions(EmbeddedStore.evaluate(self, _OBSERVED)))
-        }
-        inputs: dict[Value, list[Value]] = {}
-        for row in rows(_solutions(EmbeddedStore.evaluate(self, _INPUTS))):
-            inputs.setdefault(row["model"], []).append(row["property"])
-        if len(set(models.column("model"))) < len(models) or len(set(boards.column("board"))) < len(boards):
-            return None  # one of them has two names or two amounts of RAM: that is for the graph to work out
-        if not all(isinstance(v, int) for row in (*models, *boards) for k, v in row.items() if k in _BYTES):
-            return None
-        with self._reading:
-            columns = self._ready
-            if columns is None:
-                return None
-            of_board, engines = columns.codes(TF.board), columns.codes(TF.engine)
-            ram, flash = (np.full(len(of_board.values) + 1, -1, np.int64) for _ in range(2))
-            for row in boards:
-                if (code := of_board.codes.get(str(row["board"]))) is not None:
-                    ram[code], flash[code] = cast("int", row["ram"]), cast("int", row["flash"])
-            kinds, counts = columns.kinds(fleets)
-            kinds[2] = np.where(kinds[2] < 0, ram[kinds[0]], kinds[2])
-            known = (kinds[0] >= 0) & (kinds[1] >= 0) & (ram[kinds[0]] >= 0)
-            kinds, counts = kinds[:, known], counts[known]
-            values, engine_codes = list(of_board.values), dict(engines.codes)
-        needed = {seen for properties in inputs.values() for seen in properties}
-        able = {seen: np.array([(board, seen) in observed for board in values], np.bool_) for seen in needed}
-        found = []
-        for row in models:
-            fit = (kinds[1] == engine_codes.get(str(row["engine"]), -2)) & (kinds[2] >= row["takes"])
-            fit &= flash[kinds[0]] >= row["storage"]
-            for seen in inputs.get(row["model"], ()):
-                fit &= able[seen][kinds[0]]
-            devices = int(counts[fit].sum())
-            if devices:
-                training = int(counts[fit & (kinds[2] >= row["bytes"])].sum()) if "bytes" in row else 0
-                found.append({k: row[k] for k in ("model", "name")} | {"devices": devices, "training": training})
-        found.sort(key=lambda r: (-cast("int", r["devices"]), str(r["name"]), str(r["model"])))
-        return _as_answer(("model", "name", "devices", "training"), found)
-
-
-ANSWERED: dict[str, Callable[[IndexedStore, Collection[str] | None], ox.QuerySolutions | None]] = {
-    "devices-by-model": IndexedStore.devices_by_model,
-    "fits": IndexedStore.fits,
-}
-"""The queries of the library that the index answers, each with its one parameter, fleet, free or bound."""
-
-_PREFIXES = "PREFIX schema: <https://schema.org/> PREFIX tf: <https://w3id.org/tinyfleet#> "
-_NAMES = _PREFIXES + "SELECT ?model ?name WHERE { ?model a tf:Model ; schema:name ?name }"
-_MODELS = (
-    _PREFIXES
-    + """SELECT ?model ?name ?engine ?takes ?storage ?bytes WHERE {
-    ?model a tf:Model ; schema:name ?name ; tf:engine ?engine ; tf:runRamBytes ?takes ; tf:storageBytes ?storage .
-    OPTIONAL { ?model tf:trainRamBytes ?bytes } }"""
-)
-_INPUTS = _PREFIXES + "SELECT ?model ?property WHERE { ?model a tf:Model ; tf:inputProperty ?property }"
-_BOARDS = _PREFIXES + "SELECT ?board ?ram ?flash WHERE { ?board tf:ramBytes ?ram ; tf:flashBytes ?flash }"
-_OBSERVED = _PREFIXES + "SELECT ?board ?property WHERE { ?board tf:observes ?property }"
-_BYTES = ("takes", "storage", "bytes", "ram", "flash")
+            return columns.raw_names(mask).astype("U")
 
 
 class _Vain(Exception):
@@ -385,8 +389,14 @@ class _Sink:
 
     PIECE = 4 << 20
 
-    def __init__(self, take: Callable[[Sequence[bytes], Sequence[bytes]], None], vain: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        take: Callable[[Sequence[bytes], Sequence[bytes]], None],
+        rest: Callable[[str, bytes], None],
+        vain: Callable[[], bool],
+    ) -> None:
         self._take = take
+        self._rest = rest
         self._vain = vain
         self._text = bytearray()
 
@@ -403,11 +413,13 @@ class _Sink:
         if self._vain():
             raise _Vain
         end = self._text.rfind(b"\n") + 1
-        found = _LINE.findall(bytes(self._text[:end]))
+        piece = bytes(self._text[:end])
         del self._text[:end]
-        if found:
+        if found := _LINE.findall(piece):
             names, texts = zip(*found, strict=True)
             self._take(names, texts)
+        for subject, text in _OTHER.findall(piece) if len(found) < piece.count(b"\n") else ():
+            self._rest(subject.decode(), text)
 
 
 def _name(subject: str) -> bytes:
@@ -416,30 +428,17 @@ def _name(subject: str) -> bytes:
     return b"" if match is None else match[1].encode()
 
 
+def _shared(line: str) -> bool:
+    """Whether a triple that changes may be one of those that `kept` holds: what devices say of themselves, and rounds
+    and events, are none, unless one of them is called a model."""
+    _, predicate, rest = line.split(" ", 2)
+    return predicate in _SHARED and (predicate != f"<{RDF.type}>" or rest == _MODEL)
+
+
 def _mark(folder: Path) -> str:
     """What a folder of RocksDB looks like from outside: whoever opens it to write changes that."""
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir() if f.name != "LOCK")
     return hashlib.sha256(repr(files).encode()).hexdigest()
-
-
-@cache
-def _recognised(name: str) -> re.Pattern[str]:
-    """The query of the library, its parameters free or bound to simple texts."""
-    return re.compile(parameter_pattern(library.text(name).strip(), r'UNDEF|(?:"[A-Za-z0-9._-]*" ?)*'))
-
-
-def _solutions(answer: Answer) -> ox.QuerySolutions:
-    assert isinstance(answer, ox.QuerySolutions)
-    return answer
-
-
-def _as_answer(variables: Sequence[str], found: Sequence[Row]) -> ox.QuerySolutions:
-    """Rows as the answer to a SELECT."""
-    lines = ["\t".join(f"?{v}" for v in variables)]
-    lines += ["\t".join(str(term(row[v])) if v in row else "" for v in variables) for row in found]
-    answer = ox.parse_query_results("\n".join([*lines, ""]).encode(), ox.QueryResultsFormat.TSV)
-    assert isinstance(answer, ox.QuerySolutions)
-    return answer
 
 
 # An update that says plainly which subjects it changes: what Store.write, add and remove send, no more. No \\u in it,
@@ -452,9 +451,13 @@ _WRITE = (
 )
 _REMOVE = rf"DELETE WHERE \{{ {_I} \?p \?o \}} ; DELETE WHERE \{{ GRAPH <{RECORDS}> \{{ {_I} \?p \?o \}} \}}"
 _PLAIN = re.compile(rf"{_WRITE}|{_DATA}|{_REMOVE}")
+_ABSOLUTE = re.compile("[A-Za-z][A-Za-z0-9+.-]*:")
 _SUBJECT = re.compile(rf"(?:^|\(|WHERE \{{ )<({_I[1:-1]})>", re.MULTILINE)
 
 
 def _subjects(update: str) -> set[str] | None:
     """The subjects that an update changes, and perhaps others; None if it does not say so plainly."""
-    return set(_SUBJECT.findall(update)) if _PLAIN.fullmatch(update) else None
+    if _PLAIN.fullmatch(update) is None:
+        return None
+    subjects = set(_SUBJECT.findall(update))
+    return subjects if all(_ABSOLUTE.match(subject) for subject in subjects) else None

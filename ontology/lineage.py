@@ -231,37 +231,90 @@ class Lineage:
         }
 
 
-def changes(store: Store, device: Iri, status: Status, at: datetime) -> dict[Iri, dict[Iri, Binding | None]]:
-    """What a device's new status changes beside its state: since when it is offline, and, where its drift rises
-    through DRIFTED, a drift event, which ends when it falls below SETTLED. To be written with the state.
+class Histories:
+    """Since when devices are offline, and their drift events: what their new statuses change beside their state.
 
-    Whether an event is under way is asked of the graph, so that a status that comes twice makes no second one.
+    The graph is asked once for all the statuses that are to come; `changes` then follows what it has said itself. To be
+    used while nobody else writes.
     """
-    if not status.online:
-        known = store.ask(f"ASK {{ <{device}> <{TF.offlineSince}> ?since }}")
-        return {} if known else {device: {TF.offlineSince: at}}
-    facts: dict[Iri, dict[Iri, Binding | None]] = {device: {TF.offlineSince: None}}
-    if status.drift is None or SETTLED <= status.drift < DRIFTED:
+
+    def __init__(self, store: Store, statuses: Iterable[tuple[Iri, Status]]) -> None:
+        """statuses: of which devices, and what is to be known of each."""
+        devices: dict[Iri, None] = {}
+        drifted: dict[Iri, None] = {}
+        settled: dict[Iri, None] = {}
+        for device, status in statuses:
+            devices[device] = None
+            if status.online and status.drift is not None:
+                if status.drift >= DRIFTED:
+                    drifted[device] = None
+                elif status.drift < SETTLED:
+                    settled[device] = None
+        # What a device's state is already needs no second look: who wrote that it is online took away since when it is
+        # not, and who wrote that its drift is small or large ended its event or began one, in the same transaction.
+        online = store.values(list(devices), TF.online)
+        drift = store.values(list(drifted | settled), TF.drift)
+        self._offline = set(store.values([d for d in devices if online.get(d) is not True], TF.offlineSince))
+        self._events: dict[Iri, int] = {}
+        self._under_way: dict[Iri, list[Iri]] = {}
+        asked = []
+        for device in drifted | settled:
+            known = drift.get(device)
+            if not isinstance(known, float) or (device in drifted and device in settled):
+                asked.append(device)
+            elif device in drifted and known >= DRIFTED:
+                self._under_way[device] = []  # one is, whichever
+            elif device in drifted or known >= SETTLED:
+                asked.append(device)
+        if asked:
+            for row in store.query(
+                f"""SELECT ?device ?event ?ended WHERE {{
+                      VALUES ?device {{ {" ".join(f"<{device}>" for device in asked)} }}
+                      ?event <{TF.device}> ?device ; a <{TF.DriftEvent}> .
+                      OPTIONAL {{ ?event <{PROV.endedAtTime}> ?ended }}
+                    }}"""
+            ):
+                device = Iri(str(row["device"]))
+                self._events[device] = self._events.get(device, 0) + 1
+                if "ended" not in row:
+                    self._under_way.setdefault(device, []).append(Iri(str(row["event"])))
+
+    def removed(self, device: Iri) -> None:
+        """Everything that was said of the device has been taken out of the graph; its events have not."""
+        self._offline.discard(device)
+
+    def changes(self, device: Iri, status: Status, at: datetime) -> dict[Iri, dict[Iri, Binding | None]]:
+        """What a device's new status changes: since when it is offline, and, where its drift rises through DRIFTED, a
+        drift event, which ends when it falls below SETTLED. To be written with the state.
+
+        A status that comes twice makes no second event.
+        """
+        if not status.online:
+            if device in self._offline:
+                return {}
+            self._offline.add(device)
+            return {device: {TF.offlineSince: at}}
+        facts: dict[Iri, dict[Iri, Binding | None]] = {}
+        if device in self._offline:
+            self._offline.remove(device)
+            facts[device] = {TF.offlineSince: None}
+        if status.drift is None:
+            return facts
+        if status.drift < SETTLED:
+            facts |= {event: {PROV.endedAtTime: at} for event in self._under_way.pop(device, ())}
+        elif status.drift >= DRIFTED and device not in self._under_way:
+            number = self._events[device] = self._events.get(device, 0) + 1
+            event = Iri(f"{device}:drift:{number}")
+            self._under_way[device] = [event]
+            facts[event] = {
+                RDF.type: [TF.DriftEvent, SOSA.Observation, PROV.Activity],
+                TF.device: device,
+                TF.drift: status.drift,
+                TF.ofModel: model_iri(status.model),
+                SOSA.resultTime: at,
+                PROV.startedAtTime: at,
+            }
         return facts
-    events = store.query(
-        f"""SELECT ?event ?ended WHERE {{
-              ?event <{TF.device}> <{device}> ; a <{TF.DriftEvent}> .
-              OPTIONAL {{ ?event <{PROV.endedAtTime}> ?ended }}
-            }}"""
-    )
-    under_way = [Iri(str(row["event"])) for row in events if "ended" not in row]
-    if status.drift < SETTLED:
-        facts |= {event: {PROV.endedAtTime: at} for event in under_way}
-    elif not under_way:
-        facts[Iri(f"{device}:drift:{len(events) + 1}")] = {
-            RDF.type: [TF.DriftEvent, SOSA.Observation, PROV.Activity],
-            TF.device: device,
-            TF.drift: status.drift,
-            TF.ofModel: model_iri(status.model),
-            SOSA.resultTime: at,
-            PROV.startedAtTime: at,
-        }
-    return facts
 
 
 def _finite(number: float | None) -> float | None:

@@ -24,7 +24,8 @@ class Namespace:
     def __getattr__(self, term: str) -> Iri:
         if term.startswith("__"):  # what copying and the like ask every object for
             raise AttributeError(term)
-        return Iri(self.iri + term)
+        iri = self.__dict__[term] = Iri(self.iri + term)  # found there the next time
+        return iri
 
     def __getitem__(self, term: str) -> Iri:
         return Iri(self.iri + term)

@@ -21,13 +21,13 @@ from datetime import UTC, datetime
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jsonschema_rs
 import pyoxigraph as ox
 
 from edge.errors import UserError
-from edge.protocol import ProtocolError, Topics, decode_status
+from edge.protocol import ProtocolError, Status, Topics, decode_status
 from ontology import lineage, shapes
 from ontology.describe import known_parts
 from ontology.implied import with_implied
@@ -55,6 +55,7 @@ _DEVICE = (
     TF.engine,
     TF.engineVersion,
     TF.arenaBytes,
+    TF.adoptBytes,
     TF.model,
 )
 _BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)
@@ -128,29 +129,36 @@ class Registry:
         store fails: the messages can then be handed over again.
         """
         with self.things.lock:
+            read = [self._read(topic, payload) for topic, payload in messages]
+            histories = lineage.Histories(
+                self._store,
+                ((device_iri(self.fleet, m.device), m.said) for m in read if m and isinstance(m.said, Status)),
+            )
             taken: list[Taken | None] = []
             facts, changes = _Pending(), Changes()
-            for topic, payload in messages:
-                found = self._topics.parse(topic)
-                if found is None or found[0] not in ("td", "status"):
+            for message in read:
+                if message is None:
                     taken.append(None)
                     continue
-                kind: Literal["td", "status"] = found[0]  # type: ignore[assignment]
-                (device,) = found[1]
+                kind, device, iri, said = message
                 try:
-                    if kind == "status":
-                        online = self._status(device, payload, facts)
-                    elif payload:
-                        self._description(device, payload, facts, changes)
+                    if isinstance(said, Refused):
+                        raise said
+                    if isinstance(said, Status):
+                        self._state(iri, said, facts, histories)
+                        online = said.online
+                    elif said:
+                        self._description(iri, said, facts, changes)
                         online = True
                     else:
                         self.things.write(facts, changes)
                         facts, changes = _Pending(), Changes()
-                        self.things.remove(device_iri(self.fleet, device))
+                        self.things.remove(iri)
+                        histories.removed(iri)
                         online = False
                 except StoreError:
                     raise
-                except (Refused, ProtocolError, UserError) as reason:
+                except (Refused, UserError) as reason:
                     what = "Thing Description" if kind == "td" else "status"
                     refusal = printable(f"{what} of {device!r} refused: {reason}")
                     log.warning("%s", refusal)
@@ -179,36 +187,30 @@ class Registry:
             now: dict[Iri, Binding | None] = {TF.online: False, TF.offlineSince: self._clock()}
             self._store.write({Iri(str(device)): now for device in some})
 
-    def _status(self, device: str, payload: bytes, pending: "_Pending") -> bool:
-        if not payload:
-            raise Refused("it is empty")
-        status = decode_status(payload)
-        facts: dict[Iri, Binding | None] = {TF.online: status.online}
-        if status.online:  # a will was written before the device did anything: it knows nothing else
-            if status.battery is not None and not 0 <= status.battery <= 1:
-                raise Refused(f"battery must be from 0 to 1, not {status.battery}")
-            if status.drift is not None and not math.isfinite(status.drift):
-                raise Refused(f"drift must be a number, not {status.drift}")
-            facts |= {
-                TF.currentModel: model_iri(status.model),
-                TF.samples: status.samples,
-                TF.malformed: status.malformed,
-                TF.stale: status.stale,
-                TF.battery: status.battery,
-                TF.drift: status.drift,
-            }
-        iri = device_iri(self.fleet, device)
-        if iri in pending and (not status.online or status.drift is not None):
-            self._store.write(pending)  # for what has changed is asked of the graph
-            pending.clear()
-        pending.setdefault(iri, {}).update(facts)
-        for subject, said in lineage.changes(self._store, iri, status, self._clock()).items():
-            pending.setdefault(subject, {}).update(said)
-        return status.online
+    def _read(self, topic: str, payload: bytes) -> "_Read | None":
+        """What a message says, or why it is refused; None if it is none of the registry's."""
+        match self._topics.parse(topic):
+            case "td", (device,):
+                return _Read("td", device, device_iri(self.fleet, device), payload)
+            case "status", (device,):
+                return _Read("status", device, device_iri(self.fleet, device), _status(payload))
+        return None
 
-    def _description(self, device: str, payload: bytes, pending: "_Pending", changes: Changes) -> None:
+    def _state(self, iri: Iri, status: Status, pending: "_Pending", histories: lineage.Histories) -> None:
+        facts = pending.setdefault(iri, {})
+        facts[TF.online] = status.online
+        if status.online:  # a will was written before the device did anything: it knows nothing else
+            facts[TF.currentModel] = model_iri(status.model)
+            facts[TF.samples] = status.samples
+            facts[TF.malformed] = status.malformed
+            facts[TF.stale] = status.stale
+            facts[TF.battery] = status.battery
+            facts[TF.drift] = status.drift
+        for subject, said in histories.changes(iri, status, self._clock()).items():
+            pending.setdefault(subject, {}).update(said)
+
+    def _description(self, iri: Iri, payload: bytes, pending: "_Pending", changes: Changes) -> None:
         document = read(payload)
-        iri = device_iri(self.fleet, device)
         if document.get("id", document.get("@id")) != iri:
             raise Refused(f"its id must be {iri} on this topic, not {document.get('id')!r:.100}")
         self._describe(document, pending, changes)
@@ -332,6 +334,29 @@ def _conforms(triples: list[ox.Triple], document: Mapping[str, Any]) -> None:
 
 _Pending = dict[Iri, dict[Iri, Binding | None]]
 """What is to be written, of each subject."""
+
+
+class _Read(NamedTuple):
+    """A message of a device: a description as it came, a status that is in order, or why it is not."""
+
+    kind: Literal["td", "status"]
+    device: str
+    iri: Iri
+    said: bytes | Status | Refused
+
+
+def _status(payload: bytes) -> Status | Refused:
+    if not payload:
+        return Refused("it is empty")
+    try:
+        status = decode_status(payload)
+    except ProtocolError as error:
+        return Refused(str(error))
+    if status.online and status.battery is not None and not 0 <= status.battery <= 1:
+        return Refused(f"battery must be from 0 to 1, not {status.battery}")
+    if status.online and status.drift is not None and not math.isfinite(status.drift):
+        return Refused(f"drift must be a number, not {status.drift}")
+    return status
 
 
 def _listed(facts: Mapping[Iri, Binding | None]) -> dict[Iri, list[Value]]:

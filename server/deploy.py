@@ -1,9 +1,9 @@
 """Gives a model to the devices that a query selects, over the air, and writes into the graph what came of it.
 
-The program is published once, as retained chunks that the broker fans out. Each device is sent the order to adopt it,
-and sent it again, more and more seldom, until its status or its reply says that it has, it says that it cannot, or its
-time is up: an order, a chunk or a reply may be lost, and a device that gets the same order again asks for the chunks
-that it lacks, or says again what it said.
+The program is published once, as retained chunks that the broker fans out; they are cleared when all have answered.
+Each device is sent the order to adopt it, and sent it again, more and more seldom, until its status or its reply says
+that it has, it says that it cannot, or its time is up: an order, a chunk or a reply may be lost, and a device that gets
+the same order again asks for the chunks that it lacks, or says again what it said.
 """
 
 import itertools
@@ -103,7 +103,7 @@ def plan(store: Store, program: Program, name: str, sparql: str, fleet: str) -> 
     """Whom a query selects of a fleet to be given this program, and why not everyone.
 
     The model is described in the graph if it is not yet. Selected devices that do not meet a need of it, run it
-    already or are offline are left out. Raises UserError if nobody is left.
+    already, say that they have no room for it or are offline are left out. Raises UserError if nobody is left.
     """
     model = matching.describe(store, from_program(program, name))
     selected = set(matching.select(store, sparql, model, fleet))
@@ -111,14 +111,17 @@ def plan(store: Store, program: Program, name: str, sparql: str, fleet: str) -> 
     misses = matching.why_not(store, fleet, model=model)
     rows = store.query(
         """PREFIX tf: <https://w3id.org/tinyfleet#>
-        SELECT ?id ?running WHERE {
+        SELECT ?id ?running ?room WHERE {
           VALUES ?fleet { UNDEF }
           ?device tf:fleet ?fleet ; a tf:Device ; tf:deviceId ?id .
           OPTIONAL { ?device tf:currentModel ?running }
+          OPTIONAL { ?device tf:adoptBytes ?room }
         }""",
         fleet=fleet,
     )
     current = {str(row["id"]): row.get("running") for row in rows}
+    rooms = {str(row["id"]): row.get("room") for row in rows}
+    takes = len(program.data)
     left_out = dict.fromkeys(selected - set(current), "the graph knows no such device")
     for device, running in current.items():
         if device not in fits:
@@ -128,6 +131,10 @@ def plan(store: Store, program: Program, name: str, sparql: str, fleet: str) -> 
             left_out[device] = "runs it already"
         elif device not in selected:
             left_out[device] = "the query does not select it"
+        elif isinstance(room := rooms[device], int) and room < takes:
+            left_out[device] = (
+                f"room for a program: it takes {takes:,} B, {takes - room:,} more than the {room:,} there"
+            )
         elif not fits[device].online:
             left_out[device] = "is offline"
     targets = [fit for device, fit in fits.items() if device not in left_out]
@@ -223,6 +230,8 @@ class _Rollout:
 
     def __exit__(self, *_: object) -> None:
         assert self._session is not None
+        for n in range(-(-len(self._program.data) // CHUNK)):  # nobody is to fetch it any more
+            self._session.publish(self._topics.program(self._program.model_id, n), b"", retain=True)
         if self._session.connected:
             self._session.flush(2)
         self._session.close()

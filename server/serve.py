@@ -7,12 +7,13 @@ import os
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from edge.protocol import Topics
-from edge.session import Session
+from edge.session import Receipt, Session
 from ontology.cli import GRAPH, SERVER
 from ontology.endpoint import Endpoint
 from ontology.index import IndexedStore
@@ -25,12 +26,14 @@ MOST = 1000
 """So many messages are written in one transaction at most."""
 WAITING = 10_000
 """So many may wait for it; after that, the broker is left waiting."""
+GATHERING = 0.005
+"""Seconds that the first message of a transaction waits for others: one of many costs each of them less."""
 SETTLING = 2.0
 """Seconds that a new server waits at most until all are marked offline; with a million, that goes on behind it."""
 
-_Message = tuple[str, bytes, Callable[[], None]]
-_NEW_SESSION: _Message = ("", b"", lambda: None)
-_END: _Message = ("", b"", lambda: None)
+_Message = tuple[str, bytes, Receipt | None]
+_NEW_SESSION: _Message = ("a new session", b"", None)
+_END: _Message = ("the end", b"", None)
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +132,10 @@ class FleetServer:
             json.dump(address, file)
         new.replace(path)
 
-    def _receive(self, topic: str, payload: bytes, done: Callable[[], None]) -> None:
+    def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:
         """Called by the session's thread."""
         self._room.acquire()
-        self._arrived.put((topic, payload, done))
+        self._arrived.put((topic, payload, receipt))
 
     def _write(self) -> None:
         """The writer's thread: takes all that has arrived, then what has arrived since."""
@@ -141,6 +144,8 @@ class FleetServer:
             message = self._arrived.get()
             special = message is _NEW_SESSION or message is _END
             if not special:
+                if not batch and self._arrived.qsize() < MOST:
+                    time.sleep(GATHERING)
                 batch.append(message)
             try:
                 if batch and (special or len(batch) == MOST or self._arrived.empty()):
@@ -166,8 +171,9 @@ class FleetServer:
             else:  # the broker is not told: it brings the message again
                 log.error("a message could not be stored: %s", error)
             return
-        for (_, _, done), one in zip(batch, taken, strict=True):
-            done()
+        if self._session is not None:
+            self._session.received(receipt for _, _, receipt in batch)
+        for one in taken:
             if one is None:
                 continue
             if one.refusal is not None:

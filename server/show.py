@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,13 +15,11 @@ from server.evaluate import Score
 from server.run import Round
 
 
-class Rounds:
-    """Shows the rounds of a run as they end: a bar on a terminal, else a line each. Use it in a `with`, and call it."""
+class Bar:
+    """A bar that says how many of `total` are done, where there is a terminal. Use it in a `with`."""
 
-    def __init__(self, console: Console, name: str, total: int) -> None:
-        self._console = console
-        self._name = name
-        self._total = total
+    def __init__(self, console: Console, name: str, total: int, said: str = "") -> None:
+        self.shown = console.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -31,23 +28,34 @@ class Rounds:
             TimeRemainingColumn(compact=True),
             console=console,
         )
-        self._task = self._bar.add_task(name, total=total, said="waiting for clients")
+        self._task = self._bar.add_task(name, total=total, said=said)
 
-    def __enter__(self) -> Rounds:
-        if self._console.is_terminal:
+    def __enter__(self) -> Self:
+        if self.shown:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._console.is_terminal:
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
             self._bar.stop()
+
+    def advance(self, said: str = "") -> None:
+        self._bar.update(self._task, advance=1, said=said)
+
+
+class Rounds(Bar):
+    """Shows the rounds of a run as they end: a bar on a terminal, else a line each. Call it with each."""
+
+    def __init__(self, console: Console, name: str, total: int) -> None:
+        super().__init__(console, name, total, "waiting for clients")
+        self._console = console
+        self._name = name
+        self._total = total
 
     def __call__(self, ended: Round) -> None:
         said = describe(ended)
-        if self._console.is_terminal:
-            self._bar.update(self._task, advance=1, said=said)
+        if self.shown:
+            self.advance(said)
         else:
             self._console.print(f"{self._name} round {ended.number}/{self._total}: {said}", soft_wrap=True)
         for device, reason in ended.lost.items():

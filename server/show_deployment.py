@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from edge.program import Program
 from ontology.store import printable
 from server.deploy import Deployment, Outcome, Plan, Result
+from server.show import Bar
 
 MOST = 20
 """Lines of a table; --json has them all."""
@@ -46,29 +45,15 @@ def _more(console: Console, count: int) -> None:
         console.print(f"… and {count - MOST:,} more; --json shows all")
 
 
-class Results:
-    """Shows what the devices answer as they do: a bar on a terminal, and a line each. Use it in a `with`."""
+class Results(Bar):
+    """Shows what the devices answer as they do: a bar on a terminal, and a line each. Call it with each."""
 
     def __init__(self, console: Console, total: int) -> None:
+        super().__init__(console, "deploying", total)
         self._console = console
-        self._bar = Progress(
-            TextColumn("deploying"), BarColumn(bar_width=24), MofNCompleteColumn(), console=console, transient=True
-        )
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> Results:
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
 
     def __call__(self, result: Result) -> None:
-        self._bar.update(self._task, advance=1)
+        self.advance()
         said = f"{result.device}: {result.outcome} after {result.seconds:.1f} s"
         style = None if result.outcome == "confirmed" else "yellow"
         self._console.print(f"{said}{f': {result.reason}' if result.reason else ''}", style=style, soft_wrap=True)

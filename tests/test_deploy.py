@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from edge.learner import MoteLearner
 from edge.node import MoteNode
 from edge.program import Dense, Program, ReLU, Tanh, build
 from edge.protocol import Topics
+from edge.session import Session
 from edge.streams import DatasetStream
 from edge.tasks import ClientData
 from edge.thing import VIRTUAL, Board, thing_description
@@ -89,6 +91,7 @@ def start(heard: News, server: FleetServer) -> Iterator[Callable[[Device], Devic
         yield begin
 
 
+TOPICS = Topics("home")
 Start = Callable[[Device], Device]
 
 
@@ -233,11 +236,24 @@ def test_many_devices_a_few_at_a_time(
     assert ended.devices("confirmed") == sorted(f"d-{i}" for i in range(10))
 
 
+def test_no_chunk_stays_at_the_broker(server: FleetServer, broker: tuple[str, int], start: Start) -> None:
+    start(mote(broker, "one"))
+    assert deploy(server, plan(server.store)).devices("confirmed") == ["one"]
+    came: queue.Queue[tuple[str, bytes]] = queue.Queue()
+    session = Session(*broker, "looking", on_message=lambda topic, payload: came.put((topic, payload)))
+    session.subscribe(TOPICS.program(NEW.model_id))
+    session.publish(TOPICS.program(NEW.model_id, 0), b"the end")  # comes after whatever was retained
+    assert came.get(timeout=30) == (TOPICS.program(NEW.model_id, 0), b"the end")
+    session.close()
+
+
 def test_who_is_left_out_and_why(server: FleetServer) -> None:
     announce(server, "fit")
     announce(server, "asleep", online=False)
     announce(server, "small", tf__arenaBytes=NEW.arena_bytes - 1)
     announce(server, "other", tf__engine="litert")
+    announce(server, "full", tf__adoptBytes=len(NEW.data) - 1)
+    announce(server, "built-in", tf__adoptBytes=0)
     announce(server, "unwanted")
     query = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { ?d tf:deviceId ?id FILTER(?id != "unwanted") }"""
@@ -248,6 +264,8 @@ def test_who_is_left_out_and_why(server: FleetServer) -> None:
         "asleep": "is offline",
         "small": f"RAM to run: it takes {NEW.arena_bytes:,} B, 1 more than the {NEW.arena_bytes - 1:,} there",
         "other": "engine: it is made for mote, and the device has litert",
+        "full": f"room for a program: it takes {len(NEW.data):,} B, 1 more than the {len(NEW.data) - 1:,} there",
+        "built-in": f"room for a program: it takes {len(NEW.data):,} B, {len(NEW.data):,} more than the 0 there",
         "unwanted": "the query does not select it",
         "stranger": "the graph knows no such device",
     }

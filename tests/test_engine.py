@@ -17,7 +17,7 @@ from edge import program as p
 from edge._mote import ffi, lib
 from edge.errors import UserError
 from edge.graph import Graph, Kind
-from edge.learner import MoteLearner
+from edge.learner import LearnerError, MoteLearner
 from edge.plan import with_training
 
 Vector = NDArray[np.float32]
@@ -107,13 +107,24 @@ def test_a_plan_for_some_layers_learns_the_same_bits_in_no_more_memory(net: Net,
     assert part.ram_bytes == part.program.arena_bytes
     for step in range(3):
         x, y = sample(whole.program, seed + step)
-        assert part.learn(x, y, 0.1) == whole.learn(x, y, 0.1)
-        assert np.array_equal(part.infer(x), whole.infer(x))
+        losses = [loss_or_none(learner, x, y) for learner in (part, whole)]
+        assert losses[0] == losses[1]
+        assert np.array_equal(part.infer(x), whole.infer(x), equal_nan=True)
+        if losses[0] is None:
+            return
     learned = whole.program.split(whole.parameters)
     for name, array in part.program.split(part.parameters).items():
         assert np.array_equal(array, learned[name])
     for name, _ in frozen:
         assert np.array_equal(learned[name], weights[name])
+
+
+def loss_or_none(learner: MoteLearner, x: Vector, y: Vector) -> float | None:
+    """None if it diverges, as deep linear nets may."""
+    try:
+        return learner.learn(x, y, 0.1)
+    except LearnerError:
+        return None
 
 
 @given(graphs(), st.booleans(), st.integers(0, 1000))

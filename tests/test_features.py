@@ -1,7 +1,9 @@
 """The log-mel front end: the C that a device runs equals its description in NumPy, on any sound and in any portions."""
 
+import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 
 from edge import features
 from edge._mote import ffi, lib
+from edge.mote_build import FLAGS, STRICT
+from firmware_tools import boards, build, emulate
 
 ROOT = Path(__file__).parents[1]
 WINDOW, HOP, BANDS, RATE = 512, 320, 20, 16_000
@@ -128,3 +132,38 @@ def test_the_tables_are_the_generator_s() -> None:
     command = [sys.executable, ROOT / "tools/mel_tables.py"]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert made == (ROOT / "edge/mote/mote_mel_tables.h").read_text()
+
+
+def made_up() -> str:
+    """What firmware_tools/src/main_mel.c prints, from its description in NumPy."""
+    state, sound = 7, []
+    for strength in range(12):
+        for portion in range(20):
+            for _ in range(37 * portion % 700):
+                state ^= state << 13 & 0xFFFFFFFF
+                state ^= state >> 17
+                state ^= state << 5 & 0xFFFFFFFF
+                sound.append((state >> 16 >> strength) - (0x8000 >> strength))
+    bands = bands_of(np.array(sound, np.int16))
+    return f"{len(bands)} {zlib.crc32(bands.tobytes()):x}\n"
+
+
+@pytest.mark.skipif(not build.available() or not emulate.available(), reason="needs gcc-arm-none-eabi and QEMU")
+@pytest.mark.parametrize("board", ["microbit", "mps2-an385", "mps2-an386", "mps2-an500", "mps2-an505", "mps3-an547"])
+def test_a_core_computes_the_described_bits(board: str, tmp_path: Path) -> None:
+    target = boards.load(board)
+    assert emulate.run(target, build.mel(target, tmp_path / "mel.elf")) == made_up()
+
+
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    """The same program, with ASan and UBSan."""
+    cc = next((found for name in ("clang", "clang-14", "gcc") if (found := shutil.which(name))), None)
+    if cc is None:
+        pytest.skip("no C compiler is installed")
+    sources = [build.SOURCES / "main_mel.c", build.MOTE / "mote_mel.c", build.MOTE / "mote_crc.c"]
+    sources += [ROOT / "tests/c/semihost_linux.c"]
+    flags = [*FLAGS, *STRICT, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    folders = [f"-I{folder}" for folder in (build.SOURCES, build.MOTE)]
+    subprocess.run([cc, *flags, *folders, *sources, "-o", tmp_path / "mel"], check=True)
+    done = subprocess.run([tmp_path / "mel"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", made_up())

@@ -10,13 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from conftest import free_port, start_mosquitto
 
 from edge.protocol import Status, Topics, encode
-from edge.session import Session
+from edge.session import Receipt, Session
 from ontology.index import IndexedStore
 from ontology.names import TF, device_iri
 from ontology.registry import Registry
@@ -125,11 +124,11 @@ def test_what_the_broker_was_told_is_in_the_graph_when_the_server_is_killed(tmp_
 
 def test_the_broker_is_told_when_the_message_is_safe_and_not_before(broker: tuple[str, int]) -> None:
     """mosquitto has at most 20 messages under way to a client that has not acknowledged them."""
-    came: queue.Queue[tuple[bytes, Callable[[], None]]] = queue.Queue()
-    server = Session(*broker, "server", on_delivery=lambda _topic, payload, done: came.put((payload, done)))
+    came: queue.Queue[tuple[bytes, Receipt | None]] = queue.Queue()
+    server = Session(*broker, "server", on_delivery=lambda _topic, payload, receipt: came.put((payload, receipt)))
     server.subscribe("x")
     server.publish("x", b"subscribed")
-    came.get(timeout=30)[1]()
+    server.received([came.get(timeout=30)[1]])
     device = Session(*broker, "device", on_message=lambda _topic, payload: ready.put(payload))
     ready: queue.Queue[bytes] = queue.Queue()
     device.subscribe("ready")
@@ -139,8 +138,7 @@ def test_the_broker_is_told_when_the_message_is_safe_and_not_before(broker: tupl
     device.publish("ready", b"")  # all 30 are with the broker when this comes back
     ready.get(timeout=30)
     assert came.empty()
-    for _, done in first:
-        done()
+    server.received(receipt for _, receipt in first)
     rest = [came.get(timeout=30) for _ in range(10)]
     assert [payload for payload, _ in first + rest] == [b"%d" % i for i in range(30)]
     server.close()

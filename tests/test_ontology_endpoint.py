@@ -16,7 +16,7 @@ from ontology_fixtures import TOKEN, everything
 from edge.errors import UserError
 from ontology import sparql_http, web
 from ontology.endpoint import Endpoint
-from ontology.names import Iri
+from ontology.names import TF, Iri
 from ontology.store import EmbeddedStore, RemoteStore, StoreError
 
 SELECT = "SELECT ?s ?o WHERE { ?s <urn:p> ?o } ORDER BY ?o"
@@ -139,6 +139,16 @@ def test_a_service_that_takes_no_updates_does_not_say_that_it_does(filled: Embed
 def test_a_browser_is_led_from_the_endpoint_to_the_page(client: Client) -> None:
     answer = client("GET", Accept="text/html,application/xhtml+xml,*/*;q=0.8")
     assert (answer.status, answer.headers["location"]) == (303, "/")
+
+
+def test_the_vocabulary_is_a_page_for_people_and_turtle_for_programs(client: Client) -> None:
+    page = client("GET", "/vocabulary", Accept="text/html,application/xhtml+xml,*/*;q=0.8")
+    assert (page.status, page.kind) == (200, "text/html")
+    assert b'<section id="arenaBytes">' in page.body
+    turtle = client("GET", "/vocabulary", Accept="text/turtle")
+    assert (turtle.status, turtle.kind) == (200, "text/turtle")
+    assert {quad.subject for quad in ox.parse(turtle.body, ox.RdfFormat.TURTLE)} >= {ox.NamedNode(TF.arenaBytes)}
+    assert client("GET", "/vocabulary", Accept="image/png").status == 406
 
 
 def test_a_boolean_comes_as_json_or_xml(client: Client) -> None:

@@ -409,6 +409,13 @@ CASES: Mapping[str, Sequence[Case]] = {
         (HOME, ("id", "malformed", "stale", "engineVersion"), [("small", 3, 1, "0.0.9"), ("odd", 0, 2, "0.1.0")]),
     ],
     "unknown-models": [(HOME, ("id", "running", "board"), [("odd", ODD, NANO)])],
+    "versions": [
+        (
+            HOME,
+            ("engine", "version", "devices", "online"),
+            [("mote", "0.1.0", 4, 3), ("litert", "0.1.0", 1, 1), ("mote", "0.0.9", 1, 1)],
+        )
+    ],
     "updates": [
         (
             {"run": 7, "fleet": "home"},

@@ -145,11 +145,11 @@ size_t mote_mel_push(mote_mel_t *m, const int16_t *samples, size_t count, uint8_
 
 void mote_mel_level(uint8_t *bands, size_t count)
 {
-    uint64_t sum = 0;
+    uint32_t sum = 0;
     for (size_t i = 0; i < count; i++) {
         sum += bands[i];
     }
-    uint32_t mean = count > 0 ? (uint32_t)(sum / count) : 0;
+    uint32_t mean = count > 0 ? sum / (uint32_t)count : 0;
     for (size_t i = 0; i < count; i++) {
         bands[i] = (uint8_t)(bands[i] > mean ? bands[i] - mean : 0);
     }

@@ -29,7 +29,8 @@ void mote_mel_open(mote_mel_t *m);
  * them: at most count / MOTE_MEL_HOP + 1. Returns how many frames it wrote. */
 size_t mote_mel_push(mote_mel_t *m, const int16_t *samples, size_t count, uint8_t *bands);
 
-/* What lies above the mean of all count bytes; below it, 0: how loud it is, and most of the noise, are gone. */
+/* What lies above the mean of all count bytes, at most 2^24; below it, 0: how loud it is, and most of the noise, are
+ * gone. */
 void mote_mel_level(uint8_t *bands, size_t count);
 
 #endif

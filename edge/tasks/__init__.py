@@ -220,7 +220,14 @@ def draw_classes(
     tasks, (classes, samples, _) = len(seeds), pool.shape
     if shots + queries > samples:
         raise ValueError(f"a class has {samples} samples, fewer than {shots} + {queries}")
-    chosen = np.argsort(hashed(seeds, 1, classes), axis=1)[:, :ways]
+    # A random subset without a list of all classes (Floyd, in Bentley 1987), in a random order: the labelling.
+    drawn, chosen = hashed(seeds, 1, 2 * ways), np.empty((tasks, ways), np.int64)
+    for i in range(ways):
+        last = classes - ways + i
+        class_ = (drawn[:, i] * (last + 1)).astype(np.int64)
+        taken = (chosen[:, :i] == class_[:, None]).any(axis=1)
+        chosen[:, i] = np.where(taken, last, class_)
+    chosen = np.take_along_axis(chosen, np.argsort(drawn[:, ways:], axis=1), 1)
     keys = hashed(seeds, 2, ways * samples).reshape(tasks, ways, samples)
     rows = np.argsort(keys, axis=2)[:, :, : shots + queries]
     order = np.argsort(hashed(seeds, 3, ways * shots), axis=1)

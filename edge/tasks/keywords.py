@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from edge import datasets, features
 from edge import program as p
 from edge.errors import UserError
-from edge.tasks import ClientData, Episode, Episodes, Recipe, Recording, Split, Task
+from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
 
 WAYS = 3
 WORDS: dict[Split, tuple[str, ...]] = {
@@ -78,31 +78,39 @@ def load() -> Task:
         own = spoken[speakers["training"][index % len(speakers["training"])]]
         return ClientData.of([own[word] for word in WORDS["training"] if len(own[word]) > 1], SCALE, WAYS)
 
-    def episode(split: Split, seed: int, shots: int, queries: int) -> Episode:
+    # All clips in one array, and where those of a speaker's word are in it.
+    pool = np.concatenate([spoken[who][word] for who in names for word in ALL_WORDS])
+    counts = np.array([[len(spoken[who][word]) for word in ALL_WORDS] for who in names])
+    first = np.cumsum(counts).reshape(counts.shape) - counts
+    numbers = {split: np.searchsorted(names, some) for split, some in speakers.items()}
+
+    def rows(split: Split, seed: int, shots: int, queries: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of one task: the clips to learn from and to be asked about, word by word."""
         random = np.random.default_rng(seed)
-        words = [WORDS[split][i] for i in random.permutation(len(WORDS[split]))[:WAYS]]
-        heard: list[list[NDArray[np.uint8]]] = [[] for _ in words]
-        for i in random.permutation(len(speakers[split])):
-            for some, word in zip(heard, words, strict=True):
-                some.extend(spoken[speakers[split][i]][word])
-            if min(map(len, heard)) >= shots + queries:
-                break
-        else:
+        words = [ALL_WORDS.index(WORDS[split][i]) for i in random.permutation(len(WORDS[split]))[:WAYS]]
+        who = random.permutation(numbers[split])
+        enough = (counts[who][:, words].cumsum(axis=0) >= shots + queries).all(axis=1)
+        if not enough.any():
             raise ValueError(f"the {split} speakers do not say a word {shots + queries} times")
-        order = random.permutation(WAYS * shots)
-        picked = [[some[row] for row in random.permutation(len(some))[: shots + queries]] for some in heard]
-        support = np.array([row for some in picked for row in some[:shots]])[order]
-        query = np.array([row for some in picked for row in some[shots:]])
-        label = np.arange(WAYS)
-        return Episode(
-            support.astype(np.float32) * np.float32(SCALE),
-            label.repeat(shots)[order],
-            query.astype(np.float32) * np.float32(SCALE),
-            label.repeat(queries),
-        )
+        heard = who[: int(enough.argmax()) + 1]
+        picked = []
+        for word in words:
+            clips = np.concatenate([first[i, word] + np.arange(counts[i, word]) for i in heard])
+            picked.append(clips[random.permutation(len(clips))[: shots + queries]])
+        both = np.stack(picked)
+        return both[:, :shots].ravel(), both[:, shots:].ravel()
 
     def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
-        return Episodes.of(episode(split, seed, shots, queries) for seed in seeds)
+        drawn = [rows(split, seed, shots, queries) for seed in seeds]
+        order = np.argsort(hashed(seeds, 3, WAYS * shots), axis=1)
+        support = np.take_along_axis(np.stack([some for some, _ in drawn]), order, 1)
+        label = np.arange(WAYS)
+        return Episodes(
+            pool[support].astype(np.float32) * np.float32(SCALE),
+            label.repeat(shots)[order],
+            pool[np.stack([asked for _, asked in drawn])].astype(np.float32) * np.float32(SCALE),
+            np.tile(label.repeat(queries), (len(seeds), 1)),
+        )
 
     def stream(index: int) -> Recording:
         """Three homes of four held-out speakers each, every clip twice; in each, the words are other commands."""
@@ -128,8 +136,8 @@ def load() -> Task:
         program=PROGRAM,
         client=client,
         draw=draw,
-        meta=Recipe(head_steps=16, steps=144, rate=0.02, alpha=1.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.01, alpha=1.0, top=1.0),
+        meta=Recipe(head_steps=16, steps=144, rate=0.02, alpha=2.0, top=0.1),
+        fedavg=Recipe(head_steps=0, steps=160, rate=0.02, alpha=1.0, top=1.0),
         large=LARGE,
         stream=stream,
     )

@@ -107,7 +107,7 @@ def load(ways: int = 5, side: int = 14) -> Task:
         client=client,
         draw=draw,
         meta=Recipe(head_steps=16, steps=144, rate=0.1, alpha=2.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.07, alpha=1.0, top=1.0),
+        fedavg=Recipe(head_steps=0, steps=160, rate=0.05, alpha=1.0, top=1.0),
         large=large(ways, side),
         stream=stream,
     )

@@ -32,8 +32,8 @@ def load() -> Task:
         program=PROGRAM,
         client=client,
         draw=draw,
-        meta=Recipe(head_steps=16, steps=144, rate=0.01, alpha=1.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.01, alpha=1.0, top=1.0),
+        meta=Recipe(head_steps=16, steps=144, rate=0.02, alpha=2.0, top=0.1),
+        fedavg=Recipe(head_steps=0, steps=160, rate=0.02, alpha=1.0, top=1.0),
         large=LARGE,
         stream=stream,
     )
