@@ -74,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100_000)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--start", type=Path, help="begin with what the run of this checkpoint learned")
     parser.add_argument("--every", type=int, default=200, help="rounds between checkpoints")
     parser.add_argument("--tasks", type=int, default=2000, help="to score on")
     parser.add_argument("--seed", type=int, default=0)
@@ -93,10 +94,14 @@ def main() -> None:
         if this.number % options.every == 0:
             print(f"round {this.number}: loss {this.loss:.4f}, {this.seconds:.3f} s", file=sys.stderr, flush=True)
 
+    start = meta.omniglot_start(net, options.seed)
+    if options.start is not None:
+        with np.load(options.start) as saved:
+            start = saved["parameters"]
     began = time.perf_counter()
     outcome = meta.simulate(
-        backend, meta.Source(2**31, samples, keeps=True), HOW, meta.omniglot_start(net, options.seed),
-        rounds=options.rounds, seed=options.seed, checkpoint=options.checkpoint, every=options.every, on_round=tell,
+        backend, meta.Source(2**31, samples, keeps=True), HOW, start, rounds=options.rounds, seed=options.seed,
+        checkpoint=options.checkpoint, every=options.every, on_round=tell,
     )  # fmt: skip
     said: dict[str, Any] = {"rounds": options.rounds, "seconds": round(time.perf_counter() - began)}
     for shots in (1, 5):

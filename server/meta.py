@@ -161,6 +161,10 @@ def _windows(op: Op, x: Tensor, y_shape: Shape3, fill: float = 0.0) -> list[Tens
 
 def _dense(weights: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """x [clients, n, inputs] by weights [clients, units, inputs]."""
+    if weights.shape[2] == 1:  # outer products and sums fuse with what is around them, products of matrices do not
+        return x * weights[:, None, :, 0] + bias[:, None]
+    if weights.shape[1] == 1:
+        return ops.sum(x * weights, axis=2, keepdims=True) + bias[:, None]
     return ops.matmul(x, ops.transpose(weights, (0, 2, 1))) + bias[:, None]
 
 
@@ -771,9 +775,9 @@ def _round(
         x, y = source.samples(chosen[part], seeds[part], how.steps * how.batch)
         order = None
         if source.keeps:
-            passes = -(-how.steps * how.batch // x.shape[1])
-            rows = random.permuted(np.tile(np.arange(x.shape[1]), (len(x), passes, 1)), axis=2)
-            order = rows.reshape(len(x), -1)[:, : how.steps * how.batch].reshape(len(x), how.steps, how.batch)
+            passes = np.tile(np.arange(x.shape[1]), (len(x), -(-how.steps * how.batch // x.shape[1]), 1))
+            rows = random.permuted(passes, axis=2).reshape(len(x), -1)  # one client after the other, whatever the chunk
+            order = rows[:, : how.steps * how.batch].reshape(len(x), how.steps, how.batch)
         learned = backend.adapt(
             start, x, y, how.phases, batch=how.batch, order=order, proximal=how.proximal, moments=moments,
             keep_last=how.last,

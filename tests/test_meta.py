@@ -43,6 +43,7 @@ CONV = p.build(
     "softmax_cross_entropy",
 )  # fmt: skip
 SINE = p.build([p.Dense(16), p.Tanh(), p.Dense(16), p.Tanh(), p.Dense(1)], (1,), "mse")
+ALONE = meta.Backend(SINE, exact=True)
 PHASES = [Phase(2, 3, 0.05), Phase(ALL_LAYERS, 8, 0.02)]
 
 
@@ -89,8 +90,7 @@ def test_a_batch_is_the_mean_of_its_samples() -> None:
     x, y = clients(SINE, 2, 4)
     start, step = SINE.initial(1), [Phase(ALL_LAYERS, 1, 0.1)]
     together = meta.Backend(SINE).adapt(start, x, y, step, batch=4).parameters
-    alone = meta.Backend(SINE, exact=True)
-    one_each = [alone.adapt(start, x[:, i : i + 1], y[:, i : i + 1], step).parameters for i in range(4)]
+    one_each = [ALONE.adapt(start, x[:, i : i + 1], y[:, i : i + 1], step).parameters for i in range(4)]
     np.testing.assert_allclose(together, np.mean(one_each, 0), atol=1e-6)
 
 
@@ -210,7 +210,7 @@ def test_the_few_shot_score_is_that_of_the_devices(digits: Any, exact: Any) -> N
     devices = few_shot(DIGITS, start, phases, shots=5, episodes=40, seed=4).accuracies
     with_engine = meta.evaluate(exact, DIGITS.draw, start, phases, shots=5, tasks=40, seed=4)
     np.testing.assert_array_equal(with_engine, devices)
-    compiled = meta.evaluate(digits, DIGITS.draw, start, phases, shots=5, tasks=40, seed=4, chunk=15)
+    compiled = meta.evaluate(digits, DIGITS.draw, start, phases, shots=5, tasks=40, seed=4, chunk=20)
     assert np.abs(compiled - devices).mean() < 0.005
     assert devices.mean() > 0.4
 
@@ -244,7 +244,7 @@ def test_reptile_learns_to_learn() -> None:
 
 def test_every_method_makes_its_rounds(digits: Any) -> None:
     for name in meta.METHODS:
-        how = meta.settings(name, DIGITS, clients=3)
+        how = meta.settings(name, DIGITS, clients=1)
         start = meta.first_parameters(DIGITS.program, how)
         outcome = meta.simulate(digits, meta.tasks_of(DIGITS), how, start, rounds=2)
         assert len(outcome.rounds) == (0 if name == "scratch" else 2)
@@ -260,16 +260,16 @@ def test_first_order_maml_counts_the_last_step_alone() -> None:
     how = meta.Settings("fomaml", phases, phases, clients=4, alpha=2.0, last=True)
     start = SINE.initial(0)
     new = meta.simulate(backend, source, how, start, rounds=1).parameters
-    five = backend.adapt(start, x, y, [Phase(ALL_LAYERS, 5, 0.05)]).parameters
-    six = backend.adapt(start, x, y, phases).parameters
+    five = ALONE.adapt(start, x, y, [Phase(ALL_LAYERS, 5, 0.05)]).parameters
+    six = ALONE.adapt(start, x, y, phases).parameters
     np.testing.assert_allclose(new, start + 2 * (six - five).mean(0), atol=1e-6)
 
 
 def test_fedprox_pulls_back_to_the_start() -> None:
     backend, (x, y) = meta.Backend(SINE), clients(SINE, 2, 2)
     start, two = SINE.initial(0), [Phase(ALL_LAYERS, 2, 0.05)]
-    first = backend.adapt(start, x, y, [Phase(ALL_LAYERS, 1, 0.05)]).parameters
-    plain = backend.adapt(start, x, y, two).parameters
+    first = ALONE.adapt(start, x, y, [Phase(ALL_LAYERS, 1, 0.05)]).parameters
+    plain = ALONE.adapt(start, x, y, two).parameters
     pulled = backend.adapt(start, x, y, two, proximal=0.5).parameters
     np.testing.assert_allclose(plain - pulled, 0.05 * 0.5 * (first - start), atol=1e-6)
 
@@ -277,7 +277,7 @@ def test_fedprox_pulls_back_to_the_start() -> None:
 def test_adam_without_momentum_takes_its_steps() -> None:
     backend, (x, y) = meta.Backend(SINE), clients(SINE, 2, 1)
     start, once = SINE.initial(0), [Phase(ALL_LAYERS, 1, 0.01)]
-    gradient = (start - backend.adapt(start, x, y, once).parameters) / 0.01
+    gradient = (start - ALONE.adapt(start, x, y, once).parameters) / 0.01
     squares = np.full_like(start, 0.25)
     learned = backend.adapt(start, x, y, once, moments=meta.Moments(squares, steps=9))
     v = 0.999 * squares + 0.001 * gradient**2
@@ -287,26 +287,30 @@ def test_adam_without_momentum_takes_its_steps() -> None:
     assert learned.moments.steps == 10
 
 
-def test_the_published_network_has_its_size_and_learns() -> None:
+def test_the_published_network_has_its_size() -> None:
     net = meta.omniglot_network(5)
     assert net.n_params == 113_221
-    backend, random = meta.Backend(net), np.random.default_rng(0)
-    x = random.random((2, 10, 28, 28)).astype(np.float32)
+    start = np.stack([meta.omniglot_start(net, 0)] * 2)
+    x = np.random.default_rng(0).random((2, 10, 28, 28)).astype(np.float32)
     x[1, :5] = x[0, :5]
-    y = np.tile(np.arange(5), (2, 2))
-    start = meta.omniglot_start(net, 0)
-    learned = backend.adapt(
-        start, x, y, [Phase(ALL_LAYERS, 8, 0.003)], batch=10, moments=meta.Moments(np.zeros_like(start))
-    )
-    assert (learned.losses[:, -1] < learned.losses[:, 0] / 2).all()
-    one, other = backend.predict(np.stack([start, start]), x)
+    one, other = meta.Backend(net).predict(start, x)
     assert np.abs(one[:5] - other[:5]).max() > 1e-3, "normalised by the batch: which are asked together matters"
+
+
+@pytest.mark.slow
+def test_the_published_network_learns() -> None:
+    net, random = meta.omniglot_network(5), np.random.default_rng(0)
+    x, y = random.random((2, 10, 28, 28)).astype(np.float32), np.tile(np.arange(5), (2, 2))
+    moments = meta.Moments(np.zeros(net.n_params, np.float32))
+    phases = [Phase(ALL_LAYERS, 8, 0.003)]
+    learned = meta.Backend(net).adapt(meta.omniglot_start(net, 0), x, y, phases, batch=10, moments=moments)
+    assert (learned.losses[:, -1] < learned.losses[:, 0] / 2).all()
 
 
 def test_mixed_precision_learns_nearly_the_same() -> None:
     x, y = clients(SINE, 2, 8)
     start, phases = SINE.initial(0), [Phase(ALL_LAYERS, 20, 0.05)]
-    full = meta.Backend(SINE).adapt(start, x, y, phases).parameters
+    full = ALONE.adapt(start, x, y, phases).parameters
     mixed = meta.Backend(SINE, precision="mixed").adapt(start, x, y, phases).parameters
     assert 0 < np.abs(mixed - full).max() < 0.1 * np.abs(full - start).max()
 
@@ -319,10 +323,11 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("adam", [False, True])
-def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: Any, adam: bool) -> None:
+def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: Any, exact: Any, adam: bool) -> None:
+    backend = digits if adam else exact
     how = replace(meta.settings("tinymetafed", DIGITS, clients=3), adam=adam)
     start, source = meta.first_parameters(DIGITS.program, how), meta.tasks_of(DIGITS)
-    whole = meta.simulate(digits, source, how, start, rounds=5)
+    whole = meta.simulate(backend, source, how, start, rounds=5)
 
     def kill(this: Any) -> None:
         if this.number == 3:
@@ -330,28 +335,28 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: 
 
     file = tmp_path / "run.npz"
     with pytest.raises(Killed):
-        meta.simulate(digits, source, how, start, rounds=5, checkpoint=file, every=2, on_round=kill)
+        meta.simulate(backend, source, how, start, rounds=5, checkpoint=file, every=2, on_round=kill)
     went_on: list[int] = []
     resumed = meta.simulate(
-        digits, source, how, start, rounds=5, checkpoint=file, every=2, on_round=lambda r: went_on.append(r.number)
+        backend, source, how, start, rounds=5, checkpoint=file, every=2, on_round=lambda r: went_on.append(r.number)
     )
     assert went_on == [3, 4, 5]
     np.testing.assert_array_equal(resumed.parameters, whole.parameters)
     assert [replace(r, seconds=0) for r in resumed.rounds] == [replace(r, seconds=0) for r in whole.rounds]
     with pytest.raises(UserError, match="other settings"):
-        meta.simulate(digits, source, how, start, rounds=5, seed=1, checkpoint=file)
+        meta.simulate(backend, source, how, start, rounds=5, seed=1, checkpoint=file)
     file.write_bytes(b"PK")
     with pytest.raises(UserError, match="no checkpoint"):
-        meta.simulate(digits, source, how, start, rounds=5, checkpoint=file)
+        meta.simulate(backend, source, how, start, rounds=5, checkpoint=file)
 
 
-def test_how_many_clients_are_computed_at_once_changes_nothing(digits: Any) -> None:
+def test_how_many_clients_are_computed_at_once_changes_nothing(exact: Any) -> None:
     how = meta.settings("tinymetafed", DIGITS, clients=6)
     start = meta.first_parameters(DIGITS.program, how)
-    source = meta.fleet_of(DIGITS, FLEET)
-    one, other = (meta.simulate(digits, source, how, start, rounds=1, chunk=chunk) for chunk in (6, 2))
-    np.testing.assert_allclose(one.parameters, other.parameters, atol=1e-6)
-    assert one.rounds[0].bytes_up == pytest.approx(other.rounds[0].bytes_up, rel=0.01)
+    for source in (meta.fleet_of(DIGITS, FLEET), meta.tasks_of(DIGITS)):
+        one, other = (meta.simulate(exact, source, how, start, rounds=1, chunk=chunk) for chunk in (6, 4))
+        np.testing.assert_array_equal(one.parameters, other.parameters)
+        assert replace(one.rounds[0], seconds=0) == replace(other.rounds[0], seconds=0)
 
 
 def test_clients_that_diverge_are_left_out() -> None:
@@ -384,9 +389,9 @@ def test_what_does_not_fit_is_told() -> None:
 def test_jax_gives_the_same_on_two_devices(tmp_path: Path) -> None:
     """The other backend, in a process of its own, with two processors in the place of two GPUs."""
     pytest.importorskip("jax")
-    x, y = clients(CONV, 3, 7)
-    np.savez(tmp_path / "in.npz", x=x, y=y, start=CONV.initial(0))
-    (tmp_path / "model.mote").write_bytes(CONV.data)
+    x, y = clients(SINE, 3, 7)
+    np.savez(tmp_path / "in.npz", x=x, y=y, start=SINE.initial(0))
+    (tmp_path / "model.mote").write_bytes(SINE.data)
     code = (
         "import sys, numpy as np\n"
         "from edge.program import Program\n"
@@ -406,7 +411,7 @@ def test_jax_gives_the_same_on_two_devices(tmp_path: Path) -> None:
         check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "jax ['cpu:0', 'cpu:1']", done.stderr
-    here = meta.Backend(CONV).adapt(CONV.initial(0), x, y, PHASES)
+    here = meta.Backend(SINE).adapt(SINE.initial(0), x, y, PHASES)
     there = np.load(tmp_path / "out.npz")
     np.testing.assert_allclose(there["parameters"], here.parameters, atol=2e-6)
     np.testing.assert_allclose(there["losses"], here.losses, atol=1e-5)
@@ -414,7 +419,20 @@ def test_jax_gives_the_same_on_two_devices(tmp_path: Path) -> None:
 
 def test_the_command_line(tmp_path: Path) -> None:
     start, curve = tmp_path / "start.npz", tmp_path / "curve.png"
-    words = ["digits", "--method", "tinymetafed", "--rounds", "2", "--clients", "3", "--fleet", "6", "--held-out", "20"]
+    words = [
+        "digits",
+        "--method",
+        "tinymetafed",
+        "--rounds",
+        "2",
+        "--clients",
+        "3",
+        "--fleet",
+        "6",
+        "--held-out",
+        "20",
+        "--exact",
+    ]
     done = CliRunner().invoke(
         tinyfleet.cli, ["meta-train", *words, "--json", "--out", str(start), "--plot", str(curve)]
     )
