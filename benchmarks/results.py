@@ -86,7 +86,7 @@ class Method:
     without: str = ""
 
     def settings(self, task: Task, trial: Trial) -> meta.Settings:
-        local = self.of == "tinymetafed" and self.without != "reconstruction"
+        local = self.of == "tinymetafed" and (task.meta.head_steps > 0) != (self.without == "reconstruction")
         top = 1.0 if self.without == "top-P" else TOP
         recipe = Recipe(HEAD if local else 0, SAMPLES - HEAD * local, trial.rate, trial.alpha, top)
         how = meta.settings(self.of, replace(task, meta=recipe, fedavg=recipe), clients=CLIENTS)
@@ -118,7 +118,9 @@ METHODS = (
     Method("Reptile, online", "reptile", grid((1.0, 2.0))),
     Method("TinyReptile", "tinyreptile", grid((0.2, 0.5))),
     Method("TinyMetaFed", "tinymetafed", grid((1.0, 2.0))),
-    Method("TinyMetaFed, all layers shared", "tinymetafed", grid((1.0, 2.0)), without="reconstruction"),
+    Method(
+        "TinyMetaFed, head shared instead of local, or local", "tinymetafed", grid((1.0, 2.0)), without="reconstruction"
+    ),
     Method("TinyMetaFed, all changes sent", "tinymetafed", grid((1.0, 2.0)), without="top-P"),
     Method("TinyMetaFed, alpha not annealed", "tinymetafed", grid((1.0, 2.0)), without="annealing"),
 )

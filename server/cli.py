@@ -219,7 +219,8 @@ def meta_train(
     with Progress(console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task(method, total=rounds)
 
-        def report(this: meta.Round) -> None:
+        def report(so_far: meta.Outcome) -> None:
+            this = so_far.rounds[-1]
             bar.update(shown, completed=this.number, description=f"{method}, loss {this.loss:.3f}")
             if as_json:
                 typer.echo(json.dumps(asdict(this)))

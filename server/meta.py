@@ -554,7 +554,7 @@ def evaluate(
         samples = some.support_x.shape[1]
         order = np.stack([_endless(samples, steps * batch, np.random.default_rng(order)) for _, order in seeds])
         learned = backend.adapt(
-            start, some.support_x, some.support_y, phases, batch=batch, order=order.reshape(-1, steps, batch),
+            start, some.support_x, some.support_y, phases, batch=batch, order=order.reshape(len(seeds), steps, batch),
             moments=moments,
         )  # fmt: skip
         outputs = backend.predict(learned.parameters, some.query_x)
@@ -732,7 +732,7 @@ def simulate(
     checkpoint: Path | None = None,
     every: int = 100,
     chunk: int = 256,
-    on_round: Callable[[Round], None] | None = None,
+    on_round: Callable[[Outcome], None] | None = None,
 ) -> Outcome:
     """Whole rounds: clients are drawn, learn, send their update; the start moves.
 
@@ -757,7 +757,7 @@ def simulate(
         if checkpoint is not None and (number % every == 0 or number == rounds):
             _save(checkpoint, identity, outcome)
         if on_round is not None:
-            on_round(this)
+            on_round(outcome)
     return outcome
 
 
