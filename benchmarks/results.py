@@ -119,7 +119,7 @@ METHODS = (
     Method("TinyReptile", "tinyreptile", grid((0.2, 0.5))),
     Method("TinyMetaFed", "tinymetafed", grid((1.0, 2.0))),
     Method(
-        "TinyMetaFed, head shared instead of local, or local", "tinymetafed", grid((1.0, 2.0)), without="reconstruction"
+        "TinyMetaFed, head the other way", "tinymetafed", grid((1.0, 2.0)), without="reconstruction"
     ),
     Method("TinyMetaFed, all changes sent", "tinymetafed", grid((1.0, 2.0)), without="top-P"),
     Method("TinyMetaFed, alpha not annealed", "tinymetafed", grid((1.0, 2.0)), without="annealing"),
