@@ -163,7 +163,8 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def in_a_process(part: str) -> dict[str, Any]:
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    flags = {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}  # as tinyfleet meta-train
+    environment = {**flags, **os.environ}
     if part in ("tensorflow", "jax"):
         environment["KERAS_BACKEND"] = part
     root = str(Path(__file__).parents[1])

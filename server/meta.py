@@ -59,6 +59,7 @@ Tensor = Any
 EPSILON = 1e-3  # of batch normalisation, as in Keras
 ADAM_DECAY, ADAM_EPSILON = 0.999, 1e-8  # beta2 of Kingma and Ba, 2015; beta1 is 0 here
 ALL = UpdateFormat()
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 OUT_BYTES = 8192 - 72  # values and gaps of one part of a reply, as a node sends it
 
 
@@ -335,6 +336,7 @@ class Backend:
         self.exact = exact
         self.devices = ["the C engine"] if exact else devices()
         self._learners: list[MoteLearner] = []
+        self._compiled: set[tuple[object, ...]] = set()
 
     def adapt(
         self,
@@ -384,7 +386,9 @@ class Backend:
         shared = (rates[:, None] * masks, np.float32(proximal), squares, taken)
         loop = _loop(net, self.precision, moments is not None, bool(proximal), keep_last)
         parts = self._on_each(
-            clients, lambda part: loop(starts[part], x[part], y[part], _flat(order[part], samples), *shared)
+            clients,
+            (x.shape, order.shape, moments is not None, bool(proximal), keep_last),
+            lambda part: loop(starts[part], x[part], y[part], _flat(order[part], samples), *shared),
         )
         learned, losses, before, squares = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Learned(
@@ -405,21 +409,31 @@ class Backend:
             )
         x = np.asarray(x, np.float32).reshape(clients, samples, -1)
         forward = _forward(self.network, self.precision)
-        return np.concatenate(self._on_each(clients, lambda part: forward(parameters[part], x[part])))
+        return np.concatenate(self._on_each(clients, x.shape, lambda part: forward(parameters[part], x[part])))
 
-    def _on_each(self, clients: int, work: Callable[[slice], Any]) -> list[Any]:
-        """Every device does its share of the clients; arrays as NumPy's."""
-        edges = np.linspace(0, clients, min(len(self.devices), clients) + 1).astype(int).tolist()
+    def _on_each(self, clients: int, shape: tuple[object, ...], work: Callable[[slice], Any]) -> list[Any]:
+        """Every device does its share of the clients; arrays as NumPy's. shape: of the work, compiled once for each.
+
+        A processor's cores are such devices where there are clients enough: its compiler keeps small products of
+        matrices on one core.
+        """
+        places = self.devices
+        if places == ["cpu:0"] and clients >= 16 * CORES and clients % CORES == 0:
+            places = places * CORES
+        edges = np.linspace(0, clients, min(len(places), clients) + 1).astype(int).tolist()
 
         def on(job: tuple[str, slice]) -> Any:
             with keras.device(job[0]):
                 return keras.tree.map_structure(ops.convert_to_numpy, work(job[1]))
 
-        jobs = list(zip(self.devices, map(slice, edges, edges[1:]), strict=False))
-        if len(jobs) == 1:
-            return [on(jobs[0])]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            return list(pool.map(on, jobs))
+        jobs = list(zip(places, map(slice, edges, edges[1:]), strict=False))
+        alone = len(jobs) if len(jobs) == 1 else int((clients, *shape) not in self._compiled)
+        self._compiled.add((clients, *shape))  # else several threads would compile the same
+        done = [on(job) for job in jobs[:alone]]
+        if jobs[alone:]:
+            with ThreadPoolExecutor(len(jobs)) as pool:
+                done += pool.map(on, jobs[alone:])
+        return done
 
     def _set(self, parameters: Floats) -> list[MoteLearner]:
         """A learner of the engine for each client, with its parameters."""
