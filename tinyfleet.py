@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": ("server.demo", "demo", "Run a whole fleet on this machine: devices, server, graph, results."),
     "server": ("server.cli", "server", "Run the fleet's server: broker, registry, knowledge graph, SPARQL endpoint."),
     "run": ("server.cli", "run", "Run rounds of federated (meta-)learning on the devices that a query selects."),
+    "meta-train": ("server.cli", "meta_train", "Meta-train a start without devices, many simulated clients at once."),
     "deploy": ("server.cli", "deploy", "Give a model to the devices that a query selects, over the air."),
     "agent": ("edge.cli", "agent", "Run this machine as a device that learns (a Raspberry Pi, say)."),
     "device": ("edge.cli", "device", "Run virtual devices: the microcontroller's C node and engine, natively."),

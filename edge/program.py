@@ -7,6 +7,7 @@ is described in docs/mote.md and mote/mote_internal.h.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import struct
 import zlib
@@ -616,11 +617,21 @@ class Program:
             inputs = (r[4],) if r[5] == NONE else (r[4], r[5])
             ops.append(
                 Op(
-                    Kind(r[0]), f"op_{i}", inputs, r[6], kernel=(r[10], r[11]), strides=(r[14], r[15]),
-                    dilation=(r[16], r[17]), trains=trains, trained=r[19] or None,
+                    Kind(r[0]), f"op_{i}", inputs, r[6], kernel=(r[10], r[11]), pads=(r[12], r[13]),
+                    strides=(r[14], r[15]), dilation=(r[16], r[17]), trains=trains, trained=r[19] or None,
                 )
             )  # fmt: skip
         return ops
+
+    @cached_property
+    def chain(self) -> tuple[tuple[Op, Shape3, Shape3], ...]:
+        """The ops with the shapes of their input and output, where each reads what the one before it wrote, if under
+        another shape; see Op for what these ops do not say. Raises ProgramError if the model is no such chain."""
+        ops = tuple((op, self._tensors[op.inputs[0]], self._tensors[op.output]) for op in self._ops)
+        follows = all(before[2].size == x.size for before, (_, x, _) in itertools.pairwise(ops))
+        if not follows or any(len(op.inputs) > 1 for op, _, _ in ops):
+            raise ProgramError("this model branches; here it must be layers one behind the other")
+        return tuple((op, x.shape, y.shape) for op, x, y in ops)
 
     @cached_property
     def model_id(self) -> bytes:

@@ -1,0 +1,465 @@
+"""The meta-training backend: the same numbers as the engine, the devices and the strategies."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+import tinyfleet
+from edge import program as p
+from edge import tasks
+from edge.agent import dense_update, sparse_update
+from edge.client_app import serve, to_record, to_vector
+from edge.errors import UserError
+from edge.learner import MoteLearner
+from edge.protocol import ALL_LAYERS, Dense, Done, Metrics, Phase, Sparse, UpdateFormat, encode
+from edge.tasks import Episodes
+from server.evaluate import few_shot
+from server.flower import Run, new_run, stamp
+from server.strategies import Reptile, TinyMetaFed, TinyReptile
+
+meta = pytest.importorskip("server.meta", reason="meta-training needs Keras: pip install 'tinyfleet[keras]'")
+
+DIGITS = tasks.load("digits")
+FLEET = 12
+CONV = p.build(
+    [
+        p.Conv2D(4, 3, padding="same"), p.ReLU(), p.MaxPool2D(2),
+        p.DepthwiseConv2D(3, 2, padding="same", multiplier=2), p.ReLU6(), p.AvgPool2D(3, 2, padding="same"),
+        p.Conv2D(3, (2, 1)), p.Sigmoid(), p.Flatten(), p.Dense(5),
+    ],
+    (12, 10, 2),
+    "softmax_cross_entropy",
+)  # fmt: skip
+SINE = p.build([p.Dense(16), p.Tanh(), p.Dense(16), p.Tanh(), p.Dense(1)], (1,), "mse")
+ALONE = meta.Backend(SINE, exact=True)
+PHASES = [Phase(2, 3, 0.05), Phase(ALL_LAYERS, 8, 0.02)]
+
+
+def clients(program: p.Program, count: int, samples: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[Any]]:
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(count, samples, *program.input_shape)).astype(np.float32)
+    if program.loss == "mse":
+        return x, np.sin(3 * x)
+    return x, random.integers(0, program.output_shape[0], (count, samples))
+
+
+@pytest.fixture(scope="module")
+def digits() -> Any:
+    return meta.Backend(DIGITS.program)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Any:
+    return meta.Backend(DIGITS.program, exact=True)
+
+
+@pytest.mark.parametrize("program", [CONV, SINE], ids=["conv", "sine"])
+def test_clients_learn_what_the_engine_learns(program: p.Program) -> None:
+    """All layers, under masks; each client from a start of its own."""
+    x, y = clients(program, 3, 7)
+    starts = np.stack([program.initial(seed) for seed in range(3)])
+    learned = meta.Backend(program).adapt(starts, x, y, PHASES)
+    for c in range(3):
+        learner = MoteLearner(program)
+        learner.set_parameters(starts[c])
+        every_layer, at, losses = learner.mask, 0, []
+        for phase in PHASES:
+            learner.mask = phase.layers & every_layer
+            for _ in range(phase.steps):
+                losses.append(learner.learn(x[c, at % 7], y[c, at % 7], phase.rate))
+                at += 1
+        np.testing.assert_allclose(learned.parameters[c], learner.parameters, atol=2e-6)
+        np.testing.assert_allclose(learned.losses[c], losses, atol=1e-5)
+        outputs = meta.Backend(program, exact=True).predict(learned.parameters[c : c + 1], x[c : c + 1])[0]
+        np.testing.assert_allclose(outputs, [learner.infer(sample) for sample in x[c]], atol=1e-5)
+
+
+def test_a_batch_is_the_mean_of_its_samples() -> None:
+    x, y = clients(SINE, 2, 4)
+    start, step = SINE.initial(1), [Phase(ALL_LAYERS, 1, 0.1)]
+    together = meta.Backend(SINE).adapt(start, x, y, step, batch=4).parameters
+    one_each = [ALONE.adapt(start, x[:, i : i + 1], y[:, i : i + 1], step).parameters for i in range(4)]
+    np.testing.assert_allclose(together, np.mean(one_each, 0), atol=1e-6)
+
+
+# Against the strategies, over C nodes
+
+
+class Nodes(Grid):
+    """A fleet of C nodes in this process, that a strategy's messages are carried to."""
+
+    def __init__(self) -> None:
+        self._run = new_run(1)
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(FLEET)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        messages = list(messages)
+        for message in messages:
+            stamp(message)
+        return [serve(m, "train", DIGITS, m.metadata.dst_node_id, FLEET) for m in messages]
+
+
+def flower_rounds(strategy: Reptile, start: NDArray[np.float32], rounds: int) -> NDArray[np.float32]:
+    grid, arrays = Nodes(), to_record(start, DIGITS.program)
+    for number in range(1, rounds + 1):
+        messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
+        new, _ = strategy.aggregate_train(number, grid.send_and_receive(messages))
+        assert new is not None
+        arrays = new
+    return to_vector(arrays, DIGITS.program)
+
+
+def ours(name: str) -> tuple[Reptile, Any]:
+    how = replace(meta.settings(name, DIGITS, clients=4), alpha=0.8)
+    rate, steps = how.phases[-1].rate, how.phases[-1].steps
+    if name == "tinymetafed":
+        strategy: Reptile = TinyMetaFed(
+            rounds=2, alpha=0.8, beta=rate, steps=steps, local=2, local_steps=how.phases[0].steps, top=how.update.top,
+            clients=4, seed=3,
+        )  # fmt: skip
+    elif name == "tinyreptile":
+        strategy = TinyReptile(alpha=0.8, beta=rate, steps=steps, seed=3)
+    else:
+        strategy = Reptile(alpha=0.8, beta=rate, steps=steps, clients=4, seed=3)
+    return strategy, how
+
+
+@pytest.mark.parametrize("name", ["reptile", "tinyreptile", "tinymetafed"])
+def test_rounds_are_those_of_the_strategy_over_c_nodes(name: str, digits: Any, exact: Any) -> None:
+    """With the engine to the bit, compiled to rounding."""
+    strategy, how = ours(name)
+    start = meta.first_parameters(DIGITS.program, how)
+    fleet = flower_rounds(strategy, start, rounds=2)
+    source = meta.fleet_of(DIGITS, FLEET)
+    bits = meta.simulate(exact, source, how, start, rounds=2, seed=3).parameters
+    np.testing.assert_array_equal(bits, fleet)
+    compiled = meta.simulate(digits, source, how, start, rounds=2, seed=3).parameters
+    apart = np.abs(compiled - fleet)
+    if name == "tinymetafed":  # rounding may decide which of two nearly equal changes is sent
+        assert np.mean(apart > 1e-4) < 0.01
+    else:
+        assert apart.max() < 1e-4
+    assert np.abs(fleet - start).max() > 0.01
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("top", [0.01, 0.3, 1.0])
+def test_updates_and_their_bytes_are_those_of_a_node(top: float, half: bool) -> None:
+    """Many changes are equal, some are 0; a layer stays at home."""
+    random = np.random.default_rng(0)
+    n = DIGITS.program.n_params
+    start = random.normal(size=n).astype(np.float32)
+    learned = start + np.round(random.normal(size=(3, n)), 1).astype(np.float32) * (random.random((3, n)) < 0.5)
+    how = UpdateFormat(shared=ALL_LAYERS & ~2, half=half, top=top)
+    shared = meta.network(DIGITS.program).chosen(how.shared)
+    received, sizes = meta.encoded(start, learned, how, shared)
+    for mine, size, vector in zip(received, sizes, learned, strict=True):
+        updates: list[Dense | Sparse]
+        if top < 1:
+            updates = [*sparse_update(vector - start, shared, how, meta.OUT_BYTES)]
+        else:
+            updates = [*dense_update(vector, shared, how, meta.OUT_BYTES)]
+        expected, sent = start.copy(), 0
+        for i, update in enumerate(updates):
+            values = update.values if isinstance(update, Dense) else update.changes
+            carried = values.astype(np.float16).astype(np.float32) if half else values
+            if isinstance(update, Dense):
+                expected[update.offset : update.offset + len(values)] = carried
+            else:
+                expected[update.indices] = start[update.indices] + carried
+            metrics = None if i else Metrics(160, 1.0, 0, 0, 0.0, 12_000)
+            sent += len(encode(Done(1 << 20, i, len(updates), metrics, update)))
+        np.testing.assert_array_equal(mine, expected)
+        assert abs(size - sent) <= 12 * len(updates), "all but the lengths of some numbers"
+
+
+def test_the_few_shot_score_is_that_of_the_devices(digits: Any, exact: Any) -> None:
+    start, phases = DIGITS.program.initial(0), [Phase(2, 10, 0.1), Phase(ALL_LAYERS, 30, 0.05)]
+    devices = few_shot(DIGITS, start, phases, shots=5, episodes=40, seed=4).accuracies
+    with_engine = meta.evaluate(exact, DIGITS.draw, start, phases, shots=5, tasks=40, seed=4)
+    np.testing.assert_array_equal(with_engine, devices)
+    compiled = meta.evaluate(digits, DIGITS.draw, start, phases, shots=5, tasks=40, seed=4, chunk=20)
+    assert np.abs(compiled - devices).mean() < 0.005
+    assert devices.mean() > 0.4
+
+
+def sines(seeds: Iterable[int], samples: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Sine waves of random amplitude and phase: x and y [tasks, samples, 1]."""
+    random = [np.random.default_rng(seed) for seed in seeds]
+    x = np.stack([r.uniform(-5, 5, (samples, 1)) for r in random]).astype(np.float32)
+    amplitude, phase = (np.array([r.uniform(*span) for r in random])[:, None, None] for span in ((0.1, 5), (0, np.pi)))
+    return x, np.asarray(amplitude * np.sin(x - phase), np.float32)
+
+
+def test_reptile_learns_to_learn() -> None:
+    """Sine waves: a wave from ten points, after 32 steps."""
+
+    def draw(split: object, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
+        x, y = sines([seed + 1 for seed in seeds], shots + queries)
+        return Episodes(x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
+
+    backend, phases = meta.Backend(SINE), (Phase(ALL_LAYERS, 32, 0.02),)
+    how = meta.Settings("reptile", phases, phases, clients=16, batch=10, alpha=0.5)
+    source = meta.Source(2**31, lambda _, seeds, count: sines(seeds, 10), keeps=True)
+    start = SINE.initial(0)
+    learned = meta.simulate(backend, source, how, start, rounds=150).parameters
+    before, after = (meta.evaluate(backend, draw, v, phases, shots=10, tasks=200, batch=10) for v in (start, learned))
+    assert after.mean() < 0.75 * before.mean()
+
+
+# Methods
+
+
+def test_every_method_makes_its_rounds(digits: Any) -> None:
+    for name in meta.METHODS:
+        how = meta.settings(name, DIGITS, clients=1)
+        start = meta.first_parameters(DIGITS.program, how)
+        outcome = meta.simulate(digits, meta.tasks_of(DIGITS), how, start, rounds=2)
+        assert len(outcome.rounds) == (0 if name == "scratch" else 2)
+        assert (outcome.parameters == start).all() == (name == "scratch")
+    with pytest.raises(UserError, match="choose one of"):
+        meta.settings("adam", DIGITS)
+
+
+def test_first_order_maml_counts_the_last_step_alone() -> None:
+    backend, (x, y) = meta.Backend(SINE), clients(SINE, 4, 6)
+    source = meta.Source(4, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), keeps=False)
+    phases = (Phase(ALL_LAYERS, 6, 0.05),)
+    how = meta.Settings("fomaml", phases, phases, clients=4, alpha=2.0, last=True)
+    start = SINE.initial(0)
+    new = meta.simulate(backend, source, how, start, rounds=1).parameters
+    five = ALONE.adapt(start, x, y, [Phase(ALL_LAYERS, 5, 0.05)]).parameters
+    six = ALONE.adapt(start, x, y, phases).parameters
+    np.testing.assert_allclose(new, start + 2 * (six - five).mean(0), atol=1e-6)
+
+
+def test_fedprox_pulls_back_to_the_start() -> None:
+    backend, (x, y) = meta.Backend(SINE), clients(SINE, 2, 2)
+    start, two = SINE.initial(0), [Phase(ALL_LAYERS, 2, 0.05)]
+    first = ALONE.adapt(start, x, y, [Phase(ALL_LAYERS, 1, 0.05)]).parameters
+    plain = ALONE.adapt(start, x, y, two).parameters
+    pulled = backend.adapt(start, x, y, two, proximal=0.5).parameters
+    np.testing.assert_allclose(plain - pulled, 0.05 * 0.5 * (first - start), atol=1e-6)
+
+
+def test_adam_without_momentum_takes_its_steps() -> None:
+    backend, (x, y) = meta.Backend(SINE), clients(SINE, 2, 1)
+    start, once = SINE.initial(0), [Phase(ALL_LAYERS, 1, 0.01)]
+    gradient = (start - ALONE.adapt(start, x, y, once).parameters) / 0.01
+    squares = np.full_like(start, 0.25)
+    learned = backend.adapt(start, x, y, once, moments=meta.Moments(squares, steps=9))
+    v = 0.999 * squares + 0.001 * gradient**2
+    step = 0.01 * np.sqrt(1 - 0.999**10) * gradient / (np.sqrt(v) + 1e-8)
+    np.testing.assert_allclose(learned.parameters, start - step, atol=1e-6)
+    np.testing.assert_allclose(learned.moments.squares, v.mean(0), rtol=1e-4)
+    assert learned.moments.steps == 10
+
+
+def test_the_published_network_has_its_size() -> None:
+    net = meta.omniglot_network(5)
+    assert net.n_params == 113_221
+    start = np.stack([meta.omniglot_start(net, 0)] * 2)
+    x = np.random.default_rng(0).random((2, 10, 28, 28)).astype(np.float32)
+    x[1, :5] = x[0, :5]
+    one, other = meta.Backend(net).predict(start, x)
+    assert np.abs(one[:5] - other[:5]).max() > 1e-3, "normalised by the batch: which are asked together matters"
+
+
+@pytest.mark.slow
+def test_the_published_network_learns() -> None:
+    net, random = meta.omniglot_network(5), np.random.default_rng(0)
+    x, y = random.random((2, 10, 28, 28)).astype(np.float32), np.tile(np.arange(5), (2, 2))
+    moments = meta.Moments(np.zeros(net.n_params, np.float32))
+    phases = [Phase(ALL_LAYERS, 8, 0.003)]
+    learned = meta.Backend(net).adapt(meta.omniglot_start(net, 0), x, y, phases, batch=10, moments=moments)
+    assert (learned.losses[:, -1] < learned.losses[:, 0] / 2).all()
+
+
+def test_mixed_precision_learns_nearly_the_same() -> None:
+    x, y = clients(SINE, 2, 8)
+    start, phases = SINE.initial(0), [Phase(ALL_LAYERS, 20, 0.05)]
+    full = ALONE.adapt(start, x, y, phases).parameters
+    mixed = meta.Backend(SINE, precision="mixed").adapt(start, x, y, phases).parameters
+    assert 0 < np.abs(mixed - full).max() < 0.1 * np.abs(full - start).max()
+
+
+# Runs
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: Any, exact: Any, adam: bool) -> None:
+    backend = digits if adam else exact
+    how = replace(meta.settings("tinymetafed", DIGITS, clients=3), adam=adam)
+    start, source = meta.first_parameters(DIGITS.program, how), meta.tasks_of(DIGITS)
+    whole = meta.simulate(backend, source, how, start, rounds=5)
+
+    def kill(this: Any) -> None:
+        if len(this.rounds) == 3:
+            raise Killed
+
+    file = tmp_path / "run.npz"
+    with pytest.raises(Killed):
+        meta.simulate(backend, source, how, start, rounds=5, checkpoint=file, every=2, on_round=kill)
+    went_on: list[int] = []
+    resumed = meta.simulate(
+        backend,
+        source,
+        how,
+        start,
+        rounds=5,
+        checkpoint=file,
+        every=2,
+        on_round=lambda r: went_on.append(len(r.rounds)),
+    )
+    assert went_on == [3, 4, 5]
+    np.testing.assert_array_equal(resumed.parameters, whole.parameters)
+    assert [replace(r, seconds=0) for r in resumed.rounds] == [replace(r, seconds=0) for r in whole.rounds]
+    with pytest.raises(UserError, match="other settings"):
+        meta.simulate(backend, source, how, start, rounds=5, seed=1, checkpoint=file)
+    file.write_bytes(b"PK")
+    with pytest.raises(UserError, match="no checkpoint"):
+        meta.simulate(backend, source, how, start, rounds=5, checkpoint=file)
+
+
+def test_how_many_clients_are_computed_at_once_changes_nothing(exact: Any) -> None:
+    how = meta.settings("tinymetafed", DIGITS, clients=6)
+    start = meta.first_parameters(DIGITS.program, how)
+    for source in (meta.fleet_of(DIGITS, FLEET), meta.tasks_of(DIGITS)):
+        one, other = (meta.simulate(exact, source, how, start, rounds=1, chunk=chunk) for chunk in (6, 4))
+        np.testing.assert_array_equal(one.parameters, other.parameters)
+        assert replace(one.rounds[0], seconds=0) == replace(other.rounds[0], seconds=0)
+
+
+def test_clients_that_diverge_are_left_out() -> None:
+    x, y = clients(SINE, 2, 4)
+    x[1] = 1e30
+    source = meta.Source(2, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), keeps=False)
+    phases = (Phase(ALL_LAYERS, 4, 0.05),)
+    how = meta.Settings("reptile", phases, phases, clients=2)
+    backend, start = meta.Backend(p.build([p.Dense(1)], (1,), "mse")), np.zeros(2, np.float32)
+    outcome = meta.simulate(backend, source, how, start, rounds=1)
+    assert (outcome.rounds[0].clients, outcome.rounds[0].diverged) == (2, 1)
+    assert np.isfinite(outcome.parameters).all() and np.isfinite(outcome.rounds[0].loss)
+    x[0] = 1e30
+    with pytest.raises(UserError, match="all clients diverged in round 1"):
+        meta.simulate(backend, source, how, start, rounds=1)
+
+
+def test_what_does_not_fit_is_told() -> None:
+    backend, (x, y) = meta.Backend(SINE), clients(SINE, 2, 2)
+    with pytest.raises(UserError, match="takes 1"):
+        backend.adapt(SINE.initial(0), np.zeros((2, 2, 3)), y, PHASES)
+    with pytest.raises(UserError, match="the order has the shape"):
+        backend.adapt(SINE.initial(0), x, y, PHASES, order=np.zeros((2, 3, 1), int))
+    with pytest.raises(UserError, match="layernorm"):
+        meta.Backend(p.build([p.Dense(2), p.LayerNorm(), p.Dense(1)], (1,), "mse"))
+    with pytest.raises(UserError, match="one sample a step"):
+        meta.Backend(SINE, exact=True).adapt(SINE.initial(0), x, y, PHASES, batch=2)
+
+
+def test_jax_gives_the_same_on_two_devices(tmp_path: Path) -> None:
+    """The other backend, in a process of its own, with two processors in the place of two GPUs."""
+    pytest.importorskip("jax")
+    x, y = clients(SINE, 3, 7)
+    np.savez(tmp_path / "in.npz", x=x, y=y, start=SINE.initial(0))
+    (tmp_path / "model.mote").write_bytes(SINE.data)
+    code = (
+        "import sys, numpy as np\n"
+        "from edge.program import Program\n"
+        "from edge.protocol import Phase\n"
+        "from server import meta\n"
+        "folder = sys.argv[1]\n"
+        "given = np.load(f'{folder}/in.npz')\n"
+        "backend = meta.Backend(Program.parse(open(f'{folder}/model.mote', 'rb').read()))\n"
+        f"phases = [Phase(*row) for row in {[(ph.layers, ph.steps, ph.rate) for ph in PHASES]}]\n"
+        "learned = backend.adapt(given['start'], given['x'], given['y'], phases)\n"
+        "np.savez(f'{folder}/out.npz', parameters=learned.parameters, losses=learned.losses)\n"
+        "print(meta.keras.backend.backend(), backend.devices)\n"
+    )
+    flags = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, **flags}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "jax ['cpu:0', 'cpu:1']", done.stderr
+    here = meta.Backend(SINE).adapt(SINE.initial(0), x, y, PHASES)
+    there = np.load(tmp_path / "out.npz")
+    np.testing.assert_allclose(there["parameters"], here.parameters, atol=2e-6)
+    np.testing.assert_allclose(there["losses"], here.losses, atol=1e-5)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    start, curve = tmp_path / "start.npz", tmp_path / "curve.png"
+    words = [
+        "digits",
+        "--method",
+        "tinymetafed",
+        "--rounds",
+        "2",
+        "--clients",
+        "3",
+        "--fleet",
+        "6",
+        "--held-out",
+        "20",
+        "--exact",
+    ]
+    done = CliRunner().invoke(
+        tinyfleet.cli, ["meta-train", *words, "--json", "--out", str(start), "--plot", str(curve)]
+    )
+    assert done.exit_code == 0, done.output
+    first, second, last = (json.loads(line) for line in done.output.splitlines())
+    assert (first["number"], second["number"], first["clients"]) == (1, 2, 3)
+    assert set(last["held-out-by-shots"]) == {"learned", "random"} and last["devices"]
+    with np.load(start) as arrays:
+        assert DIGITS.program.join(arrays).shape == (DIGITS.program.n_params,)
+    assert curve.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fleet_is_served_without_keras() -> None:
+    """It takes seconds to import, and need not be installed; the command that needs it says so."""
+    code = (
+        "import sys\n"
+        "for name in ('keras', 'tensorflow', 'jax'): sys.modules[name] = None\n"
+        "import server.run, server.strategies, server.cli, tinyfleet\n"
+        "sys.argv[1:] = ['meta-train', 'digits']\n"
+        "tinyfleet.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: meta-training needs keras: pip install 'tinyfleet[keras]'\n")
