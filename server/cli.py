@@ -220,6 +220,7 @@ def meta_train(
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     try:
         from server import meta
+        from server.evaluate import SHOTS
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("keras", "tensorflow", "jax"):
             raise
