@@ -30,6 +30,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -118,9 +119,7 @@ METHODS = (
     Method("Reptile, online", "reptile", grid((1.0, 2.0))),
     Method("TinyReptile", "tinyreptile", grid((0.2, 0.5))),
     Method("TinyMetaFed", "tinymetafed", grid((1.0, 2.0))),
-    Method(
-        "TinyMetaFed, head the other way", "tinymetafed", grid((1.0, 2.0)), without="reconstruction"
-    ),
+    Method("TinyMetaFed, head the other way", "tinymetafed", grid((1.0, 2.0)), without="reconstruction"),
     Method("TinyMetaFed, all changes sent", "tinymetafed", grid((1.0, 2.0)), without="top-P"),
     Method("TinyMetaFed, alpha not annealed", "tinymetafed", grid((1.0, 2.0)), without="annealing"),
 )
@@ -271,7 +270,7 @@ def table(name: str, rows: Sequence[Mapping[str, Any]], on_board: Mapping[str, i
         f"{name}: {'mean squared error' if regression else 'accuracy, %'} on {budget['tasks']} held-out tasks, "
         f"{budget['rounds']} rounds of {CLIENTS}, {budget['seeds']} seeds; {on_board['learn']:,} instructions a step"
     )
-    made = Table(title=title)
+    made = Table(title=title, box=box.MARKDOWN)
     for head in ("method", *(f"K = {k}" for k in shots), "B sent a visit", "engine RAM, B", "million instr. a visit"):
         made.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:
@@ -279,7 +278,19 @@ def table(name: str, rows: Sequence[Mapping[str, Any]], on_board: Mapping[str, i
         ram = on_board["arena"] + row["stored"] + row["gradient"]
         work = row["samples"] * on_board["learn"] / 1e6
         made.add_row(row["method"], *scores, f"{row['sent']:,.0f}", f"{ram:,}", f"{work:.1f}")
+    if name == "presence":
+        for baseline, scores in baselines(budget["tasks"], shots).items():
+            made.add_row(f"{baseline}, no learning", *(f"{100 * score:.1f}" for score in scores), "", "", "")
     return made
+
+
+def baselines(count: int, shots: Sequence[str]) -> dict[str, list[float]]:
+    """Of presence, on the same held-out tasks: what needs no model, by shots."""
+    from edge.tasks import presence
+
+    seeds = [int(np.random.SeedSequence([0, task]).generate_state(2)[0]) for task in range(count)]
+    by_shots = [presence.baselines("held_out", seeds, int(k), QUERIES) for k in shots]
+    return {name: [float(scores[name].mean()) for scores in by_shots] for name in by_shots[0]}
 
 
 def draw(path: Path, name: str, rows: Sequence[Mapping[str, Any]], on_board: Mapping[str, int]) -> None:
