@@ -78,21 +78,22 @@ PROXIMAL = [Trial(rate, proximal=mu) for rate, mu in itertools.product(RATES, (0
 @dataclass(frozen=True)
 class Method:
     """name: as people read it. of: server.meta's. trials: eight. batched: a device stores its samples, and learns from
-    BATCH at once. without: parts of TinyMetaFed that are switched off."""
+    BATCH at once. without: a part of TinyMetaFed that is switched off. samples: of a visit."""
 
     name: str
     of: str
     trials: Sequence[Trial]
     batched: bool = False
     without: str = ""
+    samples: int = SAMPLES
 
     def settings(self, task: Task, trial: Trial) -> meta.Settings:
         local = self.of == "tinymetafed" and (task.meta.head_steps > 0) != (self.without == "reconstruction")
         top = 1.0 if self.without == "top-P" else TOP
-        recipe = Recipe(HEAD if local else 0, SAMPLES - HEAD * local, trial.rate, trial.alpha, top)
+        recipe = Recipe(HEAD if local else 0, self.samples - HEAD * local, trial.rate, trial.alpha, top)
         how = meta.settings(self.of, replace(task, meta=recipe, fedavg=recipe), clients=CLIENTS)
         if self.batched:
-            how = replace(how, phases=(Phase(ALL_LAYERS, SAMPLES // BATCH, trial.rate),), batch=BATCH)
+            how = replace(how, phases=(Phase(ALL_LAYERS, self.samples // BATCH, trial.rate),), batch=BATCH)
         if self.without == "annealing":
             how = replace(how, alpha_end=None)
         if self.of == "fedprox":
@@ -118,6 +119,7 @@ METHODS = (
     Method("Reptile, in batches", "reptile", grid((0.5, 1.0)), batched=True),
     Method("Reptile, online", "reptile", grid((1.0, 2.0))),
     Method("TinyReptile", "tinyreptile", grid((0.2, 0.5))),
+    Method("TinyReptile, half the samples", "tinyreptile", grid((0.2, 0.5)), samples=SAMPLES // 2),
     Method("TinyMetaFed", "tinymetafed", grid((1.0, 2.0))),
     Method("TinyMetaFed, head the other way", "tinymetafed", grid((1.0, 2.0)), without="reconstruction"),
     Method("TinyMetaFed, all changes sent", "tinymetafed", grid((1.0, 2.0)), without="top-P"),
@@ -223,12 +225,12 @@ class Bench:
                 by_shots[shots] = float(scores.mean())
             seeds.append({"curve": curve, "shots": {k: by_shots[k] for k in self.shots}})
         visits, sent, _ = next((seed["curve"][-1] for seed in seeds if seed["curve"]), (0, 0, 0.0))
-        stored = SAMPLES * math.prod(self.task.program.input_shape) * 4 if method.batched else 0
+        stored = method.samples * math.prod(self.task.program.input_shape) * 4 if method.batched else 0
         gradient = self.task.program.params_bytes if method.batched else 0
         return {
             "method": method.name, "rate": trial.rate, "alpha": trial.alpha, "proximal": trial.proximal, "adapt": rate,
             "trials": trials, "seeds": seeds, "visits": visits, "sent": sent / max(visits, 1), "stored": stored,
-            "gradient": gradient, "samples": SAMPLES if visits else 0, "budget": vars(self.budget),
+            "gradient": gradient, "samples": method.samples if visits else 0, "budget": vars(self.budget),
         }  # fmt: skip
 
 
