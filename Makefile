@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/tinyfleet demo $(ARGS)
 
 test: $(VENV)/.test page check
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -m slow $(ARGS)
