@@ -118,9 +118,7 @@ METHODS = (
     Method("Reptile, online", "reptile", grid((1.0, 2.0))),
     Method("TinyReptile", "tinyreptile", grid((0.2, 0.5))),
     Method("TinyMetaFed", "tinymetafed", grid((1.0, 2.0))),
-    Method(
-        "TinyMetaFed, head the other way", "tinymetafed", grid((1.0, 2.0)), without="reconstruction"
-    ),
+    Method("TinyMetaFed, head the other way", "tinymetafed", grid((1.0, 2.0)), without="reconstruction"),
     Method("TinyMetaFed, all changes sent", "tinymetafed", grid((1.0, 2.0)), without="top-P"),
     Method("TinyMetaFed, alpha not annealed", "tinymetafed", grid((1.0, 2.0)), without="annealing"),
 )
