@@ -1,11 +1,14 @@
 """Accuracy over time on streams that drift: a model that stays, one that learns, and one that also notices.
 
 python benchmarks/drift.py [--seeds 5] [--samples 3000] [--changes 3] [--plot docs/drift-digits.png] [--tune]
+python benchmarks/drift.py --task presence [--seeds 5]
 
-The task is the digits of cameras. A camera that no device has trained at watches the digits 5 to 9, whose labels stay;
-`changes` times, at random, it is knocked into another position. All three begin with the same start, learned with
-TinyMetaFed from the training cameras, adapted to the first 100 samples. Accuracy is prequential: a sample is answered,
-then learned from. A change counts as noticed by the first alarm after it and before the next; any other is false.
+With --task, the streams are those of the task's held-out devices 0, 1, ... (Task.stream), and rates are what `tinyfleet
+agent --online` takes; nothing is tuned. Without, the task is the digits of cameras. A camera that no device has trained
+at watches the digits 5 to 9, whose labels stay; `changes` times, at random, it is knocked into another position. All
+three begin with the same start, learned with TinyMetaFed from the training cameras, adapted to the first 100 samples.
+Accuracy is prequential: a sample is answered, then learned from; of a regression it is the mean squared error. A change
+counts as noticed by the first alarm after it and before the next; any other is false.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import argparse
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +29,9 @@ from sklearn.datasets import load_digits
 
 from edge import tasks
 from edge.client_app import to_record, to_vector
-from edge.drift import OnlineLearner, Reaction
+from edge.drift import OnlineLearner, Reaction, reaction_of
 from edge.learner import MoteLearner
-from edge.tasks import Task
+from edge.tasks import Recording, Task
 from edge.tasks.digits import MOUNTS, SCALE, UNSEEN, WAYS
 from server.flower import log_level
 from server.run import first_parameters, method
@@ -39,23 +42,14 @@ WARM = 100  # samples that all adapt to before the stream begins
 SMOOTH = 100  # samples that a point of the plot is the mean of
 
 
-@dataclass(frozen=True)
-class Drifting:
-    """A stream: samples x [n, 64], their labels [n], and where the position changes."""
-
-    x: Vector
-    y: NDArray[np.int64]
-    changes: list[int]
-
-
 def meta_learn(task: Task, seed: int, rounds: int = 60, clients: int = 5) -> Vector:
-    """A start from TinyMetaFed on the training cameras, with the task's own recipe."""
+    """A start from TinyMetaFed on the training devices, with the task's own recipe."""
     how = method("tinymetafed", task, rounds=rounds, clients=clients, query=0, seed=seed)
     start = to_record(first_parameters(task.program, how, seed), task.program)
     return to_vector(how.strategy.start(LocalGrid(task), start, rounds).arrays, task.program)
 
 
-def stream(seed: int, samples: int, changes: int, held_out: bool) -> Drifting:
+def stream(seed: int, samples: int, changes: int, held_out: bool) -> Recording:
     """Mirrored cameras and one half of the samples are held out; the others are for tuning."""
     random = np.random.default_rng([seed, 2, held_out])
     pixels, digit = load_digits(return_X_y=True)
@@ -70,31 +64,30 @@ def stream(seed: int, samples: int, changes: int, held_out: bool) -> Drifting:
         image = images[y[t]][int(random.integers(len(images[y[t]])))]
         turned = np.rot90(image, mount % 4)
         x.append((turned if mount < 4 else turned[:, ::-1]).ravel())
-    return Drifting(np.ascontiguousarray(x), y, at)
+    return Recording(np.ascontiguousarray(x), y, tuple(at))
 
 
 def methods(rate: float, reaction: Reaction) -> dict[str, tuple[float, Reaction | None]]:
     return {
         "no learning": (0.0, None),
         "online learning": (rate, None),
-        "and notices drift": (rate, reaction),
+        "and notices drift": (rate, replace(reaction, restart=False)),
         "and starts anew": (rate, replace(reaction, restart=True)),
     }
 
 
 def follow(
-    task: Task, start: Vector, drifting: Drifting, rate: float, reaction: Reaction | None
+    task: Task, start: Vector, seen: Recording, rate: float, reaction: Reaction | None
 ) -> tuple[NDArray[np.float64], list[int]]:
-    """Whether each answer after the first WARM was right, and when drift was noticed."""
+    """The error of each answer after the first WARM, and when drift was noticed."""
     learner = OnlineLearner(MoteLearner(task.program), task.program, start, rate, reaction)
-    learner.adapt(zip(drifting.x[:WARM], drifting.y[:WARM], strict=True), task.meta.rate)
-    right, alarms = np.zeros(len(drifting.y)), []
-    for t in range(WARM, len(drifting.y)):
-        answer = learner.learn(drifting.x[t], int(drifting.y[t]))
-        right[t] = 1 - answer.error
-        if answer.drifted:
+    learner.adapt(zip(seen.x[:WARM], seen.y[:WARM], strict=True), task.meta.rate)
+    errors, alarms = np.zeros(len(seen.y)), []
+    for t in range(WARM, len(seen.y)):
+        errors[t], drifted = learner.learn(seen.x[t], seen.y[t])
+        if drifted:
             alarms.append(t)
-    return right[WARM:], alarms
+    return errors[WARM:], alarms
 
 
 def delays(changes: Sequence[int], alarms: Sequence[int], end: int) -> tuple[list[int], int]:
@@ -106,12 +99,13 @@ def delays(changes: Sequence[int], alarms: Sequence[int], end: int) -> tuple[lis
     return found, len(alarms) - len(found)
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and half width of its 95 % interval, over seeds (Student's t)."""
+def interval(errors: Sequence[float], classes: bool) -> str:
+    """Mean and half width of its 95 % interval, over seeds (Student's t): of the accuracy, or of the squared error."""
     from scipy import stats
 
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
-    return f"{100 * np.mean(values):.1f} ± {100 * half:.1f} %"
+    mean, n = float(np.mean(errors)), len(errors)
+    half = stats.t.ppf(0.975, n - 1) * np.std(errors, ddof=1) / n**0.5 if n > 1 else 0.0
+    return f"{100 - 100 * mean:.1f} ± {100 * half:.1f} %" if classes else f"{mean:.3f} ± {half:.3f}"
 
 
 def tune(task: Task, seeds: Sequence[int], starts: Sequence[Vector], samples: int, changes: int) -> None:
@@ -124,12 +118,13 @@ def tune(task: Task, seeds: Sequence[int], starts: Sequence[Vector], samples: in
                 yield rate, Reaction(steps=steps, rate=fast, restart=restart)
 
     streams = [stream(seed, samples, changes, held_out=False) for seed in seeds]
-    scored = [
-        (float(np.mean([follow(task, s, d, *how)[0].mean() for s, d in zip(starts, streams, strict=True)])), str(how))
-        for how in settings()
-    ]
-    for accuracy, how in sorted(scored):
-        print(f"{accuracy:.4f} {how}")
+
+    def accuracy(how: tuple[float, Reaction | None]) -> float:
+        errors = [follow(task, start, seen, *how)[0].mean() for start, seen in zip(starts, streams, strict=True)]
+        return 1 - float(np.mean(errors))
+
+    for right, how in sorted((accuracy(how), str(how)) for how in settings()):
+        print(f"{right:.4f} {how}")
 
 
 def main() -> None:
@@ -137,51 +132,76 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=3000)
     parser.add_argument("--changes", type=int, default=3)
+    parser.add_argument("--task", help="take the streams of this task's held-out devices")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     log_level(logging.ERROR)
-    task, seeds = tasks.load("digits"), range(args.seeds)
+    task, seeds = tasks.load(args.task or "digits"), range(args.seeds)
+    classes = task.program.loss == "softmax_cross_entropy"
     starts = [meta_learn(task, seed) for seed in seeds]
     if args.tune:
         tune(task, seeds, starts, args.samples, args.changes)
         return
-    streams = [stream(seed, args.samples, args.changes, held_out=True) for seed in seeds]
-    title = f"Digits, {args.samples} samples, {args.changes} changes, {args.seeds} seeds (mean ± 95 %)"
-    table = Table("", "accuracy", "100 after a change", "noticed", "delay (samples)", "false alarms")
+    if args.task:
+        rate, reaction = task.fedavg.rate, reaction_of(task)
+        streams = [task.stream(seed) for seed in seeds]
+    else:
+        rate, reaction = RATE, Reaction()
+        streams = [stream(seed, args.samples, args.changes, held_out=True) for seed in seeds]
+    known = [[change for change in seen.drifts if change >= WARM] for seen in streams if seen.drifts is not None]
+    lengths = " to ".join(str(n) for n in sorted({min(len(s.y) for s in streams), max(len(s.y) for s in streams)}))
+    changes = f"{sum(map(len, known))} changes" if known else "nobody knows when it changes"
+    title = f"{task.name}, {len(seeds)} streams of {lengths} samples, {changes} (mean ± 95 %)"
+    measure = "accuracy" if classes else "mean squared error"
+    table = Table("", measure, "100 after a change", "noticed", "delay (samples)", "false alarms", "alarms")
     curves = {}
-    for name, how in methods(RATE, Reaction()).items():
-        rights, after, noticed, waits, false = [], [], 0, [], 0
-        for start, drifting in zip(starts, streams, strict=True):
-            right, alarms = follow(task, start, drifting, *how)
-            found, wrong = delays(drifting.changes, alarms, args.samples)
-            rights.append(right)
-            after.append(float(np.mean([right[c - WARM : c - WARM + 100].mean() for c in drifting.changes])))
-            noticed, waits, false = noticed + len(found), waits + found, false + wrong
-        curves[name] = rights
-        seen = f"{noticed} of {args.changes * args.seeds}" if how[1] else "-"
-        delay = f"{np.median(waits):.0f} (median), {max(waits)} at most" if waits else "-"
-        accuracy = interval([float(right.mean()) for right in rights])
-        table.add_row(name, accuracy, interval(after), seen, delay, str(false) if how[1] else "-")
-    console = Console(highlight=False)
+    for name, how in methods(rate, reaction).items():
+        errors, after, noticed, waits, false, total = [], [], 0, [], 0, 0
+        for start, seen in zip(starts, streams, strict=True):
+            error, alarms = follow(task, start, seen, *how)
+            errors.append(error)
+            total += len(alarms)
+            if seen.drifts is not None:
+                at = [change for change in seen.drifts if change >= WARM]
+                found, wrong = delays(at, alarms, len(seen.y))
+                after.append(float(np.mean([error[c - WARM : c - WARM + 100].mean() for c in at])))
+                noticed, waits, false = noticed + len(found), waits + found, false + wrong
+        curves[name] = errors
+        sure = how[1] is not None and bool(known)
+        table.add_row(
+            name,
+            interval([float(error.mean()) for error in errors], classes),
+            interval(after, classes) if after else "-",
+            f"{noticed} of {sum(map(len, known))}" if sure else "-",
+            f"{np.median(waits):.0f} (median), {max(waits)} at most" if waits else "-",
+            str(false) if sure else "-",
+            str(total) if how[1] is not None else "-",
+        )
+    console = Console(highlight=False, width=140)
     console.print(title)
     console.print(table)
+    if classes:
+        commonest = np.mean([np.bincount(seen.y[WARM:]).max() / len(seen.y[WARM:]) for seen in streams])
+        console.print(f"Who always names a stream's commonest class is right in {100 * commonest:.1f} %")
     if args.plot:
-        plot(args.plot, curves, streams[0].changes)
+        plot(args.plot, curves, streams[0].drifts or (), classes)
 
 
-def plot(path: Path, curves: dict[str, list[NDArray[np.float64]]], changes: Sequence[int]) -> None:
+def plot(path: Path, curves: dict[str, list[NDArray[np.float64]]], changes: Sequence[int], classes: bool) -> None:
     """The first seed's stream: its changes are where they are, those of another are elsewhere."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    for name, rights in curves.items():
-        smooth = np.convolve(rights[0], np.ones(SMOOTH) / SMOOTH, "valid")
-        axes.plot(np.arange(len(smooth)) + WARM + SMOOTH, 100 * smooth, label=name)
+    for name, errors in curves.items():
+        smooth = np.convolve(errors[0], np.ones(SMOOTH) / SMOOTH, "valid")
+        axes.plot(np.arange(len(smooth)) + WARM + SMOOTH, 100 - 100 * smooth if classes else smooth, label=name)
     for i, change in enumerate(changes):
-        axes.axvline(change, color="grey", linestyle=":", label="" if i else "the camera moves")
-    axes.set(xlabel="samples", ylabel=f"accuracy of the last {SMOOTH} answers (%)", ylim=(0, 100))
+        axes.axvline(change, color="grey", linestyle=":", label="" if i else "a change")
+    measure = "accuracy" if classes else "mean squared error"
+    axes.set(xlabel="samples", ylabel=f"{measure} of the last {SMOOTH} answers{' (%)' if classes else ''}")
+    axes.set_ylim(0, 100 if classes else None)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)

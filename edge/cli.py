@@ -14,13 +14,13 @@ import typer
 from edge import tasks
 from edge.agent import AgentNode, MaskedLearner, Online
 from edge.device import Device, virtual_device
-from edge.drift import Paced
+from edge.drift import Paced, reaction_of
 from edge.errors import UserError
 from edge.learner import LiteRTLearner, MoteLearner
 from edge.node import ENGINE_VERSION
 from edge.program import Program
 from edge.protocol import ProtocolError
-from edge.streams import DatasetStream
+from edge.streams import DatasetStream, RecordedStream
 from edge.thing import thing_description, this_machine
 
 BrokerOption = Annotated[
@@ -96,7 +96,12 @@ def agent(
         typer.Option(help="Learn with this .tflite model in TFLite's interpreter, instead of the C engine."),
     ] = None,
     online: Annotated[
-        float, typer.Option(min=0, help="Learn for itself, too: a sample every so many seconds; 0: only when asked.")
+        float,
+        typer.Option(
+            min=0,
+            help="Learn for itself, too, from the task's recording of a held-out device: a sample every so many "
+            "seconds. 0: only when asked.",
+        ),
     ] = 0.0,
     task: TaskOption = "digits",
     broker: BrokerOption = None,
@@ -118,8 +123,8 @@ def agent(
     if client >= of:
         raise UserError(f"there is no client {client} in a fleet of {of}; raise --of")
     id = id or re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:32] or "agent"
-    samples = what.client(client, of)
-    stream = DatasetStream(samples)
+    stream = DatasetStream(what.client(client, of))
+    seen = RecordedStream(what.stream(client)) if online else None
     board = this_machine()
     engine, version = ("mote", ENGINE_VERSION) if tflite is None else ("tflite", "builtin")
     arena = board.ram_bytes // 4  # what it may learn in; more than any program asks for
@@ -130,7 +135,7 @@ def agent(
         return MoteLearner(program) if tflite is None else LiteRTLearner(tflite)
 
     def node() -> AgentNode:
-        own = Online(Paced(DatasetStream(samples), online), what.fedavg.rate) if online else None
+        own = None if seen is None else Online(Paced(seen, online), what.fedavg.rate, reaction_of(what))
         return AgentNode(fleet, id, td, what.program, stream, learner, adopt_bytes=room, online=own)
 
     try:

@@ -8,6 +8,7 @@ for some samples; if it is to restart, it first goes back to its meta-learned st
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edge.learner import Learner
+from edge._mote import lib
+from edge.learner import Learner, LearnerError
 from edge.program import Program
 from edge.streams import Sample, Stream
+from edge.tasks import Task
 
 Vector = NDArray[np.float32]
 
@@ -35,6 +38,13 @@ class Reaction:
     restart: bool = False
 
 
+def reaction_of(task: Task) -> Reaction:
+    """For a task that nobody has tuned it for: at twice the rate that the task learns at. A regression's errors have no
+    bound, and at twice their rate sine waves diverge: it goes back to its start instead."""
+    rate = task.fedavg.rate
+    return Reaction(rate=rate, restart=True) if task.program.loss == "mse" else Reaction(rate=2 * rate)
+
+
 class Answer(NamedTuple):
     """What one sample came to. error: before it was learned from; 0 or 1 where the model tells classes, else the
     squared error. drifted: whether drift was noticed with it."""
@@ -49,7 +59,7 @@ class OnlineLearner:
     def __init__(
         self, learner: Learner, program: Program, start: Vector, rate: float, reaction: Reaction | None = None
     ) -> None:
-        """start: parameters to begin with, and, with a reaction, to go back to. rate: at all other times; 0: none."""
+        """start: parameters to begin with, and to go back to. rate: at all other times; 0: none."""
         self._learner = learner
         self._classes = program.loss == "softmax_cross_entropy"
         self._rate = rate
@@ -69,9 +79,10 @@ class OnlineLearner:
         return self._adapting / self._reaction.steps if self._reaction is not None else 0.0
 
     def learn(self, x: ArrayLike, y: ArrayLike) -> Answer:
-        """Answers one sample, and learns from it. Raises LearnerError."""
+        """Answers one sample, and learns from it; where that diverges, it begins anew from its start. Raises
+        LearnerError for what is no sample of the model."""
         error = self._error(x, y)
-        drifted = self._detector is not None and _has_risen(self._detector, error)
+        drifted = self._detector is not None and math.isfinite(error) and _has_risen(self._detector, error)
         if drifted:
             assert self._reaction is not None
             if self._reaction.restart:
@@ -83,7 +94,12 @@ class OnlineLearner:
             rate = self._reaction.rate
             self._adapting -= not drifted
         if rate:
-            self._learner.learn(x, y, rate)
+            try:
+                self._learner.learn(x, y, rate)
+            except LearnerError as reason:
+                if reason.code != lib.MOTE_ERR_DIVERGED:
+                    raise
+                self._learner.set_parameters(self._start)
         return Answer(error, drifted)
 
     def adapt(self, samples: Iterable[tuple[ArrayLike, ArrayLike]], rate: float) -> None:
@@ -95,7 +111,7 @@ class OnlineLearner:
         output = self._learner.infer(x)
         if self._classes:
             return float(int(np.argmax(output)) != y)
-        return float(np.mean((output - np.asarray(y, np.float32)) ** 2))
+        return float(np.mean(np.subtract(output, y, dtype=np.float64) ** 2))
 
 
 def _adwin(delta: float) -> Any:
@@ -112,7 +128,8 @@ def _has_risen(detector: Any, error: float) -> bool:
 
 
 class Paced(Stream):
-    """A stream of recorded samples, replayed as a sensor would give them: one every `interval` seconds."""
+    """A stream of recorded samples, replayed as a sensor would give them: one every `interval` seconds. Those that
+    nobody has asked for in time are not made up for later, but for one."""
 
     def __init__(self, stream: Stream, interval: float) -> None:
         self._stream = stream
@@ -125,7 +142,8 @@ class Paced(Stream):
 
     def next(self, query: bool) -> Sample | None:
         """See Stream."""
-        if time.monotonic() < self._due:
+        now = time.monotonic()
+        if now < self._due:
             return None
-        self._due += self._interval
+        self._due = max(self._due + self._interval, now)
         return self._stream.next(query)

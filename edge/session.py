@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
 
 import paho.mqtt.client as mqtt
@@ -46,6 +46,7 @@ class _Wire:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._lock = threading.Lock()  # one thread may write while another, who reads, sees that it is over and closes
         self._read = memoryview(b"")
         self.unsent = bytearray()
 
@@ -66,11 +67,21 @@ class _Wire:
         return data
 
     def send(self, data: bytes) -> int:
-        self.unsent += data
+        with self._lock:
+            self.unsent += data
         return len(data)
 
     def flush(self) -> None:
         """Sends as much as the system takes now. A connection that is lost is noticed by reading."""
+        with self._lock:
+            self._flush()
+
+    def close(self) -> None:
+        with self._lock:
+            self._flush()
+            self._sock.close()
+
+    def _flush(self) -> None:
         try:
             while self.unsent:
                 del self.unsent[: self._sock.send(self.unsent)]
@@ -78,10 +89,6 @@ class _Wire:
             pass
         except OSError:
             self.unsent.clear()
-
-    def close(self) -> None:
-        self.flush()
-        self._sock.close()
 
 
 class _Client(mqtt.Client):
@@ -108,7 +115,8 @@ class Session:
     on_connect, what was subscribed to is subscribed to again.
     will: (topic, payload) that the broker publishes, retained, should this session break.
 
-    With `background`, a thread of its own listens and calls back; without, `pump` does, in the caller's thread.
+    With `background`, a thread of its own listens and calls back; without, `pump` does, in the caller's thread. That
+    thread goes on when a callback raises: the error is logged, and the message counts as one that has been handled.
     """
 
     def __init__(
@@ -142,7 +150,10 @@ class Session:
         # do both, and every publish would wake it. The lock is for writing alone: a callback may wait for a publisher.
         self._lock = threading.Lock()
         self._gathering = 0
+        self._counting = threading.Lock()  # of those who gather: while one writes, a callback may begin to
         self._pipe = socket.socketpair() if background else None  # one end wakes who waits at the other
+        for end in self._pipe or ():
+            end.setblocking(False)
         self._thread: threading.Thread | None = None
         self._client = _Client(
             CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311, manual_ack=on_delivery is not None
@@ -151,11 +162,16 @@ class Session:
         self._client.on_connect = self._accepted
         self._client.on_disconnect = self._lost
         if on_delivery is not None:
-            self._client.on_message = lambda _client, _data, message: on_delivery(
-                message.topic, bytes(message.payload), Receipt(self._number, message.mid) if message.qos else None
+            self._client.on_message = lambda _client, _data, message: self._call(
+                on_delivery,
+                message.topic,
+                bytes(message.payload),
+                Receipt(self._number, message.mid) if message.qos else None,
             )
         elif on_message is not None:
-            self._client.on_message = lambda _client, _data, message: on_message(message.topic, bytes(message.payload))
+            self._client.on_message = lambda _client, _data, message: self._call(
+                on_message, message.topic, bytes(message.payload)
+            )
         if will is not None:
             self._client.will_set(*will, qos=1, retain=True)
         try:
@@ -219,12 +235,12 @@ class Session:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What is published in this block leaves at its end, at once: many messages at the cost of one."""
-        with self._lock:
+        with self._counting:
             self._gathering += 1
         try:
             yield
         finally:
-            with self._lock:
+            with self._counting:
                 self._gathering -= 1
             self._leave()
 
@@ -274,7 +290,8 @@ class Session:
 
     def _rouse(self) -> None:
         if self._pipe is not None:
-            self._pipe[1].send(b"!")
+            with suppress(OSError):  # it is full, so that the thread will wake; or closed, as the session is
+                self._pipe[1].send(b"!")
 
     def flush(self, timeout: float) -> bool:
         """Waits until the broker has what was published last. False if it has not in so many seconds."""
@@ -297,13 +314,13 @@ class Session:
     def close(self) -> None:
         """Says goodbye: the broker drops the will. Does not wait for what was published: flush does."""
         self._closing.set()
+        inside = self._thread is threading.current_thread()
+        if self._thread is not None and not inside:
+            self._rouse()
+            self._thread.join()  # first: it may be about to reconnect
         self._client.disconnect()
-        self._write()
-        self._rouse()
-        if self._thread is None:
-            self._loop(0)
-        elif self._thread is not threading.current_thread():
-            self._thread.join()
+        if not inside:  # else it is written when this callback returns
+            self._write()
         for end in self._pipe or ():
             end.close()
 
@@ -325,6 +342,15 @@ class Session:
             "with --broker HOST:PORT"
         )
 
+    def _call(self, callback: Callable[..., None], *about: Any) -> None:
+        """In the background nobody is there to catch an error; paho would then handle the same message for ever."""
+        try:
+            callback(*about)
+        except Exception:
+            if not self._background:
+                raise
+            log.exception("an error while a message of %s was handled: %.200r", self._client_id, about)
+
     # Called by paho.
 
     def _accepted(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
@@ -336,7 +362,7 @@ class Session:
         self._connected.set()
         if self._on_connect is not None:
             self._filters.clear()
-            self._on_connect()
+            self._call(self._on_connect)
             return
         for filter in list(self._filters):
             self._client.subscribe(filter, qos=1)

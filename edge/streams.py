@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge.tasks import ClientData
+from edge.tasks import ClientData, Recording
 
 Sample = tuple[NDArray[np.float32], float | NDArray[np.float32]]
 """Features, and the class or the targets."""
@@ -25,6 +25,24 @@ class Stream(Protocol):
     def next(self, query: bool) -> Sample | None:
         """The next sample, or None if there is none yet. `query`: one that is never learned from."""
         ...
+
+
+class RecordedStream:
+    """A recording, from its first sample on, and at its end again: as a sensor gives samples, whatever the seed."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._at = 0
+
+    def open(self, seed: int) -> None:
+        """See Stream."""
+        self._at = 0
+
+    def next(self, query: bool) -> Sample:
+        """See Stream; what is for queries is not told apart from the rest."""
+        x, y = self._recording.x[self._at], self._recording.y[self._at]
+        self._at = (self._at + 1) % len(self._recording.y)
+        return x, y if isinstance(y, np.ndarray) else float(y)
 
 
 class DatasetStream:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from ontology.match import TRAIN, Fit, Miss, ModelFit
+from ontology.match import ADOPT, TRAIN, Fit, Miss, ModelFit
 from ontology.names import Iri
 from ontology.store import printable
 
@@ -58,16 +58,20 @@ def models(device: str, fits: Sequence[ModelFit], misses: Misses, as_json: bool)
 
 
 def _reasons(console: Console, what: str, misses: Mapping[str, Sequence[Miss]], fitting: set[str]) -> None:
-    """Why others do not fit; of those that do, only why they cannot train."""
+    """Why others do not fit; of those that do, only why they cannot train, or be given it over the air."""
     if not misses:
         return
     table = _table(what, "cannot", "because")
     for name, missed in misses.items():
         runs = name in fitting
-        shown = [miss for miss in missed if runs or miss.need != TRAIN] or missed
-        table.add_row(name, "train" if runs else "run", "; ".join(printable(str(miss)) for miss in shown))
+        shown = [miss for miss in missed if runs or miss.need not in (TRAIN, ADOPT)] or missed
+        cannot = ", ".join(_CANNOT[miss.need] for miss in missed if miss.need in _CANNOT) if runs else "run"
+        table.add_row(name, cannot, "; ".join(printable(str(miss)) for miss in shown))
     console.print()
     console.print(table)
+
+
+_CANNOT = {TRAIN: "train", ADOPT: "adopt"}
 
 
 def _trains(layers: int | None, biases: int | None) -> str:

@@ -137,7 +137,7 @@ class IndexedStore(EmbeddedStore):
                     column = None if row is None else columns.columns.get(p)
                     if row is None or column is None:
                         rest.setdefault(s, {})[p] = given
-                        if p == TD.title:
+                        if p == TD.title and (row is not None or not _name(s)):  # of an odd device: `_note` reads it
                             titled.append((s, row, given))
                         continue
                     if isinstance(column, (Types, Ids)):

@@ -1,7 +1,8 @@
 """What fits where: which devices can run a model, and train how much of it; which models fit a device; why not.
 
 The rules are the library's queries `runnable`, `trainable`, `models-for-device` and `why-not`; here they are asked, and
-what they answer gets types. What the graph does not know counts as not met.
+what they answer gets types. What the graph does not know counts as not met; but not of the room for a program over the
+air, which a model needs to get to a device, and not to run there.
 """
 
 import re
@@ -77,7 +78,16 @@ class Miss:
 
 
 TRAIN = "RAM to train"
-"""The need that a device need not meet to run a model."""
+ADOPT = "room for a program over the air"
+"""The needs that a device need not meet to run a model."""
+
+_NO_ROOM = f"""PREFIX tf: <{TF.iri}>
+SELECT ?id ?model (?storage AS ?takes) (?room AS ?has) (?storage - ?room AS ?short) WHERE {{
+  VALUES ?id {{ UNDEF }} VALUES ?fleet {{ UNDEF }} VALUES ?model {{ UNDEF }}
+  ?device tf:adoptBytes ?room ; tf:engine ?engine ; a tf:Device ; tf:fleet ?fleet ; tf:deviceId ?id .
+  ?model tf:storageBytes ?storage ; tf:engine ?engine ; a tf:Model .
+  FILTER(?storage > ?room)
+}} ORDER BY ?id ?model"""
 
 
 def devices(store: Store, model: Iri, fleet: str) -> list[Fit]:
@@ -131,9 +141,9 @@ def why_not(
     if device is not None:
         given["id"] = device
     found: dict[tuple[str, Iri], list[Miss]] = {}
-    for row in store.query(library.text("why-not"), **given):
+    for row in (*store.query(library.text("why-not"), **given), *store.query(_NO_ROOM, **given)):
         pair = str(row["id"]), Iri(str(row["model"]))
-        miss = Miss(str(row["need"]), row.get("takes"), row.get("has"), _optional(row, "short"))
+        miss = Miss(str(row.get("need", ADOPT)), row.get("takes"), row.get("has"), _optional(row, "short"))
         found.setdefault(pair, []).append(miss)
     return found
 

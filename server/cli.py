@@ -220,7 +220,7 @@ def meta_train(
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     try:
         from server import meta
-        from server.evaluate import SHOTS
+        from server.evaluate import QUERIES, SHOTS
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("keras", "tensorflow", "jax"):
             raise
@@ -231,6 +231,12 @@ def meta_train(
         if path is not None and not path.parent.is_dir():
             raise UserError(f"there is no folder {path.parent} to write {path.name} into; make it, or choose another")
     what = tasks.load(task)
+    try:  # now, and not when it has learned
+        if fleet is None:
+            what.draw("training", [seed], shots, 1)
+        what.draw("held_out", [seed], max(SHOTS), QUERIES)
+    except ValueError as error:
+        raise UserError(f"{task}: {error}; lower --shots, or choose a task with more") from error
     how = meta.settings(method, what, clients=clients)
     backend = meta.Backend(what.program, precision="mixed" if mixed else "float32", exact=exact)
     begin = meta.first_parameters(what.program, how, seed) if start is None else _parameters(start, what.program)
@@ -255,7 +261,10 @@ def meta_train(
         np.savez(out, **what.program.split(outcome.parameters))
     scores = {
         name: {
-            k: meta.evaluate(backend, what.draw, vector, how.adapts, shots=k, tasks=held_out, seed=seed) for k in SHOTS
+            k: meta.evaluate(
+                backend, what.draw, vector, how.adapts, shots=k, tasks=held_out, queries=QUERIES, seed=seed
+            )
+            for k in SHOTS
         }
         for name, vector in (("learned", outcome.parameters), ("random", what.program.initial(seed)))
     }

@@ -111,30 +111,25 @@ def plan(store: Store, program: Program, name: str, sparql: str, fleet: str) -> 
     misses = matching.why_not(store, fleet, model=model)
     rows = store.query(
         """PREFIX tf: <https://w3id.org/tinyfleet#>
-        SELECT ?id ?running ?room WHERE {
+        SELECT ?id ?running WHERE {
           VALUES ?fleet { UNDEF }
           ?device tf:fleet ?fleet ; a tf:Device ; tf:deviceId ?id .
           OPTIONAL { ?device tf:currentModel ?running }
-          OPTIONAL { ?device tf:adoptBytes ?room }
         }""",
         fleet=fleet,
     )
     current = {str(row["id"]): row.get("running") for row in rows}
-    rooms = {str(row["id"]): row.get("room") for row in rows}
-    takes = len(program.data)
     left_out = dict.fromkeys(selected - set(current), "the graph knows no such device")
     for device, running in current.items():
+        missed = [miss for miss in misses.get((device, model), ()) if miss.need != matching.TRAIN]
         if device not in fits:
-            missed = [miss for miss in misses.get((device, model), ()) if miss.need != matching.TRAIN]
             left_out[device] = "; ".join(map(str, missed)) or "the graph knows too little of it"
         elif running == model:
             left_out[device] = "runs it already"
         elif device not in selected:
             left_out[device] = "the query does not select it"
-        elif isinstance(room := rooms[device], int) and room < takes:
-            left_out[device] = (
-                f"room for a program: it takes {takes:,} B, {takes - room:,} more than the {room:,} there"
-            )
+        elif missed:
+            left_out[device] = "; ".join(map(str, missed))
         elif not fits[device].online:
             left_out[device] = "is offline"
     targets = [fit for device, fit in fits.items() if device not in left_out]

@@ -24,6 +24,9 @@ RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 SHOTS = (1, 5, 10)
 """That `baselines` scores."""
 
+QUERIES = 10
+"""A class, of each of its tasks: with most of SHOTS, what a class of Omniglot has."""
+
 Metric = Literal["accuracy", "mean squared error"]
 
 
@@ -65,8 +68,8 @@ def few_shot(
     """Adapts `start` (the program's parameter vector) to each of `episodes` tasks through the phases, and scores it.
 
     A phase learns `steps` samples, going through the support set again and again, each time in a new order. queries: a
-    class. split: where tasks come from. The same seed gives the same tasks and orders,
-    whatever the start and the phases are, so that starts can be compared task by task.
+    class. split: where tasks come from. The same seed gives the same tasks and orders, whatever the start and the
+    phases are, so that starts can be compared task by task.
     """
     learner = MoteLearner(task.program)
     every_layer = learner.mask
@@ -106,7 +109,7 @@ def one_pass(
     *,
     shots: int,
     episodes: int = 200,
-    queries: int = 10,
+    queries: int = QUERIES,
     seed: int = 0,
     layers: int = ALL_LAYERS,
 ) -> Score:

@@ -95,6 +95,8 @@ def method(
     or for options that do not go with it.
     """
     key = name.lower()
+    if options.top is not None and not 0 < options.top <= 1:
+        raise UserError(f"--top is the share of the changes that is sent, in (0, 1], not {options.top:g}")
     if options.dp_clip and (options.asynchronous or key not in ("fedavg", "fedprox")):
         raise UserError(
             f"differential privacy is for the rounds of fedavg and fedprox: its noise is made for their mean, and "

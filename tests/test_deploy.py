@@ -258,14 +258,15 @@ def test_who_is_left_out_and_why(server: FleetServer) -> None:
     query = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { ?d tf:deviceId ?id FILTER(?id != "unwanted") }"""
     extra = query.replace("SELECT ?id {", 'SELECT ?id { { BIND("stranger" AS ?id) } UNION {') + "}"
+    room, takes = "room for a program over the air", f"{len(NEW.data):,}"
     what = plan(server.store, query=extra)
     assert [fit.device for fit in what.targets] == ["fit"]
     assert dict(what.left_out) == {
         "asleep": "is offline",
         "small": f"RAM to run: it takes {NEW.arena_bytes:,} B, 1 more than the {NEW.arena_bytes - 1:,} there",
         "other": "engine: it is made for mote, and the device has litert",
-        "full": f"room for a program: it takes {len(NEW.data):,} B, 1 more than the {len(NEW.data) - 1:,} there",
-        "built-in": f"room for a program: it takes {len(NEW.data):,} B, {len(NEW.data):,} more than the 0 there",
+        "full": f"{room}: it takes {takes} B, 1 more than the {len(NEW.data) - 1:,} there",
+        "built-in": f"{room}: it takes {takes} B, {takes} more than the 0 there",
         "unwanted": "the query does not select it",
         "stranger": "the graph knows no such device",
     }

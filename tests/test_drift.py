@@ -103,6 +103,18 @@ def test_the_error_of_a_regression_is_the_squared_error() -> None:
     assert np.array_equal(mote.parameters, program.initial(0)), "a rate of 0 learns nothing"
 
 
+def test_where_learning_diverges_it_begins_anew_from_its_start() -> None:
+    program = build([Dense(8), Tanh(), Dense(2)], (3,), "mse")
+    start = program.initial(0)
+    learner = OnlineLearner(mote := MoteLearner(program), program, start, 0.1, Reaction())
+    hostile = np.full(2, 1e30, np.float32)
+    learner.learn(np.ones(3), hostile)
+    assert np.array_equal(mote.parameters, start)
+    for _ in range(50):
+        answer = learner.learn(np.ones(3), np.ones(2))
+    assert answer.error < 0.01
+
+
 def test_a_paced_stream_gives_a_sample_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("edge.drift.time.monotonic", lambda: now)
@@ -110,6 +122,8 @@ def test_a_paced_stream_gives_a_sample_when_it_is_due(monkeypatch: pytest.Monkey
     stream.open(0)
     assert stream.next(False) is not None and stream.next(False) is None
     now += 1.1
+    assert [stream.next(False) is not None for _ in range(3)] == [True, True, False]
+    now += 3600  # nobody asked: what was to be seen in that hour is gone
     assert [stream.next(False) is not None for _ in range(3)] == [True, True, False]
 
 

@@ -55,6 +55,7 @@ class Device:
     engine: str
     arena: int | None
     online: bool | None
+    adopts: int | None
 
 
 # Few sizes, and unknown facts now and then, so that there is about as much that fits as does not, much of it exactly.
@@ -88,6 +89,7 @@ fleets = st.lists(boards, min_size=1, max_size=3).flatmap(
                 engines,
                 st.none() | st.integers(1, 5),
                 st.none() | st.booleans(),
+                st.none() | st.integers(0, 3),
             ),
             min_size=2,
             max_size=6,
@@ -121,6 +123,7 @@ def write(store: Store, fleet: Fleet) -> None:
             TF.engine: device.engine,
             TF.arenaBytes: device.arena,
             TF.online: device.online,
+            TF.adoptBytes: device.adopts,
         }
     for i, model in enumerate(fleet[2]):
         iri = name_of(i)
@@ -166,6 +169,8 @@ def missed(model: Model, device: Device, board: Board) -> set[tuple[str, object,
     ):
         if takes is None or has is None or takes > has:
             needs.add((need, takes, has))
+    if model.storage is not None and device.adopts is not None and model.storage > device.adopts:
+        needs |= {(match.ADOPT, model.storage, device.adopts)} if model.engine == device.engine else set()
     return needs
 
 
@@ -187,7 +192,9 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
         write(store, fleet)
         needs = {(i, n): missed(m, d, boards[d.board]) for i, d in enumerate(devices) for n, m in enumerate(models)}
         room = [boards[d.board].ram if d.arena is None else d.arena for d in devices]
-        runs = {pair for pair, missing in needs.items() if {need for need, _, _ in missing} <= {match.TRAIN}}
+        runs = {
+            pair for pair, missing in needs.items() if {need for need, _, _ in missing} <= {match.TRAIN, match.ADOPT}
+        }
         for n, model in enumerate(models):
             expected = []
             for i, device in enumerate(devices):

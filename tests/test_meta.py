@@ -17,14 +17,14 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 import tinyfleet
+from edge import datasets, tasks
 from edge import program as p
-from edge import tasks
 from edge.agent import dense_update, sparse_update
 from edge.client_app import serve, to_record, to_vector
 from edge.errors import UserError
 from edge.learner import MoteLearner
 from edge.protocol import ALL_LAYERS, Dense, Done, Metrics, Phase, Sparse, UpdateFormat, encode
-from edge.tasks import Episodes
+from edge.tasks import Episodes, omniglot
 from server.evaluate import few_shot
 from server.flower import Run, new_run, stamp
 from server.strategies import Reptile, TinyMetaFed, TinyReptile
@@ -450,6 +450,20 @@ def test_the_command_line(tmp_path: Path) -> None:
     with np.load(start) as arrays:
         assert DIGITS.program.join(arrays).shape == (DIGITS.program.n_params,)
     assert curve.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_task_with_too_few_samples_is_told_before_anything_is_learned(tmp_path: Path) -> None:
+    """All of SHOTS are scored on Omniglot, which has 20 samples of a character."""
+    if datasets.local(omniglot.PACKED) is None:
+        pytest.skip("Omniglot is not in TINYFLEET_DATA")
+    words = ["meta-train", "omniglot", "--rounds", "1", "--clients", "1", "--held-out", "1", "--exact", "--json"]
+    done = CliRunner().invoke(tinyfleet.cli, words)
+    assert done.exit_code == 0, done.output
+    assert set(json.loads(done.output.splitlines()[-1])["held-out-by-shots"]["learned"]) == {"1", "5", "10"}
+    out = tmp_path / "start.npz"
+    done = CliRunner().invoke(tinyfleet.cli, [*words, "--shots", "20", "--out", str(out)])
+    assert isinstance(done.exception, UserError) and "lower --shots" in str(done.exception)
+    assert not out.exists()
 
 
 def test_a_fleet_is_served_without_keras() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ontology import library
 from ontology.answers import ANSWERED, SUPPLIED
-from ontology.columns import Range
+from ontology.columns import Columns, Range
 from ontology.endpoint import Endpoint
 from ontology.index import IndexedStore
 from ontology.names import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
@@ -171,14 +171,19 @@ def by_graph(store: EmbeddedStore, where: dict[Iri, Any]) -> list[str]:
     return sorted(str(d).removeprefix("urn:tinyfleet:") for d in rows(answer).column("d"))  # type: ignore[arg-type]
 
 
+SINGLE = [p for p in Columns().columns if p not in (RDF.type, TF.deviceId)]
+
+
 def fits_columns(store: Store) -> bool:
-    """Whether every device has at most one engine, and an arena in numbers."""
+    """Whether of every device one thing at most is said in each column, its fleet as in its name, its arena in
+    numbers."""
+    named = "^urn:tinyfleet:[A-Za-z0-9._-]+:[A-Za-z0-9._-]+$"
     return not store.ask(
-        f"""ASK {{ {{ ?d <{TF.engine}> ?a, ?b . FILTER(?a != ?b && STRSTARTS(STR(?d), "urn:tinyfleet:")) }}
+        f"""ASK {{ {{ VALUES ?p {{ {" ".join(f"<{p}>" for p in SINGLE)} }} ?d ?p ?a, ?b
+            FILTER(!SAMETERM(?a, ?b) && REGEX(STR(?d), "{named}") && !STRSTARTS(STR(?d), "urn:tinyfleet:model:")) }}
         UNION {{ ?d <{TF.fleet}> ?fleet . FILTER(!STRSTARTS(STR(?d), CONCAT("urn:tinyfleet:", ?fleet, ":"))) }}
         UNION {{ ?d a <{TF.Device}> FILTER(!STRSTARTS(STR(?d), "urn:tinyfleet:")) }}
-        UNION {{ ?d <{TF.arenaBytes}> ?bytes . FILTER(!ISNUMERIC(?bytes)) }}
-        UNION {{ ?d <{TF.arenaBytes}> ?a, ?b . FILTER(!SAMETERM(?a, ?b)) }} }}"""
+        UNION {{ ?d <{TF.arenaBytes}> ?bytes . FILTER(!ISNUMERIC(?bytes)) }} }}"""
     )
 
 
@@ -307,6 +312,20 @@ def test_what_the_columns_cannot_hold_is_left_to_the_graph() -> None:
         store.update(f"INSERT DATA {{ <{DEVICES[0]}> <{TF.arenaBytes}> 'plenty' }}")
         assert not store.wait()
         assert store.select({}) is None
+        agrees(store)
+
+
+def test_two_values_are_left_to_the_graph_until_one_of_them_is_gone() -> None:
+    """Of whatever column; and a title that was written meanwhile is found once."""
+    with IndexedStore() as store:
+        store.write(FACTS)
+        store.add(triples({DEVICES[0]: {TF.samples: 1}}))
+        store.add(triples({DEVICES[0]: {TF.samples: 2}}))
+        assert not store.wait() and not fits_columns(store)
+        store.write({DEVICES[0]: {TD.title: "Lamp no. 1"}})
+        agrees(store)
+        store.write({DEVICES[0]: {TF.samples: 2}})
+        assert store.wait() and fits_columns(store)
         agrees(store)
 
 

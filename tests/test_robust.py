@@ -209,6 +209,11 @@ def test_privacy_that_would_not_hold_is_refused(name: str, options: dict[str, An
         method(name, TASK, rounds=1, clients=3, options=Options(dp_clip=1.0, **options))
 
 
+def test_a_share_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"in \(0, 1\], not 0"):
+        method("fedavg", TASK, rounds=1, clients=3, options=Options(top=0.0))
+
+
 # First-order MAML
 
 

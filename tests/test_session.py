@@ -1,10 +1,12 @@
 """The session with a broker, from several threads at once."""
 
+import logging
 import queue
 import threading
-from collections.abc import Callable
 
-from edge.session import Session
+import pytest
+
+from edge.session import Receipt, Session
 
 Broker = tuple[str, int]
 
@@ -51,11 +53,11 @@ def test_threads_publish_at_once_and_nothing_is_torn(broker: Broker) -> None:
 
 def test_a_callback_may_wait_for_a_thread_that_uses_the_session(broker: Broker) -> None:
     """As the server's does, when more has arrived than it can write: it waits for the writer, who confirms messages."""
-    room, waiting = threading.Semaphore(1), queue.SimpleQueue[Callable[[], None]]()
+    room, waiting = threading.Semaphore(1), queue.SimpleQueue[Receipt | None]()
 
-    def deliver(_topic: str, _payload: bytes, done: Callable[[], None]) -> None:
+    def deliver(_topic: str, _payload: bytes, receipt: Receipt | None) -> None:
         room.acquire()
-        waiting.put(done)
+        waiting.put(receipt)
 
     session = Session(*broker, "server", on_delivery=deliver)
     session.subscribe("t/+")
@@ -63,10 +65,69 @@ def test_a_callback_may_wait_for_a_thread_that_uses_the_session(broker: Broker) 
     for _ in range(50):
         sender.publish("t/1", b"x")
     for _ in range(50):
-        done = waiting.get(timeout=30)
+        receipt = waiting.get(timeout=30)
         session.publish("u", b"while the callback waits")
-        done()
+        session.received([receipt])
         room.release()
     assert session.flush(30)
     sender.close()
     session.close()
+
+
+def test_an_error_in_a_callback_costs_its_message_and_no_other(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the thread that listens would be gone, and nobody would notice."""
+    arrived: queue.Queue[bytes] = queue.Queue()
+
+    def hear(_topic: str, payload: bytes) -> None:
+        if payload == b"bad":
+            raise RuntimeError("what is this?")
+        arrived.put(payload)
+
+    listener, sender = Session(*broker, "listener", on_message=hear), Session(*broker, "sender")
+    listener.subscribe("t")
+    for payload in (b"one", b"bad", b"two"):
+        sender.publish("t", payload)
+    with caplog.at_level(logging.ERROR, "edge.session"):
+        assert [arrived.get(timeout=30) for _ in range(2)] == [b"one", b"two"]
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+    sender.close()
+    listener.close()
+
+
+def test_a_session_can_be_closed_in_a_callback_and_used_no_more(broker: Broker) -> None:
+    closed = threading.Event()
+
+    def hear(_topic: str, _payload: bytes) -> None:
+        listener.close()
+        closed.set()
+
+    listener, sender = Session(*broker, "listener", on_message=hear), Session(*broker, "sender")
+    listener.subscribe("t")
+    sender.publish("t", b"the end")
+    assert closed.wait(30)
+    sender.close()
+    sender.publish("t", b"to nobody")
+    assert not sender.connected
+
+
+def test_it_is_closed_while_a_callback_publishes_many_messages_together(broker: Broker) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hear(_topic: str, _payload: bytes) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        with listener.together():
+            listener.publish("u", b"an answer")
+
+    listener, sender = Session(*broker, "listener", on_message=hear), Session(*broker, "sender")
+    listener.subscribe("t")
+    sender.publish("t", b"a question")
+    assert begun.wait(30)
+    closing = threading.Thread(target=listener.close, daemon=True)
+    closing.start()
+    go_on.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    sender.close()

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge._mote import ffi, lib
-from edge.streams import DatasetStream
-from edge.tasks import ClientData
+from edge.streams import DatasetStream, RecordedStream
+from edge.tasks import ClientData, Recording
 
 
 def data(sizes: list[int], ways: int, scale: float) -> ClientData:
@@ -102,3 +102,13 @@ def test_a_sample_of_a_regression_has_its_own_target() -> None:
         assert all(np.array_equal(y, [2 * x[0], -x[0]]) for x, y in drawn)
         functions.add(tuple({int(x[0] // 10) for x, _ in drawn}))
     assert functions == {(0,), (1,), (2,), (3,)}, "a task is one function"
+
+
+def test_a_recording_is_seen_in_the_order_of_time_and_again() -> None:
+    x = np.arange(3, dtype=np.float32)[:, None]
+    stream = RecordedStream(Recording(x, np.array([4, 5, 6]), None))
+    assert [(float(x[0]), y) for x, y in (stream.next(False) for _ in range(4))] == [(0, 4), (1, 5), (2, 6), (0, 4)]
+    stream.open(9)
+    assert stream.next(False)[1] == 4.0
+    _, y = RecordedStream(Recording(x, np.stack([x[:, 0], -x[:, 0]], axis=1), None)).next(False)
+    assert isinstance(y, np.ndarray) and y.shape == (2,)

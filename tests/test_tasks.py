@@ -304,3 +304,9 @@ def test_omniglot_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(omniglot, "SOURCE", "http://127.0.0.1:9/")
     with pytest.raises(UserError, match="set TINYFLEET_DATA"):
         omniglot.load()
+
+
+def test_a_file_without_a_task_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    with pytest.raises(UserError, match=r"has no function load\(\)"):
+        tasks.load(str(tmp_path / "mine.py"))

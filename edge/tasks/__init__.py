@@ -194,6 +194,8 @@ def _load_file(path: Path) -> Task:
         raise UserError(f"there is no file {path}; name one of the tasks {', '.join(NAMES)}, or a file's path")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "load"):
+        raise UserError(f"{path} has no function load() that returns its Task; see docs/how-to-add-an-application.md")
     task: Task = module.load()
     return task
 
