@@ -93,7 +93,9 @@ class Method:
         recipe = Recipe(HEAD if local else 0, self.samples - HEAD * local, trial.rate, trial.alpha, top)
         how = meta.settings(self.of, replace(task, meta=recipe, fedavg=recipe), clients=CLIENTS)
         if self.batched:
-            how = replace(how, phases=(Phase(ALL_LAYERS, self.samples // BATCH, trial.rate),), batch=BATCH)
+            steps, last = self.samples // BATCH, how.update.since  # of first-order MAML, one step for the gradient
+            phases = (Phase(ALL_LAYERS, steps - last, trial.rate), Phase(ALL_LAYERS, last, trial.rate))
+            how = replace(how, phases=phases[: 1 + last], batch=BATCH)
         if self.without == "annealing":
             how = replace(how, alpha_end=None)
         if self.of == "fedprox":

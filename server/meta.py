@@ -48,7 +48,9 @@ from edge.protocol import (
     varint_sizes,
 )
 from edge.streams import DatasetStream
-from edge.tasks import Draw, Recipe, Split, Task
+from edge.tasks import Draw, Split, Task
+from server.run import META, head, strategy
+from server.strategies import TinyMetaFed
 
 Vector = NDArray[np.float32]
 Floats = NDArray[np.float32]
@@ -349,14 +351,14 @@ class Backend:
         order: NDArray[Any] | None = None,
         proximal: float = 0.0,
         moments: Moments | None = None,
-        keep_last: bool = False,
+        keep: int = 0,
     ) -> Learned:
         """Every client learns through the phases by gradient descent on the mean loss of a batch.
 
         starts: [n_params], or one each: [clients, n_params]. x: [clients, samples, ...]; y: [clients, samples] of
         classes, or [clients, samples, outputs]. order: which samples each step takes, [clients, steps, batch]; by
         default one after the other, and again from the first. proximal: FedProx's mu (Li et al. 2020). moments: use
-        Adam. keep_last: also return the parameters before the last step.
+        Adam. keep: also return the parameters before so many of the last steps.
 
         A shape that has not been seen before is compiled first. Raises UserError for shapes that do not fit.
         """
@@ -376,7 +378,7 @@ class Backend:
         if not steps:
             return Learned(starts.copy(), np.zeros((clients, 0), np.float32), moments=moments)
         if self.exact:
-            if batch > 1 or proximal or moments or keep_last:
+            if batch > 1 or proximal or moments or keep:
                 raise UserError("the engine takes one sample a step, by plain gradient descent; leave out exact")
             return self._exactly(starts, x, y, order[:, :, 0], phases)
         rates = np.concatenate([np.full(p.steps, p.rate, np.float32) for p in phases])
@@ -384,15 +386,15 @@ class Backend:
         squares = np.zeros(net.n_params if moments else 0, np.float32) if moments is None else moments.squares
         taken = np.int32(0 if moments is None else moments.steps)
         shared = (rates[:, None] * masks, np.float32(proximal), squares, taken)
-        loop = _loop(net, self.precision, moments is not None, bool(proximal), keep_last)
+        loop = _loop(net, self.precision, moments is not None, bool(proximal), keep)
         parts = self._on_each(
             clients,
-            (x.shape, order.shape, moments is not None, bool(proximal), keep_last),
+            (x.shape, order.shape, moments is not None, bool(proximal), keep),
             lambda part: loop(starts[part], x[part], y[part], _flat(order[part], samples), *shared),
         )
         learned, losses, before, squares = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return Learned(
-            learned, losses, before if keep_last else None,
+            learned, losses, before if keep else None,
             Moments(squares.mean(0), int(taken) + steps) if moments is not None else None,
         )  # fmt: skip
 
@@ -490,10 +492,10 @@ def _forward(net: Network, precision: str) -> Callable[..., Tensor]:
 
 
 @lru_cache
-def _loop(net: Network, precision: str, adam: bool, is_proximal: bool, keep_last: bool) -> Callable[..., Any]:
+def _loop(net: Network, precision: str, adam: bool, is_proximal: bool, keep: int) -> Callable[..., Any]:
     """(starts [clients, n_params], x [clients, samples, size], y, order [steps, clients * batch], rates [steps,
-    arrays], mu, squares, steps before) -> (learned, losses [clients, steps], parameters before the last step, squares
-    [clients, n_params])."""
+    arrays], mu, squares, steps before) -> (learned, losses [clients, steps], parameters before the last `keep` steps,
+    squares [clients, n_params])."""
 
     def run(
         starts: Tensor, x: Tensor, y: Tensor, order: Tensor, rates: Tensor, mu: Tensor, squares: Tensor, taken: Tensor
@@ -522,10 +524,10 @@ def _loop(net: Network, precision: str, adam: bool, is_proximal: bool, keep_last
             return arrays, square, ops.slice_update(losses, (s, 0), loss[None])
 
         state = (origin, square, ops.zeros((steps, clients), "float32"))
-        state = ops.fori_loop(0, steps - 1 if keep_last else steps, step, state)
-        before = _join(state[0]) if keep_last else starts[:, :0]
-        if keep_last:
-            state = step(ops.convert_to_tensor(steps - 1, "int32"), state)
+        state = ops.fori_loop(0, steps - keep, step, state)
+        before = _join(state[0]) if keep else starts[:, :0]
+        if keep:
+            state = ops.fori_loop(steps - keep, steps, step, state)
         return _join(state[0]), ops.transpose(state[2]), before, _join(state[1]) if adam else starts[:, :0]
 
     return _compile(run)
@@ -634,8 +636,8 @@ class Settings:
 
     phases: of a client in a round; adapts: of a new one, to be scored; both one step a batch. clients: a round. alpha:
     the server's rate, which falls along a half cosine, or a line, to alpha_end (None: it stays). update: what clients
-    send; the layers that it leaves out keep their first values. proximal: FedProx's mu. last: the change of the last
-    step alone counts (first-order MAML, Finn et al. 2017, with the last batch as the query). adam: on the clients.
+    send (layers that it leaves out keep their first values; with `since`, the changes after that phase, as first-order
+    MAML does). proximal: FedProx's mu. adam: on the clients.
     """
 
     name: str
@@ -648,7 +650,6 @@ class Settings:
     anneal: Literal["cosine", "linear"] = "cosine"
     update: UpdateFormat = ALL
     proximal: float = 0.0
-    last: bool = False
     adam: bool = False
 
     def rate(self, number: int, rounds: int) -> float:
@@ -662,6 +663,11 @@ class Settings:
     @property
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
+
+    @property
+    def kept(self) -> int:
+        """So many of the last steps are what a client's update speaks of; 0: all."""
+        return sum(phase.steps for phase in self.phases[self.update.since :]) if self.update.since else 0
 
 
 METHODS = (
@@ -678,30 +684,24 @@ METHODS = (
 
 
 def settings(name: str, task: Task, *, clients: int = 5) -> Settings:
-    """A method of METHODS with the task's recipe; `dataclasses.replace` changes what is to be another.
+    """A method of METHODS with the task's recipe: what `tinyfleet run` does with the strategy of that name.
+    `dataclasses.replace` changes what is to be another.
 
     fedavg and fedprox are scored as they are, fedavg-finetuned after fine-tuning. tinyol: what FedAvg learned, whose
     head alone a device trains. scratch: nothing is learned before a device adapts. Raises UserError for another name.
     """
     if name not in METHODS:
         raise UserError(f"there is no method '{name}'; choose one of {', '.join(METHODS)}")
-    meta, fedavg = task.meta, task.fedavg
-    head = 1 << max(network(task.program).layers)
-
-    def everything(recipe: Recipe) -> tuple[Phase, ...]:
-        return (Phase(ALL_LAYERS, recipe.steps, recipe.rate),)
-
-    if name == "tinymetafed":
-        local = head if meta.head_steps else 0
-        phases = (*((Phase(head, meta.head_steps, meta.rate),) if local else ()), *everything(meta))
-        update = UpdateFormat(ALL_LAYERS & ~local, half=True, top=meta.top)
-        return Settings(name, phases, phases, clients, alpha=meta.alpha, alpha_end=0.0, update=update)
-    if name in ("reptile", "tinyreptile", "fomaml"):
-        one = Settings(name, everything(meta), everything(meta), clients, alpha=meta.alpha)
-        return replace(one, clients=1) if name == "tinyreptile" else replace(one, last=name == "fomaml")
-    only_head = (Phase(head, fedavg.steps, fedavg.rate),)
-    adapts = {"fedavg": (), "fedprox": (), "tinyol": only_head}.get(name, everything(fedavg))
-    phases = () if name == "scratch" else everything(fedavg)
+    if name in META:
+        ours = strategy(name, task, rounds=1, clients=clients)
+        phases = tuple(ours.phases)
+        adapts = (Phase(ALL_LAYERS, task.meta.steps, task.meta.rate),) if ours.update.since else phases
+        end = ours.alpha_end if isinstance(ours, TinyMetaFed) else None
+        return Settings(name, phases, adapts, ours.clients, alpha=ours.alpha, alpha_end=end, update=ours.update)
+    everything = (Phase(ALL_LAYERS, task.fedavg.steps, task.fedavg.rate),)
+    only_head = (replace(everything[0], layers=head(task.program)),)
+    adapts = {"fedavg": (), "fedprox": (), "tinyol": only_head}.get(name, everything)
+    phases = () if name == "scratch" else everything
     return Settings(name, phases, adapts, clients, proximal=0.1 if name == "fedprox" else 0.0)
 
 
@@ -755,7 +755,7 @@ def simulate(
     same end. chunk: clients at once, which bounds the memory whatever the round's size. Raises UserError if all clients
     of a round diverge, or the checkpoint is of another run.
     """
-    if 0 < how.steps < 2 and not how.last and how.name in ("reptile", "tinyreptile", "tinymetafed"):
+    if 0 < how.steps < 2 and how.name in ("reptile", "tinyreptile", "tinymetafed"):
         raise UserError("meta-learning takes at least 2 steps on each client (1 is joint training); raise steps")
     identity = f"{astuple(how)} {seed} {rounds} {source.clients} {hashlib.sha256(start.tobytes()).hexdigest()}"
     outcome = Outcome(start, start, [], Moments(np.zeros_like(start)) if how.adam else None)
@@ -794,7 +794,7 @@ def _round(
             order = rows[:, : how.steps * how.batch].reshape(len(x), how.steps, how.batch)
         learned = backend.adapt(
             start, x, y, how.phases, batch=how.batch, order=order, proximal=how.proximal, moments=moments,
-            keep_last=how.last,
+            keep=how.kept,
         )  # fmt: skip
         answer = learned.parameters if learned.before is None else start + (learned.parameters - learned.before)
         finite = np.isfinite(answer).all(1)

@@ -103,7 +103,7 @@ def method(
             f"not for {'asynchronous ones' if options.asynchronous else name}"
         )
     if key in META or (options.asynchronous and key == "fedavg"):
-        ours = _ours(key, task, rounds, clients, query, seed, options)
+        ours = strategy(key, task, rounds=rounds, clients=clients, query=query, seed=seed, options=options)
         if not options.asynchronous:
             return Method(type(ours).__name__, ours)
         if key == "tinyreptile":
@@ -114,7 +114,17 @@ def method(
     return _flowers(key, name, task, clients, query, seed, options)
 
 
-def _ours(key: str, task: Task, rounds: int, clients: int, query: int, seed: int, options: Options) -> Reptile:
+def strategy(
+    key: str,
+    task: Task,
+    *,
+    rounds: int,
+    clients: int,
+    query: int = 0,
+    seed: int = 0,
+    options: Options = Options(),
+) -> Reptile:
+    """One of META, with the task's recipe."""
     recipe = task.meta if key in META else task.fedavg
     alpha, beta, steps = recipe.alpha, recipe.rate, recipe.steps
     if key == "tinyreptile":
