@@ -11,8 +11,9 @@ other seeds, and each start adapts to the same held-out tasks, by the same numbe
 of Student's t over the seeds. Held-out tasks are looked at once, by the last step.
 
 Bytes are those of the wire, indices counted. Instructions and the arena are of the task's model on an emulated
-Cortex-M4F (benchmarks/instructions.py says how); a method that learns in batches is charged for the samples that it
-stores and for a gradient as large as the model, which are computed, since the engine has no such mode.
+Cortex-M4F (benchmarks/instructions.py says how); a copy of the weights is added where a device needs one, for sparse
+updates, FedProx and first-order MAML. A method that learns in batches is charged for the samples that it stores and for
+a gradient as large as the model, which are computed, since the engine has no such mode.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ class Method:
     batched: bool = False
     without: str = ""
     samples: int = SAMPLES
+
+    @property
+    def copies(self) -> bool:
+        """Whether a device keeps the weights that it was sent beside those that learn."""
+        return self.of in ("fedprox", "fomaml") or (self.of == "tinymetafed" and self.without != "top-P")
 
     def settings(self, task: Task, trial: Trial) -> meta.Settings:
         local = self.of == "tinymetafed" and (task.meta.head_steps > 0) != (self.without == "reconstruction")
@@ -227,28 +233,38 @@ class Bench:
                 by_shots[shots] = float(scores.mean())
             seeds.append({"curve": curve, "shots": {k: by_shots[k] for k in self.shots}})
         visits, sent, _ = next((seed["curve"][-1] for seed in seeds if seed["curve"]), (0, 0, 0.0))
-        stored = method.samples * math.prod(self.task.program.input_shape) * 4 if method.batched else 0
-        gradient = self.task.program.params_bytes if method.batched else 0
         return {
             "method": method.name, "rate": trial.rate, "alpha": trial.alpha, "proximal": trial.proximal, "adapt": rate,
-            "trials": trials, "seeds": seeds, "visits": visits, "sent": sent / max(visits, 1), "stored": stored,
-            "gradient": gradient, "samples": method.samples if visits else 0, "budget": vars(self.budget),
+            "trials": trials, "seeds": seeds, "visits": visits, "sent": sent / max(visits, 1),
+            "samples": method.samples if visits else 0, "budget": vars(self.budget),
         }  # fmt: skip
 
 
 @cache
 def device(name: str) -> dict[str, int]:
-    """Arena bytes of the application's model, and instructions of an inference and a step on the board."""
+    """Of the application's model: bytes of the arena, the parameters and a sample as devices hold it; instructions of
+    an inference and a step on the board."""
     import instructions as board_instructions
 
     from firmware_tools import boards, build
 
-    program = tasks.load(name).program
-    target = boards.load(BOARD)
+    task, target = tasks.load(name), boards.load(BOARD)
+    features = task.client(0, FLEET).features
     with tempfile.TemporaryDirectory() as folder:
-        elf = build.bench(target, program, Path(folder) / "bench.elf", steps=20)
+        elf = build.bench(target, task.program, Path(folder) / "bench.elf", steps=20)
         counts = board_instructions.instructions(target, elf)
-    return {"arena": program.arena_bytes, "learn": int(counts["learn"]), "infer": int(counts["infer"])}
+    return {
+        "arena": task.program.arena_bytes, "parameters": task.program.params_bytes,
+        "sample": features.shape[1] * features.itemsize, "learn": int(counts["learn"]), "infer": int(counts["infer"]),
+    }  # fmt: skip
+
+
+def memory(row: Mapping[str, Any], on_board: Mapping[str, int]) -> int:
+    """Bytes that learning takes on the device: the arena, the copy of the weights, and what batches would take: their
+    samples, as the device holds them, and a gradient."""
+    method = next(method for method in METHODS if method.name == row["method"])
+    batches = method.samples * on_board["sample"] + on_board["parameters"]
+    return on_board["arena"] + method.copies * on_board["parameters"] + method.batched * batches
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -275,17 +291,40 @@ def table(name: str, rows: Sequence[Mapping[str, Any]], on_board: Mapping[str, i
         f"{budget['rounds']} rounds of {CLIENTS}, {budget['seeds']} seeds; {on_board['learn']:,} instructions a step"
     )
     made = Table(title=title, box=box.MARKDOWN)
-    for head in ("method", *(f"K = {k}" for k in shots), "B sent a visit", "engine RAM, B", "million instr. a visit"):
+    for head in ("method", *(f"K = {k}" for k in shots), "B sent a visit", "RAM to learn, B", "million instr. a visit"):
         made.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:
         scores = [shown([seed["shots"][k] for seed in row["seeds"]], regression) for k in shots]
-        ram = on_board["arena"] + row["stored"] + row["gradient"]
+        ram = memory(row, on_board)
         work = row["samples"] * on_board["learn"] / 1e6
         made.add_row(row["method"], *scores, f"{row['sent']:,.0f}", f"{ram:,}", f"{work:.1f}")
     if name == "presence":
         for baseline, scores in baselines(budget["tasks"], shots).items():
             made.add_row(f"{baseline}, no learning", *(f"{100 * score:.1f}" for score in scores), "", "", "")
     return made
+
+
+PAIRS = (
+    ("TinyMetaFed", "FedAvg + fine-tuning"),
+    ("TinyMetaFed", "Reptile, online"),
+    ("TinyReptile", "Reptile, in batches"),
+    ("TinyReptile, half the samples", "Reptile, in batches"),
+)
+
+
+def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far apart two methods are, seed by seed: the same seed has the same devices, samples and tasks."""
+    by_name = {row["method"]: row for row in rows}
+    regression = tasks.load(rows[0]["task"]).program.loss == "mse"
+    lines = []
+    for one, other in PAIRS:
+        if one in by_name and other in by_name:
+            said = []
+            for k in by_name[one]["seeds"][0]["shots"]:
+                seeds = zip(by_name[one]["seeds"], by_name[other]["seeds"], strict=True)
+                said.append(f"K = {k}: {shown([a['shots'][k] - b['shots'][k] for a, b in seeds], regression)}")
+            lines.append(f"{one} less {other}: {'; '.join(said)}")
+    return lines
 
 
 def baselines(count: int, shots: Sequence[str]) -> dict[str, list[float]]:
@@ -316,12 +355,12 @@ def draw(path: Path, name: str, rows: Sequence[Mapping[str, Any]], on_board: Map
         if row["visits"]:
             by_visits.plot(curve[:, 0], curve[:, 2], marker=".", color=color)
             by_bytes.plot(curve[:, 1] / 1e3, curve[:, 2], marker=".", color=color)
-        ram = (on_board["arena"] + row["stored"] + row["gradient"]) / 1e3
+        ram = memory(row, on_board) / 1e3
         by_memory.errorbar([ram], [means[1]], [halves[1]], marker="o", capsize=3, color=color)
     by_shots.set(xlabel="K: samples to learn from, a class" if not regression else "K: samples to learn from")
     by_visits.set(xlabel="visits to devices")
     by_bytes.set(xlabel="kB that the devices have sent, indices counted", xscale="log")
-    by_memory.set(xlabel="kB of RAM that the engine takes on a device")
+    by_memory.set(xlabel="kB of RAM that learning takes on a device")
     for axes in (by_shots, by_visits, by_bytes, by_memory):
         axes.grid(alpha=0.3)
         if regression:
@@ -354,6 +393,7 @@ def main(
         rows = [json.loads(path.read_text()) for path in files if path.exists()]
         if rows:
             console.print(table(name, rows, device(name)))
+            console.print("\n".join(differences([{"task": name, **row} for row in rows])), soft_wrap=True)
             if plots is not None:
                 draw(plots / f"results-{name}.png", name, rows, device(name))
 
