@@ -156,7 +156,7 @@ def test_flwr_run_on_the_simulation_engine(flower: tuple[dict[str, str], int], t
         listening(port, started, log)
         said = flwr_run(environment, "rounds=2 clients=2", "--federation-config", "num-supernodes=3")
     assert "Starting TinyMetaFed strategy" in said
-    assert "learned start, 10 shots: accuracy" in said, said
+    assert "learned, 10 shots: accuracy" in said, said
 
 
 @pytest.mark.slow
@@ -185,4 +185,4 @@ def test_superlink_with_two_supernodes_and_a_device(
         settings = f'rounds=1 clients=3 strategy="fedavg" broker="{broker[0]}:{broker[1]}" fleet="mixed"'
         said = flwr_run(environment, settings)
     assert "Received 3 results and 0 failures" in said, said
-    assert "learned start, 10 shots: accuracy" in said, said
+    assert "learned, 10 shots: accuracy" in said, said
