@@ -90,7 +90,8 @@ def main() -> None:
         some = draw(training, seeds, TRAIN_SHOTS, 0)
         return some.support_x, some.support_y
 
-    def tell(this: meta.Round) -> None:
+    def tell(so_far: meta.Outcome) -> None:
+        this = so_far.rounds[-1]
         if this.number % options.every == 0:
             print(f"round {this.number}: loss {this.loss:.4f}, {this.seconds:.3f} s", file=sys.stderr, flush=True)
 
