@@ -41,6 +41,7 @@ from edge.errors import UserError
 from edge.protocol import ALL_LAYERS, Phase
 from edge.tasks import Recipe, Task
 from server import meta
+from server.evaluate import seeds_of
 
 APPLICATIONS = ("sine", "omniglot", "keywords", "presence")
 BOARD = "mps2-an386"
@@ -331,7 +332,7 @@ def baselines(count: int, shots: Sequence[str]) -> dict[str, list[float]]:
     """Of presence, on the same held-out tasks: what needs no model, by shots."""
     from edge.tasks import presence
 
-    seeds = [int(np.random.SeedSequence([0, task]).generate_state(2)[0]) for task in range(count)]
+    seeds = [seeds_of(0, task)[0] for task in range(count)]
     by_shots = [presence.baselines("held_out", seeds, int(k), QUERIES) for k in shots]
     return {name: [float(scores[name].mean()) for scores in by_shots] for name in by_shots[0]}
 

@@ -241,14 +241,7 @@ class AgentNode:
             stream.open(0)
             nothing = np.zeros(program.n_params, np.float32)
             self._online = OnlineLearner(self._make(program), program, nothing, rate, reaction)
-        self._trainable = 0
-        layers: list[slice] = []
-        first = 0
-        for layer in (layer for layer in program.layers if layer.trainable):
-            self._trainable |= 1 << len(layers)
-            layers.append(slice(first, first + layer.trained))
-            first += layer.trained
-        self._layers = layers
+        self._trainable = (1 << sum(layer.trainable for layer in program.layers)) - 1
 
     def _wants_chunks(self) -> bool:
         return self._state in (_State.WANT_WEIGHTS, _State.WANT_PROGRAM)
@@ -425,14 +418,14 @@ class AgentNode:
         """FedProx's step, as learn_one in mote_node.c takes it. The loss."""
         kept = np.float32(1) - np.float32(phase.rate) * np.float32(phase.pull)
         loss = np.float32(self._learner.learn(*sample, float(np.float32(phase.rate) / kept)))
-        learned, pulled = self._learner.parameters, self._shared(self._learner.mask)
+        learned, pulled = self._learner.parameters, self._program.in_layers(self._learner.mask)
         learned[pulled] = self._base[pulled] + kept * (learned[pulled] - self._base[pulled])
         self._learner.set_parameters(learned)
         return loss
 
     def _clip(self, update: UpdateFormat) -> None:
         """Scales the shared changes down to a norm of at most update.clip, as mote_update_clip does."""
-        learned, shared = self._learner.parameters, self._shared(update.shared)
+        learned, shared = self._learner.parameters, self._program.in_layers(update.shared)
         changes = learned[shared] - self._base[shared]
         with np.errstate(over="ignore"):
             squares = np.cumsum(changes * changes, dtype=np.float32)  # one after the other, as C adds them up
@@ -458,17 +451,11 @@ class AgentNode:
         self._tell_status = True
         self._reply = self._parts()
 
-    def _shared(self, shared: int) -> NDArray[np.bool_]:
-        chosen = np.zeros(self._program.n_params, np.bool_)
-        for i, layer in enumerate(self._layers):
-            chosen[layer] = shared >> i & 1
-        return chosen
-
     def _update_is_finite(self, update: UpdateFormat) -> bool:
         sent = self._learner.parameters
         if _sends_changes(update):
             sent = sent - self._base
-        magnitude = np.abs(sent[self._shared(update.shared)])
+        magnitude = np.abs(sent[self._program.in_layers(update.shared)])
         return bool((magnitude < HALF_LIMIT if update.half else np.isfinite(magnitude)).all())
 
     def _parts(self) -> Iterator[Done | Failed]:
@@ -488,7 +475,7 @@ class AgentNode:
             )
         updates: list[Dense | Sparse | None] = [None]
         if self._update is not None:
-            parameters, shared = self._learner.parameters, self._shared(self._update.shared)
+            parameters, shared = self._learner.parameters, self._program.in_layers(self._update.shared)
             room = self._out_bytes - HEAD
             if self._update.top < 1.0:
                 updates = [*sparse_update(parameters - self._base, shared, self._update, room)]

@@ -765,6 +765,16 @@ class Program:
                 vectors.append(generator.uniform(-limit, limit, math.prod(shape)).astype(np.float32))
         return np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
 
+    @cached_property
+    def head(self) -> int:
+        """The mask of the last layer that can train; bit i of a mask is the i-th layer that can."""
+        return 1 << sum(layer.trainable for layer in self.layers) - 1
+
+    def in_layers(self, mask: int) -> NDArray[np.bool_]:
+        """[n_params]: which parameters belong to the layers of a mask."""
+        trained = [layer.trained for layer in self.layers if layer.trainable]
+        return np.repeat(np.array([mask >> i & 1 for i in range(len(trained))], np.bool_), trained)
+
     def split(self, vector: NDArray[Any]) -> dict[str, Vector]:
         """Views of a parameter vector [n_params] as arrays by name. Raises ProgramError on another length."""
         vector = np.asarray(vector, np.float32)

@@ -76,9 +76,9 @@ def few_shot(
     metric: Metric = "accuracy" if task.program.loss == "softmax_cross_entropy" else "mean squared error"
     values = np.empty(episodes)
     for e in range(episodes):
-        episode_seed, order_seed = (int(s) for s in np.random.SeedSequence([seed, e]).generate_state(2))
+        episode_seed, order_seed = seeds_of(seed, e)
         episode = task.draw(split, [episode_seed], shots, queries)[0]
-        order = _endless(len(episode.support_y), np.random.default_rng(order_seed))
+        order = endless(len(episode.support_y), np.random.default_rng(order_seed))
         learner.set_parameters(start)
         try:
             for phase in phases:
@@ -130,10 +130,9 @@ def baselines(
 ) -> dict[str, list[Score]]:
     """What a learned start is worth (for FedAvg's this is FedAvg with local fine-tuning), beside what needs less of it:
     its body under a head that alone learns (as TinyOL, Ren, Anicic and Runkler 2021), and training from scratch."""
-    last = 1 << sum(layer.trainable for layer in task.program.layers) - 1
     starts = {
         "learned": (learned, ALL_LAYERS),
-        "learned, head alone (TinyOL)": (learned, last),
+        "learned, head alone (TinyOL)": (learned, task.program.head),
         "from scratch": (task.program.initial(seed), ALL_LAYERS),
     }
     return {
@@ -142,7 +141,13 @@ def baselines(
     }
 
 
-def _endless(count: int, random: np.random.Generator) -> Iterator[int]:
+def seeds_of(seed: int, episode: int) -> tuple[int, int]:
+    """Of the task, and of the order in which it is learned from."""
+    task, order = np.random.SeedSequence([seed, episode]).generate_state(2).tolist()
+    return task, order
+
+
+def endless(count: int, random: np.random.Generator) -> Iterator[int]:
     """0 .. count - 1 in random order, and again in another, without end."""
     while True:
         yield from random.permutation(count).tolist()

@@ -30,9 +30,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras  # type: ignore[import-untyped]
 from keras import ops
 
+from edge.agent import HEAD
 from edge.errors import UserError
 from edge.graph import Kind, Op, Shape3
 from edge.learner import MoteLearner, learn_many
+from edge.node import OUT_BYTES
 from edge.program import Program
 from edge.protocol import (
     ALL_LAYERS,
@@ -49,8 +51,10 @@ from edge.protocol import (
 )
 from edge.streams import DatasetStream
 from edge.tasks import Draw, Split, Task
-from server.run import META, head, strategy
+from server.evaluate import endless, seeds_of
+from server.run import META, start_of, strategy
 from server.strategies import TinyMetaFed
+from server.strategies.reptile import drawn, task_seed
 
 Vector = NDArray[np.float32]
 Floats = NDArray[np.float32]
@@ -62,7 +66,7 @@ EPSILON = 1e-3  # of batch normalisation, as in Keras
 ADAM_DECAY, ADAM_EPSILON = 0.999, 1e-8  # beta2 of Kingma and Ba, 2015; beta1 is 0 here
 ALL = UpdateFormat()
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-OUT_BYTES = 8192 - 72  # values and gaps of one part of a reply, as a node sends it
+ROOM = OUT_BYTES - HEAD  # for values and gaps in one part of a reply, as a node sends it
 
 
 # The backend: all that Keras itself does not have
@@ -565,10 +569,11 @@ def evaluate(
     scores: list[NDArray[np.float64]] = []
     for first in range(0, tasks, chunk):
         numbers = range(first, min(first + chunk, tasks))
-        seeds = np.array([np.random.SeedSequence([seed, e]).generate_state(2) for e in numbers]).tolist()
+        seeds = [seeds_of(seed, e) for e in numbers]
         some = draw(split, [task for task, _ in seeds], shots, queries)
         samples = some.support_x.shape[1]
-        order = np.stack([_endless(samples, steps * batch, np.random.default_rng(order)) for _, order in seeds])
+        orders = (itertools.islice(endless(samples, np.random.default_rng(order)), steps * batch) for _, order in seeds)
+        order = np.array([list(order) for order in orders], np.int64)
         learned = backend.adapt(
             start, some.support_x, some.support_y, phases, batch=batch, order=order.reshape(len(seeds), steps, batch),
             moments=moments,
@@ -580,13 +585,6 @@ def evaluate(
         else:
             scores.append((outputs.argmax(-1) == some.query_y).mean(1))
     return np.concatenate(scores)
-
-
-def _endless(samples: int, count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """The first `count` of 0 .. samples - 1 in random order, and again in another, ..."""
-    passes = [random.permutation(samples) for _ in range(-(-count // samples))]
-    rows: NDArray[np.int64] = np.concatenate([*passes, np.zeros(0, np.int64)])
-    return rows[:count]
 
 
 # Rounds
@@ -699,7 +697,7 @@ def settings(name: str, task: Task, *, clients: int = 5) -> Settings:
         end = ours.alpha_end if isinstance(ours, TinyMetaFed) else None
         return Settings(name, phases, adapts, ours.clients, alpha=ours.alpha, alpha_end=end, update=ours.update)
     everything = (Phase(ALL_LAYERS, task.fedavg.steps, task.fedavg.rate),)
-    only_head = (replace(everything[0], layers=head(task.program)),)
+    only_head = (replace(everything[0], layers=task.program.head),)
     adapts = {"fedavg": (), "fedprox": (), "tinyol": only_head}.get(name, everything)
     phases = () if name == "scratch" else everything
     return Settings(name, phases, adapts, clients, proximal=0.1 if name == "fedprox" else 0.0)
@@ -707,8 +705,7 @@ def settings(name: str, task: Task, *, clients: int = 5) -> Settings:
 
 def first_parameters(program: Program, how: Settings, seed: int = 0) -> Vector:
     """Random from the seed, but 0 in layers that stay on the devices (see server.run.first_parameters)."""
-    chosen = network(program).chosen(how.update.shared)
-    return np.where(chosen, program.initial(seed), np.float32(0))
+    return start_of(program, how.update.shared, seed)
 
 
 @dataclass(frozen=True)
@@ -780,8 +777,8 @@ def _round(
 ) -> tuple[Vector, Round, Moments | None]:
     net, start, moments = backend.network, at.parameters, at.moments
     random = np.random.default_rng([seed, number])
-    chosen = np.sort(random.choice(source.clients, min(how.clients, source.clients), replace=False)).tolist()
-    seeds = [int(np.random.SeedSequence([seed, number, node]).generate_state(1)[0]) for node in chosen]
+    chosen = drawn(source.clients, how.clients, random)
+    seeds = [task_seed(seed, number, node) for node in chosen]
     pull, losses, squares = np.zeros(net.n_params), list[Floats](), list[Vector]()
     up, good = 0, 0
     for first in range(0, len(chosen), chunk):
@@ -880,7 +877,7 @@ def _heads(bytes_: NDArray[np.int64], *, sparse: bool, half: bool) -> NDArray[np
     empty = Sparse(np.zeros(0, np.uint32), none, half) if sparse else Dense(0, none, half)
     with_metrics = len(encode(Done(1, 0, 1, Metrics(100, 1.0, 100, 100, 1.0, 10_000), empty)))
     others = len(encode(Done(1, 1, 2, None, empty)))
-    return with_metrics + (np.maximum(-(-bytes_ // OUT_BYTES), 1) - 1) * others
+    return with_metrics + (np.maximum(-(-bytes_ // ROOM), 1) - 1) * others
 
 
 def _broadcast_bytes(n_params: int, how: Settings, clients: int) -> int:

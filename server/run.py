@@ -39,15 +39,10 @@ META = ("tinymetafed", "tinyreptile", "reptile", "fomaml")
 ASYNCHRONOUS = ("tinymetafed", "reptile", "fomaml", "fedavg")
 
 
-def head(program: Program) -> int:
-    """The mask of the last layer that can train."""
-    return 1 << sum(layer.trainable for layer in program.layers) - 1
-
-
 def phases(recipe: Recipe, program: Program) -> tuple[Phase, ...]:
     """How a device adapts under a recipe: the head alone first, if it says so, then everything."""
     everything = Phase(ALL_LAYERS, recipe.steps, recipe.rate)
-    return (Phase(head(program), recipe.head_steps, recipe.rate), everything) if recipe.head_steps else (everything,)
+    return (Phase(program.head, recipe.head_steps, recipe.rate), everything) if recipe.head_steps else (everything,)
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ def strategy(
         alpha_end=0.0 if options.anneal else alpha,
         beta=beta,
         steps=steps,
-        local=head(task.program) if recipe.head_steps and options.local else 0,
+        local=task.program.head if recipe.head_steps and options.local else 0,
         local_steps=recipe.head_steps,
         top=recipe.top if options.top is None else options.top,
         clients=clients,
@@ -174,16 +169,13 @@ def _flowers(key: str, name: str, task: Task, clients: int, query: int, seed: in
 def first_parameters(program: Program, how: Method, seed: int = 0) -> Vector:
     """What a run begins with: random from the seed, but 0 in layers that stay on the devices, which each fits its own
     from there. (A random one would favour some labels over others, and no task has the labels of another.)"""
-    vector = program.initial(seed)
-    parts = program.split(vector)
     strategy = how.strategy.strategy if isinstance(how.strategy, Asynchronous) else how.strategy
-    mask = strategy.local if isinstance(strategy, TinyMetaFed) else 0
-    for i, layer in enumerate(layer for layer in program.layers if layer.trainable):
-        if mask >> i & 1:
-            for name in parts:
-                if name.startswith(f"{layer.name}/"):
-                    parts[name] = np.zeros_like(parts[name])
-    return program.join(parts)
+    return start_of(program, strategy.update.shared if isinstance(strategy, Reptile) else ALL_LAYERS, seed)
+
+
+def start_of(program: Program, shared: int, seed: int) -> Vector:
+    """Random parameters, but 0 in layers that are not in the mask `shared`."""
+    return np.where(program.in_layers(shared), program.initial(seed), np.float32(0))
 
 
 _PRIVATE = (DifferentialPrivacyServerSideFixedClipping, DifferentialPrivacyClientSideFixedClipping)

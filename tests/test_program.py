@@ -1,5 +1,6 @@
 """Programs say what was built; bad models and bytes are refused."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -216,3 +217,14 @@ def test_parsing_anything_gives_a_program_or_a_program_error(data: st.DataObject
     except p.ProgramError:
         return
     assert program.arena_bytes >= 0 and len(program.layers) > 0 and program.initial(0).shape == (program.n_params,)
+
+
+def test_a_mask_says_which_parameters_belong_to_its_layers() -> None:
+    layers = [p.Conv2D(3), p.ReLU(), p.Flatten(), p.Dense(4), p.ReLU(), p.Dense(2)]
+    program = p.build(layers, (5, 5, 1), "softmax_cross_entropy")
+    names = [name.partition("/")[0] for name, shape in program.parameters for _ in range(math.prod(shape))]
+    trained = list(dict.fromkeys(names))
+    for mask in range(8):
+        wanted = [mask >> trained.index(name) & 1 for name in names]
+        assert program.in_layers(mask).tolist() == wanted
+    assert program.head == 4 and program.in_layers(program.head).sum() == 4 * 2 + 2

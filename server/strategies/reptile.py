@@ -62,11 +62,10 @@ class Reptile(Strategy):
         nodes = sorted(grid.get_node_ids())
         if not nodes:
             raise UserError(f"no client is there for round {server_round}; start devices, or widen the selection")
-        random = np.random.default_rng([self.seed, server_round])
-        chosen = random.choice(len(nodes), min(self.clients, len(nodes)), replace=False)
+        chosen = drawn(len(nodes), self.clients, np.random.default_rng([self.seed, server_round]))
         log(INFO, "configure_train: %d of %d nodes", len(chosen), len(nodes))
         self._sent = arrays
-        return [self.message(server_round, arrays, config, nodes[i]) for i in sorted(chosen)]
+        return [self.message(server_round, arrays, config, nodes[i]) for i in chosen]
 
     def message(
         self,
@@ -79,9 +78,8 @@ class Reptile(Strategy):
         ttl: float | None = None,
     ) -> Message:
         """What one client is to do. task: what its task's seed comes from, by default the round. ttl: its seconds."""
-        number = server_round if task is None else task
-        task_seed = int(np.random.SeedSequence([self.seed, number, node]).generate_state(1)[0])
-        plan = Plan(tuple(self.phases), self.query, self.update, task_seed)
+        seed = task_seed(self.seed, server_round if task is None else task, node)
+        plan = Plan(tuple(self.phases), self.query, self.update, seed)
         instructions = ConfigRecord({**config, "server-round": server_round, **config_from_plan(plan)})
         return Message(RecordDict({"arrays": arrays, "config": instructions}), node, MessageType.TRAIN, ttl=ttl)
 
@@ -151,6 +149,17 @@ class Reptile(Strategy):
         for phase in self.phases:
             log(INFO, "\tlayers %#x: %d steps at %g", phase.layers, phase.steps, phase.rate)
         log(INFO, "\tupdates: layers %#x, %s", self.update.shared, "f16" if self.update.half else "f32")
+
+
+def drawn(nodes: int, clients: int, random: np.random.Generator) -> list[int]:
+    """Which of so many nodes take part in a round, in their order."""
+    chosen: list[int] = np.sort(random.choice(nodes, min(clients, nodes), replace=False)).tolist()
+    return chosen
+
+
+def task_seed(seed: int, number: int, node: int) -> int:
+    """Of the task that a node is given in the round of that number."""
+    return int(np.random.SeedSequence([seed, number, node]).generate_state(1)[0])
 
 
 def arrays_of(reply: Message) -> ArrayRecord:
