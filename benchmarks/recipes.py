@@ -17,8 +17,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ConfigRecord, Message
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +25,8 @@ from edge import tasks
 from edge.client_app import serve, to_record, to_vector
 from edge.tasks import Recipe, Task
 from server.evaluate import SHOTS, one_pass
-from server.flower import Run, log_level, new_run, stamp
+from server.flower import log_level, new_run, stamp
+from server.grid import RunGrid
 from server.run import first_parameters, limit_clients, method
 
 FLEET = 14
@@ -40,24 +40,12 @@ META = [
 FEDAVG = [Recipe(0, SAMPLES, rate, 1.0, 1.0) for rate in (0.005, 0.01, 0.02, 0.035, 0.05, 0.07, 0.1, 0.15)]
 
 
-class LocalGrid(Grid):
+class LocalGrid(RunGrid):
     """A fleet in this process, one device after the other."""
 
     def __init__(self, task: Task) -> None:
+        super().__init__(new_run(1))
         self._task = task
-        self._run = new_run(1)
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         return list(range(1, FLEET + 1))

@@ -124,7 +124,29 @@ def node_id(device: str) -> int:
     return int.from_bytes(hashlib.sha256(device.encode()).digest()[:8], "big") >> 1
 
 
-class MqttGrid(Grid):
+class RunGrid(Grid):
+    """What grids of ours share: the run that they are in, and how its messages are made."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def set_run(self, run: Run) -> None:
+        """Takes part in a run that Flower began."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run record."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message of this run."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+
+class MqttGrid(RunGrid):
     """A Flower Grid whose nodes are the devices of one fleet.
 
     host, port: the broker. program: the model that the fleet learns; devices that say they run another are not nodes.
@@ -133,7 +155,8 @@ class MqttGrid(Grid):
     that, and so on, up to 16 times that); grace: seconds that a device may be offline in a round and still take part;
     wait: seconds to wait for a node where there is none, as after a restart of the broker.
 
-    Raises UserError if the broker is not there. Close it, or use it in a `with`.
+    Devices see the run's number modulo 2**32. Raises UserError if the broker is not there. Close it, or use it in a
+    `with`.
     """
 
     def __init__(
@@ -157,7 +180,7 @@ class MqttGrid(Grid):
         self._grace = grace
         self._wait = wait
         self._topics = Topics(fleet)
-        self._run = new_run(secrets.randbits(32))
+        super().__init__(new_run(secrets.randbits(32)))
         self._rounds = itertools.count(1)
         self._ids = itertools.count(secrets.randbits(32))
         self._changed = threading.Condition()  # guards all that follows
@@ -195,21 +218,6 @@ class MqttGrid(Grid):
             self._session.close()
 
     # Flower's Grid
-
-    def set_run(self, run: Run) -> None:
-        """Takes part in a run that Flower began. Its number, modulo 2**32, is what devices see."""
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        """The run record."""
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """A message of this run."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         """The selected devices that are online and run this grid's program, in a fixed order."""

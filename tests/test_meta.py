@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ConfigRecord, Message
 from numpy.typing import NDArray
 
 import tinyfleet
@@ -26,7 +25,8 @@ from edge.learner import MoteLearner
 from edge.protocol import ALL_LAYERS, Dense, Done, Metrics, Phase, Sparse, UpdateFormat, encode
 from edge.tasks import Episodes, omniglot
 from server.evaluate import few_shot
-from server.flower import Run, new_run, stamp
+from server.flower import new_run, stamp
+from server.grid import RunGrid
 from server.strategies import Reptile, TinyMetaFed, TinyReptile
 
 meta = pytest.importorskip("server.meta", reason="meta-training needs Keras: pip install 'tinyfleet[keras]'")
@@ -97,23 +97,11 @@ def test_a_batch_is_the_mean_of_its_samples() -> None:
 # Against the strategies, over C nodes
 
 
-class Nodes(Grid):
+class Nodes(RunGrid):
     """A fleet of C nodes in this process, that a strategy's messages are carried to."""
 
     def __init__(self) -> None:
-        self._run = new_run(1)
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+        super().__init__(new_run(1))
 
     def get_node_ids(self) -> Iterable[int]:
         return range(FLEET)

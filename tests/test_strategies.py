@@ -6,36 +6,24 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from edge.errors import UserError
 from edge.protocol import ALL_LAYERS, plan_from_config
-from server.flower import Run, new_run, stamp
+from server.flower import new_run, stamp
+from server.grid import RunGrid
 from server.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 
 Arrays = dict[str, list[float]]
 START: Arrays = {"dense_0/weights": [1.0, 2.0], "dense_0/bias": [0.0], "dense_1/weights": [4.0, -4.0]}
 
 
-class Nodes(Grid):
+class Nodes(RunGrid):
     """A grid that only has nodes: what a strategy's two halves need between them is carried by hand here."""
 
     def __init__(self, nodes: list[int]) -> None:
+        super().__init__(new_run(1))
         self.nodes = nodes
-        self._run = new_run(1)
-
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         return self.nodes
