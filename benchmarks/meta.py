@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from edge import program as p
 from edge.protocol import ALL_LAYERS, Phase, UpdateFormat
+from edge.tasks import sine
 
-MODEL = p.build([p.Dense(32), p.Tanh(), p.Dense(32), p.Tanh(), p.Dense(1)], (1,), "mse")
+MODEL = sine.PROGRAM
 STEPS, BATCH, RATE = 32, 10, 0.02
 CLIENTS = 256  # at once
 FLEET, ROUNDS = 100_000, 6
@@ -40,11 +40,9 @@ Array = NDArray[np.float32]
 
 
 def sines(seeds: Sequence[int], samples: int) -> tuple[Array, Array]:
-    """Waves of amplitude 0.1 to 5 and phase 0 to pi: x and y [waves, samples, 1]."""
-    random = [np.random.default_rng(seed) for seed in seeds]
-    x = np.stack([r.uniform(-5, 5, (samples, 1)) for r in random]).astype(np.float32)
-    amplitude, phase = (np.array([r.uniform(*span) for r in random])[:, None, None] for span in ((0.1, 5), (0, np.pi)))
-    return x, np.asarray(amplitude * np.sin(x - phase), np.float32)
+    """Training waves: x and y [waves, samples, 1]."""
+    some = sine.draw("training", seeds, samples, 1)
+    return some.support_x, np.asarray(some.support_y, np.float32)
 
 
 def fastest(work: Callable[[], object], seconds: float = 8.0) -> dict[str, float]:

@@ -372,9 +372,9 @@ def _clients(store: "IndexedStore", bound: Bound) -> Table | None:
         for row in wanted:
             code = of_model.codes.get(str(row["model"]), -2)
             engine = of_engine.codes.get(str(row["engine"]), -2)
-            alike = np.zeros(len(groups.counts) + 1, np.bool_)
-            alike[chosen[(groups.keys[2, chosen] == code) & (groups.keys[3, chosen] == engine)]] = True
-            mask = alike[groups.of[: columns.size]] & there & (arenas >= max(0, cast("int", row["takes"]))) & (on >= 0)
+            ready = np.zeros(len(groups.counts) + 1, np.bool_)  # the last is for rows of no group
+            ready[chosen[(groups.keys[2, chosen] == code) & (groups.keys[3, chosen] == engine)]] = True
+            mask = ready[groups.of[: columns.size]] & there & (arenas >= max(0, cast("int", row["takes"]))) & (on >= 0)
             for name, arena, board in zip(
                 columns.raw_names(mask).tolist(), arenas[mask].tolist(), on[mask].tolist(), strict=True
             ):
