@@ -66,13 +66,11 @@ def large(ways: int, side: int) -> p.Program:
 def load(ways: int = 5, side: int = 14) -> Task:
     if not 2 <= ways <= 20 or side not in (14, 28):
         raise TypeError("omniglot has 2 to 20 ways, and sides of 14 and 28 pixels")
-    (background, background_alphabet), (evaluation, evaluation_alphabet) = _data()
+    whole = characters()
     scale = 1 / 15 if side == 28 else 1 / 60
-    if side == 14:
-        background, evaluation = shrink(background), shrink(evaluation)
-    for_validation = np.arange(len(background)) % 10 == 9
-    training, alphabet = background[~for_validation], background_alphabet[~for_validation]
-    characters = {"training": training, "validation": background[for_validation], "held_out": evaluation}
+    images = {split: drawn if side == 28 else shrink(drawn) for split, (drawn, _) in whole.items()}
+    training, evaluation = images["training"], images["held_out"]
+    alphabet, evaluation_alphabet = whole["training"][1], whole["held_out"][1]
     alphabets = [np.flatnonzero(alphabet == a) for a in np.unique(alphabet)]
     alphabets = [own for own in alphabets if len(own) >= ways]
 
@@ -85,7 +83,7 @@ def load(ways: int = 5, side: int = 14) -> Task:
         return ClientData.of([training[c, drawers] for c in own], scale, ways)
 
     def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episodes:
-        return draw_classes(characters[split], scale, ways, seeds, shots, queries)
+        return draw_classes(images[split], scale, ways, seeds, shots, queries)
 
     def stream(index: int) -> Recording:
         """The evaluation alphabets after one another, `ways` characters of each, in a random order from the index."""
@@ -111,6 +109,17 @@ def load(ways: int = 5, side: int = 14) -> Task:
         large=large(ways, side),
         stream=stream,
     )
+
+
+def characters() -> dict[Split, tuple[Characters, Alphabets]]:
+    """Of each split, images of 28x28 pixels and the alphabets that they are of. Raises UserError without the data."""
+    (background, alphabet), evaluation = _data()
+    for_validation = np.arange(len(background)) % 10 == 9
+    return {
+        "training": (background[~for_validation], alphabet[~for_validation]),
+        "validation": (background[for_validation], alphabet[for_validation]),
+        "held_out": evaluation,
+    }
 
 
 def _data() -> tuple[tuple[Characters, Alphabets], tuple[Characters, Alphabets]]:
