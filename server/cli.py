@@ -94,15 +94,28 @@ def run(
         bool, typer.Option("--asynchronous", help="No rounds: each update counts when it comes; --rounds of them.")
     ] = False,
     top: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the changes that is sent. Default: the task's.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="TinyMetaFed and Flower's: share of the changes that is sent. Default: the task's."
+        ),
     ] = None,
-    local: Annotated[bool, typer.Option(help="TinyMetaFed: whether the head stays on the devices.")] = True,
-    anneal: Annotated[bool, typer.Option(help="TinyMetaFed: whether the server's rate falls as it goes.")] = True,
-    mu: Annotated[float, typer.Option(min=0, help="FedProx: weight of the proximal term.")] = 0.1,
+    local: Annotated[
+        bool | None,
+        typer.Option(
+            "--local/--no-local", help="TinyMetaFed: whether the head stays on the devices. Default: it does."
+        ),
+    ] = None,
+    anneal: Annotated[
+        bool | None,
+        typer.Option("--anneal/--no-anneal", help="TinyMetaFed: whether the server's rate falls. Default: it does."),
+    ] = None,
+    mu: Annotated[float | None, typer.Option(min=0, help="FedProx: weight of the proximal term. Default: 0.1.")] = None,
     dp_clip: Annotated[
         float, typer.Option(min=0, help="Differential privacy: largest norm of a device's change. 0: none of it.")
     ] = 0.0,
-    dp_noise: Annotated[float, typer.Option(min=0, help="Its noise on the sum, in units of --dp-clip.")] = 1.0,
+    dp_noise: Annotated[
+        float | None, typer.Option(min=0, help="Its noise on the sum, in units of --dp-clip. Default: 1.")
+    ] = None,
     dp_on_device: Annotated[
         bool, typer.Option("--dp-on-device", help="The devices clip, so that the server sees no change as it was.")
     ] = False,

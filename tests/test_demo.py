@@ -139,6 +139,8 @@ def test_what_run_cannot_use_is_said_before_it_begins(
         assert "give a file that `tinyfleet run --out` wrote" in run("--start", str(bad))
     assert "give a file of the same task" in run("--start", str(other))
     assert "there is no folder" in run("--out", str(tmp_path / "nowhere" / "start.npz"))
+    assert "reptile has no use for --mu: leave it out, or choose" in run("--strategy", "reptile", "--mu", "0.1")
+    assert "tinyreptile has no use for --local/--no-local" in run("--strategy", "tinyreptile", "--no-local")
     (tmp_path / "server.json").write_text(json.dumps({"endpoint": "http://127.0.0.1:9/sparql", "broker": "x:1"}))
     assert "nor is it a query of the library" in run("--select", "no-such.rq")
     for name in ("a b", "x" * 33):

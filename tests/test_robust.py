@@ -214,6 +214,42 @@ def test_a_share_of_nothing_is_refused() -> None:
         method("fedavg", TASK, rounds=1, clients=3, options=Options(top=0.0))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        (
+            "reptile",
+            {"local": False},
+            "reptile has no use for --local/--no-local: .* choose --strategy tinymetafed$",
+        ),
+        ("fedavg", {"anneal": True}, "fedavg has no use for --anneal/--no-anneal"),
+        ("TinyReptile", {"top": 0.5}, "tinyreptile has no use for --top: .* tinymetafed or one of Flower's$"),
+        ("fedavg", {"top": 0.5, "asynchronous": True}, "asynchronous fedavg has no use for --top"),
+        ("fedavg", {"mu": 0.1}, "fedavg has no use for --mu: .* choose --strategy fedprox$"),
+        ("fedavg", {"dp_noise": 1.0}, "fedavg has no use for --dp-noise: .* choose --dp-clip above 0$"),
+        ("fedprox", {"dp_on_device": True}, "no use for --dp-on-device"),
+    ],
+)
+def test_an_option_that_the_strategy_has_no_use_for_is_refused(name: str, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        method(name, TASK, rounds=1, clients=3, options=Options(**options))
+
+
+def test_options_reach_the_strategy_that_has_a_use_for_them() -> None:
+    def ours(**options: Any) -> Any:
+        return method("tinymetafed", TASK, rounds=1, clients=3, options=Options(**options)).strategy
+
+    assert (ours().local, ours(local=True).local, ours(local=False).local) == (TASK.program.head, TASK.program.head, 0)
+    assert (ours().alpha_end, ours(anneal=True).alpha_end, ours(anneal=False).alpha_end) == (0, 0, TASK.meta.alpha)
+    assert ours(top=0.5, asynchronous=True).strategy.update.top == 0.5
+    for options, mu in (({}, 0.1), ({"mu": 0.0}, 0.0)):
+        fedprox: Any = method("fedprox", TASK, rounds=1, clients=3, options=Options(**options)).strategy
+        assert fedprox.proximal_mu == mu
+    for options, noise in (({}, 1.0), ({"dp_noise": 0.0}, 0.0)):
+        private: Any = method("fedavg", TASK, rounds=1, clients=3, options=Options(dp_clip=1, **options)).strategy
+        assert private.noise_multiplier == noise
+
+
 # First-order MAML
 
 
