@@ -156,8 +156,9 @@ def run(
     def report(this: Round) -> None:
         line = {
             "round": this.number, "asked": this.asked, "clients": [part.device for part in this.parts],
-            "staleness": list(this.staleness), "lost": dict(this.lost), "loss": this.loss, "accuracy": this.accuracy,
-            "bytes-up": this.bytes_up, "bytes-down": this.bytes_down, "seconds": round(this.seconds, 3),
+            "staleness": [part.staleness for part in this.parts], "lost": dict(this.lost),
+            "loss": this.loss, "accuracy": this.accuracy, "bytes-up": this.bytes_up, "bytes-down": this.bytes_down,
+            "seconds": round(this.seconds, 3),
         }  # fmt: skip
         typer.echo(json.dumps(line))
 

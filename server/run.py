@@ -6,7 +6,7 @@ What `tinyfleet run` and the demo share.
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import flwr.serverapp.strategy as flower_strategies
@@ -213,7 +213,7 @@ def limit_clients(strategy: Strategy, clients: int, nodes: int) -> None:
 @dataclass(frozen=True)
 class Round:
     """What one round came to, or in an asynchronous run one update. loss and accuracy are None where no device reported
-    one. staleness: of each part, how many versions ago its device began."""
+    one."""
 
     number: int
     asked: int
@@ -223,7 +223,6 @@ class Round:
     bytes_down: int
     arena_bytes: int | None  # the most that a device's engine has to work in
     seconds: float
-    staleness: Sequence[int] = ()
 
     @property
     def loss(self) -> float | None:
@@ -369,15 +368,15 @@ def run(
             learned = to_vector(arrays, program)
             used = []
             for part, began_in in sorted(parts, key=lambda part: part[0].device):
-                if isinstance(how.strategy, Asynchronous) and server_round - began_in > how.strategy.max_staleness:
-                    lost[part.device] = f"its update is {server_round - began_in} versions old, too old"
+                late = server_round - began_in
+                if isinstance(how.strategy, Asynchronous) and late > how.strategy.max_staleness:
+                    lost[part.device] = f"its update is {late} versions old, too old"
                 else:
-                    used.append((part, server_round - began_in))
+                    used.append(replace(part, staleness=late))
             this = Round(
                 number=server_round,
                 asked=len(asked),
-                parts=[part for part, _ in used],
-                staleness=[age for _, age in used],
+                parts=used,
                 lost=dict(lost),
                 bytes_up=up_now - up,
                 bytes_down=down_now - down,
