@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from edge.protocol import ALL_LAYERS, Phase
 from edge.tasks import Episodes
 from server import meta
+from server.evaluate import Score
 
 WAYS, TRAINING, TRAIN_SHOTS, QUERIES = 5, 1200, 10, 1
 RATE = 0.001
@@ -111,7 +112,7 @@ def main() -> None:
             tasks=options.tasks, queries=QUERIES, seed=options.seed, batch=5, moments=outcome.moments, chunk=100,
         )  # fmt: skip
         said[f"{shots}-shot"] = round(float(scores.mean()), 5)
-        said[f"{shots}-shot ±"] = round(float(1.96 * scores.std() / len(scores) ** 0.5), 5)
+        said[f"{shots}-shot ±"] = round(Score(shots, scores).half_width, 5)
         print(f"{shots}-shot accuracy {scores.mean():.2%} ± {said[f'{shots}-shot ±']:.2%}", file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps(said))

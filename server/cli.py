@@ -233,8 +233,8 @@ def meta_train(
     # The clients are shared by cores; threads of their own for small products of matrices cost a quarter of the speed.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     try:
-        from server import meta
-        from server.evaluate import QUERIES, SHOTS
+        from server import meta, show
+        from server.evaluate import QUERIES, SHOTS, Score
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("keras", "tensorflow", "jax"):
             raise
@@ -273,25 +273,22 @@ def meta_train(
         )
     if out is not None:
         np.savez(out, **what.program.split(outcome.parameters))
-    scores = {
-        name: {
-            k: meta.evaluate(
-                backend, what.draw, vector, how.adapts, shots=k, tasks=held_out, queries=QUERIES, seed=seed
-            )
-            for k in SHOTS
-        }
-        for name, vector in (("learned", outcome.parameters), ("random", what.program.initial(seed)))
-    }
+
+    def score(start: NDArray[np.float32], shots: int) -> Score:
+        values = meta.evaluate(
+            backend, what.draw, start, how.adapts, shots=shots, tasks=held_out, queries=QUERIES, seed=seed
+        )
+        return Score(shots, values, "mean squared error" if what.program.loss == "mse" else "accuracy")
+
+    starts = {"learned": outcome.parameters, "random": what.program.initial(seed)}
+    scores = {name: [score(vector, k) for k in SHOTS] for name, vector in starts.items()}
     if plot is not None:
-        meta.plot(plot, f"{method} on {task}", outcome, scores)
+        show.plot(plot, f"{method} on {task}", {"learned": outcome.rounds}, scores, by_round=True)
     if as_json:
-        means = {name: {k: float(s.mean()) for k, s in row.items()} for name, row in scores.items()}
+        means = {name: {s.shots: s.mean for s in row} for name, row in scores.items()}
         typer.echo(json.dumps({"devices": backend.devices, "held-out-by-shots": means}))
-        return
-    measure = "mean squared error" if what.program.loss == "mse" else "accuracy"
-    for name, row in scores.items():
-        said = ", ".join(f"K = {k}: {s.mean():.3f} ± {1.96 * s.std() / len(s) ** 0.5:.3f}" for k, s in row.items())
-        console.print(f"{name} start, {measure} on {held_out} held-out tasks: {said}", soft_wrap=True)
+    else:
+        console.print(show.scores(scores))
 
 
 def _parameters(path: Path, program: Program) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
@@ -813,27 +813,6 @@ def _round(
     down = _broadcast_bytes(net.n_params, how, len(chosen))
     loss = float(np.concatenate(losses).mean(dtype=np.float64))
     return parameters, Round(number, len(chosen), len(chosen) - good, loss, alpha, up, down, 0.0), moments
-
-
-def plot(path: Path, title: str, outcome: Outcome, scores: Mapping[str, Mapping[int, NDArray[np.float64]]]) -> None:
-    """Writes a PNG: the clients' loss by round, and each start's score by shots with its 95 % interval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
-    learning, adapting = figure.subplots(1, 2)
-    learning.plot([this.number for this in outcome.rounds], [this.loss for this in outcome.rounds])
-    learning.set(xlabel="round", ylabel="mean loss on the clients")
-    for name, row in scores.items():
-        errors = [1.96 * score.std() / len(score) ** 0.5 for score in row.values()]
-        adapting.errorbar(
-            list(row), [score.mean() for score in row.values()], errors, marker="o", capsize=3, label=name
-        )
-    adapting.set(xlabel="samples a class (K)", ylabel="score on held-out tasks", xticks=list(row))
-    adapting.legend()
-    for axes in (learning, adapting):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
 
 
 # Updates as they travel

@@ -159,3 +159,8 @@ def test_a_method_has_one_colour_in_the_whole_plot(tmp_path: Path, monkeypatch: 
     meta, fedavg = (to_hex(line.get_color()) for line in learning.get_lines())
     shown = [to_hex(bars[0].get_color()) for bars in adapting.containers]
     assert meta != fedavg and shown == [meta, to_hex("grey"), fedavg]
+    assert [list(line.get_xdata()) for line in learning.get_lines()] == [[1, 2]] * 2, "kB sent"
+    plot(tmp_path / "plot.png", "title", {"learned": rounds[1:]}, {"learned": scores}, by_round=True)
+    learning, adapting = figures[1].axes
+    (line,) = learning.get_lines()
+    assert list(line.get_xdata()) == [2] and to_hex(adapting.containers[0][0].get_color()) == to_hex(line.get_color())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -438,6 +439,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     with np.load(start) as arrays:
         assert DIGITS.program.join(arrays).shape == (DIGITS.program.n_params,)
     assert curve.read_bytes().startswith(b"\x89PNG")
+    done = CliRunner().invoke(tinyfleet.cli, ["meta-train", *words])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"Accuracy on 20\s+held-out tasks", done.output), done.output
+    rows = re.findall(r"(learned|random) .* (\d+\.\d)% ± \d+\.\d% ", done.output)
+    by_shots = last["held-out-by-shots"]
+    assert [(name, float(percent)) for name, percent in rows] == [
+        (name, round(100 * by_shots[name]["10"], 1)) for name in ("learned", "random")
+    ]
 
 
 def test_a_task_with_too_few_samples_is_told_before_anything_is_learned(tmp_path: Path) -> None:
