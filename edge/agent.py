@@ -535,6 +535,11 @@ def sparse_update(changes: Vector, shared: NDArray[np.bool_], update: UpdateForm
     k = max(1, int(np.ceil(np.float32(update.top) * np.float32(shared.sum()))))
     largest = np.argsort(-magnitude, kind="stable")[:k]
     indices = np.sort(largest[magnitude[largest] > 0]).astype(np.uint32)
+    return sparse_parts(indices, changes, update, room)
+
+
+def sparse_parts(indices: NDArray[np.uint32], changes: Vector, update: UpdateFormat, room: int) -> Iterator[Sparse]:
+    """The changes at these indices, which rise, in parts of at most `room` bytes of gaps and values."""
     size = 2 if update.half else 4
     first = 0
     while True:
