@@ -159,7 +159,7 @@ def main() -> None:
     table = Table("", measure, "100 after a change", "noticed", "delay (samples)", "false alarms", "alarms")
     curves = {}
     for name, how in methods(rate, reaction).items():
-        errors, after, noticed, waits, false, total = [], [], 0, [], 0, 0
+        errors, after, noticed, waits, false, total = [], [], 0, list[int](), 0, 0
         for start, seen in zip(starts, streams, strict=True):
             error, alarms = follow(task, start, seen, *how)
             errors.append(error)

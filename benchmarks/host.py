@@ -54,7 +54,7 @@ Array = NDArray[Any]
 def tflite() -> bytes:
     """The model as a .tflite with training signatures. Needs TensorFlow, and a process that may import it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import keras
+    import keras  # type: ignore[import-untyped]
 
     from firmware_tools.export import export_tflite
 
@@ -122,7 +122,7 @@ def training(seconds: float) -> dict[str, dict[str, float]]:
 
 def interpreter(model: Path) -> Callable[[Array], Array]:
     """TFLite's inference, as MoteLearner.infer."""
-    from tflite_runtime.interpreter import Interpreter, OpResolverType
+    from tflite_runtime.interpreter import Interpreter, OpResolverType  # type: ignore[import-untyped]
 
     resolver = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     opened = Interpreter(model_path=str(model), num_threads=1, experimental_op_resolver_type=resolver)

@@ -109,7 +109,7 @@ def turned(wide: Task, seed: int, number: int) -> NDArray[np.float32]:
     some = wide.draw("training", random.integers(0, 2**62, TASKS).tolist(), 0, SHOTS + QUERIES)
     images = some.query_x.reshape(TASKS * WIDE, SHOTS + QUERIES, SIDE, SIDE)
     turns = random.integers(0, 4, len(images))
-    x = np.stack([np.rot90(own, k, (1, 2)) for own, k in zip(images, turns, strict=True)])
+    x: NDArray[np.float32] = np.stack([np.rot90(own, k, (1, 2)) for own, k in zip(images, turns, strict=True)])
     return x.reshape(TASKS, WIDE, SHOTS + QUERIES, SIDE, SIDE)
 
 

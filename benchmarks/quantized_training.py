@@ -14,11 +14,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
+from numpy.typing import NDArray
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
 
 from edge.graph import Graph
@@ -46,7 +48,7 @@ def main() -> None:
     mirrored, test_mirrored = (np.ascontiguousarray(part[:, :, ::-1]) for part in (x, test_x))
     q, test_q = quantised(graph, mirrored), quantised(graph, test_mirrored)
 
-    def engine(graph: Graph, x: np.ndarray, test: np.ndarray) -> Callable[[float], float]:
+    def engine(graph: Graph, x: NDArray[Any], test: NDArray[Any]) -> Callable[[float], float]:
         def learn(rate: float) -> float:
             learner = MoteLearner(assemble(graph))
             for _ in range(ROUNDS if rate else 0):
