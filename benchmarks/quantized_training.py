@@ -10,6 +10,7 @@ the gradients are those of the int8 and int32 numbers themselves.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -42,6 +43,7 @@ def best(learn: Callable[[float], float], rates: Iterable[float]) -> tuple[float
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     x, y, test_x, test_y = digits()
     model = keras_digits(x, y)
     graph = read_tflite(int8_tflite(model, x))
