@@ -122,7 +122,7 @@ def training(seconds: float) -> dict[str, dict[str, float]]:
 
 def interpreter(model: Path) -> Callable[[Array], Array]:
     """TFLite's inference, as MoteLearner.infer."""
-    from tflite_runtime.interpreter import Interpreter, OpResolverType  # type: ignore[import-untyped]
+    from tflite_runtime.interpreter import Interpreter, OpResolverType
 
     resolver = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     opened = Interpreter(model_path=str(model), num_threads=1, experimental_op_resolver_type=resolver)
