@@ -80,8 +80,10 @@ def follow(
     task: Task, start: Vector, seen: Recording, rate: float, reaction: Reaction | None
 ) -> tuple[NDArray[np.float64], list[int]]:
     """The error of each answer after the first WARM, and when drift was noticed."""
-    learner = OnlineLearner(MoteLearner(task.program), task.program, start, rate, reaction)
-    learner.adapt(zip(seen.x[:WARM], seen.y[:WARM], strict=True), task.meta.rate)
+    model = MoteLearner(task.program)
+    learner = OnlineLearner(model, task.program, start, rate, reaction)
+    for x, y in zip(seen.x[:WARM], seen.y[:WARM], strict=True):  # without being asked about them
+        model.learn(x, y, task.meta.rate)
     errors, alarms = np.zeros(len(seen.y)), []
     for t in range(WARM, len(seen.y)):
         errors[t], drifted = learner.learn(seen.x[t], seen.y[t])
@@ -157,7 +159,7 @@ def main() -> None:
     table = Table("", measure, "100 after a change", "noticed", "delay (samples)", "false alarms", "alarms")
     curves = {}
     for name, how in methods(rate, reaction).items():
-        errors, after, noticed, waits, false, total = [], [], 0, [], 0, 0
+        errors, after, noticed, waits, false, total = [], [], 0, list[int](), 0, 0
         for start, seen in zip(starts, streams, strict=True):
             error, alarms = follow(task, start, seen, *how)
             errors.append(error)

@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ def real_boards() -> list[tuple[Board, list[str]]]:
     with (Path(folder) / "boards/platformio_boards.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if not row["ram_note"]:  # the others' sizes are suspect
-                numbers = (int(row[key]) for key in ("clock_hz", "ram_bytes", "flash_bytes"))
-                found.setdefault(row["id"], (Board(row["id"], row["name"], row["mcu"], *numbers), []))
+                size = int(row["clock_hz"]), int(row["ram_bytes"]), int(row["flash_bytes"])
+                found.setdefault(row["id"], (Board(row["id"], row["name"], row["mcu"], *size), []))
     return list(found.values())
 
 
@@ -194,7 +194,9 @@ class Fleet:
             return ""
         t, device, about = self._t, f"<{device_iri(FLEET, name_of(i))}>", round_iri(FLEET, 1, 1)
         p = f"<{about}:{name_of(i)}>"
-        samples, loss, up = (_text(v, type(v)) for v in (rng.randrange(1000), rng.randrange(1024) / 1024, 9000))
+        samples, loss, up = (
+            _text(v, type(v).__name__) for v in (rng.randrange(1000), rng.randrange(1024) / 1024, 9000)
+        )
         return (
             f"{p} {t['a']} {t['Participation']} .\n{p} {t['a']} {t['Association']} .\n{p} {t['inRound']} <{about}> .\n"
             f"{p} {t['device']} {device} .\n{p} {t['agent']} {device} .\n{p} {t['loss']} {loss} .\n"
@@ -206,12 +208,12 @@ class Fleet:
 
 
 @lru_cache(1 << 18)
-def _text(value: Value, _: type) -> str:
+def _text(value: Value, _: str) -> str:
     return str(term(value))
 
 
 def ntriples(facts: Facts) -> str:
-    return "".join(f"<{s}> <{p}> {_text(o, type(o))} .\n" for s, p, o in triples(facts))
+    return "".join(f"<{s}> <{p}> {_text(o, type(o).__name__)} .\n" for s, p, o in triples(facts))
 
 
 def check_fleet() -> None:
@@ -263,9 +265,14 @@ def rss() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def answers(ask: Callable[[str], Any], query: str) -> list[Any]:
+    """All of them, at once."""
+    return list(ask(query))
+
+
 def repeat(question: Callable[[], Any]) -> dict[str, Any]:
     """The question asked for a while: median and 99th percentile in ms, how often, and how long the answer is."""
-    seconds, end, answer = [], time.perf_counter() + BUDGET, None
+    seconds, end, answer = list[float](), time.perf_counter() + BUDGET, None
     while not seconds or (time.perf_counter() < end and len(seconds) < 500):
         began = time.perf_counter()
         answer = question()
@@ -349,7 +356,8 @@ def questions(store: Store, n: int, limit: float) -> dict[str, Any]:
     for name, ask in asked.items():
         found[name] = repeat(ask)
         tell({name: found[name]})
-    bound = {"fleet": FLEET, "model": models()[20].iri, "running": models()[20].iri, "id": name_of(n // 2), "run": 1}
+    model = models()[20].iri
+    bound: dict[str, Any] = {"fleet": FLEET, "model": model, "running": model, "id": name_of(n // 2), "run": 1}
     for name in library.names():
         text = library.text(name)
         given = {key: value for key, value in bound.items() if key in parameters(text)}
@@ -359,9 +367,7 @@ def questions(store: Store, n: int, limit: float) -> dict[str, Any]:
             ways = {f"library: {name}, of one device": given, f"library: {name}": given | {"id": None}}
         for title, chosen in ways.items():
             said = {key: value for key, value in chosen.items() if value is not None}
-            found[title] = within(
-                limit, lambda ask_it=ask_it, text=text, said=said: repeat(lambda: ask_it(text, **said))
-            )
+            found[title] = within(limit, partial(repeat, partial(ask_it, text, **said)))
             tell({title: found[title]})
     return found
 
@@ -575,7 +581,7 @@ def in_rdflib(n: int) -> dict[str, Any]:
         "Thing Description search, by a word of the title": SEARCH,
         "devices by engine version, in SPARQL": VERSIONS,
     }
-    found["questions"] = {name: repeat(lambda q=q: list(graph.query(q))) for name, q in asked.items()}
+    found["questions"] = {name: repeat(partial(answers, graph.query, q)) for name, q in asked.items()}
     samples = rdflib.URIRef(TF.samples)
     began = time.perf_counter()
     for i in range(1000):
@@ -625,7 +631,7 @@ def in_s3n(n: int) -> dict[str, Any]:
         began = time.perf_counter()
         store.load(text.encode(), form)
         took = time.perf_counter() - began
-        answer = repeat(lambda store=store, query=query: list(store.query(query)))
+        answer = repeat(partial(answers, store.query, query))
         found[name] = {"load_s": took, "triples": len(store), "memory_mb": rss() - before, **answer}
     return found
 

@@ -54,7 +54,7 @@ Array = NDArray[Any]
 def tflite() -> bytes:
     """The model as a .tflite with training signatures. Needs TensorFlow, and a process that may import it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import keras
+    import keras  # type: ignore[import-untyped]
 
     from firmware_tools.export import export_tflite
 

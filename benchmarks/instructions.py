@@ -109,6 +109,7 @@ def instructions(target: boards.Target, elf: Path) -> dict[str, float]:
     if "error" in said:
         raise UserError(f"{elf.name}: the engine's error -{said['error']}")
     per_instruction = said["loop_ticks"] / said["loop_instructions"]
+    assert target.board.clock_hz is not None
     expected = emulate.NANOSECONDS_PER_INSTRUCTION * target.board.clock_hz / 1e9
     if abs(per_instruction / expected - 1) > 0.001:
         raise RuntimeError(f"the clock does not count instructions: {per_instruction} ticks each, not {expected}")

@@ -60,6 +60,8 @@ def fastest(work: Callable[[], object], seconds: float = 8.0) -> dict[str, float
 
 def backend() -> dict[str, Any]:
     """Keras's backend of this process."""
+    from keras import ops  # type: ignore[import-untyped]
+
     from server import meta
 
     x, y = sines(range(CLIENTS), STEPS * BATCH)
@@ -68,9 +70,9 @@ def backend() -> dict[str, Any]:
     x, y = (np.tile(a, (clients // CLIENTS, 1, 1)) for a in (x, y))
     took = fastest(lambda: here.adapt(MODEL.initial(0), x, y, phases, batch=BATCH))
     side = 2048
-    square = meta.ops.ones((side, side), "float32")
-    product = meta._compile(lambda a: meta.ops.sum(meta.ops.matmul(a, a)))
-    peak = 2 * side**3 / fastest(lambda: meta.ops.convert_to_numpy(product(square)), 3.0)["wall"]
+    square = ops.ones((side, side), "float32")
+    product = meta._compile(lambda a: ops.sum(ops.matmul(a, a)))
+    peak = 2 * side**3 / fastest(lambda: ops.convert_to_numpy(product(square)), 3.0)["wall"]
     operations = 6 * here.network.work * STEPS * BATCH  # two for a multiply-add, of which a step has three forwards
     return {
         "device": ", ".join(here.devices), "a second": clients / took["wall"],

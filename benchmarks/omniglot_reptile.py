@@ -35,6 +35,7 @@ from omniglot_small import classifier, turned
 from edge.protocol import ALL_LAYERS, Phase
 from edge.tasks import Episodes
 from server import meta
+from server.evaluate import Score
 
 WAYS, TRAINING, TRAIN_SHOTS, QUERIES = 5, 1200, 10, 1
 BATCH, MOVED, FIRST_RATE = (
@@ -142,7 +143,7 @@ def main() -> None:
             tasks=options.tasks, queries=QUERIES, seed=options.seed, batch=5, moments=outcome.moments, chunk=100,
         )  # fmt: skip
         said[f"{shots}-shot"] = round(float(scores.mean()), 5)
-        said[f"{shots}-shot ±"] = round(float(1.96 * scores.std() / len(scores) ** 0.5), 5)
+        said[f"{shots}-shot ±"] = round(Score(shots, scores).half_width, 5)
         print(f"{shots}-shot accuracy {scores.mean():.2%} ± {said[f'{shots}-shot ±']:.2%}", file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps(said))

@@ -144,8 +144,7 @@ def main() -> None:
         rate = RATES[int(np.argmax(found))]
         print(f"{shots}-shot: rate {rate}, {max(found):.2%} on validation tasks", file=sys.stderr, flush=True)
         score = few_shot(task, start, (Phase(ALL_LAYERS, STEPS, rate),), shots=shots, episodes=options.tasks)
-        error = 1.96 * score.spread / len(score.values) ** 0.5
-        said |= {f"{shots}-shot": round(score.mean, 5), f"{shots}-shot ±": round(error, 5)}
+        said |= {f"{shots}-shot": round(score.mean, 5), f"{shots}-shot ±": round(score.half_width, 5)}
         said |= {f"{shots}-shot rate": rate, f"{shots}-shot validation": round(max(found), 5)}
     if options.json:
         print(json.dumps(said))

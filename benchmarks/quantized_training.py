@@ -10,15 +10,18 @@ the gradients are those of the int8 and int32 numbers themselves.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
+from numpy.typing import NDArray
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
 
 from edge.graph import Graph
@@ -40,13 +43,14 @@ def best(learn: Callable[[float], float], rates: Iterable[float]) -> tuple[float
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     x, y, test_x, test_y = digits()
     model = keras_digits(x, y)
     graph = read_tflite(int8_tflite(model, x))
     mirrored, test_mirrored = (np.ascontiguousarray(part[:, :, ::-1]) for part in (x, test_x))
     q, test_q = quantised(graph, mirrored), quantised(graph, test_mirrored)
 
-    def engine(graph: Graph, x: np.ndarray, test: np.ndarray) -> Callable[[float], float]:
+    def engine(graph: Graph, x: NDArray[Any], test: NDArray[Any]) -> Callable[[float], float]:
         def learn(rate: float) -> float:
             learner = MoteLearner(assemble(graph))
             for _ in range(ROUNDS if rate else 0):

@@ -219,7 +219,7 @@ class Bench:
         trial, rate, trials = self.tune(method)
         how = method.settings(self.task, trial)
         phases = method.adapts(how, rate)
-        seeds = []
+        seeds = list[dict[str, Any]]()
         for seed in range(self.budget.seeds):
             curve = []
             at = self.train(how, self.budget.rounds, seed)
@@ -300,8 +300,8 @@ def table(name: str, rows: Sequence[Mapping[str, Any]], on_board: Mapping[str, i
         work = row["samples"] * on_board["learn"] / 1e6
         made.add_row(row["method"], *scores, f"{row['sent']:,.0f}", f"{ram:,}", f"{work:.1f}")
     if name == "presence":
-        for baseline, scores in baselines(budget["tasks"], shots).items():
-            made.add_row(f"{baseline}, no learning", *(f"{100 * score:.1f}" for score in scores), "", "", "")
+        for baseline, means in baselines(budget["tasks"], shots).items():
+            made.add_row(f"{baseline}, no learning", *(f"{100 * mean:.1f}" for mean in means), "", "", "")
     return made
 
 

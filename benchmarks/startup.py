@@ -5,6 +5,7 @@ python benchmarks/startup.py
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,7 @@ def once(data: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     table = Table(title=f"Seconds until a command is of use, least of {RUNS} runs", title_justify="left")
     table.add_column("command")
     table.add_column("s", justify="right")

@@ -187,10 +187,9 @@ class AgentNode:
                 if not self._score():
                     return False
             elif self._state is _State.QUERY:
-                diverged = self._update is not None and not self._update_is_finite(self._update)
-                if self._update is not None and self._update.clip > 0 and not diverged:
-                    self._clip(self._update)
-                self._finish(ErrorCode.DIVERGED if diverged else None)
+                update = self._update
+                fine = update is None or (self._update_is_finite(update) and (not update.clip or self._clip(update)))
+                self._finish(None if fine else ErrorCode.DIVERGED)
         except LearnerError as error:
             diverged = error.code == lib.MOTE_ERR_DIVERGED
             self._finish(ErrorCode.DIVERGED if diverged else ErrorCode.ENGINE, 0 if diverged else error.code)
@@ -423,16 +422,20 @@ class AgentNode:
         self._learner.set_parameters(learned)
         return loss
 
-    def _clip(self, update: UpdateFormat) -> None:
-        """Scales the shared changes down to a norm of at most update.clip, as mote_update_clip does."""
+    def _clip(self, update: UpdateFormat) -> bool:
+        """Scales the shared changes down to a norm of at most update.clip, as mote_update_clip does: False, and nothing
+        is scaled, if the norm is beyond the range of floats."""
         learned, shared = self._learner.parameters, self._program.in_layers(update.shared)
-        changes = learned[shared] - self._base[shared]
         with np.errstate(over="ignore"):
+            changes = learned[shared] - self._base[shared]
             squares = np.cumsum(changes * changes, dtype=np.float32)  # one after the other, as C adds them up
         norm = np.sqrt(squares[-1]) if len(squares) else np.float32(0)
+        if not np.isfinite(norm):
+            return False
         if norm > np.float32(update.clip):
             learned[shared] = self._base[shared] + np.float32(update.clip) / norm * changes
             self._learner.set_parameters(learned)
+        return True
 
     def _score(self) -> bool:
         sample = self._stream.next(query=True)
@@ -532,6 +535,11 @@ def sparse_update(changes: Vector, shared: NDArray[np.bool_], update: UpdateForm
     k = max(1, int(np.ceil(np.float32(update.top) * np.float32(shared.sum()))))
     largest = np.argsort(-magnitude, kind="stable")[:k]
     indices = np.sort(largest[magnitude[largest] > 0]).astype(np.uint32)
+    return sparse_parts(indices, changes, update, room)
+
+
+def sparse_parts(indices: NDArray[np.uint32], changes: Vector, update: UpdateFormat, room: int) -> Iterator[Sparse]:
+    """The changes at these indices, which rise, in parts of at most `room` bytes of gaps and values."""
     size = 2 if update.half else 4
     first = 0
     while True:

@@ -45,8 +45,8 @@ def download(url: str, sha256: str, what: str, instead: str) -> Path:
         raise UserError(f"downloading {what} needs pooch: pip install 'tinyfleet[edge]'") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{what} could not be downloaded ({error}); set TINYFLEET_DATA to a folder that has {instead}, or try "
-            "again with a network"
+            f"{what} could not be downloaded from {url} ({error}); try again, or set TINYFLEET_DATA to a folder "
+            f"that has {instead}"
         ) from error
 
 

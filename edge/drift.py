@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -101,11 +100,6 @@ class OnlineLearner:
                     raise
                 self._learner.set_parameters(self._start)
         return Answer(error, drifted)
-
-    def adapt(self, samples: Iterable[tuple[ArrayLike, ArrayLike]], rate: float) -> None:
-        """Learns from these without being asked about them."""
-        for x, y in samples:
-            self._learner.learn(x, y, rate)
 
     def _error(self, x: ArrayLike, y: ArrayLike) -> float:
         output = self._learner.infer(x)

@@ -39,7 +39,7 @@ class Part:
     """One device's part in a round: what it reported, None where it reported nothing of the kind.
 
     loss: mean over the samples learned from; accuracy: 0 to 1, on samples never learned from; bytes_up: payload sent;
-    encoding: the form of its update, such as "sparse f16".
+    encoding: the form of its update, such as "sparse f16"; staleness: how many versions others made meanwhile.
     """
 
     device: str
@@ -48,6 +48,7 @@ class Part:
     samples: int | None = None
     bytes_up: int | None = None
     encoding: str | None = None
+    staleness: int | None = None
 
 
 class Lineage:
@@ -149,6 +150,7 @@ class Lineage:
                 PROV.wasAttributedTo: device,
                 TF.bytesUp: p.bytes_up,
                 TF.encoding: p.encoding,
+                TF.staleness: p.staleness,
             }
         version = None
         if sha256 is not None:

@@ -94,15 +94,28 @@ def run(
         bool, typer.Option("--asynchronous", help="No rounds: each update counts when it comes; --rounds of them.")
     ] = False,
     top: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the changes that is sent. Default: the task's.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="TinyMetaFed and Flower's: share of the changes that is sent. Default: the task's."
+        ),
     ] = None,
-    local: Annotated[bool, typer.Option(help="TinyMetaFed: whether the head stays on the devices.")] = True,
-    anneal: Annotated[bool, typer.Option(help="TinyMetaFed: whether the server's rate falls as it goes.")] = True,
-    mu: Annotated[float, typer.Option(min=0, help="FedProx: weight of the proximal term.")] = 0.1,
+    local: Annotated[
+        bool | None,
+        typer.Option(
+            "--local/--no-local", help="TinyMetaFed: whether the head stays on the devices. Default: it does."
+        ),
+    ] = None,
+    anneal: Annotated[
+        bool | None,
+        typer.Option("--anneal/--no-anneal", help="TinyMetaFed: whether the server's rate falls. Default: it does."),
+    ] = None,
+    mu: Annotated[float | None, typer.Option(min=0, help="FedProx: weight of the proximal term. Default: 0.1.")] = None,
     dp_clip: Annotated[
         float, typer.Option(min=0, help="Differential privacy: largest norm of a device's change. 0: none of it.")
     ] = 0.0,
-    dp_noise: Annotated[float, typer.Option(min=0, help="Its noise on the sum, in units of --dp-clip.")] = 1.0,
+    dp_noise: Annotated[
+        float | None, typer.Option(min=0, help="Its noise on the sum, in units of --dp-clip. Default: 1.")
+    ] = None,
     dp_on_device: Annotated[
         bool, typer.Option("--dp-on-device", help="The devices clip, so that the server sees no change as it was.")
     ] = False,
@@ -143,8 +156,9 @@ def run(
     def report(this: Round) -> None:
         line = {
             "round": this.number, "asked": this.asked, "clients": [part.device for part in this.parts],
-            "staleness": list(this.staleness), "lost": dict(this.lost), "loss": this.loss, "accuracy": this.accuracy,
-            "bytes-up": this.bytes_up, "bytes-down": this.bytes_down, "seconds": round(this.seconds, 3),
+            "staleness": [part.staleness for part in this.parts], "lost": dict(this.lost),
+            "loss": this.loss, "accuracy": this.accuracy, "bytes-up": this.bytes_up, "bytes-down": this.bytes_down,
+            "seconds": round(this.seconds, 3),
         }  # fmt: skip
         typer.echo(json.dumps(line))
 
@@ -219,8 +233,8 @@ def meta_train(
     # The clients are shared by cores; threads of their own for small products of matrices cost a quarter of the speed.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     try:
-        from server import meta
-        from server.evaluate import QUERIES, SHOTS
+        from server import meta, show
+        from server.evaluate import QUERIES, SHOTS, Score
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("keras", "tensorflow", "jax"):
             raise
@@ -259,25 +273,22 @@ def meta_train(
         )
     if out is not None:
         np.savez(out, **what.program.split(outcome.parameters))
-    scores = {
-        name: {
-            k: meta.evaluate(
-                backend, what.draw, vector, how.adapts, shots=k, tasks=held_out, queries=QUERIES, seed=seed
-            )
-            for k in SHOTS
-        }
-        for name, vector in (("learned", outcome.parameters), ("random", what.program.initial(seed)))
-    }
+
+    def score(start: NDArray[np.float32], shots: int) -> Score:
+        values = meta.evaluate(
+            backend, what.draw, start, how.adapts, shots=shots, tasks=held_out, queries=QUERIES, seed=seed
+        )
+        return Score(shots, values, "mean squared error" if what.program.loss == "mse" else "accuracy")
+
+    starts = {"learned": outcome.parameters, "random": what.program.initial(seed)}
+    scores = {name: [score(vector, k) for k in SHOTS] for name, vector in starts.items()}
     if plot is not None:
-        meta.plot(plot, f"{method} on {task}", outcome, scores)
+        show.plot(plot, f"{method} on {task}", {"learned": outcome.rounds}, scores, by_round=True)
     if as_json:
-        means = {name: {k: float(s.mean()) for k, s in row.items()} for name, row in scores.items()}
+        means = {name: {s.shots: s.mean for s in row} for name, row in scores.items()}
         typer.echo(json.dumps({"devices": backend.devices, "held-out-by-shots": means}))
-        return
-    measure = "mean squared error" if what.program.loss == "mse" else "accuracy"
-    for name, row in scores.items():
-        said = ", ".join(f"K = {k}: {s.mean():.3f} ± {1.96 * s.std() / len(s) ** 0.5:.3f}" for k, s in row.items())
-        console.print(f"{name} start, {measure} on {held_out} held-out tasks: {said}", soft_wrap=True)
+    else:
+        console.print(show.scores(scores))
 
 
 def _parameters(path: Path, program: Program) -> NDArray[np.float32]:

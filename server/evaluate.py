@@ -49,6 +49,11 @@ class Score:
         return float(self.values.std(ddof=1)) if len(self.values) > 1 else 0.0
 
     @property
+    def half_width(self) -> float:
+        """Of the 95 % interval of the mean: 1.96 standard errors."""
+        return float(1.96 * self.spread / len(self.values) ** 0.5)
+
+    @property
     def merit(self) -> float:
         """The mean, so signed that more is better."""
         return self.mean if self.metric == "accuracy" else -self.mean

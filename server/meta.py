@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
@@ -30,7 +30,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras  # type: ignore[import-untyped]
 from keras import ops
 
-from edge.agent import HEAD
+from edge.agent import HEAD, dense_update, sparse_parts
 from edge.errors import UserError
 from edge.graph import Kind, Op, Shape3
 from edge.learner import MoteLearner, learn_many
@@ -40,6 +40,8 @@ from edge.protocol import (
     ALL_LAYERS,
     Dense,
     Done,
+    ErrorCode,
+    Failed,
     Metrics,
     Phase,
     Sparse,
@@ -67,6 +69,7 @@ ADAM_DECAY, ADAM_EPSILON = 0.999, 1e-8  # beta2 of Kingma and Ba, 2015; beta1 is
 ALL = UpdateFormat()
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ROOM = OUT_BYTES - HEAD  # for values and gaps in one part of a reply, as a node sends it
+ID = 1 << 31  # as long as numbers drawn from 32 bits are, all but one in 65,536
 
 
 # The backend: all that Keras itself does not have
@@ -710,7 +713,8 @@ def first_parameters(program: Program, how: Settings, seed: int = 0) -> Vector:
 
 @dataclass(frozen=True)
 class Round:
-    """loss: mean over clients and steps. diverged: clients that were left out. Bytes: payloads as on the wire."""
+    """loss: mean over clients and steps. diverged: clients that were left out. Bytes: of payloads, as MqttGrid counts
+    them where nothing is lost and every client scores itself on fewer than 24 queries."""
 
     number: int
     clients: int
@@ -781,6 +785,8 @@ def _round(
     seeds = [task_seed(seed, number, node) for node in chosen]
     pull, losses, squares = np.zeros(net.n_params), list[Floats](), list[Vector]()
     up, good = 0, 0
+    arena = backend.model.arena_bytes if isinstance(backend.model, Program) else 4 * net.n_params
+    metrics = Metrics(how.steps, 0.0, 0, 0, 0.0, arena)
     for first in range(0, len(chosen), chunk):
         part = slice(first, first + chunk)
         x, y = source.samples(chosen[part], seeds[part], how.steps * how.batch)
@@ -795,11 +801,11 @@ def _round(
         )  # fmt: skip
         answer = learned.parameters if learned.before is None else start + (learned.parameters - learned.before)
         finite = np.isfinite(answer).all(1)
-        received, sizes = encoded(start, answer[finite], how.update, net.chosen(how.update.shared))
+        received, sizes = encoded(start, answer[finite], how.update, net.chosen(how.update.shared), metrics)
         for vector in received:  # one after the other, as the strategies add them
             pull += vector.astype(np.float64) - start
         good += len(received)
-        up += int(sizes.sum())
+        up += int(sizes.sum()) + (len(answer) - len(received)) * len(encode(Failed(ID, ErrorCode.DIVERGED)))
         losses.append(learned.losses[finite].mean(1))
         if learned.moments is not None:
             squares.append(learned.moments.squares * len(x))
@@ -810,47 +816,25 @@ def _round(
     parameters = np.asarray(start + alpha * (pull / good), np.float32)
     if moments is not None:
         moments = Moments(np.asarray(sum(squares) / np.float32(len(chosen)), np.float32), moments_steps)
-    down = _broadcast_bytes(net.n_params, how, len(chosen))
+    down = _asked_bytes(start, how, number, len(chosen))
     loss = float(np.concatenate(losses).mean(dtype=np.float64))
     return parameters, Round(number, len(chosen), len(chosen) - good, loss, alpha, up, down, 0.0), moments
-
-
-def plot(path: Path, title: str, outcome: Outcome, scores: Mapping[str, Mapping[int, NDArray[np.float64]]]) -> None:
-    """Writes a PNG: the clients' loss by round, and each start's score by shots with its 95 % interval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
-    learning, adapting = figure.subplots(1, 2)
-    learning.plot([this.number for this in outcome.rounds], [this.loss for this in outcome.rounds])
-    learning.set(xlabel="round", ylabel="mean loss on the clients")
-    for name, row in scores.items():
-        errors = [1.96 * score.std() / len(score) ** 0.5 for score in row.values()]
-        adapting.errorbar(
-            list(row), [score.mean() for score in row.values()], errors, marker="o", capsize=3, label=name
-        )
-    adapting.set(xlabel="samples a class (K)", ylabel="score on held-out tasks", xticks=list(row))
-    adapting.legend()
-    for axes in (learning, adapting):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
 
 
 # Updates as they travel
 
 
 def encoded(
-    start: Vector, learned: Floats, how: UpdateFormat, shared: NDArray[np.bool_]
+    start: Vector, learned: Floats, how: UpdateFormat, shared: NDArray[np.bool_], metrics: Metrics
 ) -> tuple[Floats, NDArray[np.int64]]:
     """What the server makes of clients' updates [clients, n_params], and the bytes [clients] of each one's payloads.
 
-    The same choice and the same numbers as edge.agent's dense_update and sparse_update, all clients at once.
+    The same choice and the same numbers as edge.agent's dense_update and sparse_update, all clients at once. metrics:
+    what goes with every update; of it only the lengths of its numbers matter.
     """
-    size = 2 if how.half else 4
     if how.top >= 1:
-        values = _rounded(learned, how.half)
-        bytes_ = np.full(len(learned), int(shared.sum()) * size)
-        return np.where(shared, values, start), bytes_ + _heads(bytes_, sparse=False, half=how.half)
+        length = _reply_bytes([*dense_update(start, shared, how, ROOM)], metrics)
+        return np.where(shared, _rounded(learned, how.half), start), np.full(len(learned), length)
     changes = learned - start
     magnitude = np.where(shared, np.abs(changes), np.float32(0))
     k = max(1, int(np.ceil(np.float32(how.top) * np.float32(shared.sum()))))
@@ -860,35 +844,37 @@ def encoded(
     chosen = (above | (equal & (np.cumsum(equal, 1) <= room))) & (magnitude > 0)  # among equals the first
     client, index = np.nonzero(chosen)
     follows = np.diff(client, prepend=-1) == 0
-    gaps = index - np.where(follows, np.roll(index, 1), -1) - 1
-    weights = varint_sizes(gaps) + size
-    bytes_ = np.bincount(client, weights, len(learned)).astype(np.int64)
-    received = np.where(chosen, start + _rounded(changes, how.half), start)
-    return received, bytes_ + _heads(bytes_, sparse=True, half=how.half)
+    between = varint_sizes(index - np.where(follows, np.roll(index, 1), -1) - 1)
+    gaps = np.bincount(client, between, len(learned)).astype(np.int64)
+    values = chosen.sum(1) * (2 if how.half else 4)
+    empty = Sparse(np.zeros(0, np.uint32), np.zeros(0, np.float32), how.half)
+    bytes_ = _reply_bytes([empty], metrics) + gaps + _head(gaps) + values + _head(values)
+    for i in np.flatnonzero(gaps + values > ROOM):  # too long for one message
+        indices = np.flatnonzero(chosen[i]).astype(np.uint32)
+        bytes_[i] = _reply_bytes([*sparse_parts(indices, changes[i], how, ROOM)], metrics)
+    return np.where(chosen, start + _rounded(changes, how.half), start), bytes_
 
 
 def _rounded(values: Floats, half: bool) -> Floats:
     return values.astype(np.float16).astype(np.float32) if half else values
 
 
-def _heads(bytes_: NDArray[np.int64], *, sparse: bool, half: bool) -> NDArray[np.int64]:
-    """What frames the values in each client's messages, but for the lengths of some numbers."""
-    none = np.zeros(0, np.float32)
-    empty = Sparse(np.zeros(0, np.uint32), none, half) if sparse else Dense(0, none, half)
-    with_metrics = len(encode(Done(1, 0, 1, Metrics(100, 1.0, 100, 100, 1.0, 10_000), empty)))
-    others = len(encode(Done(1, 1, 2, None, empty)))
-    return with_metrics + (np.maximum(-(-bytes_ // ROOM), 1) - 1) * others
+def _reply_bytes(updates: Sequence[Dense | Sparse], metrics: Metrics) -> int:
+    """Of a reply's messages."""
+    parts = enumerate(updates)
+    return sum(len(encode(Done(ID, i, len(updates), None if i else metrics, update))) for i, update in parts)
 
 
-def _broadcast_bytes(n_params: int, how: Settings, clients: int) -> int:
+def _head(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bytes of a CBOR byte string of each size, beside its own and the first."""
+    return (sizes >= 24).astype(np.int64) + (sizes >= 1 << 8) + 2 * (sizes >= 1 << 16)
+
+
+def _asked_bytes(start: Vector, how: Settings, number: int, clients: int) -> int:
     """The weights once for all, and to each client its order."""
-    work = Work(1, "train", 1, 1, bytes(8), 1 << 31, how.phases, 0, how.update)
-    return _weights_bytes(n_params) + clients * len(encode(work))
-
-
-@lru_cache
-def _weights_bytes(n_params: int) -> int:
-    return sum(map(len, chunks(np.zeros(n_params, "<f4").tobytes())))
+    phases = tuple(replace(phase, pull=how.proximal) for phase in how.phases)
+    order = len(encode(Work(ID, "train", ID, number, bytes(8), ID, phases, 0, how.update)))
+    return sum(map(len, chunks(start.astype("<f4").tobytes()))) + clients * order
 
 
 # Checkpoints

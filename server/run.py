@@ -6,7 +6,7 @@ What `tinyfleet run` and the demo share.
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import flwr.serverapp.strategy as flower_strategies
@@ -56,22 +56,38 @@ class Method:
 
 @dataclass(frozen=True)
 class Options:
-    """What of a method can be chosen apart from its recipe.
+    """What of a method can be chosen apart from its recipe; None: as the strategy has it.
 
     local, anneal: whether TinyMetaFed keeps the head on the devices, and lowers alpha as it goes. top: the share of the
-    changes that is sent, by default the recipe's. mu: of FedProx's proximal term. asynchronous: no rounds; an update
-    counts when it comes. dp_clip: of differential privacy, the largest norm of a device's change (0: none of it);
-    dp_noise: the standard deviation of the sum's noise in units of dp_clip; dp_on_device: devices clip, not the server.
+    changes that is sent. mu: of FedProx's proximal term, 0.1 by default. asynchronous: no rounds; an update counts when
+    it comes. dp_clip: of differential privacy, the largest norm of a device's change (0: none of it); dp_noise: the
+    standard deviation of the sum's noise in units of dp_clip, 1 by default; dp_on_device: devices clip, not the server.
     """
 
-    local: bool = True
-    anneal: bool = True
+    local: bool | None = None
+    anneal: bool | None = None
     top: float | None = None
-    mu: float = 0.1
+    mu: float | None = None
     asynchronous: bool = False
     dp_clip: float = 0.0
-    dp_noise: float = 1.0
+    dp_noise: float | None = None
     dp_on_device: bool = False
+
+    def check(self, key: str) -> None:
+        """Raises UserError for what was chosen that the strategy of that name, in small letters, has no use for."""
+        head, flowers = key == "tinymetafed", key not in META and not self.asynchronous
+        uses = {
+            "--local/--no-local": (self.local is not None, head, "--strategy tinymetafed"),
+            "--anneal/--no-anneal": (self.anneal is not None, head, "--strategy tinymetafed"),
+            "--top": (self.top is not None, head or flowers, "--strategy tinymetafed or one of Flower's"),
+            "--mu": (self.mu is not None, key == "fedprox", "--strategy fedprox"),
+            "--dp-noise": (self.dp_noise is not None, self.dp_clip > 0, "--dp-clip above 0"),
+            "--dp-on-device": (self.dp_on_device, self.dp_clip > 0, "--dp-clip above 0"),
+        }
+        for option, (chosen, used, goes_with) in uses.items():
+            if chosen and not used:
+                how = f"{'asynchronous ' * self.asynchronous}{key}"
+                raise UserError(f"{how} has no use for {option}: leave it out, or choose {goes_with}")
 
 
 def method(
@@ -98,6 +114,7 @@ def method(
             f"not for {'asynchronous ones' if options.asynchronous else name}"
         )
     if key in META or (options.asynchronous and key == "fedavg"):
+        options.check(key)
         ours = strategy(key, task, rounds=rounds, clients=clients, query=query, seed=seed, options=options)
         if not options.asynchronous:
             return Method(type(ours).__name__, ours)
@@ -132,10 +149,10 @@ def strategy(
     return TinyMetaFed(
         rounds=rounds,
         alpha=alpha,
-        alpha_end=0.0 if options.anneal else alpha,
+        alpha_end=alpha if options.anneal is False else 0.0,
         beta=beta,
         steps=steps,
-        local=task.program.head if recipe.head_steps and options.local else 0,
+        local=task.program.head if recipe.head_steps and options.local is not False else 0,
         local_steps=recipe.head_steps,
         top=recipe.top if options.top is None else options.top,
         clients=clients,
@@ -149,16 +166,18 @@ def _flowers(key: str, name: str, task: Task, clients: int, query: int, seed: in
     known = {name.lower(): kind for name, kind in classes.items() if issubclass(kind, FedAvg)}
     if key not in known:
         raise UserError(f"there is no strategy '{name}'; choose one of {', '.join((*META, *sorted(known)))}")
+    options.check(key)
     recipe, kind = task.fedavg, known[key]
     # No least number of nodes: Flower's would wait for them without end.
-    more = {"proximal_mu": options.mu} if key == "fedprox" else {}
+    more = {"proximal_mu": 0.1 if options.mu is None else options.mu} if key == "fedprox" else {}
     flowers: Strategy = kind(
         fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=0, min_available_nodes=0, **more
     )
     if options.dp_clip:
         private = DifferentialPrivacyClientSideFixedClipping
         wrapper = private if options.dp_on_device else DifferentialPrivacyServerSideFixedClipping
-        flowers = wrapper(flowers, options.dp_noise, options.dp_clip, clients)
+        noise = 1.0 if options.dp_noise is None else options.dp_noise
+        flowers = wrapper(flowers, noise, options.dp_clip, clients)
     top = recipe.top if options.top is None else options.top
     plan = Plan(phases(recipe, task.program), query, UpdateFormat(top=top), seed)
     config = config_from_plan(plan)
@@ -194,7 +213,7 @@ def limit_clients(strategy: Strategy, clients: int, nodes: int) -> None:
 @dataclass(frozen=True)
 class Round:
     """What one round came to, or in an asynchronous run one update. loss and accuracy are None where no device reported
-    one. staleness: of each part, how many versions ago its device began."""
+    one."""
 
     number: int
     asked: int
@@ -204,7 +223,6 @@ class Round:
     bytes_down: int
     arena_bytes: int | None  # the most that a device's engine has to work in
     seconds: float
-    staleness: Sequence[int] = ()
 
     @property
     def loss(self) -> float | None:
@@ -350,15 +368,15 @@ def run(
             learned = to_vector(arrays, program)
             used = []
             for part, began_in in sorted(parts, key=lambda part: part[0].device):
-                if isinstance(how.strategy, Asynchronous) and server_round - began_in > how.strategy.max_staleness:
-                    lost[part.device] = f"its update is {server_round - began_in} versions old, too old"
+                late = server_round - began_in
+                if isinstance(how.strategy, Asynchronous) and late > how.strategy.max_staleness:
+                    lost[part.device] = f"its update is {late} versions old, too old"
                 else:
-                    used.append((part, server_round - began_in))
+                    used.append(replace(part, staleness=late))
             this = Round(
                 number=server_round,
                 asked=len(asked),
-                parts=[part for part, _ in used],
-                staleness=[age for _, age in used],
+                parts=used,
                 lost=dict(lost),
                 bytes_up=up_now - up,
                 bytes_down=down_now - down,

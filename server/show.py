@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,6 +13,9 @@ from rich.table import Table
 
 from server.evaluate import Score
 from server.run import Round
+
+if TYPE_CHECKING:
+    from server import meta  # which takes seconds to import
 
 
 class Bar:
@@ -75,10 +78,11 @@ def size(count: float) -> str:
 
 
 def scores(results: Mapping[str, Sequence[Score]]) -> Table:
-    """Accuracy or error by start and shots; after the sign, 1.96 standard errors of the mean over tasks."""
+    """Accuracy or error by start and shots, with the 95 % interval of the mean over tasks."""
     first = next(iter(results.values()))[0]
     each = "K samples a class" if first.metric == "accuracy" else "K samples"
-    table = Table(title=f"{first.metric.capitalize()} on held-out tasks, after one pass over {each}")
+    title = f"{first.metric.capitalize()} on {len(first.values)} held-out tasks, after learning from {each}"
+    table = Table(title=title)
     table.add_column("start")
     for score in next(iter(results.values())):
         table.add_column(f"K = {score.shots}", justify="right")
@@ -90,17 +94,19 @@ def scores(results: Mapping[str, Sequence[Score]]) -> Table:
 def interval(score: Score) -> str:
     """A score and the half width of its 95 % interval."""
     if score.metric == "accuracy":
-        return f"{score.mean:.1%} ± {half_width(score):.1%}"
-    return f"{score.mean:.3g} ± {half_width(score):.2g}"
+        return f"{score.mean:.1%} ± {score.half_width:.1%}"
+    return f"{score.mean:.3g} ± {score.half_width:.2g}"
 
 
-def half_width(score: Score) -> float:
-    """Of the 95 % interval of the mean over tasks."""
-    return float(1.96 * score.spread / len(score.values) ** 0.5)
-
-
-def plot(path: Path, title: str, runs: Mapping[str, Sequence[Round]], results: Mapping[str, Sequence[Score]]) -> None:
-    """Writes a PNG: the devices' loss against the bytes that they sent, and accuracy against shots."""
+def plot(
+    path: Path,
+    title: str,
+    runs: Mapping[str, Sequence[Round] | Sequence[meta.Round]],
+    results: Mapping[str, Sequence[Score]],
+    *,
+    by_round: bool = False,
+) -> None:
+    """Writes a PNG: the devices' loss against the bytes that they sent, or by round, and accuracy against shots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -108,21 +114,20 @@ def plot(path: Path, title: str, runs: Mapping[str, Sequence[Round]], results: M
     learning, adapting = figure.subplots(1, 2)
     colours: dict[str, Any] = {}
     for name, rounds in runs.items():
-        sent, kilobytes = 0, []
-        for ended in rounds:
-            sent += ended.bytes_up
-            kilobytes.append(sent / 1000)
+        sent = itertools.accumulate(ended.bytes_up / 1000 for ended in rounds)
+        at = [ended.number for ended in rounds] if by_round else list(sent)
         losses = [ended.loss if ended.loss is not None else float("nan") for ended in rounds]
-        (line,) = learning.plot(kilobytes, losses, label=name)
+        (line,) = learning.plot(at, losses, label=name)
         colours[name] = line.get_color()
-    learning.set(xlabel="sent by all devices (kB)", ylabel="mean loss on the devices", xscale="log")
+    learning.set(ylabel="mean loss on the devices", xlabel="round" if by_round else "sent by all devices (kB)")
+    learning.set_xscale("linear" if by_round else "log")
     greys = itertools.cycle(("grey", "silver"))
     metric = next(iter(results.values()))[0].metric
     scale = 100 if metric == "accuracy" else 1
     for name, row in results.items():
         colour = next((colour for run, colour in colours.items() if run in name), None) or next(greys)
         shots = [score.shots for score in row]
-        means, errors = [scale * score.mean for score in row], [scale * half_width(score) for score in row]
+        means, errors = [scale * score.mean for score in row], [scale * score.half_width for score in row]
         adapting.errorbar(shots, means, errors, marker="o", capsize=3, label=name, color=colour)
     unit = " (%)" if metric == "accuracy" else ""
     adapting.set(xlabel="samples a class (K)", ylabel=f"{metric} on held-out tasks{unit}", xticks=shots)

@@ -139,6 +139,8 @@ def test_what_run_cannot_use_is_said_before_it_begins(
         assert "give a file that `tinyfleet run --out` wrote" in run("--start", str(bad))
     assert "give a file of the same task" in run("--start", str(other))
     assert "there is no folder" in run("--out", str(tmp_path / "nowhere" / "start.npz"))
+    assert "reptile has no use for --mu: leave it out, or choose" in run("--strategy", "reptile", "--mu", "0.1")
+    assert "tinyreptile has no use for --local/--no-local" in run("--strategy", "tinyreptile", "--no-local")
     (tmp_path / "server.json").write_text(json.dumps({"endpoint": "http://127.0.0.1:9/sparql", "broker": "x:1"}))
     assert "nor is it a query of the library" in run("--select", "no-such.rq")
     for name in ("a b", "x" * 33):
@@ -157,3 +159,8 @@ def test_a_method_has_one_colour_in_the_whole_plot(tmp_path: Path, monkeypatch: 
     meta, fedavg = (to_hex(line.get_color()) for line in learning.get_lines())
     shown = [to_hex(bars[0].get_color()) for bars in adapting.containers]
     assert meta != fedavg and shown == [meta, to_hex("grey"), fedavg]
+    assert [list(line.get_xdata()) for line in learning.get_lines()] == [[1, 2]] * 2, "kB sent"
+    plot(tmp_path / "plot.png", "title", {"learned": rounds[1:]}, {"learned": scores}, by_round=True)
+    learning, adapting = figures[1].axes
+    (line,) = learning.get_lines()
+    assert list(line.get_xdata()) == [2] and to_hex(adapting.containers[0][0].get_color()) == to_hex(line.get_color())

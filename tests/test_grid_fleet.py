@@ -78,10 +78,16 @@ def devices(broker: tuple[str, int]) -> Iterator[Callable[..., list[Device]]]:
     started: list[Device] = []
 
     def start(
-        count: int, prefix: str = "test", broker: tuple[str, int] = broker, fleet: str | None = None
+        count: int,
+        prefix: str = "test",
+        broker: tuple[str, int] = broker,
+        fleet: str | None = None,
+        task: Task = TASK,
     ) -> list[Device]:
         fleet = fleet or prefix
-        new = [virtual_device(*broker, fleet, f"{prefix}-{i}", PROGRAM, client(i, count)) for i in range(count)]
+        new = [
+            virtual_device(*broker, fleet, f"{prefix}-{i}", task.program, task.client(i, count)) for i in range(count)
+        ]
         for device in new:
             device.start()
         started.extend(new)

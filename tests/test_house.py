@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,27 @@ def test_a_command_whose_packages_are_missing_says_how_to_get_them(words: list[s
 def test_a_gateway_needs_no_graph_store() -> None:
     code = "import sys; sys.modules['pyoxigraph'] = None; import firmware_tools.cli, firmware_tools.model_cli"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_every_benchmark_says_how_it_is_called() -> None:
+    """One process for all of them, as most import TensorFlow, which takes seconds."""
+    if find_spec("tensorflow") is None:
+        pytest.skip("most benchmarks need TensorFlow: pip install 'tinyfleet[keras]'")
+    code = (
+        "import contextlib, io, pathlib, runpy, sys\n"
+        "sys.path.insert(0, 'benchmarks')\n"
+        "for path in sorted(pathlib.Path('benchmarks').glob('*.py')):\n"
+        "    sys.argv, said = [str(path), '--help'], io.StringIO()\n"
+        "    try:\n"
+        "        with contextlib.redirect_stdout(said):\n"
+        "            runpy.run_path(str(path), run_name='__main__')\n"
+        "    except SystemExit as end:\n"
+        "        print(path.name, end.code or 0, said.getvalue().split()[0].lower())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
+    assert done.stdout.splitlines() == [f"{name} 0 usage:" for name in names]
 
 
 @pytest.mark.parametrize("lock", sorted(ROOT.glob("*.lock")), ids=lambda path: path.name)

@@ -1,7 +1,10 @@
 """The meta-training backend: the same numbers as the engine, the devices and the strategies."""
+# ruff: noqa: F811
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,22 +15,26 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from flwr.app import ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
+from test_grid_fleet import Start, devices  # noqa: F401
 
 import tinyfleet
 from edge import datasets, tasks
 from edge import program as p
-from edge.agent import dense_update, sparse_update
+from edge.agent import HEAD, dense_update, sparse_update
 from edge.client_app import serve, to_record, to_vector
 from edge.errors import UserError
 from edge.learner import MoteLearner
+from edge.node import OUT_BYTES
 from edge.protocol import ALL_LAYERS, Dense, Done, Metrics, Phase, Sparse, UpdateFormat, encode
 from edge.tasks import Episodes, omniglot
 from server.evaluate import few_shot
 from server.flower import new_run, stamp
-from server.grid import RunGrid
+from server.grid import MqttGrid, RunGrid
+from server.run import Options, limit_clients, method
 from server.strategies import Reptile, TinyMetaFed, TinyReptile
+from server.strategies.reptile import task_seed
 
 meta = pytest.importorskip("server.meta", reason="meta-training needs Keras: pip install 'tinyfleet[keras]'")
 
@@ -163,7 +170,7 @@ def test_rounds_are_those_of_the_strategy_over_c_nodes(name: str, digits: Any, e
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("top", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("top", [0.01, 0.3, 0.999, 1.0])
 def test_updates_and_their_bytes_are_those_of_a_node(top: float, half: bool) -> None:
     """Many changes are equal, some are 0; a layer stays at home."""
     random = np.random.default_rng(0)
@@ -172,13 +179,14 @@ def test_updates_and_their_bytes_are_those_of_a_node(top: float, half: bool) -> 
     learned = start + np.round(random.normal(size=(3, n)), 1).astype(np.float32) * (random.random((3, n)) < 0.5)
     how = UpdateFormat(shared=ALL_LAYERS & ~2, half=half, top=top)
     shared = meta.network(DIGITS.program).chosen(how.shared)
-    received, sizes = meta.encoded(start, learned, how, shared)
+    metrics = Metrics(160, 1.0, 0, 0, 0.0, 12_000)
+    received, sizes = meta.encoded(start, learned, how, shared, metrics)
     for mine, size, vector in zip(received, sizes, learned, strict=True):
         updates: list[Dense | Sparse]
         if top < 1:
-            updates = [*sparse_update(vector - start, shared, how, meta.OUT_BYTES)]
+            updates = [*sparse_update(vector - start, shared, how, OUT_BYTES - HEAD)]
         else:
-            updates = [*dense_update(vector, shared, how, meta.OUT_BYTES)]
+            updates = [*dense_update(vector, shared, how, OUT_BYTES - HEAD)]
         expected, sent = start.copy(), 0
         for i, update in enumerate(updates):
             values = update.values if isinstance(update, Dense) else update.changes
@@ -187,10 +195,52 @@ def test_updates_and_their_bytes_are_those_of_a_node(top: float, half: bool) -> 
                 expected[update.offset : update.offset + len(values)] = carried
             else:
                 expected[update.indices] = start[update.indices] + carried
-            metrics = None if i else Metrics(160, 1.0, 0, 0, 0.0, 12_000)
-            sent += len(encode(Done(1 << 20, i, len(updates), metrics, update)))
+            sent += len(encode(Done(1 << 20, i, len(updates), None if i else metrics, update)))
         np.testing.assert_array_equal(mine, expected)
-        assert abs(size - sent) <= 12 * len(updates), "all but the lengths of some numbers"
+        assert size == sent
+
+
+@pytest.mark.parametrize(
+    ("name", "top"),
+    [("reptile", None), ("tinymetafed", None), ("tinymetafed", 0.999), ("fomaml", None), ("fedprox", None)],
+)
+def test_bytes_are_those_that_real_devices_and_a_broker_carry(
+    name: str, top: float | None, broker: tuple[str, int], devices: Start, digits: Any, exact: Any
+) -> None:
+    """Two rounds of the strategy that `tinyfleet run` has for it; what is learned is the same, too."""
+    devices(FLEET, task=DIGITS)
+    count, seed, number = 3, 5, itertools.count(1)
+    strategy = method(name, DIGITS, rounds=2, clients=count, seed=seed, options=Options(top=top))
+    how = meta.settings(name, DIGITS, clients=count)
+    if top is not None:
+        how = replace(how, update=replace(how.update, top=top))
+    start = meta.first_parameters(DIGITS.program, how)
+    with MqttGrid(*broker, "test", DIGITS.program, repeat=60) as grid:  # a busy machine is not asked twice
+        nodes = sorted(grid.wait_for_nodes(FLEET, 20))
+        limit_clients(strategy.strategy, count, FLEET)
+        carried: list[tuple[int, int]] = []
+
+        def ended(server_round: int, _: ArrayRecord) -> None:
+            carried.append((grid.traffic.bytes_up, grid.traffic.bytes_down))
+
+        config = ConfigRecord(dict(strategy.train_config))
+        arrays = to_record(start, DIGITS.program)
+        result = strategy.strategy.start(grid, arrays, 2, 60, train_config=config, evaluate_fn=ended)  # type: ignore[arg-type]
+        fleet = [int(grid.device(node).removeprefix("test-")) for node in nodes]
+
+    def samples(chosen: Sequence[int], _: Sequence[int], steps: int) -> Any:
+        seeds = [task_seed(seed, round_, nodes[i]) for i in chosen] if (round_ := next(number)) else []
+        return meta.fleet_of(DIGITS, FLEET).samples([fleet[i] for i in chosen], seeds, steps)
+
+    backend = digits if name in ("fedprox", "fomaml") else exact
+    source = meta.Source(FLEET, samples, keeps=False)
+    outcome = meta.simulate(backend, source, how, start, rounds=2, seed=seed)
+    up, down = (
+        list(itertools.accumulate(getattr(r, f"bytes_{way}") for r in outcome.rounds)) for way in ("up", "down")
+    )
+    assert carried[0] == (0, 0) and carried[1:] == list(zip(up, down, strict=True))
+    if name in ("reptile", "tinymetafed"):
+        np.testing.assert_array_equal(to_vector(result.arrays, DIGITS.program), outcome.parameters)
 
 
 def test_the_few_shot_score_is_that_of_the_devices(digits: Any, exact: Any) -> None:
@@ -438,6 +488,14 @@ def test_the_command_line(tmp_path: Path) -> None:
     with np.load(start) as arrays:
         assert DIGITS.program.join(arrays).shape == (DIGITS.program.n_params,)
     assert curve.read_bytes().startswith(b"\x89PNG")
+    done = CliRunner().invoke(tinyfleet.cli, ["meta-train", *words])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"Accuracy on 20\s+held-out tasks", done.output), done.output
+    rows = re.findall(r"(learned|random) .* (\d+\.\d)% ± \d+\.\d% ", done.output)
+    by_shots = last["held-out-by-shots"]
+    assert [(name, float(percent)) for name, percent in rows] == [
+        (name, round(100 * by_shots[name]["10"], 1)) for name in ("learned", "random")
+    ]
 
 
 def test_a_task_with_too_few_samples_is_told_before_anything_is_learned(tmp_path: Path) -> None:

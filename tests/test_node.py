@@ -302,6 +302,16 @@ def test_an_update_is_clipped_on_the_device(make: Make) -> None:
 
 
 @both
+def test_an_update_whose_norm_is_no_number_has_diverged(make: Make) -> None:
+    """Each of its values is one, so that without a norm to be clipped to it can be sent."""
+    node, far = make(), work(phases=(Phase(ALL_LAYERS, 1, 1e25),), query=0, update=UpdateFormat(clip=1.0))
+    assert Subscribe(TOPICS.weights(far.run, far.round)) in do(node, far)
+    assert replies(deliver(node, broadcast(far))) == [Failed(7, ErrorCode.DIVERGED)]
+    assert np.isfinite(dense(serve(node, replace(far, id=8, update=UpdateFormat())))).all()
+    assert np.isfinite(dense(serve(node, work(9, update=UpdateFormat(clip=1.0))))).all()
+
+
+@both
 @pytest.mark.parametrize(
     "fields",
     [
@@ -805,6 +815,7 @@ ORDERS: list[Do] = [
     work(12, 5, phases=(Phase(3, 5, 0.1), Phase(3, 0, 0.1), Phase(3, 2, 0.1)), update=UpdateFormat(since=2, clip=0.01)),
     work(13, 6, phases=(Phase(3, 5, 0.1), Phase(1, 2, 0.1)), update=UpdateFormat(top=0.2, since=1, half=True)),
     work(14, 6, update=UpdateFormat(shared=1, clip=0.05, half=True)),
+    work(17, 6, phases=(Phase(3, 1, 1e25),), query=0, update=UpdateFormat(clip=1.0)),
     work(15, 7, phases=(Phase(3, 5, 0.5, 2.0),)),
     work(16, 7, update=UpdateFormat(since=1)),
     Adopt(7, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data)),

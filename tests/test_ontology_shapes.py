@@ -73,7 +73,7 @@ GOOD: dict[Iri, dict[Iri, Any]] = {
     **part_facts("hts221", ["temperature"]),
     UPDATE: {
         RDF.type: TF.Update, PROV.wasGeneratedBy: ROUND, PROV.wasAttributedTo: DEVICE, TF.bytesUp: 9,
-        TF.encoding: "sparse f16",
+        TF.encoding: "sparse f16", TF.staleness: 0,
     },
     DEPLOYMENT: {
         RDF.type: TF.Deployment, TF.fleet: "home", TF.ofModel: M, TF.target: [DEVICE, device_iri("home", "e")],
@@ -169,6 +169,7 @@ RULES: list[tuple[Iri, Iri, list[Any]]] = [
     (UPDATE, PROV.wasAttributedTo, [None, "text", [DEVICE, M]]),
     (UPDATE, TF.bytesUp, [-1, 0.5]),
     (UPDATE, TF.encoding, ["", 5]),
+    (UPDATE, TF.staleness, [-1, 0.5, [1, 2]]),
     (DEPLOYMENT, TF.fleet, [None, 5]),
     (DEPLOYMENT, TF.ofModel, [None, "text", [M, VERSION]]),
     (DEPLOYMENT, TF.target, [None, "d"]),

@@ -112,10 +112,10 @@ def fill(store: Store) -> None:
     lineage.round(6, 1, [Part("away", 2.0, None, 8, 900)], asked=1, started=at(-23), ended=at(-22), sha256="a" * 64)
     lineage.begin(7, MODEL, "TinyMetaFed", "a" * 64, derived_from=version_iri("home", 6, 1), at=NOW)
     for number, hash_, lost, parts in (
-        (1, "1" * 64, ["small"], [Part("fit", 0.75, 0.5, 32, 400, "sparse f16"),
+        (1, "1" * 64, ["small"], [Part("fit", 0.75, 0.5, 32, 400, "sparse f16", 0),
                                   Part("tight", 0.25, 0.75, 32, 410, "dense f32")]),
         (2, None, ["small", "tight"], []),
-        (3, "3" * 64, ["gone"], [Part("fit", 0.25, None, 16, 200, "sparse f16")]),
+        (3, "3" * 64, ["gone"], [Part("fit", 0.25, None, 16, 200, "sparse f16", 3)]),
     ):  # fmt: skip
         lineage.round(
             7, number, parts, asked=len(parts) + len(lost), started=at(number), ended=at(number + 0.5), sha256=hash_,
@@ -419,8 +419,8 @@ CASES: Mapping[str, Sequence[Case]] = {
     "updates": [
         (
             {"run": 7, "fleet": "home"},
-            ("encoding", "updates", "devices", "total", "mean", "most"),
-            [("dense f32", 1, 1, 410, 410, 410), ("sparse f16", 2, 1, 600, 300, 400)],
+            ("encoding", "updates", "devices", "total", "mean", "most", "stalest"),
+            [("dense f32", 1, 1, 410, 410, 410, None), ("sparse f16", 2, 1, 600, 300, 400, 3)],
         ),
         ({"run": 6}, ("encoding", "total"), [(None, 900)]),
     ],

@@ -31,6 +31,7 @@ from edge.protocol import Dense, Done, decode_did, encode
 from edge.streams import DatasetStream
 from edge.tasks import ClientData
 from edge.thing import VIRTUAL, thing_description
+from ontology import library
 from server.grid import MqttGrid
 from server.run import Method, Options, Round, method
 from server.serve import FleetServer
@@ -214,6 +215,42 @@ def test_a_share_of_nothing_is_refused() -> None:
         method("fedavg", TASK, rounds=1, clients=3, options=Options(top=0.0))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        (
+            "reptile",
+            {"local": False},
+            "reptile has no use for --local/--no-local: .* choose --strategy tinymetafed$",
+        ),
+        ("fedavg", {"anneal": True}, "fedavg has no use for --anneal/--no-anneal"),
+        ("TinyReptile", {"top": 0.5}, "tinyreptile has no use for --top: .* tinymetafed or one of Flower's$"),
+        ("fedavg", {"top": 0.5, "asynchronous": True}, "asynchronous fedavg has no use for --top"),
+        ("fedavg", {"mu": 0.1}, "fedavg has no use for --mu: .* choose --strategy fedprox$"),
+        ("fedavg", {"dp_noise": 1.0}, "fedavg has no use for --dp-noise: .* choose --dp-clip above 0$"),
+        ("fedprox", {"dp_on_device": True}, "no use for --dp-on-device"),
+    ],
+)
+def test_an_option_that_the_strategy_has_no_use_for_is_refused(name: str, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        method(name, TASK, rounds=1, clients=3, options=Options(**options))
+
+
+def test_options_reach_the_strategy_that_has_a_use_for_them() -> None:
+    def ours(**options: Any) -> Any:
+        return method("tinymetafed", TASK, rounds=1, clients=3, options=Options(**options)).strategy
+
+    assert (ours().local, ours(local=True).local, ours(local=False).local) == (TASK.program.head, TASK.program.head, 0)
+    assert (ours().alpha_end, ours(anneal=True).alpha_end, ours(anneal=False).alpha_end) == (0, 0, TASK.meta.alpha)
+    assert ours(top=0.5, asynchronous=True).strategy.update.top == 0.5
+    for options, mu in (({}, 0.1), ({"mu": 0.0}, 0.0)):
+        fedprox: Any = method("fedprox", TASK, rounds=1, clients=3, options=Options(**options)).strategy
+        assert fedprox.proximal_mu == mu
+    for options, noise in (({}, 1.0), ({"dp_noise": 0.0}, 0.0)):
+        private: Any = method("fedavg", TASK, rounds=1, clients=3, options=Options(dp_clip=1, **options)).strategy
+        assert private.noise_multiplier == noise
+
+
 # First-order MAML
 
 
@@ -249,7 +286,7 @@ def test_a_straggler_that_never_answers_holds_nothing_up(server: FleetServer, de
     how = method("reptile", TASK, rounds=12, clients=3, options=Options(asynchronous=True))
     outcome = learn(server, how, 12, clients=3, timeout=600.0)
     assert [this.number for this in outcome.rounds] == list(range(1, 13))
-    assert all(len(this.parts) == len(this.staleness) == 1 for this in outcome.rounds)
+    assert all(len(this.parts) == 1 for this in outcome.rounds)
     assert {part.device for this in outcome.rounds for part in this.parts} == {"test-0", "test-1"}
     assert sum(this.asked for this in outcome.rounds) == 3 + 11, "a place is filled again as soon as it is free"
     assert not np.array_equal(outcome.parameters, outcome.start)
@@ -270,18 +307,15 @@ def test_a_late_update_is_used_with_its_staleness_unless_it_is_too_old(
 
     strategy = Asynchronous(Reptile(clients=3, beta=0.1), max_staleness=most)
     outcome = learn(server, Method("late", strategy), 40, clients=3, timeout=600.0, on_round=watch)
-    ages = [
-        age
-        for this in outcome.rounds
-        for part, age in zip(this.parts, this.staleness, strict=True)
-        if part.device == "odd-9"
-    ]
+    ages = [part.staleness or 0 for this in outcome.rounds for part in this.parts if part.device == "odd-9"]
     reasons = [this.lost["odd-9"] for this in outcome.rounds if "odd-9" in this.lost]
     if most == 100:
         assert ages[0] >= 6 and not reasons
     else:
         assert len(reasons) == 1 and "too old" in reasons[0]
         assert all(age <= 4 for age in ages), "what it learns next is used again"
+    stalest = max(part.staleness or 0 for this in outcome.rounds for part in this.parts)
+    assert server.store.query(library.text("updates"), run=outcome.run).column("stalest") == [stalest]
 
 
 @pytest.mark.parametrize("name", ["tinymetafed", "fomaml", "fedavg"])
@@ -290,7 +324,7 @@ def test_asynchronous_rounds_learn(server: FleetServer, devices: Start, name: st
     how = method(name, TASK, rounds=20, clients=3, options=Options(asynchronous=True))
     outcome = learn(server, how, 20, clients=4)
     assert len(outcome.rounds) == 20 and not any(this.lost for this in outcome.rounds)
-    assert max(age for this in outcome.rounds for age in this.staleness) >= 1
+    assert max(part.staleness or 0 for this in outcome.rounds for part in this.parts) >= 1
     sent = sum(part.bytes_up or 0 for this in outcome.rounds for part in this.parts)
     assert sum(this.bytes_up for this in outcome.rounds) >= sent, "what comes while a round is written down counts, too"
     assert not np.array_equal(outcome.parameters, outcome.start)

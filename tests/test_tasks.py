@@ -201,10 +201,23 @@ def test_a_regression_and_a_model_that_do_not_fit() -> None:
         data.must_fit(build([Dense(2)], (1,), "mse"))
 
 
-@pytest.mark.parametrize("name", ["cats", "digits-x", "sine-3", "omniglot-30", "omniglot-5-14-1", "digits.cats"])
+@pytest.mark.parametrize("name", ["cats", "digits-x", "sine-3", "omniglot-5-14-1", "digits.cats"])
 def test_a_task_that_is_not_there(name: str) -> None:
     with pytest.raises(UserError, match=rf"no task named '{name}'"):
         tasks.load(name)
+
+
+@pytest.mark.parametrize(("name", "ways", "side"), [("omniglot-30", 30, 14), ("omniglot-5-15", 5, 15)])
+def test_numbers_that_a_task_does_not_have(name: str, ways: int, side: int) -> None:
+    said = f"no task of omniglot with {ways} ways and sides of {side} pixels; name 2 to 20 ways, and a side of 14 or 28"
+    with pytest.raises(UserError, match=said):
+        tasks.load(name)
+
+
+def test_an_error_within_a_task_is_not_taken_for_a_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(omniglot, "_data", lambda: len(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="has no len"):
+        tasks.load("omniglot-20")
 
 
 def test_the_tasks_are_named() -> None:

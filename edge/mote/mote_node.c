@@ -766,10 +766,7 @@ int mote_node_step(mote_node_t *n)
         }
         score_one(n, x, y);
     } else if (n->state == QUERY) {
-        int diverged = n->update && !mote_update_is_finite(n);
-        if (n->update && n->clip > 0.0f && !diverged) {
-            mote_update_clip(n);
-        }
+        int diverged = n->update && !(mote_update_is_finite(n) && (n->clip <= 0.0f || mote_update_clip(n)));
         finish(n, diverged ? DIVERGED : NO_ERROR, 0);
     }
     return n->state == LEARN || n->state == QUERY;

@@ -122,7 +122,7 @@ int mote_update_is_finite(const mote_node_t *n)
     return 1;
 }
 
-void mote_update_clip(mote_node_t *n)
+int mote_update_clip(mote_node_t *n)
 {
     float *w = (float *)(void *)n->mote.arena, sum = 0.0f;
     uint32_t end = 0;
@@ -131,14 +131,18 @@ void mote_update_clip(mote_node_t *n)
         sum += by * by;
     }
     float norm = mote_sqrtf(sum);
-    if (!(norm > n->clip)) {
-        return;
+    if (!mote_finite(norm)) {
+        return 0;
+    }
+    if (norm <= n->clip) {
+        return 1;
     }
     float scale = n->clip / norm;
     end = 0;
     for (uint32_t i = next_shared(n, 0, &end); i < end; i = next_shared(n, i + 1, &end)) {
         w[i] = n->config.base[i] + scale * change(n, i);
     }
+    return 1;
 }
 
 /* The k-th largest change, by bisecting on the bits: those of positive floats are ordered as the floats are. Changes

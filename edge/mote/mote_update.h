@@ -37,8 +37,9 @@ static inline int mote_sends_changes(const mote_node_t *n)
 /* 1 unless a value to be sent is not finite as it would travel. */
 int mote_update_is_finite(const mote_node_t *n);
 
-/* Scales the changes of the shared layers down to a norm of at most n->clip. To be called once, when they are finite. */
-void mote_update_clip(mote_node_t *n);
+/* Scales the changes of the shared layers down to a norm of at most n->clip. To be called once. 0, and nothing is
+ * scaled, if the norm is beyond the range of floats. */
+int mote_update_clip(mote_node_t *n);
 
 /* Chooses the changes of a sparse update (n->threshold, n->ties), and returns in how many parts the update goes. */
 uint32_t mote_update_choose(mote_node_t *n);

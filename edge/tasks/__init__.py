@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
@@ -180,12 +181,12 @@ def load(name: str) -> Task:
         raise UserError(
             f"there is no task named '{name}'; known tasks: {', '.join(NAMES)}, or the path of a file that has one"
         )
-    load_it = importlib.import_module(f"edge.tasks.{module}").load
+    load_it: Callable[..., Task] = importlib.import_module(f"edge.tasks.{module}").load
     try:
-        task: Task = load_it(*map(int, numbers))
+        given = inspect.signature(load_it).bind(*map(int, numbers))
     except TypeError as error:
         raise UserError(f"there is no task named '{name}': '{module}' takes no such numbers") from error
-    return task
+    return load_it(*given.args)
 
 
 def _load_file(path: Path) -> Task:

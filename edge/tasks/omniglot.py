@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from edge import datasets
 from edge import program as p
+from edge.errors import UserError
 from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, draw_classes
 
 CHARACTERS = 40  # of one device, at most
@@ -65,7 +66,10 @@ def large(ways: int, side: int) -> p.Program:
 
 def load(ways: int = 5, side: int = 14) -> Task:
     if not 2 <= ways <= 20 or side not in (14, 28):
-        raise TypeError("omniglot has 2 to 20 ways, and sides of 14 and 28 pixels")
+        raise UserError(
+            f"there is no task of omniglot with {ways} ways and sides of {side} pixels; name 2 to 20 ways, and a side "
+            "of 14 or 28, as in omniglot-20-28"
+        )
     whole = characters()
     scale = 1 / 15 if side == 28 else 1 / 60
     images = {split: drawn if side == 28 else shrink(drawn) for split, (drawn, _) in whole.items()}
