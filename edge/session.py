@@ -8,8 +8,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 import paho.mqtt.client as mqtt
@@ -100,10 +100,27 @@ class _Client(mqtt.Client):
         self.wire = _Wire(sock)
         return self.wire
 
-    def acknowledge(self, numbers: Sequence[int]) -> None:
-        """Says of messages of QoS 1 that they have been received: one packet as far as paho is concerned."""
-        packet = b"".join(struct.pack("!BBH", mqtt.PUBACK, 2, number) for number in numbers)
-        self._packet_queue(mqtt.PUBACK, packet, 0, 1)
+    def acknowledge(self, numbers: Iterable[int]) -> None:
+        """Says of messages of QoS 1 that they have been received."""
+        self._enqueue(struct.pack("!BBH", mqtt.PUBACK, 2, number) for number in numbers)
+
+    def publish_all(self, messages: Iterable[tuple[str, bytes]], retain: bool) -> None:
+        """Publishes at QoS 0."""
+        self._enqueue(_publish_packet(topic.encode(), payload, retain) for topic, payload in messages)
+
+    def _enqueue(self, packets: Iterable[bytes]) -> None:
+        """One packet as far as paho is concerned, and none that it waits for an answer to, or tells anyone of."""
+        self._packet_queue(mqtt.PUBACK, b"".join(packets), 0, 1)
+
+
+def _publish_packet(topic: bytes, payload: bytes, retain: bool) -> bytes:
+    """MQTT 3.1.1, section 3.3, at QoS 0."""
+    left, length = 2 + len(topic) + len(payload), bytearray()
+    while left > 0x7F:
+        length.append(left & 0x7F | 0x80)
+        left >>= 7
+    length.append(left)
+    return b"%c%b%b%b%b" % (mqtt.PUBLISH | retain, length, len(topic).to_bytes(2, "big"), topic, payload)
 
 
 class Session:
@@ -149,8 +166,6 @@ class Session:
         # Messages are written by whoever publishes, and read by one thread, which calls back. paho's own thread would
         # do both, and every publish would wake it. The lock is for writing alone: a callback may wait for a publisher.
         self._lock = threading.Lock()
-        self._gathering = 0
-        self._counting = threading.Lock()  # of those who gather: while one writes, a callback may begin to
         self._pipe = socket.socketpair() if background else None  # one end wakes who waits at the other
         for end in self._pipe or ():
             end.setblocking(False)
@@ -193,10 +208,12 @@ class Session:
         self._last = self._client.publish(topic, payload, qos=1, retain=retain)
         self._leave()
 
-    def clear(self, topic: str) -> None:
-        """Takes a retained message back, at QoS 0: if the connection breaks now, it may stay."""
-        self._client.publish(topic, b"", qos=0, retain=True)
-        self._leave()
+    def send(self, messages: Iterable[tuple[str, bytes]], retain: bool = False) -> None:
+        """Publishes all of these (topic, payload) at QoS 0, which leave at once: many messages at the cost of one. What
+        a connection takes with it when it breaks, or what finds none, is lost: `on_connect` may say it again."""
+        if self._connected.is_set():
+            self._client.publish_all(messages, retain)
+            self._leave()
 
     def subscribe(self, filter: str) -> None:
         """Subscribes at QoS 1. Doing so again brings the retained messages again."""
@@ -232,18 +249,6 @@ class Session:
                 return
         self._loop(timeout)
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """What is published in this block leaves at its end, at once: many messages at the cost of one."""
-        with self._counting:
-            self._gathering += 1
-        try:
-            yield
-        finally:
-            with self._counting:
-                self._gathering -= 1
-            self._leave()
-
     def _loop(self, timeout: float) -> None:
         """Waits until there is something to read, or room to write what is left, and does so."""
         self._write()
@@ -277,12 +282,7 @@ class Session:
     def _leave(self) -> None:
         """Sends what is queued, in the background: without, `pump` does, and while the listening thread calls back, or
         there is no connection, that thread will."""
-        if (
-            self._pipe is None
-            or self._gathering
-            or threading.current_thread() is self._thread
-            or not self._connected.is_set()
-        ):
+        if self._pipe is None or threading.current_thread() is self._thread or not self._connected.is_set():
             return
         self._write()
         if self._client.wire.unsent:  # the socket is full: whoever reads it writes the rest
@@ -294,21 +294,23 @@ class Session:
                 self._pipe[1].send(b"!")
 
     def flush(self, timeout: float) -> bool:
-        """Waits until the broker has what was published last. False if it has not in so many seconds."""
+        """Waits until all that was sent has left, and the broker has what was published last. False if that is not so
+        in so many seconds."""
         end = time.monotonic() + timeout
-        while self._last is not None:
-            try:
-                if self._last.is_published():
-                    return True
+        self._write()
+        try:
+            while self._client.wire.unsent or not (self._last is None or self._last.is_published()):
                 left = end - time.monotonic()
                 if left <= 0:
                     return False
-                if self._background:
-                    self._last.wait_for_publish(left)
-                else:
+                if not self._background:
                     self.pump(min(left, 0.1))
-            except (RuntimeError, ValueError):  # it was published while there was no connection
-                return False
+                elif self._client.wire.unsent or self._last is None:  # the listening thread writes it
+                    self._closing.wait(min(left, 0.01))
+                else:
+                    self._last.wait_for_publish(left)
+        except (RuntimeError, ValueError):  # it was published while there was no connection
+            return False
         return True
 
     def close(self) -> None:

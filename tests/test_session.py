@@ -11,16 +11,14 @@ from edge.session import Receipt, Session
 Broker = tuple[str, int]
 
 
-def test_what_is_published_together_arrives_in_order_and_all_of_it(broker: Broker) -> None:
+def test_what_is_sent_together_arrives_in_order_and_all_of_it(broker: Broker) -> None:
     """More than a socket takes at once, so that the listening thread must write the rest."""
     arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
     listener = Session(*broker, "listener", on_message=lambda *message: arrived.put(message))
     listener.subscribe("t/+")
     sender = Session(*broker, "sender")
     payloads = [n.to_bytes(2, "big") * 512 for n in range(8000)]  # 8 MB
-    with sender.together():
-        for payload in payloads:
-            sender.publish("t/1", payload)
+    sender.send(("t/1", payload) for payload in payloads)
     assert sender.flush(60)
     assert [arrived.get(timeout=30)[1] for _ in payloads] == payloads
     sender.close()
@@ -112,14 +110,13 @@ def test_a_session_can_be_closed_in_a_callback_and_used_no_more(broker: Broker) 
     assert not sender.connected
 
 
-def test_it_is_closed_while_a_callback_publishes_many_messages_together(broker: Broker) -> None:
+def test_it_is_closed_while_a_callback_sends(broker: Broker) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def hear(_topic: str, _payload: bytes) -> None:
         begun.set()
         assert go_on.wait(30)
-        with listener.together():
-            listener.publish("u", b"an answer")
+        listener.send([("u", b"an answer")])
 
     listener, sender = Session(*broker, "listener", on_message=hear), Session(*broker, "sender")
     listener.subscribe("t")
