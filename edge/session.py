@@ -120,7 +120,7 @@ def _publish_packet(topic: bytes, payload: bytes, retain: bool) -> bytes:
         length.append(left & 0x7F | 0x80)
         left >>= 7
     length.append(left)
-    return b"%c%b%b%b%b" % (mqtt.PUBLISH | retain, length, len(topic).to_bytes(2, "big"), topic, payload)
+    return b"".join((bytes([mqtt.PUBLISH | retain]), length, len(topic).to_bytes(2, "big"), topic, payload))
 
 
 class Session:
@@ -271,9 +271,10 @@ class Session:
         self._write()
 
     def _write(self) -> None:
-        with self._lock:
-            self._client.loop_write()
-            self._client.wire.flush()
+        if self._client.want_write() or self._client.wire.unsent:
+            with self._lock:
+                self._client.loop_write()
+                self._client.wire.flush()
 
     def _run(self) -> None:
         while not self._closing.is_set():

@@ -9,6 +9,7 @@ reply and no other.
 
 import hashlib
 import itertools
+import math
 import secrets
 import threading
 import time
@@ -552,15 +553,15 @@ class MqttGrid(RunGrid):
         if job.work.update is not None and all(part.update is None for part in parts):
             return self._fail(job, NODE_FAILED, "replied without an update")
         vector = patched(job.broadcast.weights.vector, parts)
-        numbers = [metrics.loss, metrics.query_loss]
-        if not (np.isfinite(vector).all() and np.isfinite(numbers).all()):
+        if not (np.isfinite(vector).all() and math.isfinite(metrics.loss) and math.isfinite(metrics.query_loss)):
             return self._fail(job, NODE_FAILED, "replied with numbers that are not finite")
         size = sum(len(payload) for _, payload in job.parts.values())
-        content = RecordDict({"metrics": to_metrics(metrics, job.work.kind, size, self.program)})
+        said = to_metrics(metrics, job.work.kind, size, self.program)
+        content = RecordDict({"metrics": said})
         if job.work.kind == "train":
             content["arrays"] = to_record(vector, self.program, job.broadcast.weights.record)
         job.reply = Message(content, reply_to=job.message)
-        said, form = content.metric_records["metrics"], _encoding(parts[0].update)
+        form = _encoding(parts[0].update)
         self._close_job(job, Event("replied", job.server_round, job.device, metrics=said, encoding=form))
 
     def _fail(self, job: _Job, code: int, reason: str) -> None:
