@@ -40,6 +40,14 @@ class Receipt(NamedTuple):
     number: int
 
 
+class Message(NamedTuple):
+    """What is to be published."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+
+
 class _Wire:
     """The socket that paho has. paho reads byte by byte and writes message by message, a system call each; this reads
     what is there, and gathers what is written until it is flushed."""
@@ -104,9 +112,9 @@ class _Client(mqtt.Client):
         """Says of messages of QoS 1 that they have been received."""
         self._enqueue(struct.pack("!BBH", mqtt.PUBACK, 2, number) for number in numbers)
 
-    def publish_all(self, messages: Iterable[tuple[str, bytes]], retain: bool) -> None:
+    def publish_all(self, messages: Iterable[Message]) -> None:
         """Publishes at QoS 0."""
-        self._enqueue(_publish_packet(topic.encode(), payload, retain) for topic, payload in messages)
+        self._enqueue(_publish_packet(topic.encode(), payload, retain) for topic, payload, retain in messages)
 
     def _enqueue(self, packets: Iterable[bytes]) -> None:
         """One packet as far as paho is concerned, and none that it waits for an answer to, or tells anyone of."""
@@ -208,11 +216,11 @@ class Session:
         self._last = self._client.publish(topic, payload, qos=1, retain=retain)
         self._leave()
 
-    def send(self, messages: Iterable[tuple[str, bytes]], retain: bool = False) -> None:
-        """Publishes all of these (topic, payload) at QoS 0, which leave at once: many messages at the cost of one. What
-        a connection takes with it when it breaks, or what finds none, is lost: `on_connect` may say it again."""
+    def send(self, messages: Iterable[Message]) -> None:
+        """Publishes all of these at QoS 0, in their order and at once: many messages at the cost of one. What finds no
+        connection, or is lost with one, stays lost: `on_connect` may send it again."""
         if self._connected.is_set():
-            self._client.publish_all(messages, retain)
+            self._client.publish_all(messages)
             self._leave()
 
     def subscribe(self, filter: str) -> None:

@@ -45,6 +45,7 @@ from edge.protocol import (
     explain,
     plan_from_config,
 )
+from edge.session import Message as Out
 from edge.session import Session
 from server.flower import NO_REPLY, NODE_FAILED, NODE_UNAVAILABLE, Run, new_run, stamp
 
@@ -103,7 +104,7 @@ class _Broadcast:
 
     weights: _Weights
     number: int  # of the round on the wire
-    chunks: list[tuple[str, bytes]]  # topic, payload
+    chunks: list[Out]
     open_jobs: int = 0
 
 
@@ -275,7 +276,7 @@ class MqttGrid(RunGrid):
             if same not in broadcasts:
                 broadcasts[same] = self._broadcast(weights, work.server_round)
             message_ids.append(self._start(message, work, broadcasts[same]))
-        self._ask()
+        self._ask([chunk for broadcast in broadcasts.values() for chunk in broadcast.chunks])
         self._tell()
         return message_ids
 
@@ -348,15 +349,16 @@ class MqttGrid(RunGrid):
     # Down
 
     def _broadcast(self, weights: _Weights, server_round: int) -> _Broadcast:
-        """Publishes the weights under a round number of the wire's own, which only ever rises: a Flower round may send
-        two sets of weights, one to train and one to evaluate."""
+        """The weights under a round number of the wire's own, which only ever rises: a Flower round may send two sets
+        of weights, one to train and one to evaluate."""
         number, run = next(self._rounds), self._run.run_id & 0xFFFFFFFF
         payloads = enumerate(chunks(weights.data))
-        broadcast = _Broadcast(weights, number, [(self._topics.weights(run, number, n), data) for n, data in payloads])
+        broadcast = _Broadcast(
+            weights, number, [Out(self._topics.weights(run, number, n), data, True) for n, data in payloads]
+        )
         with self._changed:
             self._broadcasts.append(broadcast)
             self._events.append(Event("broadcast", server_round))
-        self._send(broadcast.chunks, retain=True)
         return broadcast
 
     def _clear(self, broadcast: _Broadcast) -> None:
@@ -367,7 +369,7 @@ class MqttGrid(RunGrid):
 
     def _clear_topics(self, broadcast: _Broadcast) -> None:
         """If the connection breaks now, they may stay: see `_connected`."""
-        self._send([(topic, b"") for topic, _ in broadcast.chunks], retain=True)
+        self._send([chunk._replace(payload=b"") for chunk in broadcast.chunks])
 
     def _connected(self) -> None:
         """A new connection has no subscriptions, and if the broker is new too, it has no weights either. What was sent
@@ -381,7 +383,7 @@ class MqttGrid(RunGrid):
         for broadcast in cleared:
             self._clear_topics(broadcast)
         for broadcast in broadcasts:
-            self._send(broadcast.chunks, retain=True)
+            self._send(broadcast.chunks)
             with self._changed:
                 over = not any(broadcast is other for other in self._broadcasts)
             if over:  # it ended meanwhile
@@ -391,10 +393,10 @@ class MqttGrid(RunGrid):
                 job.ask_at = 0.0
             self._changed.notify_all()
 
-    def _send(self, messages: Sequence[tuple[str, bytes]], retain: bool = False) -> None:
+    def _send(self, messages: Sequence[Out]) -> None:
         assert self._session is not None
-        self._session.send(messages, retain)
-        self.traffic.bytes_down += sum(len(payload) for _, payload in messages)
+        self._session.send(messages)
+        self.traffic.bytes_down += sum(len(message.payload) for message in messages)
 
     def _plan(self, message: Message, config: ConfigRecord) -> _Plan:
         """What a message asks for. Raises ValueError if it is not something that a device can be asked."""
@@ -438,10 +440,10 @@ class MqttGrid(RunGrid):
             broadcast.open_jobs += 1
         return message_id
 
-    def _ask(self) -> None:
-        """Gives up on devices that are gone or late, and asks the others whose turn it is."""
+    def _ask(self, before: Sequence[Out] = ()) -> None:
+        """Gives up on devices that are gone or late, and asks the others whose turn it is; this is sent before."""
         now = time.monotonic()
-        asked = []
+        out = list(before)
         with self._changed:
             for job in list(self._by_work.values()):
                 if job.gone_at is not None and now >= job.gone_at + self._grace:
@@ -454,9 +456,9 @@ class MqttGrid(RunGrid):
                     job.asked += 1
                     job.ask_at = now + job.patience
                     job.patience = min(2 * job.patience, 16 * self._repeat)
-                    asked.append((self._topics.do(job.device), job.request))
-        if asked:  # not under the lock: the session's thread may wait for it
-            self._send(asked)
+                    out.append(Out(self._topics.do(job.device), job.request))
+        if out:  # not under the lock: the session's thread may wait for it
+            self._send(out)
 
     def _next(self, job: _Job) -> float:
         """When something is due for this job, if nothing arrives."""

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from edge.session import Receipt, Session
+from edge.session import Message, Receipt, Session
 
 Broker = tuple[str, int]
 
@@ -18,7 +18,7 @@ def test_what_is_sent_together_arrives_in_order_and_all_of_it(broker: Broker) ->
     listener.subscribe("t/+")
     sender = Session(*broker, "sender")
     payloads = [n.to_bytes(2, "big") * 512 for n in range(8000)]  # 8 MB
-    sender.send(("t/1", payload) for payload in payloads)
+    sender.send(Message("t/1", payload) for payload in payloads)
     assert sender.flush(60)
     assert [arrived.get(timeout=30)[1] for _ in payloads] == payloads
     sender.close()
@@ -116,7 +116,7 @@ def test_it_is_closed_while_a_callback_sends(broker: Broker) -> None:
     def hear(_topic: str, _payload: bytes) -> None:
         begun.set()
         assert go_on.wait(30)
-        listener.send([("u", b"an answer")])
+        listener.send([Message("u", b"an answer")])
 
     listener, sender = Session(*broker, "listener", on_message=hear), Session(*broker, "sender")
     listener.subscribe("t")

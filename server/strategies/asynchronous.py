@@ -92,7 +92,8 @@ class Asynchronous(Strategy):
                 else:
                     version += 1
                     failed.clear()
-                    arrays = self.strategy.moved(arrays, self.weight(version, staleness) * (learned - flat(base, base)))
+                    moved = flat(arrays, base) + self.weight(version, staleness) * (learned - flat(base, base))
+                    arrays = self.strategy.updated(arrays, moved)
                     metrics = of_kind(reply.content, MetricRecord)[0].copy()
                     metrics["staleness"] = staleness
                     result.arrays, result.train_metrics_clientapp[version] = arrays, metrics

@@ -20,7 +20,7 @@ from edge.errors import UserError
 from edge.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
 from server.flower import log
 
-Change = NDArray[np.float64]
+Numbers = NDArray[np.float64]
 
 
 class Reptile(Strategy):
@@ -105,17 +105,16 @@ class Reptile(Strategy):
             pull += learned - sent
         metrics = mean_metrics([of_kind(reply.content, MetricRecord)[0] for reply, _ in good])
         metrics["alpha"] = alpha
-        return self.moved(self._sent, alpha * (pull / len(good))), metrics
+        return self.updated(self._sent, sent + alpha * (pull / len(good))), metrics
 
-    def moved(self, arrays: ArrayRecord, change: Change) -> ArrayRecord:
-        """The arrays with this added to those that are shared, as float32; the others as they are."""
-        moved, first = ArrayRecord(), 0
+    def updated(self, arrays: ArrayRecord, numbers: Numbers) -> ArrayRecord:
+        """The arrays, but those that are shared with these numbers (see `flat`), as float32."""
+        updated, first, values = ArrayRecord(), 0, numbers.astype(np.float32)
         for key, array in arrays.items():
             end = first + math.prod(array.shape)
-            if self.is_shared(key):
-                array = from_numpy((to_numpy(array) + change[first:end].reshape(array.shape)).astype(np.float32))
-            moved[key], first = array, end
-        return moved
+            updated[key] = from_numpy(values[first:end].reshape(array.shape)) if self.is_shared(key) else array
+            first = end
+        return updated
 
     def is_shared(self, key: str) -> bool:
         """Whether this array belongs to the fleet; the others keep their initial values here. Arrays are named as in a
@@ -124,7 +123,7 @@ class Reptile(Strategy):
             return True
         return bool(self.update.shared >> int(key.partition("/")[0].rpartition("_")[2]) & 1)
 
-    def usable(self, reply: Message, sent: ArrayRecord) -> Change | None:
+    def usable(self, reply: Message, sent: ArrayRecord) -> Numbers | None:
         """What a client has learned, all of its arrays one after the other in the order of those that were sent; None
         if the reply is an error, or if its arrays differ from those in name or shape or are not finite."""
         node = reply.metadata.src_node_id
@@ -135,7 +134,7 @@ class Reptile(Strategy):
             log(WARNING, "node %d: a reply has one ArrayRecord and one MetricRecord; left out", node)
             return None
         arrays = of_kind(reply.content, ArrayRecord)[0]
-        if {key: tuple(a.shape) for key, a in arrays.items()} != {key: tuple(a.shape) for key, a in sent.items()}:
+        if {key: a.shape for key, a in arrays.items()} != {key: a.shape for key, a in sent.items()}:
             log(WARNING, "node %d: its arrays are not those it was sent; left out", node)
             return None
         learned = flat(arrays, sent)
@@ -173,7 +172,7 @@ def task_seed(seed: int, number: int, node: int) -> int:
     return int(np.random.SeedSequence([seed, number, node]).generate_state(1)[0])
 
 
-def flat(arrays: ArrayRecord, order: Iterable[str]) -> Change:
+def flat(arrays: ArrayRecord, order: Iterable[str]) -> Numbers:
     """The numbers of the arrays one after the other, in the order of these names."""
     return np.concatenate([to_numpy(arrays[key]).ravel() for key in order], dtype=np.float64)
 
