@@ -123,11 +123,12 @@ def of_kind(content: RecordDict, kind: type[Record]) -> list[Record]:
 def to_vector(record: ArrayRecord, program: Program) -> Vector:
     """The parameters as one vector; arrays that do not have the program's names are taken in their order. ValueError
     if their shapes are not the program's."""
-    keys = _keys(record, program)
-    shapes, expected = [tuple(record[key].shape) for key in keys], [shape for _, shape in program.parameters]
+    by_key = dict(record.items())  # a record checks, and casts, each time that it is asked for a key
+    arrays = [by_key[key] for key in _keys(record, program)]
+    shapes, expected = [tuple(array.shape) for array in arrays], [shape for _, shape in program.parameters]
     if shapes != expected:
         raise ValueError(f"the arrays' shapes {shapes} are not the program's {expected}")
-    return np.concatenate([to_numpy(record[key]).astype(np.float32, copy=False).ravel() for key in keys])
+    return np.concatenate([to_numpy(array).astype(np.float32, copy=False).ravel() for array in arrays])
 
 
 def to_record(vector: Vector, program: Program, like: ArrayRecord | None = None) -> ArrayRecord:

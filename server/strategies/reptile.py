@@ -174,7 +174,8 @@ def task_seed(seed: int, number: int, node: int) -> int:
 
 def flat(arrays: ArrayRecord, order: Iterable[str]) -> Numbers:
     """The numbers of the arrays one after the other, in the order of these names."""
-    return np.concatenate([to_numpy(arrays[key]).ravel() for key in order], dtype=np.float64)
+    by_key = dict(arrays.items())
+    return np.concatenate([to_numpy(by_key[key]).ravel() for key in order], dtype=np.float64)
 
 
 def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:
@@ -183,10 +184,11 @@ def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:
     clients: how many. num-examples, bytes-up and bytes-dense: summed. arena-bytes: the largest. Every other number that
     all clients report: the mean, weighted by num-examples.
     """
-    weights = np.array([record["num-examples"] for record in records], dtype=np.float64)
+    rows = [dict(record.items()) for record in records]
+    weights = np.array([row["num-examples"] for row in rows], dtype=np.float64)
     result = MetricRecord({"clients": len(records)})
-    for key in records[0]:
-        values = [value for record in records if isinstance(value := record.get(key), (int, float))]
+    for key in rows[0]:
+        values = [value for row in rows if isinstance(value := row.get(key), (int, float))]
         if len(values) < len(records):
             continue
         if key in ("num-examples", "bytes-up", "bytes-dense"):
