@@ -25,6 +25,20 @@ def test_what_is_sent_together_arrives_in_order_and_all_of_it(broker: Broker) ->
     listener.close()
 
 
+def test_a_message_of_any_size_is_sent_as_it_is(broker: Broker) -> None:
+    arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
+    listener = Session(*broker, "listener", on_message=lambda *message: arrived.put(message))
+    listener.subscribe("sizes/+")
+    sender = Session(*broker, "sender")
+    sizes = [0, 1, *range(116, 122), *range(16371, 16377), 1 << 21]  # around those whose length takes a byte more
+    sender.send([Message("sizes/á", bytes([size % 251]) * size) for size in sizes])
+    sender.publish("sizes/end", b"the end")
+    got = [arrived.get(timeout=30) for _ in range(len(sizes) + 1)]
+    assert got == [*(("sizes/á", bytes([size % 251]) * size) for size in sizes), ("sizes/end", b"the end")]
+    sender.close()
+    listener.close()
+
+
 def test_threads_publish_at_once_and_nothing_is_torn(broker: Broker) -> None:
     arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
     listener = Session(*broker, "listener", on_message=lambda *message: arrived.put(message))
