@@ -8,7 +8,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -55,7 +55,9 @@ class _Wire:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._lock = threading.Lock()  # one thread may write while another, who reads, sees that it is over and closes
-        self._read = memoryview(b"")
+        self._read = b""
+        self._at, self._end = 0, 0  # what paho may take of it
+        self._over = False
         self.unsent = bytearray()
 
     def fileno(self) -> int:
@@ -64,14 +66,35 @@ class _Wire:
     def setblocking(self, flag: bool) -> None:
         self._sock.setblocking(flag)
 
-    @property
-    def unread(self) -> bool:
-        return len(self._read) > 0
+    def packets(self) -> Iterator[tuple[int, bytes]]:
+        """Reads what is there. For each packet that is complete: the first byte of its fixed header and what follows
+        that header. Until the next one is asked for, `recv` gives the whole of it once more; after the last, the end of
+        the connection, if that is what there was to read."""
+        try:
+            data = self._sock.recv(READ)
+            self._over = not data
+        except BlockingIOError:
+            return
+        except OSError:
+            self._over = True
+        else:
+            self._read += data
+        first = 0
+        while (bounds := _packet(self._read, first)) is not None:
+            body, end = bounds
+            self._at, self._end = first, end
+            yield self._read[first], self._read[body:end]
+            first = end
+        self._read = self._read[first:]
+        self._at = self._end = 0
+        if self._over:
+            yield 0, b""
 
     def recv(self, size: int) -> bytes:
-        if not self._read:
-            self._read = memoryview(self._sock.recv(READ))
-        data, self._read = bytes(self._read[:size]), self._read[size:]
+        if self._at == self._end and not self._over:
+            raise BlockingIOError
+        data = self._read[self._at : min(self._at + size, self._end)]
+        self._at += len(data)
         return data
 
     def send(self, data: bytes) -> int:
@@ -99,8 +122,36 @@ class _Wire:
             self.unsent.clear()
 
 
+def _packet(data: bytes, first: int) -> tuple[int, int] | None:
+    """Where the content of the packet that begins here begins, and where it ends; None if it is not complete. MQTT
+    3.1.1, section 2.2; a length of more than four bytes, which paho refuses, is a packet without content."""
+    length = 0
+    for at in range(first + 1, min(first + 6, len(data))):
+        length |= (data[at] & 0x7F) << 7 * (at - first - 1)
+        if at == first + 5:
+            return at + 1, at + 1
+        if data[at] < 0x80:
+            return (at + 1, at + 1 + length) if at + 1 + length <= len(data) else None
+    return None
+
+
 class _Client(mqtt.Client):
-    """paho's client on a _Wire."""
+    """paho's client on a _Wire. Messages, which are nearly all that travels, are read and written here, as many at once
+    as there are; all else is paho's."""
+
+    deliver: Callable[[str, bytes, int | None], None]
+    """Gets each message: topic, payload, and its number if it is of QoS 1."""
+
+    def receive(self) -> None:
+        """Handles what has arrived."""
+        for head, content in self.wire.packets():
+            if self.socket() is None:  # a callback has ended it
+                return
+            message = _read_publish(head, content)
+            if message is None:
+                self.loop_read()
+            else:
+                self.deliver(*message)
 
     def _create_socket(self) -> Any:
         sock = cast(socket.socket, super()._create_socket())
@@ -119,6 +170,17 @@ class _Client(mqtt.Client):
     def _enqueue(self, packets: Iterable[bytes]) -> None:
         """One packet as far as paho is concerned, and none that it waits for an answer to, or tells anyone of."""
         self._packet_queue(mqtt.PUBACK, b"".join(packets), 0, 1)
+
+
+def _read_publish(head: int, content: bytes) -> tuple[str, bytes, int | None] | None:
+    """The topic, payload and, at QoS 1, number of a message; None if this is none, or not well formed. MQTT 3.1.1,
+    section 3.3."""
+    qos = head >> 1 & 3
+    at = 2 + int.from_bytes(content[:2], "big")
+    if head & 0xF0 != mqtt.PUBLISH or qos > 1 or at + 2 * qos > len(content):
+        return None
+    topic = content[2:at].decode(errors="replace")
+    return topic, content[at + 2 * qos :], int.from_bytes(content[at : at + 2], "big") if qos else None
 
 
 def _publish_packet(topic: bytes, payload: bytes, retain: bool) -> bytes:
@@ -178,23 +240,22 @@ class Session:
         for end in self._pipe or ():
             end.setblocking(False)
         self._thread: threading.Thread | None = None
-        self._client = _Client(
-            CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311, manual_ack=on_delivery is not None
-        )
+        self._client = _Client(CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311)
         self._client.on_socket_register_write = lambda *_: None  # so that paho only queues: `_write` writes
         self._client.on_connect = self._accepted
         self._client.on_disconnect = self._lost
-        if on_delivery is not None:
-            self._client.on_message = lambda _client, _data, message: self._call(
-                on_delivery,
-                message.topic,
-                bytes(message.payload),
-                Receipt(self._number, message.mid) if message.qos else None,
-            )
-        elif on_message is not None:
-            self._client.on_message = lambda _client, _data, message: self._call(
-                on_message, message.topic, bytes(message.payload)
-            )
+
+        def deliver(topic: str, payload: bytes, number: int | None) -> None:
+            if on_delivery is not None:
+                receipt = None if number is None else Receipt(self._number, number)
+                self._call(on_delivery, topic, payload, receipt)
+                return
+            if on_message is not None:
+                self._call(on_message, topic, payload)
+            if number is not None:
+                self._client.acknowledge([number])
+
+        self._client.deliver = deliver
         if will is not None:
             self._client.will_set(*will, qos=1, retain=True)
         try:
@@ -272,9 +333,7 @@ class Session:
         if self._pipe is not None and self._pipe[0].fileno() in ready:
             self._pipe[0].recv(4096)
         if wire.fileno() in ready:
-            self._client.loop_read()
-            while wire.unread and self._client.socket() is not None:
-                self._client.loop_read()
+            self._client.receive()
         self._client.loop_misc()
         self._write()
 
