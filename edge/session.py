@@ -56,7 +56,7 @@ class _Wire:
         self._sock = sock
         self._lock = threading.Lock()  # one thread may write while another, who reads, sees that it is over and closes
         self._read = b""
-        self._at, self._end = 0, 0  # what paho may take of it
+        self._at, self._end = 0, 0  # what paho may take of it; what comes before is done with
         self._over = False
         self.unsent = bytearray()
 
@@ -66,27 +66,26 @@ class _Wire:
     def setblocking(self, flag: bool) -> None:
         self._sock.setblocking(flag)
 
+    @property
+    def unread(self) -> bool:
+        """Whether a packet was read that nobody has taken: an error in a callback came before."""
+        return _packet(self._read, self._end) is not None
+
     def packets(self) -> Iterator[tuple[int, bytes]]:
         """Reads what is there. For each packet that is complete: the first byte of its fixed header and what follows
         that header. Until the next one is asked for, `recv` gives the whole of it once more; after the last, the end of
         the connection, if that is what there was to read."""
+        self._at = self._end
         try:
             data = self._sock.recv(READ)
             self._over = not data
-        except BlockingIOError:
-            return
-        except OSError:
-            self._over = True
-        else:
-            self._read += data
-        first = 0
-        while (bounds := _packet(self._read, first)) is not None:
-            body, end = bounds
-            self._at, self._end = first, end
-            yield self._read[first], self._read[body:end]
-            first = end
-        self._read = self._read[first:]
-        self._at = self._end = 0
+        except OSError as error:
+            data, self._over = b"", not isinstance(error, BlockingIOError)
+        self._read, self._end = self._read[self._end :] + data, 0
+        while (bounds := _packet(self._read, self._end)) is not None:
+            self._at, (body, self._end) = self._end, bounds
+            yield self._read[self._at], self._read[body : self._end]
+        self._at = self._end
         if self._over:
             yield 0, b""
 
@@ -329,10 +328,10 @@ class Session:
             return
         if self._pipe is not None:
             waiting.register(self._pipe[0], select.POLLIN)
-        ready = [fd for fd, _ in waiting.poll(1000 * timeout)]
+        ready = [fd for fd, _ in waiting.poll(0 if wire.unread else 1000 * timeout)]
         if self._pipe is not None and self._pipe[0].fileno() in ready:
             self._pipe[0].recv(4096)
-        if wire.fileno() in ready:
+        if wire.fileno() in ready or wire.unread:
             self._client.receive()
         self._client.loop_misc()
         self._write()

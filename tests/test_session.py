@@ -39,6 +39,29 @@ def test_a_message_of_any_size_is_sent_as_it_is(broker: Broker) -> None:
     listener.close()
 
 
+def test_an_error_in_the_callers_own_thread_ends_no_session_and_costs_its_message_only(broker: Broker) -> None:
+    arrived: list[bytes] = []
+
+    def hear(_topic: str, payload: bytes) -> None:
+        arrived.append(payload)
+        if payload == b"bad":
+            raise RuntimeError("what is this?")
+
+    listener, sender = Session(*broker, "listener", on_message=hear, background=False), Session(*broker, "sender")
+    listener.subscribe("t")
+    listener.pump(0.1)
+    sender.send([Message("t", payload, True) for payload in (b"one", b"bad", b"two", b"bad", b"three")])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="what is this"):
+            while True:
+                listener.pump(0.1)
+    while arrived[-1] != b"three":
+        listener.pump(0.1)
+    assert arrived == [b"one", b"bad", b"two", b"bad", b"three"]
+    sender.close()
+    listener.close()
+
+
 def test_threads_publish_at_once_and_nothing_is_torn(broker: Broker) -> None:
     arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
     listener = Session(*broker, "listener", on_message=lambda *message: arrived.put(message))
