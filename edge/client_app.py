@@ -10,7 +10,7 @@ imports Flower.
 import io
 from collections.abc import Iterable
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -39,6 +39,7 @@ from edge.protocol import (
 from edge.tasks import Task
 
 Vector = NDArray[np.float32]
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 app = ClientApp()
 
@@ -108,27 +109,36 @@ def _run(node: MoteNode, work: Work, start: Vector) -> list[Done]:
 
 def the_records(message: Message) -> tuple[ArrayRecord, ConfigRecord]:
     """The message's one ArrayRecord and one ConfigRecord. ValueError if it has not just these."""
-    arrays, configs = message.content.array_records, message.content.config_records
+    arrays, configs = of_kind(message.content, ArrayRecord), of_kind(message.content, ConfigRecord)
     if len(arrays) != 1 or len(configs) != 1:
         raise ValueError("a message to a device carries one ArrayRecord and one ConfigRecord")
-    return next(iter(arrays.values())), next(iter(configs.values()))
+    return arrays[0], configs[0]
+
+
+def of_kind(content: RecordDict, kind: type[Record]) -> list[Record]:
+    """The records of one kind. RecordDict's own properties copy them into a dictionary, key by checked key."""
+    return [record for record in content.values() if isinstance(record, kind)]
 
 
 def to_vector(record: ArrayRecord, program: Program) -> Vector:
     """The parameters as one vector; arrays that do not have the program's names are taken in their order. ValueError
     if their shapes are not the program's."""
-    keys = _keys(record, program)
-    shapes, expected = [tuple(record[key].shape) for key in keys], [shape for _, shape in program.parameters]
+    by_key = dict(record.items())  # a record checks, and casts, each time that it is asked for a key
+    arrays = [by_key[key] for key in _keys(record, program)]
+    shapes, expected = [tuple(array.shape) for array in arrays], [shape for _, shape in program.parameters]
     if shapes != expected:
         raise ValueError(f"the arrays' shapes {shapes} are not the program's {expected}")
-    return np.concatenate([to_numpy(record[key]).astype(np.float32, copy=False).ravel() for key in keys])
+    return np.concatenate([to_numpy(array).astype(np.float32, copy=False).ravel() for array in arrays])
 
 
 def to_record(vector: Vector, program: Program, like: ArrayRecord | None = None) -> ArrayRecord:
     """The vector as arrays, under the names and in the order of `like`; by default, of the program."""
     arrays = program.split(vector)
     by_key = arrays if like is None else dict(zip(_keys(like, program), arrays.values(), strict=True))
-    return ArrayRecord({key: from_numpy(by_key[key]) for key in like or by_key})
+    record = ArrayRecord()  # which, given a dictionary, would copy each array
+    for key in like or by_key:
+        record[key] = from_numpy(by_key[key])
+    return record
 
 
 def to_numpy(array: Array) -> NDArray[Any]:
@@ -142,8 +152,11 @@ def to_numpy(array: Array) -> NDArray[Any]:
 
 def from_numpy(numbers: NDArray[Any]) -> Array:
     """As Array(numbers), without its cost."""
-    name, shape = str(numbers.dtype), numbers.shape
-    return Array(name, shape, SType.NUMPY, _npy_header(name, shape) + np.ascontiguousarray(numbers).tobytes())
+    name, shape = _name(numbers.dtype), numbers.shape
+    return Array(name, shape, SType.NUMPY, _npy_header(name, shape) + numbers.tobytes())
+
+
+_name = cache(str)  # of a dtype: NumPy puts it together anew each time
 
 
 @cache

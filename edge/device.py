@@ -18,7 +18,7 @@ from edge.node import (
     Unsubscribe,
 )
 from edge.program import Program
-from edge.session import Session
+from edge.session import Message, Session
 from edge.tasks import ClientData
 from edge.thing import VIRTUAL, Board, thing_description
 
@@ -103,8 +103,10 @@ class Device:
         """Sends what the node has to say. False if it wants to start anew."""
         for out in self.node.poll():
             match out:
-                case Publish(topic, payload, retain):
-                    self._session.publish(topic, payload, retain)
+                case Publish(topic, payload, True):
+                    self._session.publish(topic, payload, True)
+                case Publish() as reply:  # one that is lost with a connection is asked for again
+                    self._session.send([Message(*reply)])
                 case Subscribe(filter):
                     self._session.subscribe(filter)
                 case Unsubscribe(filter):

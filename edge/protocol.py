@@ -642,6 +642,7 @@ def plan_from_config(config: Mapping[str, Any], kind: Kind = "train", node: int 
     that Flower's strategies set: "proximal-mu" (FedProx), the pull of every phase, and "clipping_norm" (differential
     privacy with clipping on the device). An evaluation sends no update. Raises ProtocolError.
     """
+    config = dict(config.items())  # a ConfigRecord takes its time over each key
     steps = _sequence(config, "phase-steps", [32] if kind == "train" else [])
     layers = _sequence(config, "phase-layers", [ALL_LAYERS] * len(steps))
     rates = _sequence(config, "phase-rates", [config.get("lr", 0.05)] * len(steps))

@@ -8,8 +8,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
 import paho.mqtt.client as mqtt
@@ -40,6 +40,14 @@ class Receipt(NamedTuple):
     number: int
 
 
+class Message(NamedTuple):
+    """What is to be published."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+
+
 class _Wire:
     """The socket that paho has. paho reads byte by byte and writes message by message, a system call each; this reads
     what is there, and gathers what is written until it is flushed."""
@@ -47,7 +55,9 @@ class _Wire:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._lock = threading.Lock()  # one thread may write while another, who reads, sees that it is over and closes
-        self._read = memoryview(b"")
+        self._read = b""
+        self._at, self._end = 0, 0  # what paho may take of it; what comes before is done with
+        self._over = False
         self.unsent = bytearray()
 
     def fileno(self) -> int:
@@ -58,12 +68,32 @@ class _Wire:
 
     @property
     def unread(self) -> bool:
-        return len(self._read) > 0
+        """Whether a packet was read that nobody has taken: an error in a callback came before."""
+        return _packet(self._read, self._end) is not None
+
+    def packets(self) -> Iterator[tuple[int, bytes]]:
+        """Reads what is there. For each packet that is complete: the first byte of its fixed header and what follows
+        that header. Until the next one is asked for, `recv` gives the whole of it once more; after the last, the end of
+        the connection, if that is what there was to read."""
+        self._at = self._end
+        try:
+            data = self._sock.recv(READ)
+            self._over = not data
+        except OSError as error:
+            data, self._over = b"", not isinstance(error, BlockingIOError)
+        self._read, self._end = self._read[self._end :] + data, 0
+        while (bounds := _packet(self._read, self._end)) is not None:
+            self._at, (body, self._end) = self._end, bounds
+            yield self._read[self._at], self._read[body : self._end]
+        self._at = self._end
+        if self._over:
+            yield 0, b""
 
     def recv(self, size: int) -> bytes:
-        if not self._read:
-            self._read = memoryview(self._sock.recv(READ))
-        data, self._read = bytes(self._read[:size]), self._read[size:]
+        if self._at == self._end and not self._over:
+            raise BlockingIOError
+        data = self._read[self._at : min(self._at + size, self._end)]
+        self._at += len(data)
         return data
 
     def send(self, data: bytes) -> int:
@@ -91,8 +121,36 @@ class _Wire:
             self.unsent.clear()
 
 
+def _packet(data: bytes, first: int) -> tuple[int, int] | None:
+    """Where the content of the packet that begins here begins, and where it ends; None if it is not complete. MQTT
+    3.1.1, section 2.2; a length of more than four bytes, which paho refuses, is a packet without content."""
+    length = 0
+    for at in range(first + 1, min(first + 6, len(data))):
+        length |= (data[at] & 0x7F) << 7 * (at - first - 1)
+        if at == first + 5:
+            return at + 1, at + 1
+        if data[at] < 0x80:
+            return (at + 1, at + 1 + length) if at + 1 + length <= len(data) else None
+    return None
+
+
 class _Client(mqtt.Client):
-    """paho's client on a _Wire."""
+    """paho's client on a _Wire. Messages, which are nearly all that travels, are read and written here, as many at once
+    as there are; all else is paho's."""
+
+    deliver: Callable[[str, bytes, int | None], None]
+    """Gets each message: topic, payload, and its number if it is of QoS 1."""
+
+    def receive(self) -> None:
+        """Handles what has arrived."""
+        for head, content in self.wire.packets():
+            if self.socket() is None:  # a callback has ended it
+                return
+            message = _read_publish(head, content)
+            if message is None:
+                self.loop_read()
+            else:
+                self.deliver(*message)
 
     def _create_socket(self) -> Any:
         sock = cast(socket.socket, super()._create_socket())
@@ -100,10 +158,38 @@ class _Client(mqtt.Client):
         self.wire = _Wire(sock)
         return self.wire
 
-    def acknowledge(self, numbers: Sequence[int]) -> None:
-        """Says of messages of QoS 1 that they have been received: one packet as far as paho is concerned."""
-        packet = b"".join(struct.pack("!BBH", mqtt.PUBACK, 2, number) for number in numbers)
-        self._packet_queue(mqtt.PUBACK, packet, 0, 1)
+    def acknowledge(self, numbers: Iterable[int]) -> None:
+        """Says of messages of QoS 1 that they have been received."""
+        self._enqueue(struct.pack("!BBH", mqtt.PUBACK, 2, number) for number in numbers)
+
+    def publish_all(self, messages: Iterable[Message]) -> None:
+        """Publishes at QoS 0."""
+        self._enqueue(_publish_packet(topic.encode(), payload, retain) for topic, payload, retain in messages)
+
+    def _enqueue(self, packets: Iterable[bytes]) -> None:
+        """One packet as far as paho is concerned, and none that it waits for an answer to, or tells anyone of."""
+        self._packet_queue(mqtt.PUBACK, b"".join(packets), 0, 1)
+
+
+def _read_publish(head: int, content: bytes) -> tuple[str, bytes, int | None] | None:
+    """The topic, payload and, at QoS 1, number of a message; None if this is none, or not well formed. MQTT 3.1.1,
+    section 3.3."""
+    qos = head >> 1 & 3
+    at = 2 + int.from_bytes(content[:2], "big")
+    if head & 0xF0 != mqtt.PUBLISH or qos > 1 or at + 2 * qos > len(content):
+        return None
+    topic = content[2:at].decode(errors="replace")
+    return topic, content[at + 2 * qos :], int.from_bytes(content[at : at + 2], "big") if qos else None
+
+
+def _publish_packet(topic: bytes, payload: bytes, retain: bool) -> bytes:
+    """MQTT 3.1.1, section 3.3, at QoS 0."""
+    left, length = 2 + len(topic) + len(payload), bytearray()
+    while left > 0x7F:
+        length.append(left & 0x7F | 0x80)
+        left >>= 7
+    length.append(left)
+    return b"".join((bytes([mqtt.PUBLISH | retain]), length, len(topic).to_bytes(2, "big"), topic, payload))
 
 
 class Session:
@@ -149,29 +235,26 @@ class Session:
         # Messages are written by whoever publishes, and read by one thread, which calls back. paho's own thread would
         # do both, and every publish would wake it. The lock is for writing alone: a callback may wait for a publisher.
         self._lock = threading.Lock()
-        self._gathering = 0
-        self._counting = threading.Lock()  # of those who gather: while one writes, a callback may begin to
         self._pipe = socket.socketpair() if background else None  # one end wakes who waits at the other
         for end in self._pipe or ():
             end.setblocking(False)
         self._thread: threading.Thread | None = None
-        self._client = _Client(
-            CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311, manual_ack=on_delivery is not None
-        )
+        self._client = _Client(CallbackAPIVersion.VERSION2, client_id, protocol=mqtt.MQTTv311)
         self._client.on_socket_register_write = lambda *_: None  # so that paho only queues: `_write` writes
         self._client.on_connect = self._accepted
         self._client.on_disconnect = self._lost
-        if on_delivery is not None:
-            self._client.on_message = lambda _client, _data, message: self._call(
-                on_delivery,
-                message.topic,
-                bytes(message.payload),
-                Receipt(self._number, message.mid) if message.qos else None,
-            )
-        elif on_message is not None:
-            self._client.on_message = lambda _client, _data, message: self._call(
-                on_message, message.topic, bytes(message.payload)
-            )
+
+        def deliver(topic: str, payload: bytes, number: int | None) -> None:
+            if on_delivery is not None:
+                receipt = None if number is None else Receipt(self._number, number)
+                self._call(on_delivery, topic, payload, receipt)
+                return
+            if on_message is not None:
+                self._call(on_message, topic, payload)
+            if number is not None:
+                self._client.acknowledge([number])
+
+        self._client.deliver = deliver
         if will is not None:
             self._client.will_set(*will, qos=1, retain=True)
         try:
@@ -193,10 +276,12 @@ class Session:
         self._last = self._client.publish(topic, payload, qos=1, retain=retain)
         self._leave()
 
-    def clear(self, topic: str) -> None:
-        """Takes a retained message back, at QoS 0: if the connection breaks now, it may stay."""
-        self._client.publish(topic, b"", qos=0, retain=True)
-        self._leave()
+    def send(self, messages: Iterable[Message]) -> None:
+        """Publishes all of these at QoS 0, in their order and at once: many messages at the cost of one. What finds no
+        connection, or is lost with one, stays lost: `on_connect` may send it again."""
+        if self._connected.is_set():
+            self._client.publish_all(messages)
+            self._leave()
 
     def subscribe(self, filter: str) -> None:
         """Subscribes at QoS 1. Doing so again brings the retained messages again."""
@@ -232,18 +317,6 @@ class Session:
                 return
         self._loop(timeout)
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """What is published in this block leaves at its end, at once: many messages at the cost of one."""
-        with self._counting:
-            self._gathering += 1
-        try:
-            yield
-        finally:
-            with self._counting:
-                self._gathering -= 1
-            self._leave()
-
     def _loop(self, timeout: float) -> None:
         """Waits until there is something to read, or room to write what is left, and does so."""
         self._write()
@@ -255,20 +328,19 @@ class Session:
             return
         if self._pipe is not None:
             waiting.register(self._pipe[0], select.POLLIN)
-        ready = [fd for fd, _ in waiting.poll(1000 * timeout)]
+        ready = [fd for fd, _ in waiting.poll(0 if wire.unread else 1000 * timeout)]
         if self._pipe is not None and self._pipe[0].fileno() in ready:
             self._pipe[0].recv(4096)
-        if wire.fileno() in ready:
-            self._client.loop_read()
-            while wire.unread and self._client.socket() is not None:
-                self._client.loop_read()
+        if wire.fileno() in ready or wire.unread:
+            self._client.receive()
         self._client.loop_misc()
         self._write()
 
     def _write(self) -> None:
-        with self._lock:
-            self._client.loop_write()
-            self._client.wire.flush()
+        if self._client.want_write() or self._client.wire.unsent:
+            with self._lock:
+                self._client.loop_write()
+                self._client.wire.flush()
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -277,12 +349,7 @@ class Session:
     def _leave(self) -> None:
         """Sends what is queued, in the background: without, `pump` does, and while the listening thread calls back, or
         there is no connection, that thread will."""
-        if (
-            self._pipe is None
-            or self._gathering
-            or threading.current_thread() is self._thread
-            or not self._connected.is_set()
-        ):
+        if self._pipe is None or threading.current_thread() is self._thread or not self._connected.is_set():
             return
         self._write()
         if self._client.wire.unsent:  # the socket is full: whoever reads it writes the rest
@@ -294,21 +361,23 @@ class Session:
                 self._pipe[1].send(b"!")
 
     def flush(self, timeout: float) -> bool:
-        """Waits until the broker has what was published last. False if it has not in so many seconds."""
+        """Waits until all that was sent has left, and the broker has what was published last. False if that is not so
+        in so many seconds."""
         end = time.monotonic() + timeout
-        while self._last is not None:
-            try:
-                if self._last.is_published():
-                    return True
+        self._write()
+        try:
+            while self._client.wire.unsent or not (self._last is None or self._last.is_published()):
                 left = end - time.monotonic()
                 if left <= 0:
                     return False
-                if self._background:
-                    self._last.wait_for_publish(left)
-                else:
+                if not self._background:
                     self.pump(min(left, 0.1))
-            except (RuntimeError, ValueError):  # it was published while there was no connection
-                return False
+                elif self._client.wire.unsent or self._last is None:  # the listening thread writes it
+                    self._closing.wait(min(left, 0.01))
+                else:
+                    self._last.wait_for_publish(left)
+        except (RuntimeError, ValueError):  # it was published while there was no connection
+            return False
         return True
 
     def close(self) -> None:

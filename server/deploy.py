@@ -35,7 +35,7 @@ from edge.protocol import (
     encode,
     explain,
 )
-from edge.session import Session
+from edge.session import Message, Session
 from ontology import match as matching
 from ontology.describe import from_program
 from ontology.lineage import Lineage
@@ -210,6 +210,8 @@ class _Rollout:
         self.results: list[Result] = []
         self._topics = Topics(fleet)
         self._program = program
+        payloads = enumerate(chunks(program.data))
+        self._chunks = [Message(self._topics.program(program.model_id, n), payload, True) for n, payload in payloads]
         self._timeout = timeout
         self._ids = itertools.count(secrets.randbits(32))
         self._changed = threading.Condition()  # guards the results, and the next two
@@ -225,8 +227,7 @@ class _Rollout:
 
     def __exit__(self, *_: object) -> None:
         assert self._session is not None
-        for n in range(-(-len(self._program.data) // CHUNK)):  # nobody is to fetch it any more
-            self._session.publish(self._topics.program(self._program.model_id, n), b"", retain=True)
+        self._session.send(chunk._replace(payload=b"") for chunk in self._chunks)  # nobody is to fetch it any more
         if self._session.connected:
             self._session.flush(2)
         self._session.close()
@@ -282,8 +283,7 @@ class _Rollout:
             return
         self._session.subscribe(self._topics.status("+"))
         self._session.subscribe(self._topics.did("+"))
-        for n, payload in enumerate(chunks(self._program.data)):
-            self._session.publish(self._topics.program(self._program.model_id, n), payload, retain=True)
+        self._session.send(self._chunks)
 
     def _receive(self, topic: str, payload: bytes) -> None:
         match self._topics.parse(topic):

@@ -9,6 +9,7 @@ reply and no other.
 
 import hashlib
 import itertools
+import math
 import secrets
 import threading
 import time
@@ -20,7 +21,7 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from flwr.app import ArrayRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -44,6 +45,7 @@ from edge.protocol import (
     explain,
     plan_from_config,
 )
+from edge.session import Message as Out
 from edge.session import Session
 from server.flower import NO_REPLY, NODE_FAILED, NODE_UNAVAILABLE, Run, new_run, stamp
 
@@ -88,13 +90,21 @@ class _Plan(NamedTuple):
     server_round: int
 
 
+class _Weights(NamedTuple):
+    """What a message carries."""
+
+    record: ArrayRecord
+    vector: Vector
+    data: bytes  # the vector as it travels
+
+
 @dataclass(eq=False)
 class _Broadcast:
     """The weights of one round, while a device may still need them."""
 
-    vector: Vector
-    record: ArrayRecord
-    chunks: dict[str, bytes]  # topic -> payload
+    weights: _Weights
+    number: int  # of the round on the wire
+    chunks: list[Out]
     open_jobs: int = 0
 
 
@@ -251,18 +261,22 @@ class MqttGrid(RunGrid):
         Raises ValueError, before anything is published, if a message has not one ArrayRecord and one ConfigRecord, if
         its arrays are not the program's, if its config asks for what no device can do, or if there is no such node.
         """
-        asked = [(message, self._plan(message)) for message in messages]  # all of them, before anything is published
-        broadcasts: dict[bytes, tuple[int, _Broadcast]] = {}
+        known: dict[int, _Weights] = {}  # by the record's identity: most strategies give all messages the same one
+        asked = []
+        for message in messages:  # all of them, before anything is published
+            record, config = the_records(message)
+            if id(record) not in known:
+                vector = to_vector(record, self.program)
+                known[id(record)] = _Weights(record, vector, vector.astype("<f4", copy=False).tobytes())
+            asked.append((message, self._plan(message, config), known[id(record)]))
+        broadcasts: dict[tuple[bytes | str, ...], _Broadcast] = {}
         message_ids = []
-        assert self._session is not None
-        with self._session.together():
-            for message, work in asked:
-                record, _ = the_records(message)
-                digest = hashlib.sha256(b"".join(key.encode() + array.data for key, array in record.items())).digest()
-                if digest not in broadcasts:
-                    broadcasts[digest] = self._broadcast(record, work.server_round)
-                message_ids.append(self._start(message, work, *broadcasts[digest]))
-            self._ask()
+        for message, work, weights in asked:
+            same = weights.data, *weights.record
+            if same not in broadcasts:
+                broadcasts[same] = self._broadcast(weights, work.server_round)
+            message_ids.append(self._start(message, work, broadcasts[same]))
+        self._ask([chunk for broadcast in broadcasts.values() for chunk in broadcast.chunks])
         self._tell()
         return message_ids
 
@@ -334,20 +348,18 @@ class MqttGrid(RunGrid):
 
     # Down
 
-    def _broadcast(self, record: ArrayRecord, server_round: int) -> tuple[int, _Broadcast]:
-        """Publishes the weights under a round number of the wire's own, which only ever rises: a Flower round may send
-        two sets of weights, one to train and one to evaluate."""
-        vector = to_vector(record, self.program)
-        number = next(self._rounds)
-        run = self._run.run_id & 0xFFFFFFFF
-        payloads = enumerate(chunks(vector.astype("<f4").tobytes()))
-        broadcast = _Broadcast(vector, record, {self._topics.weights(run, number, n): data for n, data in payloads})
+    def _broadcast(self, weights: _Weights, server_round: int) -> _Broadcast:
+        """The weights under a round number of the wire's own, which only ever rises: a Flower round may send two sets
+        of weights, one to train and one to evaluate."""
+        number, run = next(self._rounds), self._run.run_id & 0xFFFFFFFF
+        payloads = enumerate(chunks(weights.data))
+        broadcast = _Broadcast(
+            weights, number, [Out(self._topics.weights(run, number, n), data, True) for n, data in payloads]
+        )
         with self._changed:
             self._broadcasts.append(broadcast)
             self._events.append(Event("broadcast", server_round))
-        for topic, payload in broadcast.chunks.items():
-            self._publish(topic, payload, retain=True)
-        return number, broadcast
+        return broadcast
 
     def _clear(self, broadcast: _Broadcast) -> None:
         with self._changed:
@@ -356,38 +368,38 @@ class MqttGrid(RunGrid):
         self._clear_topics(broadcast)
 
     def _clear_topics(self, broadcast: _Broadcast) -> None:
-        assert self._session is not None
-        with self._session.together():
-            for topic in broadcast.chunks:
-                self._session.clear(topic)
+        """If the connection breaks now, they may stay: see `_connected`."""
+        self._send([chunk._replace(payload=b"") for chunk in broadcast.chunks])
 
     def _connected(self) -> None:
-        """A new connection has no subscriptions, and if the broker is new too, it has no weights either."""
+        """A new connection has no subscriptions, and if the broker is new too, it has no weights either. What was sent
+        on the last one may have been lost."""
         if self._session is None:
             return
         self._session.subscribe(self._topics.status("+"))
         self._session.subscribe(self._topics.did("+"))
         with self._changed:
             broadcasts, cleared = list(self._broadcasts), list(self._cleared)
-        for broadcast in cleared:  # the connection may have broken before the broker heard of it
+        for broadcast in cleared:
             self._clear_topics(broadcast)
         for broadcast in broadcasts:
-            for topic, payload in broadcast.chunks.items():
-                self._publish(topic, payload, retain=True)
+            self._send(broadcast.chunks)
             with self._changed:
                 over = not any(broadcast is other for other in self._broadcasts)
             if over:  # it ended meanwhile
                 self._clear_topics(broadcast)
+        with self._changed:
+            for job in self._by_work.values():
+                job.ask_at = 0.0
+            self._changed.notify_all()
 
-    def _publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
+    def _send(self, messages: Sequence[Out]) -> None:
         assert self._session is not None
-        self._session.publish(topic, payload, retain=retain)
-        self.traffic.bytes_down += len(payload)
+        self._session.send(messages)
+        self.traffic.bytes_down += sum(len(message.payload) for message in messages)
 
-    def _plan(self, message: Message) -> _Plan:
+    def _plan(self, message: Message, config: ConfigRecord) -> _Plan:
         """What a message asks for. Raises ValueError if it is not something that a device can be asked."""
-        arrays, config = the_records(message)
-        to_vector(arrays, self.program)
         try:
             device = self.device(message.metadata.dst_node_id)
         except KeyError:
@@ -397,12 +409,12 @@ class MqttGrid(RunGrid):
         plan = plan_from_config(config, kind, message.metadata.dst_node_id)
         return _Plan(device, kind, plan, value if isinstance(value, int) else 0)
 
-    def _start(self, message: Message, asked: _Plan, number: int, broadcast: _Broadcast) -> str:
+    def _start(self, message: Message, asked: _Plan, broadcast: _Broadcast) -> str:
         work = Work(
             id=next(self._ids) & 0xFFFFFFFF,
             kind=asked.kind,
             run=self._run.run_id & 0xFFFFFFFF,
-            round=number,
+            round=broadcast.number,
             model=self.program.model_id,
             seed=asked.plan.seed,
             phases=asked.plan.phases,
@@ -428,10 +440,10 @@ class MqttGrid(RunGrid):
             broadcast.open_jobs += 1
         return message_id
 
-    def _ask(self) -> None:
-        """Gives up on devices that are gone or late, and asks the others whose turn it is."""
+    def _ask(self, before: Sequence[Out] = ()) -> None:
+        """Gives up on devices that are gone or late, and asks the others whose turn it is; this is sent before."""
         now = time.monotonic()
-        asked = []
+        out = list(before)
         with self._changed:
             for job in list(self._by_work.values()):
                 if job.gone_at is not None and now >= job.gone_at + self._grace:
@@ -444,9 +456,9 @@ class MqttGrid(RunGrid):
                     job.asked += 1
                     job.ask_at = now + job.patience
                     job.patience = min(2 * job.patience, 16 * self._repeat)
-                    asked.append((self._topics.do(job.device), job.request))
-        for topic, request in asked:  # not under the lock: the session's thread may wait for it
-            self._publish(topic, request)
+                    out.append(Out(self._topics.do(job.device), job.request))
+        if out:  # not under the lock: the session's thread may wait for it
+            self._send(out)
 
     def _next(self, job: _Job) -> float:
         """When something is due for this job, if nothing arrives."""
@@ -479,6 +491,8 @@ class MqttGrid(RunGrid):
             else:
                 self._devices[node_id(device)] = device
                 self._status[device] = status
+            # A device tells its counters after all that it does, which concerns nobody who waits.
+            news = status is None or before is None or (status.online, status.model) != (before.online, before.model)
             for job in self._by_work.values():
                 if job.device != device:
                     continue
@@ -487,7 +501,9 @@ class MqttGrid(RunGrid):
                 elif job.gone_at is not None or (before is not None and status.samples < before.samples):
                     job.gone_at = None  # it is back, or it has started anew: what it was asked is lost
                     job.ask_at = now
-            self._changed.notify_all()
+                    news = True
+            if news:
+                self._changed.notify_all()
 
     def _on_did(self, device: str, payload: bytes) -> None:
         with self._changed:
@@ -538,16 +554,16 @@ class MqttGrid(RunGrid):
         assert metrics is not None  # _fits saw to it
         if job.work.update is not None and all(part.update is None for part in parts):
             return self._fail(job, NODE_FAILED, "replied without an update")
-        vector = patched(job.broadcast.vector, parts)
-        numbers = [metrics.loss, metrics.query_loss]
-        if not (np.isfinite(vector).all() and np.isfinite(numbers).all()):
+        vector = patched(job.broadcast.weights.vector, parts)
+        if not (np.isfinite(vector).all() and math.isfinite(metrics.loss) and math.isfinite(metrics.query_loss)):
             return self._fail(job, NODE_FAILED, "replied with numbers that are not finite")
         size = sum(len(payload) for _, payload in job.parts.values())
-        content = RecordDict({"metrics": to_metrics(metrics, job.work.kind, size, self.program)})
+        said = to_metrics(metrics, job.work.kind, size, self.program)
+        content = RecordDict({"metrics": said})
         if job.work.kind == "train":
-            content["arrays"] = to_record(vector, self.program, job.broadcast.record)
+            content["arrays"] = to_record(vector, self.program, job.broadcast.weights.record)
         job.reply = Message(content, reply_to=job.message)
-        said, form = content.metric_records["metrics"], _encoding(parts[0].update)
+        form = _encoding(parts[0].update)
         self._close_job(job, Event("replied", job.server_round, job.device, metrics=said, encoding=form))
 
     def _fail(self, job: _Job, code: int, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 import queue
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -375,6 +376,21 @@ def test_a_broker_that_restarts_costs_no_reply(tmp_path: Path) -> None:
     device.leave()
     broker.terminate()
     broker.wait()
+
+
+def test_what_a_broken_connection_may_have_lost_is_sent_again_at_once(broker: tuple[str, int], puppet: Start) -> None:
+    device = puppet("a")
+    with MqttGrid(*broker, "test", PROGRAM, repeat=600) as grid:
+        grid.wait_for_nodes(1, 5)
+        with asked(grid, message("a", record(START)), timeout=60) as result:
+            work = device.work()
+            assert grid._session is not None
+            grid._session._client.wire._sock.shutdown(socket.SHUT_RDWR)  # there is no public way to lose it
+            assert device.work() == work
+            assert device.weights(work).tolist() == START.tolist()
+            device.reply(dense(work, START)[0])
+            assert not result.result(15)[0].has_error()
+    assert retained(broker) == {TOPICS.status("a")}
 
 
 def test_only_selected_devices_that_run_the_program_are_nodes(broker: tuple[str, int], puppet: Start) -> None:

@@ -6,23 +6,58 @@ import threading
 
 import pytest
 
-from edge.session import Receipt, Session
+from edge.session import Message, Receipt, Session
 
 Broker = tuple[str, int]
 
 
-def test_what_is_published_together_arrives_in_order_and_all_of_it(broker: Broker) -> None:
+def test_what_is_sent_together_arrives_in_order_and_all_of_it(broker: Broker) -> None:
     """More than a socket takes at once, so that the listening thread must write the rest."""
     arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
     listener = Session(*broker, "listener", on_message=lambda *message: arrived.put(message))
     listener.subscribe("t/+")
     sender = Session(*broker, "sender")
     payloads = [n.to_bytes(2, "big") * 512 for n in range(8000)]  # 8 MB
-    with sender.together():
-        for payload in payloads:
-            sender.publish("t/1", payload)
+    sender.send(Message("t/1", payload) for payload in payloads)
     assert sender.flush(60)
     assert [arrived.get(timeout=30)[1] for _ in payloads] == payloads
+    sender.close()
+    listener.close()
+
+
+def test_a_message_of_any_size_is_sent_as_it_is(broker: Broker) -> None:
+    arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
+    listener = Session(*broker, "listener", on_message=lambda *message: arrived.put(message))
+    listener.subscribe("sizes/+")
+    sender = Session(*broker, "sender")
+    sizes = [0, 1, *range(116, 122), *range(16371, 16377), 1 << 21]  # around those whose length takes a byte more
+    sender.send([Message("sizes/á", bytes([size % 251]) * size) for size in sizes])
+    sender.publish("sizes/end", b"the end")
+    got = [arrived.get(timeout=30) for _ in range(len(sizes) + 1)]
+    assert got == [*(("sizes/á", bytes([size % 251]) * size) for size in sizes), ("sizes/end", b"the end")]
+    sender.close()
+    listener.close()
+
+
+def test_an_error_in_the_callers_own_thread_ends_no_session_and_costs_its_message_only(broker: Broker) -> None:
+    arrived: list[bytes] = []
+
+    def hear(_topic: str, payload: bytes) -> None:
+        arrived.append(payload)
+        if payload == b"bad":
+            raise RuntimeError("what is this?")
+
+    listener, sender = Session(*broker, "listener", on_message=hear, background=False), Session(*broker, "sender")
+    listener.subscribe("t")
+    listener.pump(0.1)
+    sender.send([Message("t", payload, True) for payload in (b"one", b"bad", b"two", b"bad", b"three")])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="what is this"):
+            while True:
+                listener.pump(0.1)
+    while arrived[-1] != b"three":
+        listener.pump(0.1)
+    assert arrived == [b"one", b"bad", b"two", b"bad", b"three"]
     sender.close()
     listener.close()
 
@@ -112,14 +147,13 @@ def test_a_session_can_be_closed_in_a_callback_and_used_no_more(broker: Broker) 
     assert not sender.connected
 
 
-def test_it_is_closed_while_a_callback_publishes_many_messages_together(broker: Broker) -> None:
+def test_it_is_closed_while_a_callback_sends(broker: Broker) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
     def hear(_topic: str, _payload: bytes) -> None:
         begun.set()
         assert go_on.wait(30)
-        with listener.together():
-            listener.publish("u", b"an answer")
+        listener.send([Message("u", b"an answer")])
 
     listener, sender = Session(*broker, "listener", on_message=hear), Session(*broker, "sender")
     listener.subscribe("t")

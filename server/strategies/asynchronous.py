@@ -15,11 +15,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from edge.client_app import from_numpy, to_numpy
+from edge.client_app import of_kind
 from edge.errors import UserError
 from server.flower import log
 from server.grid import MqttGrid
-from server.strategies.reptile import Reptile, arrays_of
+from server.strategies.reptile import Reptile, flat
 
 POLL = 0.02
 """Seconds between two looks at a grid that can't say when a reply is there."""
@@ -84,15 +84,17 @@ class Asynchronous(Strategy):
                 reply = _next_reply(grid, begun)
                 node, given, base = begun.pop(reply.metadata.reply_to_message_id)
                 staleness = version - given
-                if not self.strategy.is_good(reply, base):
+                learned = self.strategy.usable(reply, base)
+                if learned is None:
                     failed.add(node)
                 elif staleness > self.max_staleness:
                     log(INFO, "node %d: its update is %d versions old; not used", node, staleness)
                 else:
                     version += 1
                     failed.clear()
-                    arrays = self._moved(arrays, base, arrays_of(reply), self.weight(version, staleness))
-                    metrics = MetricRecord(dict(next(iter(reply.content.metric_records.values()))))
+                    moved = flat(arrays, base) + self.weight(version, staleness) * (learned - flat(base, base))
+                    arrays = self.strategy.updated(arrays, moved)
+                    metrics = of_kind(reply.content, MetricRecord)[0].copy()
                     metrics["staleness"] = staleness
                     result.arrays, result.train_metrics_clientapp[version] = arrays, metrics
                     if evaluate_fn is not None:
@@ -101,16 +103,6 @@ class Asynchronous(Strategy):
             if isinstance(grid, MqttGrid):
                 grid.give_up(begun, "the run is over")
         return result
-
-    def _moved(self, arrays: ArrayRecord, base: ArrayRecord, learned: ArrayRecord, weight: float) -> ArrayRecord:
-        moved = ArrayRecord()
-        for key, array in arrays.items():
-            if self.strategy.is_shared(key):
-                change = to_numpy(learned[key]).astype(np.float64) - to_numpy(base[key])
-                moved[key] = from_numpy(np.asarray(to_numpy(array) + weight * change, dtype=np.float32))
-            else:
-                moved[key] = array
-        return moved
 
     # What a synchronous round would do
 

@@ -5,6 +5,7 @@ Nichol, Achiam and Schulman, "On First-Order Meta-Learning Algorithms" (2018), t
 a task of its own. At least two steps: with one, this is joint training on the mixture of all tasks.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
 
@@ -12,11 +13,14 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 
-from edge.client_app import from_numpy, to_numpy
+from edge.client_app import from_numpy, of_kind, to_numpy
 from edge.errors import UserError
 from edge.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
 from server.flower import log
+
+Numbers = NDArray[np.float64]
 
 
 class Reptile(Strategy):
@@ -88,25 +92,29 @@ class Reptile(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The new start, and the round's metrics (see `mean_metrics`); (None, None) if no client gave a good reply.
 
-        Replies that are errors, or whose arrays differ from those sent in name or shape or are not finite, are left
-        out. The order in which replies came does not matter: they are added up by node id, in float64.
+        Replies that are not `usable` are left out. The order in which replies came does not matter: they are added up
+        by node id, in float64.
         """
-        good = sorted((r for r in replies if self.is_good(r, self._sent)), key=lambda r: r.metadata.src_node_id)
+        by_node = sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+        good = [(reply, learned) for reply in by_node if (learned := self.usable(reply, self._sent)) is not None]
         if not good:
             return None, None
-        alpha = self.rate(server_round)
-        learned = [arrays_of(reply) for reply in good]
-        updated = ArrayRecord()
-        for key, array in self._sent.items():
-            sent = to_numpy(array)
-            if self.is_shared(key):
-                pull = np.mean([to_numpy(g_k[key]).astype(np.float64) - sent for g_k in learned], axis=0)
-                updated[key] = from_numpy(np.asarray(sent + alpha * pull, dtype=np.float32))
-            else:
-                updated[key] = array
-        metrics = mean_metrics([next(iter(reply.content.metric_records.values())) for reply in good])
+        alpha, sent = self.rate(server_round), flat(self._sent, self._sent)
+        pull = np.zeros_like(sent)
+        for _, learned in good:
+            pull += learned - sent
+        metrics = mean_metrics([of_kind(reply.content, MetricRecord)[0] for reply, _ in good])
         metrics["alpha"] = alpha
-        return updated, metrics
+        return self.updated(self._sent, sent + alpha * (pull / len(good))), metrics
+
+    def updated(self, arrays: ArrayRecord, numbers: Numbers) -> ArrayRecord:
+        """The arrays, but those that are shared with these numbers (see `flat`), as float32."""
+        updated, first, values = ArrayRecord(), 0, numbers.astype(np.float32)
+        for key, array in arrays.items():
+            end = first + math.prod(array.shape)
+            updated[key] = from_numpy(values[first:end].reshape(array.shape)) if self.is_shared(key) else array
+            first = end
+        return updated
 
     def is_shared(self, key: str) -> bool:
         """Whether this array belongs to the fleet; the others keep their initial values here. Arrays are named as in a
@@ -115,23 +123,25 @@ class Reptile(Strategy):
             return True
         return bool(self.update.shared >> int(key.partition("/")[0].rpartition("_")[2]) & 1)
 
-    def is_good(self, reply: Message, sent: ArrayRecord) -> bool:
-        """Whether a reply can be used: no error, the arrays that were sent, and finite."""
+    def usable(self, reply: Message, sent: ArrayRecord) -> Numbers | None:
+        """What a client has learned, all of its arrays one after the other in the order of those that were sent; None
+        if the reply is an error, or if its arrays differ from those in name or shape or are not finite."""
         node = reply.metadata.src_node_id
         if reply.has_error():
             log(INFO, "node %d: %s", node, reply.error.reason)
-            return False
-        if len(reply.content.array_records) != 1 or len(reply.content.metric_records) != 1:
+            return None
+        if not len(of_kind(reply.content, ArrayRecord)) == len(of_kind(reply.content, MetricRecord)) == 1:
             log(WARNING, "node %d: a reply has one ArrayRecord and one MetricRecord; left out", node)
-            return False
-        arrays = arrays_of(reply)
-        if {key: tuple(a.shape) for key, a in arrays.items()} != {key: tuple(a.shape) for key, a in sent.items()}:
+            return None
+        arrays = of_kind(reply.content, ArrayRecord)[0]
+        if {key: a.shape for key, a in arrays.items()} != {key: a.shape for key, a in sent.items()}:
             log(WARNING, "node %d: its arrays are not those it was sent; left out", node)
-            return False
-        if not all(np.isfinite(to_numpy(array)).all() for array in arrays.values()):
+            return None
+        learned = flat(arrays, sent)
+        if not np.isfinite(learned).all():
             log(WARNING, "node %d: its arrays are not finite; left out (is beta too large?)", node)
-            return False
-        return True
+            return None
+        return learned
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -162,9 +172,10 @@ def task_seed(seed: int, number: int, node: int) -> int:
     return int(np.random.SeedSequence([seed, number, node]).generate_state(1)[0])
 
 
-def arrays_of(reply: Message) -> ArrayRecord:
-    """A good reply's arrays."""
-    return next(iter(reply.content.array_records.values()))
+def flat(arrays: ArrayRecord, order: Iterable[str]) -> Numbers:
+    """The numbers of the arrays one after the other, in the order of these names."""
+    by_key = dict(arrays.items())
+    return np.concatenate([to_numpy(by_key[key]).ravel() for key in order], dtype=np.float64)
 
 
 def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:
@@ -173,10 +184,11 @@ def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:
     clients: how many. num-examples, bytes-up and bytes-dense: summed. arena-bytes: the largest. Every other number that
     all clients report: the mean, weighted by num-examples.
     """
-    weights = np.array([record["num-examples"] for record in records], dtype=np.float64)
+    rows = [dict(record.items()) for record in records]
+    weights = np.array([row["num-examples"] for row in rows], dtype=np.float64)
     result = MetricRecord({"clients": len(records)})
-    for key in records[0]:
-        values = [value for record in records if isinstance(value := record.get(key), int | float)]
+    for key in rows[0]:
+        values = [value for row in rows if isinstance(value := row.get(key), (int, float))]
         if len(values) < len(records):
             continue
         if key in ("num-examples", "bytes-up", "bytes-dense"):
@@ -184,5 +196,5 @@ def mean_metrics(records: Sequence[MetricRecord]) -> MetricRecord:
         elif key == "arena-bytes":
             result[key] = max(values)
         else:
-            result[key] = float(np.average(values, weights=weights))
+            result[key] = float((np.array(values) * weights).sum() / weights.sum())
     return result
