@@ -395,7 +395,7 @@ class Session:
 
     def _wait_until_accepted(self) -> None:
         end = time.monotonic() + CONNECT_TIMEOUT
-        while not self._connected.is_set() and self._refusal is None:
+        while not self._known and self._refusal is None:  # it may be lost again by now
             left = end - time.monotonic()
             if left <= 0:
                 self._refusal = self._nobody("something is there, and stays silent")

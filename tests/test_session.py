@@ -2,13 +2,85 @@
 
 import logging
 import queue
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge.session import Message, Receipt, Session
 
 Broker = tuple[str, int]
+Heard = list[tuple[str, bytes]]
+
+ACCEPTED = bytes((0x20, 2, 0, 0))
+
+
+@contextmanager
+def said_to(heard: Heard, parts: list[bytes]) -> Iterator[None]:
+    """A session whose broker accepts it, says this, a part at a time, and hangs up; all of it has been read."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def broker() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(ACCEPTED)
+                for part in parts:
+                    connection.sendall(part)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(4096):
+                    pass
+
+        thread = threading.Thread(target=broker)
+        thread.start()
+        host, port = listening.getsockname()
+        session = Session(host, port, "s", on_message=lambda *m: heard.append(m), background=False)
+        while session.connected:
+            session.pump(1)
+        session.close()
+        thread.join()
+        yield
+
+
+def published(topic: str, payload: bytes, qos: int) -> bytes:
+    """MQTT 3.1.1, section 3.3."""
+    name = topic.encode()
+    content = len(name).to_bytes(2, "big") + name + b"\x00\x07" * qos + payload
+    sizes, left = [], len(content)
+    while True:
+        sizes.append(left % 128 + 128 * (left >= 128))
+        left //= 128
+        if not left:
+            return bytes([0x30 | qos << 1, *sizes]) + content
+
+
+MESSAGES = st.tuples(
+    st.text(st.characters(exclude_characters="\0+#", exclude_categories=["Cs"]), min_size=1, max_size=200),
+    st.binary(max_size=300),
+    st.integers(0, 1),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(messages=st.lists(MESSAGES, max_size=8), cuts=st.lists(st.integers(0, 2000), max_size=8))
+def test_messages_are_read_however_their_bytes_are_cut(messages: list[tuple[str, bytes, int]], cuts: list[int]) -> None:
+    heard: Heard = []
+    data = b"".join(published(*message) for message in messages)
+    ends = sorted({min(cut, len(data)) for cut in cuts} | {len(data)})
+    with said_to(heard, [data[a:b] for a, b in zip([0, *ends], ends, strict=False)]):
+        assert heard == [(topic, payload) for topic, payload, _ in messages]
+
+
+@settings(max_examples=60, deadline=None)
+@given(message=MESSAGES, garbage=st.binary(max_size=200))
+def test_bytes_that_are_no_mqtt_end_the_connection_and_no_more(message: tuple[str, bytes, int], garbage: bytes) -> None:
+    heard: Heard = []
+    with said_to(heard, [published(*message), garbage]):
+        assert heard[0] == message[:2]
 
 
 def test_what_is_sent_together_arrives_in_order_and_all_of_it(broker: Broker) -> None:
