@@ -38,10 +38,11 @@ class Reaction:
 
 
 def reaction_of(task: Task) -> Reaction:
-    """For a task that nobody has tuned it for: at twice the rate that the task learns at. A regression's errors have no
-    bound, and at twice their rate sine waves diverge: it goes back to its start instead."""
-    rate = task.fedavg.rate
-    return Reaction(rate=rate, restart=True) if task.program.loss == "mse" else Reaction(rate=2 * rate)
+    """For a task that nobody has tuned it for. At twice the rate that the task learns at, but of a regression, whose
+    errors have no bound: sine waves diverge then. From the start again where a head is fitted anew to each device: what
+    it stood for before the change is of no use after it."""
+    rate = task.fedavg.rate * (1 if task.program.loss == "mse" else 2)
+    return Reaction(rate=rate, restart=task.meta.head_steps > 0)
 
 
 class Answer(NamedTuple):
