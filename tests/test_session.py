@@ -119,9 +119,10 @@ def test_an_error_in_the_callers_own_thread_ends_no_session_and_costs_its_messag
         if payload == b"bad":
             raise RuntimeError("what is this?")
 
-    listener, sender = Session(*broker, "listener", on_message=hear, background=False), Session(*broker, "sender")
+    listener = Session(*broker, "listener", on_message=hear, background=False)
     listener.subscribe("t")
     listener.pump(0.1)
+    sender = Session(*broker, "sender")  # now: when the broker accepts it, it has read the subscription
     sender.send([Message("t", payload, True) for payload in (b"one", b"bad", b"two", b"bad", b"three")])
     for _ in range(2):
         with pytest.raises(RuntimeError, match="what is this"):
@@ -192,8 +193,9 @@ def test_an_error_in_a_callback_costs_its_message_and_no_other(
             raise RuntimeError("what is this?")
         arrived.put(payload)
 
-    listener, sender = Session(*broker, "listener", on_message=hear), Session(*broker, "sender")
+    listener = Session(*broker, "listener", on_message=hear)
     listener.subscribe("t")
+    sender = Session(*broker, "sender")  # now: when the broker accepts it, it has read the subscription
     for payload in (b"one", b"bad", b"two"):
         sender.publish("t", payload)
     with caplog.at_level(logging.ERROR, "edge.session"):
@@ -210,8 +212,9 @@ def test_a_session_can_be_closed_in_a_callback_and_used_no_more(broker: Broker) 
         listener.close()
         closed.set()
 
-    listener, sender = Session(*broker, "listener", on_message=hear), Session(*broker, "sender")
+    listener = Session(*broker, "listener", on_message=hear)
     listener.subscribe("t")
+    sender = Session(*broker, "sender")  # now: when the broker accepts it, it has read the subscription
     sender.publish("t", b"the end")
     assert closed.wait(30)
     sender.close()
@@ -227,8 +230,9 @@ def test_it_is_closed_while_a_callback_sends(broker: Broker) -> None:
         assert go_on.wait(30)
         listener.send([Message("u", b"an answer")])
 
-    listener, sender = Session(*broker, "listener", on_message=hear), Session(*broker, "sender")
+    listener = Session(*broker, "listener", on_message=hear)
     listener.subscribe("t")
+    sender = Session(*broker, "sender")  # now: when the broker accepts it, it has read the subscription
     sender.publish("t", b"a question")
     assert begun.wait(30)
     closing = threading.Thread(target=listener.close, daemon=True)
