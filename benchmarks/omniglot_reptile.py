@@ -14,14 +14,13 @@ carried on, and the published 1-shot and 5-shot settings are one here: those abo
 --pretrain is not theirs. It is for who has not the hours that 100,000 rounds take: the convolutions first learn to tell
 all 4,800 training characters apart, as in omniglot_small.py, and meta-training begins with these.
 
-Needs $TINYFLEET_DATA/omniglot/omniglot_28x28_4bit.npz. A run that was stopped goes on from its checkpoint.
+Needs $TINYFLEET_DATA, or downloads Omniglot. A run that was stopped goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,10 +29,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omniglot_small import classifier, turned
+from omniglot_small import DRAWERS, SIDE, classifier, turned
 
 from edge.protocol import ALL_LAYERS, Phase
-from edge.tasks import Episodes
+from edge.tasks import Episodes, omniglot
 from server import meta
 from server.evaluate import Score
 
@@ -59,9 +58,7 @@ HOW = meta.Settings(
 
 def characters(seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """[characters, 20 drawers, 28, 28] of 0 to 15, to train (turned ones too) and to score."""
-    path = Path(os.environ["TINYFLEET_DATA"], "omniglot", "omniglot_28x28_4bit.npz")
-    with np.load(path) as data:
-        images = np.stack([data["images"] >> 4, data["images"] & 15], -1).reshape(data["shape"])
+    images = np.concatenate([drawn for drawn, _ in omniglot.data()]).reshape(-1, DRAWERS, SIDE, SIDE)
     images = images[np.random.default_rng(seed).permutation(len(images))]
     return turned(images[:TRAINING]), images[TRAINING:]
 

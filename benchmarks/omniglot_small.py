@@ -32,7 +32,7 @@ from typing import Any
 import keras  # type: ignore[import-untyped]
 import numpy as np
 from instructions import instructions, small
-from keras import layers, ops
+from keras import layers
 from numpy.typing import NDArray
 
 from edge import program as p
@@ -93,8 +93,7 @@ def folded(body: Body, device: p.Program) -> NDArray[np.float32]:
     """The program's vector: convolutions that include their normalisation, a head of zeros."""
     arrays: list[NDArray[np.float32]] = []
     for conv, norm in body:
-        kernel, bias = (ops.convert_to_numpy(weight) for weight in conv.weights)
-        gamma, beta, mean, variance = (ops.convert_to_numpy(weight) for weight in norm.weights)
+        (kernel, bias), (gamma, beta, mean, variance) = conv.get_weights(), norm.get_weights()
         scale = gamma / np.sqrt(variance + norm.epsilon)
         arrays += [(kernel * scale).transpose(3, 0, 1, 2).ravel(), beta + (bias - mean) * scale]
     vector = np.concatenate(arrays)

@@ -215,7 +215,7 @@ def test_numbers_that_a_task_does_not_have(name: str, ways: int, side: int) -> N
 
 
 def test_an_error_within_a_task_is_not_taken_for_a_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(omniglot, "_data", lambda: len(3))  # type: ignore[arg-type]
+    monkeypatch.setattr(omniglot, "data", lambda: len(3))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="has no len"):
         tasks.load("omniglot-20")
 

@@ -117,7 +117,7 @@ def load(ways: int = 5, side: int = 14) -> Task:
 
 def characters() -> dict[Split, tuple[Characters, Alphabets]]:
     """Of each split, images of 28x28 pixels and the alphabets that they are of. Raises UserError without the data."""
-    (background, alphabet), evaluation = _data()
+    (background, alphabet), evaluation = data()
     for_validation = np.arange(len(background)) % 10 == 9
     return {
         "training": (background[~for_validation], alphabet[~for_validation]),
@@ -126,7 +126,8 @@ def characters() -> dict[Split, tuple[Characters, Alphabets]]:
     }
 
 
-def _data() -> tuple[tuple[Characters, Alphabets], tuple[Characters, Alphabets]]:
+def data() -> tuple[tuple[Characters, Alphabets], tuple[Characters, Alphabets]]:
+    """Background and evaluation characters, as their authors split them. Raises UserError without the data."""
     packed = datasets.local(PACKED)
     if packed is not None:
         datasets.check([packed], PACKED_SHA256, "Omniglot")
