@@ -2,11 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
-NATIVE = $(wildcard edge/mote/*.[ch]) edge/protocol.cddl edge/mote_build.py edge/mote_codegen.py setup.py pyproject.toml
+NATIVE = $(wildcard edge/mote/*.[ch]) edge/wire/protocol.cddl edge/mote_build.py edge/mote_codegen.py setup.py pyproject.toml
 
 # For the tests: cross compilers, emulators and what builds the exported library.
 TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf chromedriver
-PAGE = $(addprefix ontology/page/,package.json package-lock.json index.html page.css page.js icon.svg)
+PAGE = $(addprefix ontology/http/page/,package.json package-lock.json index.html page.css page.js icon.svg)
 
 .PHONY: demo test test-slow fuzz coverage instructions boards vocabulary check page lock clean tools-demo tools-test
 
@@ -43,7 +43,9 @@ vocabulary: $(VENV)/.demo
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@sh tools/types.sh
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 # Packages from the lock, tools from Debian at the same time, then the project with its C engine.
 $(VENV)/.demo: requirements.lock $(NATIVE)
@@ -55,8 +57,8 @@ $(VENV)/.test: requirements-dev.lock $(NATIVE)
 	@touch $@ $(VENV)/.demo
 
 # The query page of the endpoint, from npm's YASGUI. Without npm there is none.
-page: ontology/page/dist/index.html
-ontology/page/dist/index.html: tools/page.sh $(PAGE)
+page: ontology/http/page/dist/index.html
+ontology/http/page/dist/index.html: tools/page.sh $(PAGE)
 	@sh tools/page.sh
 
 # Needs `uv`. Writes no index address.
@@ -66,4 +68,4 @@ lock:
 	echo 'setuptools>=75' | $(LOCK) - --extra dev -o requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info ontology/page/dist ontology/page/node_modules edge/_mote*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .tinyfleet
+	rm -rf $(VENV) build *.egg-info ontology/http/page/dist ontology/http/page/node_modules edge/_mote*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .tinyfleet

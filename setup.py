@@ -1,5 +1,19 @@
-"""The C extension; all else is in pyproject.toml."""
+"""What pyproject.toml cannot say: the version (the C library's header states it), the packages, the C extension."""
 
-from setuptools import setup
+import re
+from pathlib import Path
 
-setup(cffi_modules=["edge/mote_build.py:builder"])
+from setuptools import find_packages, setup
+
+FOLDERS = ["edge", "firmware_tools", "ontology", "server"]
+
+version = re.search(r'#define MOTE_VERSION "(.+)"', Path("edge/mote/mote.h").read_text())
+assert version is not None
+packages = []
+for folder in FOLDERS:
+    packages += [f"tinyfleet.{folder}", *(f"tinyfleet.{folder}.{inner}" for inner in find_packages(folder))]
+setup(
+    version=version[1],
+    packages=["tinyfleet", *packages],
+    cffi_modules=["edge/mote_build.py:builder"],
+)

@@ -17,11 +17,12 @@ import typer
 from instructions import instructions
 from rich.console import Console
 from rich.table import Table
-
-from edge import features, tasks
-from edge._mote import ffi
-from edge.errors import UserError
-from firmware_tools import boards, build
+from tinyfleet.edge import tasks
+from tinyfleet.edge._mote import ffi
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import features
+from tinyfleet.firmware_tools.boards import catalogue
+from tinyfleet.firmware_tools.firmware import build
 
 NAMES = ("sine", "digits", "omniglot", "omniglot-20", "omniglot-5-28", "keywords", "presence")
 FLEET = 14
@@ -52,7 +53,7 @@ def main(
     if not build.available():
         console.print("without the features' instructions: no cross compiler (gcc-arm-none-eabi)")
         return
-    target = boards.load(board)
+    target = catalogue.load(board)
     with tempfile.TemporaryDirectory() as folder:
         elf = build.bench_mel(target, Path(folder) / "mel.elf", steps=100)
         counted, taken = instructions(target, elf), build.size(elf)

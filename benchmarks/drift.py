@@ -26,15 +26,14 @@ from recipes import LocalGrid
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
-
-from edge import tasks
-from edge.client_app import to_record, to_vector
-from edge.drift import OnlineLearner, Reaction, reaction_of
-from edge.learner import MoteLearner
-from edge.tasks import Recording, Task
-from edge.tasks.digits import MOUNTS, SCALE, UNSEEN, WAYS
-from server.flower import log_level
-from server.run import first_parameters, method
+from tinyfleet.edge import tasks
+from tinyfleet.edge.device.drift import OnlineLearner, Reaction, reaction_of
+from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.tasks import Recording, Task
+from tinyfleet.edge.tasks.digits import MOUNTS, SCALE, UNSEEN, WAYS
+from tinyfleet.server.flower.internals import log_level
+from tinyfleet.server.run import first_parameters, method
 
 Vector = NDArray[np.float32]
 RATE = 0.05  # of learning online, tuned on the validation streams as the reaction is

@@ -39,18 +39,28 @@ import pyoxigraph as ox
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-from edge.protocol import Status, Topics, encode
-from edge.thing import Board, thing_description
-from firmware_tools import boards as board_files
-from ontology import library
-from ontology.columns import Range
-from ontology.describe import Layer, ModelDescription, board_facts, model_facts
-from ontology.index import IndexedStore
-from ontology.names import PROV, RDF, TD, TF, Iri, board_iri, device_iri, round_iri, run_iri, version_iri
-from ontology.registry import Registry
-from ontology.store import EmbeddedStore, Facts, RemoteStore, Store, Value, parameters, term, triples
-from server.serve import FleetServer
+from tinyfleet.edge.device.thing_description import Board, thing_description
+from tinyfleet.edge.wire.protocol import Status, Topics, encode
+from tinyfleet.firmware_tools.boards import catalogue as board_files
+from tinyfleet.ontology.ingest.describe import Layer, ModelDescription, board_facts, model_facts
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.columns import Range
+from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.store import EmbeddedStore, Facts, RemoteStore, Store, Value, parameters, term, triples
+from tinyfleet.ontology.vocabulary.namespaces import (
+    PROV,
+    RDF,
+    TD,
+    TF,
+    Iri,
+    board_iri,
+    device_iri,
+    round_iri,
+    run_iri,
+    version_iri,
+)
+from tinyfleet.server.serve import FleetServer
 
 FLEET, MODELS, SEED = "home", 200, 0
 ROUND_OF = 9 / 10  # of the devices, that took part in the last round

@@ -33,10 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-
-from edge import program
-from edge.learner import LearnerError, LiteRTLearner, MoteLearner, learn_many
-from firmware_tools import tflite_reader
+from tinyfleet.edge.model import program
+from tinyfleet.edge.model.learner import LearnerError, LiteRTLearner, MoteLearner, learn_many
+from tinyfleet.firmware_tools.readers import tflite_reader
 
 MODEL = program.build([program.Dense(32), program.ReLU(), program.Dense(10)], (64,), "softmax_cross_entropy")
 RATE = 0.02
@@ -55,8 +54,7 @@ def tflite() -> bytes:
     """The model as a .tflite with training signatures. Needs TensorFlow, and a process that may import it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras  # type: ignore[import-untyped]
-
-    from firmware_tools.export import export_tflite
+    from tinyfleet.firmware_tools.compiler.export import export_tflite
 
     layers = [
         keras.Input((64,)),

@@ -25,11 +25,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from edge import program
-from edge.errors import UserError
-from edge.program import Layer, Program
-from firmware_tools import boards, build, emulate
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program
+from tinyfleet.edge.model.program import Layer, Program
+from tinyfleet.firmware_tools.boards import catalogue
+from tinyfleet.firmware_tools.firmware import build, emulate
 
 HERE = Path(__file__).parent
 PROFILES: tuple[build.Profile, ...] = ("exact", "fast")
@@ -54,7 +54,7 @@ def tflite(name: str) -> Callable[[], Program]:
     """A .tflite file's model, to run."""
 
     def make() -> Program:
-        from firmware_tools import tflite_reader
+        from tinyfleet.firmware_tools.readers import tflite_reader
 
         return program.assemble(tflite_reader.read(_file(name)))
 
@@ -63,7 +63,8 @@ def tflite(name: str) -> Callable[[], Program]:
 
 def with_head() -> Program:
     """Keyword spotting under a float32 head of four classes that trains."""
-    from firmware_tools import tflite_reader, transfer
+    from tinyfleet.firmware_tools.compiler import transfer
+    from tinyfleet.firmware_tools.readers import tflite_reader
 
     graph = tflite_reader.read(_file("kws_ref_model"))
     last = [op.name for op in graph.ops if op.weights is not None][-1]
@@ -100,7 +101,7 @@ SUBJECTS = (
 )
 
 
-def instructions(target: boards.Target, elf: Path) -> dict[str, float]:
+def instructions(target: catalogue.Target, elf: Path) -> dict[str, float]:
     """Runs a benchmark program: mean, least and most instructions of an inference and of a step."""
     said = {}
     for line in emulate.run(target, elf, counting=True, timeout=600).splitlines():
@@ -124,7 +125,7 @@ def instructions(target: boards.Target, elf: Path) -> dict[str, float]:
 
 def measure(subject: Subject, board: str, profile: build.Profile) -> dict[str, Any]:
     """One row: what the model takes on that board."""
-    target, model = boards.load(board), subject.make()
+    target, model = catalogue.load(board), subject.make()
     row: dict[str, Any] = {"model": subject.name, "board": board, "core": target.board.mcu, "profile": profile}
     with tempfile.TemporaryDirectory() as folder:
         elf = build.bench(target, model, Path(folder) / "bench.elf", steps=subject.steps, profile=profile)

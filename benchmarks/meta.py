@@ -27,9 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-
-from edge.protocol import ALL_LAYERS, Phase, UpdateFormat
-from edge.tasks import sine
+from tinyfleet.edge.tasks import sine
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, UpdateFormat
 
 MODEL = sine.PROGRAM
 STEPS, BATCH, RATE = 32, 10, 0.02
@@ -61,17 +60,16 @@ def fastest(work: Callable[[], object], seconds: float = 8.0) -> dict[str, float
 def backend() -> dict[str, Any]:
     """Keras's backend of this process."""
     from keras import ops  # type: ignore[import-untyped]
-
-    from server import meta
+    from tinyfleet.server import simulator
 
     x, y = sines(range(CLIENTS), STEPS * BATCH)
-    here, phases = meta.Backend(MODEL), [Phase(ALL_LAYERS, STEPS, RATE)]
+    here, phases = simulator.Backend(MODEL), [Phase(ALL_LAYERS, STEPS, RATE)]
     clients = CLIENTS * (1 if here.devices == ["cpu:0"] else 64)
     x, y = (np.tile(a, (clients // CLIENTS, 1, 1)) for a in (x, y))
     took = fastest(lambda: here.adapt(MODEL.initial(0), x, y, phases, batch=BATCH))
     side = 2048
     square = ops.ones((side, side), "float32")
-    product = meta._compile(lambda a: ops.sum(ops.matmul(a, a)))
+    product = simulator._compile(lambda a: ops.sum(ops.matmul(a, a)))
     peak = 2 * side**3 / fastest(lambda: ops.convert_to_numpy(product(square)), 3.0)["wall"]
     operations = 6 * here.network.work * STEPS * BATCH  # two for a multiply-add, of which a step has three forwards
     return {
@@ -135,18 +133,20 @@ def flower() -> dict[str, Any]:
 
 def fleet() -> dict[str, Any]:
     """Megabytes that the process had taken at most after each round, beside what it had before the first."""
-    from server import meta
+    from tinyfleet.server import simulator
 
     def taken() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
     phases = (Phase(4, 8, RATE), Phase(ALL_LAYERS, STEPS, RATE))
     update = UpdateFormat(ALL_LAYERS & ~4, half=True, top=0.1)
-    how = meta.Settings("tinymetafed", phases, phases, clients=FLEET // 100, batch=BATCH, alpha_end=0.0, update=update)
-    source = meta.Source(FLEET, lambda _, seeds, count: sines(seeds, count), keeps=False)
+    how = simulator.Settings(
+        "tinymetafed", phases, phases, clients=FLEET // 100, batch=BATCH, alpha_end=0.0, update=update
+    )
+    source = simulator.Source(FLEET, lambda _, seeds, count: sines(seeds, count), keeps=False)
     begin, after = taken(), list[int]()
-    outcome = meta.simulate(
-        meta.Backend(MODEL), source, how, meta.first_parameters(MODEL, how), rounds=ROUNDS,
+    outcome = simulator.simulate(
+        simulator.Backend(MODEL), source, how, simulator.first_parameters(MODEL, how), rounds=ROUNDS,
         on_round=lambda _: after.append(taken()),
     )  # fmt: skip
     seconds = min(this.seconds for this in outcome.rounds)

@@ -30,11 +30,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omniglot_small import DRAWERS, SIDE, classifier, turned
-
-from edge.protocol import ALL_LAYERS, Phase
-from edge.tasks import Episodes, omniglot
-from server import meta
-from server.evaluate import Score
+from tinyfleet.edge.tasks import Episodes, omniglot
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
+from tinyfleet.server import simulator
+from tinyfleet.server.evaluate import Score
 
 WAYS, TRAINING, TRAIN_SHOTS, QUERIES = 5, 1200, 10, 1
 BATCH, MOVED, FIRST_RATE = (
@@ -43,7 +42,7 @@ BATCH, MOVED, FIRST_RATE = (
     2e-3,
 )  # of pretraining: images, pixels, Adam's first rate, which falls along a half cosine
 RATE = 0.001
-HOW = meta.Settings(
+HOW = simulator.Settings(
     "reptile",
     phases=(Phase(ALL_LAYERS, 5, RATE),),
     adapts=(Phase(ALL_LAYERS, 50, RATE),),
@@ -77,7 +76,7 @@ def draw(images: NDArray[np.uint8], seeds: Sequence[int], shots: int, queries: i
     return Episodes(**halves)
 
 
-def pretrained(images: NDArray[np.uint8], net: meta.Network, epochs: int, seed: int) -> NDArray[np.float32]:
+def pretrained(images: NDArray[np.uint8], net: simulator.Network, epochs: int, seed: int) -> NDArray[np.float32]:
     """The network's vector, its head 0: convolutions of a classifier of all these characters."""
     arrays = list[NDArray[np.float32]]()
     for conv, norm in classifier(images, (64,) * 4, epochs=epochs, seed=seed):
@@ -87,10 +86,12 @@ def pretrained(images: NDArray[np.uint8], net: meta.Network, epochs: int, seed: 
     return np.concatenate([body, np.zeros(net.n_params - len(body), np.float32)])
 
 
-def first_parameters(images: NDArray[np.uint8], net: meta.Network, options: argparse.Namespace) -> NDArray[np.float32]:
+def first_parameters(
+    images: NDArray[np.uint8], net: simulator.Network, options: argparse.Namespace
+) -> NDArray[np.float32]:
     """Random, or pretrained: then kept beside the checkpoint, for a run that goes on from it."""
     if not options.pretrain:
-        return meta.omniglot_start(net, options.seed)
+        return simulator.omniglot_start(net, options.seed)
     kept = options.checkpoint and options.checkpoint.with_suffix(f".pretrained-{options.pretrain}-{options.seed}.npz")
     if kept and kept.exists():
         with np.load(kept) as saved:
@@ -114,28 +115,28 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     training, unseen = characters(options.seed)
-    net = meta.omniglot_network(WAYS)
-    backend = meta.Backend(net, precision="mixed" if options.mixed else "float32")
+    net = simulator.omniglot_network(WAYS)
+    backend = simulator.Backend(net, precision="mixed" if options.mixed else "float32")
     print(f"on {', '.join(backend.devices)}, {net.n_params} parameters", file=sys.stderr, flush=True)
 
     def samples(_: Sequence[int], seeds: Sequence[int], count: int) -> tuple[Any, Any]:
         some = draw(training, seeds, TRAIN_SHOTS, 0)
         return some.support_x, some.support_y
 
-    def tell(so_far: meta.Outcome) -> None:
+    def tell(so_far: simulator.Outcome) -> None:
         this = so_far.rounds[-1]
         if this.number % options.every == 0:
             print(f"round {this.number}: loss {this.loss:.4f}, {this.seconds:.3f} s", file=sys.stderr, flush=True)
 
     began = time.perf_counter()
     start = first_parameters(training, net, options)
-    outcome = meta.simulate(
-        backend, meta.Source(2**31, samples, keeps=True), HOW, start, rounds=options.rounds, seed=options.seed,
+    outcome = simulator.simulate(
+        backend, simulator.Source(2**31, samples, keeps=True), HOW, start, rounds=options.rounds, seed=options.seed,
         checkpoint=options.checkpoint, every=options.every, on_round=tell,
     )  # fmt: skip
     said: dict[str, Any] = {"rounds": options.rounds, "seconds": round(time.perf_counter() - began)}
     for shots in (1, 5):
-        scores = meta.evaluate(
+        scores = simulator.evaluate(
             backend, lambda _, *how: draw(unseen, *how), outcome.parameters, HOW.adapts, shots=shots,
             tasks=options.tasks, queries=QUERIES, seed=options.seed, batch=5, moments=outcome.moments, chunk=100,
         )  # fmt: skip

@@ -34,13 +34,13 @@ import numpy as np
 from instructions import instructions, small
 from keras import layers
 from numpy.typing import NDArray
-
-from edge import program as p
-from edge.protocol import ALL_LAYERS, Phase
-from edge.tasks import omniglot
-from firmware_tools import boards, build
-from server import meta
-from server.evaluate import few_shot
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.tasks import omniglot
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
+from tinyfleet.firmware_tools.boards import catalogue
+from tinyfleet.firmware_tools.firmware import build
+from tinyfleet.server import simulator
+from tinyfleet.server.evaluate import few_shot
 
 SIDE, DRAWERS, WAYS, FILTERS = 28, 20, 5, (16, 24, 32, 44)
 BATCH, MOVED = 256, 2  # of the server: images of a step, pixels by which each is moved at most
@@ -102,7 +102,7 @@ def folded(body: Body, device: p.Program) -> NDArray[np.float32]:
 
 def step_instructions() -> int:
     """Of one training step on a Cortex-M4, the mean of three, with random weights."""
-    target, device = boards.load(BOARD), small(device_layers(), (SIDE, SIDE, 1))
+    target, device = catalogue.load(BOARD), small(device_layers(), (SIDE, SIDE, 1))
     with tempfile.TemporaryDirectory() as folder:
         elf = build.bench(target, device, Path(folder) / "bench.elf", steps=3, profile="fast")
         return round(instructions(target, elf)["learn"])
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     device = p.build(device_layers(), (SIDE, SIDE, 1), "softmax_cross_entropy")
-    task, backend = replace(omniglot.load(WAYS, SIDE), program=device), meta.Backend(device)
+    task, backend = replace(omniglot.load(WAYS, SIDE), program=device), simulator.Backend(device)
     print(f"{device.n_params} parameters, trains in {device.arena_bytes} bytes", file=sys.stderr, flush=True)
 
     began = time.perf_counter()
@@ -136,7 +136,7 @@ def main() -> None:
     def validation(rate: float, shots: int) -> float:
         phases = (Phase(ALL_LAYERS, STEPS, rate),)
         how: dict[str, Any] = {"tasks": 200, "queries": 10, "seed": options.seed + 1, "split": "validation"}
-        return float(meta.evaluate(backend, task.draw, start, phases, shots=shots, chunk=100, **how).mean())
+        return float(simulator.evaluate(backend, task.draw, start, phases, shots=shots, chunk=100, **how).mean())
 
     for shots in (5, 1):
         found = [validation(rate, shots) for rate in RATES]

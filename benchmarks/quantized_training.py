@@ -23,14 +23,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 from numpy.typing import NDArray
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
-
-from edge.graph import Graph
-from edge.learner import MoteLearner
-from edge.plan import INT8_WEIGHTED, takes, with_training
-from edge.program import assemble
-from firmware_tools.keras_reader import read as read_keras
-from firmware_tools.quantized_training import Selection, Update, choose, everything_from, measure, train_int8
-from firmware_tools.tflite_reader import read as read_tflite
+from tinyfleet.edge.model.graph import Graph
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, takes, with_training
+from tinyfleet.edge.model.program import assemble
+from tinyfleet.firmware_tools.compiler.quantized_training import (
+    Selection,
+    Update,
+    choose,
+    everything_from,
+    measure,
+    train_int8,
+)
+from tinyfleet.firmware_tools.readers.keras_reader import read as read_keras
+from tinyfleet.firmware_tools.readers.tflite_reader import read as read_tflite
 
 ROUNDS = 3
 RATES = (0.001, 0.003, 0.01, 0.03)

@@ -20,14 +20,13 @@ import typer
 from flwr.app import ConfigRecord, Message
 from rich.console import Console
 from rich.table import Table
-
-from edge import tasks
-from edge.client_app import serve, to_record, to_vector
-from edge.tasks import Recipe, Task
-from server.evaluate import SHOTS, one_pass
-from server.flower import log_level, new_run, stamp
-from server.grid import RunGrid
-from server.run import first_parameters, limit_clients, method
+from tinyfleet.edge import tasks
+from tinyfleet.edge.device.flower_client import serve, to_record, to_vector
+from tinyfleet.edge.tasks import Recipe, Task
+from tinyfleet.server.evaluate import SHOTS, one_pass
+from tinyfleet.server.flower.grid import RunGrid
+from tinyfleet.server.flower.internals import log_level, new_run, stamp
+from tinyfleet.server.run import first_parameters, limit_clients, method
 
 FLEET = 14
 CLIENTS = 8

@@ -4,10 +4,11 @@
     python benchmarks/results.py omniglot --seeds 2 --tasks 50
     python benchmarks/results.py --plots docs            # prints all that has been run, and draws it
 
-Every method trains on the same devices (server/meta.py, which takes their streams to the bit), with the same number of
-visits and of samples in each, from the same seeds. Each is tuned by as many trials, on the same validation tasks: a
-trial is a run of --tuning-rounds, and its score the best of RATES to adapt by. The best trial is then run with five
-other seeds, and each start adapts to the same held-out tasks, by the same number of steps: means, and the 95 % interval
+Every method trains on the same devices (server/simulator.py, which takes their streams to the bit), with the same
+number of visits and of samples in each, from the same seeds. Each is tuned by as many trials, on the same validation
+tasks: a trial is a run of --tuning-rounds, and its score the best of RATES to adapt by. The best trial is then run with
+five other seeds, and each start adapts to the same held-out tasks, by the same number of steps: means, and the 95 %
+interval
 of Student's t over the seeds. Held-out tasks are looked at once, by the last step.
 
 Bytes are those of the wire, indices counted. Instructions and the arena are of the task's model on an emulated
@@ -35,13 +36,12 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-
-from edge import tasks
-from edge.errors import UserError
-from edge.protocol import ALL_LAYERS, Phase
-from edge.tasks import Recipe, Task
-from server import meta
-from server.evaluate import seeds_of
+from tinyfleet.edge import tasks
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.tasks import Recipe, Task
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
+from tinyfleet.server import simulator
+from tinyfleet.server.evaluate import seeds_of
 
 APPLICATIONS = ("sine", "omniglot", "keywords", "presence")
 BOARD = "mps2-an386"
@@ -94,11 +94,11 @@ class Method:
         """Whether a device keeps the weights that it was sent beside those that learn."""
         return self.of in ("fedprox", "fomaml") or (self.of == "tinymetafed" and self.without != "top-P")
 
-    def settings(self, task: Task, trial: Trial) -> meta.Settings:
+    def settings(self, task: Task, trial: Trial) -> simulator.Settings:
         local = self.of == "tinymetafed" and (task.meta.head_steps > 0) != (self.without == "reconstruction")
         top = 1.0 if self.without == "top-P" else TOP
         recipe = Recipe(HEAD if local else 0, self.samples - HEAD * local, trial.rate, trial.alpha, top)
-        how = meta.settings(self.of, replace(task, meta=recipe, fedavg=recipe), clients=CLIENTS)
+        how = simulator.settings(self.of, replace(task, meta=recipe, fedavg=recipe), clients=CLIENTS)
         if self.batched:
             steps, last = self.samples // BATCH, how.update.since  # of first-order MAML, one step for the gradient
             phases = (Phase(ALL_LAYERS, steps - last, trial.rate), Phase(ALL_LAYERS, last, trial.rate))
@@ -109,7 +109,7 @@ class Method:
             how = replace(how, adapts=how.phases)
         return replace(how, proximal=trial.proximal)
 
-    def adapts(self, how: meta.Settings, rate: float) -> tuple[Phase, ...]:
+    def adapts(self, how: simulator.Settings, rate: float) -> tuple[Phase, ...]:
         """How a new device learns: as the method says, in ADAPT steps at this rate."""
         spent = sum(phase.steps for phase in how.adapts[:-1])
         return tuple(
@@ -152,45 +152,45 @@ class Bench:
     def __init__(self, name: str, budget: Budget) -> None:
         self.task = tasks.load(name)
         self.budget = budget
-        self.backend = meta.Backend(self.task.program)
+        self.backend = simulator.Backend(self.task.program)
         self.is_regression = self.task.program.loss == "mse"
         self.shots = (5, 10, 20) if self.is_regression else (1, 5, 10)
         self.scale = QUARTER if self.is_regression else 1.0
-        self._source = meta.fleet_of(self.task, FLEET)
-        self._trained: dict[str, list[meta.Outcome]] = {}
+        self._source = simulator.fleet_of(self.task, FLEET)
+        self._trained: dict[str, list[simulator.Outcome]] = {}
 
-    def train(self, how: meta.Settings, rounds: int, seed: int) -> list[meta.Outcome]:
+    def train(self, how: simulator.Settings, rounds: int, seed: int) -> list[simulator.Outcome]:
         """How far it had come at each of POINTS moments; the last is the end. Empty if all clients diverged."""
         serial = CLIENTS // how.clients
         total = rounds * serial
         key = f"{replace(how, name='', adapts=())} {total} {seed}"
         if key not in self._trained:
-            start = meta.first_parameters(self.task.program, how, seed)
-            marks, at = {max(1, total * (i + 1) // POINTS) for i in range(POINTS)}, list[meta.Outcome]()
+            start = simulator.first_parameters(self.task.program, how, seed)
+            marks, at = {max(1, total * (i + 1) // POINTS) for i in range(POINTS)}, list[simulator.Outcome]()
 
-            def keep(outcome: meta.Outcome) -> None:
+            def keep(outcome: simulator.Outcome) -> None:
                 if outcome.rounds[-1].number in marks:
                     at.append(outcome)
 
             if how.steps:
                 try:
-                    meta.simulate(self.backend, self._source, how, start, rounds=total, seed=seed, on_round=keep)
+                    simulator.simulate(self.backend, self._source, how, start, rounds=total, seed=seed, on_round=keep)
                 except UserError:
                     at.clear()
             else:
-                at.append(meta.Outcome(start, start, []))
+                at.append(simulator.Outcome(start, start, []))
             self._trained[key] = at
         return self._trained[key]
 
     def score(
-        self, at: Sequence[meta.Outcome], phases: Sequence[Phase], shots: int, count: int, *, held_out: bool
+        self, at: Sequence[simulator.Outcome], phases: Sequence[Phase], shots: int, count: int, *, held_out: bool
     ) -> NDArray[np.float64]:
         """[count]: accuracies, or mean squared errors, of the last start, on the same tasks for everyone."""
         if not at:
             return np.full(count, np.nan)
         start = at[-1].parameters
         split, seed = ("held_out", 0) if held_out else ("validation", 1)
-        return meta.evaluate(
+        return simulator.evaluate(
             self.backend, self.task.draw, start, phases,
             shots=shots, tasks=count, queries=QUERIES, seed=seed, split=split,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -246,10 +246,10 @@ def device(name: str) -> dict[str, int]:
     """Of the application's model: bytes of the arena, the parameters and a sample as devices hold it; instructions of
     an inference and a step on the board."""
     import instructions as board_instructions
+    from tinyfleet.firmware_tools.boards import catalogue
+    from tinyfleet.firmware_tools.firmware import build
 
-    from firmware_tools import boards, build
-
-    task, target = tasks.load(name), boards.load(BOARD)
+    task, target = tasks.load(name), catalogue.load(BOARD)
     features = task.client(0, FLEET).features
     with tempfile.TemporaryDirectory() as folder:
         elf = build.bench(target, task.program, Path(folder) / "bench.elf", steps=20)
@@ -330,7 +330,7 @@ def differences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def baselines(count: int, shots: Sequence[str]) -> dict[str, list[float]]:
     """Of presence, on the same held-out tasks: what needs no model, by shots."""
-    from edge.tasks import presence
+    from tinyfleet.edge.tasks import presence
 
     seeds = [seeds_of(0, task)[0] for task in range(count)]
     by_shots = [presence.baselines("held_out", seeds, int(k), QUERIES) for k in shots]

@@ -28,11 +28,11 @@ FLEET = "rounds"
 
 def visits(task_name: str, host: str, port: int, steps: int, count: int, devices: int) -> dict[str, Any]:
     """What a process that has just started does: imports, the first round, then `count` more."""
-    from edge import tasks
-    from edge.client_app import to_record
-    from server.flower import log_level
-    from server.grid import MqttGrid
-    from server.strategies import TinyReptile
+    from tinyfleet.edge import tasks
+    from tinyfleet.edge.device.flower_client import to_record
+    from tinyfleet.server.flower.grid import MqttGrid
+    from tinyfleet.server.flower.internals import log_level
+    from tinyfleet.server.flower.strategies import TinyReptile
 
     log_level(40)
     task = tasks.load(task_name)
@@ -63,7 +63,7 @@ def visits(task_name: str, host: str, port: int, steps: int, count: int, devices
 
 def measure(task: str, steps: int, count: int, devices: int, runs: int) -> list[dict[str, Any]]:
     """The same with a broker and devices around it, `runs` times; `first` in seconds since the process was started."""
-    from server.broker import Broker
+    from tinyfleet.server.broker import Broker
 
     results = []
     with ExitStack() as stack:

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from edge import tasks
-from edge.agent import AgentNode, MaskedLearner, Online
-from edge.device import Device, virtual_device
-from edge.drift import Paced, reaction_of
-from edge.errors import UserError
-from edge.learner import LiteRTLearner, MoteLearner
-from edge.node import ENGINE_VERSION
-from edge.program import Program
-from edge.protocol import ProtocolError
-from edge.streams import DatasetStream, RecordedStream
-from edge.thing import thing_description, this_machine
+from tinyfleet.edge import tasks
+from tinyfleet.edge.device.agent import AgentNode, MaskedLearner, Online
+from tinyfleet.edge.device.device import Device, virtual_device
+from tinyfleet.edge.device.drift import Paced, reaction_of
+from tinyfleet.edge.device.node import ENGINE_VERSION
+from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
+from tinyfleet.edge.device.thing_description import thing_description, this_machine
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.learner import LiteRTLearner, MoteLearner
+from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.wire.protocol import ProtocolError
 
 BrokerOption = Annotated[
     str | None,

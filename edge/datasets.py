@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from edge.errors import UserError
+from tinyfleet.edge.errors import UserError
 
 
 def local(name: str) -> Path | None:

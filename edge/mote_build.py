@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MOTE = Path("edge/mote")
 GENERATED = Path("build/mote")  # the wire's C, made from protocol.cddl
 
-sys.path.insert(0, str(ROOT))  # pip runs this file by itself
-from edge.mote_codegen import DEFINES, generate  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))  # pip runs this file by itself
+from mote_codegen import DEFINES, generate  # type: ignore[import-not-found]  # noqa: E402
 
 # What Python sees, in the order of their dependencies.
 HEADERS = ["mote.h", "mote_host.h", "mote_node.h", "mote_stream.h", "mote_frame.h", "mote_mel.h"]
@@ -58,7 +58,7 @@ def builder() -> cffi.FFI:
     for header in HEADERS:
         ffi.cdef(declarations(header))
     ffi.set_source(
-        "edge._mote",
+        "tinyfleet.edge._mote",
         "\n".join(f'#include "{header}"' for header in HEADERS),
         sources=[str(MOTE / source) for source in SOURCES] + [str(source) for source in generated],
         include_dirs=[str(MOTE), str(GENERATED)],

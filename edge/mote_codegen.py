@@ -24,7 +24,7 @@ def generate(out: Path) -> list[Path]:
     Returns the C files; `out` is their include folder, and they are compiled with DEFINES.
     """
     out.mkdir(parents=True, exist_ok=True)
-    cddl = Path(__file__).resolve().parent / "protocol.cddl"
+    cddl = Path(__file__).resolve().parent / "wire" / "protocol.cddl"
     package = find_spec("zcbor")
     if package is None or package.submodule_search_locations is None:
         raise RuntimeError("zcbor is not installed: pip install zcbor==0.9.1")

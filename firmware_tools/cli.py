@@ -15,14 +15,14 @@ from typing import Annotated, cast, get_args
 import typer
 from rich.console import Console
 from rich.table import Table
-
-from edge import tasks
-from edge.cli import BrokerOption, DataOption, FleetOption, TaskOption, broker_address
-from edge.errors import UserError
-from edge.program import Program, ProgramError
-from firmware_tools import boards, emulate, export_library
-from firmware_tools import build as building
-from firmware_tools.gateway import Gateway
+from tinyfleet.edge import tasks
+from tinyfleet.edge.cli import BrokerOption, DataOption, FleetOption, TaskOption, broker_address
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.program import Program, ProgramError
+from tinyfleet.firmware_tools.boards import catalogue
+from tinyfleet.firmware_tools.firmware import build as building
+from tinyfleet.firmware_tools.firmware import emulate, export_library
+from tinyfleet.firmware_tools.gateway import Gateway
 
 app = typer.Typer(
     add_completion=False,
@@ -50,10 +50,10 @@ def list_boards(
       tinyfleet firmware boards
       tinyfleet firmware boards --describe
     """
-    known = [boards.load(name) for name in boards.known()]
+    known = [catalogue.load(name) for name in catalogue.known()]
     if describe:
-        from ontology.cli import open_store  # a machine beside a board may have no graph store
-        from ontology.describe import put_board
+        from tinyfleet.ontology.cli import open_store  # a machine beside a board may have no graph store
+        from tinyfleet.ontology.ingest.describe import put_board
 
         with open_store(data) as store:
             for target in known:
@@ -93,7 +93,7 @@ def build(
       tinyfleet firmware build --board mps2-an386 --task digits --id board-01
       tinyfleet firmware build --board mps2-an385 --client 3 --of 12 --id board-03 --out build/board-03
     """
-    boards.load(board).buildable()
+    catalogue.load(board).buildable()
     if client >= of:
         raise UserError(f"device {client} of {of} does not exist: --client counts from 0 to {of - 1}")
     learned = tasks.load(task)
@@ -171,7 +171,7 @@ def run(
     built_for = building.size(elf).board
     if board is not None and board != built_for:
         raise UserError(f"{elf} was built for board '{built_for}', not '{board}'; build it again with --board {board}")
-    with _stop_on_signals() as stop, emulate.Emulator(boards.load(built_for), elf) as emulator:
+    with _stop_on_signals() as stop, emulate.Emulator(catalogue.load(built_for), elf) as emulator:
         typer.echo(f"{built_for} is running; its serial port is {emulator.url}")
 
         def stop_with_it() -> None:
@@ -232,7 +232,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 def _show(elf: Path, as_json: bool) -> None:
     size = building.size(elf)
-    board = boards.load(size.board).buildable()
+    board = catalogue.load(size.board).buildable()
     if as_json:
         sums = {"flash": size.flash, "ram": size.ram, "arena": size.arena, "mote_text": sum(size.mote.values())}
         typer.echo(json.dumps({"elf": str(elf), **asdict(size), **sums}, indent=2))

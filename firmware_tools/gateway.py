@@ -19,11 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import serial
-
-from edge import frames
-from edge.errors import UserError
-from edge.protocol import MAX_CHUNKS, Topics
-from edge.session import Session
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire import frames
+from tinyfleet.edge.wire.protocol import MAX_CHUNKS, Topics
+from tinyfleet.edge.wire.session import Session
 
 #: Messages that wait for the line: the chunks of the largest program, and what else may come meanwhile.
 QUEUE = 2 * MAX_CHUNKS

@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-
-from edge.cli import DataOption
-from edge.errors import UserError
-from edge.graph import LOSSES
-from edge.program import Program
-from firmware_tools import compiler
+from tinyfleet.edge.cli import DataOption
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.graph import LOSSES
+from tinyfleet.edge.model.program import Program
+from tinyfleet.firmware_tools.compiler import compiler
 
 if TYPE_CHECKING:
-    from ontology.describe import ModelDescription
+    from tinyfleet.ontology.ingest.describe import ModelDescription
 
 app = typer.Typer(
     help="Compile, plan, describe and export Keras 3 models (.keras) and .tflite files.",
@@ -214,7 +213,7 @@ def export(model: KerasModel, out: Out = Path("model.tflite"), train_from: Train
 
     Example: tinyfleet model export model.keras --out model.tflite
     """
-    from firmware_tools.export import export_tflite
+    from tinyfleet.firmware_tools.compiler.export import export_tflite
 
     with _quiet():
         content = export_tflite(model, train_from=train_from, loss=loss)
@@ -232,10 +231,9 @@ def describe(
     Example: tinyfleet model describe model.keras
     """
     import pyoxigraph
-
-    from ontology.describe import put_model
-    from ontology.names import PREFIXES
-    from ontology.store import EmbeddedStore
+    from tinyfleet.ontology.ingest.describe import put_model
+    from tinyfleet.ontology.store.store import EmbeddedStore
+    from tinyfleet.ontology.vocabulary.namespaces import PREFIXES
 
     about = description(file)
     for note in about.notes:
@@ -278,10 +276,10 @@ def match(
       tinyfleet model match --device kitchen
       tinyfleet model match --model model.mote --device kitchen
     """
-    from firmware_tools import show_match as show
-    from ontology import match as matching
-    from ontology.cli import find_server, open_store
-    from ontology.names import fleet_name
+    from tinyfleet.firmware_tools import show_match as show
+    from tinyfleet.ontology.cli import find_server, open_store
+    from tinyfleet.ontology.queries import match as matching
+    from tinyfleet.ontology.vocabulary.namespaces import fleet_name
 
     if model is None and device is None:
         raise UserError("give a model with --model, a device with --device, or both")
@@ -307,7 +305,7 @@ def description(file: Path) -> ModelDescription:
 
     Raises UserError if it is no model's file.
     """
-    from ontology.describe import from_file, from_program
+    from tinyfleet.ontology.ingest.describe import from_file, from_program
 
     if file.suffix == ".mote":
         try:
@@ -324,7 +322,7 @@ def description(file: Path) -> ModelDescription:
 
 def _planned(file: Path) -> dict[str, Any]:
     """The fields of a description that the engine's plan tells. Raises UserError if the engine cannot run the model."""
-    from ontology.describe import TrainingOption
+    from tinyfleet.ontology.ingest.describe import TrainingOption
 
     takes = compiler.plan(file)
     options = [

@@ -8,10 +8,9 @@ from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
-
-from ontology.match import ADOPT, TRAIN, Fit, Miss, ModelFit
-from ontology.names import Iri
-from ontology.store import printable
+from tinyfleet.ontology.queries.match import ADOPT, TRAIN, Fit, Miss, ModelFit
+from tinyfleet.ontology.store.store import printable
+from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 Misses = Mapping[tuple[str, Iri], Sequence[Miss]]
 

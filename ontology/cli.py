@@ -8,11 +8,9 @@ from typing import Annotated
 
 import pyoxigraph as ox
 import typer
-
-from edge.errors import UserError
-from ontology import library
-from ontology.names import PREFIXES, Iri
-from ontology.store import (
+from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.store import (
     Binding,
     EmbeddedStore,
     RemoteStore,
@@ -24,6 +22,7 @@ from ontology.store import (
     printable,
     rows,
 )
+from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri
 
 GRAPH = "graph"
 """The folder of the graph in the data directory."""

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import pyoxigraph as ox
 import typer
-
-from edge.errors import UserError
-from ontology.cli import GRAPH, find_server, open_store, shorten
-from ontology.names import PREFIXES, Iri
-from ontology.store import EmbeddedStore, Facts, Store, term, triples, value
+from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.cli import GRAPH, find_server, open_store, shorten
+from tinyfleet.ontology.store.store import EmbeddedStore, Facts, Store, term, triples, value
+from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri
 
 app = typer.Typer(
     help="Fill the knowledge graph: catalogues of boards, descriptions from elsewhere.",
@@ -41,7 +40,7 @@ def boards(
       tinyfleet graph boards boards/ --out build/boards.ttl
       tinyfleet graph load build/boards.ttl
     """
-    from ontology import boards as catalogue
+    from tinyfleet.ontology.ingest import board_catalogue as catalogue
 
     made = catalogue.read(folder)
     n = write_file(out, made.facts)
@@ -68,8 +67,8 @@ def load(
 
     Example: tinyfleet graph load build/boards.ttl
     """
-    from ontology import shapes
-    from ontology.describe import put_facts
+    from tinyfleet.ontology.ingest.describe import put_facts
+    from tinyfleet.ontology.vocabulary import shapes
 
     facts: dict[Iri, dict[Iri, list[object]]] = {}
     for file in files:
@@ -137,8 +136,8 @@ def measured(
 
     Example: tinyfleet graph measured 0123456789abcdef --board nano33ble --latency 0.012 --energy 0.0004
     """
-    from ontology.describe import put_measurement
-    from ontology.names import model_iri
+    from tinyfleet.ontology.ingest.describe import put_measurement
+    from tinyfleet.ontology.vocabulary.namespaces import model_iri
 
     with _fillable(data) as store:
         iri = put_measurement(
@@ -169,10 +168,9 @@ def import_selocml(
     """
     from rich.console import Console
     from rich.table import Table
-
-    from ontology import shapes
-    from ontology.describe import put_facts
-    from ontology.import_selocml import read
+    from tinyfleet.ontology.ingest.describe import put_facts
+    from tinyfleet.ontology.ingest.selocml import read
+    from tinyfleet.ontology.vocabulary import shapes
 
     made = read(sorted(folder.glob("*.ttl")), fleet)
     shapes.check("the import", triples(made.facts))
@@ -206,7 +204,7 @@ def vocabulary(
 
     Example: tinyfleet graph vocabulary --out vocabulary.html
     """
-    from ontology.vocabulary_page import page
+    from tinyfleet.ontology.vocabulary.page import page
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

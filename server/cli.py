@@ -15,15 +15,14 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
-
-from edge import tasks
-from edge.cli import BrokerOption, DataOption, TaskOption, broker_address
-from edge.errors import UserError
-from edge.program import Program, ProgramError
-from ontology import library
-from ontology.cli import find_server, read_query
-from ontology.names import fleet_name
-from ontology.store import RemoteStore
+from tinyfleet.edge import tasks
+from tinyfleet.edge.cli import BrokerOption, DataOption, TaskOption, broker_address
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.program import Program, ProgramError
+from tinyfleet.ontology.cli import find_server, read_query
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.store import RemoteStore
+from tinyfleet.ontology.vocabulary.namespaces import fleet_name
 
 
 def server(
@@ -48,7 +47,7 @@ def server(
       tinyfleet server --port 0 --fleet greenhouse --data /var/lib/tinyfleet
       tinyfleet server --broker 192.168.1.5:1883
     """
-    from server.serve import FleetServer
+    from tinyfleet.server.serve import FleetServer
 
     stopped = threading.Event()
 
@@ -58,7 +57,7 @@ def server(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     given = None if broker is None else broker_address(broker, data)
-    logging.getLogger("ontology.registry").setLevel(logging.ERROR)  # refusals are news, below
+    logging.getLogger("tinyfleet.ontology.ingest.registry").setLevel(logging.ERROR)  # refusals are news, below
     with FleetServer(
         data, fleet, broker=given, port=port, endpoint_port=endpoint_port, on_news=lambda line: typer.echo(line)
     ) as running:
@@ -134,11 +133,11 @@ def run(
       tinyfleet run --strategy fedavg --dp-clip 1 --dp-noise 0.5
       tinyfleet run --select my-clients.rq --out start.npz
     """
-    from server import show
-    from server.evaluate import baselines
-    from server.flower import log_level
-    from server.run import Options, Round, method
-    from server.run import run as run_rounds
+    from tinyfleet.server import show
+    from tinyfleet.server.evaluate import baselines
+    from tinyfleet.server.flower.internals import log_level
+    from tinyfleet.server.run import Options, Round, method
+    from tinyfleet.server.run import run as run_rounds
 
     log_level(logging.ERROR)  # the rounds are shown below
     if out is not None and not out.parent.is_dir():
@@ -233,8 +232,8 @@ def meta_train(
     # The clients are shared by cores; threads of their own for small products of matrices cost a quarter of the speed.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     try:
-        from server import meta, show
-        from server.evaluate import QUERIES, SHOTS, Score
+        from tinyfleet.server import show, simulator
+        from tinyfleet.server.evaluate import QUERIES, SHOTS, Score
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("keras", "tensorflow", "jax"):
             raise
@@ -251,16 +250,16 @@ def meta_train(
         what.draw("held_out", [seed], max(SHOTS), QUERIES)
     except ValueError as error:
         raise UserError(f"{task}: {error}; lower --shots, or choose a task with more") from error
-    how = meta.settings(method, what, clients=clients)
-    backend = meta.Backend(what.program, precision="mixed" if mixed else "float32", exact=exact)
-    begin = meta.first_parameters(what.program, how, seed) if start is None else _parameters(start, what.program)
-    source = meta.tasks_of(what, shots) if fleet is None else meta.fleet_of(what, fleet)
+    how = simulator.settings(method, what, clients=clients)
+    backend = simulator.Backend(what.program, precision="mixed" if mixed else "float32", exact=exact)
+    begin = simulator.first_parameters(what.program, how, seed) if start is None else _parameters(start, what.program)
+    source = simulator.tasks_of(what, shots) if fleet is None else simulator.fleet_of(what, fleet)
     console = Console(highlight=False, quiet=as_json)
     console.print(f"{method} on {task}; computed on {', '.join(backend.devices)}")
     with Progress(console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task(method, total=rounds)
 
-        def report(so_far: meta.Outcome) -> None:
+        def report(so_far: simulator.Outcome) -> None:
             this = so_far.rounds[-1]
             bar.update(shown, completed=this.number, description=f"{method}, loss {this.loss:.3f}")
             if as_json:
@@ -268,14 +267,14 @@ def meta_train(
             elif not console.is_terminal and this.number % -(-rounds // 10) == 0:
                 console.print(f"round {this.number}/{rounds}: loss {this.loss:.3f}, up {this.bytes_up} B")
 
-        outcome = meta.simulate(
+        outcome = simulator.simulate(
             backend, source, how, begin, rounds=rounds, seed=seed, checkpoint=checkpoint, every=every, on_round=report
         )
     if out is not None:
         np.savez(out, **what.program.split(outcome.parameters))
 
     def score(start: NDArray[np.float32], shots: int) -> Score:
-        values = meta.evaluate(
+        values = simulator.evaluate(
             backend, what.draw, start, how.adapts, shots=shots, tasks=held_out, queries=QUERIES, seed=seed
         )
         return Score(shots, values, "mean squared error" if what.program.loss == "mse" else "accuracy")
@@ -323,8 +322,8 @@ def deploy(
       tinyfleet deploy model.mote --select drifted --yes
       tinyfleet deploy model.mote --select my-devices.rq --yes --json
     """
-    from server import deploy as deploying
-    from server import show_deployment as show
+    from tinyfleet.server import deploy as deploying
+    from tinyfleet.server import show_deployment as show
 
     program = deploying.read_program(model)
     found = find_server(data)

@@ -23,18 +23,17 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
-
-from edge import tasks
-from edge.errors import UserError
-from edge.tasks import Task
-from ontology import library
-from ontology.cli import print_rows
-from ontology.names import Iri, model_iri
-from server import show
-from server.evaluate import SHOTS, one_pass
-from server.flower import log_level
-from server.run import Outcome, Round, method, run
-from server.serve import FleetServer
+from tinyfleet.edge import tasks
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.tasks import Task
+from tinyfleet.ontology.cli import print_rows
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.vocabulary.namespaces import Iri, model_iri
+from tinyfleet.server import show
+from tinyfleet.server.evaluate import SHOTS, one_pass
+from tinyfleet.server.flower.internals import log_level
+from tinyfleet.server.run import Outcome, Round, method, run
+from tinyfleet.server.serve import FleetServer
 
 FLEET = "demo"
 BOARD = "mps2-an386"

@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from edge.errors import UserError
-from edge.node import NOT_FOR_FLEETS
-from edge.program import Program, ProgramError
-from edge.protocol import (
+from tinyfleet.edge.device.node import NOT_FOR_FLEETS
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.program import Program, ProgramError
+from tinyfleet.edge.wire.protocol import (
     CHUNK,
     MAX_CHUNKS,
     Adopt,
@@ -35,12 +35,12 @@ from edge.protocol import (
     encode,
     explain,
 )
-from edge.session import Message, Session
-from ontology import match as matching
-from ontology.describe import from_program
-from ontology.lineage import Lineage
-from ontology.names import Iri
-from ontology.store import Store
+from tinyfleet.edge.wire.session import Message, Session
+from tinyfleet.ontology.ingest.describe import from_program
+from tinyfleet.ontology.ingest.lineage import Lineage
+from tinyfleet.ontology.queries import match as matching
+from tinyfleet.ontology.store.store import Store
+from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 AT_ONCE = 64
 """Devices that fetch the program at the same time: a broker queues all its chunks for each of them."""

@@ -11,11 +11,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edge._mote import lib
-from edge.learner import LearnerError, MoteLearner
-from edge.protocol import ALL_LAYERS, Phase
-from edge.tasks import Episode, Split, Task
+from tinyfleet.edge._mote import lib
+from tinyfleet.edge.model.learner import LearnerError, MoteLearner
+from tinyfleet.edge.tasks import Episode, Split, Task
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """That `one_pass` tries."""

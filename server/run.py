@@ -19,19 +19,19 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from numpy.typing import NDArray
-
-from edge.client_app import to_record, to_vector
-from edge.errors import UserError
-from edge.program import Program
-from edge.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
-from edge.tasks import Recipe, Task
-from ontology import describe, library
-from ontology.lineage import Lineage, Part
-from ontology.match import select
-from ontology.names import Iri
-from ontology.store import Store
-from server.grid import Event, MqttGrid
-from server.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
+from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.tasks import Recipe, Task
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
+from tinyfleet.ontology.ingest import describe
+from tinyfleet.ontology.ingest.lineage import Lineage, Part
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.queries.match import select
+from tinyfleet.ontology.store.store import Store
+from tinyfleet.ontology.vocabulary.namespaces import Iri
+from tinyfleet.server.flower.grid import Event, MqttGrid
+from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 
 Vector = NDArray[np.float32]
 

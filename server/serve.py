@@ -12,15 +12,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from edge.protocol import Topics
-from edge.session import Receipt, Session
-from ontology.cli import GRAPH, SERVER
-from ontology.endpoint import Endpoint
-from ontology.index import IndexedStore
-from ontology.names import Iri, fleet_name
-from ontology.registry import Registry
-from ontology.store import StoreError
-from server.broker import Broker
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.session import Receipt, Session
+from tinyfleet.ontology.cli import GRAPH, SERVER
+from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.store import StoreError
+from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
+from tinyfleet.server.broker import Broker
 
 MOST = 1000
 """So many messages are written in one transaction at most."""

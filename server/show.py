@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-from server.evaluate import Score
-from server.run import Round
+from tinyfleet.server.evaluate import Score
+from tinyfleet.server.run import Round
 
 if TYPE_CHECKING:
-    from server import meta  # which takes seconds to import
+    from tinyfleet.server import simulator  # which takes seconds to import
 
 
 class Bar:
@@ -101,7 +100,7 @@ def interval(score: Score) -> str:
 def plot(
     path: Path,
     title: str,
-    runs: Mapping[str, Sequence[Round] | Sequence[meta.Round]],
+    runs: Mapping[str, Sequence[Round] | Sequence[simulator.Round]],
     results: Mapping[str, Sequence[Score]],
     *,
     by_round: bool = False,

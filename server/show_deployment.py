@@ -6,11 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-
-from edge.program import Program
-from ontology.store import printable
-from server.deploy import Deployment, Outcome, Plan, Result
-from server.show import Bar
+from tinyfleet.edge.model.program import Program
+from tinyfleet.ontology.store.store import printable
+from tinyfleet.server.deploy import Deployment, Outcome, Plan, Result
+from tinyfleet.server.show import Bar
 
 MOST = 20
 """Lines of a table; --json has them all."""

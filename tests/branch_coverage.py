@@ -29,8 +29,7 @@ import test_engine_native as native
 from nets import int8_operations
 from rich.console import Console
 from rich.table import Table
-
-from edge import mote_build, mote_codegen
+from tinyfleet.edge import mote_build, mote_codegen
 
 ROOT = Path(__file__).parents[1]
 MOTE = ROOT / mote_build.MOTE

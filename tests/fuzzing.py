@@ -20,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import small_models
-
-from edge import frames
-from edge.mote_build import SOURCES
-from edge.mote_codegen import DEFINES, generate
-from edge.program import Dense, ReLU, build
-from edge.protocol import ALL_LAYERS, Adopt, Phase, Reboot, UpdateFormat, Work, chunks, encode
+from tinyfleet.edge.model.program import Dense, ReLU, build
+from tinyfleet.edge.mote_build import SOURCES
+from tinyfleet.edge.mote_codegen import DEFINES, generate
+from tinyfleet.edge.wire import frames
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Adopt, Phase, Reboot, UpdateFormat, Work, chunks, encode
 
 TESTS = Path(__file__).parent
 MOTE = TESTS.parent / "edge" / "mote"

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-
-from edge import program as p
-from edge.graph import LOSSES, Graph, Kind, Op, Shape3, Tensor, Trains
-from edge.plan import WEIGHTED
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.graph import LOSSES, Graph, Kind, Op, Shape3, Tensor, Trains
+from tinyfleet.edge.model.memory_plan import WEIGHTED
 
 Array = NDArray[np.float64]
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 from conftest import free_port
-
-from edge.protocol import Status, encode
-from ontology.endpoint import Endpoint
-from ontology.index import IndexedStore
-from ontology.store import EmbeddedStore, RemoteStore, Store
+from tinyfleet.edge.wire.protocol import Status, encode
+from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
 
 MODEL = bytes.fromhex("0123456789abcdef")
 TOKEN = "a token"

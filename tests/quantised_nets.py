@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edge.graph import Graph, Kind, Op
-from edge.plan import INT8_WEIGHTED, TRAINED_INT8, root
-from edge.quantized import quantize_multiplier
+from tinyfleet.edge.model.graph import Graph, Kind, Op
+from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, root
+from tinyfleet.edge.model.quantized import quantize_multiplier
 
 _DENSE = (Kind.INT8_DENSE, Kind.TRAINED_INT8_DENSE)
 _CONV2D = (Kind.INT8_CONV2D, Kind.TRAINED_INT8_CONV2D)

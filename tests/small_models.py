@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edge import program as p
-from edge.graph import Graph, Kind, Op, Shape3, Tensor, Trains
-from edge.program import Program
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape3, Tensor, Trains
+from tinyfleet.edge.model.program import Program
 
 
 def initialised(layers: list[p.Layer], shape: tuple[int, ...], loss: p.Loss, *, momentum: bool = False) -> Program:

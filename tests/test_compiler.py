@@ -13,14 +13,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import pytest
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.graph import LOSSES
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.program import Program
+from tinyfleet.firmware_tools import model_cli
+from tinyfleet.firmware_tools.compiler import compiler
+from tinyfleet.firmware_tools.compiler.compiler import CompileError
 from typer.testing import CliRunner
-
-from edge.errors import UserError
-from edge.graph import LOSSES
-from edge.learner import MoteLearner
-from edge.program import Program
-from firmware_tools import compiler, model_cli
-from firmware_tools.compiler import CompileError
 
 pytest.importorskip("tensorflow", reason="reads Keras models, and Keras computes with TensorFlow, not installed here")
 keras = pytest.importorskip("keras")

@@ -7,9 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
-from edge import datasets
-from edge.errors import UserError
+from tinyfleet.edge import datasets
+from tinyfleet.edge.errors import UserError
 
 WHOLE = bytes(range(256)) * 800
 SHA256 = hashlib.sha256(WHOLE).hexdigest()

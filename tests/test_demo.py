@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from tinyfleet.edge import tasks
+from tinyfleet.ontology.ingest.lineage import Part
+from tinyfleet.server.demo import why_no_board
+from tinyfleet.server.evaluate import Score
+from tinyfleet.server.run import Round
+from tinyfleet.server.show import plot
 
 import tinyfleet
-from edge import tasks
-from ontology.lineage import Part
-from server.demo import why_no_board
-from server.evaluate import Score
-from server.run import Round
-from server.show import plot
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,26 +14,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ontology_fixtures import description, payload, status
-
-from edge.agent import AgentNode
-from edge.device import Device, virtual_device
-from edge.errors import UserError
-from edge.learner import MoteLearner
-from edge.node import MoteNode
-from edge.program import Dense, Program, ReLU, Tanh, build
-from edge.protocol import Topics
-from edge.session import Session
-from edge.streams import DatasetStream
-from edge.tasks import ClientData
-from edge.thing import VIRTUAL, Board, thing_description
-from firmware_tools import boards, emulate
-from firmware_tools import build as building
-from firmware_tools.gateway import Gateway
-from ontology import library
-from ontology.names import PROV, TF, board_iri, model_iri
-from ontology.store import Store
-from server import deploy as deploying
-from server.serve import FleetServer
+from tinyfleet.edge.device.agent import AgentNode
+from tinyfleet.edge.device.device import Device, virtual_device
+from tinyfleet.edge.device.node import MoteNode
+from tinyfleet.edge.device.sources import DatasetStream
+from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_description
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.program import Dense, Program, ReLU, Tanh, build
+from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.session import Session
+from tinyfleet.firmware_tools.boards import catalogue
+from tinyfleet.firmware_tools.firmware import build as building
+from tinyfleet.firmware_tools.firmware import emulate
+from tinyfleet.firmware_tools.gateway import Gateway
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.store import Store
+from tinyfleet.ontology.vocabulary.namespaces import PROV, TF, board_iri, model_iri
+from tinyfleet.server import deploy as deploying
+from tinyfleet.server.serve import FleetServer
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 30.0
@@ -304,7 +304,7 @@ def test_an_emulated_board_gets_the_model(
     large = build([Dense(64), ReLU(), Dense(3)], (6,), "softmax_cross_entropy")
     elf = building.build("mps2-an386", first, samples(), "home", "board", tmp_path / "firmware")
     stop = threading.Event()
-    with emulate.Emulator(boards.load("mps2-an386"), elf) as emulator:
+    with emulate.Emulator(catalogue.load("mps2-an386"), elf) as emulator:
         gateway = Gateway(emulator.url, broker)
         thread = threading.Thread(target=gateway.run, args=(stop,), daemon=True)
         thread.start()

@@ -19,16 +19,16 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import free_port, start_mosquitto
-
-import tinyfleet
-from edge.agent import AgentNode
-from edge.cli import broker_address
-from edge.device import Device, virtual_device
-from edge.errors import UserError
-from edge.learner import MoteLearner
-from edge.program import Dense as DenseLayer
-from edge.program import Program, ReLU, build
-from edge.protocol import (
+from tinyfleet.edge.cli import broker_address
+from tinyfleet.edge.device.agent import AgentNode
+from tinyfleet.edge.device.device import Device, virtual_device
+from tinyfleet.edge.device.sources import DatasetStream
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.program import Dense as DenseLayer
+from tinyfleet.edge.model.program import Program, ReLU, build
+from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     Adopt,
     Dense,
@@ -45,9 +45,9 @@ from edge.protocol import (
     decode_status,
     encode,
 )
-from edge.session import Session
-from edge.streams import DatasetStream
-from edge.tasks import ClientData
+from tinyfleet.edge.wire.session import Session
+
+import tinyfleet
 
 ROOT = Path(__file__).parents[1]
 TOPICS = Topics("home")
@@ -231,7 +231,7 @@ def command() -> Iterator[Command]:
     with ExitStack() as stack:
 
         def start(*arguments: str) -> subprocess.Popen[str]:
-            words = [sys.executable, str(ROOT / "tinyfleet.py"), *arguments]
+            words = [sys.executable, str(ROOT / "tinyfleet/__main__.py"), *arguments]
             process = stack.enter_context(
                 subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             )

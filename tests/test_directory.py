@@ -20,17 +20,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, TOKEN, description, everything, payload, status
-
-from edge.protocol import Topics
-from edge.session import Session
-from ontology.directory import PAGE
-from ontology.directory import description as self_description
-from ontology.endpoint import Endpoint
-from ontology.names import TF, Iri, device_iri
-from ontology.registry import MAX_BYTES, Registry
-from ontology.store import EmbeddedStore
-from ontology.things import CONTEXT, REMEMBERED, Changes, Things, difference, merged
-from server.serve import FleetServer
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.session import Session
+from tinyfleet.ontology.http.directory import PAGE
+from tinyfleet.ontology.http.directory import description as self_description
+from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry
+from tinyfleet.ontology.ingest.things import CONTEXT, REMEMBERED, Changes, Things, difference, merged
+from tinyfleet.ontology.store.store import EmbeddedStore
+from tinyfleet.ontology.vocabulary.namespaces import TF, Iri, device_iri
+from tinyfleet.server.serve import FleetServer
 
 TD_JSON, PATCH = "application/td+json", "application/merge-patch+json"
 TOPICS = Topics("home")

@@ -12,21 +12,20 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from test_grid_fleet import FEATURES, PROGRAM, START, WAYS, client
-
-from edge.agent import AgentNode, Online
-from edge.client_app import to_record
-from edge.device import Device
-from edge.drift import OnlineLearner, Paced, Reaction
-from edge.learner import MoteLearner
-from edge.program import Dense, Tanh, build
-from edge.protocol import Topics, decode_status
-from edge.session import Session
-from edge.streams import DatasetStream, Sample
-from edge.thing import VIRTUAL, thing_description
-from ontology import library
-from ontology.registry import Registry
-from ontology.store import EmbeddedStore
-from server.grid import MqttGrid
+from tinyfleet.edge.device.agent import AgentNode, Online
+from tinyfleet.edge.device.device import Device
+from tinyfleet.edge.device.drift import OnlineLearner, Paced, Reaction
+from tinyfleet.edge.device.flower_client import to_record
+from tinyfleet.edge.device.sources import DatasetStream, Sample
+from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.program import Dense, Tanh, build
+from tinyfleet.edge.wire.protocol import Topics, decode_status
+from tinyfleet.edge.wire.session import Session
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.store import EmbeddedStore
+from tinyfleet.server.flower.grid import MqttGrid
 
 TOPICS = Topics("test")
 
@@ -117,7 +116,7 @@ def test_where_learning_diverges_it_begins_anew_from_its_start() -> None:
 
 def test_a_paced_stream_gives_a_sample_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("edge.drift.time.monotonic", lambda: now)
+    monkeypatch.setattr("tinyfleet.edge.device.drift.time.monotonic", lambda: now)
     stream = Paced(DatasetStream(client(0, 1)), 0.5)
     stream.open(0)
     assert stream.next(False) is not None and stream.next(False) is None

@@ -12,13 +12,12 @@ from nets import HEADER, TENSOR, Net, forward, gradient, graphs, hostile, nets, 
 from nets import loss as reference_loss
 from numpy.typing import NDArray
 from small_models import MODELS
-
-from edge import program as p
-from edge._mote import ffi, lib
-from edge.errors import UserError
-from edge.graph import Graph, Kind
-from edge.learner import LearnerError, MoteLearner
-from edge.plan import with_training
+from tinyfleet.edge._mote import ffi, lib
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.graph import Graph, Kind
+from tinyfleet.edge.model.learner import LearnerError, MoteLearner
+from tinyfleet.edge.model.memory_plan import with_training
 
 Vector = NDArray[np.float32]
 MLP = p.build([p.Dense(32), p.ReLU(), p.Dense(10)], (64,), "softmax_cross_entropy")
@@ -133,7 +132,7 @@ def test_masks_teach_the_same_bits_as_outputs(graph: Graph, bias_only: bool, see
     graph = with_weights(with_training(graph, 0, bias_only=bias_only), np.random.default_rng(seed))
     masked = p.assemble(graph)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edge.plan.MASKED", ())
+        patch.setattr("tinyfleet.edge.model.memory_plan.MASKED", ())
         whole = p.assemble(graph)
     assert masked.activation_bytes <= whole.activation_bytes
     learns_the_same(masked, whole, seed)
@@ -142,7 +141,7 @@ def test_masks_teach_the_same_bits_as_outputs(graph: Graph, bias_only: bool, see
 def test_every_kind_of_relu_teaches_the_same_bits_with_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     program = MODELS["masked"]()
     assert sum(record[1] & 32 > 0 for record in program._records) == 3
-    monkeypatch.setattr("edge.plan.MASKED", ())
+    monkeypatch.setattr("tinyfleet.edge.model.memory_plan.MASKED", ())
     whole = MODELS["masked"]()
     assert not any(record[1] & 32 for record in whole._records)
     assert program.activation_bytes < whole.activation_bytes

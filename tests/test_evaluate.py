@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from edge import tasks
-from edge.program import Dense, build
-from edge.protocol import ALL_LAYERS, Phase
-from edge.tasks import Episode, Episodes, Split
-from server import show
-from server.evaluate import baselines, few_shot, one_pass
+from tinyfleet.edge import tasks
+from tinyfleet.edge.model.program import Dense, build
+from tinyfleet.edge.tasks import Episode, Episodes, Split
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
+from tinyfleet.server import show
+from tinyfleet.server.evaluate import baselines, few_shot, one_pass
 
 TASK = tasks.load("digits")
 START = TASK.program.initial(0)

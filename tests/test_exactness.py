@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_models
-
-from edge._mote import ffi, lib
-from edge.learner import MoteLearner
-from edge.mote_build import FLAGS, STRICT
-from edge.program import Program, assemble
-from firmware_tools import boards, build, emulate, kernel_table, tflite_reader
+from tinyfleet.edge._mote import ffi, lib
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.program import Program, assemble
+from tinyfleet.edge.mote_build import FLAGS, STRICT
+from tinyfleet.firmware_tools.boards import catalogue
+from tinyfleet.firmware_tools.firmware import build, emulate, kernel_table
+from tinyfleet.firmware_tools.readers import tflite_reader
 
 ROOT = Path(__file__).parents[1]
 BOARDS = {
@@ -114,7 +115,7 @@ def expected() -> list[str]:
 def test_a_core_learns_the_same_bits(core: str, expected: list[str], tmp_path: Path) -> None:
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
-    target = boards.load(BOARDS[core])
+    target = catalogue.load(BOARDS[core])
     elf = build.exactness(target, list(COURSES.values()), tmp_path / "exact.elf")
     assert dict(zip(COURSES, emulate.run(target, elf, timeout=LIMIT).splitlines(), strict=True)) == dict(
         zip(COURSES, expected, strict=True)
@@ -184,7 +185,7 @@ def test_a_core_infers_the_same_int8(
 ) -> None:
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
-    target = boards.load(BOARDS[core])
+    target = catalogue.load(BOARDS[core])
     elf = build.exactness(target, list(int8_courses.values()), tmp_path / "exact.elf", profile=profile)
     said = emulate.run(target, elf, timeout=LIMIT).splitlines()
     assert dict(zip(int8_courses, said, strict=True)) == int8_expected
@@ -205,6 +206,6 @@ def test_a_core_infers_the_same_of_mlperf_tiny(core: str, model: str, tmp_path: 
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
     file = Path(os.environ["TINYFLEET_DATA"]) / "tflite" / f"mlperf_tiny__{model}.tflite"
-    course, target = build.Course(assemble(tflite_reader.read(file)), steps=2), boards.load(BOARDS[core])
+    course, target = build.Course(assemble(tflite_reader.read(file)), steps=2), catalogue.load(BOARDS[core])
     elf = build.exactness(target, [course], tmp_path / "exact.elf")
     assert emulate.run(target, elf, timeout=LIMIT).splitlines() == [infer_here(course)]

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import small_models
-
-from edge import program as p
-from edge.errors import UserError
-from firmware_tools import export_library
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program as p
+from tinyfleet.firmware_tools.firmware import export_library
 
 ROOT = Path(__file__).parents[1]
 CORTEX_M4 = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16"]

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
-
-from edge import features
-from edge._mote import ffi, lib
-from edge.mote_build import FLAGS, STRICT
-from firmware_tools import boards, build, emulate
+from tinyfleet.edge._mote import ffi, lib
+from tinyfleet.edge.model import features
+from tinyfleet.edge.mote_build import FLAGS, STRICT
+from tinyfleet.firmware_tools.boards import catalogue
+from tinyfleet.firmware_tools.firmware import build, emulate
 
 ROOT = Path(__file__).parents[1]
 WINDOW, HOP, BANDS, RATE = 512, 320, 20, 16_000
@@ -135,7 +135,7 @@ def test_the_tables_are_the_generator_s() -> None:
 
 
 def made_up() -> str:
-    """What firmware_tools/src/main_mel.c prints, from its description in NumPy."""
+    """What firmware_tools/firmware/src/main_mel.c prints, from its description in NumPy."""
     state, sound = 7, []
     for strength in range(12):
         for portion in range(20):
@@ -151,7 +151,7 @@ def made_up() -> str:
 @pytest.mark.skipif(not build.available() or not emulate.available(), reason="needs gcc-arm-none-eabi and QEMU")
 @pytest.mark.parametrize("board", ["microbit", "mps2-an385", "mps2-an386", "mps2-an500", "mps2-an505", "mps3-an547"])
 def test_a_core_computes_the_described_bits(board: str, tmp_path: Path) -> None:
-    target = boards.load(board)
+    target = catalogue.load(board)
     assert emulate.run(target, build.mel(target, tmp_path / "mel.elf")) == made_up()
 
 

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from conftest import free_port, start_mosquitto
 from small_models import MODELS
-
-from edge import frames, program
-from edge._mote import lib
-from edge.errors import UserError
-from edge.node import MoteNode, Publish
-from edge.program import Program
-from edge.protocol import (
+from tinyfleet.edge._mote import lib
+from tinyfleet.edge.device.node import MoteNode, Publish
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program
+from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire import frames
+from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     Adopt,
     Done,
@@ -40,11 +41,11 @@ from edge.protocol import (
     decode_status,
     encode,
 )
-from edge.session import Session
-from edge.tasks import ClientData
-from firmware_tools import boards, build, emulate, stack
-from firmware_tools.gateway import Gateway
-from server.serve import FleetServer
+from tinyfleet.edge.wire.session import Session
+from tinyfleet.firmware_tools.boards import catalogue
+from tinyfleet.firmware_tools.firmware import build, emulate, stack
+from tinyfleet.firmware_tools.gateway import Gateway
+from tinyfleet.server.serve import FleetServer
 
 ROOT = Path(__file__).parents[1]
 BOARDS = ["mps2-an385", "mps2-an386", "mps2-an500"]
@@ -90,7 +91,7 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("board", BOARDS)
 def test_firmware_fits_its_board_and_the_arena_is_the_planned_one(board: str, firmware: Callable[[str], Path]) -> None:
     size = build.size(firmware(board))
-    target = boards.load(board).buildable()
+    target = catalogue.load(board).buildable()
     assert size.board == board
     assert size.arena == size.plan == mlp().arena_bytes
     assert size.held["program"] == len(mlp().data)
@@ -107,7 +108,7 @@ def test_firmware_uses_neither_malloc_nor_stdio(firmware: Callable[[str], Path])
 
 
 def test_an_image_holds_the_operators_that_its_program_needs(tmp_path: Path) -> None:
-    target, net = boards.load("mps2-an386"), mlp()
+    target, net = catalogue.load("mps2-an386"), mlp()
     elf = build.bench(target, net, tmp_path / "bench.elf", steps=1)
     names = subprocess.run(["arm-none-eabi-nm", elf], capture_output=True, text=True, check=True).stdout
     assert "mote_dense_back" in names and "mote_relu" in names
@@ -125,7 +126,7 @@ def test_a_device_that_keeps_its_model_is_smaller(firmware: Callable[[str], Path
 def whole_image(board: str, profile: build.Profile, elf: Path) -> build.Size:
     """Of an image with all operators that the engine has."""
     sources = [build.SOURCES / "main_bench.c", build.SOURCES / "bench_mote.c", build.SOURCES / "semihost.c"]
-    target, net = boards.load(board), mlp()
+    target, net = catalogue.load(board), mlp()
     defines = {"arena_bytes": net.arena_bytes, "inputs": 64, "outputs": 5, "steps": 1}
     build.link(target, elf, [*sources, *build.ENGINE], blobs={"program": net.data}, defines=defines, profile=profile)
     return build.size(elf)
@@ -147,7 +148,7 @@ def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_p
     """Read from the linked image: the arena is the plan's, to the byte; the engine's state, what variables of its own
     it has (none) and the deepest of its calls take at most 512 bytes. That is all of the RAM but the bench's own."""
     net = MODELS[model]()
-    elf = build.bench(boards.load("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
+    elf = build.bench(catalogue.load("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
     size = build.size(elf)
     assert size.arena == size.plan == net.arena_bytes
     symbols = subprocess.run(["arm-none-eabi-nm", "-S", elf], capture_output=True, text=True, check=True).stdout
@@ -331,7 +332,7 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
     firmware: Callable[[str], Path], broker: tuple[str, int]
 ) -> None:
     observer = Observer(broker)
-    with emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator:
+    with emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator:
         with joined(emulator.url, broker) as gateway:
             assert observer.wait(lambda: observer.online() is True)
             assert gateway.device == ID
@@ -371,7 +372,7 @@ def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path
         return bool(said) and decode_status(said[-1]).model == model
 
     with (
-        emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator,
+        emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator,
         joined(emulator.url, broker),
     ):
         assert observer.wait(lambda: runs(mlp().model_id))
@@ -417,7 +418,7 @@ def terminal(url: str) -> Iterator[str]:
 def test_a_gateway_speaks_through_a_terminal_device(firmware: Callable[[str], Path], broker: tuple[str, int]) -> None:
     observer = Observer(broker)
     with (
-        emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator,
+        emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator,
         terminal(emulator.url) as device,
         joined(device, broker) as gateway,
     ):
@@ -494,7 +495,7 @@ def test_noise_on_the_line_costs_time_and_nothing_else(
     work = order(4)
     for topic, payload in weights_of(work.round).items():
         observer.session.publish(topic, payload, retain=True)
-    with emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator:
+    with emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator:
         line = Noise(emulator.url, rate=1 / 4000)
         with joined(line.url, broker) as gateway:
             parts = observer.ask(work, again=1.0)
@@ -509,7 +510,7 @@ def test_a_board_comes_back_after_line_and_broker_were_lost(firmware: Callable[[
     port = free_port()
     mosquitto = start_mosquitto(tmp_path, port)
     observer = Observer(("127.0.0.1", port))
-    with emulate.Emulator(boards.load("mps2-an385"), firmware("mps2-an385")) as emulator:
+    with emulate.Emulator(catalogue.load("mps2-an385"), firmware("mps2-an385")) as emulator:
         line = Noise(emulator.url, rate=0.0)
         with joined(line.url, ("127.0.0.1", port)):
             assert observer.wait(lambda: observer.online() is True)
@@ -588,7 +589,7 @@ def test_no_emulator_outlives_the_program_that_started_it(firmware: Callable[[st
 
 def test_an_unknown_board_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no board named 'uno'.*microbit, mps2-an385, mps2-an386"):
-        boards.load("uno")
+        catalogue.load("uno")
 
 
 def test_a_board_without_firmware_is_refused(tmp_path: Path) -> None:
@@ -599,15 +600,15 @@ def test_a_board_without_firmware_is_refused(tmp_path: Path) -> None:
     ):
         build.build("microbit", mlp(), samples(), FLEET, ID, tmp_path)
     with pytest.raises(UserError, match=r"no emulator stands in for board 'raspberry-pi-4'"):
-        emulate.Emulator(boards.load("raspberry-pi-4"), tmp_path / "none.elf")
+        emulate.Emulator(catalogue.load("raspberry-pi-4"), tmp_path / "none.elf")
 
 
 def test_a_damaged_board_file_is_refused_with_the_entry(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
-    good = (boards.FOLDER / "mps2-an386.toml").read_text()
+    good = (catalogue.FOLDER / "mps2-an386.toml").read_text()
     path.write_text(good.replace("ram_bytes = 4_194_304", 'ram_bytes = "4 MB"'))
     with pytest.raises(UserError, match=r"x\.toml: 'ram_bytes' must be a int.*'4 MB'"):
-        boards.read(path)
+        catalogue.read(path)
 
 
 @pytest.mark.parametrize(("fleet", "id"), [("home/garden", ID), (FLEET, "#"), (FLEET, "")])
@@ -624,7 +625,7 @@ def test_a_missing_compiler_or_emulator_is_named_with_its_package(
     with pytest.raises(UserError, match=r"apt-get install gcc-arm-none-eabi libnewlib-arm-none-eabi"):
         build.build("mps2-an386", mlp(), samples(), FLEET, ID, tmp_path)
     with pytest.raises(UserError, match=r"apt-get install qemu-system-arm"):
-        emulate.Emulator(boards.load("mps2-an386"), elf)
+        emulate.Emulator(catalogue.load("mps2-an386"), elf)
 
 
 def test_a_program_larger_than_the_board_is_refused_by_how_much(tmp_path: Path) -> None:
@@ -689,7 +690,7 @@ def test_the_known_boards_go_into_the_graph(tmp_path: Path) -> None:
     with FleetServer(tmp_path, "test", port=0) as server:
         words = ["-m", "tinyfleet", "firmware", "boards", "--describe", "--json", "--data", str(tmp_path)]
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
-        assert {board["id"] for board in json.loads(done.stdout)} == set(boards.known())
+        assert {board["id"] for board in json.loads(done.stdout)} == set(catalogue.known())
         rows = server.store.query(
             "PREFIX tf: <https://w3id.org/tinyfleet#> SELECT ?ram { ?b tf:boardId 'mps2-an386' ; tf:ramBytes ?ram }"
         )
@@ -703,7 +704,7 @@ def test_a_line_or_broker_that_is_not_there_is_named(firmware: Callable[[str], P
     with pytest.raises(UserError, match=r"cannot open the serial line /dev/none"):
         Gateway("/dev/none", ("127.0.0.1", 1883)).run(threading.Event())
     with (
-        emulate.Emulator(boards.load("mps2-an386"), firmware("mps2-an386")) as emulator,
+        emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator,
         pytest.raises(UserError, match=rf"no MQTT broker answers at 127\.0\.0\.1:{nowhere}"),
     ):
         Gateway(emulator.url, ("127.0.0.1", nowhere)).run(threading.Event())

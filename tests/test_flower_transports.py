@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 from conftest import free_port
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
-
-from edge import tasks
-from edge.client_app import app, to_record, to_vector
-from edge.device import virtual_device
-from edge.errors import UserError
-from server.app import app as server_app
-from server.flower import new_run
-from server.grid import MqttGrid, node_id
+from tinyfleet.edge import tasks
+from tinyfleet.edge.device.device import virtual_device
+from tinyfleet.edge.device.flower_client import app, to_record, to_vector
+from tinyfleet.edge.errors import UserError
+from tinyfleet.server.flower.app import app as server_app
+from tinyfleet.server.flower.grid import MqttGrid, node_id
+from tinyfleet.server.flower.internals import new_run
 
 ROOT = Path(__file__).parent.parent
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from edge import frames
-from edge._mote import ffi, lib
-from edge.frames import Frame, Reader
+from tinyfleet.edge._mote import ffi, lib
+from tinyfleet.edge.wire import frames
+from tinyfleet.edge.wire.frames import Frame, Reader
 
 topics = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30) | st.just("t" * 255)
 payloads = st.binary(max_size=600) | st.integers(0, 600).map(lambda n: b"\1" * n) | st.integers(0, 600).map(bytes)

@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 
 from conftest import free_port, start_mosquitto
-
-from edge.protocol import Status, Topics, encode
-from edge.session import Receipt, Session
-from ontology.index import IndexedStore
-from ontology.names import TF, device_iri
-from ontology.registry import Registry
-from ontology.store import EmbeddedStore, RemoteStore, Store
+from tinyfleet.edge.wire.protocol import Status, Topics, encode
+from tinyfleet.edge.wire.session import Receipt, Session
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
+from tinyfleet.ontology.vocabulary.namespaces import TF, device_iri
 
 DEVICES = 40
 TOPICS = Topics("home")

@@ -18,25 +18,24 @@ from conftest import free_port, start_mosquitto
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
 from numpy.typing import NDArray
-
-from edge import program as p
-from edge import tasks
-from edge.client_app import to_record, to_vector
-from edge.device import Device, virtual_device
-from edge.errors import UserError
-from edge.learner import MoteLearner
-from edge.protocol import Status, Topics, encode, plan_from_config
-from edge.session import Session
-from edge.streams import DatasetStream
-from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, draw_episode
-from edge.thing import VIRTUAL, thing_description
-from ontology import library
-from ontology.store import EmbeddedStore, Rows
-from server.broker import Broker
-from server.flower import log_level
-from server.grid import CompositeGrid, Event, MqttGrid, node_id
-from server.run import Method, Outcome, Round, method, run
-from server.serve import FleetServer
+from tinyfleet.edge import tasks
+from tinyfleet.edge.device.device import Device, virtual_device
+from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.device.sources import DatasetStream
+from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, draw_episode
+from tinyfleet.edge.wire.protocol import Status, Topics, encode, plan_from_config
+from tinyfleet.edge.wire.session import Session
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.store import EmbeddedStore, Rows
+from tinyfleet.server.broker import Broker
+from tinyfleet.server.flower.grid import CompositeGrid, Event, MqttGrid, node_id
+from tinyfleet.server.flower.internals import log_level
+from tinyfleet.server.run import Method, Outcome, Round, method, run
+from tinyfleet.server.serve import FleetServer
 
 Vector = NDArray[np.float32]
 

@@ -16,10 +16,9 @@ import pytest
 from conftest import free_port, start_mosquitto
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from numpy.typing import NDArray
-
-from edge import program as p
-from edge.errors import UserError
-from edge.protocol import (
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.wire.protocol import (
     Assembly,
     Dense,
     Did,
@@ -35,7 +34,7 @@ from edge.protocol import (
     decode_do,
     encode,
 )
-from server.grid import Event, MqttGrid, node_id
+from tinyfleet.server.flower.grid import Event, MqttGrid, node_id
 
 PROGRAM = p.build([p.Dense(16), p.ReLU(), p.Dense(3)], (20,), "softmax_cross_entropy")
 SIZE = PROGRAM.n_params

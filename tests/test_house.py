@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "edge": (),
-    "ontology": ("edge.errors", "edge.protocol"),
+    "ontology": ("edge.errors", "edge.wire"),
     "firmware_tools": ("edge", "ontology"),
     "server": ("edge", "ontology"),
 }
@@ -34,6 +34,9 @@ def test_a_package_imports_only_whom_it_may(package: str) -> None:
     others = set(MAY_IMPORT) - {package}
     for file in (ROOT / package).rglob("*.py"):
         for name in imported(file):
+            if not name.startswith("tinyfleet."):
+                continue
+            name = name.removeprefix("tinyfleet.")
             if name.split(".")[0] in others:
                 allowed = any(name == may or name.startswith(may + ".") for may in MAY_IMPORT[package])
                 assert allowed, f"{file.relative_to(ROOT)} imports {name}"
@@ -41,9 +44,9 @@ def test_a_package_imports_only_whom_it_may(package: str) -> None:
 
 def test_edge_imports_without_tensorflow_and_flower() -> None:
     modules = [
-        "edge" if file.stem == "__init__" else f"edge.{file.stem}"
-        for file in (ROOT / "edge").glob("*.py")
-        if file.stem not in ("client_app", "mote_build", "mote_codegen")  # a Flower app; the build
+        ".".join(("tinyfleet", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+        for file in (ROOT / "edge").rglob("*.py")
+        if file.stem not in ("flower_client", "mote_build", "mote_codegen")  # a Flower app; the build
     ]
     code = (
         "import importlib, sys\n"
@@ -63,14 +66,14 @@ def test_edge_imports_without_tensorflow_and_flower() -> None:
     ],
 )
 def test_a_command_whose_packages_are_missing_says_how_to_get_them(words: list[str], lacks: str, extras: str) -> None:
-    code = f"import sys; sys.modules[{lacks!r}] = None; sys.argv[1:] = {words!r}; import tinyfleet; tinyfleet.main()"
+    code = f"import sys; sys.modules[{lacks!r}] = None; sys.argv[1:] = {words!r}; from tinyfleet.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     said = f"error: this needs {lacks}, which is not installed: pip install 'tinyfleet[{extras}]'\n"
     assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_a_gateway_needs_no_graph_store() -> None:
-    code = "import sys; sys.modules['pyoxigraph'] = None; import firmware_tools.cli, firmware_tools.model_cli"
+    code = "import sys; sys.modules['pyoxigraph'] = None; import tinyfleet.firmware_tools.cli, tinyfleet.firmware_tools.model_cli"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

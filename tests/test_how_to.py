@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from edge.node import MoteNode
-from edge.tasks import Task, load
+from tinyfleet.edge.device.node import MoteNode
+from tinyfleet.edge.tasks import Task, load
 
 ROOT = Path(__file__).parents[1]
 HOW_TO = ROOT / "docs" / "how-to-add-an-application.md"

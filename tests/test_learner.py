@@ -10,10 +10,9 @@ import small_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-
-from edge import program as p
-from edge._mote import lib
-from edge.learner import LearnerError, MoteLearner, learn_many
+from tinyfleet.edge._mote import lib
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.learner import LearnerError, MoteLearner, learn_many
 
 Vector = NDArray[np.float32]
 LAYERS: list[p.Layer] = [p.Dense(5), p.Tanh(), p.Dense(3)]

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from edge.learner import LearnerError, LiteRTLearner, MoteLearner
+from tinyfleet.edge.model.learner import LearnerError, LiteRTLearner, MoteLearner
 
 RUNTIMES = [name for name in ("tflite_runtime", "ai_edge_litert") if find_spec(name)]
 STEPS = 60
@@ -36,9 +35,8 @@ def export(folder: Path) -> None:
     """Models, each as a program and as a .tflite file that starts from the same weights."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras
-
-    from firmware_tools.compiler import compile_model
-    from firmware_tools.export import export_tflite
+    from tinyfleet.firmware_tools.compiler.compiler import compile_model
+    from tinyfleet.firmware_tools.compiler.export import export_tflite
 
     layers = keras.layers
     images = keras.Sequential(
@@ -104,9 +102,8 @@ def refused(train_from: str) -> str:
     """What is said of a model in whose backward pass there is what TFLite cannot do."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras
-
-    from edge.errors import UserError
-    from firmware_tools.export import export_tflite
+    from tinyfleet.edge.errors import UserError
+    from tinyfleet.firmware_tools.compiler.export import export_tflite
 
     layers = keras.layers
     model = keras.Sequential(

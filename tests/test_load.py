@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import small_models
 from nets import HEADER, OP, TENSOR, records_end, sealed
-
-from edge import program as p
-from edge._mote import ffi, lib
-from edge.graph import Graph, Kind, Op, Tensor
-from edge.learner import MoteLearner
+from tinyfleet.edge._mote import ffi, lib
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+from tinyfleet.edge.model.learner import MoteLearner
 
 NONE = 0xFFFF
 # fmt: off

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import description, payload, status
-
-from edge.program import Dense, ReLU, build
-from edge.protocol import Topics
-from ontology import describe, library, match
-from ontology.cli import GRAPH
-from ontology.names import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
-from ontology.registry import Registry
-from ontology.store import Binding, EmbeddedStore, Store
+from tinyfleet.edge.model.program import Dense, ReLU, build
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.ontology.cli import GRAPH
+from tinyfleet.ontology.ingest import describe
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.queries import library, match
+from tinyfleet.ontology.store.store import Binding, EmbeddedStore, Store
+from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
 
 ROOT = Path(__file__).parents[1]
 PROPERTIES = [Iri(f"https://w3id.org/tinyfleet/property/{name}") for name in ("sound", "temperature", "acceleration")]
@@ -266,7 +266,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def tinyfleet(*words: object, data: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "tinyfleet.py"), *map(str, words), "--data", str(data)]
+    command = [sys.executable, str(ROOT / "tinyfleet/__main__.py"), *map(str, words), "--data", str(data)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "200", "PATH": ""})
 
 

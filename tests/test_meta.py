@@ -18,25 +18,27 @@ from click.testing import CliRunner
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
 from test_grid_fleet import Start, devices  # noqa: F401
+from tinyfleet.edge import datasets, tasks
+from tinyfleet.edge.device.agent import HEAD, dense_update, sparse_update
+from tinyfleet.edge.device.flower_client import serve, to_record, to_vector
+from tinyfleet.edge.device.node import OUT_BYTES
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.tasks import Episodes, omniglot
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Dense, Done, Metrics, Phase, Sparse, UpdateFormat, encode
+from tinyfleet.server.evaluate import few_shot
+from tinyfleet.server.flower.grid import MqttGrid, RunGrid
+from tinyfleet.server.flower.internals import new_run, stamp
+from tinyfleet.server.flower.strategies import Reptile, TinyMetaFed, TinyReptile
+from tinyfleet.server.flower.strategies.reptile import task_seed
+from tinyfleet.server.run import Options, limit_clients, method
 
 import tinyfleet
-from edge import datasets, tasks
-from edge import program as p
-from edge.agent import HEAD, dense_update, sparse_update
-from edge.client_app import serve, to_record, to_vector
-from edge.errors import UserError
-from edge.learner import MoteLearner
-from edge.node import OUT_BYTES
-from edge.protocol import ALL_LAYERS, Dense, Done, Metrics, Phase, Sparse, UpdateFormat, encode
-from edge.tasks import Episodes, omniglot
-from server.evaluate import few_shot
-from server.flower import new_run, stamp
-from server.grid import MqttGrid, RunGrid
-from server.run import Options, limit_clients, method
-from server.strategies import Reptile, TinyMetaFed, TinyReptile
-from server.strategies.reptile import task_seed
 
-meta = pytest.importorskip("server.meta", reason="meta-training needs Keras: pip install 'tinyfleet[keras]'")
+meta = pytest.importorskip(
+    "tinyfleet.server.simulator", reason="meta-training needs Keras: pip install 'tinyfleet[keras]'"
+)
 
 DIGITS = tasks.load("digits")
 FLEET = 12

@@ -11,21 +11,32 @@ from typing import Any
 import numpy as np
 import pytest
 import small_models
+import tinyfleet.edge.device.node
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-
-import edge.node
-from edge._mote import ffi, lib
-from edge.agent import AgentNode
-from edge.client_app import patched
-from edge.errors import UserError
-from edge.graph import Graph, Kind, Op, Tensor
-from edge.learner import MoteLearner
-from edge.node import ENGINE_VERSION, Counters, MoteNode, Node, Out, Publish, Reboot, Subscribe, Unsubscribe
-from edge.program import Dense as DenseLayer
-from edge.program import Program, ReLU, assemble, build
-from edge.protocol import (
+from tinyfleet.edge._mote import ffi, lib
+from tinyfleet.edge.device.agent import AgentNode
+from tinyfleet.edge.device.flower_client import patched
+from tinyfleet.edge.device.node import (
+    ENGINE_VERSION,
+    Counters,
+    MoteNode,
+    Node,
+    Out,
+    Publish,
+    Reboot,
+    Subscribe,
+    Unsubscribe,
+)
+from tinyfleet.edge.device.sources import DatasetStream
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.program import Dense as DenseLayer
+from tinyfleet.edge.model.program import Program, ReLU, assemble, build
+from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     Adopt,
     Dense,
@@ -45,9 +56,7 @@ from edge.protocol import (
     decode_status,
     encode,
 )
-from edge.protocol import Reboot as RebootOrder
-from edge.streams import DatasetStream
-from edge.tasks import ClientData
+from tinyfleet.edge.wire.protocol import Reboot as RebootOrder
 
 FLEET, ID = "home", "one"
 TOPICS = Topics(FLEET)
@@ -178,7 +187,7 @@ def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
 
 
 def test_the_engines_version_is_the_headers() -> None:
-    header = Path(edge.node.__file__).parent / "mote" / "mote.h"
+    header = Path(tinyfleet.edge.device.node.__file__).parent / "mote" / "mote.h"
     assert f'#define MOTE_VERSION "{ENGINE_VERSION}"' in header.read_text()
 
 

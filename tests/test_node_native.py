@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 from fuzzing import CLANG, MOTE
-
-from edge.mote_build import FLAGS, STRICT
-from edge.mote_codegen import DEFINES, generate
-from firmware_tools.build import ENGINE
+from tinyfleet.edge.mote_build import FLAGS, STRICT
+from tinyfleet.edge.mote_codegen import DEFINES, generate
+from tinyfleet.firmware_tools.firmware.build import ENGINE
 
 NODE = [MOTE / "mote_node.c", MOTE / "mote_update.c", MOTE / "mote_frame.c"]
 CORTEX_M4 = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16"]

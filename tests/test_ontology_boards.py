@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.graph_cli import app
+from tinyfleet.ontology.ingest import board_catalogue
+from tinyfleet.ontology.store.store import EmbeddedStore, triples
+from tinyfleet.ontology.vocabulary import shapes
+from tinyfleet.ontology.vocabulary.namespaces import TF, board_iri, property_iri
 from typer.testing import CliRunner
-
-from edge.errors import UserError
-from ontology import boards, shapes
-from ontology.graph_cli import app
-from ontology.names import TF, board_iri, property_iri
-from ontology.store import EmbeddedStore, triples
 
 PARTS = "part,observed_properties\nhts221,temperature;relative-humidity\n"
 HEAD = "id,name,vendor,mcu,cpu,clock_hz,ram_bytes,flash_bytes,connectivity,ram_note\n"
@@ -33,7 +33,7 @@ def folder(path: Path, rows: str = ROW, core: object = None) -> Path:
 
 
 def test_files_become_a_graph(tmp_path: Path) -> None:
-    made = boards.read(folder(tmp_path))
+    made = board_catalogue.read(folder(tmp_path))
     assert (made.boards, made.parts, made.refused) == (2, 1, {})
     one, two = made.facts[board_iri("one")], made.facts[board_iri("two")]
     assert (one[TF.ramBytes], one[TF.connectivity]) == ([65_536], ["bluetooth", "wifi"])
@@ -53,7 +53,7 @@ def test_what_cannot_be_right_is_refused_and_the_rest_taken(tmp_path: Path) -> N
         + ROW.replace("one", "two")
         + ROW.replace("one", "no-clock").replace("64000000", "")
     )
-    made = boards.read(folder(tmp_path, rows))
+    made = board_catalogue.read(folder(tmp_path, rows))
     assert made.boards == 3
     assert made.facts[board_iri("two")][TF.ramBytes] == [262_144], "what more is known of takes the row's place"
     assert made.facts[board_iri("no-clock")][TF.clockHz] is None
@@ -64,20 +64,20 @@ def test_what_cannot_be_right_is_refused_and_the_rest_taken(tmp_path: Path) -> N
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sensor_parts\.csv cannot be read"):
-        boards.read(tmp_path)
+        board_catalogue.read(tmp_path)
     folder(tmp_path, ROW.replace("65536", "64 KB"))
     with pytest.raises(UserError, match="ram_bytes of one is no whole number"):
-        boards.read(tmp_path)
+        board_catalogue.read(tmp_path)
     folder(tmp_path, "one,Board\n")
     with pytest.raises(UserError, match="cut short"):
-        boards.read(tmp_path)
+        board_catalogue.read(tmp_path)
     folder(tmp_path, core=[{"id": "x"}])
     with pytest.raises(UserError, match="is no list of boards"):
-        boards.read(tmp_path)
+        board_catalogue.read(tmp_path)
     folder(tmp_path)
     (tmp_path / "platformio_boards.csv").write_text("id,name\nx,y\n")
     with pytest.raises(UserError, match="has no column vendor, mcu"):
-        boards.read(tmp_path)
+        board_catalogue.read(tmp_path)
 
 
 def test_a_file_is_made_and_loaded_and_loading_again_changes_nothing(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_public_catalogue(tmp_path: Path) -> None:
     path = Path(os.environ.get("TINYFLEET_DATA", "")) / "boards"
     if "TINYFLEET_DATA" not in os.environ or not path.is_dir():
         pytest.skip("TINYFLEET_DATA has no boards/")
-    made = boards.read(path)
+    made = board_catalogue.read(path)
     assert made.boards == 1_131, "1,143 rows, two boards of which come twice with different figures, ten doubtful"
     assert sum("suspect" in reason for reason in made.refused.values()) == 10
     assert sum("(again)" in board for board in made.refused) == 2

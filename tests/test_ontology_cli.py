@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
-
-from edge.protocol import Topics
-from ontology.cli import GRAPH, SERVER
-from ontology.endpoint import Endpoint
-from ontology.registry import Registry
-from ontology.store import EmbeddedStore
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.ontology.cli import GRAPH, SERVER
+from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.store.store import EmbeddedStore
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +38,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 def query(*arguments: object, data: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "tinyfleet.py"), "query", *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tinyfleet/__main__.py"), "query", *map(str, arguments)]
     if data is not None:
         command += ["--data", str(data)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={"COLUMNS": "200", "PATH": ""})

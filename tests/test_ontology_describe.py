@@ -14,14 +14,13 @@ import pyoxigraph as ox
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from edge.program import Dense, Program, ReLU, build
-from edge.thing import VIRTUAL
-from ontology import describe
-from ontology.describe import DescribeError, ModelDescription
-from ontology.names import Iri
-from ontology.shapes import ShapeError
-from ontology.store import EmbeddedStore
+from tinyfleet.edge.device.thing_description import VIRTUAL
+from tinyfleet.edge.model.program import Dense, Program, ReLU, build
+from tinyfleet.ontology.ingest import describe
+from tinyfleet.ontology.ingest.describe import DescribeError, ModelDescription
+from tinyfleet.ontology.store.store import EmbeddedStore
+from tinyfleet.ontology.vocabulary.namespaces import Iri
+from tinyfleet.ontology.vocabulary.shapes import ShapeError
 
 PREFIXES = """PREFIX tf: <https://w3id.org/tinyfleet#>
 PREFIX rdf: <http://www.w3.org/1999/02/22-rdf-syntax-ns#>
@@ -168,8 +167,8 @@ def test_every_tflite_model_is_described_or_refused_with_a_reason() -> None:
 
 
 def test_what_the_engine_plans_is_described_with_every_model_that_it_can_run() -> None:
-    from firmware_tools import compiler
-    from firmware_tools.model_cli import description
+    from tinyfleet.firmware_tools.compiler import compiler
+    from tinyfleet.firmware_tools.model_cli import description
 
     folder = data("tflite")
     planned = 0
@@ -242,10 +241,9 @@ def test_training_options_become_facts_and_stay_when_a_later_description_has_non
 
 
 def test_what_describe_prints_can_be_loaded(tmp_path: Path) -> None:
+    from tinyfleet.firmware_tools.model_cli import app as model_app
+    from tinyfleet.ontology.graph_cli import app as graph_app
     from typer.testing import CliRunner
-
-    from firmware_tools.model_cli import app as model_app
-    from ontology.graph_cli import app as graph_app
 
     path = tmp_path / "digits.mote"
     path.write_bytes(mlp().data)
@@ -286,7 +284,7 @@ def one_model() -> bytes:
     edits=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=8), cut=st.integers()
 )
 def test_a_damaged_tflite_file_is_described_or_refused(edits: list[tuple[int, int]], cut: int) -> None:
-    from ontology import tflite_file
+    from tinyfleet.ontology.ingest import tflite_file
 
     raw = bytearray(one_model())
     for place, byte in edits:

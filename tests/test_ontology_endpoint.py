@@ -12,12 +12,11 @@ from typing import NamedTuple
 import pyoxigraph as ox
 import pytest
 from ontology_fixtures import TOKEN, everything
-
-from edge.errors import UserError
-from ontology import sparql_http, web
-from ontology.endpoint import Endpoint
-from ontology.names import TF, Iri
-from ontology.store import EmbeddedStore, RemoteStore, StoreError
+from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.http import sparql, web
+from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, StoreError
+from tinyfleet.ontology.vocabulary.namespaces import TF, Iri
 
 SELECT = "SELECT ?s ?o WHERE { ?s <urn:p> ?o } ORDER BY ?o"
 FORM = "application/x-www-form-urlencoded"
@@ -244,7 +243,7 @@ def test_words_that_only_look_like_service_are_free(client: Client) -> None:
 
 
 def test_a_result_that_is_too_long_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparql_http, "MAX_RESULT", 100)
+    monkeypatch.setattr(sparql, "MAX_RESULT", 100)
     answer = client.get(SELECT)
     assert (answer.status, b"add a LIMIT" in answer.body) == (413, True)
 

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from ontology import library
-from ontology.answers import ANSWERED, SUPPLIED
-from ontology.columns import Columns, Range
-from ontology.endpoint import Endpoint
-from ontology.index import IndexedStore
-from ontology.names import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
-from ontology.store import EmbeddedStore, Facts, RemoteStore, Rows, Store, parameters, rows, triples
+from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.columns import Columns, Range
+from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.query_rewriting import ANSWERED, SUPPLIED
+from tinyfleet.ontology.store.store import EmbeddedStore, Facts, RemoteStore, Rows, Store, parameters, rows, triples
+from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
 
 FLEETS = ("home", "away")
 NAMES = ("a", "b", "c-1", "longer.name_2")

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 from ontology_fixtures import description, everything, open_store, payload, status
-
-from edge.program import Dense, ReLU, build
-from edge.protocol import Topics
-from ontology import describe, library
-from ontology.lineage import Lineage, Part
-from ontology.names import PROV, Iri, model_iri, run_iri, version_iri
-from ontology.registry import Registry
-from ontology.shapes import ShapeError
-from ontology.store import Store, Value
+from tinyfleet.edge.model.program import Dense, ReLU, build
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.ontology.ingest import describe
+from tinyfleet.ontology.ingest.lineage import Lineage, Part
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.store import Store, Value
+from tinyfleet.ontology.vocabulary.namespaces import PROV, Iri, model_iri, run_iri, version_iri
+from tinyfleet.ontology.vocabulary.shapes import ShapeError
 
 PROGRAM = build([Dense(32), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")
 MODEL = model_iri(PROGRAM.model_id)
@@ -165,7 +165,7 @@ def test_what_cannot_be_right_is_not_written(store: Store) -> None:
 
 
 def test_a_query_that_is_not_there_is_said() -> None:
-    from edge.errors import UserError
+    from tinyfleet.edge.errors import UserError
 
     with pytest.raises(UserError, match="no query 'last-rounds' in the library, did you mean 'last-round'"):
         library.text("last-rounds")

@@ -17,14 +17,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything, open_store, payload, status
-
-from edge.protocol import Topics
-from edge.thing import VIRTUAL, Board, thing_description, this_machine
-from firmware_tools import boards
-from ontology import describe, library
-from ontology.names import BOARDS, PROPERTIES, SOSA_EXTEND, TF, board_iri, device_iri, model_iri
-from ontology.registry import MAX_BYTES, Refused, Registry, read, to_triples
-from ontology.store import EmbeddedStore, Patch, Store, StoreError
+from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_description, this_machine
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.firmware_tools.boards import catalogue as boards
+from tinyfleet.ontology.ingest import describe
+from tinyfleet.ontology.ingest.registry import MAX_BYTES, Refused, Registry, read, to_triples
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.store import EmbeddedStore, Patch, Store, StoreError
+from tinyfleet.ontology.vocabulary.namespaces import (
+    BOARDS,
+    PROPERTIES,
+    SOSA_EXTEND,
+    TF,
+    board_iri,
+    device_iri,
+    model_iri,
+)
 
 TOPICS = Topics("home")
 TD = TOPICS.td("dev-1")

@@ -11,18 +11,18 @@ import pyoxigraph as ox
 import pytest
 import typer
 from ontology_fixtures import description, open_store, payload
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.ontology.cli import query
+from tinyfleet.ontology.graph_cli import app
+from tinyfleet.ontology.ingest import board_catalogue, describe
+from tinyfleet.ontology.ingest.describe import from_file, put_facts, put_model
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.ingest.selocml import Imported, read
+from tinyfleet.ontology.store.store import EmbeddedStore, Store, each, rows, triples
+from tinyfleet.ontology.vocabulary import shapes
+from tinyfleet.ontology.vocabulary.namespaces import TF, board_iri, device_iri
 from typer.testing import CliRunner
-
-from edge.errors import UserError
-from edge.protocol import Topics
-from ontology import boards, describe, shapes
-from ontology.cli import query
-from ontology.describe import from_file, put_facts, put_model
-from ontology.graph_cli import app
-from ontology.import_selocml import Imported, read
-from ontology.names import TF, board_iri, device_iri
-from ontology.registry import Registry
-from ontology.store import EmbeddedStore, Store, each, rows, triples
 
 PREFIXES = """PREFIX nnet: <https://w3id.org/tinyml-schema/neural-network-schema#>
 PREFIX om: <http://www.ontology-of-units-of-measure.org/resource/om-2/>
@@ -124,7 +124,7 @@ def published() -> ox.Store:
 
 @pytest.fixture(scope="module")
 def catalogue() -> Any:
-    return boards.read(data("boards")).facts
+    return board_catalogue.read(data("boards")).facts
 
 
 def test_the_known_defects_are_found_and_mended(imported: Imported) -> None:

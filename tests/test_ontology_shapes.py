@@ -5,12 +5,20 @@ from typing import Any
 
 import pytest
 from ontology_fixtures import description
-
-from edge.thing import VIRTUAL
-from ontology import shapes
-from ontology.card import Card, Score
-from ontology.describe import Layer, ModelDescription, TrainingOption, board_facts, model_facts, part_facts
-from ontology.names import (
+from tinyfleet.edge.device.thing_description import VIRTUAL
+from tinyfleet.ontology.ingest.describe import (
+    Layer,
+    ModelDescription,
+    TrainingOption,
+    board_facts,
+    model_facts,
+    part_facts,
+)
+from tinyfleet.ontology.ingest.model_card import Card, Score
+from tinyfleet.ontology.ingest.registry import to_triples
+from tinyfleet.ontology.store.store import EmbeddedStore, triples
+from tinyfleet.ontology.vocabulary import shapes
+from tinyfleet.ontology.vocabulary.namespaces import (
     PROV,
     RDF,
     SCHEMA,
@@ -29,8 +37,6 @@ from ontology.names import (
     run_iri,
     update_iri,
 )
-from ontology.registry import to_triples
-from ontology.store import EmbeddedStore, triples
 
 MODEL = ModelDescription(
     "m",

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import everything, open_store
-
-from ontology.names import Iri
-from ontology.store import EmbeddedStore, RemoteStore, Store, StoreError, Value, bind, parameters
+from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store, StoreError, Value, bind, parameters
+from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 S, P, Q = Iri("urn:s"), Iri("urn:p"), Iri("urn:q")
 ALL = "SELECT ?o WHERE { VALUES ?p { UNDEF } ?s ?p ?o }"

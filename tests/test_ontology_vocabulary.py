@@ -8,11 +8,24 @@ from pathlib import Path
 
 import pyoxigraph as ox
 import pytest
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.vocabulary.namespaces import (
+    MLS,
+    NNET,
+    OWL,
+    RDF,
+    RDFS,
+    S3N,
+    S3N_EXTEND,
+    SOSA,
+    SOSA_EXTEND,
+    SSN,
+    SSN_SYSTEM,
+    TD,
+    TF,
+)
 
-from ontology import library
-from ontology.names import MLS, NNET, OWL, RDF, RDFS, S3N, S3N_EXTEND, SOSA, SOSA_EXTEND, SSN, SSN_SYSTEM, TD, TF
-
-ONTOLOGY = Path(__file__).parent.parent / "ontology"
+ONTOLOGY = Path(__file__).parent.parent / "ontology" / "vocabulary"
 SKOS_DEFINITION = "http://www.w3.org/2004/02/skos/core#definition"
 
 
@@ -111,14 +124,14 @@ def test_every_term_of_others_that_we_align_to_exists() -> None:
 
 
 def test_what_the_registry_writes_of_a_device_is_implied() -> None:
-    from ontology.implied import axioms
-    from ontology.registry import _TYPES
+    from tinyfleet.ontology.ingest.registry import _TYPES
+    from tinyfleet.ontology.vocabulary.implied import axioms
 
     assert set(_TYPES) - {TF.Device} <= axioms()[TF.Device]
 
 
 def test_axioms_are_closed_and_hold_both_ways_where_they_are_equal() -> None:
-    from ontology.implied import axioms
+    from tinyfleet.ontology.vocabulary.implied import axioms
 
     assert TF.Model in axioms()[NNET.NeuralNetwork] and NNET.NeuralNetwork in axioms()[TF.Model]
     assert TF.target in axioms()[TF.confirmedBy]
@@ -162,7 +175,7 @@ def test_every_query_says_what_it_answers_and_what_it_takes() -> None:
     for name in library.names():
         head = library.text(name).split("\n\n")[0]
         assert all(line.startswith("#") for line in head.splitlines()), name
-        from ontology.store import parameters
+        from tinyfleet.ontology.store.store import parameters
 
         for parameter in parameters(library.text(name)):
             assert re.search(rf"^# {parameter}: ", head, re.MULTILINE), f"{name} does not explain {parameter}"
@@ -189,7 +202,7 @@ def test_the_context_agrees_with_that_of_the_thing_description() -> None:
 def test_the_page_holds_every_term_and_needs_nothing_from_elsewhere() -> None:
     from html.parser import HTMLParser
 
-    from ontology.vocabulary_page import page
+    from tinyfleet.ontology.vocabulary.page import page
 
     class Reader(HTMLParser):
         def __init__(self) -> None:

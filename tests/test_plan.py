@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import HEADER, Net, graphs, nets, with_weights
 from small_models import MODELS
-
-from edge import program as p
-from edge.errors import ProgramError
-from edge.graph import LOSSES, Graph, Kind, Op, Shape3, Tensor
-from edge.learner import MoteLearner
-from edge.plan import (
+from tinyfleet.edge.errors import ProgramError
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.graph import LOSSES, Graph, Kind, Op, Shape3, Tensor
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.memory_plan import (
     MASKED,
     TRAINED_INT8,
     WEIGHTED,

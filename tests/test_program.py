@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import hostile, random_weights, sealed, with_weights
-
-from edge import program as p
-from edge.graph import Graph, Kind, Op, Tensor
-from edge.learner import MoteLearner
-from edge.plan import with_training
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.memory_plan import with_training
 
 
 def test_the_plan_of_a_small_mlp_takes_two_hidden_vectors_and_one_output() -> None:

@@ -16,9 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-
-from edge.mote_codegen import DEFINES, generate
-from edge.protocol import (
+from tinyfleet.edge.mote_codegen import DEFINES, generate
+from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     CHUNK,
     MAX_CHUNKS,

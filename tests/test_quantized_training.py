@@ -13,16 +13,23 @@ from hypothesis import strategies as st
 from nets import spoilt
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
 from test_engine_native import CLANG, ENGINE, MOTE, ROOT, compiler, corpus, run
-
-from edge.graph import Graph, Kind, Op, Tensor
-from edge.learner import LearnerError, MoteLearner
-from edge.plan import INT8_WEIGHTED, TRAINED_INT8, takes
-from edge.program import ProgramError, assemble
-from edge.quantized import logistic_table
-from firmware_tools.keras_reader import read as read_keras
-from firmware_tools.quantized_training import Importance, Update, assume, choose, everything_from, measure, train_int8
-from firmware_tools.reading import CompileError, compact
-from firmware_tools.tflite_reader import read as read_tflite
+from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+from tinyfleet.edge.model.learner import LearnerError, MoteLearner
+from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, takes
+from tinyfleet.edge.model.program import ProgramError, assemble
+from tinyfleet.edge.model.quantized import logistic_table
+from tinyfleet.firmware_tools.compiler.quantized_training import (
+    Importance,
+    Update,
+    assume,
+    choose,
+    everything_from,
+    measure,
+    train_int8,
+)
+from tinyfleet.firmware_tools.readers.keras_reader import read as read_keras
+from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
+from tinyfleet.firmware_tools.readers.tflite_reader import read as read_tflite
 
 # Graphs
 

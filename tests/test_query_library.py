@@ -7,14 +7,24 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import rdflib
 from ontology_fixtures import description, open_store, payload, status
-
-from edge.program import Dense, ReLU, build
-from edge.protocol import Topics
-from ontology import describe, library
-from ontology.lineage import Lineage, Part
-from ontology.names import RDF, SOSA, TF, Iri, board_iri, deployment_iri, device_iri, model_iri, version_iri
-from ontology.registry import Registry
-from ontology.store import Binding, Store, Value, bind, value
+from tinyfleet.edge.model.program import Dense, ReLU, build
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.ontology.ingest import describe
+from tinyfleet.ontology.ingest.lineage import Lineage, Part
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.store import Binding, Store, Value, bind, value
+from tinyfleet.ontology.vocabulary.namespaces import (
+    RDF,
+    SOSA,
+    TF,
+    Iri,
+    board_iri,
+    deployment_iri,
+    device_iri,
+    model_iri,
+    version_iri,
+)
 
 DIGITS = build([Dense(32), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")
 WIDE = build([Dense(300), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 from ontology_fixtures import MODEL, TOKEN, description, payload, status
-
-from edge.protocol import Topics
-from ontology import endpoint as endpoint_module
-from ontology import library
-from ontology.endpoint import PAGE, Endpoint
-from ontology.registry import Registry
-from ontology.store import EmbeddedStore, parameters
+from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.ontology.http import endpoint as endpoint_module
+from tinyfleet.ontology.http.endpoint import PAGE, Endpoint
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.store import EmbeddedStore, parameters
 
 TOPICS = Topics("home")
 WAIT = 60.0

@@ -21,21 +21,20 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 from test_grid_fleet import PROGRAM, START, TASK, Start, client, devices, learn, quiet, replayed, server  # noqa: F401
-
-from edge.client_app import to_record, to_vector
-from edge.device import Device
-from edge.errors import UserError
-from edge.learner import MoteLearner
-from edge.node import MoteNode, Out, Publish
-from edge.protocol import Dense, Done, decode_did, encode
-from edge.streams import DatasetStream
-from edge.tasks import ClientData
-from edge.thing import VIRTUAL, thing_description
-from ontology import library
-from server.grid import MqttGrid
-from server.run import Method, Options, Round, method
-from server.serve import FleetServer
-from server.strategies import FOMAML, Asynchronous, Reptile
+from tinyfleet.edge.device.device import Device
+from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.device.node import MoteNode, Out, Publish
+from tinyfleet.edge.device.sources import DatasetStream
+from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire.protocol import Dense, Done, decode_did, encode
+from tinyfleet.ontology.queries import library
+from tinyfleet.server.flower.grid import MqttGrid
+from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile
+from tinyfleet.server.run import Method, Options, Round, method
+from tinyfleet.server.serve import FleetServer
 
 Vector = NDArray[np.float32]
 Broker = tuple[str, int]

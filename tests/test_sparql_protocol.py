@@ -18,11 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ontology_fixtures import TOKEN
-
-from ontology.endpoint import Endpoint
-from ontology.names import Iri
-from ontology.store import BASE, EmbeddedStore, StoreError
-from ontology.update import prepared
+from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.store.store import BASE, EmbeddedStore, StoreError
+from tinyfleet.ontology.store.update import prepared
+from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 DATA = "http://kasei.us/2009/09/sparql/data/data{}.rdf"
 DOCUMENT = "http://xmlns.com/foaf/0.1/Document"

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
-
-from edge.errors import UserError
-from edge.protocol import ALL_LAYERS, plan_from_config
-from server.flower import new_run, stamp
-from server.grid import RunGrid
-from server.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, plan_from_config
+from tinyfleet.server.flower.grid import RunGrid
+from tinyfleet.server.flower.internals import new_run, stamp
+from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 
 Arrays = dict[str, list[float]]
 START: Arrays = {"dense_0/weights": [1.0, 2.0], "dense_0/bias": [0.0], "dense_1/weights": [4.0, -4.0]}

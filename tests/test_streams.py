@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from edge._mote import ffi, lib
-from edge.streams import DatasetStream, RecordedStream
-from edge.tasks import ClientData, Recording
+from tinyfleet.edge._mote import ffi, lib
+from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
+from tinyfleet.edge.tasks import ClientData, Recording
 
 
 def data(sizes: list[int], ways: int, scale: float) -> ClientData:

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ConfigRecord
-
-from edge import datasets, frames, tasks
-from edge.agent import AgentNode
-from edge.client_app import to_metrics, to_record
-from edge.device import virtual_device
-from edge.learner import MoteLearner
-from edge.node import MoteNode, Node, Publish
-from edge.protocol import ALL_LAYERS, Done, Phase, Topics, UpdateFormat, Work, chunks, decode_did, encode
-from edge.streams import DatasetStream
-from edge.tasks import Task, keywords
-from firmware_tools import boards, build, emulate
-from server.grid import MqttGrid
-from server.run import method
+from tinyfleet.edge import datasets, tasks
+from tinyfleet.edge.device.agent import AgentNode
+from tinyfleet.edge.device.device import virtual_device
+from tinyfleet.edge.device.flower_client import to_metrics, to_record
+from tinyfleet.edge.device.node import MoteNode, Node, Publish
+from tinyfleet.edge.device.sources import DatasetStream
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.tasks import Task, keywords
+from tinyfleet.edge.wire import frames
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Done, Phase, Topics, UpdateFormat, Work, chunks, decode_did, encode
+from tinyfleet.firmware_tools.boards import catalogue
+from tinyfleet.firmware_tools.firmware import build, emulate
+from tinyfleet.server.flower.grid import MqttGrid
+from tinyfleet.server.run import method
 
 FLEET, ID = "test", "device-1"
 TOPICS = Topics(FLEET)
@@ -110,7 +111,7 @@ def test_an_emulated_board_learns_what_the_virtual_microcontroller_learns(name: 
     elf = build.build("mps2-an386", task.program, task.client(2, 12), FLEET, ID, tmp_path)
     assert build.size(elf).held["features"] == task.client(2, 12).features.nbytes
     expected = replies(virtual(task, out_bytes=1024 + 128), task)
-    with emulate.Emulator(boards.load("mps2-an386"), elf) as emulator:
+    with emulate.Emulator(catalogue.load("mps2-an386"), elf) as emulator:
         assert over_the_line(emulator.url, task, len(expected)) == expected
 
 

@@ -12,12 +12,11 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 from PIL import Image
-
-from edge import datasets, tasks
-from edge.errors import UserError
-from edge.program import Dense, Layer, Loss, build
-from edge.streams import DatasetStream
-from edge.tasks import ClientData, Split, Task, keywords, omniglot, presence
+from tinyfleet.edge import datasets, tasks
+from tinyfleet.edge.device.sources import DatasetStream
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.program import Dense, Layer, Loss, build
+from tinyfleet.edge.tasks import ClientData, Split, Task, keywords, omniglot, presence
 
 
 def needs(name: str) -> pytest.MarkDecorator:

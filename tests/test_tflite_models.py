@@ -17,12 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-
-from edge.graph import Graph, Kind
-from edge.learner import MoteLearner
-from edge.program import ProgramError, assemble
-from firmware_tools.reading import CompileError
-from firmware_tools.tflite_reader import read
+from tinyfleet.edge.model.graph import Graph, Kind
+from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.program import ProgramError, assemble
+from tinyfleet.firmware_tools.readers.simplify import CompileError
+from tinyfleet.firmware_tools.readers.tflite_reader import read
 
 Array = NDArray[Any]
 

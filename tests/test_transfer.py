@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from test_tflite_models import in_tflite, models, needs_tflite
-
-from edge.graph import Graph, Kind, Op, Tensor
-from edge.learner import LearnerError, MoteLearner
-from edge.program import assemble
-from firmware_tools.reading import CompileError, compact
-from firmware_tools.tflite_reader import read
-from firmware_tools.transfer import train_from, with_float_input
+from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+from tinyfleet.edge.model.learner import LearnerError, MoteLearner
+from tinyfleet.edge.model.program import assemble
+from tinyfleet.firmware_tools.compiler.transfer import train_from, with_float_input
+from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
+from tinyfleet.firmware_tools.readers.tflite_reader import read
 
 Array = NDArray[Any]
 KWS = "mlperf_tiny__kws_ref_model"

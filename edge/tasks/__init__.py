@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edge.errors import UserError
-from edge.program import Program
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.program import Program
 
 NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
@@ -181,7 +180,7 @@ def load(name: str) -> Task:
         raise UserError(
             f"there is no task named '{name}'; known tasks: {', '.join(NAMES)}, or the path of a file that has one"
         )
-    load_it: Callable[..., Task] = importlib.import_module(f"edge.tasks.{module}").load
+    load_it: Callable[..., Task] = importlib.import_module(f"tinyfleet.edge.tasks.{module}").load
     try:
         given = inspect.signature(load_it).bind(*map(int, numbers))
     except TypeError as error:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edge import program as p
-from edge.errors import UserError
-from edge.tasks import ClientData, Episode, Episodes, Recipe, Recording, Split, Task, draw_episode
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.tasks import ClientData, Episode, Episodes, Recipe, Recording, Split, Task, draw_episode
 
 WAYS = 5
 MOUNTS = 8  # four turns, then the same mirrored

@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edge import datasets, features
-from edge import program as p
-from edge.errors import UserError
-from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
+from tinyfleet.edge import datasets
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import features
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
 
 WAYS = 3
 WORDS: dict[Split, tuple[str, ...]] = {

@@ -22,11 +22,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edge import datasets
-from edge import program as p
-from edge.errors import UserError
-from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, draw_classes
+from tinyfleet.edge import datasets
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, draw_classes
 
 CHARACTERS = 40  # of one device, at most
 DRAWERS = 20

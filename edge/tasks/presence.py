@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edge import datasets
-from edge import program as p
-from edge.errors import UserError
-from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
+from tinyfleet.edge import datasets
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
 
 MOTION = 0.02  # share of the minutes, at least
 LAGS = (5, 15)  # minutes over which a change is seen

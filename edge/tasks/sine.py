@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from edge import program as p
-from edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
+from tinyfleet.edge.model import program as p
+from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
 
 WAVES, SAMPLES = 32, 40  # of one device: 10 KB
 CHANGES = 200  # samples in a recording until the wave changes

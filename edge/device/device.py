@@ -1,0 +1,132 @@
+"""A device of the fleet: a node, its session with the broker, and the loop between them, in one thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from tinyfleet.edge.device.node import (
+    ARENA_BYTES,
+    ENGINE_VERSION,
+    PROGRAM_BYTES,
+    MoteNode,
+    Node,
+    Publish,
+    Reboot,
+    Subscribe,
+    Unsubscribe,
+)
+from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_description
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire.session import Message, Session
+
+STEPS = 64
+"""Samples learned from between two looks at the network."""
+IDLE = 0.5
+"""Seconds to wait for a message, and so at most until `stop` is seen."""
+GOODBYE = 5.0
+"""Seconds to wait until the broker has the last messages."""
+
+
+class Device:
+    """Runs a node against a broker: announces it, serves what it is asked, reconnects, and says goodbye."""
+
+    def __init__(self, make: Callable[[], Node], host: str, port: int, fleet: str) -> None:
+        """`make` gives the node as it starts, and again after a reboot. Connects; raises UserError if there is no
+        broker."""
+        self._make = make
+        self._where = (host, port)
+        self._fleet = fleet
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.node = make()
+        self._session = self._open()
+
+    def run(self) -> None:
+        """Serves until `stop` is called, from another thread or a signal's handler."""
+        while self._serve():
+            self.node = self._make()
+            while not self._stopping.is_set():
+                try:
+                    self._session = self._open()
+                    break
+                except UserError:  # the broker was there before: wait for it
+                    self._stopping.wait(IDLE)
+
+    def start(self) -> None:
+        """Runs in a thread of its own."""
+        self._thread = threading.Thread(target=self.run, name=self.node.id, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends `run`; safe to call anywhere and more than once."""
+        self._stopping.set()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits until it has ended; False if it has not in so many seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return self._thread is None or not self._thread.is_alive()
+
+    def _open(self) -> Session:
+        will = self.node.will()
+        return Session(
+            *self._where,
+            f"tinyfleet-{self._fleet}-{self.node.id}",
+            on_message=self.node.receive,
+            on_connect=self.node.connected,
+            will=(will.topic, will.payload),
+            background=False,
+        )
+
+    def _serve(self) -> bool:
+        """One life of the node. True if it asks for a reboot."""
+        busy, alive = False, self._send()
+        while alive and not self._stopping.is_set():
+            self._session.pump(0.0 if busy else IDLE)
+            busy = self._work()
+            alive = self._send()
+        goodbye = self.node.will()
+        self._session.publish(goodbye.topic, goodbye.payload, retain=True)
+        if self._session.connected:
+            self._session.flush(GOODBYE)
+        self._session.close()
+        return not alive
+
+    def _work(self) -> bool:
+        """True if there is more to do at once."""
+        return all(self.node.step() for _ in range(STEPS))
+
+    def _send(self) -> bool:
+        """Sends what the node has to say. False if it wants to start anew."""
+        for out in self.node.poll():
+            match out:
+                case Publish(topic, payload, True):
+                    self._session.publish(topic, payload, True)
+                case Publish() as reply:  # one that is lost with a connection is asked for again
+                    self._session.send([Message(*reply)])
+                case Subscribe(filter):
+                    self._session.subscribe(filter)
+                case Unsubscribe(filter):
+                    self._session.unsubscribe(filter)
+                case Reboot():
+                    return False
+        return True
+
+
+def virtual_device(
+    host: str, port: int, fleet: str, id: str, program: Program, data: ClientData, board: Board = VIRTUAL
+) -> Device:
+    """A microcontroller's node and engine in this process, which learns from `data`. Connects, and runs once started.
+
+    Raises UserError if there is no broker, or if the samples or the memory do not fit the model.
+    """
+    arena = max(ARENA_BYTES, program.arena_bytes)
+    td = thing_description(fleet, id, board, "mote", ENGINE_VERSION, arena, program.model_id, PROGRAM_BYTES)
+
+    def node() -> MoteNode:
+        return MoteNode(fleet, id, td, program, data, arena_bytes=arena, adopt_bytes=PROGRAM_BYTES)
+
+    return Device(node, host, port, fleet)

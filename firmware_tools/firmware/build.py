@@ -1,0 +1,512 @@
+"""Firmware for a board: the engine, the node, start-up code and a device's own data, compiled into one ELF file.
+
+`build` makes a fleet device. `link` is the general part under it, for programs that only measure or check something.
+`size` reads back from an ELF what it takes of the board and of its stack, beside what the model's plan says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
+
+import numpy as np
+import tinyfleet.edge
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
+from tinyfleet.edge import mote_build, mote_codegen
+from tinyfleet.edge.device.node import ENGINE_VERSION
+from tinyfleet.edge.device.thing_description import thing_description
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire.protocol import ProtocolError, Topics
+from tinyfleet.firmware_tools.boards.catalogue import Target, load
+from tinyfleet.firmware_tools.firmware import kernel_table
+from tinyfleet.firmware_tools.firmware import stack as stacks
+
+SOURCES = Path(__file__).parent / "src"
+MOTE = Path(tinyfleet.edge.__file__).parent / "mote"
+
+COMPILER = "arm-none-eabi-gcc"
+SPLIT = ("-g", "-ffunction-sections", "-fdata-sections")
+# nano: newlib's small build. Only memcpy and its like are taken from it.
+LINK = ("--specs=nano.specs", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--fatal-warnings")
+
+#: Of the engine's sources: those of a host alone, and those that only a node needs.
+_HOST = ("mote_host.c",)
+_OF_NODE = ("mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c", "mote_mel.c")
+NODE = tuple(MOTE / name for name in mote_build.SOURCES if name not in _HOST)
+ENGINE = tuple(path for path in NODE if path.name not in _OF_NODE)
+
+#: How arithmetic is compiled. exact: the same bits on every target. fast: products and sums fused and in any order.
+Profile = Literal["exact", "fast"]
+PROFILES: dict[Profile, list[str]] = {
+    "exact": mote_build.FLAGS,
+    "fast": ["-std=c99", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-DMOTE_FAST"],
+}
+#: Files whose time matters little, since they run seldom, only call kernels or do next to nothing: small, not quick.
+SMALL = (
+    "mote.c", "mote_load.c", "mote_sgd.c", "mote_relu.c", "mote_loss.c", "mote_node.c", "mote_update.c", "mote_frame.c",
+    "mote_stream.c",
+)  # fmt: skip
+
+#: Bytes of the largest program that a node takes over the air, unless the caller says otherwise.
+ADOPT_BYTES = 4096
+
+Blob = bytes | bytearray
+
+
+def available() -> bool:
+    """Whether the compiler is installed."""
+    return shutil.which(COMPILER) is not None
+
+
+def _compiler() -> str:
+    found = shutil.which(COMPILER)
+    if found is None:
+        raise UserError(
+            f"the compiler {COMPILER} is not installed; install it with: "
+            "apt-get install gcc-arm-none-eabi libnewlib-arm-none-eabi"
+        )
+    return found
+
+
+def _call(command: Sequence[str], what: str) -> None:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    if "nano.specs" in done.stderr or re.search(r"fatal error: string\.h", done.stderr):
+        raise UserError(
+            "the compiler's C library is not installed; install it with: apt-get install libnewlib-arm-none-eabi"
+        )
+    raise BuildError(f"{what} does not build:\n{done.stderr}")
+
+
+class BuildError(Exception):
+    """The compiler or the linker refused our own sources; the message is theirs."""
+
+
+def link(
+    target: Target,
+    elf: Path,
+    sources: Iterable[Path],
+    *,
+    blobs: Mapping[str, Blob] | None = None,
+    defines: Mapping[str, int | float | str] | None = None,
+    foreign: Iterable[Path] = (),
+    include: Iterable[Path] = (),
+    macros: Iterable[str] = (),
+    note: Mapping[str, str] | None = None,
+    programs: Iterable[bytes] | None = None,
+    profile: Profile = "exact",
+) -> Path:
+    """Compiles and links a program for a board; returns `elf`.
+
+    sources: our C files, compiled with every warning an error; start-up code is added. foreign: others' C files.
+    blobs: constants for the flash, by name; the program finds `device_{name}` and DEVICE_{NAME}_BYTES in "device.h",
+    aligned to 4 bytes. defines: more constants of "device.h". macros: defined for every file. note: kept in the ELF and
+    not loaded. programs: the image holds the operators that they need; None: all that the engine has.
+    Raises UserError if the compiler is missing or the program does not fit the board.
+    """
+    build = target.buildable()
+    cpu = [*build.cpu, *(build.exact if profile == "exact" else ())]
+    compiler = _compiler()
+    work = elf.parent / f"{elf.stem}.build"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+    kernels = kernel_table.whole() if programs is None else kernel_table.needed(programs)
+    (work / "mote_kernels.c").write_text(kernel_table.source(kernels))
+    (work / "device.h").write_text(header(blobs or {}, defines or {}))
+    (work / "device.S").write_text(_assembly(work, blobs or {}))
+    script = work / "firmware.ld"
+    script.write_text(
+        Template((SOURCES / "firmware.ld.in").read_text()).substitute(
+            board=target.board.title,
+            stack_bytes=build.stack_bytes,
+            flash_origin=hex(build.flash.origin),
+            flash_bytes=build.flash.bytes,
+            ram_origin=hex(build.ram.origin),
+            ram_bytes=build.ram.bytes,
+        )
+    )
+    common = [
+        compiler,
+        *cpu,
+        *PROFILES[profile],
+        *SPLIT,
+        stacks.FLAG,
+        "-masm-syntax-unified",
+        f"-DBOARD_CLOCK_HZ={target.board.clock_hz}u",
+        *(f"-D{macro}" for macro in macros),
+        *(f"-I{folder}" for folder in (work, SOURCES, MOTE)),
+    ]
+    if build.uart is not None:
+        common += [
+            f"-DBOARD_UART_BASE={build.uart.base:#x}u",
+            f"-DBOARD_UART_RX_IRQ={build.uart.rx_irq}u",
+            f"-DBOARD_UART_BAUD={build.uart.baud}u",
+        ]
+    ours = [work / path.name if path.name == "mote_kernels.c" else path for path in sources]
+    jobs = [
+        (path, [*mote_build.STRICT, *(f"-isystem{folder}" for folder in include), *["-Os"] * (path.name in SMALL)])
+        for path in (*ours, SOURCES / "startup.c", work / "device.S")
+    ]
+    jobs += [(path, [f"-I{folder}" for folder in include]) for path in foreign]
+    objects = [work / f"{index}_{path.stem}.o" for index, (path, _) in enumerate(jobs)]
+
+    def compile_one(index: int) -> None:
+        path, flags = jobs[index]
+        _call([*common, *flags, "-c", str(path), "-o", str(objects[index])], path.name)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compile_one, range(len(jobs))))
+    map_ = work / "firmware.map"
+    command = [compiler, *cpu, *LINK, f"-Wl,-Map={map_}", "-T", str(script), *map(str, objects), "-lm", "-lgcc"]
+    try:
+        _call([*command, "-o", str(elf)], elf.name)
+    except BuildError as error:
+        raise _overflow(error, target) or error from None
+    engine = {object_.name: path.name for object_, (path, _) in zip(objects, jobs, strict=True) if _is_engine(path)}
+    noted = {
+        "board": target.board.id,
+        **(note or {}),
+        "profile": profile,
+        "mote": _by_file(map_, engine, "text|rodata"),
+        "static": sum(_by_file(map_, engine, "data|bss").values()),
+        "stack": asdict(stacks.usage(sorted(work.glob("*.ci")), kernels)) if engine else None,
+    }
+    (work / "note.json").write_text(json.dumps(noted))
+    _call([_objcopy(compiler), f"--add-section=.tinyfleet={work / 'note.json'}", str(elf)], elf.name)
+    return elf
+
+
+def _is_engine(path: Path) -> bool:
+    return path.parent == MOTE or path.name == "mote_kernels.c"
+
+
+def _objcopy(compiler: str) -> str:
+    return compiler.removesuffix("gcc") + "objcopy"
+
+
+def _by_file(map_: Path, engine: Mapping[str, str], sections: str) -> dict[str, int]:
+    """Bytes that the linker took of every one of these objects, in such sections, by their sources' names."""
+    # A section's line may be broken behind its name: " .text.name\n    0x00000000  0x1c  folder/3_mote.o".
+    text = map_.read_text()
+    text = text[text.index("\nLinker script and memory map") :]
+    found = re.findall(rf"^ \.(?:{sections})\S*\s+0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+(\S+)$", text, re.MULTILINE)
+    sizes: dict[str, int] = {}
+    for size, object_ in found:
+        if (name := Path(object_).name) in engine and int(size, 16) > 0:
+            sizes[engine[name]] = sizes.get(engine[name], 0) + int(size, 16)
+    return sizes
+
+
+def header(blobs: Mapping[str, Blob], defines: Mapping[str, int | float | str]) -> str:
+    lines = ["/* Generated: what this device holds. */", "#ifndef DEVICE_H", "#define DEVICE_H", "#include <stdint.h>"]
+    for name, data in blobs.items():
+        lines.append(f"#define DEVICE_{name.upper()}_BYTES {len(data)}u")
+        lines.append(f"extern const uint8_t device_{name}[DEVICE_{name.upper()}_BYTES];")
+    for name, value in defines.items():
+        if isinstance(value, str):
+            literal = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        else:
+            literal = f"{value}u" if isinstance(value, int) else f"{float(value).hex()}f"
+        lines.append(f"#define DEVICE_{name.upper()} {literal}")
+    return "\n".join([*lines, "#endif", ""])
+
+
+def _assembly(work: Path, blobs: Mapping[str, Blob]) -> str:
+    """Assembler that takes the blobs in as they are: a C array of a large one would take a compiler minutes."""
+    lines = []
+    for name, data in blobs.items():
+        (work / f"{name}.bin").write_bytes(data)
+        symbol = f"device_{name}"
+        lines += [
+            f'.section .rodata.{symbol}, "a", %progbits',
+            ".balign 4",
+            f".global {symbol}",
+            f".type {symbol}, %object",
+            f'{symbol}: .incbin "{work / f"{name}.bin"}"',
+            f".size {symbol}, . - {symbol}",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def _overflow(error: BuildError, target: Target) -> UserError | None:
+    """The linker's 'does not fit', in the user's terms."""
+    overflows = re.findall(r"region `(FLASH|RAM)' overflowed by (\d+) bytes", str(error))
+    if not overflows:
+        return None
+    have = {"FLASH": target.buildable().flash.bytes, "RAM": target.buildable().ram.bytes}
+    said = ", and ".join(
+        f"{int(over):,} bytes more {'flash' if where == 'FLASH' else where} than its {have[where]:,}"
+        for where, over in overflows
+    )
+    return UserError(
+        f"the program is too large for board '{target.board.id}': it needs {said}; use a smaller model, "
+        "fewer trainable layers, or a larger board"
+    )
+
+
+def build(
+    board: str,
+    program: Program,
+    data: ClientData,
+    fleet: str,
+    device_id: str,
+    out: Path,
+    *,
+    adopt_bytes: int = ADOPT_BYTES,
+) -> Path:
+    """A fleet device's firmware: returns {out}/firmware.elf.
+
+    It learns `program` from the samples of `data`, which lie in flash. adopt_bytes: room in RAM for a program received
+    over the air (its arena must fit that of `program`), for which the image holds all operators; 0: it holds those of
+    `program`.
+    Raises UserError for an unknown board, one without a serial port, a name that cannot be in a topic, a missing
+    compiler, samples that are not the model's, and if it does not fit the board.
+    """
+    target = load(board)
+    uart = target.serial()
+    _compiler()
+    try:
+        Topics(fleet).do(device_id)
+    except ProtocolError as error:
+        raise UserError(str(error)) from error
+    data.must_fit(program)
+    td = thing_description(
+        fleet,
+        device_id,
+        target.board,
+        engine="mote",
+        engine_version=ENGINE_VERSION,
+        arena_bytes=program.arena_bytes,
+        model=program.model_id,
+        adopt_bytes=adopt_bytes,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    generated = mote_codegen.generate(out / "firmware.wire")
+    return link(
+        target,
+        out / "firmware.elf",
+        [
+            SOURCES / "main_node.c",
+            SOURCES / f"uart_{uart.driver}.c",
+            *NODE,
+        ],
+        blobs={
+            "program": program.data,
+            "model": program.model_id,
+            "td": json.dumps(td, separators=(",", ":")).encode(),
+            **_samples(data),
+        },
+        defines={**_shape(program), **_task(data), "fleet": fleet, "id": device_id, "adopt_bytes": adopt_bytes},
+        foreign=generated,
+        include=[generated[0].parent],
+        macros=mote_codegen.DEFINES,
+        note={"fleet": fleet, "device": device_id},
+        programs=[program.data] if adopt_bytes == 0 else None,
+    )
+
+
+def bench(target: Target, program: Program, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
+    """The program that counts the instructions of `program`'s inference and training step (see src/main_bench.c)."""
+    return link(
+        target,
+        elf,
+        [SOURCES / "main_bench.c", SOURCES / "bench_mote.c", SOURCES / "semihost.c", *ENGINE],
+        blobs={"program": program.data},
+        defines={**_shape(program), "steps": steps},
+        programs=[program.data],
+        profile=profile,
+    )
+
+
+def bench_mel(target: Target, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
+    """The program that counts the instructions of one frame's features (see src/bench_mel.c)."""
+    return link(
+        target,
+        elf,
+        [SOURCES / "main_bench.c", SOURCES / "bench_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c"],
+        defines={"steps": steps},
+        profile=profile,
+    )
+
+
+def mel(target: Target, elf: Path) -> Path:
+    """The program that prints a checksum of the features of made-up sound (see src/main_mel.c)."""
+    sources = [SOURCES / "main_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c", MOTE / "mote_crc.c"]
+    return link(target, elf, sources)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What src/main_exactness.c does with a program: `steps` steps on made-up samples, with this optimiser; or as many
+    inferences of int8, if nothing trains."""
+
+    program: Program
+    rate: float = 0.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    steps: int = 500
+    seed: int = 7
+
+    @property
+    def data(self) -> bytes:
+        """Its course_t, and the program."""
+        how = (self.rate, self.momentum, self.weight_decay, self.clip_norm)
+        return struct.pack("<III4f", len(self.program.data), self.steps, self.seed, *how) + self.program.data
+
+
+def course_constants(courses: Sequence[Course]) -> dict[str, int | float | str]:
+    """The constants of "device.h" with which src/main_exactness.c is compiled."""
+    return {
+        "arena_bytes": max(course.program.arena_bytes for course in courses),
+        "inputs": max(course.program.input.size for course in courses),
+    }
+
+
+def exactness(target: Target, courses: Sequence[Course], elf: Path, *, profile: Profile = "exact") -> Path:
+    """The program that learns and prints a checksum of what it has learned (see src/main_exactness.c)."""
+    return link(
+        target,
+        elf,
+        [SOURCES / "main_exactness.c", SOURCES / "semihost.c", *ENGINE],
+        blobs={"courses": b"".join(course.data for course in courses)},
+        defines=course_constants(courses),
+        programs=[course.program.data for course in courses],
+        profile=profile,
+    )
+
+
+def _samples(data: ClientData) -> dict[str, Blob]:
+    numbers = "u1" if data.features.dtype == np.uint8 else "<f4"
+    blobs: dict[str, Blob] = {
+        "features": np.ascontiguousarray(data.features, numbers).tobytes(),
+        "starts": np.asarray(data.starts, "<u4").tobytes(),
+    }
+    if data.targets is not None:
+        blobs["targets"] = np.ascontiguousarray(data.targets, "<f4").tobytes()
+    return blobs
+
+
+def _task(data: ClientData) -> dict[str, int | float | str]:
+    return {
+        "classes": len(data.starts) - 1,
+        "scale": float(data.scale),
+        "ways": data.ways,
+        "fixed": int(data.fixed),
+        "float_features": int(data.features.dtype == np.float32),
+        "target_outputs": 0 if data.targets is None else data.targets.shape[1],
+    }
+
+
+def _shape(program: Program) -> dict[str, int | float | str]:
+    return {
+        "arena_bytes": program.arena_bytes,
+        "parameters": program.n_params,
+        "inputs": math.prod(program.input_shape),
+        "outputs": math.prod(program.output_shape),
+    }
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an ELF takes of its board, in bytes.
+
+    text: code, constants and the device's data, in flash. data: initialised variables, in RAM and, to start from, in
+    flash. bss: all other variables. stack: the RAM kept for it. held: the device's data in flash, by name. variables:
+    the larger ones in RAM, by name. plan: the arena as the model's program plans it, None without a model.
+    mote: the engine's share of the text, by source file. static: its share of data and bss. frames: the stack frame of
+    each of its functions. depths: the most stack that a call of the engine takes, and by which calls, but for the
+    compiler's own arithmetic and copying.
+    """
+
+    board: str
+    text: int
+    data: int
+    bss: int
+    stack: int
+    held: Mapping[str, int]
+    variables: Mapping[str, int]
+    plan: int | None
+    profile: str
+    mote: Mapping[str, int]
+    static: int
+    frames: Mapping[str, int]
+    depths: Mapping[str, stacks.Depth]
+
+    @property
+    def flash(self) -> int:
+        """Flash in all."""
+        return self.text + self.data
+
+    @property
+    def ram(self) -> int:
+        """RAM in all."""
+        return self.data + self.bss + self.stack
+
+    @property
+    def arena(self) -> int | None:
+        """The engine's arena; None in a program without one."""
+        return self.variables.get("mote_arena")
+
+
+def size(path: Path) -> Size:
+    """Reads an ELF that `link` made. Raises UserError for anything else."""
+    try:
+        with path.open("rb") as file:
+            return _size(ELFFile(file))
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); build it with: tinyfleet firmware build") from error
+    except (ELFError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a fleet's firmware; build it with: tinyfleet firmware build") from error
+
+
+def _size(elf: ELFFile) -> Size:
+    sections = {section.name: section for section in elf.iter_sections()}
+    note: dict[str, Any] = json.loads(sections[".tinyfleet"].data())
+    usage = note["stack"] or {"functions": {}, "depths": {}}
+    index = {section.name: number for number, section in enumerate(elf.iter_sections())}
+    table = sections[".symtab"]
+    assert isinstance(table, SymbolTableSection)
+    objects = [s for s in table.iter_symbols() if s["st_info"]["type"] == "STT_OBJECT" and s["st_size"] > 0]
+    text = [s for s in objects if s["st_shndx"] == index[".text"] and s.name.startswith("device_")]
+    ram = [s for s in objects if s["st_shndx"] in {index.get(".data"), index.get(".bss")} and s["st_size"] >= 64]
+    plan = None
+    for symbol in text:
+        if symbol.name == "device_program":
+            start = symbol["st_value"] - sections[".text"]["sh_addr"]
+            plan = Program.parse(sections[".text"].data()[start : start + symbol["st_size"]]).arena_bytes
+
+    def length(name: str) -> int:
+        return int(sections[name]["sh_size"]) if name in sections else 0
+
+    return Size(
+        board=str(note["board"]),
+        text=length(".text") + length(".ARM.exidx"),
+        data=length(".data"),
+        bss=length(".bss"),
+        stack=length(".stack"),
+        held={s.name.removeprefix("device_"): int(s["st_size"]) for s in text},
+        variables={s.name: int(s["st_size"]) for s in sorted(ram, key=lambda s: -int(s["st_size"]))},
+        plan=plan,
+        profile=str(note["profile"]),
+        mote=note["mote"],
+        static=int(note["static"]),
+        frames=usage["functions"],
+        depths={name: stacks.Depth(depth["bytes"], tuple(depth["calls"])) for name, depth in usage["depths"].items()},
+    )

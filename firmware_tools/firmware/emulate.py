@@ -1,0 +1,137 @@
+"""Boards in QEMU: programs that print and end, and nodes whose serial port is a socket of this computer.
+
+Nothing is left behind: a node's emulator ends with `stop`, with the program that started it, and where that one is
+killed, with it (by the kernel's parent-death signal, where util-linux' `setpriv` is there to ask for it).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from tinyfleet.edge.errors import UserError
+from tinyfleet.firmware_tools.boards.catalogue import Target
+
+#: QEMU's virtual time under `-icount shift=6`: every instruction takes 64 ns, whatever it does.
+NANOSECONDS_PER_INSTRUCTION = 64
+
+
+def available() -> bool:
+    """Whether QEMU is installed."""
+    return shutil.which("qemu-system-arm") is not None
+
+
+def _command(target: Target, elf: Path) -> list[str]:
+    machine = target.emulated()
+    if not available():
+        raise UserError("QEMU for Arm is not installed; install it with: apt-get install qemu-system-arm")
+    if not elf.is_file():
+        raise UserError(f"there is no firmware at {elf}; build it with: tinyfleet firmware build")
+    return ["qemu-system-arm", "-M", machine, "-nographic", "-monitor", "none", "-kernel", str(elf)]
+
+
+def run(target: Target, elf: Path, *, counting: bool = False, timeout: float = 60.0) -> str:
+    """Runs a program that ends by itself through semihosting; returns what it printed.
+
+    counting: virtual time runs by instructions, so that the board's clock counts them, the same on every run.
+    Raises RuntimeError with the output if the program fails, and subprocess.TimeoutExpired if it does not end.
+    """
+    command = [*_command(target, elf), "-serial", "none", "-semihosting-config", "enable=on,target=native"]
+    if counting:
+        command += ["-icount", "shift=6"]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{elf.name} on {target.board.id} ended with status {done.returncode}: {done.stdout}")
+    return done.stdout
+
+
+class Emulator:
+    """A board that runs until it is stopped. `url` is its serial port: socket://127.0.0.1:PORT, open at once.
+
+    Use it as a context manager, or call `stop`. Raises UserError if QEMU or the firmware is missing.
+    """
+
+    def __init__(self, target: Target, elf: Path) -> None:
+        command = _command(target, elf)
+        if shutil.which("setpriv"):
+            # The shell covers the moment before the signal was asked for: it looks whether this process still is there.
+            guard = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+            command = [*guard, *command]
+        # The port is bound here and handed over: no other process can take it in between.
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.url = f"socket://127.0.0.1:{listener.getsockname()[1]}"
+            fd = listener.fileno()
+            command += ["-chardev", f"socket,id=uart,fd={fd},server=on,wait=off", "-serial", "chardev:uart"]
+            started: list[subprocess.Popen[str]] = []
+            ready = threading.Event()
+            errors: list[OSError] = []
+            self._said = ""
+
+            # The kernel signals a child when the thread that started it ends, so this one stays as long as the child.
+            def watch() -> None:
+                try:
+                    process = subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                        pass_fds=[fd],
+                    )
+                except OSError as error:
+                    errors.append(error)
+                    ready.set()
+                    return
+                started.append(process)
+                ready.set()
+                _, self._said = process.communicate()
+
+            self._watcher = threading.Thread(target=watch, name=f"qemu {target.board.id}", daemon=True)
+            self._watcher.start()
+            ready.wait()
+        if errors:
+            raise errors[0]
+        self._process = started[0]
+
+    @property
+    def running(self) -> bool:
+        """Whether the emulator has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def said(self) -> str:
+        """What the emulator complained of, once it has ended."""
+        return self._said.strip()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the emulator ends; False if it has not after `timeout` seconds."""
+        self._watcher.join(timeout)
+        return not self._watcher.is_alive()
+
+    def stop(self) -> None:
+        """Ends the emulator, at once; harmless if it has ended."""
+        self._process.terminate()
+        if not self.wait(5.0):
+            self._process.kill()
+            self.wait()
+
+    def __enter__(self) -> Emulator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

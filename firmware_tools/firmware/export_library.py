@@ -1,0 +1,131 @@
+"""The engine as a library for projects of others: an Arduino library, or a CMake target.
+
+Both hold the engine's C as it is, a model's program as a C array (model.h), and, if the model learns classes, an
+example that learns them from a stream. With a model, the library holds the operators that the model needs; else all,
+and model.h is a small network to begin with.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.program import Dense, Layer, Program, ReLU
+from tinyfleet.edge.model.program import build as build_program
+from tinyfleet.edge.mote_build import ROOT
+from tinyfleet.firmware_tools.firmware import kernel_table
+from tinyfleet.firmware_tools.firmware.build import ENGINE, MOTE, PROFILES
+
+Kind = Literal["arduino", "cmake"]
+LIBRARY = Path(__file__).parent / "library"
+
+#: Arduino's boards choose the options; this one is in each file, so that the bits are those of every other target.
+_EXACT_PRAGMA = '#pragma GCC optimize("fp-contract=off")\n'
+
+
+def version() -> str:
+    """The engine's version, of mote.h."""
+    found = re.search(r'#define MOTE_VERSION "([^"]+)"', (MOTE / "mote.h").read_text())
+    assert found is not None
+    return found[1]
+
+
+def first_model() -> Program:
+    """A small network with random weights, to begin with: 16 readings, 3 classes."""
+    layers: list[Layer] = [Dense(12), ReLU(), Dense(3)]
+    blank = build_program(layers, (16,), "softmax_cross_entropy")
+    return build_program(layers, (16,), "softmax_cross_entropy", weights=blank.split(blank.initial(1)))
+
+
+def model_header(program: Program) -> str:
+    """model.h: the program as a C array, aligned as mote_load wants it, and the sizes that a caller needs."""
+    data = program.data
+    words = [f"0x{int.from_bytes(data[i : i + 4], 'little'):08x}" for i in range(0, len(data), 4)]
+    lines = [", ".join(words[i : i + 10]) + "," for i in range(0, len(words), 10)]
+    return "\n".join(
+        [
+            f"/* Generated: model {program.model_id.hex()}, {len(data)} bytes. */",
+            "#ifndef MODEL_H",
+            "#define MODEL_H",
+            "",
+            "#include <stdint.h>",
+            "",
+            f"#define MODEL_ARENA_BYTES {program.arena_bytes}",
+            f"#define MODEL_INPUTS {program.input.size} /* {program.input.dtype} */",
+            f"#define MODEL_OUTPUTS {program.output.size} /* {program.output.dtype} */",
+            f"typedef {'int8_t' if program.input.dtype == 'int8' else 'float'} model_input_t;",
+            "",
+            "static const uint32_t model[] = {",
+            *(f"    {line}" for line in lines),
+            "};",
+            "",
+            "#endif",
+            "",
+        ]
+    )
+
+
+def export(kind: Kind, out: Path, program: Program | None = None) -> list[Path]:
+    """Writes the library to a new folder `out`; returns its files. Raises UserError if there is something already."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; choose another folder with --out")
+    sources = out / "src"
+    sources.mkdir(parents=True, exist_ok=True)
+    kernels = kernel_table.whole() if program is None else kernel_table.needed([program.data])
+    model = first_model() if program is None else program
+    learns_classes = model.loss == "softmax_cross_entropy"
+    prelude = _EXACT_PRAGMA if kind == "arduino" else ""
+    for path in ENGINE:
+        text = kernel_table.source(kernels) if path.name == "mote_kernels.c" else path.read_text()
+        (sources / path.name).write_text(prelude + text)
+    for header in _headers(ENGINE):
+        shutil.copyfile(header, sources / header.name)
+    shutil.copyfile(LIBRARY / "TinyFleetMote.h", sources / "TinyFleetMote.h")
+    (sources / "model.h").write_text(model_header(model))
+    licence = ROOT / "LICENSE"
+    if licence.exists():  # an installed package keeps it elsewhere
+        shutil.copyfile(licence, out / "LICENSE")
+    if kind == "arduino":
+        _arduino(out, learns_classes)
+    else:
+        _cmake(out, learns_classes)
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _headers(sources: tuple[Path, ...]) -> list[Path]:
+    """The engine's headers that these files take in, directly or not."""
+    found: set[Path] = set()
+    wanted = list(sources)
+    while wanted:
+        for name in re.findall(r'#include "(\w+\.h)"', wanted.pop().read_text()):
+            if (header := MOTE / name) not in found:
+                found.add(header)
+                wanted.append(header)
+    return sorted(found)
+
+
+def _arduino(out: Path, example: bool) -> None:
+    properties = Template((LIBRARY / "library.properties.in").read_text())
+    (out / "library.properties").write_text(properties.substitute(version=version()))
+    shutil.copyfile(LIBRARY / "keywords.txt", out / "keywords.txt")
+    if example:
+        folder = out / "examples" / "LearnOnAStream"
+        folder.mkdir(parents=True)
+        shutil.copyfile(LIBRARY / "LearnOnAStream.ino", folder / "LearnOnAStream.ino")
+
+
+def _cmake(out: Path, example: bool) -> None:
+    text = Template((LIBRARY / "CMakeLists.txt.in").read_text()).substitute(
+        version=version(),
+        sources="\n".join(f"    src/{path.name}" for path in ENGINE),
+        exact=" ".join(flag for flag in PROFILES["exact"] if not flag.startswith("-std")),
+        fast=" ".join(flag for flag in PROFILES["fast"] if not flag.startswith("-std")),
+    )
+    (out / "CMakeLists.txt").write_text(text)
+    if example:
+        (out / "examples").mkdir()
+        shutil.copyfile(LIBRARY / "quickstart.c", out / "examples" / "quickstart.c")

@@ -1,0 +1,342 @@
+"""The fleet as a W3C Thing Description Directory (WoT Discovery, 7.3): create, retrieve, update, delete, list, events.
+
+Whatever comes in goes through the registry, as over MQTT, and what came over MQTT is here too. Reading is free; writing
+needs the token. Errors are Problem Details (RFC 7807).
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.http import web
+from tinyfleet.ontology.http.sparql import Protocol
+from tinyfleet.ontology.http.web import HttpError, authorise, in_thread
+from tinyfleet.ontology.ingest.registry import MAX_BYTES, TD_CONTEXT, Refused, Registry, read
+from tinyfleet.ontology.ingest.things import CONTEXT, SORTED_BY, Event, Thing, merged
+from tinyfleet.ontology.store.store import StoreError
+from tinyfleet.ontology.vocabulary.namespaces import Iri
+
+PAGE = 1000
+"""Descriptions in one answer at most."""
+_ALIVE = 15.0
+"""Seconds after which a silent stream of events says that it is still there."""
+_BEHIND = 1000
+"""Events that a client may be behind; then its stream ends, and it may come back for the rest."""
+
+_EVENTS = ("thing_created", "thing_updated", "thing_deleted")
+_JSON = ("", "application/td+json", "application/json", "application/ld+json")
+_Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Directory:
+    """The handlers of the directory's requests. `deleted` gets the id of each thing that a client deletes."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        protocol: Protocol,
+        token: str | None,
+        deleted: Callable[[Iri], None] = lambda id: None,
+    ) -> None:
+        self._registry = registry
+        self._things = registry.things
+        self._token = token
+        self._deleted = deleted
+        self._streams: set[Callable[[Event | None], None]] = set()
+        self.routes = [
+            Route("/.well-known/wot", _answering(self._self), methods=["GET"]),
+            Route("/things", _answering(self._list), methods=["GET"]),
+            Route("/things", _answering(self._create), methods=["POST"]),
+            Route("/things/{id:path}", _answering(self._retrieve), methods=["GET"]),
+            Route("/things/{id:path}", _answering(self._replace), methods=["PUT"]),
+            Route("/things/{id:path}", _answering(self._update), methods=["PATCH"]),
+            Route("/things/{id:path}", _answering(self._delete), methods=["DELETE"]),
+            Route("/events", _answering(self._events), methods=["GET"]),
+            Route("/events/{kind}", _answering(self._events), methods=["GET"]),
+            Route("/search/sparql", _answering(protocol.search), methods=["GET", "POST"]),
+        ]
+
+    def close(self) -> None:
+        """Ends the streams of events, which would never end by themselves. From any thread."""
+        for put in list(self._streams):
+            put(None)
+
+    async def _create(self, request: Request) -> Response:
+        given = await self._given(request, _JSON)
+        if "id" in given or "@id" in given:
+            raise HttpError(400, "a description that has an id is PUT to /things/{id}", violations=["id: none"])
+        try:
+            id = self._registry.name(given)
+        except UserError as error:
+            raise HttpError(400, str(error)) from None
+        await self._writing(lambda: self._registry.put(given | {"id": str(id)}))
+        return Response(status_code=201, headers={"Location": _path(id)})
+
+    async def _replace(self, request: Request) -> Response:
+        given = await self._given(request, _JSON)
+        id = request.path_params["id"]
+        if given.get("id", given.get("@id")) != id:
+            what = f"the description's id must be the one that it is PUT to, {id}"
+            raise HttpError(400, what, violations=[f"id: {id}"])
+        created = await self._writing(lambda: self._registry.put(given))
+        return Response(status_code=201 if created else 204, headers={"Location": _path(id)} if created else None)
+
+    async def _update(self, request: Request) -> Response:
+        patch = await self._given(request, ("application/merge-patch+json",))
+        id = Iri(request.path_params["id"])
+
+        def change() -> bool:
+            with self._things.lock:  # nobody comes between reading and writing
+                thing = self._known(id)
+                changed = merged(thing.enriched(), patch)
+                if changed.get("id", changed.get("@id")) != thing.id:
+                    raise HttpError(400, "the id cannot be changed", violations=[f"id: {thing.id}"])
+                return self._registry.put(changed)
+
+        await self._writing(change)
+        return Response(status_code=204)
+
+    async def _delete(self, request: Request) -> Response:
+        authorise(request, self._token)
+        id = Iri(request.path_params["id"])
+
+        def delete() -> None:
+            with self._things.lock:
+                self._known(id)
+                self._things.remove(id)
+            self._deleted(id)
+
+        await in_thread(delete)
+        return Response(status_code=204)
+
+    async def _retrieve(self, request: Request) -> Response:
+        thing = await in_thread(lambda: self._known(Iri(request.path_params["id"])))
+        return _json(thing.enriched(datetime.now(UTC)), "application/td+json")
+
+    async def _list(self, request: Request) -> Response:
+        asked = request.query_params
+        offset = _number(asked.get("offset", "0"), "offset", 0)
+        limit = min(PAGE, _number(asked.get("limit", str(PAGE)), "limit", 1))
+        form, sort_by, order = asked.get("format", "array"), asked.get("sort_by", "id"), asked.get("sort_order", "asc")
+        if form not in ("array", "collection"):
+            raise HttpError(400, "format is array or collection")
+        if sort_by not in SORTED_BY:
+            raise HttpError(501, f"sort_by is one of {', '.join(SORTED_BY)}")
+        if order not in ("asc", "desc"):
+            raise HttpError(400, "sort_order is asc or desc")
+
+        def look() -> tuple[list[Any], int]:
+            now = datetime.now(UTC)
+            page = self._things.page(offset, limit, sort_by, order == "desc")
+            return [thing.enriched(now) for thing in page], self._things.count()
+
+        page, total = await in_thread(look)
+
+        def address(at: int) -> str:
+            said: dict[str, str | int] = {"offset": at, "limit": limit}
+            said |= {name: asked[name] for name in ("sort_by", "sort_order", "format") if name in asked}
+            return f"/things?{urlencode(said)}"
+
+        following = address(offset + limit) if offset + limit < total else None
+        links = [f'<{following}>; rel="next"'] if following else []
+        links.append(f'</things>; rel="canonical"; etag="{self._things.edition}"')
+        content: Any = page
+        if form == "collection":
+            content = {"@context": CONTEXT, "@type": "ThingCollection", "@id": address(offset), "total": total}
+            content |= {"next": following} if following else {}
+            content["members"] = page
+        return _json(content, "application/ld+json", {"Link": ", ".join(links)})
+
+    async def _events(self, request: Request) -> Response:
+        kind = request.path_params.get("kind")
+        if kind is not None and kind not in _EVENTS:
+            raise HttpError(404, f"the events are {', '.join(_EVENTS)}")
+        whole = request.query_params.get("diff", "false")
+        if whole not in ("true", "false"):
+            raise HttpError(400, "diff is true or false")
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
+        stream = self._stream(kind, whole == "true", request.headers.get("last-event-id"))
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def _stream(self, kind: str | None, whole: bool, since: str | None) -> AsyncIterator[str]:
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+
+        def add(event: Event | None) -> None:
+            if queue.qsize() < _BEHIND:
+                queue.put_nowait(event)
+            elif queue.qsize() == _BEHIND:
+                queue.put_nowait(None)
+
+        def put(event: Event | None) -> None:
+            loop.call_soon_threadsafe(add, event)
+
+        self._streams.add(put)
+        end = await in_thread(lambda: self._things.listen(put, since))
+        try:
+            yield ": the directory's events\n\n"
+            while True:
+                try:
+                    event = await asyncio.wait_for(queue.get(), _ALIVE)
+                except TimeoutError:
+                    yield ": still here\n\n"
+                    continue
+                if event is None:
+                    return
+                if kind in (None, event.kind):
+                    data = event.change if whole and event.kind != "thing_deleted" else {"id": event.id}
+                    yield f"event: {event.kind}\ndata: {json.dumps(data)}\nid: {self._things.era}.{event.number}\n\n"
+        finally:
+            self._streams.discard(put)
+            end()
+
+    async def _self(self, request: Request) -> Response:
+        return _json(description(str(request.base_url), self._registry.fleet), "application/td+json")
+
+    async def _given(self, request: Request, kinds: tuple[str, ...]) -> dict[str, Any]:
+        """The JSON object that a client who may write has sent."""
+        authorise(request, self._token)
+        if web.media_type(request) not in kinds:
+            raise HttpError(415, f"the content must be {' or '.join(kind for kind in kinds if kind)}")
+        content = await web.body(request, MAX_BYTES)
+        try:
+            return read(content)
+        except Refused as reason:
+            raise HttpError(400, str(reason), violations=reason.violations) from None
+
+    async def _writing(self, write: Callable[[], bool]) -> bool:
+        try:
+            return await in_thread(write)
+        except Refused as reason:
+            raise HttpError(400, "the description is not valid", violations=reason.violations) from None
+        except StoreError:
+            raise
+        except UserError as error:
+            raise HttpError(400, "the description is not valid", violations=[str(error)]) from None
+
+    def _known(self, id: Iri) -> Thing:
+        """The description of that id. 404 if there is none."""
+        with suppress(StoreError):  # what is no IRI is no thing's
+            thing = self._things.get(id)
+            if thing is not None:
+                return thing
+        raise HttpError(404, f"there is no description of {id:.200}")
+
+
+def _answering(handler: _Handler) -> _Handler:
+    """The handler, with its errors as Problem Details."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except HttpError as error:
+            return web.problem(error)
+        except StoreError as error:
+            return web.problem(HttpError(500, str(error)))
+        except ClientDisconnect:
+            return Response(status_code=400)
+
+    return answer
+
+
+def _json(content: object, media: str, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content, ensure_ascii=False), headers=headers, media_type=media)
+
+
+def _path(id: str) -> str:
+    return f"/things/{quote(id, safe=':')}"
+
+
+def _number(text: str, name: str, least: int) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < least:
+        raise HttpError(400, f"{name} is a whole number from {least}")
+    return int(text)
+
+
+def description(base: str, fleet: str) -> dict[str, Any]:
+    """The directory's own Thing Description, after the Thing Model of WoT Discovery (7.3.5)."""
+    problem = {"contentType": "application/problem+json", "success": False}
+
+    def form(href: str, method: str, kind: str | None = None, op: str = "invokeaction") -> dict[str, Any]:
+        said: dict[str, Any] = {"href": href, "htv:methodName": method, "op": op, "additionalResponses": [problem]}
+        if method == "GET":
+            return said | {"response": {"contentType": kind}}
+        return said | {"security": "bearer_sc"} | ({} if kind is None else {"contentType": kind})
+
+    def action(title: str, *forms: dict[str, Any], reads: bool = False, **variables: Any) -> dict[str, Any]:
+        said: dict[str, Any] = {"title": title, "forms": list(forms)}
+        if variables:
+            said["uriVariables"] = variables
+        if reads:
+            return said | {"safe": True, "idempotent": True, "output": {"type": "object"}}
+        return said | {"input": {"type": "object"}}
+
+    def event(kind: str, title: str) -> dict[str, Any]:
+        diff = "" if kind == "thing_deleted" else "{?diff}"
+        return {
+            "title": title,
+            "data": {"type": "object", "contentMediaType": "application/json"},
+            **({"uriVariables": {"diff": {"type": "boolean"}}} if diff else {}),
+            "forms": [
+                {
+                    "href": f"events/{kind}{diff}",
+                    "op": "subscribeevent",
+                    "subprotocol": "sse",
+                    "contentType": "text/event-stream",
+                    "htv:headers": [{"htv:fieldName": "Last-Event-ID"}],
+                }
+            ],
+        }
+
+    td, text = "application/td+json", {"type": "string"}
+    id = {"@type": "ThingID", "type": "string", "format": "iri-reference"}
+    listing = form("things{?offset,limit,format,sort_by,sort_order}", "GET", "application/ld+json", "readproperty")
+    query = form("search/sparql{?query}", "GET", "application/json")
+    return {
+        "@context": [TD_CONTEXT, CONTEXT, {"htv": "http://www.w3.org/2011/http#"}],
+        "@type": ["Thing", "ThingDirectory"],
+        "id": f"urn:tinyfleet:{fleet}",
+        "title": f"The fleet {fleet!r}: its Thing Description Directory",
+        "base": base,
+        "securityDefinitions": {"nosec_sc": {"scheme": "nosec"}, "bearer_sc": {"scheme": "bearer", "in": "header"}},
+        "security": "nosec_sc",
+        "properties": {
+            "things": {
+                "title": "All Thing Descriptions, in pages",
+                "readOnly": True,
+                "uriVariables": {
+                    "offset": {"type": "integer", "minimum": 0, "default": 0},
+                    "limit": {"type": "integer", "minimum": 1, "maximum": PAGE},
+                    "format": {"type": "string", "enum": ["array", "collection"], "default": "array"},
+                    "sort_by": {"type": "string", "enum": list(SORTED_BY), "default": "id"},
+                    "sort_order": {"type": "string", "enum": ["asc", "desc"], "default": "asc"},
+                },
+                "forms": [listing],
+            }
+        },
+        "actions": {
+            "createAnonymousThing": action("Create an anonymous description", form("things", "POST", td)),
+            "createThing": action("Create a description", form("things/{id}", "PUT", td), id=id),
+            "retrieveThing": action("Retrieve a description", form("things/{id}", "GET", td), reads=True, id=id),
+            "updateThing": action("Replace a description", form("things/{id}", "PUT", td), id=id),
+            "partiallyUpdateThing": action(
+                "Change a description", form("things/{id}", "PATCH", "application/merge-patch+json"), id=id
+            ),
+            "deleteThing": action("Delete a description", form("things/{id}", "DELETE"), id=id),
+            "searchSPARQL": action("Ask in SPARQL 1.1", query, reads=True, query=text),
+        },
+        "events": {
+            "thingCreated": event("thing_created", "A description was created"),
+            "thingUpdated": event("thing_updated", "A description was changed"),
+            "thingDeleted": event("thing_deleted", "A description was deleted"),
+        },
+    }

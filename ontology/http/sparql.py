@@ -1,0 +1,254 @@
+"""The SPARQL 1.1 Protocol and Service Description, as handlers of HTTP requests.
+
+GET and POST queries, POST updates with `Authorization: Bearer TOKEN`, on the graphs that the request names if it names
+any; results in the form that Accept asks for; GET without a query describes the service. A query has a limit of time
+and of bytes. SERVICE is refused: a query must not make this machine fetch from another.
+"""
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Mapping
+from typing import IO, cast
+from urllib.parse import parse_qs
+
+import pyoxigraph as ox
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from tinyfleet.ontology.http import web
+from tinyfleet.ontology.http.web import HttpError, authorise, in_thread
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.store.store import RECORDS, Dataset, Store, StoreError
+from tinyfleet.ontology.store.update import prepared
+from tinyfleet.ontology.vocabulary.namespaces import Iri
+
+MAX_RESULT = 64 * 1024 * 1024
+"""Bytes of a result."""
+
+Formats = Mapping[str, ox.QueryResultsFormat | ox.RdfFormat]
+_ROWS: Formats = {
+    "application/sparql-results+json": ox.QueryResultsFormat.JSON,
+    "application/json": ox.QueryResultsFormat.JSON,
+    "application/sparql-results+xml": ox.QueryResultsFormat.XML,
+    "application/xml": ox.QueryResultsFormat.XML,
+    "text/csv": ox.QueryResultsFormat.CSV,
+    "text/tab-separated-values": ox.QueryResultsFormat.TSV,
+}
+_GRAPH: Formats = {
+    "text/turtle": ox.RdfFormat.TURTLE,
+    "application/n-triples": ox.RdfFormat.N_TRIPLES,
+    "application/rdf+xml": ox.RdfFormat.RDF_XML,
+    "application/ld+json": ox.RdfFormat.JSON_LD,
+}
+
+# SERVICE where a pattern may begin, which no variable, name or IRI is. Comments and texts are not left out: what reads
+# a query otherwise than Oxigraph does could be led past it.
+_SERVICE = re.compile(r"(?:(?<![?$:/#_-])(?<![a-z])|(?<=true)|(?<=false))service(?![\w:-])", re.IGNORECASE)
+
+
+class _Output:
+    """Collects a result, and stops it where it gets too long or takes too long."""
+
+    def __init__(self, deadline: float) -> None:
+        self.data = bytearray()
+        self._deadline = deadline
+
+    def write(self, part: bytes) -> int:
+        self.data += part
+        if len(self.data) > MAX_RESULT:
+            raise HttpError(413, f"the result is longer than {MAX_RESULT} bytes; add a LIMIT")
+        if time.monotonic() > self._deadline:
+            raise HttpError(503, _TOO_LONG)
+        return len(part)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+_TOO_LONG = "the query takes too long; make it narrower or add a LIMIT"
+
+
+class Protocol:
+    """The SPARQL 1.1 Protocol on a store; with a registry, what that keeps of the store follows updates.
+
+    A query may take `timeout` seconds, and `workers` may run at once. Oxigraph cannot be stopped before it gives a
+    first row: such a query goes on unheard, and while `workers` of them do, others are turned away.
+    """
+
+    def __init__(
+        self, store: Store, token: str | None, registry: Registry | None, timeout: float, workers: int
+    ) -> None:
+        self._store = store
+        self._token = token
+        self._registry = registry
+        self._timeout = timeout
+        self._free = threading.Semaphore(workers)
+
+    async def sparql(self, request: Request) -> Response:
+        try:
+            return await self._sparql(request)
+        except HttpError as error:
+            return PlainTextResponse(error.text, error.status, error.headers)
+        except ClientDisconnect:
+            return Response(status_code=400)
+
+    async def _sparql(self, request: Request) -> Response:
+        accept = request.headers.get("accept", "*/*")
+        fields = _fields(request.url.query)
+        if request.method in ("GET", "HEAD"):
+            if "update" in fields:
+                raise HttpError(400, "an update comes by POST")
+            if not request.url.query:
+                return self._describe(request, accept)
+            return await self._query(_one(fields, "query"), fields, accept)
+        kind = web.media_type(request)
+        body = _text(await web.body(request))
+        if kind == "application/x-www-form-urlencoded":
+            for name, values in _fields(body).items():
+                fields.setdefault(name, []).extend(values)
+            if "query" in fields and "update" in fields:
+                raise HttpError(400, "a request holds a query or an update, not both")
+            if "update" in fields:
+                return await self._update(request, _one(fields, "update"), fields)
+            return await self._query(_one(fields, "query"), fields, accept)
+        if kind in ("application/sparql-query", "application/sparql-update"):
+            if "query" in fields or "update" in fields:
+                raise HttpError(400, "a request holds one query or update: in its address or in its content, not both")
+            if kind == "application/sparql-query":
+                return await self._query(body, fields, accept)
+            return await self._update(request, body, fields)
+        raise HttpError(
+            415,
+            "the content must be application/x-www-form-urlencoded, application/sparql-query or "
+            "application/sparql-update",
+        )
+
+    async def search(self, request: Request) -> Response:
+        """The directory's SPARQL search (WoT Discovery, 7.3.4.3): queries alone, and JSON unless asked otherwise."""
+        fields = _fields(request.url.query)
+        if request.method == "POST":
+            kind, body = web.media_type(request), _text(await web.body(request))
+            if kind == "application/x-www-form-urlencoded":
+                fields |= _fields(body)
+            else:
+                fields["query"] = [body]
+        json_first: Formats = {"application/json": ox.QueryResultsFormat.JSON, **_ROWS}
+        linked_first: Formats = {"application/ld+json": ox.RdfFormat.JSON_LD, **_GRAPH}
+        accept = request.headers.get("accept", "*/*")
+        return await self._query(_one(fields, "query"), fields, accept, json_first, linked_first)
+
+    async def _query(
+        self,
+        sparql: str,
+        fields: Mapping[str, list[str]],
+        accept: str,
+        rows: Formats = _ROWS,
+        graph: Formats = _GRAPH,
+    ) -> Response:
+        if _SERVICE.search(sparql):
+            raise HttpError(403, "SERVICE is not allowed here, nor its name in comments and texts")
+        default, named = _graphs(fields, "default-graph-uri", "named-graph-uri")
+        dataset = Dataset(default, named) if default or named else None
+        deadline = time.monotonic() + self._timeout
+
+        def evaluate() -> tuple[str, bytes]:
+            answer = self._store.evaluate(sparql, dataset)
+            try:
+                offered = graph if isinstance(answer, ox.QueryTriples) else rows
+                media = web.choose(accept, offered)
+                form = offered[media]
+                if isinstance(answer, ox.QueryBoolean) and form in (
+                    ox.QueryResultsFormat.CSV,
+                    ox.QueryResultsFormat.TSV,
+                ):
+                    raise HttpError(406, "a boolean comes as JSON or XML")
+                output = _Output(deadline)
+                answer.serialize(cast("IO[bytes]", output), form)  # type: ignore[arg-type]
+                return media, bytes(output.data)
+            finally:
+                # An error's traceback would take it to another thread, and Oxigraph's answers may not go there.
+                del answer
+
+        if not self._free.acquire(blocking=False):
+            raise HttpError(503, "the server is busy with other queries; try again later")
+        try:
+            media, content = await asyncio.wait_for(in_thread(evaluate, self._free.release), self._timeout)
+        except TimeoutError:
+            raise HttpError(503, _TOO_LONG) from None
+        except StoreError as error:
+            raise HttpError(400, str(error)) from None
+        return Response(content, media_type=media)
+
+    async def _update(self, request: Request, sparql: str, fields: Mapping[str, list[str]]) -> Response:
+        authorise(request, self._token)
+        default, named = _graphs(fields, "using-graph-uri", "using-named-graph-uri")
+        try:
+            await in_thread(lambda: self._store.update(prepared(sparql, default, named)))
+        except StoreError as error:
+            raise HttpError(400, str(error)) from None
+        if self._registry is not None:
+            self._registry.things.reread()
+        return Response(status_code=204)
+
+    def _describe(self, request: Request, accept: str) -> Response:
+        """The SPARQL 1.1 Service Description; for a browser, the query page."""
+        media = web.choose(accept, [*_GRAPH, "text/html"])
+        if media == "text/html":
+            return RedirectResponse("/", 303)
+        languages = ["SPARQL11Query"] if self._token is None else ["SPARQL11Query", "SPARQL11Update"]
+        formats = ("SPARQL_Results_JSON", "SPARQL_Results_XML", "SPARQL_Results_CSV", "SPARQL_Results_TSV")
+        graphs = ("Turtle", "N-Triples", "RDF_XML", "JSON-LD")
+        text = f"""
+            @prefix sd: <http://www.w3.org/ns/sparql-service-description#> .
+            @prefix formats: <http://www.w3.org/ns/formats/> .
+            [] a sd:Service ;
+              sd:endpoint <{request.url.replace(query="")}> ;
+              sd:supportedLanguage {", ".join(f"sd:{language}" for language in languages)} ;
+              sd:resultFormat {", ".join(f"formats:{form}" for form in (*formats, *graphs))} ;
+              sd:defaultDataset [ a sd:Dataset ; sd:defaultGraph [ a sd:Graph ] {self._named()} ] ."""
+        triples = [quad.triple for quad in ox.parse(text, ox.RdfFormat.TURTLE)]
+        prefixes = {
+            "sd": "http://www.w3.org/ns/sparql-service-description#",
+            "formats": "http://www.w3.org/ns/formats/",
+        }
+        form = _GRAPH[media]
+        assert isinstance(form, ox.RdfFormat)
+        return Response(ox.serialize(triples, format=form, prefixes=prefixes), media_type=media)
+
+    def _named(self) -> str:
+        return "" if self._registry is None else f"; sd:namedGraph [ a sd:NamedGraph ; sd:name <{RECORDS}> ]"
+
+
+def _fields(text: str) -> dict[str, list[str]]:
+    try:
+        return parse_qs(text, keep_blank_values=True, errors="strict", max_num_fields=100)
+    except ValueError as error:
+        raise HttpError(400, f"the parameters cannot be read: {error}") from None
+
+
+def _one(fields: Mapping[str, list[str]], name: str) -> str:
+    values = fields.get(name, [])
+    if len(values) != 1:
+        raise HttpError(400, f"a request needs one {name!r}, not {len(values)}")
+    return values[0]
+
+
+def _graphs(fields: Mapping[str, list[str]], default: str, named: str) -> tuple[list[Iri], list[Iri]]:
+    """The graphs that the request names as those of the default graph and as named ones."""
+    for name in fields:
+        if name.endswith("graph-uri") and name not in (default, named):
+            raise HttpError(400, f"{name} is not for this; use {default} and {named}")
+
+    def listed(name: str) -> list[Iri]:
+        # W3C's test query_multiple_dataset writes the & between two of these as %26; no graph is called that.
+        return [Iri(graph) for given in fields.get(name, []) for graph in given.split(f"&{name}=")]
+
+    return listed(default), listed(named)
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise HttpError(400, "the request is not UTF-8") from None

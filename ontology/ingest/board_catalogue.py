@@ -1,0 +1,162 @@
+"""The catalogue of boards as a graph, made from public board files: a build step, so that no list of boards is kept.
+
+A folder holds `platformio_boards.csv` (a board a row: id, name, vendor, mcu, cpu, clock_hz, ram_bytes, flash_bytes,
+connectivity, source_repo, source_path, source_commit, ram_note), `core_boards.json` (boards that more is known of, such
+as their sensors; they take the place of the row of that id) and `sensor_parts.csv` (part, observed_properties).
+What does not conform to the shapes is left out and reported.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.ingest.describe import board_facts, part_facts
+from tinyfleet.ontology.store.store import Binding, triples
+from tinyfleet.ontology.vocabulary import shapes
+from tinyfleet.ontology.vocabulary.namespaces import DCTERMS, SCHEMA, TF, Iri
+
+Facts = dict[Iri, dict[Iri, Binding | None]]
+
+
+@dataclass(frozen=True)
+class CatalogueBoard:
+    """A board as the files describe it; `ontology.describe.BoardLike` and what is said of it besides."""
+
+    id: str
+    title: str
+    mcu: str
+    clock_hz: int | None
+    ram_bytes: int
+    flash_bytes: int
+    sensors: tuple[str, ...] = ()
+    more: Mapping[Iri, Binding | None] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> tuple[object, ...]:
+        return self.mcu, self.clock_hz, self.ram_bytes, self.flash_bytes
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """facts: about all parts and boards that conform, with what they imply. refused: board -> why it does not."""
+
+    facts: Facts
+    boards: int
+    parts: int
+    refused: Mapping[str, str]
+
+
+def read(folder: Path) -> Catalogue:
+    """Reads the files of a folder. Raises UserError if one is missing or of another form."""
+    parts: Facts = {}
+    for row in _rows(folder / "sensor_parts.csv", ("part", "observed_properties")):
+        parts |= part_facts(row["part"].lower(), row["observed_properties"].split(";"))
+    facts = dict(parts)
+    shapes.check("the catalogue of parts", triples(parts))
+    boards: dict[str, CatalogueBoard] = {}
+    refused: dict[str, str] = {}
+    for board in _core(folder / "core_boards.json"):
+        boards[board.id] = board
+    known_well = set(boards)
+    for board in _platformio(folder / "platformio_boards.csv"):
+        if board.id in known_well:
+            continue
+        if board.id in boards and boards[board.id].figures != board.figures:
+            refused[f"{board.id} (again)"] = f"described before with other figures: {boards[board.id].figures}"
+            continue
+        boards.setdefault(board.id, board)
+    taken = 0
+    for board in boards.values():
+        try:
+            named = {sensor.lower() for sensor in board.sensors}
+            about = board_facts(board, {s: p for s, p in parts.items() if p[TF.partName] in named}, board.more)
+        except UserError as error:
+            refused[board.id] = str(error)
+            continue
+        wrong = shapes.violations(triples(about))
+        if wrong:
+            doubt = board.more.get(TF.doubt)
+            refused[board.id] = "; ".join(wrong) + (f": {doubt}" if doubt else "")
+            continue
+        for subject, said in about.items():
+            facts.setdefault(subject, {}).update(said)
+        taken += 1
+    return Catalogue(facts, taken, len(parts), refused)
+
+
+def _platformio(path: Path) -> Iterator[CatalogueBoard]:
+    wanted = ("id", "name", "vendor", "mcu", "cpu", "clock_hz", "ram_bytes", "flash_bytes", "connectivity", "ram_note")
+    for row in _rows(path, wanted):
+        source = [row.get(name) or "" for name in ("source_repo", "source_commit", "source_path")]
+        yield CatalogueBoard(
+            row["id"],
+            row["name"],
+            row["mcu"],
+            _number(path, row, "clock_hz") or None,
+            _number(path, row, "ram_bytes"),
+            _number(path, row, "flash_bytes"),
+            more={
+                TF.core: row["cpu"] or None,
+                SCHEMA.manufacturer: row["vendor"] or None,
+                TF.connectivity: sorted({one.lower() for one in row["connectivity"].split(";") if one}),
+                DCTERMS.source: "{}@{}:{}".format(*source) if all(source) else None,
+                TF.doubt: row["ram_note"] or None,
+            },
+        )
+
+
+def _core(path: Path) -> Iterator[CatalogueBoard]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        for entry in entries:
+            yield CatalogueBoard(
+                entry["id"],
+                entry["name"],
+                entry["mcu"],
+                entry["clock_hz"],
+                entry["ram_bytes"],
+                entry["flash_bytes"],
+                tuple(sensor["part"] for sensor in entry["sensors"]),
+                more={
+                    TF.core: entry["cpu"] or None,
+                    SCHEMA.manufacturer: entry["vendor"] or None,
+                    TF.connectivity: sorted(entry["connectivity"]),
+                    DCTERMS.source: entry["sources"],
+                },
+            )
+    except OSError as error:
+        raise _missing(path, error) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no list of boards: {error!r}; take the file as it was published") from None
+
+
+def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            lacking = [name for name in wanted if name not in (reader.fieldnames or ())]
+            if lacking:
+                raise UserError(f"{path} has no column {', '.join(lacking)}; take the file as it was published")
+            for row in reader:
+                if any(row[name] is None for name in wanted):
+                    raise UserError(f"{path}, line {reader.line_num}: a row is cut short")
+                yield row
+    except OSError as error:
+        raise _missing(path, error) from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no CSV file: {error}") from None
+
+
+def _number(path: Path, row: dict[str, Any], name: str) -> int:
+    try:
+        return int(row[name] or 0)
+    except ValueError:
+        raise UserError(f"{path}: {name} of {row['id']} is no whole number: {row[name]!r}") from None
+
+
+def _missing(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error.strerror}); name the folder of the board files")

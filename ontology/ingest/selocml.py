@@ -1,0 +1,337 @@
+"""Reads the devices and models that the authors of SeLoC-ML describe, mends what is wrong with them, and says what.
+
+Their descriptions nest (S3N, and their network schema); here they become flat facts about devices, boards and models,
+under the names that they have there. The nested form is then implied (ontology.implied), as of all that is described,
+so that their queries find the same. Affordances are left out: they are a Thing Description's.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyoxigraph as ox
+from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.ingest.describe import board_facts, put_list
+from tinyfleet.ontology.store.store import Binding, Value, value
+from tinyfleet.ontology.vocabulary.implied import CATALOGUE, with_implied
+from tinyfleet.ontology.vocabulary.namespaces import (
+    MLS,
+    NNET,
+    RDF,
+    RDFS,
+    S3N,
+    S3N_EXTEND,
+    SCHEMA,
+    SOSA,
+    SOSA_EXTEND,
+    SSN,
+    SSN_SYSTEM,
+    TD,
+    TF,
+    Iri,
+    board_iri,
+    fleet_name,
+)
+
+Facts = dict[Iri, dict[Iri, Binding | None]]
+_SSN_EXTEND = "https://w3id.org/tinyml-schema/neural-network-schema/ssn_extend/"
+_SCHEMAS = (NNET.iri, SOSA_EXTEND.iri, S3N_EXTEND.iri, _SSN_EXTEND)
+_KILOBYTE = 1000
+"""om:kilobyte, in bytes."""
+# Other spellings of what their schema defines, and of what it does not define and we say as text.
+_RENAMED = {NNET.AvgPool2D: NNET.AveragePool2D}
+
+
+@dataclass(frozen=True)
+class Defect:
+    """What is wrong, on what, how often, and what was made of it."""
+
+    kind: str
+    what: str
+    times: int
+    mended: str
+
+
+@dataclass(frozen=True)
+class Imported:
+    facts: Facts
+    devices: int
+    models: int
+    triples_read: int
+    defects: tuple[Defect, ...]
+
+
+class _Reader:
+    def __init__(self, files: list[Path]) -> None:
+        self.graph = ox.Store()
+        self.defined: set[str] = set()
+        self.found: Counter[tuple[str, str, str]] = Counter()
+        self.read = 0
+        for file in files:
+            try:
+                quads = [(q.subject, q.predicate, q.object) for q in _parse(file)]
+            except OSError as error:
+                raise UserError(f"{file} cannot be read ({error.strerror})") from None
+            except (SyntaxError, ValueError) as error:
+                raise UserError(f"{file} is not Turtle: {error}") from None
+            if file.name.startswith("schema_"):
+                self.defined |= {s.value for s, _, _ in quads if isinstance(s, ox.NamedNode)}
+                continue
+            self.read += len(quads)
+            for s, p, o in quads:
+                if isinstance(o, ox.NamedNode):
+                    mended = self._name(o.value)
+                    if mended is None:
+                        continue
+                    o = ox.NamedNode(mended)
+                self.graph.add(ox.Quad(s, p, o))
+
+    def note(self, kind: str, what: str, mended: str) -> None:
+        self.found[kind, what, mended] += 1
+
+    def _name(self, iri: str) -> str | None:
+        """The IRI, mended; None where there is nothing to mend it to."""
+        if re.match(r"[\w-]+(\.[\w-]+)+/", iri):
+            self.note("no scheme", f"<{iri}>", f"read as https://{iri}")
+            return f"https://{iri}"
+        if ":" not in iri:
+            self.note("no address", f"<{iri}>", "left out: not known")
+            return None
+        for schema in _SCHEMAS:
+            local = iri.removeprefix(schema)
+            if local == iri or "/" in local:
+                continue
+            if local.startswith(":"):
+                self.note("wrong IRI", iri, f"read as {schema}{local.lstrip(':')}")
+                iri, local = schema + local.lstrip(":"), local.lstrip(":")
+            if self.defined and iri not in self.defined:
+                renamed = _RENAMED.get(Iri(iri))
+                self.note("undefined term", iri, f"read as {renamed}" if renamed else "kept as text, or left out")
+                return renamed or iri
+        return iri
+
+    def is_defined(self, iri: str) -> bool:
+        return not self.defined or iri in self.defined
+
+    def all(self, subject: Value | None, predicate: Iri) -> list[Value]:
+        """What the graph says: texts without the white space around them."""
+        if not isinstance(subject, str):
+            return []
+        node = ox.NamedNode(subject) if isinstance(subject, Iri) else ox.BlankNode(subject.removeprefix("_:"))
+        found: list[Value] = []
+        for quad in self.graph.quads_for_pattern(node, ox.NamedNode(predicate), None):
+            o = quad.object
+            if isinstance(o, ox.Literal) and isinstance(value(o), str):
+                found.append(str(value(o)).strip())
+            else:
+                found.append(f"_:{o.value}" if isinstance(o, ox.BlankNode) else value(o))
+        return found
+
+    def one(self, subject: Value | None, predicate: Iri) -> Value | None:
+        return next(iter(self.all(subject, predicate)), None)
+
+    def of_type(self, kind: Iri) -> list[Iri]:
+        quads = self.graph.quads_for_pattern(None, ox.NamedNode(RDF.type), ox.NamedNode(kind))
+        return sorted(Iri(quad.subject.value) for quad in quads if isinstance(quad.subject, ox.NamedNode))
+
+    def subjects(self, predicate: Iri, o: Value | None) -> list[Iri]:
+        if not isinstance(o, Iri):
+            return []
+        quads = self.graph.quads_for_pattern(None, ox.NamedNode(predicate), ox.NamedNode(o))
+        return sorted(Iri(quad.subject.value) for quad in quads if isinstance(quad.subject, ox.NamedNode))
+
+
+def _parse(path: Path) -> Iterator[ox.Quad]:
+    # Lenient, for an IRI such as <None> is to be reported, not to end everything.
+    return ox.parse(path=str(path), format=ox.RdfFormat.TURTLE, lenient=True, rename_blank_nodes=True)
+
+
+def read(files: list[Path], fleet: str = "selocml") -> Imported:
+    """Reads .ttl files: schema_*.ttl say which terms are defined, the others describe. Raises UserError."""
+    reader = _Reader(files)
+    facts: Facts = {}
+    devices, models = reader.of_type(S3N.SmartSensor), reader.of_type(NNET.NeuralNetwork)
+    for device in devices:
+        _merge(facts, _device(reader, device, fleet_name(fleet)))
+    for model in models:
+        _merge(facts, _model(reader, model))
+    if not devices and not models:
+        raise UserError("there is neither an s3n:SmartSensor nor an nnet:NeuralNetwork in these files")
+    defects = tuple(Defect(kind, what, n, mended) for (kind, what, mended), n in sorted(reader.found.items()))
+    return Imported(facts, len(devices), len(models), reader.read, defects)
+
+
+def _merge(facts: Facts, more: Mapping[Iri, Mapping[Iri, Binding | None]]) -> None:
+    for subject, said in more.items():
+        facts.setdefault(subject, {}).update(said)
+
+
+@dataclass(frozen=True)
+class _Board:
+    id: str
+    title: str
+    mcu: str
+    clock_hz: None
+    ram_bytes: int
+    flash_bytes: int
+    sensors: tuple[str, ...]
+
+
+def _device(reader: _Reader, device: Iri, fleet: str) -> Facts:
+    title = str(reader.one(device, TD.title) or device.rpartition("/")[2])
+    description = str(reader.one(device, TD.description) or title)
+    sensors: set[str] = set()
+    memory: dict[Value, int | None] = {}
+    mcu = description
+    for system in reader.all(device, SSN.hasSubSystem):
+        for kind in reader.all(system, RDF.type):
+            if kind == S3N.MicroController:
+                mcu = str(reader.one(system, RDFS.comment) or description).rstrip(".")
+                for capability in reader.all(system, S3N.hasSystemCapability):
+                    for part in reader.all(capability, SSN_SYSTEM.hasSystemProperty):
+                        size = _bytes(reader.one(part, SCHEMA.value))
+                        memory |= dict.fromkeys(reader.all(part, RDF.type), size)
+            elif str(kind).startswith((SOSA_EXTEND.iri, SOSA.Sensor)):
+                info = reader.one(system, SOSA_EXTEND.hasSensorInfo)
+                sensors.add(str(info) if info else re.split("[/#]", str(kind))[-1].lower())
+    if forms := reader.all(device, TD.hasPropertyAffordance):
+        for _ in forms:
+            reader.note("affordance", "td:hasPropertyAffordance", "left out: a Thing Description's")
+    ram, flash = memory.get(S3N_EXTEND.RAM), memory.get(S3N_EXTEND.Flash)
+    if ram is None or flash is None:
+        raise UserError(f"{device} does not say its RAM and flash")
+    board = _Board(
+        "seloc-" + re.sub(r"[^a-z0-9]+", "-", re.sub(r"_\d+$", "", title).lower()).strip("-"),
+        description,
+        mcu,
+        None,
+        ram,
+        flash,
+        tuple(sorted(sensors)),
+    )
+    facts = board_facts(board)
+    facts[device] = {
+        RDF.type: [TF.Device, TD.Thing, S3N.SmartSensor],
+        TD.title: title,
+        TD.description: description,
+        TD.hasSecurityConfiguration: reader.all(device, TD.hasSecurityConfiguration),
+        TF.fleet: fleet,
+        TF.deviceId: title,
+        TF.board: board_iri(board.id),
+        SSN.hasSubSystem: facts[board_iri(board.id)][SSN.hasSubSystem],
+    }
+    return facts
+
+
+def _bytes(kilobytes: Value | None) -> int | None:
+    return round(kilobytes * _KILOBYTE) if isinstance(kilobytes, int | float) and kilobytes > 0 else None
+
+
+# What they say of a model in schema.org's terms, and we keep.
+_KEPT = ("name", "identifier", "description", "creator", "dateCreated", "citation", "codeRepository", "runtimePlatform")
+
+
+def _model(reader: _Reader, model: Iri) -> Facts:
+    about: dict[Iri, Binding | None] = {SCHEMA[name]: reader.all(model, SCHEMA[name]) for name in _KEPT}
+    facts: Facts = {model: about}
+    ends = [reader.all(model, predicate) for predicate in (NNET.inputLayer, NNET.outputLayer)]
+    middle = sorted(reader.all(model, NNET.middleLayer), key=lambda layer: _number(reader.one(layer, NNET.hasIndex)))
+    layers = [Iri(str(layer)) for layer in (*ends[0], *middle, *ends[1])]
+    if len({reader.one(layer, NNET.hasIndex) for layer in layers}) < len(layers):
+        reader.note("index twice", "nnet:hasIndex", "counted anew from 0, in the layers' order")
+    about |= {
+        RDF.type: TF.Model,
+        TF.format: "tflite",  # what TFLite Micro runs
+        TF.engine: "tflite-micro" if "TFLite Micro" in reader.all(model, SCHEMA.runtimePlatform) else None,
+        TF.macs: round(_number(reader.one(model, NNET.hasMultiplyAccumulateOps))) or None,
+        NNET.inputLayer: layers[:1],
+        NNET.middleLayer: layers[1:-1],
+        NNET.outputLayer: layers[-1:],
+        NNET.hasCategory: [c for c in reader.all(model, NNET.hasCategory) if reader.is_defined(str(c))],
+    }
+    types = set()
+    for i, layer in enumerate(layers):
+        types |= (quantization := set(_words(reader, layer, NNET.hasQuantization)))
+        facts[layer] = {
+            RDF.type: TF.Layer,
+            TF["index"]: i,
+            TF.kind: [str(kind).rpartition("#")[2] for kind in reader.all(layer, NNET.hasType)],
+            TF.quantization: sorted(quantization),
+            TF.activation: _words(reader, layer, NNET.hasActivation),
+        }
+    about[TF.quantization] = sorted(types)
+    for layer, theirs, ours, name in (
+        (layers[0], NNET.shapeIn, TF.inputShape, f"{model}#input"),
+        (layers[-1], NNET.shapeOut, TF.outputShape, f"{model}#output"),
+    ):
+        for text in reader.all(layer, theirs):
+            reader.note("shape as text", f"nnet:{theirs.rpartition('#')[2]}", "read as a list, without the batch")
+            sizes = [int(n) for n in re.findall(r"\d+", str(text))]
+            put_list(facts, model, ours, name, sizes[1:] if len(sizes) > 1 else sizes)
+    for feature in reader.all(model, S3N.hasProcedureFeature):
+        for condition in reader.all(feature, SSN_SYSTEM.inCondition):
+            kinds, least = reader.all(condition, RDF.type), _bytes(reader.one(condition, SCHEMA.minValue))
+            for kind, flat in ((S3N_EXTEND.RAM, TF.runRamBytes), (S3N_EXTEND.Flash, TF.storageBytes)):
+                if kind in kinds:
+                    about[flat] = least
+    about[TF.dataset] = datasets = [Iri(str(one)) for one in reader.all(model, NNET.trainingDataset)]
+    for dataset in datasets:
+        facts[dataset] = {RDF.type: MLS.Dataset, SCHEMA.name: str(dataset)}
+    _scores(reader, model, facts)
+    _input_and_output(reader, model, facts)
+    return with_implied(facts)
+
+
+def _words(reader: _Reader, layer: Iri, predicate: Iri) -> list[str]:
+    """Their individuals as our texts: nnet:Int8 is int8."""
+    return [str(o).rpartition("#")[2].lower() for o in reader.all(layer, predicate)]
+
+
+def _scores(reader: _Reader, model: Iri, facts: Facts) -> None:
+    scores: list[Iri] = []
+    for metric in reader.all(model, NNET.hasMetric):
+        number = _number(reader.one(metric, NNET.hasMetricValue))
+        if number == 0:
+            reader.note("0 for unknown", "nnet:hasMetricValue", "left out: not known")
+            continue
+        kinds = [kind for kind in reader.all(metric, RDF.type) if kind != NNET.Metric]
+        node = Iri(f"{model}#score-{len(scores)}")
+        name = {NNET.Top_1_accuracy: "top-1 accuracy", NNET.Top_5_accuracy: "top-5 accuracy"}.get(Iri(str(kinds[0])))
+        facts[node] = {RDF.type: TF.Score, TF.metricName: name or "other", TF.metricValue: float(number)}
+        scores.append(node)
+    facts[model][TF.metric] = scores
+
+
+def _input_and_output(reader: _Reader, model: Iri, facts: Facts) -> None:
+    observed = {
+        quad.subject.value: Iri(quad.object.value)
+        for quad in ox.parse(path=str(CATALOGUE), format=ox.RdfFormat.TURTLE)
+        if quad.predicate.value == SOSA.observes
+    }
+    properties = []
+    for source in reader.all(model, SSN.hasInput):
+        info = reader.one(source, NNET.hasInputInfo)
+        facts[Iri(f"{model}#network-input")] = {NNET.hasInputInfo: info}
+        for sensor in reader.subjects(Iri(_SSN_EXTEND + "provideInput"), source):
+            for kind in reader.all(sensor, RDF.type):
+                if str(kind) not in observed:
+                    continue
+                properties.append(observed[str(kind)])
+                about = [text for text in reader.all(sensor, SOSA_EXTEND.hasSensorInfo) if text != "N.A."]
+                node = Iri(f"{model}#source-{properties[-1].rpartition('/')[2]}")
+                facts[node] = {SOSA_EXTEND.hasSensorInfo: about}
+            if "N.A." in reader.all(sensor, SOSA_EXTEND.hasSensorInfo):
+                reader.note("N.A. for unknown", "sosa_extend:hasSensorInfo", "left out: not known")
+    facts[model][TF.inputProperty] = properties
+    for result in reader.all(model, SSN.hasOutput):
+        info = str(reader.one(result, NNET.hasOutputInfo) or "")
+        facts[Iri(f"{model}#network-output")] = {NNET.hasOutputInfo: info or None}
+        labels = re.findall(r"(\d+)\s*:\s*([^,]+)", info)
+        if labels and [int(n) for n, _ in labels] == list(range(len(labels))):
+            put_list(facts, model, TF.classLabels, f"{model}#label", [label.strip() for _, label in labels])
+
+
+def _number(given: Value | None) -> float:
+    return float(given) if isinstance(given, int | float) else 0.0

@@ -1,0 +1,88 @@
+"""What the vocabulary implies of a description: it is written along with it, so that a query in the words of another
+vocabulary (S3N, SOSA, the authors' network schema) is answered without a reasoner.
+
+The axioms of tinyfleet.ttl are computed once; what takes more than an axiom is implied.rq, run over one board or model
+and catalogue.ttl. Devices are not passed through here: a fleet has a million of them, and what of this they need, the
+registry says.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import pyoxigraph as ox
+from tinyfleet.ontology.store.store import Binding, Facts, Value, term, triples, value
+from tinyfleet.ontology.vocabulary.namespaces import OWL, RDF, RDFS, Iri
+
+VOCABULARY = Path(__file__).with_name("tinyfleet.ttl")
+CATALOGUE = Path(__file__).with_name("catalogue.ttl")
+_RULES = Path(__file__).with_name("implied.rq")
+
+
+@cache
+def _graph(path: Path) -> list[ox.Quad]:
+    return [ox.Quad(q.subject, q.predicate, q.object) for q in ox.parse(path=str(path), format=ox.RdfFormat.TURTLE)]
+
+
+@cache
+def axioms() -> Mapping[Iri, frozenset[Iri]]:
+    """For each class and each property, those that it implies: what subject and object, or type, are then as well."""
+    steps: dict[Iri, set[Iri]] = {}
+    for quad in _graph(VOCABULARY):
+        if not isinstance(quad.subject, ox.NamedNode) or not isinstance(quad.object, ox.NamedNode):
+            continue
+        lower, upper = Iri(quad.subject.value), Iri(quad.object.value)
+        if quad.predicate.value in (RDFS.subClassOf, RDFS.subPropertyOf):
+            steps.setdefault(lower, set()).add(upper)
+        elif quad.predicate.value in (OWL.equivalentClass, OWL.equivalentProperty):
+            steps.setdefault(lower, set()).add(upper)
+            steps.setdefault(upper, set()).add(lower)
+    closed = {}
+    for start in steps:
+        found: set[Iri] = set()
+        ahead = {start}
+        while ahead:
+            ahead = {upper for lower in ahead for upper in steps.get(lower, ())} - found
+            found |= ahead
+        closed[start] = frozenset(found - {start})
+    return closed
+
+
+def with_implied(facts: Facts, known: Facts | None = None) -> dict[Iri, dict[Iri, Binding | None]]:
+    """The facts about boards and models, and what they imply. known: facts about the parts that they name."""
+    both: dict[Iri, dict[Iri, list[Value]]] = {}
+
+    def say(subject: Iri, predicate: Iri, o: Value) -> None:
+        values = both.setdefault(subject, {}).setdefault(predicate, [])
+        if not any(o == v and type(o) is type(v) for v in values):
+            values.append(o)
+
+    def close() -> None:
+        for subject, said in list(both.items()):
+            for predicate, values in list(said.items()):
+                upper = axioms().get(predicate, frozenset())
+                for o in list(values):
+                    for wider in upper:
+                        say(subject, wider, o)
+                    if predicate == RDF.type and isinstance(o, Iri):
+                        for wider in axioms().get(o, frozenset()):
+                            say(subject, RDF.type, wider)
+
+    for s, p, o in triples(facts):
+        say(s, p, o)
+    close()
+    store = ox.Store()
+    store.extend(_graph(CATALOGUE))
+    for some in (both, known or {}):
+        store.extend([ox.Quad(ox.NamedNode(s), ox.NamedNode(p), term(o)) for s, p, o in triples(some)])
+    found = store.query(_RULES.read_text(encoding="utf-8"))
+    assert isinstance(found, ox.QueryTriples)
+    for t in found:
+        say(Iri(t.subject.value), Iri(t.predicate.value), value(t.object))
+    close()
+    result: dict[Iri, dict[Iri, Binding | None]] = {s: dict(said) for s, said in both.items()}
+    for subject, given in facts.items():
+        for predicate, o_ in given.items():
+            if o_ is None:  # what is taken away
+                result.setdefault(subject, {}).setdefault(predicate, None)
+    return result

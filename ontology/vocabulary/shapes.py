@@ -1,0 +1,93 @@
+"""Checks triples against shapes.ttl (SHACL) before they are written.
+
+The engine is the `shacl` wheel (Rust); on the platforms that it has no wheel for, pySHACL, which is slower. Both give
+the same verdicts (tests/test_ontology_shapes.py).
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+import pyoxigraph as ox
+from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.store.store import Facts, Store, Triple, term, triples
+
+SHAPES = Path(__file__).with_name("shapes.ttl")
+
+
+class ShapeError(UserError):
+    """A description breaks its shape. `violations` are the shapes' messages, each with the value at fault."""
+
+    def __init__(self, what: str, violations: Sequence[str]) -> None:
+        self.violations = tuple(violations)
+        super().__init__(f"{what} cannot go into the graph: {'; '.join(violations)}")
+
+
+def _ntriples(given: Iterable[Triple | ox.Triple]) -> str:
+    return "".join(
+        f"{t} .\n" if isinstance(t, ox.Triple) else f"{term(t[0])} {term(t[1])} {term(t[2])} .\n" for t in given
+    )
+
+
+def violations(given: Iterable[Triple | ox.Triple]) -> list[str]:
+    """What is wrong with these triples, one line each, sorted; nothing if they conform."""
+    text = _ntriples(given)
+    try:
+        import shacl  # noqa: F401
+    except ImportError:
+        return by_pyshacl(text)
+    return by_shacl(text)
+
+
+def check(what: str, given: Iterable[Triple | ox.Triple]) -> None:
+    """Raises ShapeError, which names `what`, unless the triples conform."""
+    wrong = violations(given)
+    if wrong:
+        raise ShapeError(what, wrong)
+
+
+def admit(store: Store, what: str, facts: Facts) -> None:
+    """Checks the facts and writes them into the store. Raises ShapeError, having written nothing, if they are wrong."""
+    check(what, triples(facts))
+    store.write(facts)
+
+
+def _line(message: str, value: str | None) -> str:
+    if value is None:
+        return message
+    return f"{message} (not {value if len(value) <= 80 else value[:80] + '…'})"
+
+
+@cache
+def _compiled() -> "shacl.Shapes":  # type: ignore[name-defined]  # noqa: F821
+    import shacl
+
+    return shacl.Shapes.from_turtle(SHAPES.read_text(encoding="utf-8"))
+
+
+def by_shacl(ntriples: str) -> list[str]:
+    """As `violations`, by the `shacl` wheel."""
+    report = _compiled().validate_text(ntriples, format="ntriples", max_results=20)
+    return sorted({_line(r.message or r.component, r.value_plain) for r in report.results})
+
+
+@cache
+def _graph() -> "rdflib.Graph":  # type: ignore[name-defined]  # noqa: F821
+    import rdflib
+
+    return rdflib.Graph().parse(SHAPES, format="turtle")
+
+
+def by_pyshacl(ntriples: str) -> list[str]:
+    """As `violations`, by pySHACL."""
+    import pyshacl
+    import rdflib
+
+    data = rdflib.Graph().parse(data=ntriples, format="nt")
+    _, report, _ = pyshacl.validate(data, shacl_graph=_graph())
+    sh = rdflib.Namespace("http://www.w3.org/ns/shacl#")
+    lines = set()
+    for result in report.objects(None, sh.result):
+        value = report.value(result, sh.value)
+        lines.add(_line(str(report.value(result, sh.resultMessage)), None if value is None else str(value)))
+    return sorted(lines)

@@ -1,0 +1,68 @@
+"""The Flower ServerApp: the same strategies on Flower's simulation engine, and with SuperLink and SuperNodes.
+
+Its settings are the run config in pyproject.toml, section [tool.flwr.app.config]; `flwr run . -c "rounds=10"` changes
+them. With a broker in them, the devices of that fleet take part beside the SuperNodes.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from logging import INFO
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from tinyfleet.edge.cli import broker_address
+from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.tasks import load
+from tinyfleet.server.evaluate import baselines
+from tinyfleet.server.flower.grid import CompositeGrid, MqttGrid
+from tinyfleet.server.flower.internals import log
+from tinyfleet.server.run import first_parameters, limit_clients, method
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the rounds, and scores the start that they learned, and the one they began with, on held-out tasks."""
+    config = context.run_config
+
+    def number(key: str) -> int:
+        return int(config[key])
+
+    task = load(str(config["task"]))
+    seed, rounds, clients = number("seed"), number("rounds"), number("clients")
+    how = method(str(config["strategy"]), task, rounds=rounds, clients=clients, query=number("query"), seed=seed)
+    start = first_parameters(task.program, how, seed)
+    with ExitStack() as stack:
+        if config["broker"]:
+            host, port = broker_address(str(config["broker"]), Path())
+            devices = stack.enter_context(MqttGrid(host, port, str(config["fleet"]), task.program))
+            grid = CompositeGrid([grid, devices])
+        nodes = wait_for_nodes(grid, clients, float(config["wait"]))
+        limit_clients(how.strategy, clients, len(nodes))
+        result = how.strategy.start(
+            grid,
+            to_record(start, task.program),
+            rounds,
+            float(config["timeout"]),
+            train_config=ConfigRecord(dict(how.train_config)),
+        )
+    if not result.arrays:
+        raise UserError("no client gave a usable reply in any round; see the log of the clients")
+    learned = to_vector(result.arrays, task.program)
+    for name, scores in baselines(task, learned, seed=seed).items():
+        for score in scores:
+            log(INFO, "%s, %d shots: %s %.3f +- %.3f", name, score.shots, score.metric, score.mean, score.spread)
+
+
+def wait_for_nodes(grid: Grid, count: int, timeout: float) -> Sequence[int]:
+    """The nodes, once there are `count` or after so many seconds. Raises UserError if there is none then."""
+    deadline = time.monotonic() + timeout
+    while len(nodes := list(grid.get_node_ids())) < count and time.monotonic() < deadline:
+        time.sleep(0.2)  # Flower's grids can only be asked
+    if not nodes:
+        raise UserError(f"no client came within {timeout:g} s; start SuperNodes or devices, then run again")
+    return nodes
