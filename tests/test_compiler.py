@@ -577,8 +577,9 @@ def test_a_plan_needs_neither_keras_nor_tensorflow(tmp_path):
     path = tmp_path / "model.keras"
     mlp().save(path)
     code = (
-        "import sys, tinyfleet\n"
-        "try: tinyfleet.cli(['model', 'plan', sys.argv[1], '--json'])\n"
+        "import sys\n"
+        "from tinyfleet.__main__ import cli\n"
+        "try: cli(['model', 'plan', sys.argv[1], '--json'])\n"
         "finally: assert not {'tensorflow', 'keras'} & set(sys.modules)\n"
     )
     root = Path(__file__).parent.parent

@@ -20,7 +20,7 @@ from tinyfleet.server.evaluate import Score
 from tinyfleet.server.run import Round
 from tinyfleet.server.show import plot
 
-import tinyfleet
+from tinyfleet.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,7 +104,7 @@ def said_to(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as end:
-            tinyfleet.main()
+            main()
     finally:
         signal.signal(signal.SIGTERM, before)
     out, err = capsys.readouterr()

@@ -47,7 +47,7 @@ from tinyfleet.edge.wire.protocol import (
 )
 from tinyfleet.edge.wire.session import Session
 
-import tinyfleet
+from tinyfleet.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 TOPICS = Topics("home")
@@ -231,7 +231,7 @@ def command() -> Iterator[Command]:
     with ExitStack() as stack:
 
         def start(*arguments: str) -> subprocess.Popen[str]:
-            words = [sys.executable, str(ROOT / "tinyfleet/__main__.py"), *arguments]
+            words = [sys.executable, "-m", "tinyfleet", *arguments]
             process = stack.enter_context(
                 subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             )
@@ -291,7 +291,7 @@ def test_what_a_user_gets_wrong_is_said_in_one_line(
         arguments = [*arguments, "--broker", f"{broker[0]}:{broker[1]}"]
     monkeypatch.setattr(sys, "argv", ["tinyfleet", "device", *(a.format(port=nobody) for a in arguments)])
     with pytest.raises(SystemExit) as end:
-        tinyfleet.main()
+        main()
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == ""
     assert err.startswith(f"error: {said.format(port=nobody)}") and err.count("\n") == 1

@@ -34,7 +34,7 @@ from tinyfleet.server.flower.strategies import Reptile, TinyMetaFed, TinyReptile
 from tinyfleet.server.flower.strategies.reptile import task_seed
 from tinyfleet.server.run import Options, limit_clients, method
 
-import tinyfleet
+from tinyfleet.__main__ import cli
 
 meta = pytest.importorskip(
     "tinyfleet.server.simulator", reason="meta-training needs Keras: pip install 'tinyfleet[keras]'"
@@ -490,7 +490,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     with np.load(start) as arrays:
         assert DIGITS.program.join(arrays).shape == (DIGITS.program.n_params,)
     assert curve.read_bytes().startswith(b"\x89PNG")
-    done = CliRunner().invoke(tinyfleet.cli, ["meta-train", *words])
+    done = CliRunner().invoke(cli, ["meta-train", *words])
     assert done.exit_code == 0, done.output
     assert re.search(r"Accuracy on 20\s+held-out tasks", done.output), done.output
     rows = re.findall(r"(learned|random) .* (\d+\.\d)% ± \d+\.\d% ", done.output)
@@ -505,11 +505,11 @@ def test_a_task_with_too_few_samples_is_told_before_anything_is_learned(tmp_path
     if datasets.local(omniglot.PACKED) is None:
         pytest.skip("Omniglot is not in TINYFLEET_DATA")
     words = ["meta-train", "omniglot", "--rounds", "1", "--clients", "1", "--held-out", "1", "--exact", "--json"]
-    done = CliRunner().invoke(tinyfleet.cli, words)
+    done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, done.output
     assert set(json.loads(done.output.splitlines()[-1])["held-out-by-shots"]["learned"]) == {"1", "5", "10"}
     out = tmp_path / "start.npz"
-    done = CliRunner().invoke(tinyfleet.cli, [*words, "--shots", "20", "--out", str(out)])
+    done = CliRunner().invoke(cli, [*words, "--shots", "20", "--out", str(out)])
     assert isinstance(done.exception, UserError) and "lower --shots" in str(done.exception)
     assert not out.exists()
 
@@ -519,9 +519,10 @@ def test_a_fleet_is_served_without_keras() -> None:
     code = (
         "import sys\n"
         "for name in ('keras', 'tensorflow', 'jax'): sys.modules[name] = None\n"
-        "import server.run, server.strategies, server.cli, tinyfleet\n"
+        "import tinyfleet.server.run, tinyfleet.server.flower.strategies, tinyfleet.server.cli\n"
+        "from tinyfleet.__main__ import main\n"
         "sys.argv[1:] = ['meta-train', 'digits']\n"
-        "tinyfleet.main()\n"
+        "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "error: meta-training needs keras: pip install 'tinyfleet[keras]'\n")

@@ -187,7 +187,7 @@ def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
 
 
 def test_the_engines_version_is_the_headers() -> None:
-    header = Path(tinyfleet.edge.device.node.__file__).parent / "mote" / "mote.h"
+    header = ROOT / "edge" / "mote" / "mote.h"
     assert f'#define MOTE_VERSION "{ENGINE_VERSION}"' in header.read_text()
 
 
