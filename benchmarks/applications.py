@@ -53,7 +53,7 @@ def main(
     if not build.available():
         console.print("without the features' instructions: no cross compiler (gcc-arm-none-eabi)")
         return
-    target = catalogue.load(board)
+    target = catalogue.load_board(board)
     with tempfile.TemporaryDirectory() as folder:
         elf = build.bench_mel(target, Path(folder) / "mel.elf", steps=100)
         counted, taken = instructions(target, elf), build.size(elf)

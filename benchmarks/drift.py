@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 from tinyfleet.edge import tasks
-from tinyfleet.edge.device.drift import OnlineLearner, Reaction, reaction_of
-from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner, default_drift_response
+from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Recording, Task
 from tinyfleet.edge.tasks.digits import MOUNTS, SCALE, UNSEEN, WAYS
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.run import first_parameters, method
+from tinyfleet.server.run import initial_parameters, make_strategy
 
 Vector = NDArray[np.float32]
 RATE = 0.05  # of learning online, tuned on the validation streams as the reaction is
@@ -43,9 +43,9 @@ SMOOTH = 100  # samples that a point of the plot is the mean of
 
 def meta_learn(task: Task, seed: int, rounds: int = 60, clients: int = 5) -> Vector:
     """A start from TinyMetaFed on the training devices, with the task's own recipe."""
-    how = method("tinymetafed", task, rounds=rounds, clients=clients, query=0, seed=seed)
-    start = to_record(first_parameters(task.program, how, seed), task.program)
-    return to_vector(how.strategy.start(LocalGrid(task), start, rounds).arrays, task.program)
+    how = make_strategy("tinymetafed", task, rounds=rounds, clients=clients, query=0, seed=seed)
+    start = vector_to_arrays(initial_parameters(task.program, how, seed), task.program)
+    return arrays_to_vector(how.strategy.start(LocalGrid(task), start, rounds).arrays, task.program)
 
 
 def stream(seed: int, samples: int, changes: int, held_out: bool) -> Recording:
@@ -66,21 +66,21 @@ def stream(seed: int, samples: int, changes: int, held_out: bool) -> Recording:
     return Recording(np.ascontiguousarray(x), y, tuple(at))
 
 
-def methods(rate: float, reaction: Reaction) -> dict[str, tuple[float, Reaction | None]]:
+def methods(rate: float, drift_response: DriftResponse) -> dict[str, tuple[float, DriftResponse | None]]:
     return {
         "no learning": (0.0, None),
         "online learning": (rate, None),
-        "and notices drift": (rate, replace(reaction, restart=False)),
-        "and starts anew": (rate, replace(reaction, restart=True)),
+        "and notices drift": (rate, replace(drift_response, restart=False)),
+        "and starts anew": (rate, replace(drift_response, restart=True)),
     }
 
 
 def follow(
-    task: Task, start: Vector, seen: Recording, rate: float, reaction: Reaction | None
+    task: Task, start: Vector, seen: Recording, rate: float, drift_response: DriftResponse | None
 ) -> tuple[NDArray[np.float64], list[int]]:
     """The error of each answer after the first WARM, and when drift was noticed."""
     model = MoteLearner(task.program)
-    learner = OnlineLearner(model, task.program, start, rate, reaction)
+    learner = OnlineLearner(model, task.program, start, rate, drift_response)
     for x, y in zip(seen.x[:WARM], seen.y[:WARM], strict=True):  # without being asked about them
         model.learn(x, y, task.meta.rate)
     errors, alarms = np.zeros(len(seen.y)), []
@@ -112,15 +112,15 @@ def interval(errors: Sequence[float], classes: bool) -> str:
 def tune(task: Task, seeds: Sequence[int], starts: Sequence[Vector], samples: int, changes: int) -> None:
     """Prints the accuracy of every setting on the validation streams, the best last."""
 
-    def settings() -> Iterator[tuple[float, Reaction | None]]:
+    def settings() -> Iterator[tuple[float, DriftResponse | None]]:
         for rate in (0.01, 0.02, 0.05, 0.1):
             yield rate, None
             for steps, fast, restart in itertools.product((40, 80, 160), (0.1, 0.2), (True, False)):
-                yield rate, Reaction(steps=steps, rate=fast, restart=restart)
+                yield rate, DriftResponse(steps=steps, rate=fast, restart=restart)
 
     streams = [stream(seed, samples, changes, held_out=False) for seed in seeds]
 
-    def accuracy(how: tuple[float, Reaction | None]) -> float:
+    def accuracy(how: tuple[float, DriftResponse | None]) -> float:
         errors = [follow(task, start, seen, *how)[0].mean() for start, seen in zip(starts, streams, strict=True)]
         return 1 - float(np.mean(errors))
 
@@ -145,10 +145,10 @@ def main() -> None:
         tune(task, seeds, starts, args.samples, args.changes)
         return
     if args.task:
-        rate, reaction = task.fedavg.rate, reaction_of(task)
+        rate, drift_response = task.fedavg.rate, default_drift_response(task)
         streams = [task.stream(seed) for seed in seeds]
     else:
-        rate, reaction = RATE, Reaction()
+        rate, drift_response = RATE, DriftResponse()
         streams = [stream(seed, args.samples, args.changes, held_out=True) for seed in seeds]
     known = [[change for change in seen.drifts if change >= WARM] for seen in streams if seen.drifts is not None]
     lengths = " to ".join(str(n) for n in sorted({min(len(s.y) for s in streams), max(len(s.y) for s in streams)}))
@@ -157,7 +157,7 @@ def main() -> None:
     measure = "accuracy" if classes else "mean squared error"
     table = Table("", measure, "100 after a change", "noticed", "delay (samples)", "false alarms", "alarms")
     curves = {}
-    for name, how in methods(rate, reaction).items():
+    for name, how in methods(rate, drift_response).items():
         errors, after, noticed, waits, false, total = [], [], 0, list[int](), 0, 0
         for start, seen in zip(starts, streams, strict=True):
             error, alarms = follow(task, start, seen, *how)

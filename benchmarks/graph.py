@@ -108,7 +108,7 @@ def real_boards() -> list[tuple[Board, list[str]]]:
     """The catalogue's boards, and what each one's sensors observe; without the data, the project's own."""
     folder = os.environ.get("TINYFLEET_DATA")
     if not folder:
-        return [(board_files.load(name).board, []) for name in board_files.known()]
+        return [(board_files.load_board(name).board, []) for name in board_files.board_ids()]
     found: dict[str, tuple[Board, list[str]]] = {}
     for core in json.loads((Path(folder) / "boards/core_boards.json").read_text(encoding="utf-8")):
         parts = tuple(dict.fromkeys(sensor["part"] for sensor in core["sensors"]))

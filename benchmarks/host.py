@@ -138,7 +138,7 @@ def interpreter(model: Path) -> Callable[[Array], Array]:
 
 def inference(model: Path, seconds: float) -> dict[str, float]:
     """Milliseconds an inference, and how far the outputs are apart on 20 random inputs."""
-    learner, beside = MoteLearner(program.assemble(tflite_reader.read(model))), interpreter(model)
+    learner, beside = MoteLearner(program.assemble(tflite_reader.read_tflite(model))), interpreter(model)
     size = learner.program.input.size
     samples = np.random.default_rng(0).integers(-128, 128, (20, size)).astype(np.int8)
     apart = max(int(np.abs(learner.infer(x).astype(int) - beside(x)).max()) for x in samples)

@@ -56,7 +56,7 @@ def tflite(name: str) -> Callable[[], Program]:
     def make() -> Program:
         from tinyfleet.firmware_tools.readers import tflite_reader
 
-        return program.assemble(tflite_reader.read(_file(name)))
+        return program.assemble(tflite_reader.read_tflite(_file(name)))
 
     return make
 
@@ -66,7 +66,7 @@ def with_head() -> Program:
     from tinyfleet.firmware_tools.compiler import transfer
     from tinyfleet.firmware_tools.readers import tflite_reader
 
-    graph = tflite_reader.read(_file("kws_ref_model"))
+    graph = tflite_reader.read_tflite(_file("kws_ref_model"))
     last = [op.name for op in graph.ops if op.weights is not None][-1]
     return program.assemble(transfer.train_from(graph, last, classes=4))
 
@@ -104,7 +104,7 @@ SUBJECTS = (
 def instructions(target: catalogue.Target, elf: Path) -> dict[str, float]:
     """Runs a benchmark program: mean, least and most instructions of an inference and of a step."""
     said = {}
-    for line in emulate.run(target, elf, counting=True, timeout=600).splitlines():
+    for line in emulate.run_to_completion(target, elf, counting=True, timeout=600).splitlines():
         name, value = line.split()
         said[name] = int(value)
     if "error" in said:
@@ -125,7 +125,7 @@ def instructions(target: catalogue.Target, elf: Path) -> dict[str, float]:
 
 def measure(subject: Subject, board: str, profile: build.Profile) -> dict[str, Any]:
     """One row: what the model takes on that board."""
-    target, model = catalogue.load(board), subject.make()
+    target, model = catalogue.load_board(board), subject.make()
     row: dict[str, Any] = {"model": subject.name, "board": board, "core": target.board.mcu, "profile": profile}
     with tempfile.TemporaryDirectory() as folder:
         elf = build.bench(target, model, Path(folder) / "bench.elf", steps=subject.steps, profile=profile)

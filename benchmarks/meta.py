@@ -139,14 +139,14 @@ def fleet() -> dict[str, Any]:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
     phases = (Phase(4, 8, RATE), Phase(ALL_LAYERS, STEPS, RATE))
-    update = UpdateFormat(ALL_LAYERS & ~4, half=True, top=0.1)
+    update = UpdateFormat(ALL_LAYERS & ~4, half=True, density=0.1)
     how = simulator.Settings(
         "tinymetafed", phases, phases, clients=FLEET // 100, batch=BATCH, alpha_end=0.0, update=update
     )
-    source = simulator.Source(FLEET, lambda _, seeds, count: sines(seeds, count), keeps=False)
+    source = simulator.ClientSource(FLEET, lambda _, seeds, count: sines(seeds, count), keeps=False)
     begin, after = taken(), list[int]()
     outcome = simulator.simulate(
-        simulator.Backend(MODEL), source, how, simulator.first_parameters(MODEL, how), rounds=ROUNDS,
+        simulator.Backend(MODEL), source, how, simulator.initial_parameters(MODEL, how), rounds=ROUNDS,
         on_round=lambda _: after.append(taken()),
     )  # fmt: skip
     seconds = min(this.seconds for this in outcome.rounds)

@@ -86,12 +86,12 @@ def pretrained(images: NDArray[np.uint8], net: simulator.Network, epochs: int, s
     return np.concatenate([body, np.zeros(net.n_params - len(body), np.float32)])
 
 
-def first_parameters(
+def initial_parameters(
     images: NDArray[np.uint8], net: simulator.Network, options: argparse.Namespace
 ) -> NDArray[np.float32]:
     """Random, or pretrained: then kept beside the checkpoint, for a run that goes on from it."""
     if not options.pretrain:
-        return simulator.omniglot_start(net, options.seed)
+        return simulator.omniglot_initialization(net, options.seed)
     kept = options.checkpoint and options.checkpoint.with_suffix(f".pretrained-{options.pretrain}-{options.seed}.npz")
     if kept and kept.exists():
         with np.load(kept) as saved:
@@ -123,16 +123,16 @@ def main() -> None:
         some = draw(training, seeds, TRAIN_SHOTS, 0)
         return some.support_x, some.support_y
 
-    def tell(so_far: simulator.Outcome) -> None:
+    def tell(so_far: simulator.SimulationResult) -> None:
         this = so_far.rounds[-1]
         if this.number % options.every == 0:
             print(f"round {this.number}: loss {this.loss:.4f}, {this.seconds:.3f} s", file=sys.stderr, flush=True)
 
     began = time.perf_counter()
-    start = first_parameters(training, net, options)
+    start = initial_parameters(training, net, options)
     outcome = simulator.simulate(
-        backend, simulator.Source(2**31, samples, keeps=True), HOW, start, rounds=options.rounds, seed=options.seed,
-        checkpoint=options.checkpoint, every=options.every, on_round=tell,
+        backend, simulator.ClientSource(2**31, samples, keeps=True), HOW, start,
+        rounds=options.rounds, seed=options.seed, checkpoint=options.checkpoint, every=options.every, on_round=tell,
     )  # fmt: skip
     said: dict[str, Any] = {"rounds": options.rounds, "seconds": round(time.perf_counter() - began)}
     for shots in (1, 5):

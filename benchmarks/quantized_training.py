@@ -25,18 +25,18 @@ from numpy.typing import NDArray
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
 from tinyfleet.edge.model.graph import Graph
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, takes, with_training
+from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, resource_use, with_training
 from tinyfleet.edge.model.program import assemble
 from tinyfleet.firmware_tools.compiler.quantized_training import (
+    LayerUpdate,
     Selection,
-    Update,
     choose,
-    everything_from,
     measure,
+    select_all_from,
     train_int8,
 )
-from tinyfleet.firmware_tools.readers.keras_reader import read as read_keras
-from tinyfleet.firmware_tools.readers.tflite_reader import read as read_tflite
+from tinyfleet.firmware_tools.readers.keras_reader import read_keras
+from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite
 
 ROUNDS = 3
 RATES = (0.001, 0.003, 0.01, 0.03)
@@ -79,11 +79,11 @@ def main() -> None:
         print(f"{what:<42}{ram:>8,} B{found[0]:>9.1%}   {rate}", flush=True)
 
     names = [op.name for op in graph.ops if op.kind in INT8_WEIGHTED]
-    all_of_it = everything_from(graph, names[0])
+    all_of_it = select_all_from(graph, names[0])
     whole = train_int8(graph, all_of_it)
-    biases: Selection = {name: Update("bias", update.channels) for name, update in all_of_it.items()}
-    parts = {"int8, all": all_of_it, "int8, biases": biases, "int8, head": everything_from(graph, names[-1])}
-    needs = takes(whole).arena
+    biases: Selection = {name: LayerUpdate("bias", update.channels) for name, update in all_of_it.items()}
+    parts = {"int8, all": all_of_it, "int8, biases": biases, "int8, head": select_all_from(graph, names[-1])}
+    needs = resource_use(whole).arena
     measured = measure(graph, q[:100], y[:100])
     for fraction in (0.4, 0.6, 0.8):
         budget = int(fraction * needs)
@@ -92,14 +92,18 @@ def main() -> None:
 
     print(f"{'':<42}{'RAM':>10}{'accuracy':>9}   best rate")
     as_float = read_keras(model)
-    show("not trained, int8", takes(train_int8(graph, parts["int8, head"])).arena, (engine(whole, q, test_q)(0.0), 0.0))
-    show("float32, all", takes(as_float).arena, best(engine(as_float, mirrored, test_mirrored), RATES))
+    show(
+        "not trained, int8",
+        resource_use(train_int8(graph, parts["int8, head"])).arena,
+        (engine(whole, q, test_q)(0.0), 0.0),
+    )
+    show("float32, all", resource_use(as_float).arena, best(engine(as_float, mirrored, test_mirrored), RATES))
     last = max(i for i, op in enumerate(as_float.ops) if op.weights is not None)
     head = with_training(as_float, last)
-    show("float32, head", takes(head).arena, best(engine(head, mirrored, test_mirrored), RATES))
+    show("float32, head", resource_use(head).arena, best(engine(head, mirrored, test_mirrored), RATES))
     for what, selection in parts.items():
         part = train_int8(graph, selection)
-        show(what, takes(part).arena, best(engine(part, q, test_q), RATES))
+        show(what, resource_use(part).arena, best(engine(part, q, test_q), RATES))
     show("int8, all, without scaling, same rates", needs, best(unscaled, RATES[-2:]))
     for rate in RATES_WITHOUT:
         show("int8, all, without scaling", needs, (unscaled(rate), rate))

@@ -21,22 +21,22 @@ from flwr.app import ConfigRecord, Message
 from rich.console import Console
 from rich.table import Table
 from tinyfleet.edge import tasks
-from tinyfleet.edge.device.flower_client import serve, to_record, to_vector
-from tinyfleet.edge.tasks import Recipe, Task
+from tinyfleet.edge.device.flower_client import arrays_to_vector, serve, vector_to_arrays
+from tinyfleet.edge.tasks import Hyperparameters, Task
 from tinyfleet.server.evaluate import SHOTS, one_pass
 from tinyfleet.server.flower.grid import RunGrid
 from tinyfleet.server.flower.internals import log_level, new_run, stamp
-from tinyfleet.server.run import first_parameters, limit_clients, method
+from tinyfleet.server.run import initial_parameters, limit_clients, make_strategy
 
 FLEET = 14
 CLIENTS = 8
 SAMPLES = 160  # of a client in a round
 
 META = [
-    Recipe(head_steps, SAMPLES - head_steps, rate, alpha, top=0.1)
+    Hyperparameters(head_steps, SAMPLES - head_steps, rate, alpha, density=0.1)
     for head_steps, rate, alpha in itertools.product((16, 32), (0.05, 0.1), (1.0, 2.0))
 ]
-FEDAVG = [Recipe(0, SAMPLES, rate, 1.0, 1.0) for rate in (0.005, 0.01, 0.02, 0.035, 0.05, 0.07, 0.1, 0.15)]
+FEDAVG = [Hyperparameters(0, SAMPLES, rate, 1.0, 1.0) for rate in (0.005, 0.01, 0.02, 0.035, 0.05, 0.07, 0.1, 0.15)]
 
 
 class LocalGrid(RunGrid):
@@ -65,12 +65,12 @@ class LocalGrid(RunGrid):
 
 def trial(task: Task, strategy: str, rounds: int, seed: int) -> float:
     """Mean accuracy on validation tasks after a run with the task's recipe for this strategy."""
-    how = method(strategy, task, rounds=rounds, clients=CLIENTS, query=0, seed=seed)
+    how = make_strategy(strategy, task, rounds=rounds, clients=CLIENTS, query=0, seed=seed)
     limit_clients(how.strategy, CLIENTS, FLEET)
-    start = to_record(first_parameters(task.program, how, seed), task.program)
+    start = vector_to_arrays(initial_parameters(task.program, how, seed), task.program)
     config = ConfigRecord(dict(how.train_config))
     result = how.strategy.start(LocalGrid(task), start, rounds, train_config=config)
-    learned = to_vector(result.arrays, task.program)
+    learned = arrays_to_vector(result.arrays, task.program)
     if not np.isfinite(learned).all():
         return 0.0
     unseen = replace(task, draw=lambda _, *how: task.draw("validation", *how))
@@ -86,18 +86,18 @@ def main(
     log_level(logging.ERROR)
     task = tasks.load(name)
     console = Console(highlight=False)
-    for strategy, recipes in (("tinymetafed", META), ("fedavg", FEDAVG)):
+    for strategy, candidates in (("tinymetafed", META), ("fedavg", FEDAVG)):
         table = Table(title=f"{strategy} on {name}: {rounds} rounds, {CLIENTS} clients of {FLEET}, {seeds} seeds")
         for column in ("head steps", "steps", "rate", "alpha", "validation accuracy"):
             table.add_column(column, justify="right")
         scores = []
-        for recipe in recipes:
-            tried = replace(task, meta=recipe, fedavg=recipe)
+        for hyperparameters in candidates:
+            tried = replace(task, meta=hyperparameters, fedavg=hyperparameters)
             scores.append(float(np.mean([trial(tried, strategy, rounds, seed) for seed in range(seeds)])))
-        for recipe, score in zip(recipes, scores, strict=True):
-            now = recipe == (task.meta if strategy == "tinymetafed" else task.fedavg)
+        for hyperparameters, score in zip(candidates, scores, strict=True):
+            now = hyperparameters == (task.meta if strategy == "tinymetafed" else task.fedavg)
             marks = " best" * (score == max(scores)) + " in use" * now
-            numbers = (recipe.head_steps, recipe.steps, recipe.rate, recipe.alpha)
+            numbers = (hyperparameters.head_steps, hyperparameters.steps, hyperparameters.rate, hyperparameters.alpha)
             table.add_row(*(f"{n:g}" for n in numbers), f"{score:.1%}{marks}")
         console.print(table)
 

@@ -38,7 +38,7 @@ from rich.progress import Progress
 from rich.table import Table
 from tinyfleet.edge import tasks
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.tasks import Recipe, Task
+from tinyfleet.edge.tasks import Hyperparameters, Task
 from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
 from tinyfleet.server import simulator
 from tinyfleet.server.evaluate import seeds_of
@@ -52,7 +52,7 @@ HEAD = 16  # of them for the head alone, where it stays on the device
 BATCH = 10  # of a method that stores samples
 ADAPT = 100  # samples that a new device learns from, going through its few again and again
 POINTS = 5  # of a curve over the rounds
-TOP = 0.1
+DENSITY = 0.1
 RATES = (0.01, 0.02, 0.05, 0.1)  # of classifiers; regressions, whose losses are larger, take QUARTER of that
 QUARTER = 0.25
 QUERIES = 10
@@ -96,9 +96,11 @@ class Method:
 
     def settings(self, task: Task, trial: Trial) -> simulator.Settings:
         local = self.of == "tinymetafed" and (task.meta.head_steps > 0) != (self.without == "reconstruction")
-        top = 1.0 if self.without == "top-P" else TOP
-        recipe = Recipe(HEAD if local else 0, self.samples - HEAD * local, trial.rate, trial.alpha, top)
-        how = simulator.settings(self.of, replace(task, meta=recipe, fedavg=recipe), clients=CLIENTS)
+        density = 1.0 if self.without == "top-P" else DENSITY
+        hyperparameters = Hyperparameters(
+            HEAD if local else 0, self.samples - HEAD * local, trial.rate, trial.alpha, density
+        )
+        how = simulator.settings(self.of, replace(task, meta=hyperparameters, fedavg=hyperparameters), clients=CLIENTS)
         if self.batched:
             steps, last = self.samples // BATCH, how.update.since  # of first-order MAML, one step for the gradient
             phases = (Phase(ALL_LAYERS, steps - last, trial.rate), Phase(ALL_LAYERS, last, trial.rate))
@@ -156,19 +158,19 @@ class Bench:
         self.is_regression = self.task.program.loss == "mse"
         self.shots = (5, 10, 20) if self.is_regression else (1, 5, 10)
         self.scale = QUARTER if self.is_regression else 1.0
-        self._source = simulator.fleet_of(self.task, FLEET)
-        self._trained: dict[str, list[simulator.Outcome]] = {}
+        self._source = simulator.simulated_fleet(self.task, FLEET)
+        self._trained: dict[str, list[simulator.SimulationResult]] = {}
 
-    def train(self, how: simulator.Settings, rounds: int, seed: int) -> list[simulator.Outcome]:
+    def train(self, how: simulator.Settings, rounds: int, seed: int) -> list[simulator.SimulationResult]:
         """How far it had come at each of POINTS moments; the last is the end. Empty if all clients diverged."""
         serial = CLIENTS // how.clients
         total = rounds * serial
         key = f"{replace(how, name='', adapts=())} {total} {seed}"
         if key not in self._trained:
-            start = simulator.first_parameters(self.task.program, how, seed)
-            marks, at = {max(1, total * (i + 1) // POINTS) for i in range(POINTS)}, list[simulator.Outcome]()
+            start = simulator.initial_parameters(self.task.program, how, seed)
+            marks, at = {max(1, total * (i + 1) // POINTS) for i in range(POINTS)}, list[simulator.SimulationResult]()
 
-            def keep(outcome: simulator.Outcome) -> None:
+            def keep(outcome: simulator.SimulationResult) -> None:
                 if outcome.rounds[-1].number in marks:
                     at.append(outcome)
 
@@ -178,12 +180,18 @@ class Bench:
                 except UserError:
                     at.clear()
             else:
-                at.append(simulator.Outcome(start, start, []))
+                at.append(simulator.SimulationResult(start, start, []))
             self._trained[key] = at
         return self._trained[key]
 
     def score(
-        self, at: Sequence[simulator.Outcome], phases: Sequence[Phase], shots: int, count: int, *, held_out: bool
+        self,
+        at: Sequence[simulator.SimulationResult],
+        phases: Sequence[Phase],
+        shots: int,
+        count: int,
+        *,
+        held_out: bool,
     ) -> NDArray[np.float64]:
         """[count]: accuracies, or mean squared errors, of the last start, on the same tasks for everyone."""
         if not at:
@@ -249,7 +257,7 @@ def device(name: str) -> dict[str, int]:
     from tinyfleet.firmware_tools.boards import catalogue
     from tinyfleet.firmware_tools.firmware import build
 
-    task, target = tasks.load(name), catalogue.load(BOARD)
+    task, target = tasks.load(name), catalogue.load_board(BOARD)
     features = task.client(0, FLEET).features
     with tempfile.TemporaryDirectory() as folder:
         elf = build.bench(target, task.program, Path(folder) / "bench.elf", steps=20)

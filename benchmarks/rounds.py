@@ -29,7 +29,7 @@ FLEET = "rounds"
 def visits(task_name: str, host: str, port: int, steps: int, count: int, devices: int) -> dict[str, Any]:
     """What a process that has just started does: imports, the first round, then `count` more."""
     from tinyfleet.edge import tasks
-    from tinyfleet.edge.device.flower_client import to_record
+    from tinyfleet.edge.device.flower_client import vector_to_arrays
     from tinyfleet.server.flower.grid import MqttGrid
     from tinyfleet.server.flower.internals import log_level
     from tinyfleet.server.flower.strategies import TinyReptile
@@ -42,7 +42,7 @@ def visits(task_name: str, host: str, port: int, steps: int, count: int, devices
     with MqttGrid(host, port, FLEET, task.program) as grid:
         grid.wait_for_nodes(1, 10)
         grid.wait_for_nodes(devices, 10)
-        start = to_record(task.program.initial(0), task.program)
+        start = vector_to_arrays(task.program.initial(0), task.program)
 
         def close(_number: int, _arrays: object) -> None:
             ended.append(time.time())

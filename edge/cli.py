@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 from tinyfleet.edge import tasks
-from tinyfleet.edge.device.agent import AgentNode, MaskedLearner, Online
+from tinyfleet.edge.device.agent import AgentNode, MaskedLearner, OnlineLearning
 from tinyfleet.edge.device.device import Device, virtual_device
-from tinyfleet.edge.device.drift import Paced, reaction_of
+from tinyfleet.edge.device.drift import PacedStream, default_drift_response
 from tinyfleet.edge.device.node import ENGINE_VERSION
 from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
-from tinyfleet.edge.device.thing_description import thing_description, this_machine
+from tinyfleet.edge.device.thing_description import host_board, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import LiteRTLearner, MoteLearner
 from tinyfleet.edge.model.program import Program
@@ -53,7 +53,7 @@ def broker_address(broker: str | None, data: Path) -> tuple[str, int]:
 def device(
     count: Annotated[int, typer.Option(min=1, help="How many, in this process.")] = 1,
     first: Annotated[int, typer.Option(min=0, help="The number of the first: it decides which samples it holds.")] = 0,
-    of: Annotated[int | None, typer.Option(min=1, help="The fleet's size. Default: --first + --count.")] = None,
+    fleet_size: Annotated[int | None, typer.Option(min=1, help="The fleet's size. Default: --first + --count.")] = None,
     prefix: Annotated[str, typer.Option(help="Devices are called PREFIX-0, PREFIX-1, ...")] = "device",
     task: TaskOption = "digits",
     broker: BrokerOption = None,
@@ -71,16 +71,16 @@ def device(
       tinyfleet device --count 12 --task omniglot
       tinyfleet device --broker 192.168.1.5:1883 --first 12 --count 4 --of 16
     """
-    what = tasks.load(task)
+    learning_task = tasks.load(task)
     host, port = broker_address(broker, data)
-    size = first + count if of is None else of
+    size = first + count if fleet_size is None else fleet_size
     if first + count > size:
         raise UserError(f"devices {first} to {first + count - 1} are not in a fleet of {size}; raise --of")
     devices = []
     try:
         for i in range(first, first + count):
-            samples = what.client(i, size)
-            devices.append(virtual_device(host, port, fleet, f"{prefix}-{i}", what.program, samples))
+            samples = learning_task.client(i, size)
+            devices.append(virtual_device(host, port, fleet, f"{prefix}-{i}", learning_task.program, samples))
     except ProtocolError as error:
         raise UserError(str(error)) from error
     run(devices, as_json)
@@ -89,7 +89,7 @@ def device(
 def agent(
     id: Annotated[str | None, typer.Option(help="The device's name in the fleet. Default: the host's.")] = None,
     client: Annotated[int, typer.Option(min=0, help="Its number in the fleet: it decides which samples it holds.")] = 0,
-    of: Annotated[int, typer.Option(min=1, help="The fleet's size.")] = 16,
+    fleet_size: Annotated[int, typer.Option(min=1, help="The fleet's size.")] = 16,
     tflite: Annotated[
         Path | None,
         typer.Option(help="Learn with this .tflite model in TFLite's interpreter, instead of the C engine."),
@@ -117,25 +117,31 @@ def agent(
       tinyfleet agent --id kitchen --broker 192.168.1.5:1883
       tinyfleet agent --tflite model.tflite --client 3
     """
-    what = tasks.load(task)
+    learning_task = tasks.load(task)
     host, port = broker_address(broker, data)
-    if client >= of:
-        raise UserError(f"there is no client {client} in a fleet of {of}; raise --of")
+    if client >= fleet_size:
+        raise UserError(f"there is no client {client} in a fleet of {fleet_size}; raise --of")
     id = id or re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:32] or "agent"
-    stream = DatasetStream(what.client(client, of))
-    seen = RecordedStream(what.stream(client)) if online else None
-    board = this_machine()
+    stream = DatasetStream(learning_task.client(client, fleet_size))
+    recording = RecordedStream(learning_task.stream(client)) if online else None
+    board = host_board()
     engine, version = ("mote", ENGINE_VERSION) if tflite is None else ("tflite", "builtin")
     arena = board.ram_bytes // 4  # what it may learn in; more than any program asks for
     room = 0 if tflite else 1 << 20
-    td = thing_description(fleet, id, board, engine, version, arena, what.program.model_id, room)
+    td = thing_description(fleet, id, board, engine, version, arena, learning_task.program.model_id, room)
 
     def learner(program: Program) -> MaskedLearner:
         return MoteLearner(program) if tflite is None else LiteRTLearner(tflite)
 
     def node() -> AgentNode:
-        own = None if seen is None else Online(Paced(seen, online), what.fedavg.rate, reaction_of(what))
-        return AgentNode(fleet, id, td, what.program, stream, learner, adopt_bytes=room, online=own)
+        own = (
+            None
+            if recording is None
+            else OnlineLearning(
+                PacedStream(recording, online), learning_task.fedavg.rate, default_drift_response(learning_task)
+            )
+        )
+        return AgentNode(fleet, id, td, learning_task.program, stream, learner, model_slot_bytes=room, online=own)
 
     try:
         one = Device(node, host, port, fleet)

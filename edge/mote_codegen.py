@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ENTRIES = ["do", "did", "status", "chunk"]
+ENTRIES = ["command", "reply", "status", "chunk"]
 
 # What zcbor's run-time needs to know. Canonical: arrays of known length, which is what small CBOR readers expect.
 DEFINES = ["ZCBOR_CANONICAL"]

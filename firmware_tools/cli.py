@@ -20,7 +20,7 @@ from tinyfleet.edge.cli import BrokerOption, DataOption, FleetOption, TaskOption
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program, ProgramError
 from tinyfleet.firmware_tools.boards import catalogue
-from tinyfleet.firmware_tools.firmware import build as building
+from tinyfleet.firmware_tools.firmware import build as firmware_build
 from tinyfleet.firmware_tools.firmware import emulate, export_library
 from tinyfleet.firmware_tools.gateway import Gateway
 
@@ -50,7 +50,7 @@ def list_boards(
       tinyfleet firmware boards
       tinyfleet firmware boards --describe
     """
-    known = [catalogue.load(name) for name in catalogue.known()]
+    known = [catalogue.load_board(name) for name in catalogue.board_ids()]
     if describe:
         from tinyfleet.ontology.cli import open_store  # a machine beside a board may have no graph store
         from tinyfleet.ontology.ingest.describe import put_board
@@ -77,13 +77,13 @@ def build(
     board: Annotated[str, typer.Option(help="The board to build for.", show_default=False)],
     task: TaskOption = "digits",
     client: Annotated[int, typer.Option(min=0, help="Its number in the fleet: it decides which samples it holds.")] = 0,
-    of: Annotated[int, typer.Option(min=1, help="The fleet's size.")] = 1,
+    fleet_size: Annotated[int, typer.Option(min=1, help="The fleet's size.")] = 1,
     id: Annotated[str, typer.Option(help="The device's name in the fleet.")] = "board-01",
     fleet: FleetOption = "home",
     out: Annotated[Path, typer.Option(help="The folder for firmware.elf.")] = Path("build"),
-    adopt_bytes: Annotated[
+    model_slot_bytes: Annotated[
         int, typer.Option(min=0, help="Room for a model received over the air; 0: it keeps the built-in one.")
-    ] = building.ADOPT_BYTES,
+    ] = firmware_build.MODEL_SLOT_BYTES,
     as_json: Json = False,
 ) -> None:
     """Build a fleet device's firmware, and show what it takes of the board.
@@ -93,11 +93,13 @@ def build(
       tinyfleet firmware build --board mps2-an386 --task digits --id board-01
       tinyfleet firmware build --board mps2-an385 --client 3 --of 12 --id board-03 --out build/board-03
     """
-    catalogue.load(board).buildable()
-    if client >= of:
-        raise UserError(f"device {client} of {of} does not exist: --client counts from 0 to {of - 1}")
+    catalogue.load_board(board).buildable()
+    if client >= fleet_size:
+        raise UserError(f"device {client} of {fleet_size} does not exist: --client counts from 0 to {fleet_size - 1}")
     learned = tasks.load(task)
-    elf = building.build(board, learned.program, learned.client(client, of), fleet, id, out, adopt_bytes=adopt_bytes)
+    elf = firmware_build.build(
+        board, learned.program, learned.client(client, fleet_size), fleet, id, out, model_slot_bytes=model_slot_bytes
+    )
     _show(elf, as_json)
 
 
@@ -168,10 +170,10 @@ def run(
       tinyfleet firmware run build/firmware.elf
       tinyfleet firmware run build/firmware.elf --gateway --broker 127.0.0.1:1883
     """
-    built_for = building.size(elf).board
+    built_for = firmware_build.size(elf).board
     if board is not None and board != built_for:
         raise UserError(f"{elf} was built for board '{built_for}', not '{board}'; build it again with --board {board}")
-    with _stop_on_signals() as stop, emulate.Emulator(catalogue.load(built_for), elf) as emulator:
+    with _stop_on_signals() as stop, emulate.Emulator(catalogue.load_board(built_for), elf) as emulator:
         typer.echo(f"{built_for} is running; its serial port is {emulator.url}")
 
         def stop_with_it() -> None:
@@ -231,8 +233,8 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 
 def _show(elf: Path, as_json: bool) -> None:
-    size = building.size(elf)
-    board = catalogue.load(size.board).buildable()
+    size = firmware_build.size(elf)
+    board = catalogue.load_board(size.board).buildable()
     if as_json:
         sums = {"flash": size.flash, "ram": size.ram, "arena": size.arena, "mote_text": sum(size.mote.values())}
         typer.echo(json.dumps({"elf": str(elf), **asdict(size), **sums}, indent=2))

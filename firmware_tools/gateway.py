@@ -39,12 +39,12 @@ _WILL = re.compile(r"tinyfleet/([A-Za-z0-9._-]{1,32})/devices/([A-Za-z0-9._-]{1,
 _NOTHING = re.compile(r"(?!)")
 
 
-class LineLost(Exception):
+class SerialDisconnected(Exception):
     """The serial line is gone, for now."""
 
 
 @dataclass
-class Counters:
+class GatewayCounters:
     """What passed, in messages, since the start. damaged: frames that did not decode. refused: frames that a board may
     not send, such as one to another device's topic. dropped: messages that found the queue to the line full."""
 
@@ -73,7 +73,7 @@ class Gateway:
         self.port = port
         self.broker = broker
         self.baud = baud
-        self.counters = Counters()
+        self.counters = GatewayCounters()
         #: Set while the board is part of the fleet and has announced itself.
         self.joined = threading.Event()
         #: The board's name, once it has said it.
@@ -103,7 +103,7 @@ class Gateway:
         while True:
             try:
                 self._serve(line, stop)
-            except LineLost as lost:
+            except SerialDisconnected as lost:
                 self._report(f"{self.port}: {lost}; waiting for it to come back")
             finally:
                 line.close()
@@ -126,8 +126,8 @@ class Gateway:
             ) from error
 
     def _serve(self, line: serial.SerialBase, stop: threading.Event) -> None:
-        """Until `stop`, or LineLost."""
-        reader = frames.Reader()
+        """Until `stop`, or SerialDisconnected."""
+        reader = frames.FrameReader()
         pending = b""
         greeted = -AGAIN
         silent_since: float | None = time.monotonic()
@@ -152,7 +152,7 @@ class Gateway:
                 if writable:
                     pending = pending[line.write(pending[:BLOCK]) or 0 :]
             except (serial.SerialException, OSError) as error:
-                raise LineLost("the line is lost") from error
+                raise SerialDisconnected("the line is lost") from error
             if woken in readable:
                 self._woken.recv(4096)
             for frame in reader.feed(data):

@@ -134,7 +134,7 @@ def compile_(
         f"{program.n_params:,} parameters train"
     )
     if chosen is not None and budget is not None:
-        print(_chosen(chosen, _bytes(budget)))
+        print(_selection_text(chosen, _bytes(budget)))
 
 
 @app.command("plan")
@@ -159,7 +159,7 @@ def plan(
       tinyfleet model plan kws.tflite --int8 --budget 64KB
     """
     size = None if budget is None else _bytes(budget)
-    takes = compiler.plan(
+    takes = compiler.plan_model(
         model, budget=size, int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
     )
     for note in takes.notes:
@@ -182,10 +182,10 @@ def plan(
         table.add_row(name, *(f"{number:,}" for number in figures), style="bold" if best else None)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if takes.chosen is not None and size is not None:
-        print(_chosen(takes.chosen, size))
+        print(_selection_text(takes.chosen, size))
 
 
-def _chosen(chosen: compiler.Choice, budget: int) -> str:
+def _selection_text(chosen: compiler.TrainingSelection, budget: int) -> str:
     """What trains within a budget, in words."""
     first = f"In {budget:,} bytes, of which it takes {chosen.memory.ram_bytes:,},"
     if chosen.selection is None:
@@ -290,13 +290,15 @@ def match(
             about = matching.known_model(store, model) or matching.describe(store, description(Path(model)))
         if device is not None:
             matching.known_device(store, device, name)
-        misses = matching.why_not(store, name, model=about, device=device) if why or (about and device) else {}
+        misses = (
+            matching.unmet_requirements(store, name, model=about, device=device) if why or (about and device) else {}
+        )
         if about is not None:
-            fits = [fit for fit in matching.devices(store, about, name) if device in (None, fit.device)]
+            fits = [fit for fit in matching.match_devices(store, about, name) if device in (None, fit.device)]
             show.devices(about, fits, misses, device, as_json)
         else:
             assert device is not None
-            show.models(device, matching.models(store, device, name), misses, as_json)
+            show.models(device, matching.match_models(store, device, name), misses, as_json)
 
 
 def description(file: Path) -> ModelDescription:
@@ -324,7 +326,7 @@ def _planned(file: Path) -> dict[str, Any]:
     """The fields of a description that the engine's plan tells. Raises UserError if the engine cannot run the model."""
     from tinyfleet.ontology.ingest.describe import TrainingOption
 
-    takes = compiler.plan(file)
+    takes = compiler.plan_model(file)
     options = [
         # From where one can train, one can from every layer behind it: the rows' places count the layers that train.
         TrainingOption(layer, len(rows) - place, bias_only, memory.ram_bytes, memory.parameters)

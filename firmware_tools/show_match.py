@@ -8,14 +8,16 @@ from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
-from tinyfleet.ontology.queries.match import ADOPT, TRAIN, Fit, Miss, ModelFit
+from tinyfleet.ontology.queries.match import TRAIN, UPDATE_MODEL, DeviceMatch, ModelMatch, UnmetRequirement
 from tinyfleet.ontology.store.store import printable
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
-Misses = Mapping[tuple[str, Iri], Sequence[Miss]]
+UnmetRequirements = Mapping[tuple[str, Iri], Sequence[UnmetRequirement]]
 
 
-def devices(model: Iri, fits: Sequence[Fit], misses: Misses, device: str | None, as_json: bool) -> None:
+def devices(
+    model: Iri, fits: Sequence[DeviceMatch], misses: UnmetRequirements, device: str | None, as_json: bool
+) -> None:
     """The devices that fit a model. device: the only one that was asked about, if one was."""
     fitting = {fit.device for fit in fits}
     if as_json:
@@ -25,7 +27,7 @@ def devices(model: Iri, fits: Sequence[Fit], misses: Misses, device: str | None,
     table = _table("device", "board", "online", "arena", "takes", "room", "trains")
     for fit in fits:
         online = {True: "yes", False: "no", None: ""}[fit.online]
-        numbers = (f"{n:,}" for n in (fit.arena, fit.takes, fit.room))
+        numbers = (f"{n:,}" for n in (fit.arena, fit.required, fit.room))
         table.add_row(fit.device, printable(fit.board), online, *numbers, _trains(fit.layers, fit.biases))
     console = _console()
     if fits:
@@ -37,7 +39,7 @@ def devices(model: Iri, fits: Sequence[Fit], misses: Misses, device: str | None,
     _reasons(console, "device", {name: missed for (name, _), missed in misses.items()}, fitting)
 
 
-def models(device: str, fits: Sequence[ModelFit], misses: Misses, as_json: bool) -> None:
+def models(device: str, fits: Sequence[ModelMatch], misses: UnmetRequirements, as_json: bool) -> None:
     """The models that fit a device."""
     if as_json:
         reasons = {model: [asdict(miss) for miss in missed] for (_, model), missed in misses.items()}
@@ -47,7 +49,7 @@ def models(device: str, fits: Sequence[ModelFit], misses: Misses, as_json: bool)
     for fit in fits:
         parameters = "" if fit.parameters is None else f"{fit.parameters:,}"
         trains = _trains(fit.layers, fit.biases)
-        table.add_row(_id(fit.model), printable(fit.name), f"{fit.takes:,}", f"{fit.room:,}", parameters, trains)
+        table.add_row(_id(fit.model), printable(fit.name), f"{fit.required:,}", f"{fit.room:,}", parameters, trains)
     console = _console()
     if fits:
         console.print(table)
@@ -56,21 +58,23 @@ def models(device: str, fits: Sequence[ModelFit], misses: Misses, as_json: bool)
     _reasons(console, "model", named, {_id(fit.model) for fit in fits})
 
 
-def _reasons(console: Console, what: str, misses: Mapping[str, Sequence[Miss]], fitting: set[str]) -> None:
+def _reasons(console: Console, what: str, misses: Mapping[str, Sequence[UnmetRequirement]], fitting: set[str]) -> None:
     """Why others do not fit; of those that do, only why they cannot train, or be given it over the air."""
     if not misses:
         return
     table = _table(what, "cannot", "because")
     for name, missed in misses.items():
         runs = name in fitting
-        shown = [miss for miss in missed if runs or miss.need not in (TRAIN, ADOPT)] or missed
-        cannot = ", ".join(_CANNOT[miss.need] for miss in missed if miss.need in _CANNOT) if runs else "run"
+        shown = [miss for miss in missed if runs or miss.requirement not in (TRAIN, UPDATE_MODEL)] or missed
+        cannot = (
+            ", ".join(_CANNOT[miss.requirement] for miss in missed if miss.requirement in _CANNOT) if runs else "run"
+        )
         table.add_row(name, cannot, "; ".join(printable(str(miss)) for miss in shown))
     console.print()
     console.print(table)
 
 
-_CANNOT = {TRAIN: "train", ADOPT: "adopt"}
+_CANNOT = {TRAIN: "train", UPDATE_MODEL: "adopt"}
 
 
 def _trains(layers: int | None, biases: int | None) -> str:

@@ -42,7 +42,7 @@ def boards(
     """
     from tinyfleet.ontology.ingest import board_catalogue as catalogue
 
-    made = catalogue.read(folder)
+    made = catalogue.read_board_catalogue(folder)
     n = write_file(out, made.facts)
     if as_json:
         typer.echo(
@@ -169,10 +169,10 @@ def import_selocml(
     from rich.console import Console
     from rich.table import Table
     from tinyfleet.ontology.ingest.describe import put_facts
-    from tinyfleet.ontology.ingest.selocml import read
+    from tinyfleet.ontology.ingest.selocml import read_selocml
     from tinyfleet.ontology.vocabulary import shapes
 
-    made = read(sorted(folder.glob("*.ttl")), fleet)
+    made = read_selocml(sorted(folder.glob("*.ttl")), fleet)
     shapes.check("the import", triples(made.facts))
     if out is None:
         with _fillable(data) as store:
@@ -185,10 +185,10 @@ def import_selocml(
         typer.echo(json.dumps(counts | {"defects": [asdict(defect) for defect in made.defects]}, indent=2))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("defect", "where", "times", "mended"):
+    for column in ("defect", "where", "times", "fix"):
         table.add_column(column, justify="right" if column == "times" else "left", overflow="fold")
     for defect in made.defects:
-        table.add_row(defect.kind, shorten(defect.what), str(defect.times), shorten(defect.mended))
+        table.add_row(defect.kind, shorten(defect.what), str(defect.times), shorten(defect.fix))
     console = Console(markup=False, highlight=False)
     console.print(table)
     console.print(

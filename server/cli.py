@@ -59,7 +59,7 @@ def server(
     given = None if broker is None else broker_address(broker, data)
     logging.getLogger("tinyfleet.ontology.ingest.registry").setLevel(logging.ERROR)  # refusals are news, below
     with FleetServer(
-        data, fleet, broker=given, port=port, endpoint_port=endpoint_port, on_news=lambda line: typer.echo(line)
+        data, fleet, broker=given, port=port, endpoint_port=endpoint_port, on_log=lambda line: typer.echo(line)
     ) as running:
         typer.echo(f"broker:   {running.broker_kind} on {running.broker[0]}:{running.broker[1]}")
         typer.echo(f"endpoint: {running.endpoint}")
@@ -92,7 +92,7 @@ def run(
     asynchronous: Annotated[
         bool, typer.Option("--asynchronous", help="No rounds: each update counts when it comes; --rounds of them.")
     ] = False,
-    top: Annotated[
+    density: Annotated[
         float | None,
         typer.Option(
             min=0, max=1, help="TinyMetaFed and Flower's: share of the changes that is sent. Default: the task's."
@@ -136,16 +136,16 @@ def run(
     from tinyfleet.server import show
     from tinyfleet.server.evaluate import baselines
     from tinyfleet.server.flower.internals import log_level
-    from tinyfleet.server.run import Options, Round, method
+    from tinyfleet.server.run import Round, StrategyOptions, make_strategy
     from tinyfleet.server.run import run as run_rounds
 
     log_level(logging.ERROR)  # the rounds are shown below
     if out is not None and not out.parent.is_dir():
         raise UserError(f"there is no folder {out.parent} to write {out.name} into; make it, or choose another --out")
-    what = tasks.load(task)
-    options = Options(local, anneal, top, mu, asynchronous, dp_clip, dp_noise, dp_on_device)
-    how = method(strategy, what, rounds=rounds, clients=clients, seed=seed, options=options)
-    begin = None if start is None else _parameters(start, what.program)
+    learning_task = tasks.load(task)
+    options = StrategyOptions(local, anneal, density, mu, asynchronous, dp_clip, dp_noise, dp_on_device)
+    named_strategy = make_strategy(strategy, learning_task, rounds=rounds, clients=clients, seed=seed, options=options)
+    initialization = None if start is None else _parameters(start, learning_task.program)
     found = find_server(data)
     if not found:
         raise UserError(f"no server runs on {data}; start one with `tinyfleet server --data {data}`")
@@ -161,16 +161,19 @@ def run(
         }  # fmt: skip
         typer.echo(json.dumps(line))
 
-    with RemoteStore(found["endpoint"], found.get("token")) as store, show.Rounds(console, how.name, rounds) as bar:
+    with (
+        RemoteStore(found["endpoint"], found.get("token")) as store,
+        show.Rounds(console, named_strategy.name, rounds) as bar,
+    ):
         outcome = run_rounds(
-            what,
-            how,
+            learning_task,
+            named_strategy,
             broker=broker_address(broker, data),
             fleet=fleet_name(fleet or found.get("fleet", "home")),
             store=store,
             rounds=rounds,
             query=sparql,
-            start=begin,
+            initialization=initialization,
             seed=seed,
             clients=clients,
             wait=wait,
@@ -178,8 +181,8 @@ def run(
             on_round=report if as_json else bar,
         )
     if out is not None:
-        np.savez(out, **what.program.split(outcome.parameters))
-    scores = baselines(what, outcome.parameters, seed=seed)
+        np.savez(out, **learning_task.program.split(outcome.parameters))
+    scores = baselines(learning_task, outcome.parameters, seed=seed)
     if as_json:
         means = {name: {str(s.shots): s.mean for s in row} for name, row in scores.items()}
         metric = scores["learned"][0].metric
@@ -243,23 +246,31 @@ def meta_train(
     for path in (out, checkpoint, plot):
         if path is not None and not path.parent.is_dir():
             raise UserError(f"there is no folder {path.parent} to write {path.name} into; make it, or choose another")
-    what = tasks.load(task)
+    learning_task = tasks.load(task)
     try:  # now, and not when it has learned
         if fleet is None:
-            what.draw("training", [seed], shots, 1)
-        what.draw("held_out", [seed], max(SHOTS), QUERIES)
+            learning_task.draw("training", [seed], shots, 1)
+        learning_task.draw("held_out", [seed], max(SHOTS), QUERIES)
     except ValueError as error:
         raise UserError(f"{task}: {error}; lower --shots, or choose a task with more") from error
-    how = simulator.settings(method, what, clients=clients)
-    backend = simulator.Backend(what.program, precision="mixed" if mixed else "float32", exact=exact)
-    begin = simulator.first_parameters(what.program, how, seed) if start is None else _parameters(start, what.program)
-    source = simulator.tasks_of(what, shots) if fleet is None else simulator.fleet_of(what, fleet)
+    named_strategy = simulator.settings(method, learning_task, clients=clients)
+    backend = simulator.Backend(learning_task.program, precision="mixed" if mixed else "float32", exact=exact)
+    initialization = (
+        simulator.initial_parameters(learning_task.program, named_strategy, seed)
+        if start is None
+        else _parameters(start, learning_task.program)
+    )
+    source = (
+        simulator.server_tasks(learning_task, shots)
+        if fleet is None
+        else simulator.simulated_fleet(learning_task, fleet)
+    )
     console = Console(highlight=False, quiet=as_json)
     console.print(f"{method} on {task}; computed on {', '.join(backend.devices)}")
     with Progress(console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task(method, total=rounds)
 
-        def report(so_far: simulator.Outcome) -> None:
+        def report(so_far: simulator.SimulationResult) -> None:
             this = so_far.rounds[-1]
             bar.update(shown, completed=this.number, description=f"{method}, loss {this.loss:.3f}")
             if as_json:
@@ -268,19 +279,34 @@ def meta_train(
                 console.print(f"round {this.number}/{rounds}: loss {this.loss:.3f}, up {this.bytes_up} B")
 
         outcome = simulator.simulate(
-            backend, source, how, begin, rounds=rounds, seed=seed, checkpoint=checkpoint, every=every, on_round=report
+            backend,
+            source,
+            named_strategy,
+            initialization,
+            rounds=rounds,
+            seed=seed,
+            checkpoint=checkpoint,
+            every=every,
+            on_round=report,
         )
     if out is not None:
-        np.savez(out, **what.program.split(outcome.parameters))
+        np.savez(out, **learning_task.program.split(outcome.parameters))
 
     def score(start: NDArray[np.float32], shots: int) -> Score:
         values = simulator.evaluate(
-            backend, what.draw, start, how.adapts, shots=shots, tasks=held_out, queries=QUERIES, seed=seed
+            backend,
+            learning_task.draw,
+            start,
+            named_strategy.adapts,
+            shots=shots,
+            tasks=held_out,
+            queries=QUERIES,
+            seed=seed,
         )
-        return Score(shots, values, "mean squared error" if what.program.loss == "mse" else "accuracy")
+        return Score(shots, values, "mean squared error" if learning_task.program.loss == "mse" else "accuracy")
 
-    starts = {"learned": outcome.parameters, "random": what.program.initial(seed)}
-    scores = {name: [score(vector, k) for k in SHOTS] for name, vector in starts.items()}
+    initializations = {"learned": outcome.parameters, "random": learning_task.program.initial(seed)}
+    scores = {name: [score(vector, k) for k in SHOTS] for name, vector in initializations.items()}
     if plot is not None:
         show.plot(plot, f"{method} on {task}", {"learned": outcome.rounds}, scores, by_round=True)
     if as_json:
@@ -322,10 +348,10 @@ def deploy(
       tinyfleet deploy model.mote --select drifted --yes
       tinyfleet deploy model.mote --select my-devices.rq --yes --json
     """
-    from tinyfleet.server import deploy as deploying
+    from tinyfleet.server import deploy as deployments
     from tinyfleet.server import show_deployment as show
 
-    program = deploying.read_program(model)
+    program = deployments.read_program(model)
     found = find_server(data)
     if not found:
         raise UserError(f"no server runs on {data}; start one with `tinyfleet server --data {data}`")
@@ -334,19 +360,19 @@ def deploy(
     address = broker_address(broker, data)
     console = Console(highlight=False, quiet=as_json)
     with RemoteStore(found["endpoint"], found.get("token")) as store:
-        plan = deploying.plan(store, program, model.stem, sparql, name)
-        said: dict[str, object] = {
+        plan = deployments.plan_deployment(store, program, model.stem, sparql, name)
+        summary: dict[str, object] = {
             "model": plan.model,
             "targets": [fit.device for fit in plan.targets],
             "left_out": dict(plan.left_out),
         }
-        show.plan(console, model, program, plan)
+        show.print_deployment_plan(console, model, program, plan)
         if not yes:
             console.print("Nothing was sent. To give it to them, add --yes", soft_wrap=True)
             ended = None
         else:
             with show.Results(console, len(plan.targets)) as on_result:
-                ended = deploying.deploy(
+                ended = deployments.deploy(
                     store,
                     program,
                     plan,
@@ -356,9 +382,9 @@ def deploy(
                     timeout=timeout,
                     on_result=on_result,
                 )
-            said |= {"deployment": ended.iri, "results": [asdict(result) for result in ended.results]}
+            summary |= {"deployment": ended.iri, "results": [asdict(result) for result in ended.results]}
             show.outcome(console, ended)
     if as_json:
-        typer.echo(json.dumps(said, indent=2))
+        typer.echo(json.dumps(summary, indent=2))
     if ended is not None and len(ended.devices("confirmed")) < len(plan.targets):
         raise typer.Exit(1)

@@ -32,7 +32,7 @@ from tinyfleet.ontology.vocabulary.namespaces import Iri, model_iri
 from tinyfleet.server import show
 from tinyfleet.server.evaluate import SHOTS, one_pass
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.run import Outcome, Round, method, run
+from tinyfleet.server.run import Round, RunResult, make_strategy, run
 from tinyfleet.server.serve import FleetServer
 
 FLEET = "demo"
@@ -65,8 +65,8 @@ def demo(
     task = tasks.load(task_name)
     _clear(data)
     with ExitStack() as stack:
-        news = threading.Event()
-        server = stack.enter_context(FleetServer(data, FLEET, port=0, on_news=lambda _: news.set()))
+        log_lines = threading.Event()
+        server = stack.enter_context(FleetServer(data, FLEET, port=0, on_log=lambda _: log_lines.set()))
         host, port = server.broker
         console.print(f"broker      {server.broker_kind} on {host}:{port}")
         console.print(f"graph       {data}, SPARQL at {server.endpoint}")
@@ -79,7 +79,7 @@ def demo(
         else:
             console.print(f"            no emulated board: {emulator}")
         console.print("            1 Python agent, as on a Raspberry Pi")
-        _wait_until_announced(server, news, fleet)
+        _wait_until_announced(server, log_lines, fleet)
         console.print(f"            all {fleet.size} announced themselves; their descriptions passed the shapes\n")
 
         sparql = library.text("clients")
@@ -96,7 +96,7 @@ def demo(
         starts = {
             "meta-learned (TinyMetaFed)": runs["TinyMetaFed"].parameters,
             "random weights": task.program.initial(seed),
-            "random weights, head at 0": runs["TinyMetaFed"].start,  # which alone is worth something at few shots
+            "random weights, head at 0": runs["TinyMetaFed"].initialization,  # worth something at few shots
             "FedAvg's global model": runs["FedAvg"].parameters,
         }
         with console.status("adapting every start to held-out tasks"):
@@ -220,16 +220,16 @@ def why_no_board() -> str | None:
     return f"{' and '.join(missing)} not installed (apt-get install {packages})" if missing else None
 
 
-def _wait_until_announced(server: FleetServer, news: threading.Event, fleet: _Fleet) -> None:
+def _wait_until_announced(server: FleetServer, log_lines: threading.Event, fleet: _Fleet) -> None:
     announced = f"""PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id {{ ?device tf:fleet "{FLEET}" ; tf:deviceId ?id ; tf:board ?board ; tf:online true }}"""
     deadline = time.monotonic() + ANNOUNCE_TIMEOUT
     while True:
-        news.clear()
+        log_lines.clear()
         there = len(server.store.query(announced))
         if there >= fleet.size:
             return
-        if not news.wait(deadline - time.monotonic()):
+        if not log_lines.wait(deadline - time.monotonic()):
             logs = ", ".join(str(path) for path in sorted(fleet.data.glob("*.log")))
             raise UserError(
                 f"only {there} of {fleet.size} devices announced themselves in {ANNOUNCE_TIMEOUT:.0f} s; see {logs}"
@@ -248,10 +248,10 @@ def _learn(
     clients: int,
     seed: int,
     began: float | None,
-) -> Outcome:
+) -> RunResult:
     """began: when the demo was started, if this is its first run."""
-    how = method(strategy, task, rounds=rounds, clients=clients, seed=seed)
-    with show.Rounds(console, how.name, rounds) as shown:
+    named_strategy = make_strategy(strategy, task, rounds=rounds, clients=clients, seed=seed)
+    with show.Rounds(console, named_strategy.name, rounds) as shown:
 
         def ended(this: Round) -> None:
             if began is not None and this.number == 1:
@@ -260,7 +260,7 @@ def _learn(
 
         return run(
             task,
-            how,
+            named_strategy,
             broker=server.broker,
             fleet=FLEET,
             store=server.store,
@@ -271,7 +271,7 @@ def _learn(
         )
 
 
-def _costs(task: Task, runs: dict[str, Outcome]) -> Table:
+def _costs(task: Task, runs: dict[str, RunResult]) -> Table:
     table = Table(title="What a round costs a device")
     for column in ("", "bytes up", "of the dense float32 size", "RAM of the engine", "of it beside the parameters"):
         table.add_column(column, justify="right" if column else "left")

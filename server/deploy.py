@@ -23,17 +23,17 @@ from tinyfleet.edge.model.program import Program, ProgramError
 from tinyfleet.edge.wire.protocol import (
     CHUNK,
     MAX_CHUNKS,
-    Adopt,
-    Did,
-    Failed,
+    Failure,
     ProtocolError,
+    Reply,
     Status,
     Topics,
+    UpdateModel,
     chunks,
-    decode_did,
+    decode_reply,
     decode_status,
     encode,
-    explain,
+    error_text,
 )
 from tinyfleet.edge.wire.session import Message, Session
 from tinyfleet.ontology.ingest.describe import from_program
@@ -42,42 +42,42 @@ from tinyfleet.ontology.queries import match as matching
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
-AT_ONCE = 64
+MAX_CONCURRENT = 64
 """Devices that fetch the program at the same time: a broker queues all its chunks for each of them."""
 REPEAT = 2.0
 """Seconds until a device that has not answered is asked again; then twice that, and so on, up to 16 times that."""
 
-Outcome = Literal["confirmed", "failed", "no answer"]
+TargetStatus = Literal["confirmed", "failed", "no answer"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class DeploymentPlan:
     """A deployment before it begins. left_out: why each other device of the fleet is none of the targets."""
 
     model: Iri
-    targets: Sequence[matching.Fit]
+    targets: Sequence[matching.DeviceMatch]
     running: Mapping[str, str]  # target -> the id of the model that it runs now
     left_out: Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Result:
+class TargetResult:
     """What came of one target, and after how many seconds. reason: why not, if it is not confirmed."""
 
     device: str
-    outcome: Outcome
+    outcome: TargetStatus
     seconds: float
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class Deployment:
+class DeploymentResult:
     """A deployment that has ended: its IRI, and what came of each target, in the order of the answers."""
 
     iri: Iri
-    results: Sequence[Result]
+    results: Sequence[TargetResult]
 
-    def devices(self, outcome: Outcome) -> list[str]:
+    def devices(self, outcome: TargetStatus) -> list[str]:
         """Those that it came to this with."""
         return sorted(result.device for result in self.results if result.outcome == outcome)
 
@@ -99,7 +99,7 @@ def read_program(path: Path) -> Program:
     return program
 
 
-def plan(store: Store, program: Program, name: str, sparql: str, fleet: str) -> Plan:
+def plan_deployment(store: Store, program: Program, name: str, sparql: str, fleet: str) -> DeploymentPlan:
     """Whom a query selects of a fleet to be given this program, and why not everyone.
 
     The model is described in the graph if it is not yet. Selected devices that do not meet a need of it, run it
@@ -107,8 +107,8 @@ def plan(store: Store, program: Program, name: str, sparql: str, fleet: str) -> 
     """
     model = matching.describe(store, from_program(program, name))
     selected = set(matching.select(store, sparql, model, fleet))
-    fits = {fit.device: fit for fit in matching.devices(store, model, fleet)}
-    misses = matching.why_not(store, fleet, model=model)
+    fits = {fit.device: fit for fit in matching.match_devices(store, model, fleet)}
+    misses = matching.unmet_requirements(store, fleet, model=model)
     rows = store.query(
         """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id ?running WHERE {
@@ -121,7 +121,7 @@ def plan(store: Store, program: Program, name: str, sparql: str, fleet: str) -> 
     current = {str(row["id"]): row.get("running") for row in rows}
     left_out = dict.fromkeys(selected - set(current), "the graph knows no such device")
     for device, running in current.items():
-        missed = [miss for miss in misses.get((device, model), ()) if miss.need != matching.TRAIN]
+        missed = [miss for miss in misses.get((device, model), ()) if miss.requirement != matching.TRAIN]
         if device not in fits:
             left_out[device] = "; ".join(map(str, missed)) or "the graph knows too little of it"
         elif running == model:
@@ -134,35 +134,35 @@ def plan(store: Store, program: Program, name: str, sparql: str, fleet: str) -> 
             left_out[device] = "is offline"
     targets = [fit for device, fit in fits.items() if device not in left_out]
     if not targets:
-        raise _nobody(fleet, selected, left_out)
+        raise _no_targets_message(fleet, selected, left_out)
     running_now = {fit.device: str(current[fit.device]).rsplit(":", 1)[-1] for fit in targets}
-    return Plan(model, targets, running_now, dict(sorted(left_out.items())))
+    return DeploymentPlan(model, targets, running_now, dict(sorted(left_out.items())))
 
 
-def _nobody(fleet: str, selected: set[str], left_out: Mapping[str, str]) -> UserError:
+def _no_targets_message(fleet: str, selected: set[str], left_out: Mapping[str, str]) -> UserError:
     if not left_out:
         return UserError(
             f"the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device), or name another fleet "
             "with --fleet"
         )
     # First why those that were wanted cannot be given it.
-    order = sorted(left_out, key=lambda device: (device not in selected, device))
-    reasons = "; ".join(f"{device}: {left_out[device]}" for device in order[:5])
-    more = f"; and {len(order) - 5} more" if len(order) > 5 else ""
+    command = sorted(left_out, key=lambda device: (device not in selected, device))
+    reasons = "; ".join(f"{device}: {left_out[device]}" for device in command[:5])
+    more = f"; and {len(command) - 5} more" if len(command) > 5 else ""
     return UserError(f"nobody is left to give it to: {reasons}{more}")
 
 
 def deploy(
     store: Store,
     program: Program,
-    what: Plan,
+    what: DeploymentPlan,
     *,
     broker: tuple[str, int],
     fleet: str,
     selected_by: str,
     timeout: float = 60.0,
-    on_result: Callable[[Result], None] = lambda result: None,
-) -> Deployment:
+    on_result: Callable[[TargetResult], None] = lambda result: None,
+) -> DeploymentResult:
     """Gives the program to the plan's targets, and writes the deployment into the graph when it begins and ends.
 
     timeout: seconds that one device may take. on_result: called as each answers, or does not. Raises UserError if the
@@ -176,7 +176,7 @@ def deploy(
             for result in rollout.run():
                 on_result(result)
         finally:  # after an interrupt too: who has not answered by then has not
-            ended = Deployment(about, rollout.results)
+            ended = DeploymentResult(about, rollout.results)
             lineage.deployment(
                 number,
                 what.model,
@@ -194,10 +194,10 @@ def deploy(
 class _Target:
     """One device, from its first order until its outcome. Times are time.monotonic()'s."""
 
-    order: Adopt
+    command: UpdateModel
     began: float
-    ask_at: float
-    patience: float = REPEAT
+    resend_at: float
+    resend_interval: float = REPEAT
     online: bool = True
 
 
@@ -207,7 +207,7 @@ class _Rollout:
     def __init__(
         self, broker: tuple[str, int], fleet: str, program: Program, devices: Sequence[str], timeout: float
     ) -> None:
-        self.results: list[Result] = []
+        self.results: list[TargetResult] = []
         self._topics = Topics(fleet)
         self._program = program
         payloads = enumerate(chunks(program.data))
@@ -232,7 +232,7 @@ class _Rollout:
             self._session.flush(2)
         self._session.close()
 
-    def run(self) -> Iterator[Result]:
+    def run(self) -> Iterator[TargetResult]:
         """The outcomes as they come; ends with the last."""
         assert self._session is not None
         told = 0
@@ -240,8 +240,8 @@ class _Rollout:
             with self._changed:
                 orders, until = self._due()
                 over = not self._waiting
-            for device, order in orders:  # not under the lock: the session's thread may wait for it
-                self._session.publish(self._topics.do(device), encode(order))
+            for device, command in orders:  # not under the lock: the session's thread may wait for it
+                self._session.publish(self._topics.do(device), encode(command))
             while told < len(self.results):
                 yield self.results[told]
                 told += 1
@@ -251,28 +251,31 @@ class _Rollout:
                 if told == len(self.results):
                     self._changed.wait(max(0.0, until - time.monotonic()))
 
-    def _due(self) -> tuple[list[tuple[str, Adopt]], float]:
+    def _due(self) -> tuple[list[tuple[str, UpdateModel]], float]:
         """Gives up on who is late, begins with who is next, and says whom to ask now, and when it is time to look
         again."""
         now, orders = time.monotonic(), []
         for device, target in list(self._waiting.items()):
             if now >= target.began + self._timeout:
                 why = f"no answer within {self._timeout:g} s" if target.online else "it went offline"
-                self._settle(device, "no answer", why)
+                self._finish(device, "no answer", why)
         data = self._program.data
-        while self._pending and len(self._waiting) < AT_ONCE:
-            order = Adopt(next(self._ids) & 0xFFFFFFFF, self._program.model_id, len(data), zlib.crc32(data))
-            self._waiting[self._pending.pop()] = _Target(order, now, now)
+        while self._pending and len(self._waiting) < MAX_CONCURRENT:
+            command = UpdateModel(next(self._ids) & 0xFFFFFFFF, self._program.model_id, len(data), zlib.crc32(data))
+            self._waiting[self._pending.pop()] = _Target(command, now, now)
         for device, target in self._waiting.items():
-            if now >= target.ask_at:
-                orders.append((device, target.order))
-                target.ask_at, target.patience = now + target.patience, min(2 * target.patience, 16 * REPEAT)
-        times = (min(target.ask_at, target.began + self._timeout) for target in self._waiting.values())
+            if now >= target.resend_at:
+                orders.append((device, target.command))
+                target.resend_at, target.resend_interval = (
+                    now + target.resend_interval,
+                    min(2 * target.resend_interval, 16 * REPEAT),
+                )
+        times = (min(target.resend_at, target.began + self._timeout) for target in self._waiting.values())
         return orders, min(times, default=now)
 
-    def _settle(self, device: str, outcome: Outcome, reason: str = "") -> None:
+    def _finish(self, device: str, outcome: TargetStatus, reason: str = "") -> None:
         target = self._waiting.pop(device)
-        self.results.append(Result(device, outcome, time.monotonic() - target.began, reason))
+        self.results.append(TargetResult(device, outcome, time.monotonic() - target.began, reason))
         self._changed.notify_all()
 
     # Called by the session's thread
@@ -288,9 +291,9 @@ class _Rollout:
     def _receive(self, topic: str, payload: bytes) -> None:
         match self._topics.parse(topic):
             case "status", (str(device),):
-                read: Callable[[bytes], Status | Did] = decode_status
+                read: Callable[[bytes], Status | Reply] = decode_status
             case "did", (str(device),):
-                read = decode_did
+                read = decode_reply
             case _:
                 return
         try:
@@ -303,13 +306,13 @@ class _Rollout:
                 return
             if isinstance(said, Status):
                 if said.online and said.model == self._program.model_id:
-                    self._settle(device, "confirmed")
+                    self._finish(device, "confirmed")
                 elif said.online and not target.online:  # it is back, and what it was told may be lost
-                    target.ask_at = time.monotonic()
+                    target.resend_at = time.monotonic()
                     self._changed.notify_all()
                 target.online = said.online
-            elif said.id == target.order.id:
-                if isinstance(said, Failed):
-                    self._settle(device, "failed", explain(said))
+            elif said.id == target.command.id:
+                if isinstance(said, Failure):
+                    self._finish(device, "failed", error_text(said))
                 else:
-                    self._settle(device, "confirmed")
+                    self._finish(device, "confirmed")

@@ -60,7 +60,7 @@ class Score:
 
 def few_shot(
     task: Task,
-    start: NDArray[np.float32],
+    initialization: NDArray[np.float32],
     phases: Sequence[Phase],
     *,
     shots: int,
@@ -83,7 +83,7 @@ def few_shot(
         episode_seed, order_seed = seeds_of(seed, e)
         episode = task.draw(split, [episode_seed], shots, queries)[0]
         order = endless(len(episode.support_y), np.random.default_rng(order_seed))
-        learner.set_parameters(start)
+        learner.set_parameters(initialization)
         try:
             for phase in phases:
                 learner.mask = phase.layers & every_layer
@@ -109,7 +109,7 @@ def _score(learner: MoteLearner, episode: Episode) -> float:
 
 def one_pass(
     task: Task,
-    start: NDArray[np.float32],
+    initialization: NDArray[np.float32],
     *,
     shots: int,
     episodes: int = 200,
@@ -123,7 +123,9 @@ def one_pass(
 
     def at(rate: float, count: int, split: Split, seed: int) -> Score:
         phases = [Phase(layers, steps, rate)]
-        return few_shot(task, start, phases, shots=shots, episodes=count, queries=queries, seed=seed, split=split)
+        return few_shot(
+            task, initialization, phases, shots=shots, episodes=count, queries=queries, seed=seed, split=split
+        )
 
     best = max(RATES, key=lambda rate: at(rate, 50, "validation", seed + 1).merit)
     return at(best, episodes, "held_out", seed)
@@ -140,8 +142,8 @@ def baselines(
         "from scratch": (task.program.initial(seed), ALL_LAYERS),
     }
     return {
-        name: [one_pass(task, start, shots=k, seed=seed, layers=layers) for k in shots]
-        for name, (start, layers) in starts.items()
+        name: [one_pass(task, initialization, shots=k, seed=seed, layers=layers) for k in shots]
+        for name, (initialization, layers) in starts.items()
     }
 
 

@@ -19,34 +19,38 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from numpy.typing import NDArray
-from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.tasks import Recipe, Task
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
+from tinyfleet.edge.tasks import Hyperparameters, Task
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, RoundConfig, UpdateFormat, format_round_config
 from tinyfleet.ontology.ingest import describe
-from tinyfleet.ontology.ingest.lineage import Lineage, Part
+from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.queries.match import select
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
-from tinyfleet.server.flower.grid import Event, MqttGrid
+from tinyfleet.server.flower.grid import MqttGrid, RoundEvent
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 
 Vector = NDArray[np.float32]
 
-META = ("tinymetafed", "tinyreptile", "reptile", "fomaml")
+META_STRATEGIES = ("tinymetafed", "tinyreptile", "reptile", "fomaml")
 ASYNCHRONOUS = ("tinymetafed", "reptile", "fomaml", "fedavg")
 
 
-def phases(recipe: Recipe, program: Program) -> tuple[Phase, ...]:
+def phases(hyperparameters: Hyperparameters, program: Program) -> tuple[Phase, ...]:
     """How a device adapts under a recipe: the head alone first, if it says so, then everything."""
-    everything = Phase(ALL_LAYERS, recipe.steps, recipe.rate)
-    return (Phase(program.head, recipe.head_steps, recipe.rate), everything) if recipe.head_steps else (everything,)
+    everything = Phase(ALL_LAYERS, hyperparameters.steps, hyperparameters.rate)
+    return (
+        (Phase(program.head, hyperparameters.head_steps, hyperparameters.rate), everything)
+        if hyperparameters.head_steps
+        else (everything,)
+    )
 
 
 @dataclass(frozen=True)
-class Method:
+class NamedStrategy:
     """A strategy, what it tells the devices beside what it says itself, and its name in the graph."""
 
     name: str
@@ -55,7 +59,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Options:
+class StrategyOptions:
     """What of a method can be chosen apart from its recipe; None: as the strategy has it.
 
     local, anneal: whether TinyMetaFed keeps the head on the devices, and lowers alpha as it goes. top: the share of the
@@ -66,7 +70,7 @@ class Options:
 
     local: bool | None = None
     anneal: bool | None = None
-    top: float | None = None
+    density: float | None = None
     mu: float | None = None
     asynchronous: bool = False
     dp_clip: float = 0.0
@@ -75,22 +79,22 @@ class Options:
 
     def check(self, key: str) -> None:
         """Raises UserError for what was chosen that the strategy of that name, in small letters, has no use for."""
-        head, flowers = key == "tinymetafed", key not in META and not self.asynchronous
+        head, flowers = key == "tinymetafed", key not in META_STRATEGIES and not self.asynchronous
         uses = {
             "--local/--no-local": (self.local is not None, head, "--strategy tinymetafed"),
             "--anneal/--no-anneal": (self.anneal is not None, head, "--strategy tinymetafed"),
-            "--top": (self.top is not None, head or flowers, "--strategy tinymetafed or one of Flower's"),
+            "--top": (self.density is not None, head or flowers, "--strategy tinymetafed or one of Flower's"),
             "--mu": (self.mu is not None, key == "fedprox", "--strategy fedprox"),
             "--dp-noise": (self.dp_noise is not None, self.dp_clip > 0, "--dp-clip above 0"),
             "--dp-on-device": (self.dp_on_device, self.dp_clip > 0, "--dp-clip above 0"),
         }
-        for option, (chosen, used, goes_with) in uses.items():
+        for option, (chosen, used, requires) in uses.items():
             if chosen and not used:
                 how = f"{'asynchronous ' * self.asynchronous}{key}"
-                raise UserError(f"{how} has no use for {option}: leave it out, or choose {goes_with}")
+                raise UserError(f"{how} has no use for {option}: leave it out, or choose {requires}")
 
 
-def method(
+def make_strategy(
     name: str,
     task: Task,
     *,
@@ -98,32 +102,34 @@ def method(
     clients: int,
     query: int = 16,
     seed: int = 0,
-    options: Options = Options(),
-) -> Method:
+    options: StrategyOptions = StrategyOptions(),
+) -> NamedStrategy:
     """One of ours (META), or any of Flower's by its class name in any case, with the task's recipe for it.
 
     clients: how many a round. query: samples that each device scores itself on. Raises UserError for an unknown name,
     or for options that do not go with it.
     """
     key = name.lower()
-    if options.top is not None and not 0 < options.top <= 1:
-        raise UserError(f"--top is the share of the changes that is sent, in (0, 1], not {options.top:g}")
+    if options.density is not None and not 0 < options.density <= 1:
+        raise UserError(f"--top is the share of the changes that is sent, in (0, 1], not {options.density:g}")
     if options.dp_clip and (options.asynchronous or key not in ("fedavg", "fedprox")):
         raise UserError(
             f"differential privacy is for the rounds of fedavg and fedprox: its noise is made for their mean, and "
             f"not for {'asynchronous ones' if options.asynchronous else name}"
         )
-    if key in META or (options.asynchronous and key == "fedavg"):
+    if key in META_STRATEGIES or (options.asynchronous and key == "fedavg"):
         options.check(key)
         ours = strategy(key, task, rounds=rounds, clients=clients, query=query, seed=seed, options=options)
         if not options.asynchronous:
-            return Method(type(ours).__name__, ours)
+            return NamedStrategy(type(ours).__name__, ours)
         if key == "tinyreptile":
             raise UserError("TinyReptile visits one device at a time; for asynchronous rounds choose reptile")
-        return Method("FedAsync" if key == "fedavg" else f"asynchronous {type(ours).__name__}", Asynchronous(ours))
+        return NamedStrategy(
+            "FedAsync" if key == "fedavg" else f"asynchronous {type(ours).__name__}", Asynchronous(ours)
+        )
     if options.asynchronous:
         raise UserError(f"{name} needs all of a round's updates at once; asynchronous are {', '.join(ASYNCHRONOUS)}")
-    return _flowers(key, name, task, clients, query, seed, options)
+    return _make_flower_strategy(key, name, task, clients, query, seed, options)
 
 
 def strategy(
@@ -134,11 +140,11 @@ def strategy(
     clients: int,
     query: int = 0,
     seed: int = 0,
-    options: Options = Options(),
+    options: StrategyOptions = StrategyOptions(),
 ) -> Reptile:
     """One of META, with the task's recipe."""
-    recipe = task.meta if key in META else task.fedavg
-    alpha, beta, steps = recipe.alpha, recipe.rate, recipe.steps
+    hyperparameters = task.meta if key in META_STRATEGIES else task.fedavg
+    alpha, beta, steps = hyperparameters.alpha, hyperparameters.rate, hyperparameters.steps
     if key == "tinyreptile":
         return TinyReptile(alpha=alpha, beta=beta, steps=steps, query=query, seed=seed)
     if key == "fomaml":
@@ -152,22 +158,24 @@ def strategy(
         alpha_end=alpha if options.anneal is False else 0.0,
         beta=beta,
         steps=steps,
-        local=task.program.head if recipe.head_steps and options.local is not False else 0,
-        local_steps=recipe.head_steps,
-        top=recipe.top if options.top is None else options.top,
+        local=task.program.head if hyperparameters.head_steps and options.local is not False else 0,
+        local_steps=hyperparameters.head_steps,
+        density=hyperparameters.density if options.density is None else options.density,
         clients=clients,
         query=query,
         seed=seed,
     )
 
 
-def _flowers(key: str, name: str, task: Task, clients: int, query: int, seed: int, options: Options) -> Method:
+def _make_flower_strategy(
+    key: str, name: str, task: Task, clients: int, query: int, seed: int, options: StrategyOptions
+) -> NamedStrategy:
     classes = {name: getattr(flower_strategies, name) for name in flower_strategies.__all__}
     known = {name.lower(): kind for name, kind in classes.items() if issubclass(kind, FedAvg)}
     if key not in known:
-        raise UserError(f"there is no strategy '{name}'; choose one of {', '.join((*META, *sorted(known)))}")
+        raise UserError(f"there is no strategy '{name}'; choose one of {', '.join((*META_STRATEGIES, *sorted(known)))}")
     options.check(key)
-    recipe, kind = task.fedavg, known[key]
+    hyperparameters, kind = task.fedavg, known[key]
     # No least number of nodes: Flower's would wait for them without end.
     more = {"proximal_mu": 0.1 if options.mu is None else options.mu} if key == "fedprox" else {}
     flowers: Strategy = kind(
@@ -178,21 +186,21 @@ def _flowers(key: str, name: str, task: Task, clients: int, query: int, seed: in
         wrapper = private if options.dp_on_device else DifferentialPrivacyServerSideFixedClipping
         noise = 1.0 if options.dp_noise is None else options.dp_noise
         flowers = wrapper(flowers, noise, options.dp_clip, clients)
-    top = recipe.top if options.top is None else options.top
-    plan = Plan(phases(recipe, task.program), query, UpdateFormat(top=top), seed)
-    config = config_from_plan(plan)
+    density = hyperparameters.density if options.density is None else options.density
+    round_config = RoundConfig(phases(hyperparameters, task.program), query, UpdateFormat(density=density), seed)
+    config = format_round_config(round_config)
     del config["seed"]  # then every device draws samples of its own in every round
-    return Method(f"{kind.__name__}{' with differential privacy' if options.dp_clip else ''}", flowers, config)
+    return NamedStrategy(f"{kind.__name__}{' with differential privacy' if options.dp_clip else ''}", flowers, config)
 
 
-def first_parameters(program: Program, how: Method, seed: int = 0) -> Vector:
+def initial_parameters(program: Program, how: NamedStrategy, seed: int = 0) -> Vector:
     """What a run begins with: random from the seed, but 0 in layers that stay on the devices, which each fits its own
     from there. (A random one would favour some labels over others, and no task has the labels of another.)"""
     strategy = how.strategy.strategy if isinstance(how.strategy, Asynchronous) else how.strategy
-    return start_of(program, strategy.update.shared if isinstance(strategy, Reptile) else ALL_LAYERS, seed)
+    return random_initialization(program, strategy.update.shared if isinstance(strategy, Reptile) else ALL_LAYERS, seed)
 
 
-def start_of(program: Program, shared: int, seed: int) -> Vector:
+def random_initialization(program: Program, shared: int, seed: int) -> Vector:
     """Random parameters, but 0 in layers that are not in the mask `shared`."""
     return np.where(program.in_layers(shared), program.initial(seed), np.float32(0))
 
@@ -217,7 +225,7 @@ class Round:
 
     number: int
     asked: int
-    parts: Sequence[Part]
+    parts: Sequence[Participation]
     lost: Mapping[str, str]  # device -> why
     bytes_up: int
     bytes_down: int
@@ -236,11 +244,11 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """A run that has ended: its number, the parameters that it began with and that it learned, and its rounds."""
 
     run: int
-    start: Vector
+    initialization: Vector
     parameters: Vector
     rounds: Sequence[Round]
 
@@ -250,7 +258,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def explain(store: Store, model: Iri, fleet: str) -> list[str]:
+def why_devices_cannot_train(store: Store, model: Iri, fleet: str) -> list[str]:
     """For every device of the fleet, why it may not be able to train the model; what the graph can tell."""
     rows = store.query(
         """PREFIX tf: <https://w3id.org/tinyfleet#>
@@ -281,8 +289,8 @@ def explain(store: Store, model: Iri, fleet: str) -> list[str]:
     return reasons
 
 
-def _nobody(store: Store, model: Iri, fleet: str, selected: Sequence[str]) -> UserError:
-    reasons = explain(store, model, fleet)
+def _no_clients_message(store: Store, model: Iri, fleet: str, selected: Sequence[str]) -> UserError:
+    reasons = why_devices_cannot_train(store, model, fleet)
     if not reasons:
         return UserError(
             f"no client is eligible: the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device), "
@@ -298,25 +306,25 @@ def _nobody(store: Store, model: Iri, fleet: str, selected: Sequence[str]) -> Us
 
 def run(
     task: Task,
-    how: Method,
+    how: NamedStrategy,
     *,
     broker: tuple[str, int],
     fleet: str,
     store: Store,
     rounds: int,
     query: str | None = None,
-    start: Vector | None = None,
+    initialization: Vector | None = None,
     seed: int = 0,
     clients: int = 1,
     wait: float = 10.0,
     timeout: float = 60.0,
-    on_event: Callable[[Event], None] | None = None,
+    on_event: Callable[[RoundEvent], None] | None = None,
     on_round: Callable[[Round], None] | None = None,
-) -> Outcome:
+) -> RunResult:
     """Runs the rounds, and writes the model, the rounds and the lineage into the store.
 
     query: SPARQL whose column ?id are the devices that may take part, asked anew in every round; the library's
-    `clients` by default. start: the first parameters, by default `first_parameters`. clients: how many devices to
+    `clients` by default. start: the first parameters, by default `initial_parameters`. clients: how many devices to
     wait for, `wait` seconds at most; it begins with fewer, but not with none, and in a round waits as long for a first
     one. timeout: seconds that a round may take. on_round: called as each round ends.
 
@@ -324,13 +332,15 @@ def run(
     """
     program, sparql = task.program, query or library.text("clients")
     model = describe.put_model(store, describe.from_program(program, task.name))
-    vector = first_parameters(program, how, seed) if start is None else np.asarray(start, np.float32)
+    vector = (
+        initial_parameters(program, how, seed) if initialization is None else np.asarray(initialization, np.float32)
+    )
     asked: list[str] = []
-    parts: list[tuple[Part, int]] = []  # and the round that it was asked in
+    parts: list[tuple[Participation, int]] = []  # and the round that it was asked in
     lost: dict[str, str] = {}
     arenas: list[int] = []
 
-    def watch(event: Event) -> None:
+    def watch(event: RoundEvent) -> None:
         if event.kind == "asked":
             asked.append(event.device)
         elif event.kind == "replied" and event.metrics is not None:
@@ -347,7 +357,7 @@ def run(
         # All that the graph knows of, so that a draw among them does not depend on who was heard of first.
         nodes = grid.wait_for_nodes(max(clients, len(select(store, sparql, model, fleet))), wait)
         if not nodes:
-            raise _nobody(store, model, fleet, select(store, sparql, model, fleet))
+            raise _no_clients_message(store, model, fleet, select(store, sparql, model, fleet))
         limit_clients(how.strategy, clients, len(nodes))
         number = grid.run.run_id
         lineage = Lineage(store, fleet)
@@ -365,7 +375,7 @@ def run(
             if not asked and not parts:  # ours say so themselves; Flower's would go on with nobody
                 raise UserError(f"no client is there for round {server_round}; start devices, or widen the selection")
             now, up_now, down_now = datetime.now(UTC), grid.traffic.bytes_up, grid.traffic.bytes_down
-            learned = to_vector(arrays, program)
+            learned = arrays_to_vector(arrays, program)
             used = []
             for part, began_in in sorted(parts, key=lambda part: part[0].device):
                 late = server_round - began_in
@@ -411,24 +421,24 @@ def run(
 
         how.strategy.start(
             grid,
-            to_record(vector, program),
+            vector_to_arrays(vector, program),
             rounds,
             timeout,
             train_config=ConfigRecord(dict(how.train_config)),
             evaluate_fn=close,
         )
         lineage.end(number)
-    return Outcome(number, vector, newest, done)
+    return RunResult(number, vector, newest, done)
 
 
-def _part(device: str, metrics: MetricRecord, encoding: str | None) -> Part:
+def _part(device: str, metrics: MetricRecord, encoding: str | None) -> Participation:
     def number(key: str) -> float | None:
         value = metrics.get(key)
         return float(value) if isinstance(value, int | float) else None
 
     samples, size = metrics["num-examples"], metrics["bytes-up"]
     assert isinstance(samples, int) and isinstance(size, int)
-    return Part(device, number("loss"), number("accuracy"), samples, size, encoding)
+    return Participation(device, number("loss"), number("accuracy"), samples, size, encoding)
 
 
 def _sha256(vector: Vector) -> str:

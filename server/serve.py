@@ -46,7 +46,7 @@ class FleetServer:
 
     data: the folder of the graph and of server.json, which tells other commands where the server is, and the token for
     updates; only its owner can read that. broker: one that runs already, or None to start one on `port` (0: a free
-    one). endpoint_port: 0 for a free one. on_news: gets one line for whatever a device newly says of itself.
+    one). endpoint_port: 0 for a free one. on_log: gets one line for whatever a device newly says of itself.
 
     Raises UserError if a port is taken, no broker is there or installed, or another server has the folder.
     """
@@ -59,11 +59,11 @@ class FleetServer:
         broker: tuple[str, int] | None = None,
         port: int = 1883,
         endpoint_port: int = 0,
-        on_news: Callable[[str], None] = lambda line: None,
+        on_log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.fleet = fleet_name(fleet)
         self.data = data
-        self._on_news = on_news
+        self._on_news = on_log
         self._topics = Topics(fleet)
         self._online: dict[str, bool] = {}
         with ExitStack() as stack:
@@ -153,7 +153,7 @@ class FleetServer:
                     self._room.release(len(taken))
                     self._take(taken)
                 if message is _NEW_SESSION:
-                    self.registry.nobody_is_online()
+                    self.registry.mark_all_offline()
             except Exception:  # whatever one message sets off, the others are still to be heard
                 log.exception("messages could not be taken")
             if message is _NEW_SESSION:

@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from tinyfleet.edge.model.program import Program
 from tinyfleet.ontology.store.store import printable
-from tinyfleet.server.deploy import Deployment, Outcome, Plan, Result
+from tinyfleet.server.deploy import DeploymentPlan, DeploymentResult, TargetResult, TargetStatus
 from tinyfleet.server.show import Bar
 
 MOST = 20
 """Lines of a table; --json has them all."""
 
 
-def plan(console: Console, file: Path, program: Program, what: Plan) -> None:
+def print_deployment_plan(console: Console, file: Path, program: Program, what: DeploymentPlan) -> None:
     """The model, its targets and who is left out."""
     console.print(
         f"{file}: model {program.model_id.hex()}, {len(program.data):,} B, {program.arena_bytes:,} B of RAM",
@@ -51,15 +51,15 @@ class Results(Bar):
         super().__init__(console, "deploying", total)
         self._console = console
 
-    def __call__(self, result: Result) -> None:
+    def __call__(self, result: TargetResult) -> None:
         self.advance()
         said = f"{result.device}: {result.outcome} after {result.seconds:.1f} s"
         style = None if result.outcome == "confirmed" else "yellow"
         self._console.print(f"{said}{f': {result.reason}' if result.reason else ''}", style=style, soft_wrap=True)
 
 
-def outcome(console: Console, ended: Deployment) -> None:
+def outcome(console: Console, ended: DeploymentResult) -> None:
     """How many answered what, and where it is written."""
-    kinds: tuple[Outcome, ...] = ("confirmed", "failed", "no answer")
+    kinds: tuple[TargetStatus, ...] = ("confirmed", "failed", "no answer")
     console.print(", ".join(f"{len(ended.devices(kind))} {kind}" for kind in kinds))
     console.print(f"in the graph: tinyfleet query deployment-targets --param deployment={ended.iri}", soft_wrap=True)

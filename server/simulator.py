@@ -40,14 +40,14 @@ from tinyfleet.edge.tasks import Draw, Split, Task
 from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     Dense,
-    Done,
     ErrorCode,
-    Failed,
+    Failure,
     Metrics,
     Phase,
     Sparse,
+    Success,
+    TrainTask,
     UpdateFormat,
-    Work,
     chunks,
     encode,
     varint_sizes,
@@ -55,7 +55,7 @@ from tinyfleet.edge.wire.protocol import (
 from tinyfleet.server.evaluate import endless, seeds_of
 from tinyfleet.server.flower.strategies import TinyMetaFed
 from tinyfleet.server.flower.strategies.reptile import drawn, task_seed
-from tinyfleet.server.run import META, start_of, strategy
+from tinyfleet.server.run import META_STRATEGIES, random_initialization, strategy
 
 Vector = NDArray[np.float32]
 Floats = NDArray[np.float32]
@@ -290,7 +290,7 @@ def omniglot_network(ways: int = 5) -> Network:
     return Network((28, 28, 1), ways, "softmax_cross_entropy", tuple(shapes), layers, apply, work)
 
 
-def omniglot_start(model: Network, seed: int) -> Vector:
+def omniglot_initialization(model: Network, seed: int) -> Vector:
     """Its first parameters: weights uniform after Glorot and Bengio 2010, gamma 1, the rest 0."""
     random, arrays = np.random.default_rng(seed), list[NDArray[Any]]()
     for i, shape in enumerate(model.shapes):
@@ -299,8 +299,8 @@ def omniglot_start(model: Network, seed: int) -> Vector:
         else:
             limit = math.sqrt(6 / ((shape[0] + shape[-1]) * math.prod(shape[1:-1])))
             arrays.append(random.uniform(-limit, limit, shape))
-    start: Vector = np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
-    return start
+    initialization: Vector = np.concatenate([array.ravel() for array in arrays]).astype(np.float32)
+    return initialization
 
 
 # Adaptation
@@ -316,7 +316,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Learned:
+class AdaptResult:
     """parameters: [clients, n_params]. losses: [clients, steps], each before its step. before: the parameters before
     the last step, if asked for. moments: Adam's, if it was used."""
 
@@ -358,7 +358,7 @@ class Backend:
         proximal: float = 0.0,
         moments: Moments | None = None,
         keep: int = 0,
-    ) -> Learned:
+    ) -> AdaptResult:
         """Every client learns through the phases by gradient descent on the mean loss of a batch.
 
         starts: [n_params], or one each: [clients, n_params]. x: [clients, samples, ...]; y: [clients, samples] of
@@ -382,7 +382,7 @@ class Backend:
         if order.shape != (clients, steps, batch):
             raise UserError(f"the order has the shape {order.shape}; it must be {(clients, steps, batch)}")
         if not steps:
-            return Learned(starts.copy(), np.zeros((clients, 0), np.float32), moments=moments)
+            return AdaptResult(starts.copy(), np.zeros((clients, 0), np.float32), moments=moments)
         if self.exact:
             if batch > 1 or proximal or moments or keep:
                 raise UserError("the engine takes one sample a step, by plain gradient descent; leave out exact")
@@ -399,7 +399,7 @@ class Backend:
             lambda part: loop(starts[part], x[part], y[part], _flat(order[part], samples), *shared),
         )
         learned, losses, before, squares = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return Learned(
+        return AdaptResult(
             learned, losses, before if keep else None,
             Moments(squares.mean(0), int(taken) + steps) if moments is not None else None,
         )  # fmt: skip
@@ -451,7 +451,9 @@ class Backend:
             learner.set_parameters(vector)
         return self._learners[: len(parameters)]
 
-    def _exactly(self, starts: Floats, x: Floats, y: Targets, order: NDArray[Any], phases: Sequence[Phase]) -> Learned:
+    def _exactly(
+        self, starts: Floats, x: Floats, y: Targets, order: NDArray[Any], phases: Sequence[Phase]
+    ) -> AdaptResult:
         learners, losses, first = self._set(starts), list[Floats](), 0
         trainable = (1 << max(self.network.layers) + 1) - 1
         for phase in phases:
@@ -464,7 +466,7 @@ class Backend:
             first += phase.steps
         for learner in learners:
             learner.mask = trainable
-        return Learned(np.stack([learner.parameters for learner in learners]), np.concatenate(losses, 1))
+        return AdaptResult(np.stack([learner.parameters for learner in learners]), np.concatenate(losses, 1))
 
 
 def _flat(order: NDArray[Any], samples: int) -> NDArray[np.int32]:
@@ -549,7 +551,7 @@ def _join(arrays: list[Tensor]) -> Tensor:
 def evaluate(
     backend: Backend,
     draw: Draw,
-    start: Vector,
+    initialization: Vector,
     phases: Sequence[Phase],
     *,
     shots: int,
@@ -577,8 +579,8 @@ def evaluate(
         orders = (itertools.islice(endless(samples, np.random.default_rng(order)), steps * batch) for _, order in seeds)
         order = np.array([list(order) for order in orders], np.int64)
         learned = backend.adapt(
-            start, some.support_x, some.support_y, phases, batch=batch, order=order.reshape(len(seeds), steps, batch),
-            moments=moments,
+            initialization, some.support_x, some.support_y, phases, batch=batch,
+            order=order.reshape(len(seeds), steps, batch), moments=moments,
         )  # fmt: skip
         outputs = backend.predict(learned.parameters, some.query_x)
         if backend.network.loss == "mse":
@@ -593,7 +595,7 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Source:
+class ClientSource:
     """Where a round's samples come from.
 
     clients: how many there are to choose from. samples: (clients, seeds, count) -> x [clients, n, ...] and y, what each
@@ -606,17 +608,17 @@ class Source:
     keeps: bool
 
 
-def tasks_of(task: Task, shots: int = 10) -> Source:
+def server_tasks(task: Task, shots: int = 10) -> ClientSource:
     """The server's own tasks: every client is a training task that nobody has had, with so many samples a class."""
 
     def samples(_: Sequence[int], seeds: Sequence[int], count: int) -> tuple[Floats, Targets]:
         some = task.draw("training", seeds, shots, 1)
         return some.support_x, some.support_y
 
-    return Source(2**31, samples, keeps=True)
+    return ClientSource(2**31, samples, keeps=True)
 
 
-def fleet_of(task: Task, size: int) -> Source:
+def simulated_fleet(task: Task, size: int) -> ClientSource:
     """A simulated fleet: what its devices hold, in the order in which their streams give it, to the bit."""
 
     def samples(clients: Sequence[int], seeds: Sequence[int], count: int) -> tuple[Floats, Targets]:
@@ -627,7 +629,7 @@ def fleet_of(task: Task, size: int) -> Source:
             own.append([stream.next(query=False) for _ in range(count)])
         return np.stack([[x for x, _ in some] for some in own]), np.array([[y for _, y in some] for some in own])
 
-    return Source(size, samples, keeps=False)
+    return ClientSource(size, samples, keeps=False)
 
 
 @dataclass(frozen=True)
@@ -692,7 +694,7 @@ def settings(name: str, task: Task, *, clients: int = 5) -> Settings:
     """
     if name not in METHODS:
         raise UserError(f"there is no method '{name}'; choose one of {', '.join(METHODS)}")
-    if name in META:
+    if name in META_STRATEGIES:
         ours = strategy(name, task, rounds=1, clients=clients)
         phases = tuple(ours.phases)
         adapts = (Phase(ALL_LAYERS, task.meta.steps, task.meta.rate),) if ours.update.since else phases
@@ -705,9 +707,9 @@ def settings(name: str, task: Task, *, clients: int = 5) -> Settings:
     return Settings(name, phases, adapts, clients, proximal=0.1 if name == "fedprox" else 0.0)
 
 
-def first_parameters(program: Program, how: Settings, seed: int = 0) -> Vector:
-    """Random from the seed, but 0 in layers that stay on the devices (see server.run.first_parameters)."""
-    return start_of(program, how.update.shared, seed)
+def initial_parameters(program: Program, how: Settings, seed: int = 0) -> Vector:
+    """Random from the seed, but 0 in layers that stay on the devices (see server.run.initial_parameters)."""
+    return random_initialization(program, how.update.shared, seed)
 
 
 @dataclass(frozen=True)
@@ -726,10 +728,10 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulationResult:
     """What a run began with and what it learned, its rounds, and Adam's moments if it had any."""
 
-    start: Vector
+    initialization: Vector
     parameters: Vector
     rounds: Sequence[Round]
     moments: Moments | None = None
@@ -737,17 +739,17 @@ class Outcome:
 
 def simulate(
     backend: Backend,
-    source: Source,
+    source: ClientSource,
     how: Settings,
-    start: Vector,
+    initialization: Vector,
     *,
     rounds: int,
     seed: int = 0,
     checkpoint: Path | None = None,
     every: int = 100,
     chunk: int = 256,
-    on_round: Callable[[Outcome], None] | None = None,
-) -> Outcome:
+    on_round: Callable[[SimulationResult], None] | None = None,
+) -> SimulationResult:
     """Whole rounds: clients are drawn, learn, send their update; the start moves.
 
     Clients and their seeds are those that server.strategies draws with this seed of nodes 0 to source.clients - 1.
@@ -757,8 +759,10 @@ def simulate(
     """
     if 0 < how.steps < 2 and how.name in ("reptile", "tinyreptile", "tinymetafed"):
         raise UserError("meta-learning takes at least 2 steps on each client (1 is joint training); raise steps")
-    identity = f"{astuple(how)} {seed} {rounds} {source.clients} {hashlib.sha256(start.tobytes()).hexdigest()}"
-    outcome = Outcome(start, start, [], Moments(np.zeros_like(start)) if how.adam else None)
+    identity = f"{astuple(how)} {seed} {rounds} {source.clients} {hashlib.sha256(initialization.tobytes()).hexdigest()}"
+    outcome = SimulationResult(
+        initialization, initialization, [], Moments(np.zeros_like(initialization)) if how.adam else None
+    )
     if checkpoint is not None and checkpoint.exists():
         outcome = _resume(checkpoint, identity, outcome)
     if not how.steps:
@@ -767,7 +771,7 @@ def simulate(
         began = time.perf_counter()
         parameters, this, moments = _round(backend, source, how, outcome, number, rounds, seed, chunk)
         this = replace(this, seconds=time.perf_counter() - began)
-        outcome = Outcome(start, parameters, [*outcome.rounds, this], moments)
+        outcome = SimulationResult(initialization, parameters, [*outcome.rounds, this], moments)
         if checkpoint is not None and (number % every == 0 or number == rounds):
             _save(checkpoint, identity, outcome)
         if on_round is not None:
@@ -776,13 +780,20 @@ def simulate(
 
 
 def _round(
-    backend: Backend, source: Source, how: Settings, at: Outcome, number: int, rounds: int, seed: int, chunk: int
+    backend: Backend,
+    source: ClientSource,
+    how: Settings,
+    at: SimulationResult,
+    number: int,
+    rounds: int,
+    seed: int,
+    chunk: int,
 ) -> tuple[Vector, Round, Moments | None]:
-    net, start, moments = backend.network, at.parameters, at.moments
+    net, initialization, moments = backend.network, at.parameters, at.moments
     random = np.random.default_rng([seed, number])
     chosen = drawn(source.clients, how.clients, random)
     seeds = [task_seed(seed, number, node) for node in chosen]
-    pull, losses, squares = np.zeros(net.n_params), list[Floats](), list[Vector]()
+    change_sum, losses, squares = np.zeros(net.n_params), list[Floats](), list[Vector]()
     up, good = 0, 0
     arena = backend.model.arena_bytes if isinstance(backend.model, Program) else 4 * net.n_params
     metrics = Metrics(how.steps, 0.0, 0, 0, 0.0, arena)
@@ -795,16 +806,18 @@ def _round(
             rows = random.permuted(passes, axis=2).reshape(len(x), -1)  # one client after the other, whatever the chunk
             order = rows[:, : how.steps * how.batch].reshape(len(x), how.steps, how.batch)
         learned = backend.adapt(
-            start, x, y, how.phases, batch=how.batch, order=order, proximal=how.proximal, moments=moments,
+            initialization, x, y, how.phases, batch=how.batch, order=order, proximal=how.proximal, moments=moments,
             keep=how.kept,
         )  # fmt: skip
-        answer = learned.parameters if learned.before is None else start + (learned.parameters - learned.before)
+        answer = (
+            learned.parameters if learned.before is None else initialization + (learned.parameters - learned.before)
+        )
         finite = np.isfinite(answer).all(1)
-        received, sizes = encoded(start, answer[finite], how.update, net.chosen(how.update.shared), metrics)
+        received, sizes = encoded(initialization, answer[finite], how.update, net.chosen(how.update.shared), metrics)
         for vector in received:  # one after the other, as the strategies add them
-            pull += vector.astype(np.float64) - start
+            change_sum += vector.astype(np.float64) - initialization
         good += len(received)
-        up += int(sizes.sum()) + (len(answer) - len(received)) * len(encode(Failed(ID, ErrorCode.DIVERGED)))
+        up += int(sizes.sum()) + (len(answer) - len(received)) * len(encode(Failure(ID, ErrorCode.DIVERGED)))
         losses.append(learned.losses[finite].mean(1))
         if learned.moments is not None:
             squares.append(learned.moments.squares * len(x))
@@ -812,10 +825,10 @@ def _round(
     if not good:
         raise UserError(f"all clients diverged in round {number}; lower the rate")
     alpha = how.rate(number, rounds)
-    parameters = np.asarray(start + alpha * (pull / good), np.float32)
+    parameters = np.asarray(initialization + alpha * (change_sum / good), np.float32)
     if moments is not None:
         moments = Moments(np.asarray(sum(squares) / np.float32(len(chosen)), np.float32), moments_steps)
-    down = _asked_bytes(start, how, number, len(chosen))
+    down = _asked_bytes(initialization, how, number, len(chosen))
     loss = float(np.concatenate(losses).mean(dtype=np.float64))
     return parameters, Round(number, len(chosen), len(chosen) - good, loss, alpha, up, down, 0.0), moments
 
@@ -824,19 +837,19 @@ def _round(
 
 
 def encoded(
-    start: Vector, learned: Floats, how: UpdateFormat, shared: NDArray[np.bool_], metrics: Metrics
+    initialization: Vector, learned: Floats, how: UpdateFormat, shared: NDArray[np.bool_], metrics: Metrics
 ) -> tuple[Floats, NDArray[np.int64]]:
     """What the server makes of clients' updates [clients, n_params], and the bytes [clients] of each one's payloads.
 
     The same choice and the same numbers as edge.agent's dense_update and sparse_update, all clients at once. metrics:
     what goes with every update; of it only the lengths of its numbers matter.
     """
-    if how.top >= 1:
-        length = _reply_bytes([*dense_update(start, shared, how, ROOM)], metrics)
-        return np.where(shared, _rounded(learned, how.half), start), np.full(len(learned), length)
-    changes = learned - start
+    if how.density >= 1:
+        length = _reply_bytes([*dense_update(initialization, shared, how, ROOM)], metrics)
+        return np.where(shared, _rounded(learned, how.half), initialization), np.full(len(learned), length)
+    changes = learned - initialization
     magnitude = np.where(shared, np.abs(changes), np.float32(0))
-    k = max(1, int(np.ceil(np.float32(how.top) * np.float32(shared.sum()))))
+    k = max(1, int(np.ceil(np.float32(how.density) * np.float32(shared.sum()))))
     least = np.partition(magnitude, -k, axis=1)[:, -k, None]
     above, equal = magnitude > least, magnitude == least
     room = k - above.sum(1, keepdims=True)
@@ -851,7 +864,7 @@ def encoded(
     for i in np.flatnonzero(gaps + values > ROOM):  # too long for one message
         indices = np.flatnonzero(chosen[i]).astype(np.uint32)
         bytes_[i] = _reply_bytes([*sparse_parts(indices, changes[i], how, ROOM)], metrics)
-    return np.where(chosen, start + _rounded(changes, how.half), start), bytes_
+    return np.where(chosen, initialization + _rounded(changes, how.half), initialization), bytes_
 
 
 def _rounded(values: Floats, half: bool) -> Floats:
@@ -861,7 +874,7 @@ def _rounded(values: Floats, half: bool) -> Floats:
 def _reply_bytes(updates: Sequence[Dense | Sparse], metrics: Metrics) -> int:
     """Of a reply's messages."""
     parts = enumerate(updates)
-    return sum(len(encode(Done(ID, i, len(updates), None if i else metrics, update))) for i, update in parts)
+    return sum(len(encode(Success(ID, i, len(updates), None if i else metrics, update))) for i, update in parts)
 
 
 def _head(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -869,11 +882,11 @@ def _head(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     return (sizes >= 24).astype(np.int64) + (sizes >= 1 << 8) + 2 * (sizes >= 1 << 16)
 
 
-def _asked_bytes(start: Vector, how: Settings, number: int, clients: int) -> int:
+def _asked_bytes(initialization: Vector, how: Settings, number: int, clients: int) -> int:
     """The weights once for all, and to each client its order."""
-    phases = tuple(replace(phase, pull=how.proximal) for phase in how.phases)
-    order = len(encode(Work(ID, "train", ID, number, bytes(8), ID, phases, 0, how.update)))
-    return sum(map(len, chunks(start.astype("<f4").tobytes()))) + clients * order
+    phases = tuple(replace(phase, proximal_mu=how.proximal) for phase in how.phases)
+    order = len(encode(TrainTask(ID, "train", ID, number, bytes(8), ID, phases, 0, how.update)))
+    return sum(map(len, chunks(initialization.astype("<f4").tobytes()))) + clients * order
 
 
 # Checkpoints
@@ -881,7 +894,7 @@ def _asked_bytes(start: Vector, how: Settings, number: int, clients: int) -> int
 _COLUMNS = tuple(Round.__dataclass_fields__)
 
 
-def _save(path: Path, identity: str, at: Outcome) -> None:
+def _save(path: Path, identity: str, at: SimulationResult) -> None:
     moments = at.moments or Moments(np.zeros(0, np.float32))
     table = np.array([astuple(this) for this in at.rounds], np.float64).reshape(-1, len(_COLUMNS))
     new = path.with_name(path.name + ".new.npz")
@@ -891,7 +904,7 @@ def _save(path: Path, identity: str, at: Outcome) -> None:
     new.replace(path)
 
 
-def _resume(path: Path, identity: str, begin: Outcome) -> Outcome:
+def _resume(path: Path, identity: str, begin: SimulationResult) -> SimulationResult:
     try:
         with np.load(path) as saved:
             found = {name: saved[name] for name in ("identity", "parameters", "rounds", "squares", "steps")}
@@ -902,4 +915,4 @@ def _resume(path: Path, identity: str, begin: Outcome) -> Outcome:
     kinds: list[Callable[[float], Any]] = [int, int, int, float, float, int, int, float]
     rounds = [Round(*(kind(v) for kind, v in zip(kinds, row, strict=True))) for row in found["rounds"].tolist()]
     moments = Moments(found["squares"], int(found["steps"])) if begin.moments is not None else None
-    return Outcome(begin.start, found["parameters"], rounds, moments)
+    return SimulationResult(begin.initialization, found["parameters"], rounds, moments)

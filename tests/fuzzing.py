@@ -24,7 +24,7 @@ from tinyfleet.edge.model.program import Dense, ReLU, build
 from tinyfleet.edge.mote_build import SOURCES
 from tinyfleet.edge.mote_codegen import DEFINES, generate
 from tinyfleet.edge.wire import frames
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Adopt, Phase, Reboot, UpdateFormat, Work, chunks, encode
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel, chunks, encode
 
 TESTS = Path(__file__).parent
 MOTE = TESTS.parent / "edge" / "mote"
@@ -111,10 +111,10 @@ def node_seeds() -> list[bytes]:
     updates += [UpdateFormat(2, True, 0.5)]
     weights = _message(0xA0, PROGRAM.initial(1).tobytes())
     orders = [
-        Work(1 + i, "train", 5, 1, model, i, (Phase(2, 3, 0.1), Phase(3, 9, 0.1)), 4, update)
+        TrainTask(1 + i, "train", 5, 1, model, i, (Phase(2, 3, 0.1), Phase(3, 9, 0.1)), 4, update)
         for i, update in enumerate(updates)
     ]
-    adopt = Adopt(9, bytes(7) + b"\2", len(OTHER.data), zlib.crc32(OTHER.data))
+    adopt = UpdateModel(9, bytes(7) + b"\2", len(OTHER.data), zlib.crc32(OTHER.data))
     assert len(OTHER.data) <= 1024
     found = [_message(0x80, encode(order)) + weights + b"\x3f" * 8 + b"\x40\x3f" for order in orders]
     found += [_message(0x80, encode(adopt)) + _message(0xC0, OTHER.data) + found[0]]

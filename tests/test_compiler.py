@@ -254,7 +254,7 @@ def test_a_batch_normalization_does_not_train_but_what_is_behind_it_does():
     head = compiler.compile_model(model, train_from="deep")
     x = sample(model)
     np.testing.assert_allclose(MoteLearner(head).infer(x), model(x[None])[0], rtol=0, atol=1e-5)
-    takes = compiler.plan(model)
+    takes = compiler.plan_model(model)
     assert takes.trainable is None
     assert list(takes.train_from) == ["deep", "head"]
     assert any("'folded'" in note for note in takes.notes)
@@ -288,7 +288,7 @@ def test_the_plan_is_what_the_programs_take(make, options):
     if make is sequence and options.get("max_classes"):
         options = options | {"max_classes": 2}
     model = make()
-    takes = compiler.plan(model, **options)
+    takes = compiler.plan_model(model, **options)
     assert takes.parameters == len(np.concatenate([w.ravel() for w in compiler.weights_from_keras(model).values()]))
     weighted = [layer.name for layer in model.layers if layer.weights]
     assert list(takes.train_from) == list(takes.bias_from) == weighted
@@ -316,7 +316,7 @@ def test_the_plan_is_what_the_programs_take(make, options):
 
 def test_running_takes_what_a_program_without_training_takes():
     model = cnn()
-    takes = compiler.plan(model)
+    takes = compiler.plan_model(model)
     assert takes.parameters == model.count_params()
     model.trainable = False
     program = compiler.compile_model(model)
@@ -326,7 +326,7 @@ def test_running_takes_what_a_program_without_training_takes():
 
 def test_a_budget_chooses_the_most_that_fits():
     model = branchy()
-    takes = compiler.plan(model)
+    takes = compiler.plan_model(model)
     rows = [*takes.train_from.values(), *takes.bias_from.values()]
     for budget in sorted({row.ram_bytes + more for row in rows for more in (-1, 0, 1)}):
         fitting = [row for row in rows if row.ram_bytes <= budget]
@@ -553,7 +553,7 @@ def test_a_description_says_what_the_engine_needs(tmp_path, capsys):
     model.save(path)
     program.write_bytes(compiler.compile_model(model).data)
     run = CliRunner()
-    takes = compiler.plan(path)
+    takes = compiler.plan_model(path)
     about = json.loads(run.invoke(model_cli.app, ["describe", str(path), "--json"]).stdout)
     assert (about["engine"], about["run_ram_bytes"], about["train_ram_bytes"], about["storage_bytes"]) == (
         "mote",

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from tinyfleet.edge import tasks
-from tinyfleet.ontology.ingest.lineage import Part
+from tinyfleet.ontology.ingest.lineage import Participation
 from tinyfleet.server.demo import why_no_board
 from tinyfleet.server.evaluate import Score
 from tinyfleet.server.run import Round
@@ -151,7 +151,7 @@ def test_what_run_cannot_use_is_said_before_it_begins(
 def test_a_method_has_one_colour_in_the_whole_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, _path, **_: figures.append(figure))
-    rounds = [Round(i, 1, [Part("a", loss=1 / i)], {}, 1000, 1000, 9256, 0.1) for i in (1, 2)]
+    rounds = [Round(i, 1, [Participation("a", loss=1 / i)], {}, 1000, 1000, 9256, 0.1) for i in (1, 2)]
     scores = [Score(shots, np.array([0.5, 0.6])) for shots in (1, 5)]
     starts = {"meta-learned (TinyMetaFed)": scores, "random weights": scores, "FedAvg's global model": scores}
     plot(tmp_path / "plot.png", "title", {"TinyMetaFed": rounds, "FedAvg": rounds}, starts)

@@ -26,13 +26,13 @@ from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.protocol import Topics
 from tinyfleet.edge.wire.session import Session
 from tinyfleet.firmware_tools.boards import catalogue
-from tinyfleet.firmware_tools.firmware import build as building
+from tinyfleet.firmware_tools.firmware import build as firmware_build
 from tinyfleet.firmware_tools.firmware import emulate
 from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import PROV, TF, board_iri, model_iri
-from tinyfleet.server import deploy as deploying
+from tinyfleet.server import deploy as deployments
 from tinyfleet.server.serve import FleetServer
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def heard() -> News:
 
 @pytest.fixture
 def server(tmp_path: Path, broker: tuple[str, int], heard: News) -> Iterator[FleetServer]:
-    with FleetServer(tmp_path / "data", "home", broker=broker, on_news=heard) as server:
+    with FleetServer(tmp_path / "data", "home", broker=broker, on_log=heard) as server:
         yield server
 
 
@@ -104,12 +104,14 @@ def agent(broker: tuple[str, int], id: str) -> Device:
     return Device(lambda: AgentNode("home", id, td, OLD, DatasetStream(samples()), MoteLearner), *broker, "home")
 
 
-def plan(store: Store, program: Program = NEW, query: str | None = None) -> deploying.Plan:
-    return deploying.plan(store, program, "new", query or library.text("runnable"), "home")
+def plan(store: Store, program: Program = NEW, query: str | None = None) -> deployments.DeploymentPlan:
+    return deployments.plan_deployment(store, program, "new", query or library.text("runnable"), "home")
 
 
-def deploy(server: FleetServer, what: deploying.Plan, program: Program = NEW, **more: object) -> deploying.Deployment:
-    return deploying.deploy(
+def deploy(
+    server: FleetServer, what: deployments.DeploymentPlan, program: Program = NEW, **more: object
+) -> deployments.DeploymentResult:
+    return deployments.deploy(
         server.store, program, what, broker=server.broker, fleet="home", selected_by="runnable", **more  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -130,7 +132,7 @@ def test_devices_get_the_model_and_the_graph_says_so(
     what = plan(server.store)
     assert sorted(fit.device for fit in what.targets) == ["one", "pi", "two"] and what.left_out == {}
     assert what.running == dict.fromkeys(("one", "two", "pi"), OLD.model_id.hex())
-    came: list[deploying.Result] = []
+    came: list[deployments.TargetResult] = []
     ended = deploy(server, what, on_result=came.append)
     assert ended.devices("confirmed") == ["one", "pi", "two"] and list(ended.results) == came
     assert all(device.node.model == NEW.model_id for device in devices)
@@ -181,7 +183,7 @@ def test_what_is_lost_is_sent_again(
     server: FleetServer, broker: tuple[str, int], start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The order to one device, a chunk to another."""
-    monkeypatch.setattr(deploying, "REPEAT", 0.2)
+    monkeypatch.setattr(deployments, "REPEAT", 0.2)
     lost = {"one": {"devices": 2}, "two": {"models": 3}}
     for id, lose in lost.items():
         start(deaf(broker, id, lose))
@@ -195,7 +197,7 @@ def test_a_device_that_cannot_and_one_that_does_not_answer(
 ) -> None:
     start(mote(broker, "good"))
     td = thing_description("home", "full", VIRTUAL, "mote", "0.2.0", 65_536, OLD.model_id)
-    full = start(Device(lambda: MoteNode("home", "full", td, OLD, samples(), adopt_bytes=64), *broker, "home"))
+    full = start(Device(lambda: MoteNode("home", "full", td, OLD, samples(), model_slot_bytes=64), *broker, "home"))
     announce(server, "ghost")
     ended = deploy(server, plan(server.store), timeout=2.0)
     results = {result.device: result for result in ended.results}
@@ -217,7 +219,7 @@ def test_a_deployment_that_is_cut_off_is_written_down(
     start(mote(broker, "good"))
     announce(server, "ghost")
 
-    def interrupt(result: deploying.Result) -> None:
+    def interrupt(result: deployments.TargetResult) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -229,7 +231,7 @@ def test_a_deployment_that_is_cut_off_is_written_down(
 def test_many_devices_a_few_at_a_time(
     server: FleetServer, broker: tuple[str, int], start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deploying, "AT_ONCE", 3)
+    monkeypatch.setattr(deployments, "MAX_CONCURRENT", 3)
     for i in range(10):
         start(mote(broker, f"d-{i}"))
     ended = deploy(server, plan(server.store))
@@ -295,16 +297,18 @@ def test_nobody_is_one_clear_line(server: FleetServer) -> None:
 # A board
 
 
-@pytest.mark.skipif(not building.available() or not emulate.available(), reason="no cross compiler or no emulator")
+@pytest.mark.skipif(
+    not firmware_build.available() or not emulate.available(), reason="no cross compiler or no emulator"
+)
 def test_an_emulated_board_gets_the_model(
     server: FleetServer, broker: tuple[str, int], heard: News, tmp_path: Path
 ) -> None:
     first = build([Dense(24), ReLU(), Dense(3)], (6,), "softmax_cross_entropy")
     second = build([Dense(8), Tanh(), Dense(3)], (6,), "softmax_cross_entropy")
     large = build([Dense(64), ReLU(), Dense(3)], (6,), "softmax_cross_entropy")
-    elf = building.build("mps2-an386", first, samples(), "home", "board", tmp_path / "firmware")
+    elf = firmware_build.build("mps2-an386", first, samples(), "home", "board", tmp_path / "firmware")
     stop = threading.Event()
-    with emulate.Emulator(catalogue.load("mps2-an386"), elf) as emulator:
+    with emulate.Emulator(catalogue.load_board("mps2-an386"), elf) as emulator:
         gateway = Gateway(emulator.url, broker)
         thread = threading.Thread(target=gateway.run, args=(stop,), daemon=True)
         thread.start()

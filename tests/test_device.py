@@ -30,18 +30,18 @@ from tinyfleet.edge.model.program import Program, ReLU, build
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
-    Adopt,
     Dense,
-    Did,
-    Done,
     Phase,
     Reboot,
+    Reply,
     Status,
+    Success,
     Topics,
+    TrainTask,
     UpdateFormat,
-    Work,
+    UpdateModel,
     chunks,
-    decode_did,
+    decode_reply,
     decode_status,
     encode,
 )
@@ -85,7 +85,7 @@ class Server:
 
     def wait(self, topic: str, wanted: Callable[[Any], bool] = lambda _: True) -> Any:
         """The next message of this topic that is wanted; others are dropped."""
-        decoders: dict[str, Callable[[bytes], Any]] = {"status": decode_status, "did": decode_did, "td": json.loads}
+        decoders: dict[str, Callable[[bytes], Any]] = {"status": decode_status, "reply": decode_reply, "td": json.loads}
         decode = decoders[topic.rsplit("/", 1)[1]]
         end = time.monotonic() + 60
         while True:
@@ -105,14 +105,14 @@ class Server:
         status: Status = self.wait(TOPICS.status(id), lambda s: s.online == online)
         return status
 
-    def ask(self, id: str, order: Work | Adopt | Reboot) -> None:
+    def ask(self, id: str, order: TrainTask | UpdateModel | Reboot) -> None:
         self.session.publish(TOPICS.do(id), encode(order))
 
     def broadcast(self, run: int, round: int, program: Program = PROGRAM) -> None:
         for i, payload in enumerate(chunks(program.initial(1).tobytes())):
             self.session.publish(TOPICS.weights(run, round, i), payload, retain=True)
 
-    def result(self, id: str, order: int) -> list[Did]:
+    def result(self, id: str, order: int) -> list[Reply]:
         """All parts of a reply."""
         parts = [self.wait(TOPICS.did(id), lambda did: did.id == order)]
         while len(parts) < getattr(parts[0], "parts", 1):
@@ -138,21 +138,21 @@ def device(request: pytest.FixtureRequest, server: Server, broker: Broker) -> It
     assert device.join(10)
 
 
-def work(id: int, round: int, program: Program = PROGRAM, **fields: Any) -> Work:
+def work(id: int, round: int, program: Program = PROGRAM, **fields: Any) -> TrainTask:
     phases = (Phase(ALL_LAYERS, 20, 0.1),)
-    return Work(id, "train", 5, round, program.model_id, 3, phases, 5, UpdateFormat(**fields))
+    return TrainTask(id, "train", 5, round, program.model_id, 3, phases, 5, UpdateFormat(**fields))
 
 
 def test_a_device_works_and_says_goodbye(server: Server, device: Device) -> None:
     server.broadcast(5, 1)
     server.ask("one", work(1, 1))
     first, second = server.result("one", 1)
-    assert isinstance(first, Done) and first.metrics is not None and first.metrics.samples == 20
-    assert isinstance(second, Done) and second.metrics is None and second.update is not None
+    assert isinstance(first, Success) and first.metrics is not None and first.metrics.samples == 20
+    assert isinstance(second, Success) and second.metrics is None and second.update is not None
     server.broadcast(5, 2)
-    server.ask("one", work(2, 2, top=0.1, half=True))
+    server.ask("one", work(2, 2, density=0.1, half=True))
     (done,) = server.result("one", 2)
-    assert isinstance(done, Done) and done.update is not None
+    assert isinstance(done, Success) and done.update is not None
     device.stop()
     assert device.join(10)
     assert server.status("one", online=False).samples == 40
@@ -161,17 +161,17 @@ def test_a_device_works_and_says_goodbye(server: Server, device: Device) -> None
 def test_an_order_before_its_weights_is_served_when_they_come(server: Server, device: Device) -> None:
     server.ask("one", work(1, 1))
     server.broadcast(5, 1)
-    assert isinstance(server.result("one", 1)[0], Done)
+    assert isinstance(server.result("one", 1)[0], Success)
 
 
 def test_a_program_over_the_air(server: Server, device: Device) -> None:
     for i, payload in enumerate(chunks(WIDER.data)):
         server.session.publish(TOPICS.program(WIDER.model_id, i), payload, retain=True)
-    server.ask("one", Adopt(1, WIDER.model_id, len(WIDER.data), zlib.crc32(WIDER.data)))
+    server.ask("one", UpdateModel(1, WIDER.model_id, len(WIDER.data), zlib.crc32(WIDER.data)))
     server.wait(TOPICS.status("one"), lambda s: s.model == WIDER.model_id)
     server.broadcast(5, 1, WIDER)
     server.ask("one", work(2, 1, WIDER))
-    updates = [did.update for did in server.result("one", 2) if isinstance(did, Done)]
+    updates = [did.update for did in server.result("one", 2) if isinstance(did, Success)]
     assert sum(len(update.values) for update in updates if isinstance(update, Dense)) == WIDER.n_params
 
 
@@ -181,7 +181,7 @@ def test_a_reboot_brings_the_device_back(server: Server, device: Device) -> None
     server.status("one", online=True)
     server.broadcast(5, 1)
     server.ask("one", work(2, 1))
-    assert isinstance(server.result("one", 2)[0], Done)
+    assert isinstance(server.result("one", 2)[0], Success)
 
 
 @pytest.mark.parametrize("make", [mote, agent])
@@ -199,7 +199,7 @@ def test_a_broker_that_comes_back(make: Callable[[Broker, str], Device], tmp_pat
         server.status("one", online=True)
         server.broadcast(5, 1)
         server.ask("one", work(1, 1))
-        assert isinstance(server.result("one", 1)[0], Done)
+        assert isinstance(server.result("one", 1)[0], Success)
     finally:
         device.stop()
         assert device.join(10)

@@ -26,7 +26,7 @@ from tinyfleet.ontology.http.directory import PAGE
 from tinyfleet.ontology.http.directory import description as self_description
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry
-from tinyfleet.ontology.ingest.things import CONTEXT, REMEMBERED, Changes, Things, difference, merged
+from tinyfleet.ontology.ingest.things import CONTEXT, REMEMBERED, DocumentChanges, ThingStore, difference, merged
 from tinyfleet.ontology.store.store import EmbeddedStore
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri, device_iri
 from tinyfleet.server.serve import FleetServer
@@ -545,10 +545,10 @@ def test_an_update_behind_the_directorys_back_is_seen(directory: Here) -> None:
 def test_descriptions_are_there_after_a_restart(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path / "graph") as store:
         Registry(store, "home").put(lamp())
-        first = Things(store).get(Iri("urn:example:lamp"))
+        first = ThingStore(store).get(Iri("urn:example:lamp"))
         assert first is not None
     with EmbeddedStore(tmp_path / "graph") as store:
-        again = Things(store)
+        again = ThingStore(store)
         assert again.get(Iri("urn:example:lamp")) == first
         assert again.count() == 1
 
@@ -585,7 +585,7 @@ def test_the_list_is_right_whoever_writes_while_it_is_made(directory: Here) -> N
 def test_one_description_is_read_without_reading_all() -> None:
     """Two hundred times as many do not take two hundred times as long."""
 
-    def best(things: Things) -> float:
+    def best(things: ThingStore) -> float:
         took = []
         for _ in range(20):
             start = time.perf_counter()
@@ -596,7 +596,7 @@ def test_one_description_is_read_without_reading_all() -> None:
     times = []
     for many in (5, 1000):
         with EmbeddedStore() as store:
-            things, changes = Things(store), Changes()
+            things, changes = ThingStore(store), DocumentChanges()
             for i in range(many):
                 things.change(Iri(f"urn:example:{i}"), lamp(f"urn:example:{i}"), None, changes)
             things.write({}, changes)

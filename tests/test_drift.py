@@ -12,10 +12,10 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from test_grid_fleet import FEATURES, PROGRAM, START, WAYS, client
-from tinyfleet.edge.device.agent import AgentNode, Online
+from tinyfleet.edge.device.agent import AgentNode, OnlineLearning
 from tinyfleet.edge.device.device import Device
-from tinyfleet.edge.device.drift import OnlineLearner, Paced, Reaction
-from tinyfleet.edge.device.flower_client import to_record
+from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner, PacedStream
+from tinyfleet.edge.device.flower_client import vector_to_arrays
 from tinyfleet.edge.device.sources import DatasetStream, Sample
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.model.learner import MoteLearner
@@ -30,7 +30,7 @@ from tinyfleet.server.flower.grid import MqttGrid
 TOPICS = Topics("test")
 
 Vector = NDArray[np.float32]
-REACTION = Reaction(delta=0.002, steps=50, rate=0.1, restart=True)
+REACTION = DriftResponse(delta=0.002, steps=50, rate=0.1, restart=True)
 
 
 class Changing:
@@ -53,9 +53,11 @@ class Changing:
         return noisy.astype(np.float32), float(label)
 
 
-def follow(stream: Changing, samples: int, reaction: Reaction | None, rate: float = 0.02) -> tuple[Vector, list[int]]:
+def follow(
+    stream: Changing, samples: int, drift_response: DriftResponse | None, rate: float = 0.02
+) -> tuple[Vector, list[int]]:
     """Whether each answer was right, and when drift was noticed."""
-    learner = OnlineLearner(MoteLearner(PROGRAM), PROGRAM, START, rate, reaction)
+    learner = OnlineLearner(MoteLearner(PROGRAM), PROGRAM, START, rate, drift_response)
     answers = [learner.learn(*stream.next(query=False)) for _ in range(samples)]
     return np.array([1 - a.error for a in answers], np.float32), [i for i, a in enumerate(answers) if a.drifted]
 
@@ -75,7 +77,7 @@ def test_there_are_no_false_alarms_where_nothing_changes() -> None:
 
 def test_learning_is_no_drift() -> None:
     """Errors that become fewer are a change that ADWIN notices, too."""
-    right, alarms = follow(Changing(3, at=9999), 800, Reaction(delta=0.5, steps=10, rate=0.1), rate=0.005)
+    right, alarms = follow(Changing(3, at=9999), 800, DriftResponse(delta=0.5, steps=10, rate=0.1), rate=0.005)
     assert right[:50].mean() < 0.7 < 0.9 < right[-100:].mean()
     assert not [t for t in alarms if t < 200]
 
@@ -105,7 +107,7 @@ def test_the_error_of_a_regression_is_the_squared_error() -> None:
 def test_where_learning_diverges_it_begins_anew_from_its_start() -> None:
     program = build([Dense(8), Tanh(), Dense(2)], (3,), "mse")
     start = program.initial(0)
-    learner = OnlineLearner(mote := MoteLearner(program), program, start, 0.1, Reaction())
+    learner = OnlineLearner(mote := MoteLearner(program), program, start, 0.1, DriftResponse())
     hostile = np.full(2, 1e30, np.float32)
     learner.learn(np.ones(3), hostile)
     assert np.array_equal(mote.parameters, start)
@@ -117,7 +119,7 @@ def test_where_learning_diverges_it_begins_anew_from_its_start() -> None:
 def test_a_paced_stream_gives_a_sample_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("tinyfleet.edge.device.drift.time.monotonic", lambda: now)
-    stream = Paced(DatasetStream(client(0, 1)), 0.5)
+    stream = PacedStream(DatasetStream(client(0, 1)), 0.5)
     stream.open(0)
     assert stream.next(False) is not None and stream.next(False) is None
     now += 1.1
@@ -140,7 +142,7 @@ def test_who_does_not_learn_online_imports_no_river_and_nobody_tensorflow() -> N
 def agent(broker: tuple[str, int]) -> Iterator[Any]:
     def node() -> AgentNode:
         td = thing_description("test", "pi", VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
-        online = Online(Changing(1, at=600), 0.02, REACTION)
+        online = OnlineLearning(Changing(1, at=600), 0.02, REACTION)
         return AgentNode("test", "pi", td, PROGRAM, DatasetStream(client(0, 1)), MoteLearner, online=online)
 
     device = Device(node, *broker, "test")
@@ -160,7 +162,7 @@ def test_an_agents_drift_becomes_an_event_in_the_graph(broker: tuple[str, int], 
     with MqttGrid(*broker, "test", PROGRAM) as grid:
         assert grid.wait_for_nodes(1, 10)
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
-        strategy.start(grid, to_record(START, PROGRAM), 1, 30, train_config=config)
+        strategy.start(grid, vector_to_arrays(START, PROGRAM), 1, 30, train_config=config)
     drifts: list[float | None] = []
     with EmbeddedStore() as store:
         registry = Registry(store, "test")

@@ -37,11 +37,11 @@ LINUX = {
     "armhf": ("arm-linux-gnueabihf-gcc", ["-static", "-O3"], ["qemu-arm"]),
 }
 COURSES = {
-    "mlp": build.Course(small_models.mlp(), 0.02, momentum=0.9, weight_decay=0.01, clip_norm=0.5),
-    "cnn": build.Course(small_models.cnn(), 0.05),
-    "separable": build.Course(small_models.separable(), 0.05),
-    "int8_with_head": build.Course(small_models.int8_with_head(), 0.05),
-    "quantised_training": build.Course(small_models.quantised_training(), 0.05),
+    "mlp": build.TrainingCase(small_models.mlp(), 0.02, momentum=0.9, weight_decay=0.01, clip_norm=0.5),
+    "cnn": build.TrainingCase(small_models.cnn(), 0.05),
+    "separable": build.TrainingCase(small_models.separable(), 0.05),
+    "int8_with_head": build.TrainingCase(small_models.int8_with_head(), 0.05),
+    "quantised_training": build.TrainingCase(small_models.quantised_training(), 0.05),
 }
 LIMIT = 60.0  # seconds
 
@@ -67,7 +67,7 @@ def samples(program: Program, seed: int) -> Callable[[], tuple[bytes, float]]:
     return draw
 
 
-def learn_here(course: build.Course) -> str:
+def learn_here(course: build.TrainingCase) -> str:
     """What the extension in this process learns: `bytes CRC-32 loss-bits`, as the C program prints it."""
     program = course.program
     data = ffi.new("uint32_t[]", len(program.data) // 4)
@@ -88,7 +88,7 @@ def learn_here(course: build.Course) -> str:
     return f"{len(learned):x} {zlib.crc32(learned):x} {int(np.float32(loss[0]).view(np.uint32)):x}"
 
 
-def infer_here(course: build.Course) -> str:
+def infer_here(course: build.TrainingCase) -> str:
     """What the extension in this process infers: `bytes CRC-32 0`, as the C program prints it."""
     learner, state, crc, count = MoteLearner(course.program), course.seed, 0, 0
     for step in range(course.steps):
@@ -115,9 +115,9 @@ def expected() -> list[str]:
 def test_a_core_learns_the_same_bits(core: str, expected: list[str], tmp_path: Path) -> None:
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
-    target = catalogue.load(BOARDS[core])
+    target = catalogue.load_board(BOARDS[core])
     elf = build.exactness(target, list(COURSES.values()), tmp_path / "exact.elf")
-    assert dict(zip(COURSES, emulate.run(target, elf, timeout=LIMIT).splitlines(), strict=True)) == dict(
+    assert dict(zip(COURSES, emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines(), strict=True)) == dict(
         zip(COURSES, expected, strict=True)
     )
 
@@ -128,7 +128,7 @@ def test_an_architecture_learns_the_same_bits(architecture: str, expected: list[
     assert dict(zip(COURSES, said, strict=True)) == dict(zip(COURSES, expected, strict=True))
 
 
-def run_on_linux(architecture: str, courses: list[build.Course], tmp_path: Path) -> list[str]:
+def run_on_linux(architecture: str, courses: list[build.TrainingCase], tmp_path: Path) -> list[str]:
     """What the C program prints, compiled for a Linux of another kind; skips if its tools are not here."""
     cc, flags, runner = LINUX[architecture]
     for tool in (cc, *runner):
@@ -137,7 +137,7 @@ def run_on_linux(architecture: str, courses: list[build.Course], tmp_path: Path)
     data = b"".join(course.data for course in courses)
     words = ",".join(str(word) for word in np.frombuffer(data, "<u4"))
     (tmp_path / "device.h").write_text(
-        build.header({}, build.course_constants(courses))
+        build.header({}, build.training_case_defines(courses))
         + f"static const uint32_t device_courses[] = {{{words}}};\n#define DEVICE_COURSES_BYTES {len(data)}u\n"
     )
     (tmp_path / "mote_kernels.c").write_text(
@@ -153,14 +153,14 @@ def run_on_linux(architecture: str, courses: list[build.Course], tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def int8_courses() -> dict[str, build.Course]:
+def int8_courses() -> dict[str, build.TrainingCase]:
     """Single int8 operations of many shapes, three samples of each."""
     programs = {f"{number} {name}": program for number, (name, program) in enumerate(small_models.int8_operations(11))}
-    return {name: build.Course(program, steps=3) for name, program in programs.items()}
+    return {name: build.TrainingCase(program, steps=3) for name, program in programs.items()}
 
 
 @pytest.fixture(scope="module")
-def int8_expected(int8_courses: dict[str, build.Course]) -> dict[str, str]:
+def int8_expected(int8_courses: dict[str, build.TrainingCase]) -> dict[str, str]:
     """What this process infers; tests/test_int8_kernels.py compares that with TFLite."""
     return {name: infer_here(course) for name, course in int8_courses.items()}
 
@@ -179,21 +179,21 @@ def int8_expected(int8_courses: dict[str, build.Course]) -> dict[str, str]:
 def test_a_core_infers_the_same_int8(
     core: str,
     profile: build.Profile,
-    int8_courses: dict[str, build.Course],
+    int8_courses: dict[str, build.TrainingCase],
     int8_expected: dict[str, str],
     tmp_path: Path,
 ) -> None:
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
-    target = catalogue.load(BOARDS[core])
+    target = catalogue.load_board(BOARDS[core])
     elf = build.exactness(target, list(int8_courses.values()), tmp_path / "exact.elf", profile=profile)
-    said = emulate.run(target, elf, timeout=LIMIT).splitlines()
+    said = emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines()
     assert dict(zip(int8_courses, said, strict=True)) == int8_expected
 
 
 @pytest.mark.parametrize("architecture", LINUX)
 def test_an_architecture_infers_the_same_int8(
-    architecture: str, int8_courses: dict[str, build.Course], int8_expected: dict[str, str], tmp_path: Path
+    architecture: str, int8_courses: dict[str, build.TrainingCase], int8_expected: dict[str, str], tmp_path: Path
 ) -> None:
     said = run_on_linux(architecture, list(int8_courses.values()), tmp_path)
     assert dict(zip(int8_courses, said, strict=True)) == int8_expected
@@ -206,6 +206,9 @@ def test_a_core_infers_the_same_of_mlperf_tiny(core: str, model: str, tmp_path: 
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
     file = Path(os.environ["TINYFLEET_DATA"]) / "tflite" / f"mlperf_tiny__{model}.tflite"
-    course, target = build.Course(assemble(tflite_reader.read(file)), steps=2), catalogue.load(BOARDS[core])
+    course, target = (
+        build.TrainingCase(assemble(tflite_reader.read_tflite(file)), steps=2),
+        catalogue.load_board(BOARDS[core]),
+    )
     elf = build.exactness(target, [course], tmp_path / "exact.elf")
-    assert emulate.run(target, elf, timeout=LIMIT).splitlines() == [infer_here(course)]
+    assert emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines() == [infer_here(course)]

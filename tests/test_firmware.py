@@ -27,17 +27,17 @@ from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire import frames
 from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
-    Adopt,
-    Done,
     ErrorCode,
-    Failed,
+    Failure,
     Phase,
     Reboot,
+    Success,
     Topics,
+    TrainTask,
     UpdateFormat,
-    Work,
+    UpdateModel,
     chunks,
-    decode_did,
+    decode_reply,
     decode_status,
     encode,
 )
@@ -91,7 +91,7 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("board", BOARDS)
 def test_firmware_fits_its_board_and_the_arena_is_the_planned_one(board: str, firmware: Callable[[str], Path]) -> None:
     size = build.size(firmware(board))
-    target = catalogue.load(board).buildable()
+    target = catalogue.load_board(board).buildable()
     assert size.board == board
     assert size.arena == size.plan == mlp().arena_bytes
     assert size.held["program"] == len(mlp().data)
@@ -108,7 +108,7 @@ def test_firmware_uses_neither_malloc_nor_stdio(firmware: Callable[[str], Path])
 
 
 def test_an_image_holds_the_operators_that_its_program_needs(tmp_path: Path) -> None:
-    target, net = catalogue.load("mps2-an386"), mlp()
+    target, net = catalogue.load_board("mps2-an386"), mlp()
     elf = build.bench(target, net, tmp_path / "bench.elf", steps=1)
     names = subprocess.run(["arm-none-eabi-nm", elf], capture_output=True, text=True, check=True).stdout
     assert "mote_dense_back" in names and "mote_relu" in names
@@ -119,14 +119,14 @@ def test_an_image_holds_the_operators_that_its_program_needs(tmp_path: Path) -> 
 
 
 def test_a_device_that_keeps_its_model_is_smaller(firmware: Callable[[str], Path], tmp_path: Path) -> None:
-    kept = build.build("mps2-an386", mlp(), samples(), FLEET, ID, tmp_path, adopt_bytes=0)
+    kept = build.build("mps2-an386", mlp(), samples(), FLEET, ID, tmp_path, model_slot_bytes=0)
     assert build.size(kept).text < build.size(firmware("mps2-an386")).text - 10_000
 
 
 def whole_image(board: str, profile: build.Profile, elf: Path) -> build.Size:
     """Of an image with all operators that the engine has."""
     sources = [build.SOURCES / "main_bench.c", build.SOURCES / "bench_mote.c", build.SOURCES / "semihost.c"]
-    target, net = catalogue.load(board), mlp()
+    target, net = catalogue.load_board(board), mlp()
     defines = {"arena_bytes": net.arena_bytes, "inputs": 64, "outputs": 5, "steps": 1}
     build.link(target, elf, [*sources, *build.ENGINE], blobs={"program": net.data}, defines=defines, profile=profile)
     return build.size(elf)
@@ -148,7 +148,7 @@ def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_p
     """Read from the linked image: the arena is the plan's, to the byte; the engine's state, what variables of its own
     it has (none) and the deepest of its calls take at most 512 bytes. That is all of the RAM but the bench's own."""
     net = MODELS[model]()
-    elf = build.bench(catalogue.load("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
+    elf = build.bench(catalogue.load_board("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
     size = build.size(elf)
     assert size.arena == size.plan == net.arena_bytes
     symbols = subprocess.run(["arm-none-eabi-nm", "-S", elf], capture_output=True, text=True, check=True).stdout
@@ -254,16 +254,16 @@ class Observer:
         """The parts of the reply to an order that have arrived."""
         found = {}
         for payload in self.said(TOPICS.did(ID)):
-            did = decode_did(payload)
-            if isinstance(did, Done) and did.id == order:
+            did = decode_reply(payload)
+            if isinstance(did, Success) and did.id == order:
                 found[did.part] = payload
         return found
 
     def replied(self, order: int) -> bool:
         parts = self.parts(order)
-        return bool(parts) and len(parts) == decode_did(next(iter(parts.values()))).parts  # type: ignore[union-attr]
+        return bool(parts) and len(parts) == decode_reply(next(iter(parts.values()))).parts  # type: ignore[union-attr]
 
-    def ask(self, order: Work, again: float) -> dict[int, bytes]:
+    def ask(self, order: TrainTask, again: float) -> dict[int, bytes]:
         """Sends an order, and again whenever nothing new has come for so many seconds, as a server does."""
         for _ in range(int(LIMIT * 3 / again)):
             before = len(self._heard)
@@ -290,8 +290,8 @@ def joined(port: str, broker: tuple[str, int]) -> Iterator[Gateway]:
         assert not thread.is_alive()
 
 
-def order(number: int, top: float = 1.0, half: bool = False) -> Work:
-    return Work(
+def order(number: int, density: float = 1.0, half: bool = False) -> TrainTask:
+    return TrainTask(
         id=number,
         kind="train",
         run=9,
@@ -300,7 +300,7 @@ def order(number: int, top: float = 1.0, half: bool = False) -> Work:
         seed=number,
         phases=(Phase(2, 10, 0.05), Phase(ALL_LAYERS, 40, 0.02)),
         query=8,
-        update=UpdateFormat(ALL_LAYERS, half, top),
+        update=UpdateFormat(ALL_LAYERS, half, density),
     )
 
 
@@ -310,7 +310,7 @@ def weights_of(number: int) -> dict[str, bytes]:
     return {TOPICS.weights(9, number, i): chunk for i, chunk in enumerate(chunks(vector.tobytes()))}
 
 
-def host_reply(work: Work) -> list[bytes]:
+def host_reply(work: TrainTask) -> list[bytes]:
     """What the C node on this machine replies, in order."""
     node = MoteNode(FLEET, ID, {}, mlp(), samples(), out_bytes=1024 + 128)
     node.connected()
@@ -332,7 +332,7 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
     firmware: Callable[[str], Path], broker: tuple[str, int]
 ) -> None:
     observer = Observer(broker)
-    with emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator:
+    with emulate.Emulator(catalogue.load_board("mps2-an386"), firmware("mps2-an386")) as emulator:
         with joined(emulator.url, broker) as gateway:
             assert observer.wait(lambda: observer.online() is True)
             assert gateway.device == ID
@@ -340,7 +340,7 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
             assert td["tf:board"]["tf:mcu"] == "Cortex-M4F"
             assert td["tf:arenaBytes"] == mlp().arena_bytes
 
-            for work in (order(1), order(2, top=0.2, half=True)):
+            for work in (order(1), order(2, density=0.2, half=True)):
                 for topic, payload in weights_of(work.round).items():
                     observer.session.publish(topic, payload, retain=True)
                 parts = observer.ask(work, again=LIMIT / 3)
@@ -364,7 +364,7 @@ def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path
             observer.session.publish(TOPICS.program(offered.model_id, i), chunk, retain=True)
 
     def adopt(number: int, offered: Program) -> None:
-        order = Adopt(number, offered.model_id, len(offered.data), zlib.crc32(offered.data))
+        order = UpdateModel(number, offered.model_id, len(offered.data), zlib.crc32(offered.data))
         observer.session.publish(TOPICS.do(ID), encode(order))
 
     def runs(model: bytes) -> bool:
@@ -372,14 +372,14 @@ def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path
         return bool(said) and decode_status(said[-1]).model == model
 
     with (
-        emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator,
+        emulate.Emulator(catalogue.load_board("mps2-an386"), firmware("mps2-an386")) as emulator,
         joined(emulator.url, broker),
     ):
         assert observer.wait(lambda: runs(mlp().model_id))
         adopt(1, large)  # which its arena has no room for
         assert observer.wait(lambda: bool(observer.said(TOPICS.did(ID))))
-        failed = decode_did(observer.said(TOPICS.did(ID))[-1])
-        assert isinstance(failed, Failed)
+        failed = decode_reply(observer.said(TOPICS.did(ID))[-1])
+        assert isinstance(failed, Failure)
         assert (failed.id, failed.error, failed.detail) == (1, ErrorCode.PROGRAM, lib.MOTE_ERR_ARENA)
         adopt(2, small)
         assert observer.wait(lambda: runs(small.model_id))
@@ -418,7 +418,7 @@ def terminal(url: str) -> Iterator[str]:
 def test_a_gateway_speaks_through_a_terminal_device(firmware: Callable[[str], Path], broker: tuple[str, int]) -> None:
     observer = Observer(broker)
     with (
-        emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator,
+        emulate.Emulator(catalogue.load_board("mps2-an386"), firmware("mps2-an386")) as emulator,
         terminal(emulator.url) as device,
         joined(device, broker) as gateway,
     ):
@@ -495,7 +495,7 @@ def test_noise_on_the_line_costs_time_and_nothing_else(
     work = order(4)
     for topic, payload in weights_of(work.round).items():
         observer.session.publish(topic, payload, retain=True)
-    with emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator:
+    with emulate.Emulator(catalogue.load_board("mps2-an386"), firmware("mps2-an386")) as emulator:
         line = Noise(emulator.url, rate=1 / 4000)
         with joined(line.url, broker) as gateway:
             parts = observer.ask(work, again=1.0)
@@ -510,7 +510,7 @@ def test_a_board_comes_back_after_line_and_broker_were_lost(firmware: Callable[[
     port = free_port()
     mosquitto = start_mosquitto(tmp_path, port)
     observer = Observer(("127.0.0.1", port))
-    with emulate.Emulator(catalogue.load("mps2-an385"), firmware("mps2-an385")) as emulator:
+    with emulate.Emulator(catalogue.load_board("mps2-an385"), firmware("mps2-an385")) as emulator:
         line = Noise(emulator.url, rate=0.0)
         with joined(line.url, ("127.0.0.1", port)):
             assert observer.wait(lambda: observer.online() is True)
@@ -566,7 +566,7 @@ def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp
 def test_no_emulator_outlives_the_program_that_started_it(firmware: Callable[[str], Path]) -> None:
     code = (
         "import pathlib, sys, time; from firmware_tools import boards, emulate\n"
-        "board = emulate.Emulator(boards.load('mps2-an386'), pathlib.Path(sys.argv[1]))\n"
+        "board = emulate.Emulator(boards.load_board('mps2-an386'), pathlib.Path(sys.argv[1]))\n"
         "print(board.url, flush=True); board.wait()"
     )
     parent = subprocess.Popen(
@@ -589,7 +589,7 @@ def test_no_emulator_outlives_the_program_that_started_it(firmware: Callable[[st
 
 def test_an_unknown_board_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no board named 'uno'.*microbit, mps2-an385, mps2-an386"):
-        catalogue.load("uno")
+        catalogue.load_board("uno")
 
 
 def test_a_board_without_firmware_is_refused(tmp_path: Path) -> None:
@@ -600,7 +600,7 @@ def test_a_board_without_firmware_is_refused(tmp_path: Path) -> None:
     ):
         build.build("microbit", mlp(), samples(), FLEET, ID, tmp_path)
     with pytest.raises(UserError, match=r"no emulator stands in for board 'raspberry-pi-4'"):
-        emulate.Emulator(catalogue.load("raspberry-pi-4"), tmp_path / "none.elf")
+        emulate.Emulator(catalogue.load_board("raspberry-pi-4"), tmp_path / "none.elf")
 
 
 def test_a_damaged_board_file_is_refused_with_the_entry(tmp_path: Path) -> None:
@@ -608,7 +608,7 @@ def test_a_damaged_board_file_is_refused_with_the_entry(tmp_path: Path) -> None:
     good = (catalogue.FOLDER / "mps2-an386.toml").read_text()
     path.write_text(good.replace("ram_bytes = 4_194_304", 'ram_bytes = "4 MB"'))
     with pytest.raises(UserError, match=r"x\.toml: 'ram_bytes' must be a int.*'4 MB'"):
-        catalogue.read(path)
+        catalogue.read_board_file(path)
 
 
 @pytest.mark.parametrize(("fleet", "id"), [("home/garden", ID), (FLEET, "#"), (FLEET, "")])
@@ -625,7 +625,7 @@ def test_a_missing_compiler_or_emulator_is_named_with_its_package(
     with pytest.raises(UserError, match=r"apt-get install gcc-arm-none-eabi libnewlib-arm-none-eabi"):
         build.build("mps2-an386", mlp(), samples(), FLEET, ID, tmp_path)
     with pytest.raises(UserError, match=r"apt-get install qemu-system-arm"):
-        emulate.Emulator(catalogue.load("mps2-an386"), elf)
+        emulate.Emulator(catalogue.load_board("mps2-an386"), elf)
 
 
 def test_a_program_larger_than_the_board_is_refused_by_how_much(tmp_path: Path) -> None:
@@ -690,7 +690,7 @@ def test_the_known_boards_go_into_the_graph(tmp_path: Path) -> None:
     with FleetServer(tmp_path, "test", port=0) as server:
         words = ["-m", "tinyfleet", "firmware", "boards", "--describe", "--json", "--data", str(tmp_path)]
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
-        assert {board["id"] for board in json.loads(done.stdout)} == set(catalogue.known())
+        assert {board["id"] for board in json.loads(done.stdout)} == set(catalogue.board_ids())
         rows = server.store.query(
             "PREFIX tf: <https://w3id.org/tinyfleet#> SELECT ?ram { ?b tf:boardId 'mps2-an386' ; tf:ramBytes ?ram }"
         )
@@ -704,7 +704,7 @@ def test_a_line_or_broker_that_is_not_there_is_named(firmware: Callable[[str], P
     with pytest.raises(UserError, match=r"cannot open the serial line /dev/none"):
         Gateway("/dev/none", ("127.0.0.1", 1883)).run(threading.Event())
     with (
-        emulate.Emulator(catalogue.load("mps2-an386"), firmware("mps2-an386")) as emulator,
+        emulate.Emulator(catalogue.load_board("mps2-an386"), firmware("mps2-an386")) as emulator,
         pytest.raises(UserError, match=rf"no MQTT broker answers at 127\.0\.0\.1:{nowhere}"),
     ):
         Gateway(emulator.url, ("127.0.0.1", nowhere)).run(threading.Event())

@@ -17,7 +17,7 @@ from conftest import free_port
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import virtual_device
-from tinyfleet.edge.device.flower_client import app, to_record, to_vector
+from tinyfleet.edge.device.flower_client import app, arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.errors import UserError
 from tinyfleet.server.flower.app import app as server_app
 from tinyfleet.server.flower.grid import MqttGrid, node_id
@@ -36,11 +36,11 @@ def test_the_client_app_does_what_a_device_over_mqtt_does(broker: tuple[str, int
     task = tasks.load("digits")
     start = task.program.initial(5)
     config = {"phase-layers": [2, 3], "phase-steps": [8, 24], "phase-rates": [0.1, 0.1], "query": 8, "seed": 77}
-    config |= {"shared-layers": 1, "top": 0.1, "half": True}
+    config |= {"shared-layers": 1, "density": 0.1, "half": True}
     new_run(1)
     replies = []
     for kind in (MessageType.TRAIN, MessageType.EVALUATE):
-        content = RecordDict({"arrays": to_record(start, task.program), "config": ConfigRecord(config)})  # type: ignore[arg-type]
+        content = RecordDict({"arrays": vector_to_arrays(start, task.program), "config": ConfigRecord(config)})  # type: ignore[arg-type]
         asked = Message(content, node_id("one"), kind)
         device = virtual_device(*broker, "test", "one", task.program, task.client(0, 2))
         device.start()
@@ -54,8 +54,8 @@ def test_the_client_app_does_what_a_device_over_mqtt_does(broker: tuple[str, int
         by_flower = app(asked, context())
         replies.append((by_flower.content, by_mqtt.content))
     (flower, mqtt), evaluated = replies
-    learned = to_vector(flower.array_records["arrays"], task.program)
-    assert np.array_equal(learned, to_vector(mqtt.array_records["arrays"], task.program))
+    learned = arrays_to_vector(flower.array_records["arrays"], task.program)
+    assert np.array_equal(learned, arrays_to_vector(mqtt.array_records["arrays"], task.program))
     assert 0 < np.count_nonzero(learned - start) < task.program.n_params / 8, "the largest changes of one layer"
     assert not evaluated[0].array_records and not evaluated[1].array_records
     for one, other in replies:

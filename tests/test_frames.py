@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.wire import frames
-from tinyfleet.edge.wire.frames import Frame, Reader
+from tinyfleet.edge.wire.frames import Frame, FrameReader
 
 topics = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30) | st.just("t" * 255)
 payloads = st.binary(max_size=600) | st.integers(0, 600).map(lambda n: b"\1" * n) | st.integers(0, 600).map(bytes)
@@ -48,14 +48,14 @@ def test_python_and_c_write_the_same(sent: list[Frame]) -> None:
     line = b"".join(frames.encode(f) for f in sent)
     assert b"".join(c_encode(f) for f in sent) == line
     assert c_read(line) == (sent, 0)
-    reader = Reader()
+    reader = FrameReader()
     assert [*reader.feed(line)] == sent and reader.dropped == 0
 
 
 @given(sent=some_frames, cuts=st.lists(st.integers(0, 3000), max_size=8))
 def test_a_line_may_bring_pieces_of_any_size(sent: list[Frame], cuts: list[int]) -> None:
     line = b"".join(frames.encode(f) for f in sent)
-    reader = Reader()
+    reader = FrameReader()
     edges = [0, *sorted(cuts), len(line)]
     assert [f for a, b in itertools.pairwise(edges) for f in reader.feed(line[a:b])] == sent
 
@@ -71,7 +71,7 @@ def test_a_damaged_frame_is_dropped_and_the_next_is_read(sent: list[Frame], dama
             line[place] = byte
     last = Frame(frames.MESSAGE, "t", b"after the storm")
     line += frames.encode(last)
-    reader = Reader()
+    reader = FrameReader()
     got = [*reader.feed(bytes(line))]
     assert got[-1] == last and all(f in sent for f in got[:-1])
     assert c_read(bytes(line)) == (got, reader.dropped)
@@ -79,7 +79,7 @@ def test_a_damaged_frame_is_dropped_and_the_next_is_read(sent: list[Frame], dama
 
 @given(line=st.binary(max_size=400))
 def test_random_bytes_are_no_frames(line: bytes) -> None:
-    reader = Reader()
+    reader = FrameReader()
     assert [*reader.feed(line + b"\0")] == []
     assert c_read(line + b"\0") == ([], reader.dropped)
 
@@ -93,7 +93,7 @@ def test_a_frame_that_is_too_large_is_dropped(sent: list[Frame], capacity: int) 
 
 
 def test_a_line_without_end_takes_no_memory() -> None:
-    reader = Reader(max_frame=100)
+    reader = FrameReader(max_frame=100)
     for _ in range(1000):
         assert [*reader.feed(b"\1" * 1000)] == []
     assert len(reader._begun) <= 101
@@ -103,7 +103,7 @@ def test_a_line_without_end_takes_no_memory() -> None:
 
 @pytest.mark.parametrize(("line", "dropped"), [(b"\0\0\0", 0), (b"\1\0", 1), (b"\5\0", 1), (b"\2x\0", 1)])
 def test_what_is_too_short_to_be_a_frame_is_dropped_and_silence_is_not(line: bytes, dropped: int) -> None:
-    reader = Reader()
+    reader = FrameReader()
     assert [*reader.feed(line)] == [] and reader.dropped == dropped
     assert c_read(line) == ([], dropped)
 

@@ -20,21 +20,21 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
 from numpy.typing import NDArray
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import Device, virtual_device
-from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, draw_episode
-from tinyfleet.edge.wire.protocol import Status, Topics, encode, plan_from_config
+from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_episode
+from tinyfleet.edge.wire.protocol import Status, Topics, encode, parse_round_config
 from tinyfleet.edge.wire.session import Session
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import EmbeddedStore, Rows
 from tinyfleet.server.broker import Broker
-from tinyfleet.server.flower.grid import CompositeGrid, Event, MqttGrid, node_id
+from tinyfleet.server.flower.grid import CompositeGrid, MqttGrid, RoundEvent, node_id
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.run import Method, Outcome, Round, method, run
+from tinyfleet.server.run import NamedStrategy, Round, RunResult, make_strategy, run
 from tinyfleet.server.serve import FleetServer
 
 Vector = NDArray[np.float32]
@@ -63,7 +63,7 @@ def stream(index: int) -> Recording:
     return Recording(seen.support_x, seen.support_y, None)
 
 
-RECIPE = Recipe(head_steps=4, steps=16, rate=0.1, alpha=1.0, top=0.25)
+RECIPE = Hyperparameters(head_steps=4, steps=16, rate=0.1, alpha=1.0, density=0.25)
 TASK = Task("patterns", WAYS, PROGRAM, client, draw, RECIPE, RECIPE, PROGRAM, stream)
 
 
@@ -104,7 +104,7 @@ Start = Callable[..., list[Device]]
 
 def replay(fleet: str, index: int, start: Vector, config: ConfigRecord) -> Vector:
     """What device `index` of the fleet must have learned: same engine, same samples."""
-    plan = plan_from_config(config, node=node_id(f"{fleet}-{index}"))
+    plan = parse_round_config(config, node=node_id(f"{fleet}-{index}"))
     learner, stream = MoteLearner(PROGRAM), DatasetStream(client(index, 100))
     learner.set_parameters(start)
     stream.open(plan.seed)
@@ -118,8 +118,8 @@ def learned(strategy: Strategy, broker: tuple[str, int], count: int) -> Vector:
     config = ConfigRecord({"lr": 0.1, "phase-steps": [20]})
     with MqttGrid(*broker, "test", PROGRAM) as grid:
         assert len(grid.wait_for_nodes(count, 10)) == count
-        result = strategy.start(grid, to_record(START, PROGRAM), num_rounds=1, timeout=30, train_config=config)
-    return to_vector(result.arrays, PROGRAM)
+        result = strategy.start(grid, vector_to_arrays(START, PROGRAM), num_rounds=1, timeout=30, train_config=config)
+    return arrays_to_vector(result.arrays, PROGRAM)
 
 
 def replayed(count: int, *fleets: str) -> NDArray[np.float32]:
@@ -151,7 +151,7 @@ def test_evaluation_over_the_same_grid(broker: tuple[str, int], devices: Start) 
         grid.wait_for_nodes(3, 10)
         result = FedAvg().start(
             grid,
-            to_record(START, PROGRAM),
+            vector_to_arrays(START, PROGRAM),
             num_rounds=3,
             timeout=30,
             train_config=ConfigRecord({"phase-steps": [60], "lr": 0.1, "seed": 5}),
@@ -169,10 +169,10 @@ def test_two_fleets_as_one_grid(broker: tuple[str, int], devices: Start) -> None
         assert both.get_node_ids() == sorted(nodes)
         config = ConfigRecord({"lr": 0.1, "phase-steps": [20]})
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=4)
-        result = strategy.start(both, to_record(START, PROGRAM), num_rounds=1, timeout=30, train_config=config)
+        result = strategy.start(both, vector_to_arrays(START, PROGRAM), num_rounds=1, timeout=30, train_config=config)
         assert first.traffic.bytes_up > 0 and second.traffic.bytes_up > 0
     expected = replayed(2, "test", "other").mean(axis=0)
-    np.testing.assert_allclose(to_vector(result.arrays, PROGRAM), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(arrays_to_vector(result.arrays, PROGRAM), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_round_over_the_broker_in_pure_python(tmp_path: Path, devices: Start) -> None:
@@ -203,7 +203,7 @@ def server(tmp_path: Path, broker: tuple[str, int]) -> Iterator[FleetServer]:
         yield server
 
 
-def learn(server: FleetServer, how: Method, rounds: int, **more: Any) -> Outcome:
+def learn(server: FleetServer, how: NamedStrategy, rounds: int, **more: Any) -> RunResult:
     """A run of `rounds` rounds on the fleet that this server knows."""
     return run(TASK, how, broker=server.broker, fleet="test", store=server.store, rounds=rounds, **more)
 
@@ -211,7 +211,7 @@ def learn(server: FleetServer, how: Method, rounds: int, **more: Any) -> Outcome
 @pytest.mark.parametrize("name", ["tinymetafed", "tinyreptile", "reptile", "fedavg"])
 def test_a_run_learns_and_leaves_its_lineage(server: FleetServer, devices: Start, name: str) -> None:
     devices(4)
-    outcome = learn(server, method(name, TASK, rounds=6, clients=3, query=8), 6, clients=4)
+    outcome = learn(server, make_strategy(name, TASK, rounds=6, clients=3, query=8), 6, clients=4)
     assert [this.number for this in outcome.rounds] == [1, 2, 3, 4, 5, 6]
     expected = {"tinyreptile": 1, "fedavg": 4}.get(name, 3)
     assert all(len(this.parts) == this.asked == expected and not this.lost for this in outcome.rounds)
@@ -223,14 +223,16 @@ def test_a_run_learns_and_leaves_its_lineage(server: FleetServer, devices: Start
     assert last.column("number") == [6] * expected and last.column("run") == [outcome.run] * expected
     lineage = server.store.query(library.text("lineage"), fleet="test")
     assert lineage.column("version") == [6, 5, 4, 3, 2, 1, 0]
-    assert lineage.column("strategy")[0] == method(name, TASK, rounds=1, clients=1).name
+    assert lineage.column("strategy")[0] == make_strategy(name, TASK, rounds=1, clients=1).name
 
 
 @pytest.mark.parametrize("name", ["tinymetafed", "fedavg"])
 def test_the_same_seed_gives_the_same_run(server: FleetServer, devices: Start, name: str) -> None:
     devices(4)
-    learn(server, method(name, TASK, rounds=1, clients=4), 1, clients=4)  # by then all four are known
-    runs = [learn(server, method(name, TASK, rounds=4, clients=2, seed=11), 4, clients=2, seed=11) for _ in range(2)]
+    learn(server, make_strategy(name, TASK, rounds=1, clients=4), 1, clients=4)  # by then all four are known
+    runs = [
+        learn(server, make_strategy(name, TASK, rounds=4, clients=2, seed=11), 4, clients=2, seed=11) for _ in range(2)
+    ]
     assert np.array_equal(runs[0].parameters, runs[1].parameters)
     assert [r.loss for r in runs[0].rounds] == [r.loss for r in runs[1].rounds]
 
@@ -240,7 +242,7 @@ def test_a_query_decides_who_takes_part(server: FleetServer, devices: Start) -> 
     chosen = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { VALUES ?fleet { UNDEF } ?d tf:fleet ?fleet ; tf:deviceId ?id ; tf:online true .
                      FILTER(?id IN ("test-1", "test-2")) }"""
-    outcome = learn(server, method("reptile", TASK, rounds=2, clients=4), 2, query=chosen, clients=2)
+    outcome = learn(server, make_strategy("reptile", TASK, rounds=2, clients=4), 2, query=chosen, clients=2)
     assert {part.device for this in outcome.rounds for part in this.parts} == {"test-1", "test-2"}
 
 
@@ -255,23 +257,23 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     command = [sys.executable, "-m", "tinyfleet", "device", "--prefix", "weak", "--first", "3", "--fleet", "test"]
     weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
 
-    there, gone = threading.Event(), threading.Event()
+    there, gone = threading.RoundEvent(), threading.RoundEvent()
 
-    def news(line: str) -> None:
+    def log_lines(line: str) -> None:
         if line == "weak-3: online":
             there.set()
         elif line == "weak-3: offline":
             gone.set()
 
-    def kill(event: Event) -> None:
+    def kill(event: RoundEvent) -> None:
         if event.kind == "asked" and event.device == "weak-3":
             weak.send_signal(signal.SIGKILL)
 
     online = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id ?online { ?d tf:fleet "test" ; tf:deviceId ?id ; tf:online ?online }"""
-    how = method("fedavg", task, rounds=2, clients=4)
+    how = make_strategy("fedavg", task, rounds=2, clients=4)
     try:
-        with FleetServer(tmp_path, "test", broker=broker, on_news=news) as server:
+        with FleetServer(tmp_path, "test", broker=broker, on_log=log_lines) as server:
             assert there.wait(30)
             weak.send_signal(signal.SIGSTOP)  # so that it can't have replied before it dies
             outcome = run(
@@ -301,9 +303,9 @@ def test_a_fleet_that_is_gone_ends_the_run_with_one_clear_error(
             device.stop()
         heard.until("test-0: offline", "test-1: offline")
 
-    with FleetServer(tmp_path / "data", "test", broker=broker, on_news=heard.put) as server:
+    with FleetServer(tmp_path / "data", "test", broker=broker, on_log=heard.put) as server:
         with pytest.raises(UserError, match="no client is there for round 2; start devices"):
-            learn(server, method(name, TASK, rounds=3, clients=2), 3, clients=2, wait=1, on_round=stop)
+            learn(server, make_strategy(name, TASK, rounds=3, clients=2), 3, clients=2, wait=1, on_round=stop)
         assert server.store.query(library.text("last-round"), fleet="test").column("number") == [1, 1]
 
 
@@ -316,8 +318,8 @@ def test_a_device_that_comes_during_a_run_takes_part(tmp_path: Path, broker: tup
             devices(1, "late", fleet="test")
             heard.until("late-0: described", "late-0: online")
 
-    with FleetServer(tmp_path / "data", "test", broker=broker, on_news=heard.put) as server:
-        how = method("reptile", TASK, rounds=30, clients=3)
+    with FleetServer(tmp_path / "data", "test", broker=broker, on_log=heard.put) as server:
+        how = make_strategy("reptile", TASK, rounds=30, clients=3)
         outcome = learn(server, how, 30, clients=2, on_round=another)  # 30: until the grid has heard of it, too
     first, *_, last = ({part.device for part in ended.parts} for ended in outcome.rounds)
     assert first == {"test-0", "test-1"} and last == {*first, "late-0"}
@@ -334,9 +336,9 @@ def test_flowers_strategies_keep_to_their_number_of_clients_as_the_fleet_shrinks
                 device.stop()
             heard.until(*(f"test-{i}: offline" for i in range(4)))
 
-    with FleetServer(tmp_path / "data", "test", broker=broker, on_news=heard.put) as server:
+    with FleetServer(tmp_path / "data", "test", broker=broker, on_log=heard.put) as server:
         heard.until(*(f"test-{i}: online" for i in range(6)))
-        outcome = learn(server, method("fedavg", TASK, rounds=3, clients=1), 3, clients=1, on_round=leave)
+        outcome = learn(server, make_strategy("fedavg", TASK, rounds=3, clients=1), 3, clients=1, on_round=leave)
     assert [ended.asked for ended in outcome.rounds] == [1, 1, 1]
 
 
@@ -353,7 +355,7 @@ def announced(
 
 def test_without_an_eligible_client_the_error_says_why(server: FleetServer) -> None:
     def attempt(**more: Any) -> str:
-        how = method("reptile", TASK, rounds=1, clients=1)
+        how = make_strategy("reptile", TASK, rounds=1, clients=1)
         with pytest.raises(UserError) as error:
             learn(server, how, 1, wait=0, **more)
         return str(error.value)
@@ -400,8 +402,8 @@ def test_a_device_that_was_there_before_the_server_is_known(tmp_path: Path, brok
     rows: list[Rows] = []
     heard: list[str] = []
     try:
-        with FleetServer(tmp_path, "test", broker=broker, on_news=heard.append) as server:
-            how = method("tinyreptile", TASK, rounds=1, clients=1)
+        with FleetServer(tmp_path, "test", broker=broker, on_log=heard.append) as server:
+            how = make_strategy("tinyreptile", TASK, rounds=1, clients=1)
             learn(server, how, 1)
             rows.append(server.store.query(library.text("clients"), fleet="test"))
     finally:
@@ -422,7 +424,7 @@ def test_devices_that_died_while_the_broker_was_gone_are_offline(tmp_path: Path)
         SELECT ?id { ?d tf:fleet "test" ; tf:deviceId ?id ; tf:online true }"""
     heard = News()
 
-    with FleetServer(tmp_path / "data", "test", broker=("127.0.0.1", port), on_news=heard.put) as server:
+    with FleetServer(tmp_path / "data", "test", broker=("127.0.0.1", port), on_log=heard.put) as server:
         weak = subprocess.Popen([*command, "--prefix", "weak"], cwd=root, stdout=subprocess.DEVNULL)
         try:
             heard.until("weak-0: online")
@@ -448,7 +450,7 @@ def test_devices_that_died_while_the_broker_was_gone_are_offline(tmp_path: Path)
 def test_what_the_server_refuses_is_news(broker: tuple[str, int], tmp_path: Path) -> None:
     heard = News()
     td = thing_description("other", "one", VIRTUAL, "mote", "0.1.0", 65536, PROGRAM.model_id) | {"tf:arenaBytes": 0}
-    with FleetServer(tmp_path / "more", "other", broker=broker, on_news=heard.put) as other:
+    with FleetServer(tmp_path / "more", "other", broker=broker, on_log=heard.put) as other:
         session = Session(*broker, "one", on_message=lambda _topic, _payload: None)
         session.publish(Topics("other").td("one"), json.dumps(td).encode(), retain=True)
         said = heard.get(timeout=10)

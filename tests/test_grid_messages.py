@@ -21,20 +21,20 @@ from tinyfleet.edge.model import program as p
 from tinyfleet.edge.wire.protocol import (
     Assembly,
     Dense,
-    Did,
-    Done,
     ErrorCode,
-    Failed,
+    Failure,
     Metrics,
+    Reply,
     Sparse,
     Status,
+    Success,
     Topics,
-    Work,
+    TrainTask,
     decode_chunk,
-    decode_do,
+    decode_command,
     encode,
 )
-from tinyfleet.server.flower.grid import Event, MqttGrid, node_id
+from tinyfleet.server.flower.grid import MqttGrid, RoundEvent, node_id
 
 PROGRAM = p.build([p.Dense(16), p.ReLU(), p.Dense(3)], (20,), "softmax_cross_entropy")
 SIZE = PROGRAM.n_params
@@ -47,11 +47,11 @@ class Puppet:
 
     def __init__(self, broker: tuple[str, int], name: str) -> None:
         self.name = name
-        self.requests: queue.Queue[Work] = queue.Queue()
+        self.requests: queue.Queue[TrainTask] = queue.Queue()
         self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name)
         self._client.on_message = self._on_message
         self._weights: Assembly | None = None
-        self._complete = threading.Event()
+        self._complete = threading.RoundEvent()
         self._client.will_set(TOPICS.status(name), encode(Status(False, PROGRAM.model_id)), qos=1, retain=True)
         self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.do(name), qos=1)
         self._client.connect(*broker)
@@ -60,8 +60,8 @@ class Puppet:
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         if message.topic == TOPICS.do(self.name):
-            work = decode_do(message.payload)
-            assert isinstance(work, Work)
+            work = decode_command(message.payload)
+            assert isinstance(work, TrainTask)
             self.requests.put(work)
         elif self._weights is not None and message.payload:
             self._weights.add(decode_chunk(message.payload))
@@ -71,10 +71,10 @@ class Puppet:
     def say(self, status: Status) -> None:
         self._client.publish(TOPICS.status(self.name), encode(status), qos=1, retain=True).wait_for_publish(15)
 
-    def work(self) -> Work:
+    def work(self) -> TrainTask:
         return self.requests.get(timeout=15)
 
-    def weights(self, work: Work) -> NDArray[np.float32]:
+    def weights(self, work: TrainTask) -> NDArray[np.float32]:
         """What the broker has retained for this work."""
         self._weights = Assembly(4 * SIZE)
         self._complete.clear()
@@ -83,7 +83,7 @@ class Puppet:
         self._client.unsubscribe(TOPICS.weights(work.run, work.round))
         return np.frombuffer(self._weights.data(), "<f4")
 
-    def reply(self, did: Did | bytes, as_: str | None = None) -> None:
+    def reply(self, did: Reply | bytes, as_: str | None = None) -> None:
         payload = did if isinstance(did, bytes) else encode(did)
         self._client.publish(TOPICS.did(as_ or self.name), payload, qos=1).wait_for_publish(15)
 
@@ -114,12 +114,12 @@ def puppet(broker: tuple[str, int]) -> Iterator[Start]:
 
 
 @pytest.fixture
-def events() -> list[Event]:
+def events() -> list[RoundEvent]:
     return []
 
 
 @pytest.fixture
-def grid(broker: tuple[str, int], events: list[Event]) -> Iterator[MqttGrid]:
+def grid(broker: tuple[str, int], events: list[RoundEvent]) -> Iterator[MqttGrid]:
     with MqttGrid(*broker, "test", PROGRAM, on_event=events.append, repeat=0.2, grace=0.1) as grid:
         yield grid
 
@@ -148,11 +148,11 @@ def asked(grid: MqttGrid, *messages: Message, timeout: float = 10.0) -> Iterator
         yield pool.submit(grid.send_and_receive, messages, timeout=timeout)
 
 
-def dense(work: Work, values: NDArray[np.float32], parts: int = 1, half: bool = False) -> list[Done]:
+def dense(work: TrainTask, values: NDArray[np.float32], parts: int = 1, half: bool = False) -> list[Success]:
     pieces = np.array_split(values, parts)
     offsets = np.cumsum([0, *map(len, pieces)])
     return [
-        Done(work.id, i, parts, METRICS if i == 0 else None, Dense(int(offsets[i]), piece, half))
+        Success(work.id, i, parts, METRICS if i == 0 else None, Dense(int(offsets[i]), piece, half))
         for i, piece in enumerate(pieces)
     ]
 
@@ -198,10 +198,10 @@ def test_malformed_replies_are_counted_and_dropped(grid: MqttGrid, puppet: Start
             b"\xff\xff",
             good[:-1],  # cut
             good + b"\x00",
-            encode(Done(work.id, 0, 1, METRICS, Dense(1, START))),  # beyond the end
-            encode(Done(work.id, 0, 1, METRICS, Sparse(np.array([SIZE], np.uint32), np.ones(1, np.float32)))),
-            encode(Done(work.id, 0, 1, None, Dense(0, START))),  # no metrics
-            encode(Done(work.id, 0, 2**31, METRICS, Dense(0, START))),  # it would never end
+            encode(Success(work.id, 0, 1, METRICS, Dense(1, START))),  # beyond the end
+            encode(Success(work.id, 0, 1, METRICS, Sparse(np.array([SIZE], np.uint32), np.ones(1, np.float32)))),
+            encode(Success(work.id, 0, 1, None, Dense(0, START))),  # no metrics
+            encode(Success(work.id, 0, 2**31, METRICS, Dense(0, START))),  # it would never end
         ]
         for payload in bad:
             device.reply(payload)
@@ -216,7 +216,7 @@ def test_stale_and_forged_replies_change_nothing(grid: MqttGrid, puppet: Start) 
     with asked(grid, message("a", record(START)), message("b", record(START))) as result:
         for_a, for_b = a.work(), b.work()
         b.reply(dense(for_a, START + np.float32(9))[0])  # on its own topic, with another's id
-        a.reply(Done(for_a.id ^ 1 << 31, 0, 1, METRICS, Dense(0, START)))  # of a round that nobody knows
+        a.reply(Success(for_a.id ^ 1 << 31, 0, 1, METRICS, Dense(0, START)))  # of a round that nobody knows
         a.reply(dense(for_a, START)[0])
         b.reply(dense(for_b, START)[0])
         replies = result.result(5)
@@ -250,11 +250,11 @@ def test_sparse_changes_are_added_to_what_was_sent(grid: MqttGrid, puppet: Start
     grid.wait_for_nodes(1, 5)
     indices = np.array([0, 7, 130, SIZE - 1], np.uint32)
     changes = np.array([0.5, -0.25, 1e-3, 2.0], np.float32)
-    with asked(grid, message("a", record(START), {"top": 0.01, "half": half})) as result:
+    with asked(grid, message("a", record(START), {"density": 0.01, "half": half})) as result:
         work = device.work()
-        assert work.update is not None and work.update.top == pytest.approx(0.01) and work.update.half is half
-        device.reply(Done(work.id, 0, 2, METRICS, Sparse(indices[:2], changes[:2], half)))
-        device.reply(Done(work.id, 1, 2, None, Sparse(indices[2:], changes[2:], half)))
+        assert work.update is not None and work.update.density == pytest.approx(0.01) and work.update.half is half
+        device.reply(Success(work.id, 0, 2, METRICS, Sparse(indices[:2], changes[:2], half)))
+        device.reply(Success(work.id, 1, 2, None, Sparse(indices[2:], changes[2:], half)))
         (reply,) = result.result(5)
     expected = START.copy()
     expected[indices] += changes.astype(np.float16).astype(np.float32) if half else changes
@@ -263,7 +263,7 @@ def test_sparse_changes_are_added_to_what_was_sent(grid: MqttGrid, puppet: Start
 
 
 def test_the_weights_go_out_once_and_are_gone_after_the_round(
-    grid: MqttGrid, puppet: Start, events: list[Event], broker: tuple[str, int]
+    grid: MqttGrid, puppet: Start, events: list[RoundEvent], broker: tuple[str, int]
 ) -> None:
     devices = [puppet(name) for name in "abc"]
     grid.wait_for_nodes(3, 5)
@@ -283,7 +283,7 @@ def test_the_weights_go_out_once_and_are_gone_after_the_round(
 def retained(broker: tuple[str, int]) -> set[str]:
     """The topics that hold a retained message; a message of our own marks the end of them."""
     topics: set[str] = set()
-    over = threading.Event()
+    over = threading.RoundEvent()
 
     def on_message(_client: object, _data: object, message: paho.MQTTMessage) -> None:
         if message.retain and message.topic.startswith("tinyfleet/"):
@@ -304,7 +304,7 @@ def retained(broker: tuple[str, int]) -> set[str]:
 
 
 def test_a_device_that_vanishes_costs_its_own_reply_only(
-    grid: MqttGrid, puppet: Start, events: list[Event], broker: tuple[str, int]
+    grid: MqttGrid, puppet: Start, events: list[RoundEvent], broker: tuple[str, int]
 ) -> None:
     steady, weak = puppet("steady"), puppet("weak")
     grid.wait_for_nodes(2, 5)
@@ -333,7 +333,7 @@ def test_a_device_that_says_it_failed_is_believed(grid: MqttGrid, puppet: Start,
     device = puppet("a")
     grid.wait_for_nodes(1, 5)
     with asked(grid, message("a", record(START))) as result:
-        device.reply(Failed(device.work().id, error, -7))
+        device.reply(Failure(device.work().id, error, -7))
         (reply,) = result.result(5)
     assert reply.has_error() and re.match(said, reply.error.reason)
 
@@ -411,7 +411,7 @@ def test_what_no_device_can_be_asked_is_refused_before_anything_is_published(gri
         message("a", ArrayRecord([START])),
         message("nobody", record(START)),
         message("a", record(START), {"phase-steps": [1, 2, 3, 4, 5]}),
-        message("a", record(START), {"top": 0.0}),
+        message("a", record(START), {"density": 0.0}),
         message("a", record(START), {"lr": 1e39}),
         Message(RecordDict({"arrays": record(START)}), node_id("a"), MessageType.TRAIN),
     ):

@@ -66,14 +66,15 @@ def test_edge_imports_without_tensorflow_and_flower() -> None:
     ],
 )
 def test_a_command_whose_packages_are_missing_says_how_to_get_them(words: list[str], lacks: str, extras: str) -> None:
-    code = f"import sys; sys.modules[{lacks!r}] = None; sys.argv[1:] = {words!r}; from tinyfleet.__main__ import main; main()"
+    code = f"import sys; sys.modules[{lacks!r}] = None; sys.argv[1:] = {words!r}\n"
+    code += "from tinyfleet.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     said = f"error: this needs {lacks}, which is not installed: pip install 'tinyfleet[{extras}]'\n"
     assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_a_gateway_needs_no_graph_store() -> None:
-    code = "import sys; sys.modules['pyoxigraph'] = None; import tinyfleet.firmware_tools.cli, tinyfleet.firmware_tools.model_cli"
+    code = "import sys; sys.modules['pyoxigraph'] = None\nfrom tinyfleet.firmware_tools import cli, model_cli"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

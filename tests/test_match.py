@@ -123,7 +123,7 @@ def write(store: Store, fleet: Fleet) -> None:
             TF.engine: device.engine,
             TF.arenaBytes: device.arena,
             TF.online: device.online,
-            TF.adoptBytes: device.adopts,
+            TF.modelSlotBytes: device.adopts,
         }
     for i, model in enumerate(fleet[2]):
         iri = name_of(i)
@@ -162,15 +162,15 @@ def missed(model: Model, device: Device, board: Board) -> set[tuple[str, object,
     needs: set[tuple[str, object, object]] = {("sensor", p, None) for p in model.inputs - board.observes}
     if model.engine != device.engine:
         needs.add(("engine", model.engine, device.engine))
-    for need, takes, has in (
+    for requirement, takes, has in (
         ("RAM to run", model.run, room),
         ("flash", model.storage, board.flash),
         ("RAM to train", least_to_train(model), room),
     ):
         if takes is None or has is None or takes > has:
-            needs.add((need, takes, has))
+            needs.add((requirement, takes, has))
     if model.storage is not None and device.adopts is not None and model.storage > device.adopts:
-        needs |= {(match.ADOPT, model.storage, device.adopts)} if model.engine == device.engine else set()
+        needs |= {(match.UPDATE_MODEL, model.storage, device.adopts)} if model.engine == device.engine else set()
     return needs
 
 
@@ -193,7 +193,9 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
         needs = {(i, n): missed(m, d, boards[d.board]) for i, d in enumerate(devices) for n, m in enumerate(models)}
         room = [boards[d.board].ram if d.arena is None else d.arena for d in devices]
         runs = {
-            pair for pair, missing in needs.items() if {need for need, _, _ in missing} <= {match.TRAIN, match.ADOPT}
+            pair
+            for pair, missing in needs.items()
+            if {requirement for requirement, _, _ in missing} <= {match.TRAIN, match.UPDATE_MODEL}
         }
         for n, model in enumerate(models):
             expected = []
@@ -203,13 +205,13 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
                     layers, biases = trained(model, room[i]) or (None, None)
                     left = room[i] - model.run
                     names = f"d{i}", f"b{device.board}", name_of(n)
-                    expected.append(match.Fit(*names, room[i], model.run, left, device.online, layers, biases))
+                    expected.append(match.DeviceMatch(*names, room[i], model.run, left, device.online, layers, biases))
             trains = store.query(library.text("trainable"), model=name_of(n), fleet="home")
             assert {str(row["id"]): (row["layers"], row["biases"]) for row in trains} == {
                 fit.device: (fit.layers, fit.biases) for fit in expected if fit.layers is not None
             }
             key = lambda f: (f.layers is None, -(f.layers or 0), -(f.biases or 0), -f.room, f.device)  # noqa: E731
-            assert match.devices(store, name_of(n), "home") == sorted(expected, key=key)
+            assert match.match_devices(store, name_of(n), "home") == sorted(expected, key=key)
         for i in range(len(devices)):
             fits = []
             for n, model in enumerate(models):
@@ -217,18 +219,20 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
                     assert model.run is not None
                     layers, biases = trained(model, room[i]) or (None, None)
                     fits.append(
-                        match.ModelFit(
+                        match.ModelMatch(
                             name_of(n), f"m{n}", len(model.inputs), model.run, room[i] - model.run, model.parameters,
                             layers, biases,
                         )
                     )  # fmt: skip
-            assert match.models(store, f"d{i}", "home") == sorted(
+            assert match.match_models(store, f"d{i}", "home") == sorted(
                 fits,
                 key=lambda f: (not f.observed, -(f.layers or -1), -(f.biases or -1), -(f.parameters or -1), f.name),
             )
         said = {
-            (int(device[1:]), int(model.rsplit(":", 1)[1], 16)): [(miss.need, miss.takes, miss.has) for miss in misses]
-            for (device, model), misses in match.why_not(store, "home").items()
+            (int(device[1:]), int(model.rsplit(":", 1)[1], 16)): [
+                (miss.requirement, miss.takes, miss.has) for miss in misses
+            ]
+            for (device, model), misses in match.unmet_requirements(store, "home").items()
         }
         by_text = {pair: sorted(missing, key=str) for pair, missing in needs.items() if missing}
         assert {pair: sorted(missing, key=str) for pair, missing in said.items()} == by_text

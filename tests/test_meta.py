@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 from test_grid_fleet import Start, devices  # noqa: F401
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.agent import HEAD, dense_update, sparse_update
-from tinyfleet.edge.device.flower_client import serve, to_record, to_vector
+from tinyfleet.edge.device.flower_client import arrays_to_vector, serve, vector_to_arrays
 from tinyfleet.edge.device.node import OUT_BYTES
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Episodes, omniglot
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Dense, Done, Metrics, Phase, Sparse, UpdateFormat, encode
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Dense, Metrics, Phase, Sparse, Success, UpdateFormat, encode
 from tinyfleet.server.evaluate import few_shot
 from tinyfleet.server.flower.grid import MqttGrid, RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp
 from tinyfleet.server.flower.strategies import Reptile, TinyMetaFed, TinyReptile
 from tinyfleet.server.flower.strategies.reptile import task_seed
-from tinyfleet.server.run import Options, limit_clients, method
+from tinyfleet.server.run import StrategyOptions, limit_clients, make_strategy
 
 from tinyfleet.__main__ import cli
 
@@ -129,13 +129,13 @@ class Nodes(RunGrid):
 
 
 def flower_rounds(strategy: Reptile, start: NDArray[np.float32], rounds: int) -> NDArray[np.float32]:
-    grid, arrays = Nodes(), to_record(start, DIGITS.program)
+    grid, arrays = Nodes(), vector_to_arrays(start, DIGITS.program)
     for number in range(1, rounds + 1):
         messages = list(strategy.configure_train(number, arrays, ConfigRecord(), grid))
         new, _ = strategy.aggregate_train(number, grid.send_and_receive(messages))
         assert new is not None
         arrays = new
-    return to_vector(arrays, DIGITS.program)
+    return arrays_to_vector(arrays, DIGITS.program)
 
 
 def ours(name: str) -> tuple[Reptile, Any]:
@@ -143,7 +143,8 @@ def ours(name: str) -> tuple[Reptile, Any]:
     rate, steps = how.phases[-1].rate, how.phases[-1].steps
     if name == "tinymetafed":
         strategy: Reptile = TinyMetaFed(
-            rounds=2, alpha=0.8, beta=rate, steps=steps, local=2, local_steps=how.phases[0].steps, top=how.update.top,
+            rounds=2, alpha=0.8, beta=rate, steps=steps, local=2, local_steps=how.phases[0].steps,
+            density=how.update.density,
             clients=4, seed=3,
         )  # fmt: skip
     elif name == "tinyreptile":
@@ -157,9 +158,9 @@ def ours(name: str) -> tuple[Reptile, Any]:
 def test_rounds_are_those_of_the_strategy_over_c_nodes(name: str, digits: Any, exact: Any) -> None:
     """With the engine to the bit, compiled to rounding."""
     strategy, how = ours(name)
-    start = meta.first_parameters(DIGITS.program, how)
+    start = meta.initial_parameters(DIGITS.program, how)
     fleet = flower_rounds(strategy, start, rounds=2)
-    source = meta.fleet_of(DIGITS, FLEET)
+    source = meta.simulated_fleet(DIGITS, FLEET)
     bits = meta.simulate(exact, source, how, start, rounds=2, seed=3).parameters
     np.testing.assert_array_equal(bits, fleet)
     compiled = meta.simulate(digits, source, how, start, rounds=2, seed=3).parameters
@@ -172,20 +173,20 @@ def test_rounds_are_those_of_the_strategy_over_c_nodes(name: str, digits: Any, e
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("top", [0.01, 0.3, 0.999, 1.0])
-def test_updates_and_their_bytes_are_those_of_a_node(top: float, half: bool) -> None:
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.999, 1.0])
+def test_updates_and_their_bytes_are_those_of_a_node(density: float, half: bool) -> None:
     """Many changes are equal, some are 0; a layer stays at home."""
     random = np.random.default_rng(0)
     n = DIGITS.program.n_params
     start = random.normal(size=n).astype(np.float32)
     learned = start + np.round(random.normal(size=(3, n)), 1).astype(np.float32) * (random.random((3, n)) < 0.5)
-    how = UpdateFormat(shared=ALL_LAYERS & ~2, half=half, top=top)
+    how = UpdateFormat(shared=ALL_LAYERS & ~2, half=half, density=density)
     shared = meta.network(DIGITS.program).chosen(how.shared)
     metrics = Metrics(160, 1.0, 0, 0, 0.0, 12_000)
     received, sizes = meta.encoded(start, learned, how, shared, metrics)
     for mine, size, vector in zip(received, sizes, learned, strict=True):
         updates: list[Dense | Sparse]
-        if top < 1:
+        if density < 1:
             updates = [*sparse_update(vector - start, shared, how, OUT_BYTES - HEAD)]
         else:
             updates = [*dense_update(vector, shared, how, OUT_BYTES - HEAD)]
@@ -197,26 +198,26 @@ def test_updates_and_their_bytes_are_those_of_a_node(top: float, half: bool) -> 
                 expected[update.offset : update.offset + len(values)] = carried
             else:
                 expected[update.indices] = start[update.indices] + carried
-            sent += len(encode(Done(1 << 20, i, len(updates), None if i else metrics, update)))
+            sent += len(encode(Success(1 << 20, i, len(updates), None if i else metrics, update)))
         np.testing.assert_array_equal(mine, expected)
         assert size == sent
 
 
 @pytest.mark.parametrize(
-    ("name", "top"),
+    ("name", "density"),
     [("reptile", None), ("tinymetafed", None), ("tinymetafed", 0.999), ("fomaml", None), ("fedprox", None)],
 )
 def test_bytes_are_those_that_real_devices_and_a_broker_carry(
-    name: str, top: float | None, broker: tuple[str, int], devices: Start, digits: Any, exact: Any
+    name: str, density: float | None, broker: tuple[str, int], devices: Start, digits: Any, exact: Any
 ) -> None:
     """Two rounds of the strategy that `tinyfleet run` has for it; what is learned is the same, too."""
     devices(FLEET, task=DIGITS)
     count, seed, number = 3, 5, itertools.count(1)
-    strategy = method(name, DIGITS, rounds=2, clients=count, seed=seed, options=Options(top=top))
+    strategy = make_strategy(name, DIGITS, rounds=2, clients=count, seed=seed, options=StrategyOptions(density=density))
     how = meta.settings(name, DIGITS, clients=count)
-    if top is not None:
-        how = replace(how, update=replace(how.update, top=top))
-    start = meta.first_parameters(DIGITS.program, how)
+    if density is not None:
+        how = replace(how, update=replace(how.update, density=density))
+    start = meta.initial_parameters(DIGITS.program, how)
     with MqttGrid(*broker, "test", DIGITS.program, repeat=60) as grid:  # a busy machine is not asked twice
         nodes = sorted(grid.wait_for_nodes(FLEET, 20))
         limit_clients(strategy.strategy, count, FLEET)
@@ -226,13 +227,13 @@ def test_bytes_are_those_that_real_devices_and_a_broker_carry(
             carried.append((grid.traffic.bytes_up, grid.traffic.bytes_down))
 
         config = ConfigRecord(dict(strategy.train_config))
-        arrays = to_record(start, DIGITS.program)
+        arrays = vector_to_arrays(start, DIGITS.program)
         result = strategy.strategy.start(grid, arrays, 2, 60, train_config=config, evaluate_fn=ended)  # type: ignore[arg-type]
         fleet = [int(grid.device(node).removeprefix("test-")) for node in nodes]
 
     def samples(chosen: Sequence[int], _: Sequence[int], steps: int) -> Any:
         seeds = [task_seed(seed, round_, nodes[i]) for i in chosen] if (round_ := next(number)) else []
-        return meta.fleet_of(DIGITS, FLEET).samples([fleet[i] for i in chosen], seeds, steps)
+        return meta.simulated_fleet(DIGITS, FLEET).samples([fleet[i] for i in chosen], seeds, steps)
 
     backend = digits if name in ("fedprox", "fomaml") else exact
     source = meta.Source(FLEET, samples, keeps=False)
@@ -242,7 +243,7 @@ def test_bytes_are_those_that_real_devices_and_a_broker_carry(
     )
     assert carried[0] == (0, 0) and carried[1:] == list(zip(up, down, strict=True))
     if name in ("reptile", "tinymetafed"):
-        np.testing.assert_array_equal(to_vector(result.arrays, DIGITS.program), outcome.parameters)
+        np.testing.assert_array_equal(arrays_to_vector(result.arrays, DIGITS.program), outcome.parameters)
 
 
 def test_the_few_shot_score_is_that_of_the_devices(digits: Any, exact: Any) -> None:
@@ -285,8 +286,8 @@ def test_reptile_learns_to_learn() -> None:
 def test_every_method_makes_its_rounds(digits: Any) -> None:
     for name in meta.METHODS:
         how = meta.settings(name, DIGITS, clients=1)
-        start = meta.first_parameters(DIGITS.program, how)
-        outcome = meta.simulate(digits, meta.tasks_of(DIGITS), how, start, rounds=2)
+        start = meta.initial_parameters(DIGITS.program, how)
+        outcome = meta.simulate(digits, meta.server_tasks(DIGITS), how, start, rounds=2)
         assert len(outcome.rounds) == (0 if name == "scratch" else 2)
         assert (outcome.parameters == start).all() == (name == "scratch")
     with pytest.raises(UserError, match="choose one of"):
@@ -330,7 +331,7 @@ def test_adam_without_momentum_takes_its_steps() -> None:
 def test_the_published_network_has_its_size() -> None:
     net = meta.omniglot_network(5)
     assert net.n_params == 113_221
-    start = np.stack([meta.omniglot_start(net, 0)] * 2)
+    start = np.stack([meta.omniglot_initialization(net, 0)] * 2)
     x = np.random.default_rng(0).random((2, 10, 28, 28)).astype(np.float32)
     x[1, :5] = x[0, :5]
     one, other = meta.Backend(net).predict(start, x)
@@ -343,7 +344,7 @@ def test_the_published_network_learns() -> None:
     x, y = random.random((2, 10, 28, 28)).astype(np.float32), np.tile(np.arange(5), (2, 2))
     moments = meta.Moments(np.zeros(net.n_params, np.float32))
     phases = [Phase(ALL_LAYERS, 8, 0.003)]
-    learned = meta.Backend(net).adapt(meta.omniglot_start(net, 0), x, y, phases, batch=10, moments=moments)
+    learned = meta.Backend(net).adapt(meta.omniglot_initialization(net, 0), x, y, phases, batch=10, moments=moments)
     assert (learned.losses[:, -1] < learned.losses[:, 0] / 2).all()
 
 
@@ -366,7 +367,7 @@ class Killed(Exception):
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: Any, exact: Any, adam: bool) -> None:
     backend = digits if adam else exact
     how = replace(meta.settings("tinymetafed", DIGITS, clients=3), adam=adam)
-    start, source = meta.first_parameters(DIGITS.program, how), meta.tasks_of(DIGITS)
+    start, source = meta.initial_parameters(DIGITS.program, how), meta.server_tasks(DIGITS)
     whole = meta.simulate(backend, source, how, start, rounds=5)
 
     def kill(this: Any) -> None:
@@ -399,8 +400,8 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: 
 
 def test_how_many_clients_are_computed_at_once_changes_nothing(exact: Any) -> None:
     how = meta.settings("tinymetafed", DIGITS, clients=6)
-    start = meta.first_parameters(DIGITS.program, how)
-    for source in (meta.fleet_of(DIGITS, FLEET), meta.tasks_of(DIGITS)):
+    start = meta.initial_parameters(DIGITS.program, how)
+    for source in (meta.simulated_fleet(DIGITS, FLEET), meta.server_tasks(DIGITS)):
         one, other = (meta.simulate(exact, source, how, start, rounds=1, chunk=chunk) for chunk in (6, 4))
         np.testing.assert_array_equal(one.parameters, other.parameters)
         assert replace(one.rounds[0], seconds=0) == replace(other.rounds[0], seconds=0)
@@ -480,9 +481,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         "20",
         "--exact",
     ]
-    done = CliRunner().invoke(
-        tinyfleet.cli, ["meta-train", *words, "--json", "--out", str(start), "--plot", str(curve)]
-    )
+    done = CliRunner().invoke(cli, ["meta-train", *words, "--json", "--out", str(start), "--plot", str(curve)])
     assert done.exit_code == 0, done.output
     first, second, last = (json.loads(line) for line in done.output.splitlines())
     assert (first["number"], second["number"], first["clients"]) == (1, 2, 3)

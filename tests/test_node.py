@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import pathlib
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import small_models
-import tinyfleet.edge.device.node
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.agent import AgentNode
-from tinyfleet.edge.device.flower_client import patched
+from tinyfleet.edge.device.flower_client import apply_update
 from tinyfleet.edge.device.node import (
     ENGINE_VERSION,
-    Counters,
     MoteNode,
     Node,
+    NodeCounters,
     Out,
     Publish,
     Reboot,
@@ -38,21 +37,21 @@ from tinyfleet.edge.model.program import Program, ReLU, assemble, build
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
-    Adopt,
+    Command,
     Dense,
-    Did,
-    Do,
-    Done,
     ErrorCode,
-    Failed,
+    Failure,
     Phase,
     ProtocolError,
+    Reply,
     Sparse,
+    Success,
     Topics,
+    TrainTask,
     UpdateFormat,
-    Work,
+    UpdateModel,
     chunks,
-    decode_did,
+    decode_reply,
     decode_status,
     encode,
 )
@@ -91,7 +90,7 @@ def agent(program: Program = PROGRAM, **options: Any) -> Node:
 both = pytest.mark.parametrize("make", [mote, agent])
 
 
-def work(id: int = 7, round: int = 1, **fields: Any) -> Work:
+def work(id: int = 7, round: int = 1, **fields: Any) -> TrainTask:
     defaults: dict[str, Any] = {
         "kind": "train",
         "run": 5,
@@ -101,10 +100,10 @@ def work(id: int = 7, round: int = 1, **fields: Any) -> Work:
         "query": 10,
         "update": UpdateFormat(),
     }
-    return Work(id=id, round=round, **(defaults | fields))
+    return TrainTask(id=id, round=round, **(defaults | fields))
 
 
-def broadcast(order: Work, vector: NDArray[np.float32] = WEIGHTS) -> list[tuple[str, bytes]]:
+def broadcast(order: TrainTask, vector: NDArray[np.float32] = WEIGHTS) -> list[tuple[str, bytes]]:
     """The round's retained messages."""
     payloads = chunks(vector.astype("<f4").tobytes())
     return [(TOPICS.weights(order.run, order.round, i), payload) for i, payload in enumerate(payloads)]
@@ -130,19 +129,21 @@ def deliver(node: Node, messages: Iterable[tuple[str, bytes]]) -> list[Out]:
     return outs + list(node.poll())
 
 
-def replies(outs: Iterable[Out]) -> list[Did]:
-    return [decode_did(o.payload) for o in outs if isinstance(o, Publish) and o.topic == TOPICS.did(ID)]
+def replies(outs: Iterable[Out]) -> list[Reply]:
+    return [decode_reply(o.payload) for o in outs if isinstance(o, Publish) and o.topic == TOPICS.did(ID)]
 
 
-def serve(node: Node, order: Work, vector: NDArray[np.float32] = WEIGHTS) -> list[Done]:
+def serve(node: Node, order: TrainTask, vector: NDArray[np.float32] = WEIGHTS) -> list[Success]:
     """The replies to an order on a network that loses nothing."""
     assert Subscribe(TOPICS.weights(order.run, order.round)) in do(node, order)
-    done = [did for did in replies(deliver(node, broadcast(order, vector))) if isinstance(did, Done)]
+    done = [did for did in replies(deliver(node, broadcast(order, vector))) if isinstance(did, Success)]
     assert [d.part for d in done] == list(range(len(done))) and {d.parts for d in done} == {len(done)}
     return done
 
 
-def expected(order: Work, vector: NDArray[np.float32] = WEIGHTS) -> tuple[MoteLearner, np.float32, np.float32, int]:
+def expected(
+    order: TrainTask, vector: NDArray[np.float32] = WEIGHTS
+) -> tuple[MoteLearner, np.float32, np.float32, int]:
     """The learner after the order's phases; the mean loss; the queries' mean loss, and how many were right."""
     learner = MoteLearner(PROGRAM)
     learner.set_parameters(vector)
@@ -162,7 +163,7 @@ def expected(order: Work, vector: NDArray[np.float32] = WEIGHTS) -> tuple[MoteLe
     return learner, loss / np.float32(max(steps, 1)), query_loss / np.float32(max(order.query, 1)), correct
 
 
-def dense(done: Iterable[Done]) -> NDArray[np.float32]:
+def dense(done: Iterable[Success]) -> NDArray[np.float32]:
     """The vector that a dense reply's parts give, NaN where they give nothing."""
     vector = np.full(PROGRAM.n_params, np.nan, np.float32)
     for d in done:
@@ -187,7 +188,7 @@ def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
 
 
 def test_the_engines_version_is_the_headers() -> None:
-    header = ROOT / "edge" / "mote" / "mote.h"
+    header = pathlib.Path(__file__).parents[1] / "edge" / "mote" / "mote.h"
     assert f'#define MOTE_VERSION "{ENGINE_VERSION}"' in header.read_text()
 
 
@@ -238,17 +239,17 @@ def test_dense_replies(make: Make, half: bool, out_bytes: int) -> None:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("out_bytes", [256, 8192])
 @pytest.mark.parametrize("top", [0.001, 0.3, 0.999])
-def test_sparse_replies(make: Make, half: bool, out_bytes: int, top: float) -> None:
+def test_sparse_replies(make: Make, half: bool, out_bytes: int, density: float) -> None:
     """Exactly the share asked for, of the largest changes."""
     node = make(out_bytes=out_bytes)
     changes = expected(work())[0].parameters - WEIGHTS
     for id, shared, part in ((7, ALL_LAYERS, slice(0, PROGRAM.n_params)), (8, 2, slice(280, PROGRAM.n_params))):
         own = np.zeros_like(changes)
         own[part] = changes[part]
-        k = int(np.ceil(np.float32(top) * np.float32(len(changes[part]))))
+        k = int(np.ceil(np.float32(density) * np.float32(len(changes[part]))))
         chosen = np.argsort(-np.abs(own), kind="stable")[:k]
         wanted = np.sort(chosen[own[chosen] != 0])
-        updates = [d.update for d in serve(node, work(id=id, update=UpdateFormat(shared, half, top)))]
+        updates = [d.update for d in serve(node, work(id=id, update=UpdateFormat(shared, half, density)))]
         got = [u for u in updates if isinstance(u, Sparse)]
         assert len(got) == len(updates)
         assert np.array_equal(np.concatenate([u.indices for u in got]), wanted)
@@ -274,7 +275,7 @@ def test_a_pull_is_fedproxs_step(make: Make) -> None:
         learner.set_parameters(learner.parameters - rate * mu * (before - WEIGHTS))
     got = dense(serve(make(), order))
     np.testing.assert_allclose(got, learner.parameters, rtol=1e-5, atol=1e-6)
-    free = dense(serve(make(), replace(order, phases=tuple(replace(phase, pull=0.0) for phase in order.phases))))
+    free = dense(serve(make(), replace(order, phases=tuple(replace(phase, proximal_mu=0.0) for phase in order.phases))))
     assert np.linalg.norm(got - WEIGHTS) < 0.8 * np.linalg.norm(free - WEIGHTS), (
         "it stays nearer to the round's weights"
     )
@@ -290,8 +291,8 @@ def test_changes_since_a_phase(make: Make, out_bytes: int) -> None:
     done = serve(node, work(phases=(inner, outer), update=UpdateFormat(since=1)))
     assert all(isinstance(d.update, Dense) and d.update.change for d in done)
     assert np.array_equal(dense(done), learned - adapted)
-    assert np.array_equal(patched(WEIGHTS, done), WEIGHTS + (learned - adapted))
-    some = serve(node, work(8, phases=(inner, outer), update=UpdateFormat(since=1, top=0.1)))
+    assert np.array_equal(apply_update(WEIGHTS, done), WEIGHTS + (learned - adapted))
+    some = serve(node, work(8, phases=(inner, outer), update=UpdateFormat(since=1, density=0.1)))
     indices = np.concatenate([d.update.indices for d in some if isinstance(d.update, Sparse)])
     changes = np.concatenate([d.update.changes for d in some if isinstance(d.update, Sparse)])
     assert np.array_equal(changes, (learned - adapted)[indices]) and len(indices) == np.ceil(0.1 * PROGRAM.n_params)
@@ -315,7 +316,7 @@ def test_an_update_whose_norm_is_no_number_has_diverged(make: Make) -> None:
     """Each of its values is one, so that without a norm to be clipped to it can be sent."""
     node, far = make(), work(phases=(Phase(ALL_LAYERS, 1, 1e25),), query=0, update=UpdateFormat(clip=1.0))
     assert Subscribe(TOPICS.weights(far.run, far.round)) in do(node, far)
-    assert replies(deliver(node, broadcast(far))) == [Failed(7, ErrorCode.DIVERGED)]
+    assert replies(deliver(node, broadcast(far))) == [Failure(7, ErrorCode.DIVERGED)]
     assert np.isfinite(dense(serve(node, replace(far, id=8, update=UpdateFormat())))).all()
     assert np.isfinite(dense(serve(node, work(9, update=UpdateFormat(clip=1.0))))).all()
 
@@ -334,7 +335,7 @@ def test_an_update_whose_norm_is_no_number_has_diverged(make: Make) -> None:
     ids=["all the way", "negative", "not a number", "no such phase", "negative norm", "two bases"],
 )
 def test_what_makes_no_sense_is_turned_down(make: Make, fields: dict[str, Any]) -> None:
-    assert replies(do(make(), work(**fields))) == [Failed(7, ErrorCode.ENGINE, lib.MOTE_ERR_ARGUMENT)]
+    assert replies(do(make(), work(**fields))) == [Failure(7, ErrorCode.ENGINE, lib.MOTE_ERR_ARGUMENT)]
 
 
 def test_what_needs_a_copy_of_the_weights_is_turned_down_where_there_is_no_room_for_one() -> None:
@@ -348,7 +349,7 @@ def test_what_needs_a_copy_of_the_weights_is_turned_down_where_there_is_no_room_
             work(update=UpdateFormat(clip=1.0)),
         )
     ):
-        assert replies(do(node, replace(order, id=id))) == [Failed(id, ErrorCode.ROOM)]
+        assert replies(do(node, replace(order, id=id))) == [Failure(id, ErrorCode.CAPACITY)]
     serve(node, work(9))
 
 
@@ -356,11 +357,11 @@ def test_what_needs_a_copy_of_the_weights_is_turned_down_where_there_is_no_room_
 def test_equal_changes_are_sent_first_come_first_served(make: Make) -> None:
     """Without a step nothing changes; and among equal changes the count is still exact."""
     node = make()
-    (done,) = serve(node, work(phases=(), update=UpdateFormat(top=0.5)))
+    (done,) = serve(node, work(phases=(), update=UpdateFormat(density=0.5)))
     assert isinstance(done.update, Sparse) and len(done.update.indices) == 0
     # From weights of 0, all of the first layer's changes are 0, and the output bias's are p - y: two of them equal.
     zeros = np.zeros_like(WEIGHTS)
-    order = work(id=8, phases=(Phase(ALL_LAYERS, 1, 0.1),), update=UpdateFormat(shared=2, top=2 / 123))
+    order = work(id=8, phases=(Phase(ALL_LAYERS, 1, 0.1),), update=UpdateFormat(shared=2, density=2 / 123))
     (done,) = serve(node, order, zeros)
     changes = expected(order, zeros)[0].parameters
     largest = np.flatnonzero(np.abs(changes) > 0)
@@ -418,7 +419,7 @@ def test_a_newer_order_replaces_the_older(make: Make) -> None:
     assert replies(deliver(node, broadcast(old))) == []
     assert do(node, old) == [], "it comes too late"
     (done,) = replies(deliver(node, broadcast(new)))
-    assert isinstance(done, Done) and done.id == 8
+    assert isinstance(done, Success) and done.id == 8
     assert do(node, work(id=9, round=1)) == [], "a round that is over"
     assert node.counters.stale == len(broadcast(old)) + 2
 
@@ -441,40 +442,42 @@ def test_another_run_may_begin_with_round_1(make: Make) -> None:
 def test_orders_that_cannot_be_done_are_turned_down(make: Make) -> None:
     node = make()
     do(node, work())
-    assert replies(do(node, work(id=8, model=bytes(8)))) == [Failed(8, ErrorCode.WRONG_MODEL)]
+    assert replies(do(node, work(id=8, model=bytes(8)))) == [Failure(8, ErrorCode.WRONG_MODEL)]
     frozen = replies(do(make(HEAD_ONLY), work(model=HEAD_ONLY.model_id, phases=(Phase(2, 1, 0.1),))))
-    assert frozen == [Failed(7, ErrorCode.ENGINE, -5)]
+    assert frozen == [Failure(7, ErrorCode.ENGINE, -5)]
     assert len(replies(deliver(node, broadcast(work())))) == 1, "and the one in hand goes on"
 
 
 def test_sparse_replies_need_room_for_the_weights() -> None:
     node = mote(sparse=False)
-    assert replies(do(node, work(update=UpdateFormat(top=0.5)))) == [Failed(7, ErrorCode.ROOM)]
+    assert replies(do(node, work(update=UpdateFormat(density=0.5)))) == [Failure(7, ErrorCode.CAPACITY)]
     assert serve(node, work(update=UpdateFormat()))
 
     layer = {"dense_0/weights": np.ones((3, 6), np.float32), "dense_0/bias": np.zeros(3, np.float32)}
     frozen = build([DenseLayer(3)], (6,), "softmax_cross_entropy", trainable=[], weights=layer)
-    node, order = mote(frozen, sparse=False), work(model=frozen.model_id, update=UpdateFormat(top=0.5))
-    assert replies(do(node, order)) == [Failed(7, ErrorCode.ROOM)], "not even of no weights"
+    node, order = mote(frozen, sparse=False), work(model=frozen.model_id, update=UpdateFormat(density=0.5))
+    assert replies(do(node, order)) == [Failure(7, ErrorCode.CAPACITY)], "not even of no weights"
 
 
 @both
 def test_samples_that_are_no_targets_of_the_model_are_not_learned(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClientData, "must_fit", lambda self, program: None)  # a device's own source is not checked
+    monkeypatch.setattr(
+        ClientData, "check_compatible", lambda self, program: None
+    )  # a device's own source is not checked
     regression = build([DenseLayer(3)], (6,), "mse")
     node, order = make(regression), work(model=regression.model_id)
     do(node, order)
     (failed,) = replies(deliver(node, broadcast(order, regression.initial(0))))
-    assert isinstance(failed, Failed) and failed.error is ErrorCode.ENGINE
+    assert isinstance(failed, Failure) and failed.error is ErrorCode.ENGINE
     assert node.counters.samples == 0
 
 
 @both
 @pytest.mark.parametrize("top", [0.0, -1.0, 1.5, float("nan")])
-def test_a_share_that_is_none_is_malformed(make: Make, top: float) -> None:
+def test_a_share_that_is_none_is_malformed(make: Make, density: float) -> None:
     node = make()
-    assert do(node, work(update=UpdateFormat(top=top))) == []
-    assert node.counters == Counters(1, 0, 0)
+    assert do(node, work(update=UpdateFormat(density=density))) == []
+    assert node.counters == NodeCounters(1, 0, 0)
 
 
 @both
@@ -484,13 +487,13 @@ def test_a_share_that_is_none_is_malformed(make: Make, top: float) -> None:
         (np.full_like(WEIGHTS, np.nan), work()),
         (WEIGHTS, work(phases=(Phase(ALL_LAYERS, 30, 1e20),))),
         (WEIGHTS, work(phases=(Phase(ALL_LAYERS, 1, 3e6),), query=0, update=UpdateFormat(half=True))),
-        (WEIGHTS, work(phases=(Phase(ALL_LAYERS, 1, 3e6),), query=0, update=UpdateFormat(half=True, top=0.5))),
+        (WEIGHTS, work(phases=(Phase(ALL_LAYERS, 1, 3e6),), query=0, update=UpdateFormat(half=True, density=0.5))),
     ],
 )
-def test_what_is_not_finite_is_not_sent(make: Make, vector: NDArray[np.float32], order: Work) -> None:
+def test_what_is_not_finite_is_not_sent(make: Make, vector: NDArray[np.float32], order: TrainTask) -> None:
     node = make()
     do(node, order)
-    assert replies(deliver(node, broadcast(order, vector))) == [Failed(7, ErrorCode.DIVERGED)]
+    assert replies(deliver(node, broadcast(order, vector))) == [Failure(7, ErrorCode.DIVERGED)]
     assert serve(node, work(id=8)), "and the node goes on"
 
 
@@ -498,27 +501,27 @@ def test_what_is_not_finite_is_not_sent(make: Make, vector: NDArray[np.float32],
 def test_a_rate_that_is_no_number_is_refused_by_the_engine(make: Make) -> None:
     node, order = make(), work(phases=(Phase(ALL_LAYERS, 1, float("inf")),))
     do(node, order)
-    assert replies(deliver(node, broadcast(order))) == [Failed(7, ErrorCode.ENGINE, -1)]
+    assert replies(deliver(node, broadcast(order))) == [Failure(7, ErrorCode.ENGINE, -1)]
 
 
 @both
 def test_a_program_is_adopted_over_the_air(make: Make) -> None:
     node = make()
-    adopt = Adopt(3, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data))
+    adopt = UpdateModel(3, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data))
     assert do(node, adopt) == [Subscribe(TOPICS.program(HEAD_ONLY.model_id))]
     outs = deliver(node, carried(HEAD_ONLY))
     assert Unsubscribe(TOPICS.program(HEAD_ONLY.model_id)) in outs
     (done,) = replies(outs)
-    assert isinstance(done, Done) and done.id == 3 and done.metrics is None and done.update is None
+    assert isinstance(done, Success) and done.id == 3 and done.metrics is None and done.update is None
     (status,) = [decode_status(o.payload) for o in outs if isinstance(o, Publish) and o.topic == TOPICS.status(ID)]
     assert status.model == HEAD_ONLY.model_id == node.model
     assert replies(do(node, adopt)) != [], "a repeated order is answered again"
-    assert replies(do(node, work())) == [Failed(7, ErrorCode.WRONG_MODEL)]
+    assert replies(do(node, work())) == [Failure(7, ErrorCode.WRONG_MODEL)]
     order = work(id=8, model=HEAD_ONLY.model_id)
     do(node, order)
     (learned,) = replies(deliver(node, broadcast(order, HEAD_ONLY.initial(0))))
-    assert isinstance(learned, Done) and isinstance(learned.update, Dense) and len(learned.update.values) == 123
-    back = Adopt(4, PROGRAM.model_id, len(PROGRAM.data), zlib.crc32(PROGRAM.data))
+    assert isinstance(learned, Success) and isinstance(learned.update, Dense) and len(learned.update.values) == 123
+    back = UpdateModel(4, PROGRAM.model_id, len(PROGRAM.data), zlib.crc32(PROGRAM.data))
     do(node, back)
     deliver(node, carried(PROGRAM))
     assert node.model == PROGRAM.model_id and serve(node, work(id=9))
@@ -547,18 +550,18 @@ def int8_input() -> Program:
         (int8_input().data, None, ErrorCode.PROGRAM, -8),  # what a fleet does not exchange
         (small_models.int8_weights().data, None, ErrorCode.PROGRAM, -8),
         (NO_LOSS.data, None, ErrorCode.PROGRAM, -8),
-        (bytes(2000), None, ErrorCode.ROOM, 0),  # too large
+        (bytes(2000), None, ErrorCode.CAPACITY, 0),  # too large
     ],
 )
 def test_a_program_that_does_not_fit_leaves_the_builtin_one(
     make: Make, program: bytes, crc: int | None, error: ErrorCode, detail: int
 ) -> None:
-    node = make(adopt_bytes=1500)
+    node = make(model_slot_bytes=1500)
     model = b"12345678"
-    adopt = Adopt(3, model, len(program), zlib.crc32(program) if crc is None else crc)
+    adopt = UpdateModel(3, model, len(program), zlib.crc32(program) if crc is None else crc)
     outs = do(node, adopt)
     outs += deliver(node, [(TOPICS.program(model, i), payload) for i, payload in enumerate(chunks(program))])
-    assert replies(outs) == [Failed(3, error, detail)]
+    assert replies(outs) == [Failure(3, error, detail)]
     assert node.model == PROGRAM.model_id
     assert np.array_equal(dense(serve(node, work())), expected(work())[0].parameters)
 
@@ -601,7 +604,7 @@ def test_anything_else_is_counted_and_dropped(make: Make, payload: bytes, data: 
     for number in ("0", "00", "1", "-1", "4294967296", "99999", "+", ""):
         node.receive(TOPICS.weights(5, 1, number), payload or b"\0")
     node.receive(data.draw(st.text(max_size=40)), payload)
-    assert list(node.poll()) == [] and node.counters == Counters(9, 1, 0)
+    assert list(node.poll()) == [] and node.counters == NodeCounters(9, 1, 0)
     assert len(replies(deliver(node, broadcast(work())))) == 1
 
 
@@ -652,7 +655,7 @@ def test_a_node_without_room_for_a_copy_of_the_weights_turns_sparse_replies_down
     assert code == lib.MOTE_OK
     c = mote()
     c._node = node  # type: ignore[attr-defined]
-    assert replies(do(c, work(update=UpdateFormat(top=0.5)))) == [Failed(7, ErrorCode.ROOM)]
+    assert replies(do(c, work(update=UpdateFormat(density=0.5)))) == [Failure(7, ErrorCode.CAPACITY)]
     assert serve(c, work(id=8, update=UpdateFormat()))
 
 
@@ -672,7 +675,7 @@ def test_a_source_that_does_not_open_and_one_that_has_nothing_yet() -> None:
 
     source.open = fails
     do(node, work())
-    assert replies(deliver(node, broadcast(work()))) == [Failed(7, ErrorCode.SAMPLES, -77)]
+    assert replies(deliver(node, broadcast(work()))) == [Failure(7, ErrorCode.SAMPLES, -77)]
     source.open, source.next = opens, waits
     do(node, work(id=8))
     assert replies(deliver(node, broadcast(work()))) == [], "it waits for a sample to learn from"
@@ -684,7 +687,7 @@ def test_a_source_that_does_not_open_and_one_that_has_nothing_yet() -> None:
     assert not node.step(), "it waits for a sample to be scored by"
     ready = True
     (done,) = replies(deliver(node, []))
-    assert isinstance(done, Done) and np.array_equal(dense([done]), expected(work())[0].parameters)
+    assert isinstance(done, Success) and np.array_equal(dense([done]), expected(work())[0].parameters)
 
 
 @both
@@ -745,14 +748,14 @@ def test_layers_apart_are_shared_in_parts(make: Make) -> None:
     node, vector = make(deep), deep.initial(2)
     order = work(model=deep.model_id, phases=(), update=UpdateFormat(shared=0b101))
     do(node, order)
-    parts = [did.update for did in replies(deliver(node, broadcast(order, vector))) if isinstance(did, Done)]
+    parts = [did.update for did in replies(deliver(node, broadcast(order, vector))) if isinstance(did, Success)]
     got = [(part.offset, part.values.tolist()) for part in parts if isinstance(part, Dense)]
     assert got == [(0, vector[:28].tolist()), (53, vector[53:].tolist())]
 
 
 @both
 def test_a_share_that_is_a_whole_number_is_sent_exactly(make: Make) -> None:
-    (done,) = serve(make(), work(update=UpdateFormat(shared=1, top=0.25)))
+    (done,) = serve(make(), work(update=UpdateFormat(shared=1, density=0.25)))
     assert isinstance(done.update, Sparse) and len(done.update.indices) == 70
 
 
@@ -763,7 +766,7 @@ def test_a_model_of_which_nothing_trains_is_scored_at_once(make: Make) -> None:
     node = make(frozen)
     outs = do(node, work(kind="evaluate", model=frozen.model_id, phases=(), update=None))
     (done,) = replies([*outs, *deliver(node, [])])
-    assert isinstance(done, Done) and done.metrics is not None and done.metrics.queried == 10
+    assert isinstance(done, Success) and done.metrics is not None and done.metrics.queried == 10
 
 
 @both
@@ -771,7 +774,7 @@ def test_a_loss_that_is_not_finite_while_scoring_is_told(make: Make) -> None:
     node, order = make(), work(kind="evaluate", phases=(), update=None)
     do(node, order)
     huge = np.full_like(WEIGHTS, 3e38)
-    assert replies(deliver(node, broadcast(order, huge))) == [Failed(7, ErrorCode.DIVERGED)]
+    assert replies(deliver(node, broadcast(order, huge))) == [Failure(7, ErrorCode.DIVERGED)]
 
 
 @both
@@ -780,7 +783,7 @@ def test_a_model_of_one_number_has_no_right_answers_to_count(make: Make) -> None
     node, order = make(one), work(model=one.model_id)
     do(node, order)
     (done,) = replies(deliver(node, broadcast(order, one.initial(1))))
-    assert isinstance(done, Done) and done.metrics is not None
+    assert isinstance(done, Success) and done.metrics is not None
     assert (done.metrics.queried, done.metrics.correct) == (10, 0) and done.metrics.query_loss > 0
 
 
@@ -790,18 +793,18 @@ def test_a_model_larger_than_the_wire_is_turned_down(make: Make) -> None:
     assert large.n_params * 4 > 1 << 20
     node = make(large, arena_bytes=4 << 20) if make is mote else make(large)
     order = work(model=large.model_id)
-    assert replies(do(node, order)) == [Failed(7, ErrorCode.ROOM)]
+    assert replies(do(node, order)) == [Failure(7, ErrorCode.CAPACITY)]
 
 
 @both
 def test_a_program_that_can_not_be_taken_is_turned_down(make: Make) -> None:
-    def adopt(node: Node, size: int) -> list[Did]:
-        return replies(do(node, Adopt(3, b"12345678", size, 0)))
+    def adopt(node: Node, size: int) -> list[Reply]:
+        return replies(do(node, UpdateModel(3, b"12345678", size, 0)))
 
-    assert adopt(make(adopt_bytes=0), 100) == [Failed(3, ErrorCode.ROOM)]
-    assert adopt(make(adopt_bytes=100), 101) == [Failed(3, ErrorCode.ROOM)]
-    assert adopt(make(adopt_bytes=2 << 20), (1 << 20) + 1) == [Failed(3, ErrorCode.ROOM)]
-    assert adopt(make(), 0) == [Failed(3, ErrorCode.ROOM)]
+    assert adopt(make(model_slot_bytes=0), 100) == [Failure(3, ErrorCode.CAPACITY)]
+    assert adopt(make(model_slot_bytes=100), 101) == [Failure(3, ErrorCode.CAPACITY)]
+    assert adopt(make(model_slot_bytes=2 << 20), (1 << 20) + 1) == [Failure(3, ErrorCode.CAPACITY)]
+    assert adopt(make(), 0) == [Failure(3, ErrorCode.CAPACITY)]
     node = make()
     assert adopt(node, 100) == []
     assert do(node, work()) == [Unsubscribe(TOPICS.program(b"12345678")), Subscribe(TOPICS.weights(5, 1))]
@@ -813,33 +816,33 @@ def test_a_program_that_can_not_be_taken_is_turned_down(make: Make) -> None:
 
 # ------------------------------------------------------------------------------------- the two nodes, side by side
 
-ORDERS: list[Do] = [
+ORDERS: list[Command] = [
     work(1, 1),
-    work(2, 1, phases=(Phase(2, 3, 0.1), Phase(3, 4, 0.2)), update=UpdateFormat(half=True, top=0.1)),
-    work(3, 2, update=UpdateFormat(shared=1, top=0.9), query=3),
+    work(2, 1, phases=(Phase(2, 3, 0.1), Phase(3, 4, 0.2)), update=UpdateFormat(half=True, density=0.1)),
+    work(3, 2, update=UpdateFormat(shared=1, density=0.9), query=3),
     work(4, 3, kind="evaluate", update=None),
     work(5, 3, model=HEAD_ONLY.model_id),
     work(6, 4, phases=(Phase(3, 9, float("inf")),)),
     work(11, 4, phases=(Phase(2, 3, 0.1), Phase(3, 4, 0.2, 2.0)), update=UpdateFormat(shared=2, half=True)),
     work(12, 5, phases=(Phase(3, 5, 0.1), Phase(3, 0, 0.1), Phase(3, 2, 0.1)), update=UpdateFormat(since=2, clip=0.01)),
-    work(13, 6, phases=(Phase(3, 5, 0.1), Phase(1, 2, 0.1)), update=UpdateFormat(top=0.2, since=1, half=True)),
+    work(13, 6, phases=(Phase(3, 5, 0.1), Phase(1, 2, 0.1)), update=UpdateFormat(density=0.2, since=1, half=True)),
     work(14, 6, update=UpdateFormat(shared=1, clip=0.05, half=True)),
     work(17, 6, phases=(Phase(3, 1, 1e25),), query=0, update=UpdateFormat(clip=1.0)),
     work(15, 7, phases=(Phase(3, 5, 0.5, 2.0),)),
     work(16, 7, update=UpdateFormat(since=1)),
-    Adopt(7, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data)),
-    Adopt(8, PROGRAM.model_id, len(PROGRAM.data), zlib.crc32(PROGRAM.data)),
-    Adopt(9, b"12345678", len(HEAD_ONLY.data), 5),
+    UpdateModel(7, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data)),
+    UpdateModel(8, PROGRAM.model_id, len(PROGRAM.data), zlib.crc32(PROGRAM.data)),
+    UpdateModel(9, b"12345678", len(HEAD_ONLY.data), 5),
     RebootOrder(10),
 ]
 # What the broker keeps for each order, and so brings to whoever subscribes.
 RETAINED: list[list[tuple[str, bytes]]] = [
     [*broadcast(order), *(broadcast(order, HEAD_ONLY.initial(1)) if order.round == 3 else [])]
-    if isinstance(order, Work)
+    if isinstance(order, TrainTask)
     else carried(HEAD_ONLY)
-    if isinstance(order, Adopt) and order.model == HEAD_ONLY.model_id
+    if isinstance(order, UpdateModel) and order.model == HEAD_ONLY.model_id
     else carried(PROGRAM)
-    if isinstance(order, Adopt) and order.model == PROGRAM.model_id
+    if isinstance(order, UpdateModel) and order.model == PROGRAM.model_id
     else [(TOPICS.program(b"12345678", i), payload) for i, payload in enumerate(chunks(HEAD_ONLY.data))]
     for order in ORDERS
 ]

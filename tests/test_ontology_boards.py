@@ -33,7 +33,7 @@ def folder(path: Path, rows: str = ROW, core: object = None) -> Path:
 
 
 def test_files_become_a_graph(tmp_path: Path) -> None:
-    made = board_catalogue.read(folder(tmp_path))
+    made = board_catalogue.read_board_catalogue(folder(tmp_path))
     assert (made.boards, made.parts, made.refused) == (2, 1, {})
     one, two = made.facts[board_iri("one")], made.facts[board_iri("two")]
     assert (one[TF.ramBytes], one[TF.connectivity]) == ([65_536], ["bluetooth", "wifi"])
@@ -53,7 +53,7 @@ def test_what_cannot_be_right_is_refused_and_the_rest_taken(tmp_path: Path) -> N
         + ROW.replace("one", "two")
         + ROW.replace("one", "no-clock").replace("64000000", "")
     )
-    made = board_catalogue.read(folder(tmp_path, rows))
+    made = board_catalogue.read_board_catalogue(folder(tmp_path, rows))
     assert made.boards == 3
     assert made.facts[board_iri("two")][TF.ramBytes] == [262_144], "what more is known of takes the row's place"
     assert made.facts[board_iri("no-clock")][TF.clockHz] is None
@@ -64,20 +64,20 @@ def test_what_cannot_be_right_is_refused_and_the_rest_taken(tmp_path: Path) -> N
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sensor_parts\.csv cannot be read"):
-        board_catalogue.read(tmp_path)
+        board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path, ROW.replace("65536", "64 KB"))
     with pytest.raises(UserError, match="ram_bytes of one is no whole number"):
-        board_catalogue.read(tmp_path)
+        board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path, "one,Board\n")
     with pytest.raises(UserError, match="cut short"):
-        board_catalogue.read(tmp_path)
+        board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path, core=[{"id": "x"}])
     with pytest.raises(UserError, match="is no list of boards"):
-        board_catalogue.read(tmp_path)
+        board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path)
     (tmp_path / "platformio_boards.csv").write_text("id,name\nx,y\n")
     with pytest.raises(UserError, match="has no column vendor, mcu"):
-        board_catalogue.read(tmp_path)
+        board_catalogue.read_board_catalogue(tmp_path)
 
 
 def test_a_file_is_made_and_loaded_and_loading_again_changes_nothing(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_public_catalogue(tmp_path: Path) -> None:
     path = Path(os.environ.get("TINYFLEET_DATA", "")) / "boards"
     if "TINYFLEET_DATA" not in os.environ or not path.is_dir():
         pytest.skip("TINYFLEET_DATA has no boards/")
-    made = board_catalogue.read(path)
+    made = board_catalogue.read_board_catalogue(path)
     assert made.boards == 1_131, "1,143 rows, two boards of which come twice with different figures, ten doubtful"
     assert sum("suspect" in reason for reason in made.refused.values()) == 10
     assert sum("(again)" in board for board in made.refused) == 2

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tinyfleet.ontology.ingest import describe, model_card
 from tinyfleet.ontology.ingest.describe import Layer, ModelDescription
-from tinyfleet.ontology.ingest.model_card import Card, CardError, Score
+from tinyfleet.ontology.ingest.model_card import MetricValue, ModelCard, ModelCardError
 from tinyfleet.ontology.store.store import EmbeddedStore
 
 FULL = """---
@@ -43,14 +43,14 @@ A model of ten words.
 
 
 def test_a_card_is_read() -> None:
-    assert model_card.parse(FULL) == Card(
+    assert model_card.parse(FULL) == ModelCard(
         pipeline_tag="audio-classification",
         license="apache-2.0",
         description="Hears ten words",
         creator="A lab",
         created="2024-05-01",
         datasets=("speech_commands", "https://example.org/more"),
-        scores=(Score("accuracy", 0.92, "Speech Commands v2"),),
+        scores=(MetricValue("accuracy", 0.92, "Speech Commands v2"),),
         labels=("no", "yes", "3", "up"),
         input_properties=("sound",),
         input_info="one second at 16 kHz",
@@ -63,8 +63,8 @@ def test_without_a_head_there_is_no_card(text: str) -> None:
 
 
 def test_what_a_card_does_not_say_is_unknown() -> None:
-    assert model_card.parse("---\nlicense: mit\n---\n") == Card(license="mit")
-    assert model_card.parse("---\nlicense:\ndatasets:\nmodel-index:\ntinyfleet:\n---\n") == Card()
+    assert model_card.parse("---\nlicense: mit\n---\n") == ModelCard(license="mit")
+    assert model_card.parse("---\nlicense:\ndatasets:\nmodel-index:\ntinyfleet:\n---\n") == ModelCard()
 
 
 @pytest.mark.parametrize(
@@ -85,14 +85,14 @@ def test_what_a_card_does_not_say_is_unknown() -> None:
     ],
 )
 def test_a_bad_card_is_refused(head: str, reason: str) -> None:
-    with pytest.raises(CardError, match=reason.replace("(", r"\(")) as error:
+    with pytest.raises(ModelCardError, match=reason.replace("(", r"\(")) as error:
         model_card.parse(f"---\n{head}\n---\n")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 @given(st.text(max_size=200))
 def test_no_text_breaks_the_reader(text: str) -> None:
-    with contextlib.suppress(CardError):
+    with contextlib.suppress(ModelCardError):
         model_card.parse(f"---\n{text}\n---\n")
 
 
@@ -102,12 +102,12 @@ def test_the_card_beside_a_model(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(FULL, encoding="utf-8")
     assert (found := model_card.beside(model)) is not None and found.license == "apache-2.0"
     (tmp_path / "words.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
-    assert model_card.beside(model) == Card(license="mit")
+    assert model_card.beside(model) == ModelCard(license="mit")
     (tmp_path / "words.md").write_bytes(b"---\nlicense: \xff\n---\n")
-    with pytest.raises(CardError, match=r"words\.md is not UTF-8"):
+    with pytest.raises(ModelCardError, match=r"words\.md is not UTF-8"):
         model_card.beside(model)
     (tmp_path / "words.md").write_bytes(b" " * 2_000_000)
-    with pytest.raises(CardError, match="longer than"):
+    with pytest.raises(ModelCardError, match="longer than"):
         model_card.beside(model)
     shutil.rmtree(tmp_path)
     assert model_card.beside(model) is None

@@ -12,7 +12,7 @@ from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.columns import Columns, Range
 from tinyfleet.ontology.store.index import IndexedStore
-from tinyfleet.ontology.store.query_rewriting import ANSWERED, SUPPLIED
+from tinyfleet.ontology.store.query_rewriting import COUNT_QUERIES, INDEX_QUERIES
 from tinyfleet.ontology.store.store import EmbeddedStore, Facts, RemoteStore, Rows, Store, parameters, rows, triples
 from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
 
@@ -215,7 +215,7 @@ TAKEN_FOR_NONE = (
 
 
 def agrees(store: IndexedStore) -> None:
-    for name in (*ANSWERED, *SUPPLIED):
+    for name in (*INDEX_QUERIES, *COUNT_QUERIES):
         text = library.text(name)
         names = parameters(text)
         choices = list(itertools.product(*(CHOICES[parameter] for parameter in names)))

@@ -9,7 +9,7 @@ from ontology_fixtures import description, everything, open_store, payload, stat
 from tinyfleet.edge.model.program import Dense, ReLU, build
 from tinyfleet.edge.wire.protocol import Topics
 from tinyfleet.ontology.ingest import describe
-from tinyfleet.ontology.ingest.lineage import Lineage, Part
+from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Store, Value
@@ -80,9 +80,9 @@ def train(store: Store) -> Lineage:
     lineage = Lineage(store, "home")
     lineage.begin(7, MODEL, "TinyMetaFed", "0" * 64, task="digits", at=NOW)
     for number, hash_, parts in (
-        (1, "1" * 64, [Part("fit", 0.9, 0.5, 32, 400), Part("tight", 0.7, 0.6, 32, 410)]),
+        (1, "1" * 64, [Participation("fit", 0.9, 0.5, 32, 400), Participation("tight", 0.7, 0.6, 32, 410)]),
         (2, None, []),
-        (3, "3" * 64, [Part("tight", 0.4, None, 32, 200), Part("gone", float("nan"))]),
+        (3, "3" * 64, [Participation("tight", 0.4, None, 32, 200), Participation("gone", float("nan"))]),
     ):
         started = NOW + timedelta(minutes=number)
         lineage.round(
@@ -160,7 +160,7 @@ def test_what_cannot_be_right_is_not_written(store: Store) -> None:
     lineage.begin(1, MODEL, "Reptile", "0" * 64)
     before = everything(store)
     with pytest.raises(ShapeError, match="accuracy"):
-        lineage.round(1, 1, [Part("d", accuracy=1.5)], asked=1, started=NOW, sha256="1" * 64)
+        lineage.round(1, 1, [Participation("d", accuracy=1.5)], asked=1, started=NOW, sha256="1" * 64)
     assert everything(store) == before
 
 

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything, open_store, payload, status
-from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_description, this_machine
+from tinyfleet.edge.device.thing_description import VIRTUAL, Board, host_board, thing_description
 from tinyfleet.edge.wire.protocol import Topics
 from tinyfleet.firmware_tools.boards import catalogue as boards
 from tinyfleet.ontology.ingest import describe
-from tinyfleet.ontology.ingest.registry import MAX_BYTES, Refused, Registry, read, to_triples
+from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry, RejectedMessage, parse_thing_description, to_triples
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import EmbeddedStore, Patch, Store, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import (
@@ -85,7 +85,7 @@ def test_what_the_devices_of_this_project_send_is_valid_for_the_w3c() -> None:
         pytest.skip("TINYFLEET_DATA has no JSON Schema of Thing Descriptions")
     schema = json.loads(path.read_text(encoding="utf-8"))
     validator = jsonschema_rs.validator_for(schema, validate_formats=True)
-    kinds = [VIRTUAL, this_machine(), *(boards.load(name).board for name in boards.known())]
+    kinds = [VIRTUAL, host_board(), *(boards.load_board(name).board for name in boards.board_ids())]
     for board in kinds:
         td = json.loads(payload(thing_description("home", "dev-1", board, "mote", "0.1.0", 9_936, MODEL)))
         assert [error.message for error in validator.iter_errors(td)] == [], board.id
@@ -459,8 +459,8 @@ edits = st.lists(
 @given(data=st.one_of(st.binary(max_size=200), json_values.map(payload), edits.map(lambda e: edited(VALID, e))))
 def test_no_bytes_break_the_reader_or_the_registry(data: bytes) -> None:
     try:
-        to_triples(read(data))
-    except Refused as reason:
+        to_triples(parse_thing_description(data))
+    except RejectedMessage as reason:
         assert str(reason)
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
@@ -526,7 +526,7 @@ def test_nobody_is_online_until_it_says_so(store: Store, registry: Registry) -> 
         registry.handle(TOPICS.status(f"dev-{i}"), status(online=i > 0))
     away.handle(Topics("away").td("dev-1"), payload(description("dev-1", "away")))
     away.handle(Topics("away").status("dev-1"), status())
-    registry.nobody_is_online()
+    registry.mark_all_offline()
     online = f"SELECT ?d WHERE {{ ?d <{TF.online}> true }}"
     assert store.query(online).column("d") == [device_iri("away", "dev-1")]
 

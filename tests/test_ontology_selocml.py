@@ -18,7 +18,7 @@ from tinyfleet.ontology.graph_cli import app
 from tinyfleet.ontology.ingest import board_catalogue, describe
 from tinyfleet.ontology.ingest.describe import from_file, put_facts, put_model
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.ingest.selocml import Imported, read
+from tinyfleet.ontology.ingest.selocml import Imported, read_selocml
 from tinyfleet.ontology.store.store import EmbeddedStore, Store, each, rows, triples
 from tinyfleet.ontology.vocabulary import shapes
 from tinyfleet.ontology.vocabulary.namespaces import TF, board_iri, device_iri
@@ -100,7 +100,7 @@ def data(folder: str) -> Path:
 
 @pytest.fixture(scope="module")
 def imported() -> Imported:
-    return read(sorted(data("seloc_ml").glob("*.ttl")))
+    return read_selocml(sorted(data("seloc_ml").glob("*.ttl")))
 
 
 def answers(graph: ox.Store | Store, query: str) -> list[tuple[Any, ...]]:
@@ -124,7 +124,7 @@ def published() -> ox.Store:
 
 @pytest.fixture(scope="module")
 def catalogue() -> Any:
-    return board_catalogue.read(data("boards")).facts
+    return board_catalogue.read_board_catalogue(data("boards")).facts
 
 
 def test_the_known_defects_are_found_and_mended(imported: Imported) -> None:
@@ -137,7 +137,7 @@ def test_the_known_defects_are_found_and_mended(imported: Imported) -> None:
     assert times["wrong IRI"] == 1
     undefined = {defect.what for defect in imported.defects if defect.kind == "undefined term"}
     assert len(undefined) == 10
-    assert all(defect.mended for defect in imported.defects)
+    assert all(defect.fix for defect in imported.defects)
 
 
 def test_what_is_imported_conforms_and_is_flat(imported: Imported) -> None:
@@ -263,7 +263,7 @@ def test_devices_go_out_in_their_form_and_come_back(catalogue: Any, tmp_path: Pa
     done = CliRunner().invoke(cli, ["s3n", "--data", str(tmp_path), "--param", "fleet=home"])
     assert done.exit_code == 0, done.output
     (tmp_path / "out.ttl").write_text(done.output, encoding="utf-8")
-    back = read([tmp_path / "out.ttl"], "back")
+    back = read_selocml([tmp_path / "out.ttl"], "back")
     board = back.facts[board_iri("seloc-lab")]
     assert board[TF.ramBytes] == 523_624 or board[TF.ramBytes] == [523_624]
     assert set(each(board[TF.sensor])) == {"gc2145", "lsm6dso", "vl53l1x"}
@@ -273,10 +273,10 @@ def test_devices_go_out_in_their_form_and_come_back(catalogue: Any, tmp_path: Pa
 def test_what_is_no_such_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.ttl").write_text("<urn:a> <urn:b> <urn:c> .")
     with pytest.raises(UserError, match="neither"):
-        read([tmp_path / "a.ttl"])
+        read_selocml([tmp_path / "a.ttl"])
     (tmp_path / "a.ttl").write_text("@prefix : <urn:> . :a :b")
     with pytest.raises(UserError, match="not Turtle"):
-        read([tmp_path / "a.ttl"])
+        read_selocml([tmp_path / "a.ttl"])
     (tmp_path / "a.ttl").write_text("<urn:a> a <http://w3id.org/s3n/SmartSensor> .")
     with pytest.raises(UserError, match="does not say its RAM"):
-        read([tmp_path / "a.ttl"])
+        read_selocml([tmp_path / "a.ttl"])

@@ -14,7 +14,7 @@ from tinyfleet.ontology.ingest.describe import (
     model_facts,
     part_facts,
 )
-from tinyfleet.ontology.ingest.model_card import Card, Score
+from tinyfleet.ontology.ingest.model_card import MetricValue, ModelCard
 from tinyfleet.ontology.ingest.registry import to_triples
 from tinyfleet.ontology.store.store import EmbeddedStore, triples
 from tinyfleet.ontology.vocabulary import shapes
@@ -51,7 +51,9 @@ MODEL = ModelDescription(
     2,
     3,
     (TrainingOption("l", 1, True, 2, 2),),
-    Card(pipeline_tag="image-classification", datasets=("d",), scores=(Score("accuracy", 0.9),), labels=("a", "b")),
+    ModelCard(
+        pipeline_tag="image-classification", datasets=("d",), scores=(MetricValue("accuracy", 0.9),), labels=("a", "b")
+    ),
 )
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 RUN, ROUND, PART, VERSION = (run_iri("home", 1), *(Iri(f"{run_iri('home', 1)}:{n}") for n in ("round:1", "part", "v")))

@@ -21,14 +21,14 @@ from tinyfleet.edge.model.memory_plan import (
     WEIGHTED,
     Block,
     Gradients,
-    Plan,
+    MemoryPlan,
     aligned,
     constants_bytes,
     lower_bound,
     pack,
-    plan,
+    plan_memory,
+    resource_use,
     root,
-    takes,
     with_training,
 )
 
@@ -79,7 +79,7 @@ def overlap(a: range, b: range) -> bool:
 class Replay:
     """One step of a graph's plan. It fails where a tensor is read that is not there any more."""
 
-    def __init__(self, graph: Graph, found: Plan) -> None:
+    def __init__(self, graph: Graph, found: MemoryPlan) -> None:
         self.graph, self.found = graph, found
         self.names, self.memory = Names(), Memory(found.activations)
         self.expected = self.gradients()
@@ -226,7 +226,7 @@ class Replay:
 @given(graphs())
 @settings(max_examples=300, deadline=None)
 def test_no_tensor_is_overwritten_before_its_last_use(graph: Graph) -> None:
-    Replay(graph, plan(graph))
+    Replay(graph, plan_memory(graph))
 
 
 @given(graphs(), st.data())
@@ -235,14 +235,14 @@ def test_nor_is_it_when_biases_or_only_the_last_layers_train_or_nothing_does(gra
     weighted = [i for i, op in enumerate(graph.ops) if op.kind in WEIGHTED]
     chosen = with_training(graph, data.draw(st.none() | st.sampled_from(weighted)), bias_only=data.draw(st.booleans()))
     for each in (chosen, replace(with_training(graph, None), loss=None)):
-        Replay(each, plan(each))
+        Replay(each, plan_memory(each))
 
 
 @given(nets())
 @settings(max_examples=100, deadline=None)
 def test_nor_is_it_in_a_model_of_layers(net: Net) -> None:
     graph = p.network(net.layers, net.input_shape, net.loss)
-    Replay(graph, plan(graph))
+    Replay(graph, plan_memory(graph))
 
 
 @st.composite
@@ -285,7 +285,7 @@ def tangles(draw: st.DrawFn) -> Graph:
 @given(tangles())
 @settings(max_examples=500, deadline=None)
 def test_nor_is_it_however_ops_are_joined(graph: Graph) -> None:
-    Replay(graph, plan(graph))
+    Replay(graph, plan_memory(graph))
 
 
 @given(graphs(), st.booleans(), st.integers(0, 2**32 - 1))
@@ -294,7 +294,7 @@ def test_what_a_graph_takes_is_what_its_program_has_and_what_the_engine_uses(
     graph: Graph, momentum: bool, seed: int
 ) -> None:
     graph = replace(with_weights(graph, np.random.default_rng(seed)), momentum=momentum)
-    figures, program = takes(graph), p.assemble(graph)
+    figures, program = resource_use(graph), p.assemble(graph)
     assert (figures.params, figures.momentum) == (program.params_bytes, program.momentum_bytes)
     assert figures.activations == program.activation_bytes
     assert figures.arena == program.arena_bytes == MoteLearner(program).ram_bytes
@@ -438,20 +438,20 @@ def test_plans_of_mlperf_tiny_are_proven_within_5_percent_of_the_best(model: Cal
     for first in (i for i, op in enumerate(graph.ops) if op.kind in WEIGHTED):
         choices += [with_training(graph, first), with_training(graph, first, bias_only=True)]
     for choice in choices:
-        found = plan(choice)
+        found = plan_memory(choice)
         assert found.activations <= 1.05 * found.lower_bound
-    Replay(graph, plan(graph))
+    Replay(graph, plan_memory(graph))
 
 
 def test_running_keeps_one_layers_input_and_output() -> None:
     graph = replace(with_training(keyword_spotting(), None), loss=None)
-    assert takes(graph).activations == 2 * 4 * 25 * 5 * 64
-    assert takes(graph).params == 0
+    assert resource_use(graph).activations == 2 * 4 * 25 * 5 * 64
+    assert resource_use(graph).params == 0
 
 
 def test_biases_alone_need_no_inputs_and_shrink_with_the_suffix() -> None:
     graph = keyword_spotting()
-    whole, biases = takes(graph), takes(with_training(graph, 0, bias_only=True))
+    whole, biases = resource_use(graph), resource_use(with_training(graph, 0, bias_only=True))
     assert biases.params == 4 * (9 * 64 + 12)
     # Of every ReLU's output a bit for each element stays, where all of it does if weights train: a convolution's input
     # is the output of the ReLU before it. At the last convolution these are eight masks, and its input and output.
@@ -459,7 +459,7 @@ def test_biases_alone_need_no_inputs_and_shrink_with_the_suffix() -> None:
     assert biases.activations == 8 * aligned(places * 64 // 8) + 2 * 4 * places * 64
     assert whole.activations > 4 * biases.activations
     firsts = [i for i, op in enumerate(graph.ops) if op.kind in WEIGHTED]
-    arenas = [takes(with_training(graph, i)).arena for i in firsts]
+    arenas = [resource_use(with_training(graph, i)).arena for i in firsts]
     assert arenas == sorted(arenas, reverse=True)
 
 
@@ -468,14 +468,14 @@ def test_an_activation_keeps_bits_where_that_takes_less(kind: Kind) -> None:
     """Not where a convolution reads its output again, nor where the peak is elsewhere; and a mask of more bytes than a
     dimension holds has rows."""
 
-    def found(shape: Shape3, last: Kind) -> Plan:
+    def found(shape: Shape3, last: Kind) -> MemoryPlan:
         g = Branched(shape)
         x = g.add(kind, (g.add(Kind.CONV2D, (0,), shape, 1),), shape)
         y = g.add(kind, (g.add(last, (x,), shape, 1),), shape)
         h, _, c = shape
         g.add(Kind.DENSE, (g.add(Kind.AVGPOOL, (y,), (1, 1, c), h),), (1, 1, 2))
-        Replay(g.graph(), plan(g.graph()))
-        return plan(g.graph())
+        Replay(g.graph(), plan_memory(g.graph()))
+        return plan_memory(g.graph())
 
     pooled = found((8, 8, 4), Kind.AVGPOOL)
     assert [g.mask is not None for g in pooled.gradients] == [False, True, False, True, False, False]
@@ -493,7 +493,7 @@ def test_the_gradients_of_a_residual_block_share_their_memory_until_one_changes(
     y = g.add(Kind.CONV2D, (x,), (4, 4, 4), 1)
     y = g.add(Kind.CONV2D, (y,), (4, 4, 4), 1)
     g.add(Kind.ADD, (x, y), (4, 4, 4))
-    found = plan(g.graph())
+    found = plan_memory(g.graph())
     size = 4 * 4 * 4 * 4
     # At the block's last convolution: the values that both read, the gradient of the sum, of both of its parts, and of
     # the convolution's input. A second copy of the former would make it five.
@@ -510,7 +510,7 @@ def test_max_pooling_leaves_its_input_to_those_that_read_it_again(other: Kind) -
     pooled = g.add(Kind.MAXPOOL, (y if other == Kind.TANH else x,), (2, 2, 3), 2, 2)
     if other == Kind.CONV2D:
         g.add(Kind.ADD, (g.add(Kind.AVGPOOL, (y,), (2, 2, 3), 2, 2), pooled), (2, 2, 3))
-    Replay(g.graph(), plan(g.graph()))
+    Replay(g.graph(), plan_memory(g.graph()))
 
 
 def test_what_cannot_train_is_named() -> None:
@@ -520,10 +520,10 @@ def test_what_cannot_train_is_named() -> None:
     g.ops[1] = replace(g.ops[1], kind=Kind.SLICE, trains="nothing")
     g.add(Kind.DENSE, (2,), (1, 1, 2))
     with pytest.raises(ProgramError, match=r"'op1' \(slice\) lets no gradient through"):
-        plan(g.graph())
-    plan(with_training(g.graph(), 2))
+        plan_memory(g.graph())
+    plan_memory(with_training(g.graph(), 2))
     g.add(Kind.DENSE, (0,), (1, 1, 2))
     with pytest.raises(ProgramError, match="'op2' cannot train: the output does not depend on it"):
-        plan(with_training(g.graph(), 2))
+        plan_memory(with_training(g.graph(), 2))
     with pytest.raises(ProgramError, match="there is no loss"):
-        plan(replace(with_training(g.graph(), 3), loss=None))
+        plan_memory(replace(with_training(g.graph(), 3), loss=None))

@@ -21,31 +21,31 @@ from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     CHUNK,
     MAX_CHUNKS,
-    Adopt,
     Assembly,
     Dense,
-    Done,
     ErrorCode,
-    Failed,
+    Failure,
     Metrics,
     Phase,
-    Plan,
     ProtocolError,
     Reboot,
+    RoundConfig,
     Sparse,
     Status,
+    Success,
     Topics,
+    TrainTask,
     UpdateFormat,
-    Work,
+    UpdateModel,
     chunks,
-    config_from_plan,
     decode_chunk,
-    decode_did,
-    decode_do,
+    decode_command,
+    decode_reply,
     decode_status,
     encode,
-    explain,
-    plan_from_config,
+    error_text,
+    format_round_config,
+    parse_round_config,
 )
 
 u32 = st.integers(0, 2**32 - 1)
@@ -53,9 +53,9 @@ f32 = st.floats(width=32, allow_nan=False)
 model = st.binary(min_size=8, max_size=8)
 formats = st.builds(UpdateFormat, u32, st.booleans(), f32) | st.builds(UpdateFormat, u32, st.booleans(), f32, u32, f32)
 phases = st.lists(st.builds(Phase, u32, u32, f32) | st.builds(Phase, u32, u32, f32, f32), max_size=4).map(tuple)
-works = st.builds(Work, u32, st.sampled_from(["train", "evaluate"]), u32, u32, model, u32, phases, u32)
+works = st.builds(TrainTask, u32, st.sampled_from(["train", "evaluate"]), u32, u32, model, u32, phases, u32)
 works = st.builds(lambda work, update: replace(work, update=update), works, st.none() | formats)
-orders = st.one_of(works, st.builds(Adopt, u32, model, u32, u32), st.builds(Reboot, u32))
+orders = st.one_of(works, st.builds(UpdateModel, u32, model, u32, u32), st.builds(Reboot, u32))
 metrics = st.builds(Metrics, u32, f32, u32, u32, f32, u32)
 values = arrays(np.float32, st.integers(0, 40), elements=st.floats(width=16, allow_nan=False))
 denses = st.builds(Dense, u32, values, st.booleans(), st.booleans())
@@ -67,8 +67,10 @@ sparses = st.builds(
     st.floats(width=16, allow_nan=False),
     st.booleans(),
 )
-dones = st.builds(Done, u32, st.just(0), st.integers(1, 2**32 - 1), st.none() | metrics, st.none() | denses | sparses)
-dids = st.one_of(dones, st.builds(Failed, u32, st.sampled_from(ErrorCode), st.integers(-(2**31), 2**31 - 1)))
+dones = st.builds(
+    Success, u32, st.just(0), st.integers(1, 2**32 - 1), st.none() | metrics, st.none() | denses | sparses
+)
+dids = st.one_of(dones, st.builds(Failure, u32, st.sampled_from(ErrorCode), st.integers(-(2**31), 2**31 - 1)))
 statuses = st.builds(Status, st.booleans(), model, u32, u32, u32, st.none() | f32, st.none() | f32)
 
 Transcode = Callable[[str, bytes], bytes | None]
@@ -97,27 +99,27 @@ def transcode(tmp_path_factory: pytest.TempPathFactory) -> Transcode:
 @given(message=orders)
 def test_orders_go_round(transcode: Transcode, message: Any) -> None:
     payload = encode(message)
-    assert decode_do(payload) == message
+    assert decode_command(payload) == message
     assert transcode("Do", payload) == payload
 
 
 @given(message=dids)
 def test_replies_go_round(transcode: Transcode, message: Any) -> None:
     payload = encode(message)
-    read = decode_did(payload)
+    read = decode_reply(payload)
     assert encode(read) == payload
-    if isinstance(message, Done) and isinstance(read, Done):
+    if isinstance(message, Success) and isinstance(read, Success):
         for field in ("offset", "values", "indices", "changes", "half"):
             assert str(getattr(message.update, field, None)) == str(getattr(read.update, field, None))
         message, read = replace(message, update=None), replace(read, update=None)
         assert vars(read) == vars(message)
     else:
         assert read == message
-    assert transcode("did", payload) == payload
+    assert transcode("reply", payload) == payload
 
 
 def test_every_failure_says_what_to_do() -> None:
-    assert all("; " in explain(Failed(1, error)) for error in ErrorCode)
+    assert all("; " in error_text(Failure(1, error)) for error in ErrorCode)
 
 
 @given(message=statuses)
@@ -159,8 +161,8 @@ def test_a_message_that_is_cut_or_too_long_is_refused(
     name, decode = next(
         (name, decode)
         for name, decode, kinds in (
-            ("Do", decode_do, (Work, Adopt, Reboot)),
-            ("did", decode_did, (Done, Failed)),
+            ("Do", decode_command, (TrainTask, UpdateModel, Reboot)),
+            ("reply", decode_reply, (Success, Failure)),
             ("status", decode_status, (Status,)),
         )
         if isinstance(message, kinds)
@@ -174,7 +176,7 @@ def test_a_message_that_is_cut_or_too_long_is_refused(
 @given(payload=st.binary(max_size=60))
 @settings(max_examples=300)
 def test_random_bytes_raise_nothing_else(payload: bytes) -> None:
-    for decode in (decode_do, decode_did, decode_status, decode_chunk):
+    for decode in (decode_command, decode_reply, decode_status, decode_chunk):
         with contextlib.suppress(ProtocolError):
             decode(payload)
 
@@ -202,13 +204,13 @@ def test_other_cbor_raises_nothing_else(value: Any) -> None:
         Reboot(-1),
         Reboot(2**32),
         Reboot(True),
-        Adopt(1, b"short", 1, 1),
-        Failed(1, ErrorCode.ROOM, 2**31),
-        Work(1, "train", 1, 1, bytes(8), 1, (Phase(1, 1, 0.1),) * 5),
-        Work(1, "train", 1, 1, bytes(8), 1, (Phase(1, 1, 1e39),)),
-        Done(1, update=Sparse(np.array([2, 1], np.uint32), np.zeros(2, np.float32))),
-        Done(1, update=Sparse(np.array([1, 1], np.uint32), np.zeros(2, np.float32))),
-        Done(1, update=Sparse(np.array([1], np.uint32), np.zeros(2, np.float32))),
+        UpdateModel(1, b"short", 1, 1),
+        Failure(1, ErrorCode.CAPACITY, 2**31),
+        TrainTask(1, "train", 1, 1, bytes(8), 1, (Phase(1, 1, 0.1),) * 5),
+        TrainTask(1, "train", 1, 1, bytes(8), 1, (Phase(1, 1, 1e39),)),
+        Success(1, update=Sparse(np.array([2, 1], np.uint32), np.zeros(2, np.float32))),
+        Success(1, update=Sparse(np.array([1, 1], np.uint32), np.zeros(2, np.float32))),
+        Success(1, update=Sparse(np.array([1], np.uint32), np.zeros(2, np.float32))),
     ],
 )
 def test_what_the_wire_cannot_carry_is_refused(message: Any) -> None:
@@ -220,20 +222,20 @@ def test_a_gap_that_is_too_long_is_refused() -> None:
     values = cbor2.CBORTag(85, bytes(4))
     for gaps in (b"\x80", b"\xff\xff\xff\xff\xff\x01", b"\xff\xff\xff\xff\x7f", b"\x00\x00"):
         with pytest.raises(ProtocolError):
-            decode_did(cbor2.dumps([1, 1, 0, 1, None, [2, gaps, values]]))
+            decode_reply(cbor2.dumps([1, 1, 0, 1, None, [2, gaps, values]]))
 
 
 def test_messages_are_small() -> None:
     """What the tables of bytes rest on."""
-    work = Work(1, "train", 1, 1, bytes(8), 1, (Phase(ALL_LAYERS, 32, 0.1),), 8, UpdateFormat())
+    work = TrainTask(1, "train", 1, 1, bytes(8), 1, (Phase(ALL_LAYERS, 32, 0.1),), 8, UpdateFormat())
     assert len(encode(work)) <= 45
     hundred = Sparse(np.arange(0, 2000, 20, dtype=np.uint32), np.ones(100, np.float32), half=True)
-    assert len(encode(Done(1, update=hundred))) <= 100 * 3 + 20
+    assert len(encode(Success(1, update=hundred))) <= 100 * 3 + 20
 
 
 def test_topics() -> None:
     t = Topics("home")
-    assert t.parse(t.do("a")) == ("do", ("a",)) and t.parse(t.did("a-1")) == ("did", ("a-1",))
+    assert t.parse(t.do("a")) == ("command", ("a",)) and t.parse(t.did("a-1")) == ("reply", ("a-1",))
     assert t.parse(t.status("a")) == ("status", ("a",)) and t.parse(t.td("a")) == ("td", ("a",))
     assert t.parse(t.weights(1, 2, 3)) == ("weights", (1, 2, 3))
     assert t.parse(t.program(bytes(8), 3)) == ("program", (bytes(8), 3))
@@ -245,19 +247,21 @@ def test_topics() -> None:
 
 def test_a_rounds_config() -> None:
     """What a strategy puts into a ConfigRecord, and what another's means."""
-    plan = Plan((Phase(2, 8, 0.5), Phase(3, 16, 0.25)), 5, UpdateFormat(1, True, 0.25), 9)
-    assert plan_from_config(config_from_plan(plan)) == plan
-    evaluation = Plan((), 32, None, 4)
-    assert plan_from_config({"server-round": 4}, "evaluate") == evaluation
-    assert plan_from_config({"server-round": 4, "lr": 0.5}) == Plan((Phase(ALL_LAYERS, 32, 0.5),), 0, UpdateFormat(), 4)
+    plan = RoundConfig((Phase(2, 8, 0.5), Phase(3, 16, 0.25)), 5, UpdateFormat(1, True, 0.25), 9)
+    assert parse_round_config(format_round_config(plan)) == plan
+    evaluation = RoundConfig((), 32, None, 4)
+    assert parse_round_config({"server-round": 4}, "evaluate") == evaluation
+    assert parse_round_config({"server-round": 4, "lr": 0.5}) == RoundConfig(
+        (Phase(ALL_LAYERS, 32, 0.5),), 0, UpdateFormat(), 4
+    )
     several: list[dict[str, object]] = [
         {"phase-steps": [1, 2], "phase-rates": [0.1]},
         {"phase-steps": [1] * 5},
-        {"top": float("nan")},
-        {"top": 0.0},
-        {"top": 1.5},
+        {"density": float("nan")},
+        {"density": 0.0},
+        {"density": 1.5},
         {"lr": 1e39},
     ]
     for bad in several:
         with pytest.raises(ProtocolError):
-            plan_from_config(bad)
+            parse_round_config(bad)

@@ -15,21 +15,21 @@ from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantis
 from test_engine_native import CLANG, ENGINE, MOTE, ROOT, compiler, corpus, run
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
-from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, takes
+from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, resource_use
 from tinyfleet.edge.model.program import ProgramError, assemble
 from tinyfleet.edge.model.quantized import logistic_table
 from tinyfleet.firmware_tools.compiler.quantized_training import (
     Importance,
-    Update,
+    LayerUpdate,
     assume,
     choose,
-    everything_from,
     measure,
+    select_all_from,
     train_int8,
 )
-from tinyfleet.firmware_tools.readers.keras_reader import read as read_keras
+from tinyfleet.firmware_tools.readers.keras_reader import read_keras
 from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
-from tinyfleet.firmware_tools.readers.tflite_reader import read as read_tflite
+from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite
 
 # Graphs
 
@@ -93,10 +93,10 @@ LAYERS = {"conv": 4, "depthwise": 4, "pointwise": 4, "dense": 5}
 
 
 @st.composite
-def selections(draw: st.DrawFn) -> dict[str, Update]:
+def selections(draw: st.DrawFn) -> dict[str, LayerUpdate]:
     chosen = draw(st.sets(st.sampled_from(sorted(LAYERS)), min_size=1))
     return {
-        name: Update(draw(st.sampled_from(["bias", "all"])), draw(st.integers(1, LAYERS[name])))  # type: ignore[arg-type]
+        name: LayerUpdate(draw(st.sampled_from(["bias", "all"])), draw(st.integers(1, LAYERS[name])))  # type: ignore[arg-type]
         for name in sorted(chosen)
     }
 
@@ -330,7 +330,8 @@ def programs(count: int) -> list[bytes]:
         )
         names = [name for name in LAYERS if random.random() < 0.6] or ["conv"]
         updates = {
-            n: Update("all" if random.random() < 0.7 else "bias", int(random.integers(1, LAYERS[n] + 1))) for n in names
+            n: LayerUpdate("all" if random.random() < 0.7 else "bias", int(random.integers(1, LAYERS[n] + 1)))
+            for n in names
         }
         found.append(assemble(train_int8(graph, updates)).data)
     return found
@@ -356,7 +357,7 @@ def test_compilers_agree_and_sanitizers_find_nothing_in_good_and_hostile_program
 
 def test_a_hostile_program_is_refused():
     graph = network(np.random.default_rng(3))
-    data = assemble(train_int8(graph, {"conv": Update("all", 2), "depthwise": Update("bias", 3)})).data
+    data = assemble(train_int8(graph, {"conv": LayerUpdate("all", 2), "depthwise": LayerUpdate("bias", 3)})).data
     tensors, ops = struct.unpack_from("<HH", data, 16)
     conv = 48 + 16 * tensors
     depthwise = conv + 40
@@ -417,8 +418,8 @@ def test_a_logistic_end_goes_into_its_loss():
     ("selection", "message"),
     [
         ("nowhere", "no int8 layer 'nowhere'; there are conv, depthwise, pointwise, dense"),
-        ({"sum": Update("all", 1)}, "no int8 layer 'sum'"),
-        ({"conv": Update("all", 5)}, "'conv' has 4 channels; 5 cannot train"),
+        ({"sum": LayerUpdate("all", 1)}, "no int8 layer 'sum'"),
+        ({"conv": LayerUpdate("all", 5)}, "'conv' has 4 channels; 5 cannot train"),
         ({}, "nothing trains"),
     ],
 )
@@ -444,7 +445,7 @@ def test_a_choice_keeps_to_its_budget_and_more_memory_is_not_worth_less(shape, b
             continue
         chosen = train_int8(graph, selection, classes=classes)
         program = assemble(chosen)
-        assert program.arena_bytes == takes(chosen).arena <= budget
+        assert program.arena_bytes == resource_use(chosen).arena <= budget
         assert MoteLearner(program).ram_bytes <= budget
         assert selection == choose(graph, budget, classes=classes)
         worth = assume(train_head(graph, classes))
@@ -461,8 +462,8 @@ def test_what_is_told_to_be_important_is_chosen():
     graph = network(np.random.default_rng(0))
     worth = {name: Importance(np.zeros(LAYERS[name]), np.zeros(LAYERS[name])) for name in LAYERS}
     worth["pointwise"].weights[0] = 1.0
-    all_of_it = takes(train_int8(graph, everything_from(graph, "conv"))).arena
-    assert choose(graph, all_of_it, worth)["pointwise"] == Update("all", 1)
+    all_of_it = resource_use(train_int8(graph, select_all_from(graph, "conv"))).arena
+    assert choose(graph, all_of_it, worth)["pointwise"] == LayerUpdate("all", 1)
 
 
 # A network that learns
@@ -498,13 +499,13 @@ def test_int8_learns_as_float32_does_and_a_part_of_it_within_a_budget(classifier
     before = accuracy(MoteLearner(assemble(whole)), test_q, test_y)
     in_float = accuracy(taught(read_keras(model), x, y), test_x, test_y)
     in_int8 = accuracy(taught(whole, q, y), test_q, test_y)
-    budget = 2 * takes(whole).arena // 5
+    budget = 2 * resource_use(whole).arena // 5
     part = train_int8(graph, choose(graph, budget))
     in_part = accuracy(taught(part, q, y), test_q, test_y)
     assert before < 0.6
     assert in_float > 0.9
     assert in_int8 > in_float - 0.03
-    assert takes(part).arena <= budget and in_part > before + 0.3
+    assert resource_use(part).arena <= budget and in_part > before + 0.3
 
 
 def test_without_scaling_the_rates_of_float32_move_nothing(classifier):
@@ -541,6 +542,6 @@ def test_measured_importance_is_the_squared_gradients(classifier):
         weights, bias = squares[name]
         assert importance.weights.sum() == pytest.approx(weights.sum(), rel=0.3)
         assert np.corrcoef(importance.bias, bias)[0, 1] > 0.9
-    budget = takes(train_int8(graph, graph.ops[0].name)).arena // 2
-    assert takes(train_int8(graph, choose(graph, budget, found))).arena <= budget
+    budget = resource_use(train_int8(graph, graph.ops[0].name)).arena // 2
+    assert resource_use(train_int8(graph, choose(graph, budget, found))).arena <= budget
     assert measure(graph, q[:20], y[:20] % 3, classes=3)[graph.ops[0].name].weights.sum() > 0

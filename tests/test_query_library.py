@@ -10,7 +10,7 @@ from ontology_fixtures import description, open_store, payload, status
 from tinyfleet.edge.model.program import Dense, ReLU, build
 from tinyfleet.edge.wire.protocol import Topics
 from tinyfleet.ontology.ingest import describe
-from tinyfleet.ontology.ingest.lineage import Lineage, Part
+from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Binding, Store, Value, bind, value
@@ -119,13 +119,15 @@ def fill(store: Store) -> None:
 
     lineage = Lineage(store, "home")
     lineage.begin(6, MODEL, "FedAvg", "6" * 64, at=at(-24))
-    lineage.round(6, 1, [Part("away", 2.0, None, 8, 900)], asked=1, started=at(-23), ended=at(-22), sha256="a" * 64)
+    lineage.round(
+        6, 1, [Participation("away", 2.0, None, 8, 900)], asked=1, started=at(-23), ended=at(-22), sha256="a" * 64
+    )
     lineage.begin(7, MODEL, "TinyMetaFed", "a" * 64, derived_from=version_iri("home", 6, 1), at=NOW)
     for number, hash_, lost, parts in (
-        (1, "1" * 64, ["small"], [Part("fit", 0.75, 0.5, 32, 400, "sparse f16", 0),
-                                  Part("tight", 0.25, 0.75, 32, 410, "dense f32")]),
+        (1, "1" * 64, ["small"], [Participation("fit", 0.75, 0.5, 32, 400, "sparse f16", 0),
+                                  Participation("tight", 0.25, 0.75, 32, 410, "dense f32")]),
         (2, None, ["small", "tight"], []),
-        (3, "3" * 64, ["gone"], [Part("fit", 0.25, None, 16, 200, "sparse f16", 3)]),
+        (3, "3" * 64, ["gone"], [Participation("fit", 0.25, None, 16, 200, "sparse f16", 3)]),
     ):  # fmt: skip
         lineage.round(
             7, number, parts, asked=len(parts) + len(lost), started=at(number), ended=at(number + 0.5), sha256=hash_,

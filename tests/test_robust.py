@@ -22,18 +22,18 @@ from flwr.serverapp.strategy import (
 from numpy.typing import NDArray
 from test_grid_fleet import PROGRAM, START, TASK, Start, client, devices, learn, quiet, replayed, server  # noqa: F401
 from tinyfleet.edge.device.device import Device
-from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.device.node import MoteNode, Out, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import Dense, Done, decode_did, encode
+from tinyfleet.edge.wire.protocol import Dense, Success, decode_reply, encode
 from tinyfleet.ontology.queries import library
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile
-from tinyfleet.server.run import Method, Options, Round, method
+from tinyfleet.server.run import NamedStrategy, Round, StrategyOptions, make_strategy
 from tinyfleet.server.serve import FleetServer
 
 Vector = NDArray[np.float32]
@@ -62,10 +62,10 @@ class Liar(OddNode):
     """Sends ten times the opposite of what it has learned."""
 
     def tamper(self, reply: Publish) -> Iterator[Publish]:
-        did = decode_did(reply.payload)
-        assert isinstance(did, Done) and isinstance(did.update, Dense)
+        did = decode_reply(reply.payload)
+        assert isinstance(did, Success) and isinstance(did.update, Dense)
         update = Dense(did.update.offset, -10 * did.update.values, did.update.half)
-        yield reply._replace(payload=encode(Done(did.id, did.part, did.parts, did.metrics, update)))
+        yield reply._replace(payload=encode(Success(did.id, did.part, did.parts, did.metrics, update)))
 
 
 class Silent(OddNode):
@@ -130,8 +130,8 @@ def after_rounds(strategy: Strategy, broker: Broker, count: int, rounds: int = 3
     settings = ConfigRecord({"phase-steps": [60], "lr": 0.1, "seed": 5, **config})
     with MqttGrid(*broker, "test", PROGRAM) as grid:
         assert len(grid.wait_for_nodes(count, 10)) == count
-        result = strategy.start(grid, to_record(START, PROGRAM), rounds, 30, train_config=settings)
-    return to_vector(result.arrays, PROGRAM)
+        result = strategy.start(grid, vector_to_arrays(START, PROGRAM), rounds, 30, train_config=settings)
+    return arrays_to_vector(result.arrays, PROGRAM)
 
 
 def test_a_liar_ruins_the_mean_and_not_what_is_made_for_liars(broker: Broker, devices: Start, odd: Any) -> None:
@@ -161,7 +161,7 @@ def test_fedprox_is_applied_on_the_device(broker: Broker, devices: Start) -> Non
     with MqttGrid(*broker, "test", PROGRAM) as grid, pytest.raises(ValueError, match="proximal-mu times the rate"):
         grid.wait_for_nodes(3, 10)
         FedProx(proximal_mu=11.0).start(
-            grid, to_record(START, PROGRAM), 1, 30, train_config=ConfigRecord({"phase-steps": [5], "lr": 0.1})
+            grid, vector_to_arrays(START, PROGRAM), 1, 30, train_config=ConfigRecord({"phase-steps": [5], "lr": 0.1})
         )
 
 
@@ -182,7 +182,9 @@ def test_privacy_clips_each_change_and_adds_noise(broker: Broker, devices: Start
         settings = ConfigRecord({**config})
         with MqttGrid(*broker, "test", PROGRAM) as grid:
             grid.wait_for_nodes(4, 10)
-            return to_vector(strategy.start(grid, to_record(START, PROGRAM), 1, 30, settings).arrays, PROGRAM)
+            return arrays_to_vector(
+                strategy.start(grid, vector_to_arrays(START, PROGRAM), 1, 30, settings).arrays, PROGRAM
+            )
 
     changes = replayed(4) - START
     norms = np.linalg.norm(changes, axis=1)
@@ -196,22 +198,22 @@ def test_privacy_clips_each_change_and_adds_noise(broker: Broker, devices: Start
 
 def test_the_devices_send_no_change_larger_than_the_clip(broker: Broker, devices: Start, server: FleetServer) -> None:
     devices(3)
-    options = Options(dp_clip=0.1, dp_noise=0.0, dp_on_device=True)
-    how = method("fedavg", TASK, rounds=1, clients=3, options=options)
+    options = StrategyOptions(dp_clip=0.1, dp_noise=0.0, dp_on_device=True)
+    how = make_strategy("fedavg", TASK, rounds=1, clients=3, options=options)
     outcome = learn(server, how, 1, clients=3)
     assert how.name == "FedAvg with differential privacy" and len(outcome.rounds[0].parts) == 3
-    assert 0 < np.linalg.norm(outcome.parameters - outcome.start) <= 0.1 * (1 + 1e-5)
+    assert 0 < np.linalg.norm(outcome.parameters - outcome.initialization) <= 0.1 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), [("krum", {}), ("reptile", {}), ("fedavg", {"asynchronous": True})])
 def test_privacy_that_would_not_hold_is_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="differential privacy is for the rounds of fedavg and fedprox"):
-        method(name, TASK, rounds=1, clients=3, options=Options(dp_clip=1.0, **options))
+        make_strategy(name, TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip=1.0, **options))
 
 
 def test_a_share_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match=r"in \(0, 1\], not 0"):
-        method("fedavg", TASK, rounds=1, clients=3, options=Options(top=0.0))
+        make_strategy("fedavg", TASK, rounds=1, clients=3, options=StrategyOptions(density=0.0))
 
 
 @pytest.mark.parametrize(
@@ -223,8 +225,8 @@ def test_a_share_of_nothing_is_refused() -> None:
             "reptile has no use for --local/--no-local: .* choose --strategy tinymetafed$",
         ),
         ("fedavg", {"anneal": True}, "fedavg has no use for --anneal/--no-anneal"),
-        ("TinyReptile", {"top": 0.5}, "tinyreptile has no use for --top: .* tinymetafed or one of Flower's$"),
-        ("fedavg", {"top": 0.5, "asynchronous": True}, "asynchronous fedavg has no use for --top"),
+        ("TinyReptile", {"density": 0.5}, "tinyreptile has no use for --top: .* tinymetafed or one of Flower's$"),
+        ("fedavg", {"density": 0.5, "asynchronous": True}, "asynchronous fedavg has no use for --top"),
         ("fedavg", {"mu": 0.1}, "fedavg has no use for --mu: .* choose --strategy fedprox$"),
         ("fedavg", {"dp_noise": 1.0}, "fedavg has no use for --dp-noise: .* choose --dp-clip above 0$"),
         ("fedprox", {"dp_on_device": True}, "no use for --dp-on-device"),
@@ -232,21 +234,23 @@ def test_a_share_of_nothing_is_refused() -> None:
 )
 def test_an_option_that_the_strategy_has_no_use_for_is_refused(name: str, options: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
-        method(name, TASK, rounds=1, clients=3, options=Options(**options))
+        make_strategy(name, TASK, rounds=1, clients=3, options=StrategyOptions(**options))
 
 
 def test_options_reach_the_strategy_that_has_a_use_for_them() -> None:
     def ours(**options: Any) -> Any:
-        return method("tinymetafed", TASK, rounds=1, clients=3, options=Options(**options)).strategy
+        return make_strategy("tinymetafed", TASK, rounds=1, clients=3, options=StrategyOptions(**options)).strategy
 
     assert (ours().local, ours(local=True).local, ours(local=False).local) == (TASK.program.head, TASK.program.head, 0)
     assert (ours().alpha_end, ours(anneal=True).alpha_end, ours(anneal=False).alpha_end) == (0, 0, TASK.meta.alpha)
-    assert ours(top=0.5, asynchronous=True).strategy.update.top == 0.5
+    assert ours(density=0.5, asynchronous=True).strategy.update.density == 0.5
     for options, mu in (({}, 0.1), ({"mu": 0.0}, 0.0)):
-        fedprox: Any = method("fedprox", TASK, rounds=1, clients=3, options=Options(**options)).strategy
+        fedprox: Any = make_strategy("fedprox", TASK, rounds=1, clients=3, options=StrategyOptions(**options)).strategy
         assert fedprox.proximal_mu == mu
     for options, noise in (({}, 1.0), ({"dp_noise": 0.0}, 0.0)):
-        private: Any = method("fedavg", TASK, rounds=1, clients=3, options=Options(dp_clip=1, **options)).strategy
+        private: Any = make_strategy(
+            "fedavg", TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip=1, **options)
+        ).strategy
         assert private.noise_multiplier == noise
 
 
@@ -259,7 +263,7 @@ def test_first_order_maml_moves_the_start_by_the_last_samples_changes(broker: Br
     expected = []
     with MqttGrid(*broker, "test", PROGRAM) as grid:
         grid.wait_for_nodes(3, 10)
-        for message in strategy.configure_train(1, to_record(START, PROGRAM), ConfigRecord(), grid):
+        for message in strategy.configure_train(1, vector_to_arrays(START, PROGRAM), ConfigRecord(), grid):
             index = int(grid.device(message.metadata.dst_node_id).removeprefix("test-"))
             learner, stream = MoteLearner(PROGRAM), DatasetStream(client(index, 100))
             learner.set_parameters(START)
@@ -270,8 +274,8 @@ def test_first_order_maml_moves_the_start_by_the_last_samples_changes(broker: Br
             for _ in range(3):
                 learner.learn(*stream.next(query=False), 0.02)
             expected.append(learner.parameters - adapted)
-        result = strategy.start(grid, to_record(START, PROGRAM), 1, 30)
-    moved = to_vector(result.arrays, PROGRAM)
+        result = strategy.start(grid, vector_to_arrays(START, PROGRAM), 1, 30)
+    moved = arrays_to_vector(result.arrays, PROGRAM)
     np.testing.assert_allclose(moved, START + 0.5 * np.mean(expected, axis=0), rtol=1e-5, atol=1e-6)
 
 
@@ -282,13 +286,13 @@ def test_a_straggler_that_never_answers_holds_nothing_up(server: FleetServer, de
     """Twelve updates are used though one of the three places is taken for good, and no timeout is waited for."""
     devices(2)
     odd(Silent, 9)
-    how = method("reptile", TASK, rounds=12, clients=3, options=Options(asynchronous=True))
+    how = make_strategy("reptile", TASK, rounds=12, clients=3, options=StrategyOptions(asynchronous=True))
     outcome = learn(server, how, 12, clients=3, timeout=600.0)
     assert [this.number for this in outcome.rounds] == list(range(1, 13))
     assert all(len(this.parts) == 1 for this in outcome.rounds)
     assert {part.device for this in outcome.rounds for part in this.parts} == {"test-0", "test-1"}
     assert sum(this.asked for this in outcome.rounds) == 3 + 11, "a place is filled again as soon as it is free"
-    assert not np.array_equal(outcome.parameters, outcome.start)
+    assert not np.array_equal(outcome.parameters, outcome.initialization)
 
 
 @pytest.mark.parametrize("most", [100, 4])
@@ -305,7 +309,7 @@ def test_a_late_update_is_used_with_its_staleness_unless_it_is_too_old(
             assert late.node.sent.wait(10)
 
     strategy = Asynchronous(Reptile(clients=3, beta=0.1), max_staleness=most)
-    outcome = learn(server, Method("late", strategy), 40, clients=3, timeout=600.0, on_round=watch)
+    outcome = learn(server, NamedStrategy("late", strategy), 40, clients=3, timeout=600.0, on_round=watch)
     ages = [part.staleness or 0 for this in outcome.rounds for part in this.parts if part.device == "odd-9"]
     reasons = [this.lost["odd-9"] for this in outcome.rounds if "odd-9" in this.lost]
     if most == 100:
@@ -320,16 +324,16 @@ def test_a_late_update_is_used_with_its_staleness_unless_it_is_too_old(
 @pytest.mark.parametrize("name", ["tinymetafed", "fomaml", "fedavg"])
 def test_asynchronous_rounds_learn(server: FleetServer, devices: Start, name: str) -> None:
     devices(4)
-    how = method(name, TASK, rounds=20, clients=3, options=Options(asynchronous=True))
+    how = make_strategy(name, TASK, rounds=20, clients=3, options=StrategyOptions(asynchronous=True))
     outcome = learn(server, how, 20, clients=4)
     assert len(outcome.rounds) == 20 and not any(this.lost for this in outcome.rounds)
     assert max(part.staleness or 0 for this in outcome.rounds for part in this.parts) >= 1
     sent = sum(part.bytes_up or 0 for this in outcome.rounds for part in this.parts)
     assert sum(this.bytes_up for this in outcome.rounds) >= sent, "what comes while a round is written down counts, too"
-    assert not np.array_equal(outcome.parameters, outcome.start)
+    assert not np.array_equal(outcome.parameters, outcome.initialization)
 
 
 def test_what_can_not_be_asynchronous_says_so() -> None:
     for name, why in (("tinyreptile", "one device at a time"), ("krum", "all of a round's updates at once")):
         with pytest.raises(UserError, match=why):
-            method(name, TASK, rounds=1, clients=2, options=Options(asynchronous=True))
+            make_strategy(name, TASK, rounds=1, clients=2, options=StrategyOptions(asynchronous=True))

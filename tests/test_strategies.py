@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, plan_from_config
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, parse_round_config
 from tinyfleet.server.flower.grid import RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
@@ -135,12 +135,14 @@ def test_a_fleet_smaller_than_asked_takes_part_as_it_is() -> None:
 
 
 def test_the_plan_travels_in_the_config() -> None:
-    strategy = TinyMetaFed(rounds=10, beta=0.125, steps=6, local=2, local_steps=3, local_beta=0.5, top=0.25, query=7)
+    strategy = TinyMetaFed(
+        rounds=10, beta=0.125, steps=6, local=2, local_steps=3, local_beta=0.5, density=0.25, query=7
+    )
     config = configure(strategy)[0].content.config_records["config"]
-    phases, query, update, _seed = plan_from_config(config)
+    phases, query, update, _seed = parse_round_config(config)
     assert [(p.layers, p.steps, p.rate) for p in phases] == [(2, 3, 0.5), (ALL_LAYERS, 6, 0.125)]
     assert query == 7
-    assert update is not None and (update.shared, update.half, update.top) == (ALL_LAYERS & ~2, True, 0.25)
+    assert update is not None and (update.shared, update.half, update.density) == (ALL_LAYERS & ~2, True, 0.25)
 
 
 def test_one_step_is_refused() -> None:
@@ -180,7 +182,7 @@ def test_tinymetafed_keeps_the_local_layers_initial_values() -> None:
 
 def test_first_order_maml_asks_for_what_the_last_samples_changed() -> None:
     config = configure(FOMAML(beta=0.25, steps=6, outer=2, outer_beta=0.5))[0].content.config_records["config"]
-    phases, _, update, _ = plan_from_config(config)
+    phases, _, update, _ = parse_round_config(config)
     assert [(p.layers, p.steps, p.rate) for p in phases] == [(ALL_LAYERS, 6, 0.25), (ALL_LAYERS, 2, 0.5)]
     assert update is not None and update.since == 1
     with pytest.raises(UserError, match="at least one sample"):
@@ -188,11 +190,11 @@ def test_first_order_maml_asks_for_what_the_last_samples_changed() -> None:
 
 
 def test_tinymetafeds_parts_switch_apart() -> None:
-    strategy = TinyMetaFed(rounds=4, alpha=0.5, alpha_end=0.5, local=0, top=1.0)
+    strategy = TinyMetaFed(rounds=4, alpha=0.5, alpha_end=0.5, local=0, density=1.0)
     config = configure(strategy)[0].content.config_records["config"]
-    phases, _, update, _ = plan_from_config(config)
+    phases, _, update, _ = parse_round_config(config)
     assert len(phases) == 1, "no local part"
-    assert update is not None and (update.shared, update.top) == (ALL_LAYERS, 1.0)
+    assert update is not None and (update.shared, update.density) == (ALL_LAYERS, 1.0)
     assert {strategy.rate(r) for r in (1, 2, 3, 4)} == {0.5}
 
 

@@ -9,17 +9,27 @@ from flwr.app import ConfigRecord
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import virtual_device
-from tinyfleet.edge.device.flower_client import to_metrics, to_record
+from tinyfleet.edge.device.flower_client import to_metrics, vector_to_arrays
 from tinyfleet.edge.device.node import MoteNode, Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Task, keywords
 from tinyfleet.edge.wire import frames
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Done, Phase, Topics, UpdateFormat, Work, chunks, decode_did, encode
+from tinyfleet.edge.wire.protocol import (
+    ALL_LAYERS,
+    Phase,
+    Success,
+    Topics,
+    TrainTask,
+    UpdateFormat,
+    chunks,
+    decode_reply,
+    encode,
+)
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
 from tinyfleet.server.flower.grid import MqttGrid
-from tinyfleet.server.run import method
+from tinyfleet.server.run import make_strategy
 
 FLEET, ID = "test", "device-1"
 TOPICS = Topics(FLEET)
@@ -40,9 +50,9 @@ ALL = [
 _load = cache(tasks.load)
 
 
-def order(task: Task) -> Work:
+def order(task: Task) -> TrainTask:
     phases = (Phase(ALL_LAYERS, 60, task.meta.rate),)
-    return Work(1, "train", 1, 1, task.program.model_id, 5, phases, 12, UpdateFormat(ALL_LAYERS, False, 0.5))
+    return TrainTask(1, "train", 1, 1, task.program.model_id, 5, phases, 12, UpdateFormat(ALL_LAYERS, False, 0.5))
 
 
 def replies(node: Node, task: Task) -> list[bytes]:
@@ -72,8 +82,8 @@ def test_the_agent_learns_what_the_virtual_microcontroller_learns(name: str) -> 
     here = AgentNode(FLEET, ID, {}, task.program, DatasetStream(task.client(2, 12)), MoteLearner)
     said = replies(virtual(task), task)
     assert said == replies(here, task)
-    first = decode_did(said[0])
-    assert isinstance(first, Done) and first.metrics is not None
+    first = decode_reply(said[0])
+    assert isinstance(first, Success) and first.metrics is not None
     assert first.metrics.samples == 60 and first.metrics.queried == 12
     record = to_metrics(first.metrics, "train", 0, task.program)
     assert ("accuracy" in record) == (name != "sine"), "a regression has no accuracy"
@@ -87,11 +97,11 @@ def test_a_fleet_learns_it_over_a_broker(name: str, broker: tuple[str, int]) -> 
     devices = [virtual_device(*broker, FLEET, f"device-{i}", task.program, task.client(i, 3)) for i in range(3)]
     for device in devices:
         device.start()
-    how = method("fedavg", task, rounds=6, clients=3)
+    how = make_strategy("fedavg", task, rounds=6, clients=3)
     try:
         with MqttGrid(*broker, FLEET, task.program) as grid:
             assert len(grid.wait_for_nodes(3, LIMIT)) == 3
-            start = to_record(task.program.initial(1), task.program)
+            start = vector_to_arrays(task.program.initial(1), task.program)
             config = ConfigRecord({**how.train_config, "seed": 1})  # the same samples in every round
             result = how.strategy.start(grid, start, 6, LIMIT, train_config=config)
     finally:
@@ -111,7 +121,7 @@ def test_an_emulated_board_learns_what_the_virtual_microcontroller_learns(name: 
     elf = build.build("mps2-an386", task.program, task.client(2, 12), FLEET, ID, tmp_path)
     assert build.size(elf).held["features"] == task.client(2, 12).features.nbytes
     expected = replies(virtual(task, out_bytes=1024 + 128), task)
-    with emulate.Emulator(catalogue.load("mps2-an386"), elf) as emulator:
+    with emulate.Emulator(catalogue.load_board("mps2-an386"), elf) as emulator:
         assert over_the_line(emulator.url, task, len(expected)) == expected
 
 
@@ -119,7 +129,7 @@ def over_the_line(url: str, task: Task, count: int) -> list[bytes]:
     """What a board says to the same order, in so many messages: the part of gateway and broker is played here."""
     host, port = url.removeprefix("socket://").split(":")
     weights = list(chunks(task.program.initial(1).astype("<f4").tobytes()))
-    reader, said = frames.Reader(), []
+    reader, said = frames.FrameReader(), []
     with socket.create_connection((host, int(port)), timeout=LIMIT) as line:
 
         def send(*sent: frames.Frame) -> None:

@@ -57,7 +57,7 @@ def test_clients_fit_the_models_and_the_stream(any_task: Task) -> None:
     for index in range(14):
         data = any_task.client(index, 14)
         for program in (any_task.program, any_task.large):
-            data.must_fit(program)
+            data.check_compatible(program)
         stream = DatasetStream(data)
         stream.open(index)
         x, y = stream.next(query=False)
@@ -131,7 +131,7 @@ def test_a_wave_is_the_same_however_many_are_drawn_at_once() -> None:
 
 @needs("occupancy")
 def test_a_room_is_asked_about_later_than_it_is_learned_from() -> None:
-    rooms = presence.split_rooms(presence.read(presence._folder()))
+    rooms = presence.split_rooms(presence.read_rooms(presence._folder()))
     names = [room.name for some in rooms.values() for room in some]
     assert len(names) == len(set(names)) == 26 and len(rooms["held_out"]) == 8
     scores = presence.baselines("held_out", range(60), 5, 15)
@@ -189,15 +189,15 @@ def test_devices_share_no_digit() -> None:
 def test_samples_and_model_that_do_not_fit(layers: list[Layer], inputs: int, loss: Loss, said: str) -> None:
     data = tasks.load("digits").client(0, 14)
     with pytest.raises(UserError, match=said):
-        data.must_fit(build(layers, (inputs,), loss))
+        data.check_compatible(build(layers, (inputs,), loss))
 
 
 def test_a_regression_and_a_model_that_do_not_fit() -> None:
     data = tasks.load("sine").client(0, 14)
     with pytest.raises(UserError, match=r"1 numbers to predict and the model learns 1 classes"):
-        data.must_fit(build([Dense(1)], (1,), "softmax_cross_entropy"))
+        data.check_compatible(build([Dense(1)], (1,), "softmax_cross_entropy"))
     with pytest.raises(UserError, match=r"1 numbers to predict and the model learns 2 values"):
-        data.must_fit(build([Dense(2)], (1,), "mse"))
+        data.check_compatible(build([Dense(2)], (1,), "mse"))
 
 
 @pytest.mark.parametrize("name", ["cats", "digits-x", "sine-3", "omniglot-5-14-1", "digits.cats"])

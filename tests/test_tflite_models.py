@@ -21,7 +21,7 @@ from tinyfleet.edge.model.graph import Graph, Kind
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import ProgramError, assemble
 from tinyfleet.firmware_tools.readers.simplify import CompileError
-from tinyfleet.firmware_tools.readers.tflite_reader import read
+from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite
 
 Array = NDArray[Any]
 
@@ -184,7 +184,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "
 
     def outputs(name: str) -> Array | int:
         path = folder / f"{name}.tflite"
-        return in_tflite(path, inputs(read(path), SAMPLES), temporary)
+        return in_tflite(path, inputs(read_tflite(path), SAMPLES), temporary)
 
     with ThreadPoolExecutor(2) as pool:
         yield {name: pool.submit(outputs, name) for name in MODELS}
@@ -198,14 +198,14 @@ def test_all_files_are_expected_to_compile_or_to_be_refused() -> None:
 @needs_tflite
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_computes_what_tflite_computes(name: str, references: dict[str, "Future[Array | int]"]) -> None:
-    graph = read(models() / f"{name}.tflite")
+    graph = read_tflite(models() / f"{name}.tflite")
     compare(graph, inputs(graph, SAMPLES), references[name].result())
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_model_names_the_operator_or_the_defect(name: str) -> None:
     with pytest.raises(CompileError) as error:
-        read(models() / f"{name}.tflite")
+        read_tflite(models() / f"{name}.tflite")
     assert REFUSED[name] in str(error.value)
     assert f"{name}.tflite" in str(error.value)
     assert "\n" not in str(error.value)
@@ -218,7 +218,7 @@ def test_a_model_that_ends_the_interpreter_does_not_end_us(name: str, tmp_path: 
     samples = np.zeros((1, 96), np.int16) if "keyword" in name else np.zeros((1, 96 * 96), np.int8)
     assert isinstance(in_tflite(path, samples, tmp_path), int)
     with pytest.raises(CompileError):
-        read(path)
+        read_tflite(path)
 
 
 @pytest.fixture(scope="module")
@@ -237,14 +237,14 @@ def test_branches_slices_and_every_activation_compute_what_tflite_computes(
     converted: tuple[Path, Path], tmp_path: Path
 ) -> None:
     for path in converted:
-        graph = read(path)
+        graph = read_tflite(path)
         samples = inputs(graph, SAMPLES)
         compare(graph, samples, in_tflite(path, samples, tmp_path))
 
 
 def test_layers_have_the_names_of_the_model() -> None:
     def names(model: str) -> list[str]:
-        return list(dict.fromkeys(op.name for op in read(models() / f"{model}.tflite").ops))
+        return list(dict.fromkeys(op.name for op in read_tflite(models() / f"{model}.tflite").ops))
 
     kws = names("mlperf_tiny__kws_ref_model")
     assert kws[:3] == ["conv2d", "depthwise_conv2d", "conv2d_1"]
@@ -256,7 +256,7 @@ def test_layers_have_the_names_of_the_model() -> None:
 
 
 def test_a_fused_activation_belongs_to_its_layer() -> None:
-    ops = read(models() / "tflm__hello_world_float.tflite").ops
+    ops = read_tflite(models() / "tflm__hello_world_float.tflite").ops
     assert [(op.kind, op.name) for op in ops] == [
         (Kind.DENSE, "dense"),
         (Kind.RELU, "dense"),
@@ -269,12 +269,12 @@ def test_a_fused_activation_belongs_to_its_layer() -> None:
 @pytest.mark.parametrize("content", [b"", b"TFL3", b"\x1c\0\0\0TFL3", bytes(1000), b"\x1c\0\0\0TFL3" + bytes(1000)])
 def test_what_is_no_tflite_file_is_refused(content: bytes) -> None:
     with pytest.raises(CompileError, match="the model"):
-        read(content)
+        read_tflite(content)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match=r"there is no file .*missing\.tflite"):
-        read(tmp_path / "missing.tflite")
+        read_tflite(tmp_path / "missing.tflite")
 
 
 SMALL = ["tflm__hello_world_float", "tflm__hello_world_int8", "haoyu_r__Voice_Turn", "haoyu_r__Move"]
@@ -327,7 +327,7 @@ def read_damaged(data: bytes) -> None:
     """A file is refused in a line, or is a model that the engine runs."""
     try:
         with limits(60, 40 * len(data) + (1 << 24)):
-            graph = read(data)
+            graph = read_tflite(data)
     except CompileError as error:
         assert "\n" not in str(error)
         return

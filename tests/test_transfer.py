@@ -13,14 +13,14 @@ from tinyfleet.edge.model.learner import LearnerError, MoteLearner
 from tinyfleet.edge.model.program import assemble
 from tinyfleet.firmware_tools.compiler.transfer import train_from, with_float_input
 from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
-from tinyfleet.firmware_tools.readers.tflite_reader import read
+from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite
 
 Array = NDArray[Any]
 KWS = "mlperf_tiny__kws_ref_model"
 
 
 def model(name: str) -> Graph:
-    return read(models() / f"{name}.tflite")
+    return read_tflite(models() / f"{name}.tflite")
 
 
 def layers(graph: Graph) -> list[str]:

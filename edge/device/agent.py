@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge._mote import lib
-from tinyfleet.edge.device.drift import OnlineLearner, Reaction
+from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner
 from tinyfleet.edge.device.node import (
     NOT_FOR_FLEETS,
     OUT_BYTES,
     PROGRAM_BYTES,
-    Counters,
+    NodeCounters,
     Out,
     Publish,
     Reboot,
@@ -36,23 +36,23 @@ from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     CHUNK,
     MAX_CHUNKS,
-    Adopt,
     Assembly,
+    Command,
     Dense,
-    Do,
-    Done,
     ErrorCode,
-    Failed,
+    Failure,
     Metrics,
     Phase,
     ProtocolError,
     Sparse,
     Status,
+    Success,
     Topics,
+    TrainTask,
     UpdateFormat,
-    Work,
+    UpdateModel,
     decode_chunk,
-    decode_do,
+    decode_command,
     encode,
     varint_sizes,
 )
@@ -78,12 +78,12 @@ class MaskedLearner(Learner, Protocol):
     def mask(self, layers: int) -> None: ...
 
 
-class Online(NamedTuple):
+class OnlineLearning(NamedTuple):
     """How a device learns for itself: from which stream, at what rate, and what it does about drift."""
 
     stream: Stream
     rate: float
-    reaction: Reaction | None = Reaction()
+    drift_response: DriftResponse | None = DriftResponse()
 
 
 class _State(Enum):
@@ -107,43 +107,43 @@ class AgentNode:
         stream: Stream,
         make: Callable[[Program], MaskedLearner],
         *,
-        adopt_bytes: int = PROGRAM_BYTES,
+        model_slot_bytes: int = PROGRAM_BYTES,
         out_bytes: int = OUT_BYTES,
-        online: Online | None = None,
+        online: OnlineLearning | None = None,
     ) -> None:
-        """`td` is its Thing Description. `make` gives the learner for a program: this one now, another when one is
-        adopted. adopt_bytes: the largest program to adopt (0: none is). online: what it learns when it is not asked to,
-        for itself, beginning anew from the weights of each round."""
+        """`td` is its Thing Description. `make` gives the learner for a program: this one now, another when the
+        model is updated. model_slot_bytes: the largest program it accepts (0: none). online: what it learns by itself,
+        between commands, from each round's weights on."""
         self.id = id
         self._topics = Topics(fleet)
-        self._do_topic = self._topics.do(id)
+        self._command_topic = self._topics.do(id)
         self._td = json.dumps(td).encode()
         self._builtin = program
         self._stream = stream
         self._make = make
-        self._adopt_bytes = adopt_bytes
+        self._model_slot_bytes = model_slot_bytes
         self._out_bytes = out_bytes
         self._online_settings = online
         self._online: OnlineLearner | None = None
         self._base: Vector
-        self._work: Work
+        self._train_task: TrainTask
         self._load(program)
         self._malformed = self._stale = self._samples = 0
-        self._announce = self._tell_status = False
+        self._announce = self._status_changed = False
         self._unsubscribe: str | None = None
         self._subscribe = False
-        self._rejection: Failed | None = None
-        self._reply: Iterator[Done | Failed] = iter(())
+        self._rejection: Failure | None = None
+        self._reply: Iterator[Success | Failure] = iter(())
         self._restart = False
         self._recent = [0] * RECENT
         self._state = _State.IDLE
-        self._order: Do | None = None
+        self._command: Command | None = None
         self._round: tuple[int, int] | None = None
         self._filter = ""
         self._assembly = Assembly(0)
         self._update: UpdateFormat | None = None
         self._measured = False
-        self._error: Failed | None = None
+        self._error: Failure | None = None
         self._at_phase = self._at_step = 0
         self._learned = self._queried = self._correct = 0
         self._loss = self._query_loss = np.float32(0)
@@ -151,9 +151,9 @@ class AgentNode:
     # Node
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> NodeCounters:
         """See Node."""
-        return Counters(self._malformed, self._stale, self._samples)
+        return NodeCounters(self._malformed, self._stale, self._samples)
 
     @property
     def model(self) -> bytes:
@@ -162,7 +162,7 @@ class AgentNode:
 
     def connected(self) -> None:
         """See Node."""
-        self._announce = self._tell_status = True
+        self._announce = self._status_changed = True
         self._unsubscribe = None
         self._subscribe = self._wants_chunks()
 
@@ -172,7 +172,7 @@ class AgentNode:
 
     def receive(self, topic: str, payload: bytes) -> None:
         """See Node."""
-        if topic == self._do_topic:
+        if topic == self._command_topic:
             self._receive_do(payload)
         elif self._wants_chunks() and topic.startswith(self._filter[:-1]):
             self._receive_chunk(topic[len(self._filter) - 1 :], payload)
@@ -182,17 +182,20 @@ class AgentNode:
     def step(self) -> bool:
         """See Node."""
         if self._state is _State.LEARN:
-            while self._at_phase < len(self._work.phases) and self._at_step >= self._work.phases[self._at_phase].steps:
+            while (
+                self._at_phase < len(self._train_task.phases)
+                and self._at_step >= self._train_task.phases[self._at_phase].steps
+            ):
                 self._at_phase, self._at_step = self._at_phase + 1, 0
                 if self._update is not None and self._at_phase == self._update.since:
                     self._base = self._learner.parameters
-            if self._at_phase == len(self._work.phases):
+            if self._at_phase == len(self._train_task.phases):
                 self._state = _State.QUERY
         try:
             if self._state is _State.LEARN:
                 if not self._learn():
                     return False
-            elif self._state is _State.QUERY and self._queried < self._work.query:
+            elif self._state is _State.QUERY and self._queried < self._train_task.query:
                 if not self._score():
                     return False
             elif self._state is _State.QUERY:
@@ -208,10 +211,10 @@ class AgentNode:
         """See Node."""
         if self._announce:
             self._announce = False
-            yield Subscribe(self._do_topic)
+            yield Subscribe(self._command_topic)
             yield Publish(self._topics.td(self.id), self._td, True)
-        if self._tell_status:
-            self._tell_status = False
+        if self._status_changed:
+            self._status_changed = False
             yield self._status(online=True)
         if self._unsubscribe is not None:
             left, self._unsubscribe = self._unsubscribe, None
@@ -245,10 +248,10 @@ class AgentNode:
         self._program, self._learner = program, learner
         self._base = np.zeros(0, np.float32)  # until a round has brought some
         if self._online_settings is not None:
-            stream, rate, reaction = self._online_settings
+            stream, rate, drift_response = self._online_settings
             stream.open(0)
             nothing = np.zeros(program.n_params, np.float32)
-            self._online = OnlineLearner(self._make(program), program, nothing, rate, reaction)
+            self._online = OnlineLearner(self._make(program), program, nothing, rate, drift_response)
         self._trainable = (1 << sum(layer.trainable for layer in program.layers)) - 1
 
     def _wants_chunks(self) -> bool:
@@ -256,7 +259,7 @@ class AgentNode:
 
     def _receive_do(self, payload: bytes) -> None:
         try:
-            order = decode_do(payload)
+            command = decode_command(payload)
         except ProtocolError:
             self._malformed += 1
             return
@@ -270,22 +273,22 @@ class AgentNode:
                 self._stale += 1
         elif crc in self._recent:
             self._stale += 1
-        elif isinstance(order, Work):
-            self._take_work(crc, order)
-        elif isinstance(order, Adopt):
-            self._take_adopt(crc, order)
+        elif isinstance(command, TrainTask):
+            self._take_work(crc, command)
+        elif isinstance(command, UpdateModel):
+            self._begin_model_update(crc, command)
         else:
-            self._begin(crc, order, _State.DONE)
+            self._begin(crc, command, _State.DONE)
             self._finish()
             self._restart = True
 
-    def _begin(self, crc: int, order: Do, state: _State) -> None:
+    def _begin(self, crc: int, command: Command, state: _State) -> None:
         """Drops what the node was at, and begins another order."""
         self._leave_chunks()
         self._reply = iter(())
         self._recent = [crc, *self._recent[:-1]]
         self._state = state
-        self._order = order
+        self._command = command
         self._update = None
         self._measured = False
 
@@ -299,42 +302,42 @@ class AgentNode:
         self._assembly = Assembly(size)
         self._subscribe = True
 
-    def _take_work(self, crc: int, work: Work) -> None:
-        top = 1.0 if work.update is None else work.update.top
-        if not 0.0 < top <= 1.0:
+    def _take_work(self, crc: int, train_task: TrainTask) -> None:
+        density = 1.0 if train_task.update is None else train_task.update.density
+        if not 0.0 < density <= 1.0:
             self._malformed += 1
-        elif self._round is not None and work.run == self._round[0] and work.round < self._round[1]:
+        elif self._round is not None and train_task.run == self._round[0] and train_task.round < self._round[1]:
             self._stale += 1
-        elif work.model != self.model:
-            self._rejection = Failed(work.id, ErrorCode.WRONG_MODEL)
+        elif train_task.model != self.model:
+            self._rejection = Failure(train_task.id, ErrorCode.WRONG_MODEL)
         elif self._program.n_params * 4 > CHUNK * MAX_CHUNKS:
-            self._rejection = Failed(work.id, ErrorCode.ROOM)
-        elif not _makes_sense(work):
-            self._rejection = Failed(work.id, ErrorCode.ENGINE, lib.MOTE_ERR_ARGUMENT)
-        elif any(p.layers != ALL_LAYERS and p.layers & ~self._trainable for p in work.phases):
-            self._rejection = Failed(work.id, ErrorCode.ENGINE, lib.MOTE_ERR_FROZEN)
+            self._rejection = Failure(train_task.id, ErrorCode.CAPACITY)
+        elif not _makes_sense(train_task):
+            self._rejection = Failure(train_task.id, ErrorCode.ENGINE, lib.MOTE_ERR_ARGUMENT)
+        elif any(p.layers != ALL_LAYERS and p.layers & ~self._trainable for p in train_task.phases):
+            self._rejection = Failure(train_task.id, ErrorCode.ENGINE, lib.MOTE_ERR_FROZEN)
         else:
-            self._begin(crc, work, _State.WANT_WEIGHTS)
-            self._work = work
-            self._round = (work.run, work.round)
-            self._update = work.update if work.kind == "train" else None
-            self._want_chunks(self._topics.weights(work.run, work.round), self._program.n_params * 4)
+            self._begin(crc, train_task, _State.WANT_WEIGHTS)
+            self._train_task = train_task
+            self._round = (train_task.run, train_task.round)
+            self._update = train_task.update if train_task.kind == "train" else None
+            self._want_chunks(self._topics.weights(train_task.run, train_task.round), self._program.n_params * 4)
             if self._assembly.complete:
                 self._start_learning()
 
-    def _take_adopt(self, crc: int, adopt: Adopt) -> None:
-        if adopt.model == self.model:
-            self._begin(crc, adopt, _State.DONE)
+    def _begin_model_update(self, crc: int, update_command: UpdateModel) -> None:
+        if update_command.model == self.model:
+            self._begin(crc, update_command, _State.DONE)
             self._finish()
-        elif not 0 < adopt.size <= min(self._adopt_bytes, CHUNK * MAX_CHUNKS):
-            self._rejection = Failed(adopt.id, ErrorCode.ROOM)
+        elif not 0 < update_command.size <= min(self._model_slot_bytes, CHUNK * MAX_CHUNKS):
+            self._rejection = Failure(update_command.id, ErrorCode.CAPACITY)
         else:
-            self._begin(crc, adopt, _State.WANT_PROGRAM)
+            self._begin(crc, update_command, _State.WANT_PROGRAM)
             if self._program is not self._builtin:  # as a microcontroller must, whose buffer is overwritten
                 self._load(self._builtin)
-                self._tell_status = True
-            self._adopt = adopt
-            self._want_chunks(self._topics.program(adopt.model), adopt.size)
+                self._status_changed = True
+            self._update_command = update_command
+            self._want_chunks(self._topics.program(update_command.model), update_command.size)
 
     # Chunks
 
@@ -369,17 +372,17 @@ class AgentNode:
             return
         self._learner.set_parameters(self._base)
         if self._online is not None:
-            self._online.set_start(self._base)
+            self._online.set_initialization(self._base)
         self._state = _State.LEARN
         try:
-            self._stream.open(self._work.seed)
+            self._stream.open(self._train_task.seed)
         except ValueError:
             self._finish(ErrorCode.SAMPLES, lib.MOTE_ERR_ARGUMENT)
 
     def _start_program(self) -> None:
         self._leave_chunks()
         data = self._assembly.data()
-        if zlib.crc32(data) != self._adopt.crc:
+        if zlib.crc32(data) != self._update_command.crc:
             self._finish(ErrorCode.PROGRAM, lib.MOTE_ERR_CRC)
             return
         try:
@@ -396,9 +399,9 @@ class AgentNode:
         sample = self._stream.next(query=False)
         if sample is None:
             return False
-        phase = self._work.phases[self._at_phase]
+        phase = self._train_task.phases[self._at_phase]
         self._learner.mask = self._trainable if phase.layers == ALL_LAYERS else phase.layers
-        if phase.pull > 0:
+        if phase.proximal_mu > 0:
             self._loss += self._learn_pulled(sample, phase)
         else:
             self._loss += np.float32(self._learner.learn(*sample, phase.rate))
@@ -419,15 +422,17 @@ class AgentNode:
         self._samples += 1
         # Said when drift is noticed, and when it is over: what lies between is nobody's news. At once, as it falls.
         news = (before == 0) != (self._online.drift == 0)
-        self._tell_status |= news
+        self._status_changed |= news
         return not news
 
     def _learn_pulled(self, sample: Sample, phase: Phase) -> np.float32:
         """FedProx's step, as learn_one in mote_node.c takes it. The loss."""
-        kept = np.float32(1) - np.float32(phase.rate) * np.float32(phase.pull)
+        kept = np.float32(1) - np.float32(phase.rate) * np.float32(phase.proximal_mu)
         loss = np.float32(self._learner.learn(*sample, float(np.float32(phase.rate) / kept)))
-        learned, pulled = self._learner.parameters, self._program.in_layers(self._learner.mask)
-        learned[pulled] = self._base[pulled] + kept * (learned[pulled] - self._base[pulled])
+        learned, has_proximal_term = self._learner.parameters, self._program.in_layers(self._learner.mask)
+        learned[has_proximal_term] = self._base[has_proximal_term] + kept * (
+            learned[has_proximal_term] - self._base[has_proximal_term]
+        )
         self._learner.set_parameters(learned)
         return loss
 
@@ -457,10 +462,10 @@ class AgentNode:
         return True
 
     def _finish(self, error: ErrorCode | None = None, detail: int = 0) -> None:
-        assert self._order is not None
+        assert self._command is not None
         self._state = _State.DONE
-        self._error = None if error is None else Failed(self._order.id, error, detail)
-        self._tell_status = True
+        self._error = None if error is None else Failure(self._command.id, error, detail)
+        self._status_changed = True
         self._reply = self._parts()
 
     def _update_is_finite(self, update: UpdateFormat) -> bool:
@@ -470,11 +475,11 @@ class AgentNode:
         magnitude = np.abs(sent[self._program.in_layers(update.shared)])
         return bool((magnitude < HALF_LIMIT if update.half else np.isfinite(magnitude)).all())
 
-    def _parts(self) -> Iterator[Done | Failed]:
+    def _parts(self) -> Iterator[Success | Failure]:
         """The reply to the order that is done."""
         if self._error is not None:
             return iter((self._error,))
-        assert self._order is not None
+        assert self._command is not None
         metrics = None
         if self._measured:
             metrics = Metrics(
@@ -489,7 +494,7 @@ class AgentNode:
         if self._update is not None:
             parameters, shared = self._learner.parameters, self._program.in_layers(self._update.shared)
             room = self._out_bytes - HEAD
-            if self._update.top < 1.0:
+            if self._update.density < 1.0:
                 updates = [*sparse_update(parameters - self._base, shared, self._update, room)]
             elif _sends_changes(self._update):
                 changes = dense_update(parameters - self._base, shared, self._update, room)
@@ -498,7 +503,7 @@ class AgentNode:
                 updates = [*dense_update(parameters, shared, self._update, room)]
         return iter(
             [
-                Done(self._order.id, part, len(updates), None if part else metrics, update)
+                Success(self._command.id, part, len(updates), None if part else metrics, update)
                 for part, update in enumerate(updates)
             ]
         )
@@ -511,19 +516,21 @@ def _sample_sizes(program: Program) -> tuple[int, int]:
 
 
 def _sends_changes(update: UpdateFormat) -> bool:
-    return update.top < 1.0 or update.since > 0
+    return update.density < 1.0 or update.since > 0
 
 
-def _makes_sense(work: Work) -> bool:
+def _makes_sense(train_task: TrainTask) -> bool:
     """Whether the pulls, the base and the clipping that work asks for go together."""
-    pulls = [(np.float32(phase.rate), np.float32(phase.pull)) for phase in work.phases]
+    proximal_terms = [(np.float32(phase.rate), np.float32(phase.proximal_mu)) for phase in train_task.phases]
     with np.errstate(over="ignore", invalid="ignore"):
-        if not all(pull >= 0 and (pull == 0 or rate * pull < 1) for rate, pull in pulls):
+        if not all(
+            proximal_mu >= 0 and (proximal_mu == 0 or rate * proximal_mu < 1) for rate, proximal_mu in proximal_terms
+        ):
             return False
-    if work.kind != "train" or work.update is None:
+    if train_task.kind != "train" or train_task.update is None:
         return True
-    since, pulled = work.update.since, any(pull > 0 for _, pull in pulls)
-    return work.update.clip >= 0 and (since == 0 or (since < len(work.phases) and not pulled))
+    since, has_proximal_term = train_task.update.since, any(proximal_mu > 0 for _, proximal_mu in proximal_terms)
+    return train_task.update.clip >= 0 and (since == 0 or (since < len(train_task.phases) and not has_proximal_term))
 
 
 def dense_update(parameters: Vector, shared: NDArray[np.bool_], update: UpdateFormat, room: int) -> Iterator[Dense]:
@@ -541,7 +548,7 @@ def sparse_update(changes: Vector, shared: NDArray[np.bool_], update: UpdateForm
     Exactly ceil(top * shared) of them, or all that are not 0 if those are fewer; among equals the first.
     """
     magnitude = np.where(shared, np.abs(changes), np.float32(0))
-    k = max(1, int(np.ceil(np.float32(update.top) * np.float32(shared.sum()))))
+    k = max(1, int(np.ceil(np.float32(update.density) * np.float32(shared.sum()))))
     largest = np.argsort(-magnitude, kind="stable")[:k]
     indices = np.sort(largest[magnitude[largest] > 0]).astype(np.uint32)
     return sparse_parts(indices, changes, update, room)

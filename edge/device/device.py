@@ -127,6 +127,6 @@ def virtual_device(
     td = thing_description(fleet, id, board, "mote", ENGINE_VERSION, arena, program.model_id, PROGRAM_BYTES)
 
     def node() -> MoteNode:
-        return MoteNode(fleet, id, td, program, data, arena_bytes=arena, adopt_bytes=PROGRAM_BYTES)
+        return MoteNode(fleet, id, td, program, data, arena_bytes=arena, model_slot_bytes=PROGRAM_BYTES)
 
     return Device(node, host, port, fleet)

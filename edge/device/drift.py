@@ -25,7 +25,7 @@ Vector = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Reaction:
+class DriftResponse:
     """delta: how sure ADWIN must be, the bound on a false alarm at each look. steps: samples that adapt to what is new,
     at this rate; restart: from the start, not from what was learned since. Tuned on the digits' validation streams
     (benchmarks/drift.py --tune)."""
@@ -36,15 +36,15 @@ class Reaction:
     restart: bool = False
 
 
-def reaction_of(task: Task) -> Reaction:
+def default_drift_response(task: Task) -> DriftResponse:
     """For a task that nobody has tuned it for. At twice the rate that the task learns at, but of a regression, whose
     errors have no bound: sine waves diverge then. From the start again where a head is fitted anew to each device: what
     it stood for before the change is of no use after it."""
     rate = task.fedavg.rate * (1 if task.program.loss == "mse" else 2)
-    return Reaction(rate=rate, restart=task.meta.head_steps > 0)
+    return DriftResponse(rate=rate, restart=task.meta.head_steps > 0)
 
 
-class Answer(NamedTuple):
+class SampleResult(NamedTuple):
     """What one sample came to. error: before it was learned from; 0 or 1 where the model tells classes, else the
     squared error. drifted: whether drift was noticed with it."""
 
@@ -56,18 +56,23 @@ class OnlineLearner:
     """A learner on a stream of its own. Not for two threads at once."""
 
     def __init__(
-        self, learner: Learner, program: Program, start: Vector, rate: float, reaction: Reaction | None = None
+        self,
+        learner: Learner,
+        program: Program,
+        start: Vector,
+        rate: float,
+        drift_response: DriftResponse | None = None,
     ) -> None:
         """start: parameters to begin with, and to go back to. rate: at all other times; 0: none."""
         self._learner = learner
         self._classes = program.loss == "softmax_cross_entropy"
         self._rate = rate
-        self._reaction = reaction
-        self._detector = None if reaction is None else _adwin(reaction.delta)
+        self._drift_response = drift_response
+        self._detector = None if drift_response is None else _adwin(drift_response.delta)
         self._adapting = 0
-        self.set_start(start)
+        self.set_initialization(start)
 
-    def set_start(self, start: Vector) -> None:
+    def set_initialization(self, start: Vector) -> None:
         """Begins anew from these parameters."""
         self._start = np.array(start, np.float32)
         self._learner.set_parameters(self._start)
@@ -75,22 +80,22 @@ class OnlineLearner:
     @property
     def drift(self) -> float:
         """1 when drift has just been noticed, falling to 0 as the samples come that adapt to it."""
-        return self._adapting / self._reaction.steps if self._reaction is not None else 0.0
+        return self._adapting / self._drift_response.steps if self._drift_response is not None else 0.0
 
-    def learn(self, x: ArrayLike, y: ArrayLike) -> Answer:
+    def learn(self, x: ArrayLike, y: ArrayLike) -> SampleResult:
         """Answers one sample, and learns from it; where that diverges, it begins anew from its start. Raises
         LearnerError for what is no sample of the model."""
         error = self._error(x, y)
         drifted = self._detector is not None and math.isfinite(error) and _has_risen(self._detector, error)
         if drifted:
-            assert self._reaction is not None
-            if self._reaction.restart:
+            assert self._drift_response is not None
+            if self._drift_response.restart:
                 self._learner.set_parameters(self._start)
-            self._adapting = self._reaction.steps
+            self._adapting = self._drift_response.steps
         rate = self._rate
         if self._adapting:
-            assert self._reaction is not None
-            rate = self._reaction.rate
+            assert self._drift_response is not None
+            rate = self._drift_response.rate
             self._adapting -= not drifted
         if rate:
             try:
@@ -99,7 +104,7 @@ class OnlineLearner:
                 if reason.code != lib.MOTE_ERR_DIVERGED:
                     raise
                 self._learner.set_parameters(self._start)
-        return Answer(error, drifted)
+        return SampleResult(error, drifted)
 
     def _error(self, x: ArrayLike, y: ArrayLike) -> float:
         output = self._learner.infer(x)
@@ -121,7 +126,7 @@ def _has_risen(detector: Any, error: float) -> bool:
     return bool(detector.drift_detected and detector.estimation > before)
 
 
-class Paced(Stream):
+class PacedStream(Stream):
     """A stream of recorded samples, replayed as a sensor would give them: one every `interval` seconds. Those that
     nobody has asked for in time are not made up for later, but for one."""
 

@@ -23,18 +23,18 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Task
 from tinyfleet.edge.wire.protocol import (
     Dense,
-    Done,
-    Failed,
+    Failure,
     Kind,
     Metrics,
     Sparse,
+    Success,
     Topics,
-    Work,
+    TrainTask,
     chunks,
-    decode_did,
+    decode_reply,
     encode,
-    explain,
-    plan_from_config,
+    error_text,
+    parse_round_config,
 )
 
 Vector = NDArray[np.float32]
@@ -56,27 +56,33 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _serve(message: Message, context: Context, kind: Kind) -> Message:
-    index, of = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
-    return serve(message, kind, _task(str(context.run_config["task"])), index, of)
+    index, fleet_size = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    return serve(message, kind, _task(str(context.run_config["task"])), index, fleet_size)
 
 
-def serve(message: Message, kind: Kind, task: Task, index: int, of: int) -> Message:
+def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int) -> Message:
     """What device number `index` of a fleet of `of` replies. Raises RuntimeError if the node fails; Flower sends the
     server an error then."""
-    arrays, config = the_records(message)
-    start = to_vector(arrays, task.program)
-    plan = plan_from_config(config, kind, index)
-    work = Work(1, kind, 1, 1, task.program.model_id, plan.seed, plan.phases, plan.query, plan.update)
+    arrays, config = single_records(message)
+    start = arrays_to_vector(arrays, task.program)
+    plan = parse_round_config(config, kind, index)
+    train_task = TrainTask(1, kind, 1, 1, task.program.model_id, plan.seed, plan.phases, plan.query, plan.update)
     node = MoteNode(
-        "flower", "node", {}, task.program, task.client(index, of), arena_bytes=task.program.arena_bytes, adopt_bytes=0
+        "flower",
+        "node",
+        {},
+        task.program,
+        task.client(index, fleet_size),
+        arena_bytes=task.program.arena_bytes,
+        model_slot_bytes=0,
     )
-    parts = _run(node, work, start)
+    parts = _run(node, train_task, start)
     metrics = parts[0].metrics
     assert metrics is not None  # the node's first part has them
     content = RecordDict()
     size = 0
     if kind == "train":
-        content["arrays"] = reply = to_record(patched(start, parts), task.program, arrays)
+        content["arrays"] = reply = vector_to_arrays(apply_update(start, parts), task.program, arrays)
         size = sum(len(array.data) for array in reply.values())  # Flower's own transport is always dense
     content["metrics"] = to_metrics(metrics, kind, size, task.program)
     return Message(content, reply_to=message)
@@ -85,20 +91,20 @@ def serve(message: Message, kind: Kind, task: Task, index: int, of: int) -> Mess
 _task = lru_cache(tasks.load)  # a process serves many messages
 
 
-def _run(node: MoteNode, work: Work, start: Vector) -> list[Done]:
+def _run(node: MoteNode, train_task: TrainTask, start: Vector) -> list[Success]:
     """Carries one piece of work to the node, and its reply back."""
     topics = Topics("flower")
-    node.receive(topics.do(node.id), encode(work))
+    node.receive(topics.do(node.id), encode(train_task))
     list(node.poll())
     for n, chunk in enumerate(chunks(start.astype("<f4").tobytes())):
-        node.receive(topics.weights(work.run, work.round, n), chunk)
+        node.receive(topics.weights(train_task.run, train_task.round, n), chunk)
     while node.step():
         pass
     replies = [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.did(node.id)]
     parts = []
-    for did in map(decode_did, replies):
-        if isinstance(did, Failed):
-            raise RuntimeError(f"the node failed: {explain(did)}")
+    for did in map(decode_reply, replies):
+        if isinstance(did, Failure):
+            raise RuntimeError(f"the node failed: {error_text(did)}")
         parts.append(did)
     return parts
 
@@ -106,20 +112,20 @@ def _run(node: MoteNode, work: Work, start: Vector) -> list[Done]:
 # Records
 
 
-def the_records(message: Message) -> tuple[ArrayRecord, ConfigRecord]:
+def single_records(message: Message) -> tuple[ArrayRecord, ConfigRecord]:
     """The message's one ArrayRecord and one ConfigRecord. ValueError if it has not just these."""
-    arrays, configs = of_kind(message.content, ArrayRecord), of_kind(message.content, ConfigRecord)
+    arrays, configs = records_of_type(message.content, ArrayRecord), records_of_type(message.content, ConfigRecord)
     if len(arrays) != 1 or len(configs) != 1:
         raise ValueError("a message to a device carries one ArrayRecord and one ConfigRecord")
     return arrays[0], configs[0]
 
 
-def of_kind(content: RecordDict, kind: type[Record]) -> list[Record]:
+def records_of_type(content: RecordDict, kind: type[Record]) -> list[Record]:
     """The records of one kind. RecordDict's own properties copy them into a dictionary, key by checked key."""
     return [record for record in content.values() if isinstance(record, kind)]
 
 
-def to_vector(record: ArrayRecord, program: Program) -> Vector:
+def arrays_to_vector(record: ArrayRecord, program: Program) -> Vector:
     """The parameters as one vector; arrays that do not have the program's names are taken in their order. ValueError
     if their shapes are not the program's."""
     by_key = dict(record.items())  # a record checks, and casts, each time that it is asked for a key
@@ -130,7 +136,7 @@ def to_vector(record: ArrayRecord, program: Program) -> Vector:
     return np.concatenate([to_numpy(array).astype(np.float32, copy=False).ravel() for array in arrays])
 
 
-def to_record(vector: Vector, program: Program, like: ArrayRecord | None = None) -> ArrayRecord:
+def vector_to_arrays(vector: Vector, program: Program, like: ArrayRecord | None = None) -> ArrayRecord:
     """The vector as arrays, under the names and in the order of `like`; by default, of the program."""
     arrays = program.split(vector)
     by_key = arrays if like is None else dict(zip(_keys(like, program), arrays.values(), strict=True))
@@ -190,7 +196,7 @@ def to_metrics(metrics: Metrics, kind: Kind, bytes_up: int, program: Program) ->
     return record
 
 
-def patched(start: Vector, parts: Iterable[Done]) -> Vector:
+def apply_update(start: Vector, parts: Iterable[Success]) -> Vector:
     """What a reply's parts make of the vector that was sent; what they do not mention stays as it was."""
     vector = start.copy()
     for part in parts:

@@ -28,7 +28,7 @@ NOT_FOR_FLEETS = (
 )
 
 
-class Counters(NamedTuple):
+class NodeCounters(NamedTuple):
     """malformed: messages that did not decode or did not fit; stale: doubled, reordered, or of a round that is over;
     samples: learned from since the start."""
 
@@ -65,7 +65,7 @@ class Node(Protocol):
     def id(self) -> str: ...
 
     @property
-    def counters(self) -> Counters: ...
+    def counters(self) -> NodeCounters: ...
 
     @property
     def model(self) -> bytes:
@@ -105,11 +105,11 @@ class MoteNode:
         data: ClientData,
         *,
         arena_bytes: int = ARENA_BYTES,
-        adopt_bytes: int = PROGRAM_BYTES,
+        model_slot_bytes: int = PROGRAM_BYTES,
         out_bytes: int = OUT_BYTES,
         sparse: bool = True,
     ) -> None:
-        """`td` is its Thing Description. arena_bytes: memory to learn in; adopt_bytes: room for a program over the
+        """`td` is its Thing Description. arena_bytes: memory to learn in; model_slot_bytes: room for a program over the
         air (0: none is adopted); out_bytes: room for one payload; sparse: whether there is room for the copy of the
         weights that sparse replies need. Raises UserError; ProtocolError for a bad name; ValueError for samples that
         can't give a task.
@@ -117,7 +117,7 @@ class MoteNode:
         Topics(fleet).do(id)  # checks the names,
         DatasetStream(data)  # and this the data
         self.id = id
-        data.must_fit(program)
+        data.check_compatible(program)
         description = json.dumps(td).encode()
         self._node: Any = ffi.new("mote_node_t *")
         self._stream: Any = ffi.new("mote_stream_t *")
@@ -155,9 +155,9 @@ class MoteNode:
             program.output_shape
         )  # a target is one class, or all outputs
         config.sample = keep(ffi.new("float[]", config.sample_count))
-        if adopt_bytes:
-            adopted = keep(ffi.new("uint32_t[]", adopt_bytes // 4))
-            config.adopted, config.adopted_size = ffi.cast("uint8_t *", adopted), adopt_bytes // 4 * 4
+        if model_slot_bytes:
+            model_slot = keep(ffi.new("uint32_t[]", model_slot_bytes // 4))
+            config.model_slot, config.model_slot_size = ffi.cast("uint8_t *", model_slot), model_slot_bytes // 4 * 4
         config.out, config.out_size = keep(ffi.new("uint8_t[]", out_bytes)), out_bytes
         error = lib.mote_node_init(self._node, config)
         if error == lib.MOTE_ERR_ARENA:
@@ -171,10 +171,10 @@ class MoteNode:
             raise UserError(f"the node can't start: error {error} of the engine (see edge/mote/mote.h)")
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> NodeCounters:
         """See Node."""
         c = self._node.counters
-        return Counters(c.malformed, c.stale, c.samples)
+        return NodeCounters(c.malformed, c.stale, c.samples)
 
     @property
     def model(self) -> bytes:

@@ -27,7 +27,7 @@ VIRTUAL = Board("virtual", "Virtual microcontroller", "host", None, 262_144, 1_0
 """Stands for the board of a virtual device: the RAM and flash of a common Cortex-M4F."""
 
 
-def this_machine() -> Board:
+def host_board() -> Board:
     """The machine that this process runs on, as a board: its model where it names one (a Raspberry Pi does)."""
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     disk = os.statvfs("/")
@@ -48,10 +48,10 @@ def thing_description(
     engine_version: str,
     arena_bytes: int,
     model: bytes,
-    adopt_bytes: int | None = None,
+    model_slot_bytes: int | None = None,
 ) -> dict[str, Any]:
     """The description as JSON-LD. `arena_bytes` is the memory there is to learn in; `model` the built-in program's id;
-    `adopt_bytes` the room for a program over the air, 0 if it adopts none.
+    `model_slot_bytes` the room for a program over the air, 0 if it adopts none.
 
     What is not known is left out, never 0.
     """
@@ -65,7 +65,7 @@ def thing_description(
         "tf:flashBytes": board.flash_bytes,
         "tf:sensor": list(board.sensors) or None,
     }
-    room = {} if adopt_bytes is None else {"tf:adoptBytes": adopt_bytes}
+    room = {} if model_slot_bytes is None else {"tf:modelSlotBytes": model_slot_bytes}
     return {
         "@context": ["https://www.w3.org/2022/wot/td/v1.1", {"tf": "https://w3id.org/tinyfleet#"}],
         "id": f"urn:tinyfleet:{fleet}:{id}",

@@ -67,7 +67,7 @@ class Gradients:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """tensors: the graph's, then masks, the loss's output where it is one of its own, and gradients; offsets: bytes in
     the activations, None for what lies in the model's input. lower_bound: the most bytes that are alive at one step."""
 
@@ -304,18 +304,18 @@ class _Planner:
         )
 
 
-def plan(graph: Graph) -> Plan:
+def plan_memory(graph: Graph) -> MemoryPlan:
     """The plan of a graph: exact, and the same at every run.
 
     Raises ProgramError if what would train cannot: the output does not depend on it, or no gradient gets there.
     """
-    whole = _plan(_Planner(graph, masked=False))
+    whole = _plan_memory(_Planner(graph, masked=False))
     planner = _Planner(graph, masked=True)
-    masked = _plan(planner)
+    masked = _plan_memory(planner)
     return masked if planner.masks and masked.activations < whole.activations else whole
 
 
-def _plan(planner: _Planner) -> Plan:
+def _plan_memory(planner: _Planner) -> MemoryPlan:
     graph = planner.graph
     for op in graph.ops:
         if op.trains != "nothing" and planner.root(op.output) not in planner.back:
@@ -331,7 +331,7 @@ def _plan(planner: _Planner) -> Plan:
     for index in range(len(planner.tensors)):
         block = planner.place.get(planner.root(index))
         places.append(None if block is None else offsets[block])
-    return Plan(tuple(planner.tensors), tuple(places), tuple(gradients), output, dlogits, size, bound)
+    return MemoryPlan(tuple(planner.tensors), tuple(places), tuple(gradients), output, dlogits, size, bound)
 
 
 def pack(blocks: Sequence[Block]) -> tuple[list[int], int, int]:
@@ -433,7 +433,7 @@ _CONSTANTS = {
 
 
 @dataclass(frozen=True)
-class Takes:
+class ResourceUse:
     """Bytes. RAM: what trains, its momentum, activations and gradients, and the least that these could take. Flash: the
     program with the initial values of what trains. numbers: how many numbers train."""
 
@@ -450,12 +450,12 @@ class Takes:
         return self.params + self.momentum + self.activations
 
 
-def takes(graph: Graph) -> Takes:
+def resource_use(graph: Graph) -> ResourceUse:
     """What running a graph, and training what of it trains, takes: to the byte what its program has. No weights are
     needed. Raises ProgramError if what would train cannot."""
-    found = plan(graph)
+    found = plan_memory(graph)
     params = sum(params_bytes(op, graph.tensors) for op in graph.ops)
     constants = params + sum(constants_bytes(op, graph.tensors) for op in graph.ops)
     program = HEADER_BYTES + TENSOR_BYTES * len(found.tensors) + OP_BYTES * len(graph.ops) + constants
     numbers = sum(sum(trained_counts(op, graph.tensors)) for op in graph.ops)
-    return Takes(numbers, params, params if graph.momentum else 0, found.activations, found.lower_bound, program)
+    return ResourceUse(numbers, params, params if graph.momentum else 0, found.activations, found.lower_bound, program)

@@ -32,7 +32,7 @@ from tinyfleet.edge.model.memory_plan import (
     constants_bytes,
     macs,
     params_bytes,
-    plan,
+    plan_memory,
     trained_counts,
     weight_counts,
 )
@@ -439,7 +439,7 @@ def assemble(graph: Graph, *, carry: bool = True) -> Program:
     check(graph)
     training = [op for op in graph.ops if op.trains != "nothing"]
     carries = carry and bool(training) and all(op.weights is not None for op in training)
-    where = plan(graph)
+    where = plan_memory(graph)
     initial, constants, records = [], [], []
     params_size = sum(params_bytes(op, graph.tensors) for op in training)
     if max(where.activations, params_size + sum(constants_bytes(op, graph.tensors) for op in graph.ops)) > MAX_BYTES:

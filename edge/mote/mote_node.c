@@ -13,7 +13,7 @@
 #include "protocol_decode.h"
 #include "protocol_encode.h"
 
-/* What the node is doing; an order that is done keeps its reply until the next one. */
+/* What the node is doing; a command that is done keeps its reply until the next one. */
 enum { IDLE, WANT_WEIGHTS, WANT_PROGRAM, LEARN, QUERY, DONE };
 
 /* What poll has to give, in this order. */
@@ -29,7 +29,7 @@ enum {
 };
 
 /* As ErrorCode in ../protocol.py. */
-enum { NO_ERROR, WRONG_MODEL, BAD_PROGRAM, NO_ROOM, NO_SAMPLES, ENGINE, DIVERGED };
+enum { NO_ERROR, WRONG_MODEL, BAD_PROGRAM, NO_CAPACITY, NO_SAMPLES, ENGINE, DIVERGED };
 
 enum { NAME = 32 };
 
@@ -135,14 +135,14 @@ static uint32_t chunk_number(const char *text, size_t size)
 
 static size_t encode_failed(mote_node_t *n, uint32_t id, uint32_t error, int32_t detail)
 {
-    struct did_r did;
+    struct reply_r reply;
     size_t size = 0;
-    memset(&did, 0, sizeof did);
-    did.did_choice = did_failed_m_c;
-    did.did_failed_m.failed_id = id;
-    did.did_failed_m.failed_error = error;
-    did.did_failed_m.failed_detail = detail;
-    (void)cbor_encode_did(n->config.out, n->config.out_size, &did, &size); /* it fits MOTE_OUT */
+    memset(&reply, 0, sizeof reply);
+    reply.reply_choice = reply_failure_m_c;
+    reply.reply_failure_m.failure_id = id;
+    reply.reply_failure_m.failure_error = error;
+    reply.reply_failure_m.failure_detail = detail;
+    (void)cbor_encode_reply(n->config.out, n->config.out_size, &reply, &size); /* it fits MOTE_OUT */
     return size;
 }
 
@@ -171,45 +171,45 @@ static void set_numbers(const mote_node_t *n, struct numbers_r *numbers, const u
 /* Encodes the reply's next part and moves on to the one behind it. */
 static size_t encode_part(mote_node_t *n)
 {
-    struct did_r did;
-    struct done *done = &did.did_done_m;
+    struct reply_r reply;
+    struct success *success = &reply.reply_success_m;
     size_t size = 0;
-    memset(&did, 0, sizeof did);
-    did.did_choice = did_done_m_c;
-    done->done_id = n->id;
-    done->done_part = n->part;
-    done->done_parts = n->parts;
-    done->done_measured_choice = done_measured_nil_c;
-    done->done_update_choice = done_update_nil_c;
+    memset(&reply, 0, sizeof reply);
+    reply.reply_choice = reply_success_m_c;
+    success->success_id = n->id;
+    success->success_part = n->part;
+    success->success_parts = n->parts;
+    success->success_measured_choice = success_measured_nil_c;
+    success->success_update_choice = success_update_nil_c;
     if (n->part == 0 && n->measured) {
-        done->done_measured_choice = done_measured_metrics_m_c;
-        set_metrics(n, &done->done_measured_metrics_m);
+        success->success_measured_choice = success_measured_metrics_m_c;
+        set_metrics(n, &success->success_measured_metrics_m);
     }
     if (n->update) {
         uint8_t *gaps = n->config.out + MOTE_REPLY_HEAD;
         mote_part_t part;
-        (void)mote_update_plan(n, n->next, n->ties_left, &part); /* an empty update is one empty part */
+        (void)mote_update_next_part(n, n->next, n->ties_left, &part); /* an empty update is one empty part */
         mote_update_write(n, &part, n->ties_left, gaps);
         if (mote_is_sparse(n)) {
             struct zcbor_string bytes = {gaps, part.gaps};
-            done->done_update_choice = done_update_sparse_m_c;
-            done->done_update_sparse_m.sparse_gaps = bytes;
-            set_numbers(n, &done->done_update_sparse_m.sparse_changes, gaps + part.gaps, part.count);
+            success->success_update_choice = success_update_sparse_m_c;
+            success->success_update_sparse_m.sparse_gaps = bytes;
+            set_numbers(n, &success->success_update_sparse_m.sparse_changes, gaps + part.gaps, part.count);
         } else if (mote_sends_changes(n)) {
-            done->done_update_choice = done_update_change_m_c;
-            done->done_update_change_m.change_offset = part.from;
-            set_numbers(n, &done->done_update_change_m.change_by, gaps, part.count);
+            success->success_update_choice = success_update_change_m_c;
+            success->success_update_change_m.change_offset = part.from;
+            set_numbers(n, &success->success_update_change_m.change_by, gaps, part.count);
         } else {
-            done->done_update_choice = done_update_dense_m_c;
-            done->done_update_dense_m.dense_offset = part.from;
-            set_numbers(n, &done->done_update_dense_m.dense_values, gaps, part.count);
+            success->success_update_choice = success_update_dense_m_c;
+            success->success_update_dense_m.dense_offset = part.from;
+            set_numbers(n, &success->success_update_dense_m.dense_values, gaps, part.count);
         }
         n->next = part.next;
         n->ties_left = part.ties;
     }
     n->part++;
     /* Encoding moves the values, which lie MOTE_REPLY_HEAD into out, down to where they belong. They fit as planned. */
-    (void)cbor_encode_did(n->config.out, n->config.out_size, &did, &size);
+    (void)cbor_encode_reply(n->config.out, n->config.out_size, &reply, &size);
     return size;
 }
 
@@ -278,13 +278,13 @@ static void leave_chunks(mote_node_t *n)
     n->pending &= ~(uint32_t)SUBSCRIBE_CHUNKS;
 }
 
-/* Drops what the node was at, and begins another order. */
-static void begin(mote_node_t *n, uint32_t order, uint32_t id, uint32_t state)
+/* Drops what the node was at, and begins another command. */
+static void begin(mote_node_t *n, uint32_t command_crc, uint32_t id, uint32_t state)
 {
     leave_chunks(n);
     n->pending &= ~(uint32_t)SEND_REPLY;
     memmove(n->recent + 1, n->recent, sizeof n->recent - sizeof n->recent[0]);
-    n->recent[0] = order;
+    n->recent[0] = command_crc;
     n->state = state;
     n->id = id;
     n->measured = 0;
@@ -300,71 +300,71 @@ static void want_chunks(mote_node_t *n, uint32_t size)
 }
 
 /* How strongly a phase draws the weights back; 0: it doesn't. */
-static float pull_of(const struct phase *phase)
+static float proximal_mu_of(const struct phase *phase)
 {
-    return phase->phase_pull_present ? phase->phase_pull : 0.0f;
+    return phase->phase_proximal_mu_present ? phase->phase_proximal_mu : 0.0f;
 }
 
-/* What of the learned parameters an order wants; NULL: nothing. */
-static const struct update_format *format_of(const struct work *work)
+/* What of the learned parameters a command wants; NULL: nothing. */
+static const struct update_format *format_of(const struct train_task *task)
 {
-    return work->work_order_choice == work_order_train_m_c && work->work_update_choice == work_update_update_format_m_c
-               ? &work->work_update_update_format_m
+    return task->train_task_kind_choice == train_task_kind_train_m_c && task->train_task_update_choice == train_task_update_update_format_m_c
+               ? &task->train_task_update_update_format_m
                : NULL;
 }
 
 /* The phase whose beginning is the base of an update's changes, and what they are clipped to; each 0 if not said. */
 static uint32_t since_of(const struct update_format *format)
 {
-    return format->update_format_changes_of_m_present ? format->update_format_changes_of_m.changes_of_since : 0;
+    return format->update_format_change_options_m_present ? format->update_format_change_options_m.change_options_since : 0;
 }
 
 static float clip_of(const struct update_format *format)
 {
-    return format->update_format_changes_of_m_present ? format->update_format_changes_of_m.changes_of_clip : 0.0f;
+    return format->update_format_change_options_m_present ? format->update_format_change_options_m.change_options_clip : 0.0f;
 }
 
-/* Whether an order needs a copy of the weights beside those that learn; *fits: whether its numbers make sense. */
-static int needs_base(const struct work *work, int *fits)
+/* Whether a command needs a copy of the weights beside those that learn; *fits: whether its numbers make sense. */
+static int needs_base(const struct train_task *task, int *fits)
 {
-    const struct update_format *format = format_of(work);
-    size_t phases = work->work_phases_phase_m_count;
-    int pulled = 0;
+    const struct update_format *format = format_of(task);
+    size_t phases = task->train_task_phases_phase_m_count;
+    int has_proximal_term = 0;
     *fits = 1;
     for (size_t i = 0; i < phases; i++) {
-        const struct phase *phase = &work->work_phases_phase_m[i];
-        float pull = pull_of(phase);
-        pulled |= pull != 0.0f;
-        *fits &= pull >= 0.0f && (pull == 0.0f || phase->phase_rate * pull < 1.0f);
+        const struct phase *phase = &task->train_task_phases_phase_m[i];
+        float proximal_mu = proximal_mu_of(phase);
+        has_proximal_term |= proximal_mu != 0.0f;
+        *fits &= proximal_mu >= 0.0f && (proximal_mu == 0.0f || phase->phase_rate * proximal_mu < 1.0f);
     }
     if (format == NULL) {
-        return pulled;
+        return has_proximal_term;
     }
-    *fits &= clip_of(format) >= 0.0f && (since_of(format) == 0 || (since_of(format) < phases && !pulled));
-    return pulled || format->update_format_top < 1.0f || since_of(format) > 0 || clip_of(format) > 0.0f;
+    *fits &= clip_of(format) >= 0.0f && (since_of(format) == 0 || (since_of(format) < phases && !has_proximal_term));
+    return has_proximal_term || format->update_format_density < 1.0f || since_of(format) > 0 || clip_of(format) > 0.0f;
 }
 
-/* The reason to turn this work down at once, or NO_ERROR. */
-static uint32_t work_error(const mote_node_t *n, const struct work *work, int32_t *detail)
+/* The reason to turn this task down at once, or NO_ERROR. */
+static uint32_t check_train_task(const mote_node_t *n, const struct train_task *task, int32_t *detail)
 {
     uint32_t params = mote_header(&n->mote)->params;
     int fits;
     *detail = 0;
-    if (memcmp(work->work_model.value, n->model, sizeof n->model) != 0) {
+    if (memcmp(task->train_task_model.value, n->model, sizeof n->model) != 0) {
         return WRONG_MODEL;
     }
     if (params > MOTE_CHUNK * MOTE_MAX_CHUNKS) {
-        return NO_ROOM;
+        return NO_CAPACITY;
     }
-    if (needs_base(work, &fits) && (n->config.base == NULL || n->config.base_count < params / sizeof(float))) {
-        return NO_ROOM;
+    if (needs_base(task, &fits) && (n->config.base == NULL || n->config.base_count < params / sizeof(float))) {
+        return NO_CAPACITY;
     }
     if (!fits) {
         *detail = MOTE_ERR_ARGUMENT;
         return ENGINE;
     }
-    for (size_t i = 0; i < work->work_phases_phase_m_count; i++) {
-        uint32_t layers = work->work_phases_phase_m[i].phase_layers;
+    for (size_t i = 0; i < task->train_task_phases_phase_m_count; i++) {
+        uint32_t layers = task->train_task_phases_phase_m[i].phase_layers;
         if (layers != UINT32_MAX && (layers & ~n->mote.trainable) != 0) {
             *detail = MOTE_ERR_FROZEN;
             return ENGINE;
@@ -375,48 +375,48 @@ static uint32_t work_error(const mote_node_t *n, const struct work *work, int32_
 
 static void start_learning(mote_node_t *n);
 
-static void take_work(mote_node_t *n, uint32_t order, const struct work *work)
+static void begin_train_task(mote_node_t *n, uint32_t command_crc, const struct train_task *task)
 {
     int32_t detail;
-    uint32_t error = work_error(n, work, &detail);
-    if (work->work_update_choice == work_update_update_format_m_c) {
-        float top = work->work_update_update_format_m.update_format_top;
-        if (!(top > 0.0f && top <= 1.0f)) {
+    uint32_t error = check_train_task(n, task, &detail);
+    if (task->train_task_update_choice == train_task_update_update_format_m_c) {
+        float density = task->train_task_update_update_format_m.update_format_density;
+        if (!(density > 0.0f && density <= 1.0f)) {
             n->counters.malformed++;
             return;
         }
     }
-    if (n->has_round && work->work_run == n->run && work->work_round < n->round) {
+    if (n->has_round && task->train_task_run == n->run && task->train_task_round < n->round) {
         n->counters.stale++;
         return;
     }
     if (error != NO_ERROR) {
-        reject(n, work->work_id, error, detail);
+        reject(n, task->train_task_id, error, detail);
         return;
     }
-    begin(n, order, work->work_id, WANT_WEIGHTS);
+    begin(n, command_crc, task->train_task_id, WANT_WEIGHTS);
     n->has_round = 1;
-    n->run = work->work_run;
-    n->round = work->work_round;
-    n->seed = work->work_seed;
-    n->query = work->work_query;
-    n->phases = (uint32_t)work->work_phases_phase_m_count;
+    n->run = task->train_task_run;
+    n->round = task->train_task_round;
+    n->seed = task->train_task_seed;
+    n->query = task->train_task_query;
+    n->phases = (uint32_t)task->train_task_phases_phase_m_count;
     for (uint32_t i = 0; i < n->phases; i++) {
-        const struct phase *phase = &work->work_phases_phase_m[i];
+        const struct phase *phase = &task->train_task_phases_phase_m[i];
         n->phase[i].layers = phase->phase_layers == UINT32_MAX ? n->mote.trainable : phase->phase_layers;
         n->phase[i].steps = phase->phase_steps;
         n->phase[i].rate = phase->phase_rate;
-        n->phase[i].pull = pull_of(phase);
+        n->phase[i].proximal_mu = proximal_mu_of(phase);
     }
     int fits;
-    n->based = (uint32_t)needs_base(work, &fits);
+    n->based = (uint32_t)needs_base(task, &fits);
     n->since = 0;
-    const struct update_format *format = format_of(work);
+    const struct update_format *format = format_of(task);
     if (format != NULL) {
         n->update = 1;
         n->shared = format->update_format_shared;
         n->half = format->update_format_half;
-        n->top = format->update_format_top;
+        n->density = format->update_format_density;
         n->since = since_of(format);
         n->clip = clip_of(format);
     }
@@ -426,26 +426,26 @@ static void take_work(mote_node_t *n, uint32_t order, const struct work *work)
     }
 }
 
-static void take_adopt(mote_node_t *n, uint32_t order, const struct adopt *adopt)
+static void begin_model_update(mote_node_t *n, uint32_t command_crc, const struct update_model *command)
 {
-    if (memcmp(adopt->adopt_model.value, n->model, sizeof n->model) == 0) {
-        begin(n, order, adopt->adopt_id, DONE);
+    if (memcmp(command->update_model_model.value, n->model, sizeof n->model) == 0) {
+        begin(n, command_crc, command->update_model_id, DONE);
         finish(n, NO_ERROR, 0);
         return;
     }
-    if (n->config.adopted == NULL || adopt->adopt_size == 0 || adopt->adopt_size > n->config.adopted_size ||
-        adopt->adopt_size > MOTE_CHUNK * MOTE_MAX_CHUNKS) {
-        reject(n, adopt->adopt_id, NO_ROOM, 0);
+    if (n->config.model_slot == NULL || command->update_model_size == 0 || command->update_model_size > n->config.model_slot_size ||
+        command->update_model_size > MOTE_CHUNK * MOTE_MAX_CHUNKS) {
+        reject(n, command->update_model_id, NO_CAPACITY, 0);
         return;
     }
-    begin(n, order, adopt->adopt_id, WANT_PROGRAM);
-    if (n->mote.program == n->config.adopted) { /* the new program will overwrite the one that runs */
+    begin(n, command_crc, command->update_model_id, WANT_PROGRAM);
+    if (n->mote.program == n->config.model_slot) { /* the new program will overwrite the one that runs */
         (void)load_builtin(n);                  /* it loaded before */
         n->pending |= SEND_STATUS;
     }
-    memcpy(n->wanted_model, adopt->adopt_model.value, sizeof n->wanted_model);
-    n->wanted_crc = adopt->adopt_crc;
-    want_chunks(n, adopt->adopt_size);
+    memcpy(n->wanted_model, command->update_model_model.value, sizeof n->wanted_model);
+    n->wanted_crc = command->update_model_crc;
+    want_chunks(n, command->update_model_size);
 }
 
 static void take_again(mote_node_t *n)
@@ -461,9 +461,9 @@ static void take_again(mote_node_t *n)
 
 static void receive_do(mote_node_t *n, const uint8_t *payload, size_t size)
 {
-    struct do_r order;
+    struct command_r command;
     size_t read = 0;
-    if (payload == NULL || cbor_decode_Do(payload, size, &order, &read) != ZCBOR_SUCCESS || read != size) {
+    if (payload == NULL || cbor_decode_command(payload, size, &command, &read) != ZCBOR_SUCCESS || read != size) {
         n->counters.malformed++;
         return;
     }
@@ -478,12 +478,12 @@ static void receive_do(mote_node_t *n, const uint8_t *payload, size_t size)
             return;
         }
     }
-    if (order.Do_choice == do_work_m_c) {
-        take_work(n, crc, &order.do_work_m);
-    } else if (order.Do_choice == do_adopt_m_c) {
-        take_adopt(n, crc, &order.do_adopt_m);
+    if (command.command_choice == command_train_task_m_c) {
+        begin_train_task(n, crc, &command.command_train_task_m);
+    } else if (command.command_choice == command_update_model_m_c) {
+        begin_model_update(n, crc, &command.command_update_model_m);
     } else {
-        begin(n, crc, order.do_reboot_m.reboot_id, DONE);
+        begin(n, crc, command.command_reboot_m.reboot_id, DONE);
         finish(n, NO_ERROR, 0);
         n->pending |= REBOOT;
     }
@@ -519,17 +519,17 @@ static void start_learning(mote_node_t *n)
 static void start_program(mote_node_t *n)
 {
     const mote_node_config_t *c = &n->config;
-    mote_t adopted;
+    mote_t candidate;
     leave_chunks(n);
-    int error = mote_crc32(0, c->adopted, n->wanted_size) == n->wanted_crc ? MOTE_OK : MOTE_ERR_CRC;
+    int error = mote_crc32(0, c->model_slot, n->wanted_size) == n->wanted_crc ? MOTE_OK : MOTE_ERR_CRC;
     if (error == MOTE_OK) {
         size_t inputs = mote_inputs(&n->mote), targets = mote_targets(&n->mote);
-        error = load(n, &adopted, c->adopted, n->wanted_size);
-        if (error == MOTE_OK && (mote_inputs(&adopted) != inputs || mote_targets(&adopted) != targets)) {
+        error = load(n, &candidate, c->model_slot, n->wanted_size);
+        if (error == MOTE_OK && (mote_inputs(&candidate) != inputs || mote_targets(&candidate) != targets)) {
             error = MOTE_ERR_ARGUMENT; /* not for the samples of this device */
         }
         if (error == MOTE_OK) {
-            n->mote = adopted;
+            n->mote = candidate;
             memcpy(n->model, n->wanted_model, sizeof n->model);
         } else {
             (void)load_builtin(n); /* its parameters may be gone, but it runs */
@@ -565,7 +565,7 @@ static void receive_chunk(mote_node_t *n, uint32_t number, const uint8_t *payloa
         return;
     }
     n->received[number / 32] |= bit;
-    uint8_t *to = n->state == WANT_WEIGHTS ? n->mote.arena : n->config.adopted;
+    uint8_t *to = n->state == WANT_WEIGHTS ? n->mote.arena : n->config.model_slot;
     memcpy(to + chunk.chunk_offset, chunk.chunk_data.value, count);
     if (--n->missing > 0) {
         return;
@@ -655,7 +655,7 @@ void mote_node_will(mote_node_t *n, mote_out_t *out)
 
 void mote_node_receive(mote_node_t *n, const char *topic, size_t topic_size, const uint8_t *payload, size_t size)
 {
-    const char *filter = device_topic(n, "/do");
+    const char *filter = device_topic(n, "/command");
     if (topic_size == strlen(filter) && memcmp(topic, filter, topic_size) == 0) {
         receive_do(n, payload, size);
         return;
@@ -702,16 +702,16 @@ static void pull_back(mote_node_t *n, uint32_t layers, float kept)
     }
 }
 
-/* With a pull, FedProx's step: w - rate * (g + pull * (w - base)) = base + kept * (w - rate / kept * g - base). */
+/* With a proximal_mu, FedProx's step: w - rate * (g + proximal_mu * (w - base)) = base + kept * (w - rate / kept * g - base). */
 static void learn_one(mote_node_t *n, const mote_phase_t *phase, const float *x, const float *y)
 {
-    float loss = 0.0f, kept = 1.0f - phase->rate * phase->pull;
-    (void)mote_train_mask(&n->mote, phase->layers, 0); /* work_error looked at it, and that kept > 0 */
-    int error = mote_learn(&n->mote, x, y, phase->pull > 0.0f ? phase->rate / kept : phase->rate, &loss);
+    float loss = 0.0f, kept = 1.0f - phase->rate * phase->proximal_mu;
+    (void)mote_train_mask(&n->mote, phase->layers, 0); /* check_train_task looked at it, and that kept > 0 */
+    int error = mote_learn(&n->mote, x, y, phase->proximal_mu > 0.0f ? phase->rate / kept : phase->rate, &loss);
     if (error != MOTE_OK) {
         fail_engine(n, error);
     } else {
-        if (phase->pull > 0.0f) {
+        if (phase->proximal_mu > 0.0f) {
             pull_back(n, phase->layers, kept);
         }
         n->loss += loss;
@@ -778,7 +778,7 @@ int mote_node_poll(mote_node_t *n, mote_out_t *out)
     n->pending &= ~first;
     switch (first) {
     case SUBSCRIBE_DO:
-        give(out, MOTE_SUBSCRIBE, device_topic(n, "/do"), NULL, 0);
+        give(out, MOTE_SUBSCRIBE, device_topic(n, "/command"), NULL, 0);
         return 1;
     case SEND_TD:
         give(out, MOTE_PUBLISH_RETAINED, device_topic(n, "/td"), (const uint8_t *)n->config.td, n->config.td_size);
@@ -797,7 +797,7 @@ int mote_node_poll(mote_node_t *n, mote_out_t *out)
     }
     case SEND_REJECTION: {
         size_t size = encode_failed(n, n->rejected_id, n->rejected_error, n->rejected_detail);
-        give(out, MOTE_PUBLISH, device_topic(n, "/did"), n->config.out, size);
+        give(out, MOTE_PUBLISH, device_topic(n, "/reply"), n->config.out, size);
         return 1;
     }
     case SEND_REPLY: {
@@ -805,7 +805,7 @@ int mote_node_poll(mote_node_t *n, mote_out_t *out)
         if (n->error == NO_ERROR && n->part < n->parts) {
             n->pending |= SEND_REPLY;
         }
-        give(out, MOTE_PUBLISH, device_topic(n, "/did"), n->config.out, size);
+        give(out, MOTE_PUBLISH, device_topic(n, "/reply"), n->config.out, size);
         return 1;
     }
     case REBOOT:

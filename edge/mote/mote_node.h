@@ -16,7 +16,7 @@
 #define MOTE_TOPIC 128u       /* bytes of the longest topic, with its NUL */
 #define MOTE_MAX_PHASES 4u
 #define MOTE_OUT 256u  /* the least room for one outgoing payload */
-#define MOTE_RECENT 8u /* orders remembered, so that a late double of one is known */
+#define MOTE_RECENT 8u /* commands remembered, so that a late double of one is known */
 
 /* Where samples come from. open starts the task of this seed (a sensor may ignore it); next fills x and y (mote_inputs
  * and mote_targets floats) and returns 1, or returns 0 if no sample is there yet. query asks for samples that are never
@@ -38,12 +38,12 @@ typedef struct {
     void *arena;
     size_t arena_size;
     float *base; /* room for a copy of the weights, or NULL: then none of what needs it: sparse replies or other changes,
-                    clipping, a pull towards the round's weights */
+                    clipping, a proximal_mu towards the round's weights */
     size_t base_count; /* floats */
     float *sample;     /* room for one input and one target */
     size_t sample_count;
-    uint8_t *adopted; /* room for a program over the air, aligned to 4 bytes; or NULL: then the built-in one stays */
-    size_t adopted_size;
+    uint8_t *model_slot; /* room for a program over the air, aligned to 4 bytes; or NULL: then the built-in one stays */
+    size_t model_slot_size;
     uint8_t *out; /* room for one outgoing payload, at least MOTE_OUT bytes; larger updates go in parts */
     size_t out_size;
     mote_source_t source;
@@ -66,7 +66,7 @@ typedef struct {
 
 typedef struct {
     uint32_t layers, steps;
-    float rate, pull;
+    float rate, proximal_mu;
 } mote_phase_t;
 
 /* The owner keeps one of these, zeroed or not; what is in it is the node's own. */
@@ -88,7 +88,7 @@ typedef struct {
     mote_phase_t phase[MOTE_MAX_PHASES];
     uint32_t based;                /* whether it needs a copy of the weights */
     uint32_t update, shared, half; /* whether an update goes back, of which layers, as f16 */
-    float top;
+    float density;
     uint32_t since; /* the phase whose beginning is the base; 0: the round's weights */
     float clip;     /* the largest norm of the changes, or 0 */
 

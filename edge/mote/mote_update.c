@@ -150,7 +150,7 @@ int mote_update_clip(mote_node_t *n)
 static void choose_threshold(mote_node_t *n)
 {
     uint32_t count = count_changes(n, 0);
-    float wanted = n->top * (float)count;
+    float wanted = n->density * (float)count;
     uint32_t k = (uint32_t)wanted;
     k += (float)k < wanted || k == 0;
     uint32_t low = 1, high = 0x7f800000u; /* at least k changes reach low, or low is 1; fewer reach high */
@@ -187,7 +187,7 @@ static uint32_t varint_size(uint32_t value)
     return size;
 }
 
-int mote_update_plan(const mote_node_t *n, uint32_t from, uint32_t ties, mote_part_t *part)
+int mote_update_next_part(const mote_node_t *n, uint32_t from, uint32_t ties, mote_part_t *part)
 {
     uint32_t room = (uint32_t)(n->config.out_size - MOTE_REPLY_HEAD);
     uint32_t size = mote_number_size(n), end = 0;
@@ -256,7 +256,7 @@ uint32_t mote_update_choose(mote_node_t *n)
         choose_threshold(n);
     }
     part.ties = n->ties;
-    while (mote_update_plan(n, part.next, part.ties, &part)) {
+    while (mote_update_next_part(n, part.next, part.ties, &part)) {
         parts++;
     }
     return parts;

@@ -1,6 +1,6 @@
 /* An update as mote_node.c sends it: what of the learned parameters goes back, cut into parts that fit a message.
  *
- * Which: the layers n->shared; as f16 if n->half; and with n->top < 1 only the largest changes since n->config.base.
+ * Which: the layers n->shared; as f16 if n->half; and with n->density < 1 only the largest changes since n->config.base.
  */
 #ifndef MOTE_UPDATE_H
 #define MOTE_UPDATE_H
@@ -25,7 +25,7 @@ static inline uint32_t mote_number_size(const mote_node_t *n)
 
 static inline int mote_is_sparse(const mote_node_t *n)
 {
-    return n->top < 1.0f;
+    return n->density < 1.0f;
 }
 
 /* Whether changes are sent, not values. */
@@ -45,7 +45,7 @@ int mote_update_clip(mote_node_t *n);
 uint32_t mote_update_choose(mote_node_t *n);
 
 /* The part that begins with parameter `from`: as much as fits a message. 0 if there is nothing left. */
-int mote_update_plan(const mote_node_t *n, uint32_t from, uint32_t ties, mote_part_t *part);
+int mote_update_next_part(const mote_node_t *n, uint32_t from, uint32_t ties, mote_part_t *part);
 
 /* Writes a part's gaps, and behind them its numbers: part->gaps + part->count * mote_number_size(n) bytes. ties: as the
  * part was planned with. */

@@ -58,7 +58,7 @@ class ClientData:
         joined = None if targets is None else np.ascontiguousarray(np.concatenate(targets), np.float32)
         return cls(np.ascontiguousarray(np.concatenate(classes)), starts, scale, ways, fixed, joined)
 
-    def must_fit(self, program: Program) -> None:
+    def check_compatible(self, program: Program) -> None:
         """Raises UserError unless this model can learn from these samples: their features, and their class or targets
         for a target."""
         has, takes, gives = self.features.shape[1], math.prod(program.input_shape), math.prod(program.output_shape)
@@ -141,14 +141,14 @@ a regression: so many in all). The same seed gives the same task, whatever it is
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Hyperparameters:
     """How a device works in one round, and what the server makes of it. Tuned on validation tasks."""
 
     head_steps: int  # samples that fit the head alone, the rest frozen; 0: there is no local part
     steps: int  # samples that train everything, one step each
     rate: float  # of the device
     alpha: float  # of the server, where the strategy has one
-    top: float  # share of the changes that is sent
+    density: float  # share of the changes that is sent
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class Task:
     client: Callable[[int, int], ClientData]
     draw: Draw
     #: what TinyMetaFed does with it, and what FedAvg does.
-    meta: Recipe
-    fedavg: Recipe
+    meta: Hyperparameters
+    fedavg: Hyperparameters
     #: for a Raspberry Pi; takes the same samples as `program`, which trains on a Cortex-M4 with 256 KB of RAM.
     large: Program
     #: index -> what device number `index`, of those that are held out, sees as time goes by.

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
-from tinyfleet.edge.tasks import ClientData, Episode, Episodes, Recipe, Recording, Split, Task, draw_episode
+from tinyfleet.edge.tasks import ClientData, Episode, Episodes, Hyperparameters, Recording, Split, Task, draw_episode
 
 WAYS = 5
 MOUNTS = 8  # four turns, then the same mirrored
@@ -68,8 +68,8 @@ def load() -> Task:
         program=PROGRAM,
         client=client,
         draw=draw,
-        meta=Recipe(head_steps=16, steps=144, rate=0.1, alpha=2.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.02, alpha=1.0, top=1.0),
+        meta=Hyperparameters(head_steps=16, steps=144, rate=0.1, alpha=2.0, density=0.1),
+        fedavg=Hyperparameters(head_steps=0, steps=160, rate=0.02, alpha=1.0, density=1.0),
         large=LARGE,
         stream=stream,
     )

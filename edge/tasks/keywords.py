@@ -29,7 +29,7 @@ from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import features
 from tinyfleet.edge.model import program as p
-from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
+from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, hashed
 
 WAYS = 3
 WORDS: dict[Split, tuple[str, ...]] = {
@@ -136,8 +136,8 @@ def load() -> Task:
         program=PROGRAM,
         client=client,
         draw=draw,
-        meta=Recipe(head_steps=16, steps=144, rate=0.02, alpha=2.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.02, alpha=1.0, top=1.0),
+        meta=Hyperparameters(head_steps=16, steps=144, rate=0.02, alpha=2.0, density=0.1),
+        fedavg=Hyperparameters(head_steps=0, steps=160, rate=0.02, alpha=1.0, density=1.0),
         large=LARGE,
         stream=stream,
     )

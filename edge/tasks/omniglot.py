@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
-from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, draw_classes
+from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_classes
 
 CHARACTERS = 40  # of one device, at most
 DRAWERS = 20
@@ -107,8 +107,8 @@ def load(ways: int = 5, side: int = 14) -> Task:
         program=program(ways, side),
         client=client,
         draw=draw,
-        meta=Recipe(head_steps=16, steps=144, rate=0.1, alpha=2.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.05, alpha=1.0, top=1.0),
+        meta=Hyperparameters(head_steps=16, steps=144, rate=0.1, alpha=2.0, density=0.1),
+        fedavg=Hyperparameters(head_steps=0, steps=160, rate=0.05, alpha=1.0, density=1.0),
         large=large(ways, side),
         stream=stream,
     )

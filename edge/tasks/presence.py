@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
-from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
+from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, hashed
 
 MOTION = 0.02  # share of the minutes, at least
 LAGS = (5, 15)  # minutes over which a change is seen
@@ -56,7 +56,7 @@ class Room:
 
 
 def load() -> Task:
-    rooms = split_rooms(read(_folder()))
+    rooms = split_rooms(read_rooms(_folder()))
 
     def client(index: int, of: int) -> ClientData:
         turn, which = divmod(index, len(rooms["training"]))
@@ -92,8 +92,8 @@ def load() -> Task:
         client=client,
         draw=draw,
         # The head is shared: labels are fixed, so that the fleet's is of use to a device that begins.
-        meta=Recipe(head_steps=0, steps=160, rate=0.05, alpha=1.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.05, alpha=1.0, top=1.0),
+        meta=Hyperparameters(head_steps=0, steps=160, rate=0.05, alpha=1.0, density=0.1),
+        fedavg=Hyperparameters(head_steps=0, steps=160, rate=0.05, alpha=1.0, density=1.0),
         large=LARGE,
         stream=stream,
     )
@@ -102,7 +102,7 @@ def load() -> Task:
 def baselines(split: Split, seeds: Sequence[int], shots: int, queries: int) -> dict[str, NDArray[np.float64]]:
     """Accuracies [tasks] on the very tasks that `draw` gives, of what needs no model: the majority of the samples to
     learn from (as many of each: it says empty), and the threshold on light that is best on them."""
-    rooms = split_rooms(read(_folder()))[split]
+    rooms = split_rooms(read_rooms(_folder()))[split]
     chosen, support, query = _rows(rooms, seeds, shots, queries)
     seen, asked = np.arange(2).repeat(shots), np.arange(2).repeat(queries)
     scores = []
@@ -152,7 +152,7 @@ def _folder() -> Path:
 
 
 @cache
-def read(folder: Path) -> list[Room]:
+def read_rooms(folder: Path) -> list[Room]:
     """All rooms of these files. Raises UserError if one is missing or damaged."""
     try:
         import pandas as pd

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge.model import program as p
-from tinyfleet.edge.tasks import ClientData, Episodes, Recipe, Recording, Split, Task, hashed
+from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, hashed
 
 WAVES, SAMPLES = 32, 40  # of one device: 10 KB
 CHANGES = 200  # samples in a recording until the wave changes
@@ -31,8 +31,8 @@ def load() -> Task:
         program=PROGRAM,
         client=client,
         draw=draw,
-        meta=Recipe(head_steps=16, steps=144, rate=0.02, alpha=2.0, top=0.1),
-        fedavg=Recipe(head_steps=0, steps=160, rate=0.02, alpha=1.0, top=1.0),
+        meta=Hyperparameters(head_steps=16, steps=144, rate=0.02, alpha=2.0, density=0.1),
+        fedavg=Hyperparameters(head_steps=0, steps=160, rate=0.02, alpha=1.0, density=1.0),
         large=LARGE,
         stream=stream,
     )

@@ -33,7 +33,7 @@ def encode(frame: Frame) -> bytes:
     return b"\0" + coded + b"\0"
 
 
-class Reader:
+class FrameReader:
     """Finds the frames in what a serial line brings, in pieces of any size. `dropped` counts the damaged ones."""
 
     def __init__(self, max_frame: int = MAX_FRAME) -> None:

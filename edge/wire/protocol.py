@@ -1,8 +1,8 @@
 """The wire between a server and its devices: topics, messages, chunks, update encodings.
 
 The messages' form is protocol.cddl, from which the C node's code is generated; this is the same in Python. `encode`
-writes a message, `decode_do`, `decode_did`, `decode_status` and `decode_chunk` read one and raise `ProtocolError` on
-whatever is not exactly such a message: their input may come from anyone.
+writes a message, `decode_command`, `decode_reply`, `decode_status` and `decode_chunk` read one and raise
+`ProtocolError` on anything that is not exactly such a message: their input may come from anyone.
 """
 
 import io
@@ -28,8 +28,8 @@ ALL_LAYERS = 0xFFFFFFFF
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _FLOAT16S = 84  # RFC 8746 typed arrays, little-endian
 _FLOAT32S = 85
-_TRAIN, _EVALUATE, _ADOPT, _REBOOT = 1, 2, 3, 4
-_DONE, _FAILED = 1, 2
+_TRAIN, _EVALUATE, _UPDATE_MODEL, _REBOOT = 1, 2, 3, 4
+_SUCCESS, _FAILURE = 1, 2
 _DENSE, _SPARSE, _CHANGE = 1, 2, 3
 
 Floats = NDArray[np.float32]
@@ -47,7 +47,7 @@ class ErrorCode(IntEnum):
     """It runs another model than the work is for."""
     PROGRAM = 2
     """The program to adopt is damaged or not valid; detail is the engine's error."""
-    ROOM = 3
+    CAPACITY = 3
     """It has no room for this: a program over the air, the copy that sparse replies need, or a reply."""
     SAMPLES = 4
     """Its source can't give the samples asked for; detail is the source's error."""
@@ -68,7 +68,7 @@ class Phase:
     layers: int
     steps: int
     rate: float
-    pull: float = 0.0
+    proximal_mu: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class UpdateFormat:
 
     shared: int = ALL_LAYERS
     half: bool = False
-    top: float = 1.0
+    density: float = 1.0
     since: int = 0
     clip: float = 0.0
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainTask:
     id: int
     kind: Kind
     run: int
@@ -100,7 +100,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Adopt:
+class UpdateModel:
     id: int
     model: bytes
     size: int
@@ -112,7 +112,7 @@ class Reboot:
     id: int
 
 
-Do = Work | Adopt | Reboot
+Command = TrainTask | UpdateModel | Reboot
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Sparse:
 
 
 @dataclass(frozen=True, eq=False)
-class Done:
+class Success:
     """Part `part` of `parts` of a reply. The metrics come with part 0, unless there is nothing to measure."""
 
     id: int
@@ -159,13 +159,13 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failed:
+class Failure:
     id: int
     error: ErrorCode
     detail: int = 0
 
 
-Did = Done | Failed
+Reply = Success | Failure
 
 
 @dataclass(frozen=True)
@@ -184,19 +184,19 @@ class Chunk(NamedTuple):
     data: bytes
 
 
-_FAILURES = {
+_ERROR_TEXTS = {
     ErrorCode.WRONG_MODEL: "it runs another model than this work is for; start it with this model, or let it adopt it",
     ErrorCode.PROGRAM: "the program it was to adopt is damaged or not valid; compile it again",
-    ErrorCode.ROOM: "it has no room for this; use a smaller model, or have all changes sent (top 1)",
+    ErrorCode.CAPACITY: "it has no room for this; use a smaller model, or have all changes sent (top 1)",
     ErrorCode.SAMPLES: "its source gave no samples; check its sensor or its data",
     ErrorCode.ENGINE: "its engine refused; see the error's number in edge/mote/mote.h",
     ErrorCode.DIVERGED: "its numbers left the range of floats; lower the rate",
 }
 
 
-def explain(failed: Failed) -> str:
+def error_text(failed: Failure) -> str:
     """What happened on the device and what to do, for the log and for people."""
-    return f"{failed.error.name.lower()} ({failed.detail}): {_FAILURES[failed.error]}"
+    return f"{failed.error.name.lower()} ({failed.detail}): {_ERROR_TEXTS[failed.error]}"
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -258,12 +258,12 @@ def _numbers(values: Floats, half: bool) -> cbor2.CBORTag:
     return cbor2.CBORTag(_FLOAT32S, np.asarray(values).astype("<f4").tobytes())
 
 
-def _work(m: Work) -> list[Any]:
+def _train_task(m: TrainTask) -> list[Any]:
     if len(m.phases) > MAX_PHASES:
         raise ProtocolError(f"at most {MAX_PHASES} phases fit one message, not {len(m.phases)}")
     update: list[Any] | None = None
     if m.update is not None:
-        update = [_uint(m.update.shared, "shared"), _bool(m.update.half, "half"), _F32(m.update.top)]
+        update = [_uint(m.update.shared, "shared"), _bool(m.update.half, "half"), _F32(m.update.density)]
         if m.update.since or m.update.clip:
             update += [_uint(m.update.since, "since"), _F32(m.update.clip)]
     return [
@@ -274,7 +274,12 @@ def _work(m: Work) -> list[Any]:
         _bytes(m.model, "model", 8),
         _uint(m.seed, "seed"),
         [
-            [_uint(p.layers, "layers"), _uint(p.steps, "steps"), _F32(p.rate), *([_F32(p.pull)] if p.pull else [])]
+            [
+                _uint(p.layers, "layers"),
+                _uint(p.steps, "steps"),
+                _F32(p.rate),
+                *([_F32(p.proximal_mu)] if p.proximal_mu else []),
+            ]
             for p in m.phases
         ],
         _uint(m.query, "query"),
@@ -282,7 +287,7 @@ def _work(m: Work) -> list[Any]:
     ]
 
 
-def _done(m: Done) -> list[Any]:
+def _success(m: Success) -> list[Any]:
     metrics: list[Any] | None = None
     if m.metrics is not None:
         metrics = [
@@ -301,7 +306,7 @@ def _done(m: Done) -> list[Any]:
         if len(m.update.indices) != len(m.update.changes):
             raise ProtocolError(f"{len(m.update.indices)} indices for {len(m.update.changes)} changes")
         update = [_SPARSE, _to_gaps(m.update.indices), _numbers(m.update.changes, m.update.half)]
-    return [_DONE, _uint(m.id, "id"), _uint(m.part, "part"), _uint(m.parts, "parts"), metrics, update]
+    return [_SUCCESS, _uint(m.id, "id"), _uint(m.part, "part"), _uint(m.parts, "parts"), metrics, update]
 
 
 def _status(m: Status) -> list[Any]:
@@ -316,23 +321,29 @@ def _status(m: Status) -> list[Any]:
     ]
 
 
-def encode(message: Do | Did | Status) -> bytes:
+def encode(message: Command | Reply | Status) -> bytes:
     """The message's payload. Raises ProtocolError if a value does not fit the wire."""
     fields: list[Any]
     match message:
-        case Work():
-            fields = _work(message)
-        case Adopt():
+        case TrainTask():
+            fields = _train_task(message)
+        case UpdateModel():
             model = _bytes(message.model, "model", 8)
-            fields = [_ADOPT, _uint(message.id, "id"), model, _uint(message.size, "size"), _uint(message.crc, "crc")]
+            fields = [
+                _UPDATE_MODEL,
+                _uint(message.id, "id"),
+                model,
+                _uint(message.size, "size"),
+                _uint(message.crc, "crc"),
+            ]
         case Reboot():
             fields = [_REBOOT, _uint(message.id, "id")]
-        case Done():
-            fields = _done(message)
-        case Failed():
+        case Success():
+            fields = _success(message)
+        case Failure():
             if not -(2**31) <= message.detail < 2**31:
                 raise ProtocolError(f"detail must be an integer of 32 bits, not {message.detail}")
-            fields = [_FAILED, _uint(message.id, "id"), int(message.error), message.detail]
+            fields = [_FAILURE, _uint(message.id, "id"), int(message.error), message.detail]
         case Status():
             fields = _status(message)
     return cbor2.dumps(fields, default=_write_f32)
@@ -405,7 +416,7 @@ def _from_gaps(data: bytes) -> NDArray[np.uint32]:
     return np.asarray(indices, np.uint32)
 
 
-def decode_do(payload: bytes) -> Do:
+def decode_command(payload: bytes) -> Command:
     """What the server asks for. Raises ProtocolError."""
     fields = _loads(payload)
     match _uint(fields[0], "an order's number"):
@@ -413,7 +424,7 @@ def decode_do(payload: bytes) -> Do:
             _, id, run, round_, model, seed, phases, query, update = _list(fields, "work", 9)
             if type(phases) is not list or len(phases) > MAX_PHASES:
                 raise ProtocolError(f"phases must be an array of at most {MAX_PHASES}")
-            return Work(
+            return TrainTask(
                 _uint(id, "id"),
                 "train" if order == _TRAIN else "evaluate",
                 _uint(run, "run"),
@@ -426,7 +437,7 @@ def decode_do(payload: bytes) -> Do:
             )
         case 3:
             _, id, model, size, crc = _list(fields, "adopt", 5)
-            return Adopt(_uint(id, "id"), _bytes(model, "model", 8), _uint(size, "size"), _uint(crc, "crc"))
+            return UpdateModel(_uint(id, "id"), _bytes(model, "model", 8), _uint(size, "size"), _uint(crc, "crc"))
         case 4:
             _, id = _list(fields, "reboot", 2)
             return Reboot(_uint(id, "id"))
@@ -434,19 +445,19 @@ def decode_do(payload: bytes) -> Do:
 
 
 def _decode_phase(fields: object) -> Phase:
-    layers, steps, rate, *pull = _list(fields, "phase", 3, 4)
+    layers, steps, rate, *proximal_mu = _list(fields, "phase", 3, 4)
     return Phase(
-        _uint(layers, "layers"), _uint(steps, "steps"), _float(rate, "rate"), *(_float(p, "pull") for p in pull)
+        _uint(layers, "layers"), _uint(steps, "steps"), _float(rate, "rate"), *(_float(p, "pull") for p in proximal_mu)
     )
 
 
 def _decode_format(fields: object) -> UpdateFormat:
-    shared, half, top, *more = _list(fields, "update", 3, 5)
-    format = UpdateFormat(_uint(shared, "shared"), _bool(half, "half"), _float(top, "top"))
+    shared, half, density, *more = _list(fields, "update", 3, 5)
+    format = UpdateFormat(_uint(shared, "shared"), _bool(half, "half"), _float(density, "density"))
     return replace(format, since=_uint(more[0], "since"), clip=_float(more[1], "clip")) if more else format
 
 
-def decode_did(payload: bytes) -> Did:
+def decode_reply(payload: bytes) -> Reply:
     """A device's reply, or a part of it. Raises ProtocolError."""
     fields = _loads(payload)
     match _uint(fields[0], "a reply's number"):
@@ -454,7 +465,7 @@ def decode_did(payload: bytes) -> Did:
             _, id, part, parts, metrics, update = _list(fields, "done", 6)
             if _uint(part, "part") >= _uint(parts, "parts"):
                 raise ProtocolError(f"part {part} of {parts}")
-            return Done(
+            return Success(
                 _uint(id, "id"),
                 part,
                 parts,
@@ -466,7 +477,7 @@ def decode_did(payload: bytes) -> Did:
             if type(detail) is not int or not -(2**31) <= detail < 2**31:
                 raise ProtocolError(f"detail must be an integer of 32 bits, not {detail!r:.50}")
             try:
-                return Failed(_uint(id, "id"), ErrorCode(_uint(error, "error")), detail)
+                return Failure(_uint(id, "id"), ErrorCode(_uint(error, "error")), detail)
             except ValueError as unknown:
                 raise ProtocolError(str(unknown)) from unknown
     raise ProtocolError(f"no reply is numbered {fields[0]!r:.50}")
@@ -579,7 +590,7 @@ class Topics:
         self.fleet = fleet
         self._root = f"tinyfleet/{fleet}"
         root = re.escape(self._root)
-        self._device = re.compile(rf"{root}/devices/({_NAME.pattern})/(td|status|do|did)")
+        self._device = re.compile(rf"{root}/devices/({_NAME.pattern})/(td|status|command|reply)")
         self._weights = re.compile(rf"{root}/runs/{_NUMBER}/{_NUMBER}/{_NUMBER}")
         self._program = re.compile(rf"{root}/models/([0-9a-f]{{16}})/{_NUMBER}")
 
@@ -590,10 +601,10 @@ class Topics:
         return self._of(id, "status")
 
     def do(self, id: str) -> str:
-        return self._of(id, "do")
+        return self._of(id, "command")
 
     def did(self, id: str) -> str:
-        return self._of(id, "did")
+        return self._of(id, "reply")
 
     def weights(self, run: int, round: int, chunk: int | str = "+") -> str:
         """The topic of one chunk of a round's weights; by default the filter for all of them."""
@@ -604,7 +615,7 @@ class Topics:
         return f"{self._root}/models/{model.hex()}/{chunk}"
 
     def parse(self, topic: str) -> tuple[str, tuple[Any, ...]] | None:
-        """What a topic is: ("td" | "status" | "do" | "did", (id,)), ("weights", (run, round, chunk)),
+        """What a topic is: ("td" | "status" | "command" | "reply", (id,)), ("weights", (run, round, chunk)),
         ("program", (model, chunk)), or None if it is not one of this fleet's."""
         if found := self._device.fullmatch(topic):
             return found[2], (found[1],)
@@ -624,7 +635,7 @@ class Topics:
 # -------------------------------------------------------------------------------------------------- a round's config
 
 
-class Plan(NamedTuple):
+class RoundConfig(NamedTuple):
     """What one round asks of every device."""
 
     phases: tuple[Phase, ...]
@@ -633,13 +644,13 @@ class Plan(NamedTuple):
     seed: int
 
 
-def plan_from_config(config: Mapping[str, Any], kind: Kind = "train", node: int = 0) -> Plan:
+def parse_round_config(config: Mapping[str, Any], kind: Kind = "train", node: int = 0) -> RoundConfig:
     """Reads a round's work for a node from a Flower ConfigRecord, which any strategy may have filled.
 
     A key that is absent: "phase-steps" is [32] to train and [] to evaluate, "phase-layers" all layers,
     "phase-rates" the value of "lr" (as Flower's own examples call it), else 0.05; "query" 0 to train, 32 to evaluate;
-    "shared-layers" all, "top" 1, "half" false, "since" 0; "seed" another for every round and node. Two keys are those
-    that Flower's strategies set: "proximal-mu" (FedProx), the pull of every phase, and "clipping_norm" (differential
+    "shared-layers" all, "density" 1, "half" false, "since" 0; "seed" another for every round and node. Two keys are
+    those that Flower's strategies set: "proximal-mu" (FedProx), of every phase, and "clipping_norm" (differential
     privacy with clipping on the device). An evaluation sends no update. Raises ProtocolError.
     """
     config = dict(config.items())  # a ConfigRecord takes its time over each key
@@ -651,13 +662,20 @@ def plan_from_config(config: Mapping[str, Any], kind: Kind = "train", node: int 
             f"phase-steps, phase-layers and phase-rates must have the same length, at most {MAX_PHASES}: "
             f"{len(steps)}, {len(layers)}, {len(rates)}"
         )
-    pull = _finite(config.get("proximal-mu", 0.0), "proximal-mu")
+    proximal_mu = _finite(config.get("proximal-mu", 0.0), "proximal-mu")
     phases = tuple(
-        Phase(_uint(int(layer), "phase-layers"), _uint(int(step), "phase-steps"), _finite(rate, "phase-rates"), pull)
+        Phase(
+            _uint(int(layer), "phase-layers"),
+            _uint(int(step), "phase-steps"),
+            _finite(rate, "phase-rates"),
+            proximal_mu,
+        )
         for layer, step, rate in zip(layers, steps, rates, strict=True)
     )
-    if not all(phase.pull >= 0 and (phase.pull == 0 or phase.rate * phase.pull < 1) for phase in phases):
-        raise ProtocolError(f"proximal-mu times the rate must be less than 1, and not negative; mu is {pull:g}")
+    if not all(
+        phase.proximal_mu >= 0 and (phase.proximal_mu == 0 or phase.rate * phase.proximal_mu < 1) for phase in phases
+    ):
+        raise ProtocolError(f"proximal-mu times the rate must be less than 1, and not negative; mu is {proximal_mu:g}")
     update = None
     if kind == "train":
         shared = _uint(int(config.get("shared-layers", ALL_LAYERS)), "shared-layers")
@@ -665,34 +683,38 @@ def plan_from_config(config: Mapping[str, Any], kind: Kind = "train", node: int 
             _uint(int(config.get("since", 0)), "since"),
             _finite(config.get("clipping_norm", 0.0), "clipping_norm"),
         )
-        top = _finite(config.get("top", 1.0), "top")
-        update = UpdateFormat(shared, bool(config.get("half", False)), top, since, clip)
-        if not 0 < top <= 1:
-            raise ProtocolError(f"top is the share of the changes to send, in (0, 1], not {top:g}")
-        if since and (since >= len(phases) or pull):
+        density = _finite(config.get("density", 1.0), "density")
+        update = UpdateFormat(shared, bool(config.get("half", False)), density, since, clip)
+        if not 0 < density <= 1:
+            raise ProtocolError(f"top is the share of the changes to send, in (0, 1], not {density:g}")
+        if since and (since >= len(phases) or proximal_mu):
             raise ProtocolError("since is the number of a phase, and goes with no proximal-mu")
         if clip < 0:
             raise ProtocolError(f"clipping_norm is the largest norm of an update, not {clip:g}")
     query = _uint(int(config.get("query", 0 if kind == "train" else 32)), "query")
     seed = config["seed"] if "seed" in config else config.get("server-round", 0) + node * 0x9E3779B1
-    return Plan(phases, query, update, int(seed) & 0xFFFFFFFF)
+    return RoundConfig(phases, query, update, int(seed) & 0xFFFFFFFF)
 
 
-def config_from_plan(plan: Plan) -> dict[str, int | float | bool | list[int] | list[float]]:
-    """The inverse of plan_from_config, for a strategy to put into its ConfigRecord."""
+def format_round_config(round_config: RoundConfig) -> dict[str, int | float | bool | list[int] | list[float]]:
+    """The inverse of parse_round_config, for a strategy to put into its ConfigRecord."""
     config: dict[str, int | float | bool | list[int] | list[float]] = {
-        "phase-layers": [phase.layers for phase in plan.phases],
-        "phase-steps": [phase.steps for phase in plan.phases],
-        "phase-rates": [phase.rate for phase in plan.phases],
-        "query": plan.query,
-        "seed": plan.seed,
+        "phase-layers": [phase.layers for phase in round_config.phases],
+        "phase-steps": [phase.steps for phase in round_config.phases],
+        "phase-rates": [phase.rate for phase in round_config.phases],
+        "query": round_config.query,
+        "seed": round_config.seed,
     }
-    if plan.update is not None:
-        config |= {"shared-layers": plan.update.shared, "top": plan.update.top, "half": plan.update.half}
-        config |= {"since": plan.update.since} if plan.update.since else {}
-        config |= {"clipping_norm": plan.update.clip} if plan.update.clip else {}
-    if plan.phases and plan.phases[0].pull:
-        config["proximal-mu"] = plan.phases[0].pull
+    if round_config.update is not None:
+        config |= {
+            "shared-layers": round_config.update.shared,
+            "density": round_config.update.density,
+            "half": round_config.update.half,
+        }
+        config |= {"since": round_config.update.since} if round_config.update.since else {}
+        config |= {"clipping_norm": round_config.update.clip} if round_config.update.clip else {}
+    if round_config.phases and round_config.phases[0].proximal_mu:
+        config["proximal-mu"] = round_config.phases[0].proximal_mu
     return config
 
 

@@ -88,23 +88,23 @@ class Target:
         return self.machine
 
 
-def known() -> list[str]:
+def board_ids() -> list[str]:
     """The identifiers of all boards."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def _names(wanted: Callable[[Target], bool]) -> str:
-    return ", ".join(name for name in known() if wanted(load(name)))
+    return ", ".join(name for name in board_ids() if wanted(load_board(name)))
 
 
-def load(name: str) -> Target:
+def load_board(name: str) -> Target:
     """The board of that identifier. Raises UserError if there is none, or if its file is wrong."""
-    if name not in known():
-        raise UserError(f"there is no board named '{name}'; known boards: {', '.join(known())}")
-    return read(FOLDER / f"{name}.toml")
+    if name not in board_ids():
+        raise UserError(f"there is no board named '{name}'; known boards: {', '.join(board_ids())}")
+    return read_board_file(FOLDER / f"{name}.toml")
 
 
-def read(path: Path) -> Target:
+def read_board_file(path: Path) -> Target:
     """Reads a board file. Raises UserError naming the entry that is missing or of the wrong type."""
     try:
         top = tomllib.loads(path.read_text())

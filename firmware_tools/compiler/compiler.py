@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.graph import LOSSES, Graph, Loss
-from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, macs, takes, weight_counts
+from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, macs, resource_use, weight_counts
 from tinyfleet.edge.model.program import Program, assemble, check, named_arrays
 from tinyfleet.firmware_tools.compiler import quantized_training, transfer
-from tinyfleet.firmware_tools.compiler.quantized_training import Selection, Update
+from tinyfleet.firmware_tools.compiler.quantized_training import LayerUpdate, Selection
 from tinyfleet.firmware_tools.readers import keras_reader, tflite_reader
-from tinyfleet.firmware_tools.readers.keras_reader import Reading
+from tinyfleet.firmware_tools.readers.keras_reader import KerasGraph
 from tinyfleet.firmware_tools.readers.simplify import CompileError as CompileError
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes that a model takes on a device when certain of its layers may train; all other weights stay in flash.
 
     parameters: numbers that train (and travel). ram_bytes: the whole arena, which is params_bytes of what trains,
@@ -45,18 +45,18 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TrainingSelection:
     """What trains within a budget: the layers from train_from on, or their biases alone; of int8 weights, the layers
     `selection` and how many of their channels. memory: what that takes."""
 
     train_from: str | None
     bias_only: bool
-    selection: Mapping[str, Update] | None
-    memory: Memory
+    selection: Mapping[str, LayerUpdate] | None
+    memory: MemoryUse
 
 
 @dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """What a model takes: to run only; to train what is trainable in Keras; to train from each layer to the end; to
     train the biases alone from each layer to the end.
 
@@ -65,11 +65,11 @@ class Plan:
 
     parameters: int
     macs: int
-    run: Memory
-    trainable: Memory | None
-    train_from: dict[str, Memory]
-    bias_from: dict[str, Memory]
-    chosen: Choice | None
+    run: MemoryUse
+    trainable: MemoryUse | None
+    train_from: dict[str, MemoryUse]
+    bias_from: dict[str, MemoryUse]
+    chosen: TrainingSelection | None
     notes: tuple[str, ...]
 
 
@@ -100,18 +100,18 @@ def compile_model(
     """
     if bias_only and train_from is None:
         raise CompileError("bias-only training needs the layer to train from; name one with --train-from")
-    source = _Source(model, int8, classes, max_classes, loss, momentum)
+    source = _SourceModel(model, int8, classes, max_classes, loss, momentum)
     graph = source.training(source.with_weights(), train_from, bias_only, selection)
     return assemble(graph, carry=not architecture_only)
 
 
 def training_graph(model: Any, *, train_from: str | None = None, loss: str | None = None) -> Graph:
     """A Keras model (object, or path of a .keras file) as the graph of its program; arguments as in `compile_model`."""
-    source = _Source(model, loss=loss)
+    source = _SourceModel(model, loss=loss)
     return source.training(source.with_weights(), train_from, bias_only=False)
 
 
-def plan(
+def plan_model(
     model: Any,
     *,
     budget: int | None = None,
@@ -120,15 +120,15 @@ def plan(
     max_classes: int | None = None,
     loss: str | None = None,
     momentum: bool = False,
-) -> Plan:
+) -> ModelPlan:
     """Exact RAM and flash of running a model, and of training it, or its biases alone, from each of its layers on.
 
     Arguments as in `compile_model`, whose programs take just that. Layers that cannot be trained from are left out.
     Raises CompileError, also if nothing can train within the budget.
     """
-    source = _Source(model, int8, classes, max_classes, loss, momentum)
+    source = _SourceModel(model, int8, classes, max_classes, loss, momentum)
     graph = source.graph
-    return Plan(
+    return ModelPlan(
         parameters=sum(sum(weight_counts(op, graph.tensors)) for op in graph.ops),
         macs=sum(macs(op, graph.tensors) for op in graph.ops),
         run=source.run(),
@@ -149,22 +149,22 @@ def choose(
     max_classes: int | None = None,
     loss: str | None = None,
     momentum: bool = False,
-) -> Choice:
+) -> TrainingSelection:
     """What to train in `budget` bytes of RAM: of int8 weights the sparse update that is worth most (Lin et al. 2022;
     see `quantized_training.choose`), else the layers, or their biases, with the most bytes from one layer to the end.
 
     Other arguments as in `compile_model`, which takes what is chosen. Raises CompileError if not even the least fits.
     """
-    return _Source(model, int8, classes, max_classes, loss, momentum).choose(budget)
+    return _SourceModel(model, int8, classes, max_classes, loss, momentum).choose(budget)
 
 
-def memory(model: Any) -> tuple[Memory, Memory | None]:
+def memory(model: Any) -> tuple[MemoryUse, MemoryUse | None]:
     """What a model takes to run, and to train what is trainable in Keras; None if nothing is, or it cannot train."""
-    source = _Source(model)
+    source = _SourceModel(model)
     return source.run(), source.trainable()
 
 
-class _Source:
+class _SourceModel:
     """A model as read, without weights if it is Keras's, and how it is to train, whatever of it does."""
 
     def __init__(
@@ -186,11 +186,11 @@ class _Source:
         self.loss: Loss | None = next((known for known in LOSSES if known == loss), None)
         if loss is not None and self.loss is None:
             raise CompileError(f"unknown loss '{loss}'; supported: {', '.join(LOSSES)}")
-        self.reading: Reading | None = None
+        self.reading: KerasGraph | None = None
         if isinstance(model, str | Path) and Path(model).suffix == ".tflite":
-            self.graph = tflite_reader.read(Path(model))
+            self.graph = tflite_reader.read_tflite(Path(model))
         else:
-            self.reading = keras_reader.reading(model, loss)
+            self.reading = keras_reader.read_keras_structure(model, loss)
             self.graph = self.reading.graph
         self.fixed = frozenset[str]() if self.reading is None else self.reading.fixed
         if int8 and not any(op.kind in INT8_WEIGHTED for op in self.graph.ops):
@@ -198,7 +198,7 @@ class _Source:
         if int8 and (max_classes is not None or momentum):
             raise CompileError("int8 weights train without momentum, and their classes cannot grow; leave both out")
         #: Memories by what trains; planning one takes a while.
-        self._rows: dict[bool, dict[str, Memory]] = {}
+        self._rows: dict[bool, dict[str, MemoryUse]] = {}
 
     def with_weights(self) -> Graph:
         """The graph with its weights."""
@@ -211,8 +211,8 @@ class _Source:
         if self.int8 and (train_from is not None or selection is not None):
             if selection is None:
                 assert train_from is not None
-                selection = quantized_training.everything_from(graph, train_from, bias_only=bias_only)
-            loss = self.loss or quantized_training.natural_loss(graph, classes=self.classes)
+                selection = quantized_training.select_all_from(graph, train_from, bias_only=bias_only)
+            loss = self.loss or quantized_training.default_loss(graph, classes=self.classes)
             return quantized_training.train_int8(graph, selection, classes=self.classes, loss=loss)
         grows = self.classes is not None or self.max_classes is not None
         if train_from is None and self.reading is None:
@@ -244,11 +244,11 @@ class _Source:
             raise CompileError(self.reading.unsettled)
         return trained
 
-    def run(self) -> Memory:
+    def run(self) -> MemoryUse:
         """To run only."""
         return _memory(_frozen(self.graph))
 
-    def trainable(self) -> Memory | None:
+    def trainable(self) -> MemoryUse | None:
         """To train what is trainable in Keras."""
         if self.reading is None:
             return None
@@ -259,7 +259,7 @@ class _Source:
         except UserError:
             return None
 
-    def suffixes(self, *, bias_only: bool) -> dict[str, Memory]:
+    def suffixes(self, *, bias_only: bool) -> dict[str, MemoryUse]:
         """To train from each layer to the end, of those that can be trained from."""
         if bias_only not in self._rows:
             rows = {}
@@ -289,14 +289,14 @@ class _Source:
                 found.append(f"cannot train from '{layer}'{' or before' if len(missing) > 1 else ''}: {e}")
         return tuple(found)
 
-    def choose(self, budget: int) -> Choice:
+    def choose(self, budget: int) -> TrainingSelection:
         """See compiler.choose."""
         if self.int8:
-            loss = self.loss or quantized_training.natural_loss(self.graph, classes=self.classes)
+            loss = self.loss or quantized_training.default_loss(self.graph, classes=self.classes)
             selection = quantized_training.choose(self.graph, budget, classes=self.classes, loss=loss)
-            return Choice(None, False, selection, _memory(self.training(self.graph, None, False, selection)))
+            return TrainingSelection(None, False, selection, _memory(self.training(self.graph, None, False, selection)))
         rows = [
-            Choice(layer, bias_only, None, row)
+            TrainingSelection(layer, bias_only, None, row)
             for bias_only in (False, True)
             for layer, row in self.suffixes(bias_only=bias_only).items()
         ]
@@ -317,9 +317,9 @@ def _frozen(graph: Graph) -> Graph:
     return replace(graph, ops=tuple(replace(op, trains="nothing") for op in graph.ops))
 
 
-def _memory(graph: Graph) -> Memory:
-    found = takes(graph)
-    return Memory(
+def _memory(graph: Graph) -> MemoryUse:
+    found = resource_use(graph)
+    return MemoryUse(
         parameters=found.numbers,
         params_bytes=found.params,
         momentum_bytes=found.momentum,
@@ -337,7 +337,7 @@ def _memory(graph: Graph) -> Memory:
 def weights_from_keras(model: Any) -> dict[str, NDArray[np.float32]]:
     """All weights of a Keras model (object, or path of a .keras file) by the program's names (`dense_0/weights`), in
     the engine's layouts, batch normalizations folded in. Raises CompileError."""
-    graph = keras_reader.read(model)
+    graph = keras_reader.read_keras(model)
     weights: dict[str, NDArray[np.float32]] = {}
     for name, _, op in named_arrays(graph.ops, graph.tensors):
         array = op.weights if name.endswith("/weights") else op.bias
@@ -350,7 +350,7 @@ def weights_to_keras(model: Any, weights: Mapping[str, NDArray[np.float32]]) -> 
     """Writes weights by the program's names (e.g. `program.split(learner.parameters)`) into a Keras model; layers that
     are not named keep theirs. Raises CompileError for a name or shape that the model does not have, and for a layer
     with a batch normalization folded into it."""
-    reading = keras_reader.reading(model)
+    reading = keras_reader.read_keras_structure(model)
     shapes = {name: shape for name, shape, _ in named_arrays(reading.graph.ops, reading.graph.tensors)}
     for name, value in weights.items():
         if name not in shapes:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from tinyfleet.edge.model.graph import Graph, Kind, Op
-from tinyfleet.edge.model.memory_plan import WEIGHTED, plan, root
+from tinyfleet.edge.model.memory_plan import WEIGHTED, plan_memory, root
 from tinyfleet.firmware_tools.compiler.compiler import CompileError, training_graph
 
 #: A TensorFlow tensor; TensorFlow has no types of its own to check against.
@@ -60,7 +60,7 @@ def export_graph(graph: Graph) -> bytes:
     trains = [i for i, size in enumerate(sizes) if size]
     trained = [v for i in trains for v in module.variables_[i]]
     shapes = [[1, *t.shape] for t in graph.tensors]
-    gradients = plan(graph).gradients  # which operations have one, and with respect to which inputs
+    gradients = plan_memory(graph).gradients  # which operations have one, and with respect to which inputs
 
     def forward(x: Tensor) -> tuple[Tensor, list[Backward]]:
         """The model's output before the loss's own softmax or sigmoid [1, n], and each operation's backward pass."""

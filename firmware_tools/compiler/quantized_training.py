@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tinyfleet.edge.model.graph import Graph, Kind, Loss, Op, Tensor
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, aligned, root, takes, weight_counts
+from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, aligned, resource_use, root, weight_counts
 from tinyfleet.edge.model.program import MAX_LAYERS, assemble
 from tinyfleet.edge.model.quantized import logistic_table
 from tinyfleet.firmware_tools.compiler.transfer import train_from
@@ -44,7 +44,7 @@ _ENDS: dict[Loss, tuple[Kind, ...]] = {
 
 
 @dataclass(frozen=True)
-class Update:
+class LayerUpdate:
     """What of a layer trains: of its first `channels` output channels the bias, or "all", weights and bias."""
 
     trains: Literal["bias", "all"]
@@ -52,7 +52,7 @@ class Update:
 
 
 #: What trains, by the names of the graph's layers.
-Selection = Mapping[str, Update]
+Selection = Mapping[str, LayerUpdate]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Importance:
     bias: NDArray[np.float64]
     weights: NDArray[np.float64]
 
-    def of(self, update: Update) -> float:
+    def of(self, update: LayerUpdate) -> float:
         """What an update is worth."""
         parts = (self.bias, self.weights) if update.trains == "all" else (self.bias,)
         return float(sum(part[: update.channels].sum() for part in parts))
@@ -84,24 +84,24 @@ def train_int8(
     """
     graph = _with_loss(graph, classes, loss)
     if isinstance(selection, str):
-        selection = everything_from(graph, selection)
+        selection = select_all_from(graph, selection)
     return _trained(graph, selection)
 
 
-def everything_from(graph: Graph, layer: str, *, bias_only: bool = False) -> Selection:
+def select_all_from(graph: Graph, layer: str, *, bias_only: bool = False) -> Selection:
     """The selection of all of the int8 layers from one on, or of their biases, in the order of execution."""
     names = [op.name for op in graph.ops if op.kind in INT8_WEIGHTED]
     if layer not in names:
         raise _unknown(layer, names)
     after = names[names.index(layer) :]
     return {
-        op.name: Update("bias" if bias_only else "all", _channels(graph, op))
+        op.name: LayerUpdate("bias" if bias_only else "all", _channels(graph, op))
         for op in graph.ops
         if op.name in after and _has_weights(op)
     }
 
 
-def natural_loss(graph: Graph, *, classes: int | None = None) -> Loss:
+def default_loss(graph: Graph, *, classes: int | None = None) -> Loss:
     """The loss that goes with a model's end: softmax or logistic function; without these, the squared error, or softmax
     cross-entropy if there are new classes."""
     at = root(graph.tensors, graph.output)
@@ -237,7 +237,7 @@ def _reachable(graph: Graph) -> list[Op]:
     found = []
     for op in filter(_has_weights, graph.ops):
         try:
-            _trained(graph, {op.name: Update("bias", 1)})
+            _trained(graph, {op.name: LayerUpdate("bias", 1)})
         except CompileError:
             continue
         found.append(op)
@@ -385,11 +385,11 @@ class _Search:
         """To the byte. How many of a layer's channels train makes no difference to the activations."""
         weights = tuple(n > 0 for n in levels)
         if weights not in self.activations:
-            self.activations[weights] = takes(_trained(self.graph, self.selection(levels))).activations
+            self.activations[weights] = resource_use(_trained(self.graph, self.selection(levels))).activations
         return self.activations[weights] + self.params(levels)
 
     def selection(self, levels: _Levels) -> Selection:
         return {self.layers[i].name: self.update(i, n) for i, n in enumerate(levels, self.lowest(levels))}
 
-    def update(self, i: int, level: int) -> Update:
-        return Update("all", level) if level else Update("bias", self.channels[i])
+    def update(self, i: int, level: int) -> LayerUpdate:
+        return LayerUpdate("all", level) if level else LayerUpdate("bias", self.channels[i])

@@ -31,9 +31,9 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.protocol import ProtocolError, Topics
-from tinyfleet.firmware_tools.boards.catalogue import Target, load
+from tinyfleet.firmware_tools.boards.catalogue import Target, load_board
 from tinyfleet.firmware_tools.firmware import kernel_table
-from tinyfleet.firmware_tools.firmware import stack as stacks
+from tinyfleet.firmware_tools.firmware import stack as stack_usage
 
 SOURCES = Path(__file__).parent / "src"
 MOTE = Path(tinyfleet.edge.__file__).parent / "mote"
@@ -62,7 +62,7 @@ SMALL = (
 )  # fmt: skip
 
 #: Bytes of the largest program that a node takes over the air, unless the caller says otherwise.
-ADOPT_BYTES = 4096
+MODEL_SLOT_BYTES = 4096
 
 Blob = bytes | bytearray
 
@@ -146,7 +146,7 @@ def link(
         *cpu,
         *PROFILES[profile],
         *SPLIT,
-        stacks.FLAG,
+        stack_usage.FLAG,
         "-masm-syntax-unified",
         f"-DBOARD_CLOCK_HZ={target.board.clock_hz}u",
         *(f"-D{macro}" for macro in macros),
@@ -185,7 +185,7 @@ def link(
         "profile": profile,
         "mote": _by_file(map_, engine, "text|rodata"),
         "static": sum(_by_file(map_, engine, "data|bss").values()),
-        "stack": asdict(stacks.usage(sorted(work.glob("*.ci")), kernels)) if engine else None,
+        "stack": asdict(stack_usage.usage(sorted(work.glob("*.ci")), kernels)) if engine else None,
     }
     (work / "note.json").write_text(json.dumps(noted))
     _call([_objcopy(compiler), f"--add-section=.tinyfleet={work / 'note.json'}", str(elf)], elf.name)
@@ -268,24 +268,24 @@ def build(
     device_id: str,
     out: Path,
     *,
-    adopt_bytes: int = ADOPT_BYTES,
+    model_slot_bytes: int = MODEL_SLOT_BYTES,
 ) -> Path:
     """A fleet device's firmware: returns {out}/firmware.elf.
 
-    It learns `program` from the samples of `data`, which lie in flash. adopt_bytes: room in RAM for a program received
+    It learns `program` from the samples of `data`, which lie in flash. model_slot_bytes: RAM for a program received
     over the air (its arena must fit that of `program`), for which the image holds all operators; 0: it holds those of
     `program`.
     Raises UserError for an unknown board, one without a serial port, a name that cannot be in a topic, a missing
     compiler, samples that are not the model's, and if it does not fit the board.
     """
-    target = load(board)
+    target = load_board(board)
     uart = target.serial()
     _compiler()
     try:
         Topics(fleet).do(device_id)
     except ProtocolError as error:
         raise UserError(str(error)) from error
-    data.must_fit(program)
+    data.check_compatible(program)
     td = thing_description(
         fleet,
         device_id,
@@ -294,7 +294,7 @@ def build(
         engine_version=ENGINE_VERSION,
         arena_bytes=program.arena_bytes,
         model=program.model_id,
-        adopt_bytes=adopt_bytes,
+        model_slot_bytes=model_slot_bytes,
     )
     out.mkdir(parents=True, exist_ok=True)
     generated = mote_codegen.generate(out / "firmware.wire")
@@ -312,12 +312,18 @@ def build(
             "td": json.dumps(td, separators=(",", ":")).encode(),
             **_samples(data),
         },
-        defines={**_shape(program), **_task(data), "fleet": fleet, "id": device_id, "adopt_bytes": adopt_bytes},
+        defines={
+            **_shape(program),
+            **_task(data),
+            "fleet": fleet,
+            "id": device_id,
+            "model_slot_bytes": model_slot_bytes,
+        },
         foreign=generated,
         include=[generated[0].parent],
         macros=mote_codegen.DEFINES,
         note={"fleet": fleet, "device": device_id},
-        programs=[program.data] if adopt_bytes == 0 else None,
+        programs=[program.data] if model_slot_bytes == 0 else None,
     )
 
 
@@ -352,7 +358,7 @@ def mel(target: Target, elf: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingCase:
     """What src/main_exactness.c does with a program: `steps` steps on made-up samples, with this optimiser; or as many
     inferences of int8, if nothing trains."""
 
@@ -371,7 +377,7 @@ class Course:
         return struct.pack("<III4f", len(self.program.data), self.steps, self.seed, *how) + self.program.data
 
 
-def course_constants(courses: Sequence[Course]) -> dict[str, int | float | str]:
+def training_case_defines(courses: Sequence[TrainingCase]) -> dict[str, int | float | str]:
     """The constants of "device.h" with which src/main_exactness.c is compiled."""
     return {
         "arena_bytes": max(course.program.arena_bytes for course in courses),
@@ -379,14 +385,14 @@ def course_constants(courses: Sequence[Course]) -> dict[str, int | float | str]:
     }
 
 
-def exactness(target: Target, courses: Sequence[Course], elf: Path, *, profile: Profile = "exact") -> Path:
+def exactness(target: Target, courses: Sequence[TrainingCase], elf: Path, *, profile: Profile = "exact") -> Path:
     """The program that learns and prints a checksum of what it has learned (see src/main_exactness.c)."""
     return link(
         target,
         elf,
         [SOURCES / "main_exactness.c", SOURCES / "semihost.c", *ENGINE],
         blobs={"courses": b"".join(course.data for course in courses)},
-        defines=course_constants(courses),
+        defines=training_case_defines(courses),
         programs=[course.program.data for course in courses],
         profile=profile,
     )
@@ -447,7 +453,7 @@ class Size:
     mote: Mapping[str, int]
     static: int
     frames: Mapping[str, int]
-    depths: Mapping[str, stacks.Depth]
+    depths: Mapping[str, stack_usage.Depth]
 
     @property
     def flash(self) -> int:
@@ -508,5 +514,7 @@ def _size(elf: ELFFile) -> Size:
         mote=note["mote"],
         static=int(note["static"]),
         frames=usage["functions"],
-        depths={name: stacks.Depth(depth["bytes"], tuple(depth["calls"])) for name, depth in usage["depths"].items()},
+        depths={
+            name: stack_usage.Depth(depth["bytes"], tuple(depth["calls"])) for name, depth in usage["depths"].items()
+        },
     )

@@ -35,7 +35,7 @@ def _command(target: Target, elf: Path) -> list[str]:
     return ["qemu-system-arm", "-M", machine, "-nographic", "-monitor", "none", "-kernel", str(elf)]
 
 
-def run(target: Target, elf: Path, *, counting: bool = False, timeout: float = 60.0) -> str:
+def run_to_completion(target: Target, elf: Path, *, counting: bool = False, timeout: float = 60.0) -> str:
     """Runs a program that ends by itself through semihosting; returns what it printed.
 
     counting: virtual time runs by instructions, so that the board's clock counts them, the same on every run.

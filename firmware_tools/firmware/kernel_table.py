@@ -23,7 +23,7 @@ _LINE = re.compile(r"^    \{MOTE_(\w+), (.*?)\},$", re.MULTILINE | re.DOTALL)  #
 
 
 @dataclass(frozen=True)
-class Entry:
+class KernelEntry:
     """A line of the table: an operator's or a loss's name, and its functions in the order of their struct."""
 
     name: str
@@ -40,12 +40,14 @@ class Entry:
         return f"    {{MOTE_{self.name}, {', '.join(self.functions)}}},"
 
 
-def whole() -> list[Entry]:
+def whole() -> list[KernelEntry]:
     """All that the engine has."""
-    return [Entry(name, tuple(re.split(r",\s+", functions))) for name, functions in _LINE.findall(SOURCE.read_text())]
+    return [
+        KernelEntry(name, tuple(re.split(r",\s+", functions))) for name, functions in _LINE.findall(SOURCE.read_text())
+    ]
 
 
-def needed(programs: Iterable[bytes]) -> list[Entry]:
+def needed(programs: Iterable[bytes]) -> list[KernelEntry]:
     """What these programs need. They must be programs: nothing is checked here."""
     forward, backward = set(), set()
     for data in programs:
@@ -62,12 +64,14 @@ def needed(programs: Iterable[bytes]) -> list[Entry]:
     missing = forward - {entry.name for entry in found}
     assert not missing, f"the engine has no {missing}"
     return [
-        entry if entry.is_loss or entry.name in backward else Entry(entry.name, (*entry.functions[:2], "NULL", "NULL"))
+        entry
+        if entry.is_loss or entry.name in backward
+        else KernelEntry(entry.name, (*entry.functions[:2], "NULL", "NULL"))
         for entry in found
     ]
 
 
-def source(entries: Iterable[Entry]) -> str:
+def source(entries: Iterable[KernelEntry]) -> str:
     """The table as C, in place of mote_kernels.c."""
     lines = list(entries)
     return "\n".join(

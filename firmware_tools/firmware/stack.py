@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tinyfleet.firmware_tools.firmware.kernel_table import Entry
+from tinyfleet.firmware_tools.firmware.kernel_table import KernelEntry
 
 #: The compiler's option that writes {object}.ci beside every object file.
 FLAG = "-fcallgraph-info=su"
@@ -42,7 +42,7 @@ class Usage:
     depths: Mapping[str, Depth]
 
 
-def usage(graphs: Iterable[Path], table: Iterable[Entry]) -> Usage:
+def usage(graphs: Iterable[Path], table: Iterable[KernelEntry]) -> Usage:
     """Reads the .ci files of the engine's sources, and of everything else that is linked.
 
     The arithmetic and the copying that the compiler calls (__aeabi_..., memcpy) are not in them and count as 0.

@@ -86,7 +86,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Where an operation's weights and bias come from.
 
     part: of a separable convolution, 0 is the depthwise one and 1 the pointwise one. norms: the batch normalisations
@@ -165,7 +165,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Reading:
+class KerasGraph:
     """A Keras model as a graph without its weights (all 0), and where they come from.
 
     graph: its operations train as Keras has their layers trainable; its loss is None where the model does not settle
@@ -173,7 +173,7 @@ class Reading:
     """
 
     graph: Graph
-    sources: tuple[Source, ...]
+    sources: tuple[WeightSource, ...]
     unsettled: str
 
     def with_weights(self, model: Any) -> Graph:
@@ -202,12 +202,12 @@ class Reading:
         return next((norm for s in self.sources[before:] for norm in s.norms if norm.trainable), None)
 
 
-def read(model: Any, loss: str | None = None) -> Graph:
+def read_keras(model: Any, loss: str | None = None) -> Graph:
     """A Keras 3 model with its weights; as `reading`. Raises CompileError."""
-    return reading(model, loss).with_weights(model)
+    return read_keras_structure(model, loss).with_weights(model)
 
 
-def reading(model: Any, loss: str | None = None) -> Reading:
+def read_keras_structure(model: Any, loss: str | None = None) -> KerasGraph:
     """A Keras 3 model, without its weights: needs no Keras.
 
     model: Sequential or functional, built; or the path of a .keras file. Operations train as Keras has their layers
@@ -223,7 +223,7 @@ def reading(model: Any, loss: str | None = None) -> Reading:
     ops, sources = _fold(builder, output)
     graph = Graph(tuple(builder.tensors), tuple(ops), output)
     graph, unsettled = _settle(graph, loss, description.get("compile_config") or {})
-    return Reading(simplify(graph), tuple(sources), unsettled)
+    return KerasGraph(simplify(graph), tuple(sources), unsettled)
 
 
 # The description
@@ -334,7 +334,7 @@ class _Builder:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.ops: list[Op] = []
-        self.sources: dict[int, Source] = {}
+        self.sources: dict[int, WeightSource] = {}
         self.layers: set[str] = set()
 
     def whole(self, description: Mapping[str, Any]) -> int:
@@ -442,7 +442,14 @@ class _Builder:
         return _Value(output, shape)
 
     def weighted(
-        self, kind: Kind, source: Source, x: _Value, shape: Shape, weights: Shape, frozen: bool = False, **fields: Any
+        self,
+        kind: Kind,
+        source: WeightSource,
+        x: _Value,
+        shape: Shape,
+        weights: Shape,
+        frozen: bool = False,
+        **fields: Any,
     ) -> _Value:
         """One more operation with weights of this shape and a bias, all 0 until they are read."""
         y = self.op(
@@ -544,10 +551,10 @@ def _dense(b: _Builder, layer: Layer, x: _Value) -> _Value:
     units = layer.config["units"]
     shape = (*x.shape[:-1], units)
     if len(x.shape) == 1:
-        y = b.weighted(Kind.DENSE, Source(layer), x, shape, (units, x.shape[0]))
+        y = b.weighted(Kind.DENSE, WeightSource(layer), x, shape, (units, x.shape[0]))
     else:  # of every place by itself
         fields: dict[str, Any] = {"kernel": (1, 1), "strides": (1, 1), "dilation": (1, 1)}
-        y = b.weighted(Kind.CONV2D, Source(layer), x, shape, (units, 1, 1, x.shape[-1]), **fields)
+        y = b.weighted(Kind.CONV2D, WeightSource(layer), x, shape, (units, 1, 1, x.shape[-1]), **fields)
     return b.activation(layer, layer.config["activation"], y)
 
 
@@ -555,11 +562,11 @@ def _conv(b: _Builder, layer: Layer, x: _Value) -> _Value:
     config = layer.config
     if config["groups"] != 1:
         raise layer.error("is grouped; supported are groups=1, and a DepthwiseConv2D")
-    y = _convolution(b, Source(layer), x, config["filters"])
+    y = _convolution(b, WeightSource(layer), x, config["filters"])
     return b.activation(layer, config["activation"], y)
 
 
-def _convolution(b: _Builder, source: Source, x: _Value, filters: int) -> _Value:
+def _convolution(b: _Builder, source: WeightSource, x: _Value, filters: int) -> _Value:
     config = source.layer.config
     places, fields = b.window(
         source.layer, x, config["kernel_size"], config["strides"], config["padding"], config["dilation_rate"]
@@ -568,10 +575,10 @@ def _convolution(b: _Builder, source: Source, x: _Value, filters: int) -> _Value
 
 
 def _depthwise_conv(b: _Builder, layer: Layer, x: _Value) -> _Value:
-    return b.activation(layer, layer.config["activation"], _depthwise(b, Source(layer), x))
+    return b.activation(layer, layer.config["activation"], _depthwise(b, WeightSource(layer), x))
 
 
-def _depthwise(b: _Builder, source: Source, x: _Value) -> _Value:
+def _depthwise(b: _Builder, source: WeightSource, x: _Value) -> _Value:
     config = source.layer.config
     places, fields = b.window(
         source.layer, x, config["kernel_size"], config["strides"], config["padding"], config["dilation_rate"]
@@ -581,11 +588,11 @@ def _depthwise(b: _Builder, source: Source, x: _Value) -> _Value:
 
 
 def _separable_conv(b: _Builder, layer: Layer, x: _Value) -> _Value:
-    deep = _depthwise(b, Source(layer, part=0), x)
+    deep = _depthwise(b, WeightSource(layer, part=0), x)
     filters = layer.config["filters"]
     fields: dict[str, Any] = {"kernel": (1, 1), "strides": (1, 1), "dilation": (1, 1)}
     shape, weights = (*deep.shape[:-1], filters), (filters, 1, 1, deep.shape[-1])
-    y = b.weighted(Kind.CONV2D, Source(layer, part=1), deep, shape, weights, **fields)
+    y = b.weighted(Kind.CONV2D, WeightSource(layer, part=1), deep, shape, weights, **fields)
     return b.activation(layer, layer.config["activation"], y)
 
 
@@ -616,7 +623,7 @@ def _of_channels(layer: Layer, axis: Any, x: _Value) -> None:
         raise layer.error(f"goes over axis {axis}; supported is the last one")
 
 
-def _scaled(b: _Builder, layer: Layer, source: Source, x: _Value) -> _Value:
+def _scaled(b: _Builder, layer: Layer, source: WeightSource, x: _Value) -> _Value:
     """A frozen scale and shift of every channel."""
     fields: dict[str, Any] = {"kernel": (1, 1), "strides": (1, 1), "dilation": (1, 1)}
     return b.weighted(Kind.DEPTHWISE, source, x, x.shape, (1, 1, x.shape[-1]), frozen=True, **fields)
@@ -626,7 +633,7 @@ def _batch_norm(b: _Builder, layer: Layer, x: _Value) -> _Value:
     _of_channels(layer, layer.config["axis"], x)
     if layer.config.get("renorm"):
         raise layer.error("renormalizes; supported is renorm=False")
-    return _scaled(b, layer, Source(layer, norms=(layer,)), x)
+    return _scaled(b, layer, WeightSource(layer, norms=(layer,)), x)
 
 
 def _rescaling(b: _Builder, layer: Layer, x: _Value) -> _Value:
@@ -634,7 +641,7 @@ def _rescaling(b: _Builder, layer: Layer, x: _Value) -> _Value:
         value = np.asarray(layer.config[name])
         if value.size not in (1, x.shape[-1]) or value.dtype.kind not in "fi":
             raise layer.error(f"has a {name} that is neither one number nor one for each channel")
-    return _scaled(b, layer, Source(layer), x)
+    return _scaled(b, layer, WeightSource(layer), x)
 
 
 def _normalization(b: _Builder, layer: Layer, x: _Value) -> _Value:
@@ -642,7 +649,7 @@ def _normalization(b: _Builder, layer: Layer, x: _Value) -> _Value:
         _of_channels(layer, layer.config["axis"], x)
     if layer.config["invert"]:
         raise layer.error("goes backwards; supported is invert=False")
-    return _scaled(b, layer, Source(layer), x)
+    return _scaled(b, layer, WeightSource(layer), x)
 
 
 def _layer_norm(b: _Builder, layer: Layer, x: _Value) -> _Value:
@@ -650,7 +657,7 @@ def _layer_norm(b: _Builder, layer: Layer, x: _Value) -> _Value:
     _of_channels(layer, config["axis"], x)
     if config.get("rms_scaling"):
         raise layer.error("scales by the root mean square; supported is rms_scaling=False")
-    return b.weighted(Kind.LAYERNORM, Source(layer), x, x.shape, (x.shape[-1],), epsilon=config["epsilon"])
+    return b.weighted(Kind.LAYERNORM, WeightSource(layer), x, x.shape, (x.shape[-1],), epsilon=config["epsilon"])
 
 
 def _flatten(b: _Builder, layer: Layer, x: _Value) -> _Value:
@@ -748,14 +755,14 @@ _LAYERS: dict[str, Callable[[_Builder, Layer, _Value], _Value]] = {
 # The whole
 
 
-def _fold(builder: _Builder, output: int) -> tuple[list[Op], list[Source]]:
+def _fold(builder: _Builder, output: int) -> tuple[list[Op], list[WeightSource]]:
     """The operations, with every batch normalization that alone reads what an operation with weights gives made part of
     that; and the sources of those with weights."""
     read = Counter(i for op in builder.ops for i in op.inputs)
     read.update(t.view_of for t in builder.tensors if t.view_of is not None)
     read[output] += 1
     ops: list[Op] = []
-    sources: dict[int, Source] = {}  # by place among the operations
+    sources: dict[int, WeightSource] = {}  # by place among the operations
     place: dict[int, int] = {}  # of those with weights, by output
     for op in builder.ops:
         source = builder.sources.get(op.output)

@@ -40,7 +40,7 @@ _CLAMPS = {"RELU": (0.0, math.inf), "RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 
 _FLOAT_ACTIVATIONS = {"RELU": Kind.RELU, "RELU6": Kind.RELU6, "TANH": Kind.TANH}
 
 
-def read(model: Path | bytes) -> Graph:
+def read_tflite(model: Path | bytes) -> Graph:
     """The graph of a .tflite file (or of its bytes), for inference, with all weights.
 
     A batch of one sample; tensors [1, n], [1, t, c] and [1, h, w, c] become (1, 1, n), (1, t, c) and (h, w, c). Ops are

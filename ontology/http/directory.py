@@ -19,8 +19,8 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import web
 from tinyfleet.ontology.http.sparql import Protocol
 from tinyfleet.ontology.http.web import HttpError, authorise, in_thread
-from tinyfleet.ontology.ingest.registry import MAX_BYTES, TD_CONTEXT, Refused, Registry, read
-from tinyfleet.ontology.ingest.things import CONTEXT, SORTED_BY, Event, Thing, merged
+from tinyfleet.ontology.ingest.registry import MAX_BYTES, TD_CONTEXT, Registry, RejectedMessage, parse_thing_description
+from tinyfleet.ontology.ingest.things import CONTEXT, SORTED_BY, Thing, ThingEvent, merged
 from tinyfleet.ontology.store.store import StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
@@ -50,7 +50,7 @@ class Directory:
         self._things = registry.things
         self._token = token
         self._deleted = deleted
-        self._streams: set[Callable[[Event | None], None]] = set()
+        self._streams: set[Callable[[ThingEvent | None], None]] = set()
         self.routes = [
             Route("/.well-known/wot", _answering(self._self), methods=["GET"]),
             Route("/things", _answering(self._list), methods=["GET"]),
@@ -169,15 +169,15 @@ class Directory:
 
     async def _stream(self, kind: str | None, whole: bool, since: str | None) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        queue: asyncio.Queue[ThingEvent | None] = asyncio.Queue()
 
-        def add(event: Event | None) -> None:
+        def add(event: ThingEvent | None) -> None:
             if queue.qsize() < _BEHIND:
                 queue.put_nowait(event)
             elif queue.qsize() == _BEHIND:
                 queue.put_nowait(None)
 
-        def put(event: Event | None) -> None:
+        def put(event: ThingEvent | None) -> None:
             loop.call_soon_threadsafe(add, event)
 
         self._streams.add(put)
@@ -209,14 +209,14 @@ class Directory:
             raise HttpError(415, f"the content must be {' or '.join(kind for kind in kinds if kind)}")
         content = await web.body(request, MAX_BYTES)
         try:
-            return read(content)
-        except Refused as reason:
+            return parse_thing_description(content)
+        except RejectedMessage as reason:
             raise HttpError(400, str(reason), violations=reason.violations) from None
 
     async def _writing(self, write: Callable[[], bool]) -> bool:
         try:
             return await in_thread(write)
-        except Refused as reason:
+        except RejectedMessage as reason:
             raise HttpError(400, "the description is not valid", violations=reason.violations) from None
         except StoreError:
             raise

@@ -50,7 +50,7 @@ class Catalogue:
     refused: Mapping[str, str]
 
 
-def read(folder: Path) -> Catalogue:
+def read_board_catalogue(folder: Path) -> Catalogue:
     """Reads the files of a folder. Raises UserError if one is missing or of another form."""
     parts: Facts = {}
     for row in _rows(folder / "sensor_parts.csv", ("part", "observed_properties")):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.ingest.model_card import Card, beside
+from tinyfleet.ontology.ingest.model_card import ModelCard, beside
 from tinyfleet.ontology.store.store import Binding, Facts, Store, Value, bind, each, triples
 from tinyfleet.ontology.vocabulary import implied, shapes
 from tinyfleet.ontology.vocabulary.namespaces import (
@@ -145,7 +145,7 @@ class ModelDescription:
     train_ram_bytes: int | None = None
     storage_bytes: int | None = None
     training_options: tuple[TrainingOption, ...] = ()
-    card: Card | None = None
+    card: ModelCard | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What could not be told from the file, for the person who asked."""
 
@@ -230,7 +230,7 @@ def board_facts(
             **(more or {}),
         }
     }
-    return implied.with_implied(flat, parts)
+    return implied.with_entailments(flat, parts)
 
 
 def part_facts(part: str, observes: Sequence[str]) -> dict[Iri, dict[Iri, Binding | None]]:
@@ -366,7 +366,7 @@ def from_program(program: ProgramLike, name: str) -> ModelDescription:
 
 def from_file(path: str | Path) -> ModelDescription:
     """A .tflite or .keras file, with the model card beside it if there is one. Raises DescribeError if it is neither,
-    or damaged, and CardError if the card is wrong."""
+    or damaged, and ModelCardError if the card is wrong."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -447,10 +447,10 @@ def model_facts(model: ModelDescription) -> dict[Iri, dict[Iri, Binding | None]]
             }
     if model.card is not None:
         _put_card(facts, iri, model.card)
-    return implied.with_implied(facts)
+    return implied.with_entailments(facts)
 
 
-def _put_card(facts: dict[Iri, dict[Iri, Binding | None]], iri: Iri, card: Card) -> None:
+def _put_card(facts: dict[Iri, dict[Iri, Binding | None]], iri: Iri, card: ModelCard) -> None:
     """What the model's card says."""
     datasets = {dataset_iri(name): name for name in card.datasets}
     scores = {Iri(f"{iri}#score-{i}"): score for i, score in enumerate(card.scores)}

@@ -35,7 +35,7 @@ SETTLED = 0.4
 
 
 @dataclass(frozen=True)
-class Part:
+class Participation:
     """One device's part in a round: what it reported, None where it reported nothing of the kind.
 
     loss: mean over the samples learned from; accuracy: 0 to 1, on samples never learned from; bytes_up: payload sent;
@@ -94,7 +94,7 @@ class Lineage:
         self,
         run: int,
         number: int,
-        parts: Sequence[Part],
+        parts: Sequence[Participation],
         *,
         asked: int,
         started: datetime,
@@ -233,7 +233,7 @@ class Lineage:
         }
 
 
-class Histories:
+class DeviceHistory:
     """Since when devices are offline, and their drift events: what their new statuses change beside their state.
 
     The graph is asked once for all the statuses that are to come; `changes` then follows what it has said itself. To be

@@ -27,12 +27,12 @@ _MAX_BYTES = 1_000_000
 _MAX_ITEMS = 2_000
 
 
-class CardError(UserError):
+class ModelCardError(UserError):
     """The card cannot be read, or says what cannot be; the message names the entry."""
 
 
 @dataclass(frozen=True)
-class Score:
+class MetricValue:
     """A value of a metric, such as accuracy, on a data set if the card says on which."""
 
     metric: str
@@ -41,7 +41,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What a model card says; None or empty where it says nothing."""
 
     pipeline_tag: str | None = None
@@ -52,16 +52,16 @@ class Card:
     created: str | None = None
     datasets: tuple[str, ...] = ()
     """Names, or addresses."""
-    scores: tuple[Score, ...] = ()
+    scores: tuple[MetricValue, ...] = ()
     labels: tuple[str, ...] = ()
     input_properties: tuple[str, ...] = ()
     """Names of observable properties."""
     input_info: str | None = None
 
 
-def beside(model: Path) -> Card | None:
+def beside(model: Path) -> ModelCard | None:
     """The card beside a model's file: {name}.md, or else README.md in its folder if it has YAML at its head. None if
-    there is none. Raises CardError."""
+    there is none. Raises ModelCardError."""
     for path in (model.with_suffix(".md"), model.with_name("README.md")):
         try:
             with path.open("rb") as file:
@@ -69,43 +69,43 @@ def beside(model: Path) -> Card | None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise CardError(f"{path} cannot be read: {error.strerror}") from None
+            raise ModelCardError(f"{path} cannot be read: {error.strerror}") from None
         try:
             if len(data) > _MAX_BYTES:
-                raise CardError(f"it is longer than {_MAX_BYTES:,} bytes")
+                raise ModelCardError(f"it is longer than {_MAX_BYTES:,} bytes")
             card = parse(data.decode("utf-8"))
         except UnicodeDecodeError:
-            raise CardError(f"{path} is not UTF-8 text; write the model card as such") from None
-        except CardError as error:
-            raise CardError(f"{path}: {error}") from None
+            raise ModelCardError(f"{path} is not UTF-8 text; write the model card as such") from None
+        except ModelCardError as error:
+            raise ModelCardError(f"{path}: {error}") from None
         if card is not None:
             return card
     return None
 
 
-def parse(text: str) -> Card | None:
-    """The card of a Markdown text; None if there is no YAML at its head. Raises CardError."""
+def parse(text: str) -> ModelCard | None:
+    """The card of a Markdown text; None if there is no YAML at its head. Raises ModelCardError."""
     found = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if found is None:
         return None
     try:
         said = yaml.load(found[1], _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CardError(f"its head is not YAML: {' '.join(str(error).split())[:200]}") from None
+        raise ModelCardError(f"its head is not YAML: {' '.join(str(error).split())[:200]}") from None
     if said is None:
         return None
     if not isinstance(said, dict):
-        raise CardError("its head must be a mapping, such as 'license: mit'")
+        raise ModelCardError("its head must be a mapping, such as 'license: mit'")
     own = said.get("tinyfleet") or {}
     if not isinstance(own, dict):
-        raise CardError("'tinyfleet' must be a mapping, such as 'observes: [sound]'")
+        raise ModelCardError("'tinyfleet' must be a mapping, such as 'observes: [sound]'")
     properties = _texts(own, "observes")
     for name in properties:
         try:
             property_iri(name)
         except UserError as error:
-            raise CardError(f"'observes': {error}") from None
-    return Card(
+            raise ModelCardError(f"'observes': {error}") from None
+    return ModelCard(
         pipeline_tag=_text(said, "pipeline_tag"),
         license=_text(said, "license"),
         description=_text(own, "description") or _text(said, "model_summary"),
@@ -134,7 +134,7 @@ def _text(said: dict[str, Any], key: str) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, list | dict):
-        raise CardError(f"'{key}' must be one text, not {value!r:.60}")
+        raise ModelCardError(f"'{key}' must be one text, not {value!r:.60}")
     return value.isoformat() if isinstance(value, date) else str(value)
 
 
@@ -144,12 +144,12 @@ def _texts(said: dict[str, Any], key: str) -> tuple[str, ...]:
         return ()
     items = value if isinstance(value, list) else [value]
     if len(items) > _MAX_ITEMS or any(isinstance(item, list | dict) or item in (None, "") for item in items):
-        raise CardError(f"'{key}' must be a list of texts, not {value!r:.60}")
+        raise ModelCardError(f"'{key}' must be a list of texts, not {value!r:.60}")
     # YAML reads yes and no as booleans, which as labels they never are.
     return tuple({True: "yes", False: "no"}[item] if isinstance(item, bool) else str(item) for item in items)
 
 
-def _scores(said: dict[str, Any]) -> tuple[Score, ...]:
+def _scores(said: dict[str, Any]) -> tuple[MetricValue, ...]:
     """The values under model-index: its results' metrics. Those without a number (a range, a '-') are left out."""
     scores = []
     try:
@@ -160,9 +160,9 @@ def _scores(said: dict[str, Any]) -> tuple[Score, ...]:
                     value = metric.get("value")
                     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                         name = metric.get("type") or metric.get("name")
-                        scores.append(Score(str(name), float(value), None if dataset is None else str(dataset)))
+                        scores.append(MetricValue(str(name), float(value), None if dataset is None else str(dataset)))
     except (AttributeError, TypeError):
-        raise CardError("'model-index' must be a list of models with results with metrics") from None
+        raise ModelCardError("'model-index' must be a list of models with results with metrics") from None
     if len(scores) > _MAX_ITEMS:
-        raise CardError(f"'model-index' holds more than {_MAX_ITEMS} values")
+        raise ModelCardError(f"'model-index' holds more than {_MAX_ITEMS} values")
     return tuple(scores)

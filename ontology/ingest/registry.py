@@ -30,10 +30,10 @@ from tinyfleet.edge.wire.protocol import ProtocolError, Status, Topics, decode_s
 from tinyfleet.ontology import vocabulary
 from tinyfleet.ontology.ingest import lineage
 from tinyfleet.ontology.ingest.describe import known_parts
-from tinyfleet.ontology.ingest.things import Changes, Document, Things, split
+from tinyfleet.ontology.ingest.things import Document, DocumentChanges, ThingStore, split
 from tinyfleet.ontology.store.store import BASE, Binding, Store, StoreError, Value, each, printable, term, value
 from tinyfleet.ontology.vocabulary import shapes
-from tinyfleet.ontology.vocabulary.implied import with_implied
+from tinyfleet.ontology.vocabulary.implied import with_entailments
 from tinyfleet.ontology.vocabulary.namespaces import (
     BOARDS,
     RDF,
@@ -67,7 +67,7 @@ _DEVICE = (
     TF.engine,
     TF.engineVersion,
     TF.arenaBytes,
-    TF.adoptBytes,
+    TF.modelSlotBytes,
     TF.model,
 )
 _BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)
@@ -81,7 +81,7 @@ _KEYWORDS = {"@context", "@id", "@type"}
 log = logging.getLogger(__name__)
 
 
-class Refused(Exception):
+class RejectedMessage(Exception):
     """Why a message was not taken: `violations`, one line each."""
 
     def __init__(self, *violations: str) -> None:
@@ -90,7 +90,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class IngestResult:
     """What became of a message: what it was, of which device, and why it was refused, if it was.
 
     online: what a status says; for a description, whether there is one (an empty one takes the device away).
@@ -122,7 +122,7 @@ class Registry:
         self._clock = clock
         self.fleet = fleet_name(fleet)
         self._topics = Topics(fleet)
-        self.things = Things(store)
+        self.things = ThingStore(store)
         self.accepted = 0
         self.refused = 0
         self.last_refusal: str | None = None
@@ -133,7 +133,7 @@ class Registry:
         (taken,) = self.take([(topic, payload)])
         return taken is not None and taken.refusal is None
 
-    def take(self, messages: Sequence[tuple[str, bytes]]) -> list[Taken | None]:
+    def take(self, messages: Sequence[tuple[str, bytes]]) -> list[IngestResult | None]:
         """Takes messages in the order of their arrival; for each what became of it, None if it is none of the
         registry's. When this returns they are in the graph.
 
@@ -141,20 +141,24 @@ class Registry:
         store fails: the messages can then be handed over again.
         """
         with self.things.lock:
-            read = [self._read(topic, payload) for topic, payload in messages]
-            histories = lineage.Histories(
+            parse_thing_description = [self._read(topic, payload) for topic, payload in messages]
+            histories = lineage.DeviceHistory(
                 self._store,
-                ((device_iri(self.fleet, m.device), m.said) for m in read if m and isinstance(m.said, Status)),
+                (
+                    (device_iri(self.fleet, m.device), m.said)
+                    for m in parse_thing_description
+                    if m and isinstance(m.said, Status)
+                ),
             )
-            taken: list[Taken | None] = []
-            facts, changes = _Pending(), Changes()
-            for message in read:
+            taken: list[IngestResult | None] = []
+            facts, changes = PendingFacts(), DocumentChanges()
+            for message in parse_thing_description:
                 if message is None:
                     taken.append(None)
                     continue
                 kind, device, iri, said = message
                 try:
-                    if isinstance(said, Refused):
+                    if isinstance(said, RejectedMessage):
                         raise said
                     if isinstance(said, Status):
                         self._state(iri, said, facts, histories)
@@ -164,19 +168,19 @@ class Registry:
                         online = True
                     else:
                         self.things.write(facts, changes)
-                        facts, changes = _Pending(), Changes()
+                        facts, changes = PendingFacts(), DocumentChanges()
                         self.things.remove(iri)
                         histories.removed(iri)
                         online = False
                 except StoreError:
                     raise
-                except (Refused, UserError) as reason:
+                except (RejectedMessage, UserError) as reason:
                     what = "Thing Description" if kind == "td" else "status"
                     refusal = printable(f"{what} of {device!r} refused: {reason}")
                     log.warning("%s", refusal)
-                    taken.append(Taken(kind, device, refusal=refusal))
+                    taken.append(IngestResult(kind, device, refusal=refusal))
                 else:
-                    taken.append(Taken(kind, device, online))
+                    taken.append(IngestResult(kind, device, online))
             self.things.write(facts, changes)
             for one in taken:
                 if one is not None and one.refusal is None:
@@ -186,7 +190,7 @@ class Registry:
                     self.last_refusal = one.refusal
             return taken
 
-    def nobody_is_online(self) -> None:
+    def mark_all_offline(self) -> None:
         """Takes it that every device is offline until it says otherwise. In many transactions, if they are many."""
         answer = self._store.evaluate(
             """PREFIX tf: <https://w3id.org/tinyfleet#>
@@ -199,16 +203,16 @@ class Registry:
             now: dict[Iri, Binding | None] = {TF.online: False, TF.offlineSince: self._clock()}
             self._store.write({Iri(str(device)): now for device in some})
 
-    def _read(self, topic: str, payload: bytes) -> "_Read | None":
+    def _read(self, topic: str, payload: bytes) -> "_ParsedMessage | None":
         """What a message says, or why it is refused; None if it is none of the registry's."""
         match self._topics.parse(topic):
             case "td", (device,):
-                return _Read("td", device, device_iri(self.fleet, device), payload)
+                return _ParsedMessage("td", device, device_iri(self.fleet, device), payload)
             case "status", (device,):
-                return _Read("status", device, device_iri(self.fleet, device), _status(payload))
+                return _ParsedMessage("status", device, device_iri(self.fleet, device), _status(payload))
         return None
 
-    def _state(self, iri: Iri, status: Status, pending: "_Pending", histories: lineage.Histories) -> None:
+    def _state(self, iri: Iri, status: Status, pending: "PendingFacts", histories: lineage.DeviceHistory) -> None:
         facts = pending.setdefault(iri, {})
         facts[TF.online] = status.online
         if status.online:  # a will was written before the device did anything: it knows nothing else
@@ -221,10 +225,10 @@ class Registry:
         for subject, said in histories.changes(iri, status, self._clock()).items():
             pending.setdefault(subject, {}).update(said)
 
-    def _description(self, iri: Iri, payload: bytes, pending: "_Pending", changes: Changes) -> None:
-        document = read(payload)
+    def _description(self, iri: Iri, payload: bytes, pending: "PendingFacts", changes: DocumentChanges) -> None:
+        document = parse_thing_description(payload)
         if document.get("id", document.get("@id")) != iri:
-            raise Refused(f"its id must be {iri} on this topic, not {document.get('id')!r:.100}")
+            raise RejectedMessage(f"its id must be {iri} on this topic, not {document.get('id')!r:.100}")
         self._describe(document, pending, changes)
 
     def name(self, document: Mapping[str, Any]) -> Iri:
@@ -240,49 +244,51 @@ class Registry:
         Raises Refused, or UserError, for what cannot be right.
         """
         with self.things.lock:
-            facts, changes = _Pending(), Changes()
+            facts, changes = PendingFacts(), DocumentChanges()
             new = self._describe(given, facts, changes)
             self.things.write(facts, changes)
             return new
 
-    def _describe(self, given: Mapping[str, Any], pending: "_Pending", changes: Changes) -> bool:
+    def _describe(self, given: Mapping[str, Any], pending: "PendingFacts", changes: DocumentChanges) -> bool:
         """Adds to what is to be written. True if there is no description of that id."""
         try:
             document, expires = split(given)
         except ValueError as error:
-            raise Refused(str(error)) from None
+            raise RejectedMessage(str(error)) from None
         id = Iri(document.get("id", document.get("@id", "")))
         try:
             term(id)
         except StoreError:
-            raise Refused("id: one text, an IRI") from None
+            raise RejectedMessage("id: one text, an IRI") from None
         if own := re.fullmatch(r"urn:tinyfleet:([^:]+):([^:]+)", id):
             self._device(own[2], id, document, pending)
         else:
             self._thing(id, document, pending)
         return self.things.change(id, document, expires, changes)
 
-    def _device(self, device: str, iri: Iri, document: Document, pending: "_Pending") -> None:
+    def _device(self, device: str, iri: Iri, document: Document, pending: "PendingFacts") -> None:
         if iri != device_iri(self.fleet, device):
-            raise Refused(f"id: {iri:.100} is not of the fleet {self.fleet!r}")
+            raise RejectedMessage(f"id: {iri:.100} is not of the fleet {self.fleet!r}")
         triples = to_triples(document)
         thing = _facts(triples, iri)
         if TF.Device not in thing.get(RDF.type, ()) or TD.Thing not in thing.get(RDF.type, ()):
-            raise Refused('its @type must be ["Thing", "tf:Device"]')
+            raise RejectedMessage('its @type must be ["Thing", "tf:Device"]')
         for subject in _typed(triples, TF.Device):
             if subject != iri:
-                raise Refused(f"it describes another device, {subject}")
+                raise RejectedMessage(f"it describes another device, {subject}")
         _conforms(triples, document)
         for predicate, expected in ((TF.fleet, self.fleet), (TF.deviceId, device)):
             if thing[predicate] != [expected]:
-                raise Refused(f"its {predicate.removeprefix(TF.iri)} must be {expected!r}, not {thing[predicate][0]!r}")
+                raise RejectedMessage(
+                    f"its {predicate.removeprefix(TF.iri)} must be {expected!r}, not {thing[predicate][0]!r}"
+                )
         board = Iri(str(thing[TF.board][0]))
         said = {p: v for p, v in _facts(triples, board).items() if p in _BOARD}
         if said and board not in _typed(triples, TF.Board):
-            raise Refused("what its tf:board points to must have the @type tf:Board")
+            raise RejectedMessage("what its tf:board points to must have the @type tf:Board")
         known = _listed(pending[board]) if board in pending else self._about(board)
         if not known and TF.ramBytes not in said:
-            raise Refused(f"its board {board} is not known and it does not describe it")
+            raise RejectedMessage(f"its board {board} is not known and it does not describe it")
         for predicate, stated in said.items():
             if known and set(stated) != set(known.get(predicate, ())):
                 log.warning(
@@ -295,12 +301,12 @@ class Registry:
                 )
         ram, arena = {**known, **said}.get(TF.ramBytes, [math.inf])[0], thing.get(TF.arenaBytes, [0])[0]
         if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
-            raise Refused(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
+            raise RejectedMessage(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
         facts = pending.setdefault(iri, {})
         facts.update((p, thing.get(p)) for p in _DEVICE)
         if not known:
             flat = {board: {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}}
-            more = with_implied(flat, known_parts(self._store, [str(name) for name in said.get(TF.sensor, ())]))
+            more = with_entailments(flat, known_parts(self._store, [str(name) for name in said.get(TF.sensor, ())]))
             for subject, about in more.items():
                 pending.setdefault(subject, {}).update(about)
             known = _listed(more[board])
@@ -309,14 +315,14 @@ class Registry:
         if facts[TD.description] is None:
             facts[TD.description] = known.get(TD.title)
 
-    def _thing(self, iri: Iri, document: Document, pending: "_Pending") -> None:
+    def _thing(self, iri: Iri, document: Document, pending: "PendingFacts") -> None:
         """What a thing that is no device says of itself flatly, in place of all that was said of it."""
         if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", iri) or iri.startswith(("urn:tinyfleet:", BASE)):
-            raise Refused(f"id: {iri:.100} cannot be a thing's; take an IRI of your own")
+            raise RejectedMessage(f"id: {iri:.100} cannot be a thing's; take an IRI of your own")
         triples = to_triples(document)
         for triple in triples:
             if triple.predicate.value == RDF.type and str(triple.object).startswith(f"<{TF.iri}"):
-                raise Refused(f"@type: {triple.object} is for what is named urn:tinyfleet:{self.fleet}:…")
+                raise RejectedMessage(f"@type: {triple.object} is for what is named urn:tinyfleet:{self.fleet}:…")
         _conforms(triples, document)
         said: dict[Iri, list[Value]] = {RDF.type: [TD.Thing]}
         for triple in triples:
@@ -341,33 +347,33 @@ def _conforms(triples: list[ox.Triple], document: Mapping[str, Any]) -> None:
     ]
     wrong = [*shapes.violations(triples), *form]
     if wrong:
-        raise Refused(*wrong[:20])
+        raise RejectedMessage(*wrong[:20])
 
 
-_Pending = dict[Iri, dict[Iri, Binding | None]]
+PendingFacts = dict[Iri, dict[Iri, Binding | None]]
 """What is to be written, of each subject."""
 
 
-class _Read(NamedTuple):
+class _ParsedMessage(NamedTuple):
     """A message of a device: a description as it came, a status that is in order, or why it is not."""
 
     kind: Literal["td", "status"]
     device: str
     iri: Iri
-    said: bytes | Status | Refused
+    said: bytes | Status | RejectedMessage
 
 
-def _status(payload: bytes) -> Status | Refused:
+def _status(payload: bytes) -> Status | RejectedMessage:
     if not payload:
-        return Refused("it is empty")
+        return RejectedMessage("it is empty")
     try:
         status = decode_status(payload)
     except ProtocolError as error:
-        return Refused(str(error))
+        return RejectedMessage(str(error))
     if status.online and status.battery is not None and not 0 <= status.battery <= 1:
-        return Refused(f"battery must be from 0 to 1, not {status.battery}")
+        return RejectedMessage(f"battery must be from 0 to 1, not {status.battery}")
     if status.online and status.drift is not None and not math.isfinite(status.drift):
-        return Refused(f"drift must be a number, not {status.drift}")
+        return RejectedMessage(f"drift must be a number, not {status.drift}")
     return status
 
 
@@ -393,27 +399,27 @@ def _typed(triples: list[ox.Triple], kind: Iri) -> Iterator[str]:
             yield t.subject.value if isinstance(t.subject, ox.NamedNode) else str(t.subject)
 
 
-def read(payload: bytes) -> dict[str, Any]:
+def parse_thing_description(payload: bytes) -> dict[str, Any]:
     """The JSON object of a Thing Description. Raises Refused if it is too long, too deep or not one JSON object."""
     if len(payload) > MAX_BYTES:
-        raise Refused(f"{len(payload)} bytes are more than the {MAX_BYTES} that a description may have")
+        raise RejectedMessage(f"{len(payload)} bytes are more than the {MAX_BYTES} that a description may have")
     try:
         document = json.loads(payload.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
     except UnicodeDecodeError as error:
-        raise Refused(f"it is not UTF-8 text: {error}") from None
+        raise RejectedMessage(f"it is not UTF-8 text: {error}") from None
     except RecursionError:
-        raise Refused(f"it nests deeper than {MAX_DEPTH}") from None
+        raise RejectedMessage(f"it nests deeper than {MAX_DEPTH}") from None
     except ValueError as error:
-        raise Refused(f"it is not JSON: {error}") from None
+        raise RejectedMessage(f"it is not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise Refused("it is not a JSON object")
+        raise RejectedMessage("it is not a JSON object")
     level: list[Any] = [document]
     for _ in range(MAX_DEPTH):
         level = [v for node in level for v in (node.values() if isinstance(node, dict) else node)]
         level = [v for v in level if isinstance(v, (dict, list))]
         if not level:
             return document
-    raise Refused(f"it nests deeper than {MAX_DEPTH}")
+    raise RejectedMessage(f"it nests deeper than {MAX_DEPTH}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -436,18 +442,20 @@ def to_triples(document: Mapping[str, Any]) -> list[ox.Triple]:
     given = document.get("@context")
     entries = given if isinstance(given, list) else [given]
     if TD_CONTEXT not in entries:
-        raise Refused(f"its @context must hold {TD_CONTEXT}")
+        raise RejectedMessage(f"its @context must hold {TD_CONTEXT}")
     context = dict(_context())
     for entry in entries:
         if entry == TD_CONTEXT:
             continue
         if not isinstance(entry, dict):
-            raise Refused(f"its @context names {entry!r:.100}; only {TD_CONTEXT} is known, and nothing is fetched")
+            raise RejectedMessage(
+                f"its @context names {entry!r:.100}; only {TD_CONTEXT} is known, and nothing is fetched"
+            )
         for name, iri in entry.items():
             if name.startswith("@") or not isinstance(iri, str) or not iri.endswith(("#", "/", ":")):
-                raise Refused(f"its @context may add prefixes only, such as tf; {name!r:.50} is none")
+                raise RejectedMessage(f"its @context may add prefixes only, such as tf; {name!r:.50} is none")
             if context.get(name, iri) != iri:
-                raise Refused(f"its @context gives {name!r:.50} another meaning")
+                raise RejectedMessage(f"its @context gives {name!r:.50} another meaning")
             context[name] = iri
     body = {name: v for name, v in document.items() if name != "@context"}
     _no_keywords(body)
@@ -455,14 +463,14 @@ def to_triples(document: Mapping[str, Any]) -> list[ox.Triple]:
         quads = ox.parse(json.dumps({"@context": context, **body}), ox.RdfFormat.JSON_LD, without_named_graphs=True)
         return [quad.triple for quad in quads]
     except (SyntaxError, ValueError) as error:
-        raise Refused(f"it is not valid JSON-LD: {error}") from None
+        raise RejectedMessage(f"it is not valid JSON-LD: {error}") from None
 
 
 def _no_keywords(node: object) -> None:
     if isinstance(node, dict):
         for name, inner in node.items():
             if name.startswith("@") and (name not in _KEYWORDS or name == "@context"):
-                raise Refused(f"it may not use {name!r:.50} inside")
+                raise RejectedMessage(f"it may not use {name!r:.50} inside")
             _no_keywords(inner)
     elif isinstance(node, list):
         for inner in node:

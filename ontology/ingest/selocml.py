@@ -15,7 +15,7 @@ import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.ingest.describe import board_facts, put_list
 from tinyfleet.ontology.store.store import Binding, Value, value
-from tinyfleet.ontology.vocabulary.implied import CATALOGUE, with_implied
+from tinyfleet.ontology.vocabulary.implied import CATALOGUE, with_entailments
 from tinyfleet.ontology.vocabulary.namespaces import (
     MLS,
     NNET,
@@ -51,7 +51,7 @@ class Defect:
     kind: str
     what: str
     times: int
-    mended: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ class _Reader:
             self.read += len(quads)
             for s, p, o in quads:
                 if isinstance(o, ox.NamedNode):
-                    mended = self._name(o.value)
-                    if mended is None:
+                    fix = self._name(o.value)
+                    if fix is None:
                         continue
-                    o = ox.NamedNode(mended)
+                    o = ox.NamedNode(fix)
                 self.graph.add(ox.Quad(s, p, o))
 
-    def note(self, kind: str, what: str, mended: str) -> None:
-        self.found[kind, what, mended] += 1
+    def note(self, kind: str, what: str, fix: str) -> None:
+        self.found[kind, what, fix] += 1
 
     def _name(self, iri: str) -> str | None:
         """The IRI, mended; None where there is nothing to mend it to."""
@@ -148,7 +148,7 @@ def _parse(path: Path) -> Iterator[ox.Quad]:
     return ox.parse(path=str(path), format=ox.RdfFormat.TURTLE, lenient=True, rename_blank_nodes=True)
 
 
-def read(files: list[Path], fleet: str = "selocml") -> Imported:
+def read_selocml(files: list[Path], fleet: str = "selocml") -> Imported:
     """Reads .ttl files: schema_*.ttl say which terms are defined, the others describe. Raises UserError."""
     reader = _Reader(files)
     facts: Facts = {}
@@ -159,7 +159,7 @@ def read(files: list[Path], fleet: str = "selocml") -> Imported:
         _merge(facts, _model(reader, model))
     if not devices and not models:
         raise UserError("there is neither an s3n:SmartSensor nor an nnet:NeuralNetwork in these files")
-    defects = tuple(Defect(kind, what, n, mended) for (kind, what, mended), n in sorted(reader.found.items()))
+    defects = tuple(Defect(kind, what, n, fix) for (kind, what, fix), n in sorted(reader.found.items()))
     return Imported(facts, len(devices), len(models), reader.read, defects)
 
 
@@ -281,7 +281,7 @@ def _model(reader: _Reader, model: Iri) -> Facts:
         facts[dataset] = {RDF.type: MLS.Dataset, SCHEMA.name: str(dataset)}
     _scores(reader, model, facts)
     _input_and_output(reader, model, facts)
-    return with_implied(facts)
+    return with_entailments(facts)
 
 
 def _words(reader: _Reader, layer: Iri, predicate: Iri) -> list[str]:

@@ -57,7 +57,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Event:
+class ThingEvent:
     """What happened to a description: thing_created, thing_updated or thing_deleted. `change` is all of the new one, or
     what is new in it as a JSON merge patch; events after this one's id can be asked for."""
 
@@ -67,17 +67,17 @@ class Event:
     change: Document
 
 
-class Change(NamedTuple):
+class DocumentChange(NamedTuple):
     """A description that is to be written, and the one before it."""
 
     before: Thing | None
     after: Thing
 
 
-Changes = dict[Iri, Change]
+DocumentChanges = dict[Iri, DocumentChange]
 
 
-class Things:
+class ThingStore:
     """The documents in a store, and what happens to them. Safe to share between threads.
 
     `edition` names the present set of documents: it changes when one comes or goes.
@@ -89,10 +89,10 @@ class Things:
         """To be held by who reads in order to write."""
         self._ids: list[Iri] | None = None  # in order; read when the first list is asked for, then kept up
         self._order: tuple[str, int, list[Iri]] | None = None  # another order, as it was after that event
-        self._events: deque[Event] = deque(maxlen=REMEMBERED)
+        self._events: deque[ThingEvent] = deque(maxlen=REMEMBERED)
         self._number = 0
         self._coming_and_going = 0
-        self._listeners: list[Callable[[Event], None]] = []
+        self._listeners: list[Callable[[ThingEvent], None]] = []
         self.era = secrets.token_hex(4)
         """Names this process: an event's number means something in it only."""
 
@@ -100,7 +100,7 @@ class Things:
     def edition(self) -> str:
         return f"{self.era}-{self._coming_and_going}"
 
-    def change(self, id: Iri, document: Document, expires: datetime | None, changes: Changes) -> bool:
+    def change(self, id: Iri, document: Document, expires: datetime | None, changes: DocumentChanges) -> bool:
         """Adds a description to what is to be written; what changes nothing is not. True if there is none of that id.
         To be called, and what it adds written, with the lock held."""
         now = datetime.now(UTC)
@@ -111,10 +111,10 @@ class Things:
         before = self.get(id) if earlier is None else earlier.after
         if before is None or (before.document, before.expires) != (document, expires):
             after = Thing(id, document, now if before is None else before.created, now, expires)
-            changes[id] = Change(before if earlier is None else earlier.before, after)
+            changes[id] = DocumentChange(before if earlier is None else earlier.before, after)
         return before is None
 
-    def write(self, facts: Facts, changes: Changes) -> None:
+    def write(self, facts: Facts, changes: DocumentChanges) -> None:
         """Writes descriptions and facts in one transaction, and tells what has happened."""
         self._store.write(
             facts,
@@ -179,7 +179,7 @@ class Things:
             self._number += 1
             self._coming_and_going += 1
 
-    def listen(self, listener: Callable[[Event], None], since: str | None = None) -> Callable[[], None]:
+    def listen(self, listener: Callable[[ThingEvent], None], since: str | None = None) -> Callable[[], None]:
         """Calls the listener with every event from now on, in whichever thread it comes; first with those remembered
         after the event `since` (all, if that is of an era before this one). Returns what ends it."""
         with self.lock:
@@ -199,7 +199,7 @@ class Things:
 
     def _tell(self, kind: str, id: Iri, change: Document) -> None:
         self._number += 1
-        event = Event(self._number, kind, id, change)
+        event = ThingEvent(self._number, kind, id, change)
         self._events.append(event)
         self._coming_and_going += kind != "thing_updated"
         if self._ids is not None:
@@ -245,7 +245,7 @@ class Things:
         ]
 
 
-def _follow(ids: list[Iri], event: Event) -> None:
+def _follow(ids: list[Iri], event: ThingEvent) -> None:
     """Makes sorted ids what they are after the event."""
     place = bisect_left(ids, event.id)
     there = place < len(ids) and ids[place] == event.id

@@ -17,7 +17,7 @@ from tinyfleet.ontology.vocabulary.namespaces import TF, Iri, device_iri, fleet_
 
 
 @dataclass(frozen=True)
-class Fit:
+class DeviceMatch:
     """A device that can run a model. arena, takes and room are bytes: what it has, what running takes, what is left.
 
     layers: how many layers it can train, counted from the last; biases: of how many it can train the biases alone; both
@@ -28,7 +28,7 @@ class Fit:
     board: str
     model: Iri
     arena: int
-    takes: int
+    required: int
     room: int
     online: bool | None
     layers: int | None = None
@@ -36,14 +36,14 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class ModelFit:
+class ModelMatch:
     """A model that a device can run. observed: how many of the properties that its input observes are known (they are
     all observed by the device's board, or it would not fit); for the rest see Fit."""
 
     model: Iri
     name: str
     observed: int
-    takes: int
+    required: int
     room: int
     parameters: int | None
     layers: int | None
@@ -51,58 +51,59 @@ class ModelFit:
 
 
 @dataclass(frozen=True)
-class Miss:
+class UnmetRequirement:
     """A need of a model that a device does not meet. takes None: the graph does not know what the model needs; has
     None: it does not know what the device has; short: how many bytes are missing, if it is about bytes."""
 
-    need: str
-    takes: Value | None
+    requirement: str
+    required: Value | None
     has: Value | None
-    short: int | None
+    shortfall: int | None
 
     def __str__(self) -> str:
-        if self.need == "sensor":
-            return f"its board has no sensor known to observe {str(self.takes).rsplit('/', 1)[-1]}"
-        if self.takes is None:
+        if self.requirement == "sensor":
+            return f"its board has no sensor known to observe {str(self.required).rsplit('/', 1)[-1]}"
+        if self.required is None:
             return {
                 "RAM to train": "nothing is known that trains in it",
                 "engine": "no engine is known for it",
-            }.get(self.need, f"its {self.need} is not known")
+            }.get(self.requirement, f"its {self.requirement} is not known")
         if self.has is None:
-            return f"{self.need}: it takes {_count(self.takes)}, and what the device has is not known"
-        if self.short is None:
-            return f"{self.need}: it is made for {self.takes}, and the device has {self.has}"
+            return f"{self.requirement}: it takes {_count(self.required)}, and what the device has is not known"
+        if self.shortfall is None:
+            return f"{self.requirement}: it is made for {self.required}, and the device has {self.has}"
         return (
-            f"{self.need}: it takes {_count(self.takes)} B, {_count(self.short)} more than the {_count(self.has)} there"
+            f"{self.requirement}: it takes {_count(self.required)} B, {_count(self.shortfall)} more than"
+            f" the {_count(self.has)} there"
         )
 
 
 TRAIN = "RAM to train"
-ADOPT = "room for a program over the air"
+UPDATE_MODEL = "room for a program over the air"
 """The needs that a device need not meet to run a model."""
 
 _NO_ROOM = f"""PREFIX tf: <{TF.iri}>
 SELECT ?id ?model (?storage AS ?takes) (?room AS ?has) (?storage - ?room AS ?short) WHERE {{
   VALUES ?id {{ UNDEF }} VALUES ?fleet {{ UNDEF }} VALUES ?model {{ UNDEF }}
-  ?device tf:adoptBytes ?room ; tf:engine ?engine ; a tf:Device ; tf:fleet ?fleet ; tf:deviceId ?id .
+  ?device tf:modelSlotBytes ?room ; tf:engine ?engine ; a tf:Device ; tf:fleet ?fleet ; tf:deviceId ?id .
   ?model tf:storageBytes ?storage ; tf:engine ?engine ; a tf:Model .
   FILTER(?storage > ?room)
 }} ORDER BY ?id ?model"""
 
 
-def devices(store: Store, model: Iri, fleet: str) -> list[Fit]:
+def match_devices(store: Store, model: Iri, fleet: str) -> list[DeviceMatch]:
     """The devices of a fleet that can run a model, the best first: by how much of it they can train, then by room."""
     trains = {str(row["id"]): row for row in store.query(library.text("trainable"), model=model, fleet=fleet)}
     fits = []
     for row in store.query(library.text("runnable"), model=model, fleet=fleet):
         more = trains.get(str(row["id"]), {})
         fits.append(
-            Fit(
+            DeviceMatch(
                 device=str(row["id"]),
                 board=str(row["board"]),
                 model=model,
                 arena=_int(row["arena"]),
-                takes=_int(row["takes"]),
+                required=_int(row["takes"]),
                 room=_int(row["room"]),
                 online=cast("bool | None", row.get("online")),
                 layers=_optional(more, "layers"),
@@ -113,14 +114,14 @@ def devices(store: Store, model: Iri, fleet: str) -> list[Fit]:
     return sorted(fits, key=lambda fit: place.get(fit.device, len(place)))  # stable: the rest stay by room
 
 
-def models(store: Store, device: str, fleet: str) -> list[ModelFit]:
+def match_models(store: Store, device: str, fleet: str) -> list[ModelMatch]:
     """The models that fit a device, the best first (see the query models-for-device)."""
     return [
-        ModelFit(
+        ModelMatch(
             model=Iri(str(row["model"])),
             name=str(row["name"]),
             observed=_int(row["observed"]),
-            takes=_int(row["takes"]),
+            required=_int(row["takes"]),
             room=_int(row["room"]),
             parameters=_optional(row, "parameters"),
             layers=_int(row["layers"]) if row["layers"] or row["biases"] else None,
@@ -130,9 +131,9 @@ def models(store: Store, device: str, fleet: str) -> list[ModelFit]:
     ]
 
 
-def why_not(
+def unmet_requirements(
     store: Store, fleet: str, *, model: Iri | None = None, device: str | None = None
-) -> dict[tuple[str, Iri], list[Miss]]:
+) -> dict[tuple[str, Iri], list[UnmetRequirement]]:
     """For each pair of a device and a model of which some need is not met, these needs; for one model, for one device,
     or for both."""
     given: dict[str, Binding] = {"fleet": fleet}
@@ -140,10 +141,12 @@ def why_not(
         given["model"] = model
     if device is not None:
         given["id"] = device
-    found: dict[tuple[str, Iri], list[Miss]] = {}
+    found: dict[tuple[str, Iri], list[UnmetRequirement]] = {}
     for row in (*store.query(library.text("why-not"), **given), *store.query(_NO_ROOM, **given)):
         pair = str(row["id"]), Iri(str(row["model"]))
-        miss = Miss(str(row.get("need", ADOPT)), row.get("takes"), row.get("has"), _optional(row, "short"))
+        miss = UnmetRequirement(
+            str(row.get("need", UPDATE_MODEL)), row.get("takes"), row.get("has"), _optional(row, "short")
+        )
         found.setdefault(pair, []).append(miss)
     return found
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
 from tinyfleet.ontology.store.store import Binding, Value, each, term, value
-from tinyfleet.ontology.store.text_index import Titles
+from tinyfleet.ontology.store.text_index import TitleIndex
 from tinyfleet.ontology.vocabulary.namespaces import RDF, TF, Iri
 
 FORM = 2
@@ -25,7 +25,7 @@ Mask = NDArray[np.bool_]
 log = logging.getLogger(__name__)
 
 
-class NotHeld(Exception):
+class NotIndexable(Exception):
     """The graph says what a column cannot hold."""
 
 
@@ -51,40 +51,40 @@ class Column:
         self.numbers = numbers
 
     def encode(self, given: Value) -> Any:
-        """The value as a number. Raises NotHeld."""
+        """The value as a number. Raises NotIndexable."""
         raise NotImplementedError
 
     def decode(self, number: Any) -> Value | None:
         """The number as a value; None for `nothing`."""
         raise NotImplementedError
 
-    def read(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
-        """Values of these devices as SPARQL's TSV writes them, as numbers. Raises NotHeld."""
+    def parse_terms(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
+        """Values of these devices as SPARQL's TSV writes them, as numbers. Raises NotIndexable."""
         known = {text: self.encode(_parsed(text)) for text in set(texts)}
         return np.array([known[text] for text in texts], self.dtype)
 
     def put(self, row: int, name: bytes, given: Binding | None) -> None:
-        """Makes this all that is said of the device of that name. Raises NotHeld."""
+        """Makes this all that is said of the device of that name. Raises NotIndexable."""
         values = list(each(given))
         if len(values) > 1:
-            raise NotHeld(f"{len(values)} values")
+            raise NotIndexable(f"{len(values)} values")
         self.numbers[row] = self.encode(values[0]) if values else self.nothing
 
 
 def _parsed(text: bytes) -> Value:
-    """A value as SPARQL's TSV writes it: as Turtle does. Raises NotHeld."""
+    """A value as SPARQL's TSV writes it: as Turtle does. Raises NotIndexable."""
     try:
         (quad,) = ox.parse(b"<urn:s> <urn:p> " + text + b" .", ox.RdfFormat.TURTLE)
     except (SyntaxError, ValueError):
-        raise NotHeld(text.decode()) from None
+        raise NotIndexable(text.decode()) from None
     return exact(quad.object)
 
 
 def exact(node: Any, predicate: Iri | None = None) -> Value:
-    """The term as a value from which the same term comes again. Raises NotHeld if none does, but of a type."""
+    """The term as a value from which the same term comes again. Raises NotIndexable if none does, but of a type."""
     found = value(node)
     if predicate != RDF.type and term(found) != node:
-        raise NotHeld(f"{node}")
+        raise NotIndexable(f"{node}")
     return found
 
 
@@ -102,11 +102,11 @@ class Codes(Column):
 
     def encode(self, given: Value) -> int:
         if type(given) is not self.kind:
-            raise NotHeld(f"{given!r}")
+            raise NotIndexable(f"{given!r}")
         code = self.codes.get(given)
         if code is None:
             if len(self.values) == MOST_CODES:
-                raise NotHeld("too many different values")
+                raise NotIndexable("too many different values")
             code = self.codes[given] = len(self.values)
             self.values.append(given)
         return code
@@ -121,13 +121,13 @@ class Fleets(Codes):
     def put(self, row: int, name: bytes, given: Binding | None) -> None:
         super().put(row, name, given)
         if (fleet := self.decode(self.numbers[row])) is not None and fleet != name.partition(b":")[0].decode():
-            raise NotHeld(f"{fleet!r}")
+            raise NotIndexable(f"{fleet!r}")
 
-    def read(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
+    def parse_terms(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
         for name, text in zip(names, texts, strict=True):
             if text != b'"%b"' % name.partition(b":")[0]:
-                raise NotHeld(text.decode())
-        return super().read(names, texts)
+                raise NotIndexable(text.decode())
+        return super().parse_terms(names, texts)
 
 
 class Integers(Column):
@@ -138,15 +138,15 @@ class Integers(Column):
 
     def encode(self, given: Value) -> int:
         if type(given) is not int or not 0 <= given < 2**63:
-            raise NotHeld(f"{given!r}")
+            raise NotIndexable(f"{given!r}")
         return given
 
     def decode(self, number: Any) -> Value | None:
         return None if number < 0 else int(number)
 
-    def read(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
+    def parse_terms(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
         if not texts or not all(text.isdigit() and len(text) < 19 for text in texts):
-            return super().read(names, texts)
+            return super().parse_terms(names, texts)
         return np.array(texts, "S").astype(self.dtype)
 
 
@@ -158,17 +158,17 @@ class Floats(Column):
 
     def encode(self, given: Value) -> float:
         if type(given) is not float or not np.isfinite(given):
-            raise NotHeld(f"{given!r}")
+            raise NotIndexable(f"{given!r}")
         return given
 
     def decode(self, number: Any) -> Value | None:
         return None if number != number else float(number)
 
-    def read(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
+    def parse_terms(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
         found = [_DOUBLE.fullmatch(text) for text in texts]
         numbers = np.array([b"nan" if m is None else m[1] for m in found], "S").astype(self.dtype)
         if not np.isfinite(numbers).all():
-            return super().read(names, texts)
+            return super().parse_terms(names, texts)
         return numbers
 
 
@@ -180,7 +180,7 @@ class Flags(Column):
 
     def encode(self, given: Value) -> int:
         if type(given) is not bool:
-            raise NotHeld(f"{given!r}")
+            raise NotIndexable(f"{given!r}")
         return int(given)
 
     def decode(self, number: Any) -> Value | None:
@@ -196,7 +196,7 @@ class Types(Column):
     def put(self, row: int, name: bytes, given: Binding | None) -> None:
         self.numbers[row] = TF.Device in each(given)
 
-    def read(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
+    def parse_terms(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
         return np.array([text == f"<{TF.Device}>".encode() for text in texts], self.dtype)
 
 
@@ -209,13 +209,13 @@ class Ids(Column):
     def put(self, row: int, name: bytes, given: Binding | None) -> None:
         values = list(each(given))
         if values not in ([], [id_of(name)]):
-            raise NotHeld(f"{values!r}")
+            raise NotIndexable(f"{values!r}")
         self.numbers[row] = len(values)
 
-    def read(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
+    def parse_terms(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
         for name, text in zip(names, texts, strict=True):
             if text != b'"%b"' % name.partition(b":")[2]:
-                raise NotHeld(text.decode())
+                raise NotIndexable(text.decode())
         return np.ones(len(texts), self.dtype)
 
 
@@ -304,7 +304,7 @@ class Columns:
         self._sorted: NDArray[np.bytes_] = np.empty(0, "S1")
         self._later: dict[bytes, int] = {}
         self.size = 0
-        self.titles = Titles()
+        self.titles = TitleIndex()
         by_kind = (RDF.type, TF.fleet, TF.board, TF.engine, TF.arenaBytes)
         by_model = (RDF.type, TF.fleet, TF.currentModel, TF.engine, TF.engineVersion, TF.online)
         self.by_kind, self.by_model = (Groups([self.columns[p] for p in of]) for of in (by_kind, by_model))
@@ -349,13 +349,13 @@ class Columns:
         return found
 
     def put(self, column: Column, row: int, name: bytes, given: Binding | None) -> None:
-        """Makes this all that is said in a column of the device of that name. Raises NotHeld."""
+        """Makes this all that is said in a column of the device of that name. Raises NotIndexable."""
         for groups in self._grouped[column]:
             groups.mark(row)
         column.put(row, name, given)
 
     def replace(self, row: int, name: bytes, said: Mapping[Iri, Binding]) -> None:
-        """Makes this all that is said of the device of that name. Raises NotHeld."""
+        """Makes this all that is said of the device of that name. Raises NotIndexable."""
         for column in self.columns.values():
             column.numbers[row] = column.nothing
         for groups in (self.by_kind, self.by_model):
@@ -470,13 +470,13 @@ def fill(columns: Columns, column: Column, names: Sequence[bytes], texts: Sequen
     """Puts values that are to be the only ones of their devices into a column."""
     found = columns.rows(names, make=True)
     try:
-        numbers = column.read(names, texts)
-    except NotHeld:
+        numbers = column.parse_terms(names, texts)
+    except NotIndexable:
         numbers = np.full(len(texts), column.nothing, column.dtype)
         for i, text in enumerate(texts):
             try:
-                numbers[i] = column.read([names[i]], [text])[0]
-            except NotHeld:
+                numbers[i] = column.parse_terms([names[i]], [text])[0]
+            except NotIndexable:
                 columns.odd.add(names[i])
     already = column.numbers[found]
     twice = ~np.isnan(already) if isinstance(column, Floats) else already != column.nothing

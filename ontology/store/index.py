@@ -19,16 +19,16 @@ from typing import IO, Any, TypeVar, cast
 import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
-from tinyfleet.ontology.store.columns import Codes, Column, Columns, Ids, NotHeld, Range, Types, among, exact, fill
-from tinyfleet.ontology.store.query_rewriting import answered, supplied
+from tinyfleet.ontology.store.columns import Codes, Column, Columns, Ids, NotIndexable, Range, Types, among, exact, fill
+from tinyfleet.ontology.store.query_rewriting import answer_from_index, with_counts
 from tinyfleet.ontology.store.store import (
     RECORDS,
-    Answer,
     Binding,
     Dataset,
     EmbeddedStore,
     Facts,
     Patch,
+    QueryResult,
     Rows,
     Triple,
     Value,
@@ -36,8 +36,7 @@ from tinyfleet.ontology.store.store import (
     each,
     term,
 )
-from tinyfleet.ontology.store.text_index import narrowed, text_of
-from tinyfleet.ontology.store.text_index import read as read_titles
+from tinyfleet.ontology.store.text_index import parse_titles_tsv, text_of, with_title_candidates
 from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri
 
 _DEVICE = re.compile(r"urn:tinyfleet:(?!model:)([A-Za-z0-9._-]+:[A-Za-z0-9._-]+)")
@@ -162,7 +161,7 @@ class IndexedStore(EmbeddedStore):
                 for s, row, column, given in puts:
                     try:
                         columns.put(column, row, _name(s), given)
-                    except NotHeld:
+                    except NotIndexable:
                         columns.odd.add(_name(s))
                 for s, row, given in titled:
                     texts = [text_of(term(o)) for o in each(given)]
@@ -223,7 +222,7 @@ class IndexedStore(EmbeddedStore):
                     columns.titles.put(row, titles)
                     try:
                         columns.replace(row, name, {p: [exact(o, p) for o in said] for p, said in terms.items()})
-                    except NotHeld:
+                    except NotIndexable:
                         columns.odd.add(name)
 
     # ------------------------------------------------------------------------------------------------------- building
@@ -270,8 +269,8 @@ class IndexedStore(EmbeddedStore):
         others: dict[str, bytes] = {}
         if not self._each(
             f"SELECT ?s ?o WHERE {{ ?s <{TD.title}> ?o }}",
-            lambda some, texts: titles.append((columns.rows(some, make=True), read_titles(texts))),
-            lambda other, text: others.update({other: others.get(other, b"") + read_titles([text])}),
+            lambda some, texts: titles.append((columns.rows(some, make=True), parse_titles_tsv(texts))),
+            lambda other, text: others.update({other: others.get(other, b"") + parse_titles_tsv([text])}),
         ):
             return None
         columns.titles.fill([found for found, _ in titles], [text for _, text in titles])
@@ -297,7 +296,7 @@ class IndexedStore(EmbeddedStore):
         try:
             answer.serialize(cast("IO[bytes]", sink), ox.QueryResultsFormat.TSV)
             sink.take()
-        except _Vain:
+        except _StaleRead:
             return False
         finally:
             del answer  # an error's traceback would take it to another thread, and Oxigraph's answers may not go there
@@ -305,13 +304,13 @@ class IndexedStore(EmbeddedStore):
 
     # ---------------------------------------------------------------------------------------------------------- asked
 
-    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> QueryResult:
         text = bind(sparql, bindings)
         if dataset is None and self.indexed:
-            found = answered(self, text)
+            found = answer_from_index(self, text)
             if found is not None:
                 return found.as_solutions()
-            text = supplied(self, text) or narrowed(text, self._candidates) or text
+            text = with_counts(self, text) or with_title_candidates(text, self._candidates) or text
         return super().evaluate(text, dataset)
 
     def values(self, subjects: Sequence[Iri], predicate: Iri) -> dict[Iri, Value]:
@@ -326,7 +325,7 @@ class IndexedStore(EmbeddedStore):
 
     def query(self, sparql: str, **bindings: Binding) -> Rows:
         text = bind(sparql, bindings)
-        found = answered(self, text) if self.indexed else None
+        found = answer_from_index(self, text) if self.indexed else None
         return super().query(text) if found is None else found.as_rows()
 
     def on_graph(self, sparql: str) -> ox.QuerySolutions:
@@ -379,7 +378,7 @@ class IndexedStore(EmbeddedStore):
             return columns.raw_names(mask).astype("U")
 
 
-class _Vain(Exception):
+class _StaleRead(Exception):
     """What is being read is of no use any more."""
 
 
@@ -410,7 +409,7 @@ class _Sink:
 
     def take(self) -> None:
         if self._vain():
-            raise _Vain
+            raise _StaleRead
         end = self._text.rfind(b"\n") + 1
         piece = bytes(self._text[:end])
         del self._text[:end]

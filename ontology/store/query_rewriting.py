@@ -18,7 +18,7 @@ import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
 from tinyfleet.ontology.queries import library
-from tinyfleet.ontology.store.columns import Columns, NotHeld, alike, among, exact, id_of
+from tinyfleet.ontology.store.columns import Columns, NotIndexable, alike, among, exact, id_of
 from tinyfleet.ontology.store.store import Row, Rows, Value, bind, parameter_pattern, term
 from tinyfleet.ontology.vocabulary.namespaces import RDF, TF, Iri
 
@@ -61,7 +61,7 @@ class _Text:
 
     def read(self, size: int) -> bytes:
         if not self._text:
-            lines = ["\t".join("" if v is None else _written(v) for v in row) for row in islice(self._rows, PIECE)]
+            lines = ["\t".join("" if v is None else _to_tsv(v) for v in row) for row in islice(self._rows, PIECE)]
             self._text = "".join(f"{line}\n" for line in lines).encode()
         part, self._text = self._text[:size], self._text[size:]
         return part
@@ -70,7 +70,7 @@ class _Text:
 _SIMPLE = re.compile(r"[A-Za-z0-9 ._:-]*")
 
 
-def _written(value: Value) -> str:
+def _to_tsv(value: Value) -> str:
     kind = type(value)
     if kind is int:
         return str(value)
@@ -79,10 +79,10 @@ def _written(value: Value) -> str:
     return str(term(value))
 
 
-def answered(store: "IndexedStore", text: str) -> Table | None:
+def answer_from_index(store: "IndexedStore", text: str) -> Table | None:
     """The answer of the index to a query; None if it has none."""
-    name, text = _meant(text)
-    match = _recognised(name).fullmatch(text) if name in ANSWERED else None
+    name, text = _match_library_query(text)
+    match = _parse_library_query(name).fullmatch(text) if name in INDEX_QUERIES else None
     if match is None:
         return None
     bound: dict[str, list[Value] | None] = {}
@@ -92,7 +92,7 @@ def answered(store: "IndexedStore", text: str) -> Table | None:
             if len(set(values)) < len(values):
                 return None
             bound[parameter] = None if given == "UNDEF" else values
-    found = ANSWERED[name](store, bound)
+    found = INDEX_QUERIES[name](store, bound)
     return (
         found
         if found is None or match["LIMIT"] is None
@@ -100,7 +100,7 @@ def answered(store: "IndexedStore", text: str) -> Table | None:
     )
 
 
-def _meant(text: str) -> tuple[str, str]:
+def _match_library_query(text: str) -> tuple[str, str]:
     """The name of the query of the library that begins as this one, empty if none does; and the query, trimmed. Most
     that are asked are none, and this is all that they lose."""
     text = text.strip()
@@ -109,14 +109,14 @@ def _meant(text: str) -> tuple[str, str]:
 
 @cache
 def _beginnings() -> dict[str, str]:
-    return {library.text(name).partition("\n")[0]: name for name in (*ANSWERED, *SUPPLIED)}
+    return {library.text(name).partition("\n")[0]: name for name in (*INDEX_QUERIES, *COUNT_QUERIES)}
 
 
 _VALUE = re.compile(r'"([^"]*)"|<([^>]*)>')
 
 
 @cache
-def _recognised(name: str) -> re.Pattern[str]:
+def _parse_library_query(name: str) -> re.Pattern[str]:
     """The query of the library, its parameters free or bound to simple texts and IRIs, perhaps with a limit."""
     simple = r'UNDEF|(?:(?:[0-9]+|"[A-Za-z0-9._-]*"|<[A-Za-z][A-Za-z0-9+.-]*:[^<>"{}|^`\\\x00-\x20]*>) ?)*'
     return re.compile(parameter_pattern(library.text(name).strip(), simple) + r"(?:\s+LIMIT (?P<LIMIT>[0-9]{1,9}))?")
@@ -126,8 +126,8 @@ def _table(variables: Sequence[str], found: Sequence[Row]) -> Table:
     return Table(variables, ([row.get(v) for v in variables] for row in found))
 
 
-def _asked(store: "IndexedStore", sparql: str) -> list[Row]:
-    """The rows of a SELECT on the graph. Raises NotHeld if a value would not come out of Python as it went in."""
+def _select_rows(store: "IndexedStore", sparql: str) -> list[Row]:
+    """The rows of a SELECT on the graph. Raises NotIndexable if a value would not come out of Python as it went in."""
     answer = store.on_graph(sparql)
     names = [variable.value for variable in answer.variables]
     return [{name: exact(node) for name in names if (node := solution[name]) is not None} for solution in answer]
@@ -149,22 +149,22 @@ class _Model(NamedTuple):
     """Of each way to train it: bytes, how many layers, of how many the biases alone."""
 
 
-class _Known(NamedTuple):
+class _Requirements(NamedTuple):
     models: list[_Model]
     ram: dict[Value, int]
     flash: dict[Value, int]
     observed: set[tuple[Value, Value]]
 
 
-def _known(store: "IndexedStore") -> _Known | None:
+def _requirements(store: "IndexedStore") -> _Requirements | None:
     """What the models need and the boards have. None if one says two things of a kind, or no whole number."""
     try:
-        models = _asked(store, _MODELS)
-        boards = _asked(store, _BOARDS)
-        inputs = _listed(_asked(store, _INPUTS), "property")
-        ways = _listed(_asked(store, _WAYS), "bytes", "full", "bias")
-        observed = {(row["board"], row["property"]) for row in _asked(store, _OBSERVED)}
-    except NotHeld:
+        models = _select_rows(store, _MODELS)
+        boards = _select_rows(store, _BOARDS)
+        inputs = _listed(_select_rows(store, _INPUTS), "property")
+        ways = _listed(_select_rows(store, _WAYS), "bytes", "full", "bias")
+        observed = {(row["board"], row["property"]) for row in _select_rows(store, _OBSERVED)}
+    except NotIndexable:
         return None
     if len({row["model"] for row in models}) < len(models) or len({row["board"] for row in boards}) < len(boards):
         return None
@@ -181,7 +181,9 @@ def _known(store: "IndexedStore") -> _Known | None:
         said += [[seen for (seen,) in inputs.get(row["model"], [])], ways.get(row["model"], [])]
         found.append(_Model(*said))
     ram = {row["board"]: cast("int", row["ram"]) for row in boards}
-    return _Known(found, ram, {row["board"]: cast("int", row["flash"]) for row in boards if "flash" in row}, observed)
+    return _Requirements(
+        found, ram, {row["board"]: cast("int", row["flash"]) for row in boards if "flash" in row}, observed
+    )
 
 
 def _listed(rows: Sequence[Row], *names: str) -> dict[Value, list[tuple[Value, ...]]]:
@@ -215,8 +217,8 @@ _NAMES = _PREFIXES + "SELECT ?model ?name WHERE { ?model schema:name ?name }"
 
 def _names(store: "IndexedStore") -> dict[Value, list[tuple[Value, ...]]] | None:
     try:
-        return _listed(_asked(store, _NAMES), "name")
-    except NotHeld:
+        return _listed(_select_rows(store, _NAMES), "name")
+    except NotIndexable:
         return None
 
 
@@ -267,7 +269,7 @@ def _versions(store: "IndexedStore", bound: Bound) -> Table | None:
 
 
 def _fits(store: "IndexedStore", bound: Bound) -> Table | None:
-    known = store.kept(_known)
+    known = store.kept(_requirements)
     if known is None:
         return None
     with store.reading() as columns:
@@ -304,7 +306,7 @@ def _fits(store: "IndexedStore", bound: Bound) -> Table | None:
 
 def _models_for_device(store: "IndexedStore", bound: Bound) -> Table | None:
     ids, fleets, wanted = (bound[name] for name in ("id", "fleet", "model"))
-    known = store.kept(_known)
+    known = store.kept(_requirements)
     if known is None or ids is None or fleets is None or len(ids) != 1 or len(fleets) != 1:
         return None
     with store.reading() as columns:
@@ -351,9 +353,9 @@ def _clients(store: "IndexedStore", bound: Bound) -> Table | None:
     if models is None:
         return None
     try:
-        wanted = _asked(store, bind(_LEARNING, {"model": models}))
-        boards = _asked(store, _BOARD_IDS)
-    except NotHeld:
+        wanted = _select_rows(store, bind(_LEARNING, {"model": models}))
+        boards = _select_rows(store, _BOARD_IDS)
+    except NotIndexable:
         return None
     by_board = {row["board"]: row["id"] for row in boards}
     if len(by_board) < len(boards) or not all(type(row["takes"]) is int for row in wanted):
@@ -394,7 +396,7 @@ _BOARD_IDS = _PREFIXES + "SELECT ?board ?id WHERE { ?board tf:boardId ?id }"
 # ---------------------------------------------------------------------------------------------------- kinds, devices
 
 
-class _Kinds(NamedTuple):
+class _GroupedQuery(NamedTuple):
     """A query of the library that asks of kinds first, as text."""
 
     variables: list[str]
@@ -421,22 +423,22 @@ _KINDS = re.compile(
 
 
 @cache
-def _in_kinds(name: str) -> _Kinds:
+def _parse_grouped_query(name: str) -> _GroupedQuery:
     match = _KINDS.fullmatch(library.text(name))
     assert match is not None, f"{name}.rq has not the form of a query of kinds"
     prefixes = "\n".join(re.findall("^PREFIX .*$", match["head"], re.MULTILINE))
     order = [(found["down"] or found["up"], bool(found["down"])) for found in _ORDER.finditer(match["order"])]
     of_kinds = f"{prefixes}\n{match['before']}      VALUES (?hardware ?engine ?arena) {{ KINDS }}\n{match['after']}"
-    return _Kinds(match["variables"].replace("?", "").split(), of_kinds, order)
+    return _GroupedQuery(match["variables"].replace("?", "").split(), of_kinds, order)
 
 
 _ORDER = re.compile(r"DESC\(\?(?P<down>\w+)\)|\?(?P<up>\w+)")
 
 
-def _by_kinds(name: str, store: "IndexedStore", bound: Bound) -> Table | None:
+def _answer_grouped(name: str, store: "IndexedStore", bound: Bound) -> Table | None:
     """The answer to a query that asks of kinds first: what fits those that there are, asked of the graph; then the
     devices of each."""
-    known, query = store.kept(_known), _in_kinds(name)
+    known, query = store.kept(_requirements), _parse_grouped_query(name)
     if known is None:
         return None
     with store.reading() as columns:
@@ -473,14 +475,14 @@ def _by_kinds(name: str, store: "IndexedStore", bound: Bound) -> Table | None:
             "VALUES ?model { UNDEF }", f"VALUES ?model {{ {' '.join(f'<{m}>' for m in bound['model'])} }}"
         )
     try:
-        found = _asked(store, text)
-    except NotHeld:
+        found = _select_rows(store, text)
+    except NotIndexable:
         return None
     return Table(query.variables, _expanded(query, kinds, found, kind, names, online))
 
 
 def _expanded(
-    query: _Kinds,
+    query: _GroupedQuery,
     kinds: Mapping[tuple[Value, Value, Value], int],
     found: list[Row],
     kind: NDArray[np.int32],
@@ -529,14 +531,14 @@ def _place(value: Value | None) -> tuple[int, Any]:
 
 
 Answerer = Callable[["IndexedStore", Bound], Table | None]
-KINDS = ("fits-after-quantisation", "runnable", "trainable", "why-not")
-ANSWERED: dict[str, Answerer] = {
+GROUPED = ("fits-after-quantisation", "runnable", "trainable", "why-not")
+INDEX_QUERIES: dict[str, Answerer] = {
     "clients": _clients,
     "devices-by-model": _devices_by_model,
     "fits": _fits,
     "models-for-device": _models_for_device,
     "versions": _versions,
-    **{name: partial(_by_kinds, name) for name in KINDS},
+    **{name: partial(_answer_grouped, name) for name in GROUPED},
 }
 """The queries of the library that the index answers."""
 
@@ -544,17 +546,17 @@ ANSWERED: dict[str, Answerer] = {
 # ------------------------------------------------------------------------------------------- counts within a query
 
 
-def supplied(store: "IndexedStore", text: str) -> str | None:
+def with_counts(store: "IndexedStore", text: str) -> str | None:
     """A query of the library with the counts of devices that it has in a subquery, as values; None if it is none."""
-    name, text = _meant(text)
-    if name not in SUPPLIED or _recognised(name).fullmatch(text) is None:
+    name, text = _match_library_query(text)
+    if name not in COUNT_QUERIES or _parse_library_query(name).fullmatch(text) is None:
         return None
-    pattern, count = SUPPLIED[name]
+    pattern, count = COUNT_QUERIES[name]
     match = pattern.search(text)
     assert match is not None, f"{name}.rq does not count as it should"
     given = match["fleet"]
     fleets: list[Value] = [text for text, _ in _VALUE.findall(given)]
-    known = store.kept(_known)
+    known = store.kept(_requirements)
     with store.reading() as columns:
         if columns is None or known is None or len(set(fleets)) < len(fleets):
             return None
@@ -562,13 +564,13 @@ def supplied(store: "IndexedStore", text: str) -> str | None:
     return text[: match.start()] + values + text[match.end() :]
 
 
-def _of_boards(columns: Columns, known: _Known, fleets: list[Value] | None) -> str:
+def _of_boards(columns: Columns, known: _Requirements, fleets: list[Value] | None) -> str:
     boards, (counts, online) = _online(columns, TF.board, fleets)
     lines = (f"(<{b}> {n} {m})" for b, n, m in zip(boards, counts, online, strict=True) if n)
     return f"VALUES (?hardware ?alike ?ready) {{ {' '.join(lines)} }}"
 
 
-def _of_models(columns: Columns, known: _Known, fleets: list[Value] | None) -> str:
+def _of_models(columns: Columns, known: _Requirements, fleets: list[Value] | None) -> str:
     models, (counts, _) = _online(columns, TF.currentModel, fleets)
     lines = (f"(<{model}> {n})" for model, n in zip(models, counts, strict=True) if n)
     return f"VALUES (?model ?alike) {{ {' '.join(lines)} }}"
@@ -584,7 +586,7 @@ def _online(columns: Columns, predicate: Iri, fleets: list[Value] | None) -> tup
     return values, [np.bincount(codes[chosen], minlength=len(values)).tolist() for chosen in (mask, online)]
 
 
-def _of_kinds(columns: Columns, known: _Known, fleets: list[Value] | None) -> str:
+def _of_kinds(columns: Columns, known: _Requirements, fleets: list[Value] | None) -> str:
     groups = columns.by_kind
     chosen = columns.chosen(groups, fleets)
     boards, engines = columns.codes(TF.board).values, columns.codes(TF.engine).values
@@ -618,7 +620,7 @@ _KINDS_COUNTED = _block(
     ?device a tf:Device ; tf:fleet ?fleet ; tf:engine ?engine ; tf:board/tf:ramBytes ?ram .
     OPTIONAL { ?device tf:arenaBytes ?said } BIND(COALESCE(?said, ?ram) AS ?arena) } GROUP BY ?engine ?arena"""
 )
-SUPPLIED: dict[str, tuple[re.Pattern[str], Callable[[Columns, _Known, list[Value] | None], str]]] = {
+COUNT_QUERIES: dict[str, tuple[re.Pattern[str], Callable[[Columns, _Requirements, list[Value] | None], str]]] = {
     "boards": (_BOARDS_COUNTED, _of_boards),
     "coverage": (_BOARDS_COUNTED, _of_boards),
     "models": (_MODELS_COUNTED, _of_models),

@@ -28,7 +28,7 @@ Binding = Value | Iterable[Value]
 Triple = tuple[Iri, Iri, Value]
 Facts = Mapping[Iri, Mapping[Iri, Binding | None]]
 """What is said of each subject: for each predicate, its value or values."""
-Answer = ox.QuerySolutions | ox.QueryBoolean | ox.QueryTriples
+QueryResult = ox.QuerySolutions | ox.QueryBoolean | ox.QueryTriples
 Row = dict[str, Value]
 
 BASE = "https://w3id.org/tinyfleet/"
@@ -211,7 +211,7 @@ class Store(ABC):
     """A graph that is asked and changed in SPARQL 1.1. Every change is atomic; safe to share between threads."""
 
     @abstractmethod
-    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> QueryResult:
         """The raw answer to any query, as terms: solutions, a boolean or triples."""
 
     @abstractmethod
@@ -373,7 +373,7 @@ class EmbeddedStore(Store):
             raise StoreError("the store is closed")
         return self._store
 
-    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> QueryResult:
         text = bind(sparql, bindings)
         try:
             if dataset is None:
@@ -504,7 +504,7 @@ class RemoteStore(Store):
             reason = getattr(error, "reason", error)
             raise Unreachable(f"no answer from {url} ({reason}); is the server running?") from None
 
-    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> Answer:
+    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> QueryResult:
         form: dict[str, str | Sequence[str]] = {"query": bind(sparql, bindings)}
         if dataset is not None:
             form |= {"default-graph-uri": dataset.default, "named-graph-uri": dataset.named}

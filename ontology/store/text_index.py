@@ -19,7 +19,7 @@ MOST = 1000
 """Candidates: of more, a query is asked without them. It then finds one in every thousand, or has no limit anyway."""
 
 
-class Titles:
+class TitleIndex:
     """The titles of devices, by their rows, and of other subjects, by their IRIs."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ def _ends(text: bytes) -> NDArray[np.int64]:
     return np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
 
 
-def read(texts: Sequence[bytes]) -> bytes:
+def parse_titles_tsv(texts: Sequence[bytes]) -> bytes:
     """Lines from titles as SPARQL's TSV writes them."""
     plain = all(text[:1] == b'"' == text[-1:] and b"\\" not in text and b"\r" not in text for text in texts)
     if plain:
@@ -118,7 +118,7 @@ _WORD = re.compile(r"(['\"])([^'\"\\\n\r]+)\1")
 _PLAIN = re.compile(r"[A-Za-z0-9 _-]+")
 
 
-def narrowed(sparql: str, candidates: Callable[[str], Sequence[str] | None]) -> str | None:
+def with_title_candidates(sparql: str, candidates: Callable[[str], Sequence[str] | None]) -> str | None:
     """The query with the candidates for its subjects, if it looks for a word in titles; None if it does not, or not in
     a way that is seen here, or if `candidates` of that word are None.
 

@@ -48,7 +48,7 @@ def axioms() -> Mapping[Iri, frozenset[Iri]]:
     return closed
 
 
-def with_implied(facts: Facts, known: Facts | None = None) -> dict[Iri, dict[Iri, Binding | None]]:
+def with_entailments(facts: Facts, known: Facts | None = None) -> dict[Iri, dict[Iri, Binding | None]]:
     """The facts about boards and models, and what they imply. known: facts about the parts that they name."""
     both: dict[Iri, dict[Iri, list[Value]]] = {}
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from tinyfleet.edge.cli import broker_address
-from tinyfleet.edge.device.flower_client import to_record, to_vector
+from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import load
 from tinyfleet.server.evaluate import baselines
 from tinyfleet.server.flower.grid import CompositeGrid, MqttGrid
 from tinyfleet.server.flower.internals import log
-from tinyfleet.server.run import first_parameters, limit_clients, method
+from tinyfleet.server.run import initial_parameters, limit_clients, make_strategy
 
 app = ServerApp()
 
@@ -34,8 +34,8 @@ def main(grid: Grid, context: Context) -> None:
 
     task = load(str(config["task"]))
     seed, rounds, clients = number("seed"), number("rounds"), number("clients")
-    how = method(str(config["strategy"]), task, rounds=rounds, clients=clients, query=number("query"), seed=seed)
-    start = first_parameters(task.program, how, seed)
+    how = make_strategy(str(config["strategy"]), task, rounds=rounds, clients=clients, query=number("query"), seed=seed)
+    initialization = initial_parameters(task.program, how, seed)
     with ExitStack() as stack:
         if config["broker"]:
             host, port = broker_address(str(config["broker"]), Path())
@@ -45,14 +45,14 @@ def main(grid: Grid, context: Context) -> None:
         limit_clients(how.strategy, clients, len(nodes))
         result = how.strategy.start(
             grid,
-            to_record(start, task.program),
+            vector_to_arrays(initialization, task.program),
             rounds,
             float(config["timeout"]),
             train_config=ConfigRecord(dict(how.train_config)),
         )
     if not result.arrays:
         raise UserError("no client gave a usable reply in any round; see the log of the clients")
-    learned = to_vector(result.arrays, task.program)
+    learned = arrays_to_vector(result.arrays, task.program)
     for name, scores in baselines(task, learned, seed=seed).items():
         for score in scores:
             log(INFO, "%s, %d shots: %s %.3f +- %.3f", name, score.shots, score.metric, score.mean, score.spread)

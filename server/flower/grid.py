@@ -24,25 +24,31 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
-from tinyfleet.edge.device.flower_client import patched, the_records, to_metrics, to_record, to_vector
+from tinyfleet.edge.device.flower_client import (
+    apply_update,
+    arrays_to_vector,
+    single_records,
+    to_metrics,
+    vector_to_arrays,
+)
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.protocol import (
     Dense,
-    Done,
-    Failed,
+    Failure,
     Kind,
-    Plan,
     ProtocolError,
+    RoundConfig,
     Sparse,
     Status,
+    Success,
     Topics,
-    Work,
+    TrainTask,
     chunks,
-    decode_did,
+    decode_reply,
     decode_status,
     encode,
-    explain,
-    plan_from_config,
+    error_text,
+    parse_round_config,
 )
 from tinyfleet.edge.wire.session import Message as Out
 from tinyfleet.edge.wire.session import Session
@@ -55,7 +61,7 @@ RECENT = 4
 
 
 @dataclass(frozen=True)
-class Event:
+class RoundEvent:
     """What happened in a round, for whoever watches.
 
     broadcast: the weights are out; asked: a device was given work; replied: with these metrics, and an update of this
@@ -80,12 +86,12 @@ class Traffic:
     stale: int = 0  # replies that nothing asked for (any more)
 
 
-class _Plan(NamedTuple):
+class _DeviceRequest(NamedTuple):
     """What one message asks of a device."""
 
     device: str
     kind: Kind
-    plan: Plan
+    round_config: RoundConfig
     server_round: int
 
 
@@ -115,16 +121,16 @@ class _Job:
     device: str
     server_round: int
     broadcast: _Broadcast
-    work: Work
+    train_task: TrainTask
     request: bytes
     expires: float  # time.monotonic(), as the next two
-    ask_at: float
-    gone_at: float | None = None
-    patience: float = 0.0  # seconds until it is asked once more
+    resend_at: float
+    offline_since: float | None = None
+    resend_interval: float = 0.0  # seconds until it is asked once more
     asked: int = 0
-    parts: dict[int, tuple[Done, bytes]] = field(default_factory=dict)  # part -> the message, and its payload
+    parts: dict[int, tuple[Success, bytes]] = field(default_factory=dict)  # part -> the message, and its payload
     reply: Message | None = None
-    ended: Event | None = None  # what its reply came to; told when that is pulled
+    ended: RoundEvent | None = None  # what its reply came to; told when that is pulled
 
 
 @cache
@@ -176,7 +182,7 @@ class MqttGrid(RunGrid):
         program: Program,
         select: Callable[[], Iterable[str]] | None = None,
         *,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callable[[RoundEvent], None] | None = None,
         repeat: float = 2.0,
         grace: float = 2.0,
         wait: float = 0.0,
@@ -197,7 +203,7 @@ class MqttGrid(RunGrid):
         self._status: dict[str, Status] = {}
         self._jobs: dict[str, _Job] = {}  # by message id
         self._by_work: dict[int, _Job] = {}  # by the wire's correlation id, while open
-        self._events: list[Event] = []
+        self._events: list[RoundEvent] = []
         self._broadcasts: list[_Broadcast] = []
         self._cleared: deque[_Broadcast] = deque(maxlen=RECENT)
         self._session: Session | None = None
@@ -263,18 +269,18 @@ class MqttGrid(RunGrid):
         known: dict[int, _Weights] = {}  # by the record's identity: most strategies give all messages the same one
         asked = []
         for message in messages:  # all of them, before anything is published
-            record, config = the_records(message)
+            record, config = single_records(message)
             if id(record) not in known:
-                vector = to_vector(record, self.program)
+                vector = arrays_to_vector(record, self.program)
                 known[id(record)] = _Weights(record, vector, vector.astype("<f4", copy=False).tobytes())
-            asked.append((message, self._plan(message, config), known[id(record)]))
+            asked.append((message, self._device_request(message, config), known[id(record)]))
         broadcasts: dict[tuple[bytes | str, ...], _Broadcast] = {}
         message_ids = []
-        for message, work, weights in asked:
+        for message, train_task, weights in asked:
             same = weights.data, *weights.record
             if same not in broadcasts:
-                broadcasts[same] = self._broadcast(weights, work.server_round)
-            message_ids.append(self._start(message, work, broadcasts[same]))
+                broadcasts[same] = self._broadcast(weights, train_task.server_round)
+            message_ids.append(self._start(message, train_task, broadcasts[same]))
         self._ask([chunk for broadcast in broadcasts.values() for chunk in broadcast.chunks])
         self._tell()
         return message_ids
@@ -357,7 +363,7 @@ class MqttGrid(RunGrid):
         )
         with self._changed:
             self._broadcasts.append(broadcast)
-            self._events.append(Event("broadcast", server_round))
+            self._events.append(RoundEvent("broadcast", server_round))
         return broadcast
 
     def _clear(self, broadcast: _Broadcast) -> None:
@@ -389,7 +395,7 @@ class MqttGrid(RunGrid):
                 self._clear_topics(broadcast)
         with self._changed:
             for job in self._by_work.values():
-                job.ask_at = 0.0
+                job.resend_at = 0.0
             self._changed.notify_all()
 
     def _send(self, messages: Sequence[Out]) -> None:
@@ -397,7 +403,7 @@ class MqttGrid(RunGrid):
         self._session.send(messages)
         self.traffic.bytes_down += sum(len(message.payload) for message in messages)
 
-    def _plan(self, message: Message, config: ConfigRecord) -> _Plan:
+    def _device_request(self, message: Message, config: ConfigRecord) -> _DeviceRequest:
         """What a message asks for. Raises ValueError if it is not something that a device can be asked."""
         try:
             device = self.device(message.metadata.dst_node_id)
@@ -405,36 +411,36 @@ class MqttGrid(RunGrid):
             raise ValueError(f"no device has the node id {message.metadata.dst_node_id}") from None
         kind: Kind = "evaluate" if message.metadata.message_type.startswith(MessageType.EVALUATE) else "train"
         value = config.get("server-round", 0)
-        plan = plan_from_config(config, kind, message.metadata.dst_node_id)
-        return _Plan(device, kind, plan, value if isinstance(value, int) else 0)
+        round_config = parse_round_config(config, kind, message.metadata.dst_node_id)
+        return _DeviceRequest(device, kind, round_config, value if isinstance(value, int) else 0)
 
-    def _start(self, message: Message, asked: _Plan, broadcast: _Broadcast) -> str:
-        work = Work(
+    def _start(self, message: Message, asked: _DeviceRequest, broadcast: _Broadcast) -> str:
+        train_task = TrainTask(
             id=next(self._ids) & 0xFFFFFFFF,
             kind=asked.kind,
             run=self._run.run_id & 0xFFFFFFFF,
             round=broadcast.number,
             model=self.program.model_id,
-            seed=asked.plan.seed,
-            phases=asked.plan.phases,
-            query=asked.plan.query,
-            update=asked.plan.update,
+            seed=asked.round_config.seed,
+            phases=asked.round_config.phases,
+            query=asked.round_config.query,
+            update=asked.round_config.update,
         )
         now = time.monotonic()
         message_id = stamp(message)
         with self._changed:
             status = self._status.get(asked.device)
-            self._jobs[message_id] = self._by_work[work.id] = _Job(
+            self._jobs[message_id] = self._by_work[train_task.id] = _Job(
                 message=message,
                 device=asked.device,
                 server_round=asked.server_round,
                 broadcast=broadcast,
-                work=work,
-                request=encode(work),
+                train_task=train_task,
+                request=encode(train_task),
                 expires=now + message.metadata.ttl,
-                ask_at=now,
-                gone_at=None if status is not None and status.online else now,
-                patience=self._repeat,
+                resend_at=now,
+                offline_since=None if status is not None and status.online else now,
+                resend_interval=self._repeat,
             )
             broadcast.open_jobs += 1
         return message_id
@@ -445,24 +451,24 @@ class MqttGrid(RunGrid):
         out = list(before)
         with self._changed:
             for job in list(self._by_work.values()):
-                if job.gone_at is not None and now >= job.gone_at + self._grace:
+                if job.offline_since is not None and now >= job.offline_since + self._grace:
                     self._fail(job, NODE_UNAVAILABLE, "went offline")
                 elif now >= job.expires:
                     self._fail(job, NO_REPLY, "no reply in time")
-                elif now >= job.ask_at:
+                elif now >= job.resend_at:
                     if not job.asked:
-                        self._events.append(Event("asked", job.server_round, job.device))
+                        self._events.append(RoundEvent("asked", job.server_round, job.device))
                     job.asked += 1
-                    job.ask_at = now + job.patience
-                    job.patience = min(2 * job.patience, 16 * self._repeat)
+                    job.resend_at = now + job.resend_interval
+                    job.resend_interval = min(2 * job.resend_interval, 16 * self._repeat)
                     out.append(Out(self._topics.do(job.device), job.request))
         if out:  # not under the lock: the session's thread may wait for it
             self._send(out)
 
     def _next(self, job: _Job) -> float:
         """When something is due for this job, if nothing arrives."""
-        gone = float("inf") if job.gone_at is None else job.gone_at + self._grace
-        return min(job.ask_at, job.expires, gone)
+        gone = float("inf") if job.offline_since is None else job.offline_since + self._grace
+        return min(job.resend_at, job.expires, gone)
 
     # Up: called by the session's thread
 
@@ -496,10 +502,10 @@ class MqttGrid(RunGrid):
                 if job.device != device:
                     continue
                 if status is None or not status.online:
-                    job.gone_at = job.gone_at or now
-                elif job.gone_at is not None or (before is not None and status.samples < before.samples):
-                    job.gone_at = None  # it is back, or it has started anew: what it was asked is lost
-                    job.ask_at = now
+                    job.offline_since = job.offline_since or now
+                elif job.offline_since is not None or (before is not None and status.samples < before.samples):
+                    job.offline_since = None  # it is back, or it has started anew: what it was asked is lost
+                    job.resend_at = now
                     news = True
             if news:
                 self._changed.notify_all()
@@ -508,7 +514,7 @@ class MqttGrid(RunGrid):
         with self._changed:
             self.traffic.bytes_up += len(payload)
             try:
-                did = decode_did(payload)
+                did = decode_reply(payload)
             except ProtocolError:
                 self.traffic.malformed += 1
                 return
@@ -517,14 +523,14 @@ class MqttGrid(RunGrid):
                 self.traffic.stale += 1
             elif job.device != device:
                 self.traffic.malformed += 1
-            elif isinstance(did, Failed):
-                self._fail(job, NODE_FAILED, explain(did))
+            elif isinstance(did, Failure):
+                self._fail(job, NODE_FAILED, error_text(did))
             elif not self._fits(did):
                 self.traffic.malformed += 1
             else:
                 self._add(job, did, payload)
 
-    def _fits(self, did: Done) -> bool:
+    def _fits(self, did: Success) -> bool:
         """Whether this can be a part of a reply of this program: bounded, and inside its parameters."""
         size = self.program.n_params
         match did.update:
@@ -536,7 +542,7 @@ class MqttGrid(RunGrid):
                 inside = True
         return inside and did.parts <= size + 1 and (did.part != 0 or did.metrics is not None)
 
-    def _add(self, job: _Job, did: Done, payload: bytes) -> None:
+    def _add(self, job: _Job, did: Success, payload: bytes) -> None:
         held = job.parts.get(did.part)
         if held is not None and held[1] == payload:
             self.traffic.stale += 1
@@ -551,27 +557,27 @@ class MqttGrid(RunGrid):
         parts = [job.parts[n][0] for n in range(len(job.parts))]
         metrics = parts[0].metrics
         assert metrics is not None  # _fits saw to it
-        if job.work.update is not None and all(part.update is None for part in parts):
+        if job.train_task.update is not None and all(part.update is None for part in parts):
             return self._fail(job, NODE_FAILED, "replied without an update")
-        vector = patched(job.broadcast.weights.vector, parts)
+        vector = apply_update(job.broadcast.weights.vector, parts)
         if not (np.isfinite(vector).all() and math.isfinite(metrics.loss) and math.isfinite(metrics.query_loss)):
             return self._fail(job, NODE_FAILED, "replied with numbers that are not finite")
         size = sum(len(payload) for _, payload in job.parts.values())
-        said = to_metrics(metrics, job.work.kind, size, self.program)
+        said = to_metrics(metrics, job.train_task.kind, size, self.program)
         content = RecordDict({"metrics": said})
-        if job.work.kind == "train":
-            content["arrays"] = to_record(vector, self.program, job.broadcast.weights.record)
+        if job.train_task.kind == "train":
+            content["arrays"] = vector_to_arrays(vector, self.program, job.broadcast.weights.record)
         job.reply = Message(content, reply_to=job.message)
         form = _encoding(parts[0].update)
-        self._close_job(job, Event("replied", job.server_round, job.device, metrics=said, encoding=form))
+        self._close_job(job, RoundEvent("replied", job.server_round, job.device, metrics=said, encoding=form))
 
     def _fail(self, job: _Job, code: int, reason: str) -> None:
         if job.reply is None:
             job.reply = Message(Error(code, f"{job.device}: {reason}"), reply_to=job.message)
-            self._close_job(job, Event("lost", job.server_round, job.device, reason))
+            self._close_job(job, RoundEvent("lost", job.server_round, job.device, reason))
 
-    def _close_job(self, job: _Job, event: Event) -> None:
-        del self._by_work[job.work.id]
+    def _close_job(self, job: _Job, event: RoundEvent) -> None:
+        del self._by_work[job.train_task.id]
         job.parts.clear()
         job.ended = event
         self._changed.notify_all()

@@ -131,8 +131,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     config.base_count = BASE;
     config.sample = room((INPUTS + 1) * sizeof(float));
     config.sample_count = INPUTS + 1;
-    config.adopted = room(ADOPTED);
-    config.adopted_size = ADOPTED;
+    config.model_slot = room(ADOPTED);
+    config.model_slot_size = ADOPTED;
     config.out = room(MOTE_OUT);
     config.out_size = MOTE_OUT;
     config.source.open = open_source;
@@ -187,7 +187,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     free(config.arena);
     free(config.base);
     free(config.sample);
-    free(config.adopted);
+    free(config.model_slot);
     free(config.out);
     free(n);
     return 0;

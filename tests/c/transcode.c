@@ -15,7 +15,7 @@
         return (int)written;                                                                                           \
     }
 
-TRANSCODE(Do, do_r)
-TRANSCODE(did, did_r)
+TRANSCODE(Do, command_r)
+TRANSCODE(did, reply_r)
 TRANSCODE(status, status)
 TRANSCODE(chunk, chunk)

@@ -19,11 +19,11 @@ static float base[DEVICE_PARAMETERS];
 static float sample[DEVICE_INPUTS + TARGETS];
 static uint8_t out[OUT];
 static uint8_t frame_buffer[FRAME];
-#if DEVICE_ADOPT_BYTES > 0
+#if DEVICE_MODEL_SLOT_BYTES > 0
 static union {
-    uint8_t bytes[DEVICE_ADOPT_BYTES];
+    uint8_t bytes[DEVICE_MODEL_SLOT_BYTES];
     uint32_t aligned;
-} adopted;
+} model_slot;
 #endif
 
 static mote_node_t node;
@@ -119,9 +119,9 @@ static void start(void)
     config.base_count = DEVICE_PARAMETERS;
     config.sample = sample;
     config.sample_count = DEVICE_INPUTS + TARGETS;
-#if DEVICE_ADOPT_BYTES > 0
-    config.adopted = adopted.bytes;
-    config.adopted_size = DEVICE_ADOPT_BYTES;
+#if DEVICE_MODEL_SLOT_BYTES > 0
+    config.model_slot = model_slot.bytes;
+    config.model_slot_size = DEVICE_MODEL_SLOT_BYTES;
 #endif
     config.out = out;
     config.out_size = sizeof out;

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from tinyfleet.edge.device.flower_client import of_kind
+from tinyfleet.edge.device.flower_client import records_of_type
 from tinyfleet.edge.errors import UserError
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.internals import log
@@ -93,7 +93,7 @@ class Asynchronous(Strategy):
                     failed.clear()
                     moved = flat(arrays, base) + self.weight(version, staleness) * (learned - flat(base, base))
                     arrays = self.strategy.updated(arrays, moved)
-                    metrics = of_kind(reply.content, MetricRecord)[0].copy()
+                    metrics = records_of_type(reply.content, MetricRecord)[0].copy()
                     metrics["staleness"] = staleness
                     result.arrays, result.train_metrics_clientapp[version] = arrays, metrics
                     if evaluate_fn is not None:

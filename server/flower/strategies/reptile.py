@@ -14,9 +14,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
-from tinyfleet.edge.device.flower_client import from_numpy, of_kind, to_numpy
+from tinyfleet.edge.device.flower_client import from_numpy, records_of_type, to_numpy
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, Plan, UpdateFormat, config_from_plan
+from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, RoundConfig, UpdateFormat, format_round_config
 from tinyfleet.server.flower.internals import log
 
 Numbers = NDArray[np.float64]
@@ -82,8 +82,8 @@ class Reptile(Strategy):
     ) -> Message:
         """What one client is to do. task: what its task's seed comes from, by default the round. ttl: its seconds."""
         seed = task_seed(self.seed, server_round if task is None else task, node)
-        plan = Plan(tuple(self.phases), self.query, self.update, seed)
-        instructions = ConfigRecord({**config, "server-round": server_round, **config_from_plan(plan)})
+        round_config = RoundConfig(tuple(self.phases), self.query, self.update, seed)
+        instructions = ConfigRecord({**config, "server-round": server_round, **format_round_config(round_config)})
         return Message(RecordDict({"arrays": arrays, "config": instructions}), node, MessageType.TRAIN, ttl=ttl)
 
     def aggregate_train(
@@ -99,12 +99,12 @@ class Reptile(Strategy):
         if not good:
             return None, None
         alpha, sent = self.rate(server_round), flat(self._sent, self._sent)
-        pull = np.zeros_like(sent)
+        change_sum = np.zeros_like(sent)
         for _, learned in good:
-            pull += learned - sent
-        metrics = mean_metrics([of_kind(reply.content, MetricRecord)[0] for reply, _ in good])
+            change_sum += learned - sent
+        metrics = mean_metrics([records_of_type(reply.content, MetricRecord)[0] for reply, _ in good])
         metrics["alpha"] = alpha
-        return self.updated(self._sent, sent + alpha * (pull / len(good))), metrics
+        return self.updated(self._sent, sent + alpha * (change_sum / len(good))), metrics
 
     def updated(self, arrays: ArrayRecord, numbers: Numbers) -> ArrayRecord:
         """The arrays, but those that are shared with these numbers (see `flat`), as float32."""
@@ -129,10 +129,14 @@ class Reptile(Strategy):
         if reply.has_error():
             log(INFO, "node %d: %s", node, reply.error.reason)
             return None
-        if not len(of_kind(reply.content, ArrayRecord)) == len(of_kind(reply.content, MetricRecord)) == 1:
+        if (
+            not len(records_of_type(reply.content, ArrayRecord))
+            == len(records_of_type(reply.content, MetricRecord))
+            == 1
+        ):
             log(WARNING, "node %d: a reply has one ArrayRecord and one MetricRecord; left out", node)
             return None
-        arrays = of_kind(reply.content, ArrayRecord)[0]
+        arrays = records_of_type(reply.content, ArrayRecord)[0]
         if {key: a.shape for key, a in arrays.items()} != {key: a.shape for key, a in sent.items()}:
             log(WARNING, "node %d: its arrays are not those it was sent; left out", node)
             return None

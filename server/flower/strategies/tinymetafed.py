@@ -34,21 +34,21 @@ class TinyMetaFed(Reptile):
         local: int = 0,
         local_steps: int = 8,
         local_beta: float | None = None,
-        top: float = 0.25,
+        density: float = 0.25,
         clients: int = 5,
         query: int = 0,
         half: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__(alpha=alpha, beta=beta, steps=steps, clients=clients, query=query, half=half, seed=seed)
-        if not 0 < top <= 1:
-            raise UserError(f"top is the fraction of the parameters that is sent, in (0, 1]; got {top:g}")
+        if not 0 < density <= 1:
+            raise UserError(f"top is the fraction of the parameters that is sent, in (0, 1]; got {density:g}")
         self.rounds = rounds
         self.alpha_end = alpha_end
         self.local = local
         if local and local_steps:
             self.phases = (Phase(local, local_steps, beta if local_beta is None else local_beta), *self.phases)
-        self.update = UpdateFormat(shared=ALL_LAYERS & ~local, half=half, top=top)
+        self.update = UpdateFormat(shared=ALL_LAYERS & ~local, half=half, density=density)
 
     def rate(self, server_round: int) -> float:
         """alpha_end + (alpha - alpha_end) * (1 + cos(pi * (server_round - 1) / rounds)) / 2."""
