@@ -277,8 +277,8 @@ def match(
       tinyfleet model match --model model.mote --device kitchen
     """
     from tinyfleet.firmware_tools import show_match as show
-    from tinyfleet.ontology.cli import find_server, open_store
-    from tinyfleet.ontology.queries import match as matching
+    from tinyfleet.ontology.store.data_folder import find_server, open_store
+    from tinyfleet.ontology.queries import matching
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
 
     if model is None and device is None:
@@ -287,9 +287,9 @@ def match(
     with open_store(data) as store:
         about = None
         if model is not None:
-            about = matching.known_model(store, model) or matching.describe(store, description(Path(model)))
+            about = matching.require_model(store, model) or matching.describe(store, description(Path(model)))
         if device is not None:
-            matching.known_device(store, device, name)
+            matching.require_device(store, device, name)
         misses = (
             matching.unmet_requirements(store, name, model=about, device=device) if why or (about and device) else {}
         )

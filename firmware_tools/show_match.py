@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
-from tinyfleet.ontology.queries.match import TRAIN, UPDATE_MODEL, DeviceMatch, ModelMatch, UnmetRequirement
+from tinyfleet.ontology.queries.matching import TRAIN, UPDATE_MODEL, DeviceMatch, ModelMatch, UnmetRequirement
 from tinyfleet.ontology.store.store import printable
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
@@ -24,10 +24,10 @@ def devices(
         reasons = {name: [asdict(miss) for miss in missed] for (name, _), missed in misses.items()}
         print(json.dumps({"model": model, "fits": [asdict(fit) for fit in fits], "misses": reasons}, indent=2))
         return
-    table = _table("device", "board", "online", "arena", "takes", "room", "trains")
+    table = _table("device", "board", "online", "arena", "required", "free", "trains")
     for fit in fits:
         online = {True: "yes", False: "no", None: ""}[fit.online]
-        numbers = (f"{n:,}" for n in (fit.arena, fit.required, fit.room))
+        numbers = (f"{n:,}" for n in (fit.arena, fit.required, fit.free))
         table.add_row(fit.device, printable(fit.board), online, *numbers, _trains(fit.layers, fit.biases))
     console = _console()
     if fits:
@@ -45,11 +45,11 @@ def models(device: str, fits: Sequence[ModelMatch], misses: UnmetRequirements, a
         reasons = {model: [asdict(miss) for miss in missed] for (_, model), missed in misses.items()}
         print(json.dumps({"device": device, "fits": [asdict(fit) for fit in fits], "misses": reasons}, indent=2))
         return
-    table = _table("model", "name", "takes", "room", "parameters", "trains")
+    table = _table("model", "name", "required", "free", "parameters", "trains")
     for fit in fits:
         parameters = "" if fit.parameters is None else f"{fit.parameters:,}"
         trains = _trains(fit.layers, fit.biases)
-        table.add_row(_id(fit.model), printable(fit.name), f"{fit.required:,}", f"{fit.room:,}", parameters, trains)
+        table.add_row(_id(fit.model), printable(fit.name), f"{fit.required:,}", f"{fit.free:,}", parameters, trains)
     console = _console()
     if fits:
         console.print(table)
@@ -94,7 +94,7 @@ def _id(model: Iri) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
-        numeric = column in ("arena", "takes", "room", "parameters")
+        numeric = column in ("arena", "required", "free", "parameters")
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     return table
 

@@ -10,24 +10,16 @@ import pyoxigraph as ox
 import typer
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.data_folder import open_store
 from tinyfleet.ontology.store.store import (
     Binding,
-    EmbeddedStore,
-    RemoteStore,
     Rows,
-    Store,
-    Unreachable,
     Value,
     parameters,
     printable,
     rows,
 )
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri
-
-GRAPH = "graph"
-"""The folder of the graph in the data directory."""
-SERVER = "server.json"
-"""Where a running server says how to reach it."""
 
 
 def query(
@@ -192,38 +184,3 @@ def _value(text: str) -> Value:
         except ValueError:
             raise UserError(f"{text!r} is no date and time; write 2026-01-31T12:00:00Z") from None
     return text
-
-
-def find_server(data: Path) -> dict[str, str]:
-    """What a running server says of itself in its data directory: broker, endpoint, token, fleet; empty if none does.
-
-    Raises UserError if the file is damaged."""
-    path = data / SERVER
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return {"endpoint": said["endpoint"], **{str(key): str(value) for key, value in said.items()}}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not say where the server is ({error!r}); start the server again") from None
-
-
-def open_store(data: Path, endpoint: str | None = None) -> Store:
-    """The graph of the server that runs on a data directory (its owner may update it), or, if none does, on disk."""
-    if endpoint is not None:
-        return RemoteStore(endpoint)
-    graph = data / GRAPH
-    if server := find_server(data):
-        try:
-            remote = RemoteStore(server["endpoint"], server.get("token"))
-            remote.ask("ASK { }")
-            return remote
-        except Unreachable:  # the server has died and left its address behind; if it is only slow, it holds the graph
-            if not graph.is_dir():
-                raise
-    if not graph.is_dir():
-        raise UserError(
-            f"there is no graph in {data} and no server runs on it; start `tinyfleet server`, or name the directory "
-            "with --data, or an endpoint with --endpoint"
-        )
-    return EmbeddedStore(graph)

@@ -8,8 +8,9 @@ from typing import Annotated
 import pyoxigraph as ox
 import typer
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.cli import GRAPH, find_server, open_store, shorten
-from tinyfleet.ontology.store.store import EmbeddedStore, Facts, Store, term, triples, value
+from tinyfleet.ontology.cli import shorten
+from tinyfleet.ontology.store.data_folder import open_store
+from tinyfleet.ontology.store.store import Facts, term, triples, value
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri
 
 app = typer.Typer(
@@ -77,16 +78,9 @@ def load(
                 facts.setdefault(subject, {}).setdefault(predicate, []).extend(objects)
     n = sum(len(objects) for said in facts.values() for objects in said.values())
     shapes.check(", ".join(map(str, files)), triples(facts))  # type: ignore[arg-type]
-    with _fillable(data) as store:
+    with open_store(data, create=True) as store:
         put_facts(store, facts)  # type: ignore[arg-type]
     typer.echo(json.dumps({"triples": n}) if as_json else f"{n:,} triples loaded")
-
-
-def _fillable(data: Path) -> Store:
-    """The graph of a data directory, made if there is none yet."""
-    if find_server(data) or (data / GRAPH).is_dir():
-        return open_store(data)
-    return EmbeddedStore(data / GRAPH)
 
 
 def read_file(path: Path) -> dict[Iri, dict[Iri, list[object]]]:
@@ -139,7 +133,7 @@ def measured(
     from tinyfleet.ontology.ingest.describe import put_measurement
     from tinyfleet.ontology.vocabulary.namespaces import model_iri
 
-    with _fillable(data) as store:
+    with open_store(data, create=True) as store:
         iri = put_measurement(
             store,
             model_iri(model.removeprefix("urn:tinyfleet:model:")),
@@ -175,7 +169,7 @@ def import_selocml(
     made = read_selocml(sorted(folder.glob("*.ttl")), fleet)
     shapes.check("the import", triples(made.facts))
     if out is None:
-        with _fillable(data) as store:
+        with open_store(data, create=True) as store:
             put_facts(store, made.facts)
     else:
         write_file(out, made.facts)

@@ -19,8 +19,9 @@ from tinyfleet.edge import tasks
 from tinyfleet.edge.cli import BrokerOption, DataOption, TaskOption, broker_address
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program, ProgramError
-from tinyfleet.ontology.cli import find_server, read_query
+from tinyfleet.ontology.cli import read_query
 from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.data_folder import find_server
 from tinyfleet.ontology.store.store import RemoteStore
 from tinyfleet.ontology.vocabulary.namespaces import fleet_name
 

@@ -38,7 +38,7 @@ from tinyfleet.edge.wire.protocol import (
 from tinyfleet.edge.wire.session import Message, Session
 from tinyfleet.ontology.ingest.describe import from_program
 from tinyfleet.ontology.ingest.lineage import Lineage
-from tinyfleet.ontology.queries import match as matching
+from tinyfleet.ontology.queries import matching
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
@@ -106,7 +106,7 @@ def plan_deployment(store: Store, program: Program, name: str, sparql: str, flee
     already, say that they have no room for it or are offline are left out. Raises UserError if nobody is left.
     """
     model = matching.describe(store, from_program(program, name))
-    selected = set(matching.select(store, sparql, model, fleet))
+    selected = set(matching.select_devices(store, sparql, model, fleet))
     fits = {fit.device: fit for fit in matching.match_devices(store, model, fleet)}
     misses = matching.unmet_requirements(store, fleet, model=model)
     rows = store.query(

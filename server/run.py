@@ -27,7 +27,7 @@ from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, RoundConfig, UpdateF
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.queries import library
-from tinyfleet.ontology.queries.match import select
+from tinyfleet.ontology.queries.matching import select_devices
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 from tinyfleet.server.flower.grid import MqttGrid, RoundEvent
@@ -262,7 +262,7 @@ def why_devices_cannot_train(store: Store, model: Iri, fleet: str) -> list[str]:
     """For every device of the fleet, why it may not be able to train the model; what the graph can tell."""
     rows = store.query(
         """PREFIX tf: <https://w3id.org/tinyfleet#>
-        SELECT ?id ?online ?current ?arena ?takes WHERE {
+        SELECT ?id ?online ?current ?arena ?takes ?incompatible WHERE {
           VALUES ?model { UNDEF }
           VALUES ?fleet { UNDEF }
           ?device tf:deviceId ?id ; a tf:Device ; tf:fleet ?fleet .
@@ -270,6 +270,7 @@ def why_devices_cannot_train(store: Store, model: Iri, fleet: str) -> list[str]:
           OPTIONAL { ?device tf:online ?online }
           OPTIONAL { ?device tf:currentModel ?current }
           OPTIONAL { ?device tf:arenaBytes ?arena }
+          OPTIONAL { ?device tf:incompatibility ?incompatible }
         } ORDER BY ?id""",
         model=model,
         fleet=fleet,
@@ -277,7 +278,9 @@ def why_devices_cannot_train(store: Store, model: Iri, fleet: str) -> list[str]:
     reasons = []
     for row in rows:
         arena, takes = row.get("arena"), row.get("takes")
-        if not row.get("online"):
+        if row.get("incompatible"):
+            reason = f"is not compatible: {row['incompatible']}"
+        elif not row.get("online"):
             reason = "is offline"
         elif row.get("current") != model:
             reason = f"runs another model ({row.get('current', 'unknown')})"
@@ -352,12 +355,12 @@ def run(
             on_event(event)
 
     with MqttGrid(
-        *broker, fleet, program, select=lambda: select(store, sparql, model, fleet), on_event=watch, wait=wait
+        *broker, fleet, program, select=lambda: select_devices(store, sparql, model, fleet), on_event=watch, wait=wait
     ) as grid:
         # All that the graph knows of, so that a draw among them does not depend on who was heard of first.
-        nodes = grid.wait_for_nodes(max(clients, len(select(store, sparql, model, fleet))), wait)
+        nodes = grid.wait_for_nodes(max(clients, len(select_devices(store, sparql, model, fleet))), wait)
         if not nodes:
-            raise _no_clients_message(store, model, fleet, select(store, sparql, model, fleet))
+            raise _no_clients_message(store, model, fleet, select_devices(store, sparql, model, fleet))
         limit_clients(how.strategy, clients, len(nodes))
         number = grid.run.run_id
         lineage = Lineage(store, fleet)
@@ -385,7 +388,7 @@ def run(
                     used.append(replace(part, staleness=late))
             this = Round(
                 number=server_round,
-                asked=len(asked),
+                selected=len(asked),
                 parts=used,
                 lost=dict(lost),
                 bytes_up=up_now - up,
@@ -397,7 +400,7 @@ def run(
                 number,
                 server_round,
                 this.parts,
-                asked=this.asked,
+                selected=this.asked,
                 started=began,
                 ended=now,
                 sha256=_sha256(learned) if this.parts else None,

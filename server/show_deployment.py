@@ -25,7 +25,7 @@ def print_deployment_plan(console: Console, file: Path, program: Program, what: 
     for column in ("target", "board", "runs now", "RAM left"):
         table.add_column(column, justify="right" if column == "RAM left" else "left", overflow="fold")
     for fit in what.targets[:MOST]:
-        table.add_row(fit.device, printable(fit.board), what.running[fit.device], f"{fit.room:,}")
+        table.add_row(fit.device, printable(fit.board), what.running[fit.device], f"{fit.free:,}")
     console.print(table)
     _more(console, len(what.targets))
     if what.left_out:

@@ -119,10 +119,10 @@ def deploy(
 def announce(server: FleetServer, id: str, online: bool = True, **changes: object) -> None:
     """A device that only the graph knows."""
     topics = Topics("home")
-    assert server.registry.handle(topics.td(id), payload(description(id, **changes))), server.registry.last_refusal
-    assert server.registry.handle(topics.status(id), status(model=OLD.model_id))
+    assert server.registry.ingest_one(topics.td(id), payload(description(id, **changes))), server.registry.last_rejection
+    assert server.registry.ingest_one(topics.status(id), status(model=OLD.model_id))
     if not online:
-        assert server.registry.handle(topics.status(id), status(online=False))
+        assert server.registry.ingest_one(topics.status(id), status(online=False))
 
 
 def test_devices_get_the_model_and_the_graph_says_so(

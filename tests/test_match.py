@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ontology_fixtures import description, payload, status
 from tinyfleet.edge.model.program import Dense, ReLU, build
 from tinyfleet.edge.wire.protocol import Topics
-from tinyfleet.ontology.cli import GRAPH
+from tinyfleet.ontology.store.data_folder import GRAPH
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library, match
@@ -251,8 +251,8 @@ def data(tmp_path: Path) -> Path:
         registry, topics = Registry(store, "home"), Topics("home")
         arenas: Mapping[str, int] = {"roomy": 65_536, "tight": PROGRAM.arena_bytes, "small": 2_000}
         for device, arena in arenas.items():
-            assert registry.handle(topics.td(device), payload(description(device, tf__arenaBytes=arena)))
-            assert registry.handle(topics.status(device), status(model=PROGRAM.model_id))
+            assert registry.ingest_one(topics.td(device), payload(description(device, tf__arenaBytes=arena)))
+            assert registry.ingest_one(topics.status(device), status(model=PROGRAM.model_id))
         model = describe.put_model(store, describe.from_program(PROGRAM, "digits"))
         option = Iri(f"{model}:train:1")
         store.write(

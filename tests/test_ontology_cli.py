@@ -10,7 +10,7 @@ import pytest
 from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
 from tinyfleet.edge.wire.protocol import Topics
-from tinyfleet.ontology.cli import GRAPH, SERVER
+from tinyfleet.ontology.store.data_folder import GRAPH, SERVER
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.store import EmbeddedStore
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 def fill(store: EmbeddedStore) -> None:
     registry = Registry(store, "home")
     for device in ("dev-1", "dev-2"):
-        registry.handle(Topics("home").td(device), payload(description(device)))
-        registry.handle(Topics("home").status(device), status())
+        registry.ingest_one(Topics("home").td(device), payload(description(device)))
+        registry.ingest_one(Topics("home").status(device), status())
 
 
 @pytest.fixture(params=["disk", "server"])
@@ -80,7 +80,7 @@ def test_the_other_forms_of_query(tmp_path: Path) -> None:
 
 def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path / GRAPH) as store:
-        Registry(store, "home").handle(Topics("home").td("d"), payload(description("d", title="\x1b]0;x\x07[red]\r")))
+        Registry(store, "home").ingest_one(Topics("home").td("d"), payload(description("d", title="\x1b]0;x\x07[red]\r")))
     shown = query("--sparql", "SELECT ?t { ?d a tf:Device ; td:title ?t }", data=tmp_path).stdout
     assert "[red]" in shown
     assert "\x1b" not in shown and "\x07" not in shown and "\r" not in shown

@@ -30,10 +30,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 def join(store: Store, device: str, fleet: str = "home", *, online: bool = True, model: bytes = PROGRAM.model_id,
          **td: object) -> None:  # fmt: skip
     registry, topics = Registry(store, fleet), Topics(fleet)
-    assert registry.handle(topics.td(device), payload(description(device, fleet, **td))), registry.last_refusal
-    assert registry.handle(topics.status(device), status(model=model))
+    assert registry.ingest_one(topics.td(device), payload(description(device, fleet, **td))), registry.last_rejection
+    assert registry.ingest_one(topics.status(device), status(model=model))
     if not online:
-        assert registry.handle(topics.status(device), status(online=False))
+        assert registry.ingest_one(topics.status(device), status(online=False))
 
 
 def fleet(store: Store) -> None:
@@ -57,7 +57,7 @@ def test_the_clients_of_a_round_are_those_that_can_train_now(store: Store) -> No
     assert clients(store, MODEL, "home") == ["fit", "tight"]
     assert clients(store, MODEL, "elsewhere") == ["fit"]
     assert clients(store, model_iri(bytes(8)), "home") == []
-    Registry(store, "home").handle(Topics("home").status("fit"), status(online=False))
+    Registry(store, "home").ingest_one(Topics("home").status("fit"), status(online=False))
     assert clients(store, MODEL, "home") == ["tight"]
 
 

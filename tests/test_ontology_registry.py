@@ -58,7 +58,7 @@ def about(store: Store, subject: str) -> dict[str, list[Any]]:
 
 
 def test_a_description_becomes_facts_on_the_device_and_on_its_board(store: Store, registry: Registry) -> None:
-    assert registry.handle(TD, payload(description()))
+    assert registry.ingest_one(TD, payload(description()))
     device = about(store, device_iri("home", "dev-1"))
     assert device["arenaBytes"] == [65_536]
     assert device["engine"] == ["mote"]
@@ -76,7 +76,7 @@ def test_a_description_becomes_facts_on_the_device_and_on_its_board(store: Store
 
 def test_what_the_devices_of_this_project_send_is_taken(store: Store, registry: Registry) -> None:
     td = thing_description("home", "dev-1", VIRTUAL, "mote", "0.1.0", 9_936, MODEL)
-    assert registry.handle(TD, payload(td)), registry.last_refusal
+    assert registry.ingest_one(TD, payload(td)), registry.last_rejection
 
 
 def test_what_the_devices_of_this_project_send_is_valid_for_the_w3c() -> None:
@@ -93,10 +93,10 @@ def test_what_the_devices_of_this_project_send_is_valid_for_the_w3c() -> None:
 
 
 def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> None:
-    registry.handle(TD, payload(description()))
+    registry.ingest_one(TD, payload(description()))
     one = len(everything(store))
     for i in range(2, 11):
-        assert registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
+        assert registry.ingest_one(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
     per_device = sum(map(len, about(store, device_iri("home", "dev-2")).values()))
     assert len(everything(store)) == one + 9 * per_device
     assert per_device <= 18, "with the seven of its state: 25 triples"
@@ -106,7 +106,7 @@ def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> 
 def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_that_later(
     store: Store, registry: Registry
 ) -> None:
-    assert registry.handle(TD, payload(description()))
+    assert registry.ingest_one(TD, payload(description()))
     query = """PREFIX ssn: <http://www.w3.org/ns/ssn/>
     SELECT ?system { VALUES ?device { UNDEF } ?device ssn:hasSubSystem ?system } ORDER BY ?system"""
 
@@ -124,8 +124,8 @@ def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_tha
 
 def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
     adopted = bytes(8)
-    assert registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
-    assert registry.handle(TOPICS.status("dev-1"), status(model=adopted, samples=9, stale=1))
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(model=adopted, samples=9, stale=1))
     state = about(store, device_iri("home", "dev-1"))
     assert state == {
         "online": [True],
@@ -137,10 +137,10 @@ def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
 
 
 def test_a_will_marks_a_device_offline_since_now_and_nothing_else(store: Store, registry: Registry) -> None:
-    registry.handle(TD, payload(description()))
-    registry.handle(TOPICS.status("dev-1"), status(samples=5))
+    registry.ingest_one(TD, payload(description()))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5))
     before = everything(store)
-    assert registry.handle(TOPICS.status("dev-1"), status(online=False, model=bytes(8)))
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(online=False, model=bytes(8)))
     changed = set(before) ^ set(everything(store))
     assert changed == {
         (device_iri("home", "dev-1"), TF.online, "True"),
@@ -161,7 +161,7 @@ def test_repeats_and_any_order_end_in_the_same_graph() -> None:
         with EmbeddedStore() as store:
             registry = Registry(store, "home", clock=lambda: NOW)
             for topic, data in (*order, *order[::-1], order[0]):
-                assert registry.handle(topic, data)
+                assert registry.ingest_one(topic, data)
             graphs.add(tuple(everything(store)))
     assert len(graphs) == 1
 
@@ -174,20 +174,20 @@ def test_a_device_is_offline_since_it_was_first_heard_to_be(store: Store) -> Non
         return about(store, device_iri("home", "dev-1")).get("offlineSince", [])
 
     for online, expected in ((True, []), (False, [1]), (False, [1]), (True, []), (False, [4])):
-        registry.handle(TOPICS.status("dev-1"), status(online=online))
+        registry.ingest_one(TOPICS.status("dev-1"), status(online=online))
         assert since() == [NOW + timedelta(hours=hour) for hour in expected]
 
 
 def test_a_drift_that_rises_is_one_event_until_it_has_settled(store: Store) -> None:
     times = iter(NOW + timedelta(hours=hour) for hour in range(99))
     registry = Registry(store, "home", clock=lambda: next(times))
-    registry.handle(TD, payload(description()))
+    registry.ingest_one(TD, payload(description()))
     #         0    1     2    3    4     5    6    7     8    9
     course = (0.1, 0.45, 0.5, 0.9, 0.41, 0.6, 0.6, 0.39, 0.2, 0.8)
     for drift in course:
-        assert registry.handle(TOPICS.status("dev-1"), status(drift=drift))
+        assert registry.ingest_one(TOPICS.status("dev-1"), status(drift=drift))
         registry = Registry(store, "home", clock=lambda: next(times))  # what it knows is in the graph
-    registry.handle(TOPICS.status("dev-1"), status(online=False))
+    registry.ingest_one(TOPICS.status("dev-1"), status(online=False))
     events = store.query(library.text("drift-events"), id="dev-1", fleet="home")
     assert [dict(row) for row in events] == [
         {"id": "dev-1", "drift": pytest.approx(0.8), "model": model_iri(MODEL), "time": NOW + timedelta(hours=9)},
@@ -208,38 +208,38 @@ def test_a_drift_that_rises_is_one_event_until_it_has_settled(store: Store) -> N
 def test_what_changes_within_one_batch_is_seen(store: Store, registry: Registry) -> None:
     states = [status(drift=drift) for drift in (0.75, 0.75, 0.25, 0.5)]
     messages = [(TD, payload(description())), *((TOPICS.status("dev-1"), s) for s in (*states, status(online=False)))]
-    assert all(taken is not None and taken.refusal is None for taken in registry.take(messages))
+    assert all(taken is not None and taken.rejection is None for taken in registry.ingest(messages))
     events = store.query(library.text("drift-events"), fleet="home")
     assert sorted((row["drift"], "ended" in row) for row in events) == [(0.5, False), (0.75, True)]
     assert about(store, device_iri("home", "dev-1"))["offlineSince"] == [NOW]
 
 
 def test_a_newer_description_takes_the_place_of_the_older(store: Store, registry: Registry) -> None:
-    registry.handle(TD, payload(description()))
-    assert registry.handle(TD, payload(description(tf__arenaBytes=None, tf__engineVersion="0.2.0", title="Renamed")))
+    registry.ingest_one(TD, payload(description()))
+    assert registry.ingest_one(TD, payload(description(tf__arenaBytes=None, tf__engineVersion="0.2.0", title="Renamed")))
     device = about(store, device_iri("home", "dev-1"))
     assert device["engineVersion"] == ["0.2.0"]
     assert "arenaBytes" not in device
 
 
 def test_a_cleared_description_takes_the_device_away(store: Store, registry: Registry) -> None:
-    registry.handle(TD, payload(description()))
-    registry.handle(TOPICS.status("dev-1"), status())
-    assert registry.handle(TD, b"")
+    registry.ingest_one(TD, payload(description()))
+    registry.ingest_one(TOPICS.status("dev-1"), status())
+    assert registry.ingest_one(TD, b"")
     assert about(store, device_iri("home", "dev-1")) == {}
     assert about(store, board_iri("nano33ble")) != {}
 
 
 def test_a_known_board_stays_as_it_is_known(store: Store, registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
-    registry.handle(TD, payload(description()))
+    registry.ingest_one(TD, payload(description()))
     board = about(store, board_iri("nano33ble"))
     other = description("dev-2")
     other["tf:board"] |= {"tf:ramBytes": 1 << 20}
-    assert registry.handle(TOPICS.td("dev-2"), payload(other))
+    assert registry.ingest_one(TOPICS.td("dev-2"), payload(other))
     assert about(store, board_iri("nano33ble")) == board
     assert "ramBytes of its board is 1048576" in caplog.text and "stays known with 262144" in caplog.text
     linked = description("dev-3", tf__board={"@id": board_iri("nano33ble")})
-    assert registry.handle(TOPICS.td("dev-3"), payload(linked))
+    assert registry.ingest_one(TOPICS.td("dev-3"), payload(linked))
 
 
 def without_board(name: str) -> dict[str, Any]:
@@ -357,21 +357,21 @@ def test_a_bad_description_is_refused_with_its_reason_and_leaves_no_trace(
     store: Store, registry: Registry, caplog: pytest.LogCaptureFixture, data: bytes, reason: str, known: bool
 ) -> None:
     if known:
-        registry.handle(TD, payload(description()))
+        registry.ingest_one(TD, payload(description()))
     before = everything(store)
     with caplog.at_level(logging.WARNING):
-        assert not registry.handle(TD, data)
+        assert not registry.ingest_one(TD, data)
     assert everything(store) == before
-    assert registry.refused == 1
-    assert registry.last_refusal is not None and reason in registry.last_refusal
-    assert registry.last_refusal in caplog.text
-    assert len(registry.last_refusal) < 2_000
+    assert registry.rejected == 1
+    assert registry.last_rejection is not None and reason in registry.last_rejection
+    assert registry.last_rejection in caplog.text
+    assert len(registry.last_rejection) < 2_000
 
 
 def test_what_a_device_says_cannot_steer_the_terminal_that_shows_why_it_is_refused(registry: Registry) -> None:
-    assert not registry.handle(TD, payload(description(tf__engine="\x1b]0;x\x07")))
-    assert registry.last_refusal is not None and "tf:engine" in registry.last_refusal
-    assert registry.last_refusal.isprintable()
+    assert not registry.ingest_one(TD, payload(description(tf__engine="\x1b]0;x\x07")))
+    assert registry.last_rejection is not None and "tf:engine" in registry.last_rejection
+    assert registry.last_rejection.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -380,10 +380,10 @@ def test_what_a_device_says_cannot_steer_the_terminal_that_shows_why_it_is_refus
     ids=["empty", "break", "JSON", "cut", "longer", "battery above 1", "drift not a number"],
 )
 def test_a_bad_status_is_refused_and_leaves_no_trace(store: Store, registry: Registry, data: bytes) -> None:
-    registry.handle(TOPICS.status("dev-1"), status(samples=5))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5))
     before = everything(store)
-    assert not registry.handle(TOPICS.status("dev-1"), data)
-    assert (registry.accepted, registry.refused) == (1, 1)
+    assert not registry.ingest_one(TOPICS.status("dev-1"), data)
+    assert (registry.accepted, registry.rejected) == (1, 1)
     assert everything(store) == before
 
 
@@ -392,8 +392,8 @@ def test_a_bad_status_is_refused_and_leaves_no_trace(store: Store, registry: Reg
     ["tinyfleet/away/devices/dev-1/td", TOPICS.do("dev-1"), TOPICS.did("dev-1"), "tinyfleet/home/devices/a b/td", ""],
 )
 def test_other_topics_are_none_of_its_business(store: Store, registry: Registry, topic: str) -> None:
-    assert not registry.handle(topic, payload(description()))
-    assert (registry.accepted, registry.refused, everything(store)) == (0, 0, [])
+    assert not registry.ingest_one(topic, payload(description()))
+    assert (registry.accepted, registry.rejected, everything(store)) == (0, 0, [])
 
 
 def test_nothing_is_fetched(store: Store, registry: Registry) -> None:
@@ -412,9 +412,9 @@ def test_nothing_is_fetched(store: Store, registry: Registry) -> None:
         known = "https://www.w3.org/2022/wot/td/v1.1"
         contexts = (url, [known, url], [known, {"@import": url}], [known, {"x": {"@id": "tf:x", "@context": url}}])
         for context in contexts:
-            assert not registry.handle(TD, payload(description(**{"@context": context})))
-        assert not registry.handle(TD, payload(description(actions={"x": {"@context": url}})))
-        assert registry.handle(TD, payload(description(links=[{"href": url}], support=url)))
+            assert not registry.ingest_one(TD, payload(description(**{"@context": context})))
+        assert not registry.ingest_one(TD, payload(description(actions={"x": {"@context": url}})))
+        assert registry.ingest_one(TD, payload(description(links=[{"href": url}], support=url)))
         server.shutdown()
     assert asked == []
 
@@ -441,8 +441,8 @@ def test_no_description_breaks_the_registry(path: tuple[str, ...], value: Any) -
     node[path[-1]] = value
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
-        taken = registry.handle(TD, json.dumps(td).encode())
-        assert (registry.accepted, registry.refused) == ((1, 0) if taken else (0, 1))
+        taken = registry.ingest_one(TD, json.dumps(td).encode())
+        assert (registry.accepted, registry.rejected) == ((1, 0) if taken else (0, 1))
         subjects = set(store.query("SELECT DISTINCT ?s WHERE { ?s ?p ?o }").column("s"))
         device = device_iri("home", "dev-1")
         boards = {str(s).partition("#")[0] for s in subjects if str(s).startswith(BOARDS)}
@@ -464,7 +464,7 @@ def test_no_bytes_break_the_reader_or_the_registry(data: bytes) -> None:
         assert str(reason)
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
-        assert registry.handle(TD, data) or everything(store) == []
+        assert registry.ingest_one(TD, data) or everything(store) == []
 
 
 def test_messages_taken_together_end_as_taken_one_by_one() -> None:
@@ -488,7 +488,7 @@ def test_messages_taken_together_end_as_taken_one_by_one() -> None:
         assert many.take(messages) == alone
         assert everything(together) == everything(apart)
         assert (many.accepted, many.refused) == (one.accepted, one.refused) == (7, 2)
-    assert [taken and (taken.kind, taken.device, taken.online, taken.refusal is None) for taken in alone] == [
+    assert [taken and (taken.kind, taken.device, taken.online, taken.rejection is None) for taken in alone] == [
         ("td", "dev-1", True, True),
         ("status", "dev-1", True, True),
         ("td", "dev-2", True, True),
@@ -503,15 +503,15 @@ def test_messages_taken_together_end_as_taken_one_by_one() -> None:
 
 
 def test_a_status_writes_only_what_has_changed(store: Store, registry: Registry, tmp_path: Path) -> None:
-    registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
     if not isinstance(store, EmbeddedStore):
         pytest.skip("a remote server keeps no account of it")
     written: list[Patch] = []
     apply = store._apply
     store._apply = lambda patch: (written.append(patch), apply(patch))[1]  # type: ignore[method-assign]
-    registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
-    registry.handle(TOPICS.status("dev-1"), status(samples=6, battery=0.5))
-    device, samples = device_iri("home", "dev-1"), TF.samples
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=6, battery=0.5))
+    device, samples = device_iri("home", "dev-1"), TF.samplesLearned
     integer = "<http://www.w3.org/2001/XMLSchema#integer>"
     assert written == [
         Patch([], [], []),
@@ -522,8 +522,8 @@ def test_a_status_writes_only_what_has_changed(store: Store, registry: Registry,
 def test_nobody_is_online_until_it_says_so(store: Store, registry: Registry) -> None:
     away = Registry(store, "away")
     for i in range(3):
-        registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
-        registry.handle(TOPICS.status(f"dev-{i}"), status(online=i > 0))
+        registry.ingest_one(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
+        registry.ingest_one(TOPICS.status(f"dev-{i}"), status(online=i > 0))
     away.handle(Topics("away").td("dev-1"), payload(description("dev-1", "away")))
     away.handle(Topics("away").status("dev-1"), status())
     registry.mark_all_offline()
@@ -535,7 +535,7 @@ def test_nobody_is_online_until_it_says_so(store: Store, registry: Registry) -> 
 @given(data=st.binary(max_size=40))
 def test_no_status_breaks_the_registry(data: bytes) -> None:
     with EmbeddedStore() as store:
-        Registry(store, "home").handle(TOPICS.status("dev-1"), data)
+        Registry(store, "home").ingest_one(TOPICS.status("dev-1"), data)
 
 
 def test_a_store_that_fails_is_not_the_devices_fault() -> None:
@@ -543,16 +543,16 @@ def test_a_store_that_fails_is_not_the_devices_fault() -> None:
     registry = Registry(store, "home")
     store.close()
     with pytest.raises(StoreError):
-        registry.handle(TD, payload(description()))
-    assert registry.refused == 0
+        registry.ingest_one(TD, payload(description()))
+    assert registry.rejected == 0
 
 
 def test_the_registry_works_on_a_remote_store(tmp_path: Any) -> None:
     with open_store("remote", tmp_path) as remote, EmbeddedStore() as local:
         for store in (remote, local):
             registry = Registry(store, "home")
-            assert registry.handle(TD, payload(description()))
-            assert registry.handle(TOPICS.status("dev-1"), status(samples=5))
+            assert registry.ingest_one(TD, payload(description()))
+            assert registry.ingest_one(TOPICS.status("dev-1"), status(samples=5))
         assert everything(remote) == everything(local)
 
 
@@ -560,5 +560,5 @@ def test_boards_put_in_before_are_what_counts(store: Store, registry: Registry) 
     describe.put_board(store, VIRTUAL)
     td = thing_description("home", "dev-1", VIRTUAL, "mote", "0.1.0", 9_936, MODEL)
     td["tf:board"]["tf:flashBytes"] = 5
-    assert registry.handle(TD, payload(td))
+    assert registry.ingest_one(TD, payload(td))
     assert about(store, board_iri("virtual"))["flashBytes"] == [VIRTUAL.flash_bytes]

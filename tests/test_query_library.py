@@ -48,7 +48,7 @@ def fill(store: Store) -> None:
 
     def say(device: str, hours: float = 0, **state: object) -> None:
         clock[0] = at(hours)
-        assert registry.handle(topics.status(device), status(**{"model": DIGITS.model_id, **state}))  # type: ignore[arg-type]
+        assert registry.ingest_one(topics.status(device), status(**{"model": DIGITS.model_id, **state}))  # type: ignore[arg-type]
 
     pi = {
         "@id": board_iri(PI),
@@ -68,7 +68,7 @@ def fill(store: Store) -> None:
         "pi": {"tf__board": pi, "tf__engine": "litert", "tf__arenaBytes": None},
     }
     for device, td in joining.items():
-        assert registry.handle(topics.td(device), payload(description(device, **td))), registry.last_refusal
+        assert registry.ingest_one(topics.td(device), payload(description(device, **td))), registry.last_rejection
     say("fit", battery=0.125, drift=0.25)
     say("fit", 1, battery=0.125, drift=0.75)
     say("tight", 2, drift=0.625)
@@ -436,7 +436,7 @@ CASES: Mapping[str, Sequence[Case]] = {
         ),
         ({"run": 6}, ("encoding", "total"), [(None, 900)]),
     ],
-    "why-not": [
+    "unmet-requirements": [
         (
             {"fleet": "home", "id": "small", "model": MODEL},
             ("need", "takes", "has", "short"),

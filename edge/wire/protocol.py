@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 import cbor2
 import numpy as np
 from numpy.typing import NDArray
+from tinyfleet.edge.versions import ENGINE_VERSION, PROGRAM_FORMAT, WIRE_VERSION
+from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 
 CHUNK = 1024
 """Bytes of every chunk but the last."""
@@ -34,10 +36,6 @@ _DENSE, _SPARSE, _CHANGE = 1, 2, 3
 
 Floats = NDArray[np.float32]
 Kind = Literal["train", "evaluate"]
-
-
-class ProtocolError(ValueError):
-    """The bytes are not a message of this kind, or a message holds a value that the wire cannot carry."""
 
 
 class ErrorCode(IntEnum):
@@ -177,6 +175,8 @@ class Status:
     stale: int = 0
     battery: float | None = None
     drift: float | None = None
+    program_format: int = PROGRAM_FORMAT
+    engine: str = ENGINE_VERSION
 
 
 class Chunk(NamedTuple):
@@ -511,7 +511,10 @@ def _decode_update(fields: object) -> Dense | Sparse:
 
 def decode_status(payload: bytes) -> Status:
     """A device's state, or its will. Raises ProtocolError."""
-    online, model, samples, malformed, stale, battery, drift = _list(_loads(payload), "status", 7)
+    fields = _loads(payload)
+    if isinstance(fields, list) and fields and type(fields[0]) is int:
+        raise WireVersionError(fields[0], WIRE_VERSION)
+    online, model, samples, malformed, stale, battery, drift = _list(fields, "status", 7)
     return Status(
         _bool(online, "online"),
         _bytes(model, "model", 8),

@@ -16,11 +16,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.http import web
+from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.sparql import Protocol
-from tinyfleet.ontology.http.web import HttpError, authorise, in_thread
+from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
 from tinyfleet.ontology.ingest.registry import MAX_BYTES, TD_CONTEXT, Registry, RejectedMessage, parse_thing_description
-from tinyfleet.ontology.ingest.things import CONTEXT, SORTED_BY, Thing, ThingEvent, merged
+from tinyfleet.ontology.ingest.thing_store import CONTEXT, SORTED_BY, Thing, ThingEvent, merged
 from tinyfleet.ontology.store.store import StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
@@ -77,7 +77,7 @@ class Directory:
             id = self._registry.name(given)
         except UserError as error:
             raise HttpError(400, str(error)) from None
-        await self._writing(lambda: self._registry.put(given | {"id": str(id)}))
+        await self._writing(lambda: self._registry.put_description(given | {"id": str(id)}))
         return Response(status_code=201, headers={"Location": _path(id)})
 
     async def _replace(self, request: Request) -> Response:
@@ -86,7 +86,7 @@ class Directory:
         if given.get("id", given.get("@id")) != id:
             what = f"the description's id must be the one that it is PUT to, {id}"
             raise HttpError(400, what, violations=[f"id: {id}"])
-        created = await self._writing(lambda: self._registry.put(given))
+        created = await self._writing(lambda: self._registry.put_description(given))
         return Response(status_code=201 if created else 204, headers={"Location": _path(id)} if created else None)
 
     async def _update(self, request: Request) -> Response:
@@ -99,7 +99,7 @@ class Directory:
                 changed = merged(thing.enriched(), patch)
                 if changed.get("id", changed.get("@id")) != thing.id:
                     raise HttpError(400, "the id cannot be changed", violations=[f"id: {thing.id}"])
-                return self._registry.put(changed)
+                return self._registry.put_description(changed)
 
         await self._writing(change)
         return Response(status_code=204)
@@ -205,9 +205,9 @@ class Directory:
     async def _given(self, request: Request, kinds: tuple[str, ...]) -> dict[str, Any]:
         """The JSON object that a client who may write has sent."""
         authorise(request, self._token)
-        if web.media_type(request) not in kinds:
+        if request_handling.media_type(request) not in kinds:
             raise HttpError(415, f"the content must be {' or '.join(kind for kind in kinds if kind)}")
-        content = await web.body(request, MAX_BYTES)
+        content = await request_handling.body(request, MAX_BYTES)
         try:
             return parse_thing_description(content)
         except RejectedMessage as reason:
@@ -239,9 +239,9 @@ def _answering(handler: _Handler) -> _Handler:
         try:
             return await handler(request)
         except HttpError as error:
-            return web.problem(error)
+            return request_handling.problem(error)
         except StoreError as error:
-            return web.problem(HttpError(500, str(error)))
+            return request_handling.problem(HttpError(500, str(error)))
         except ClientDisconnect:
             return Response(status_code=400)
 

@@ -26,15 +26,15 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.http import web
+from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.directory import Directory
 from tinyfleet.ontology.http.sparql import Protocol
-from tinyfleet.ontology.http.web import HttpError, in_thread
+from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary import page
-from tinyfleet.ontology.vocabulary.implied import VOCABULARY
+from tinyfleet.ontology.vocabulary.entailment import VOCABULARY
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, RDF, Iri
 
 PAGE = Path(__file__).with_name("page") / "dist"
@@ -97,9 +97,9 @@ def _vocabulary() -> dict[str, list[str]]:
 async def _terms(request: Request) -> Response:
     """The vocabulary: a page for people, Turtle for who asks for it."""
     try:
-        media = web.choose(request.headers.get("accept", "*/*"), ("text/html", "text/turtle"))
+        media = request_handling.choose(request.headers.get("accept", "*/*"), ("text/html", "text/turtle"))
     except HttpError as error:
-        return web.problem(error)
+        return request_handling.problem(error)
     headers = {"Vary": "Accept", "Content-Security-Policy": _POLICY}
     if media == "text/turtle":
         return Response(VOCABULARY.read_bytes(), headers=headers, media_type=media)
@@ -112,7 +112,7 @@ _vocabulary_page = cache(page.page)
 async def _refused(request: Request, error: Exception) -> Response:
     """What no route takes, as Problem Details."""
     assert isinstance(error, HTTPException)
-    return web.problem(HttpError(error.status_code, f"{request.url.path}: {HTTPStatus(error.status_code).phrase}"))
+    return request_handling.problem(HttpError(error.status_code, f"{request.url.path}: {HTTPStatus(error.status_code).phrase}"))
 
 
 class Endpoint:

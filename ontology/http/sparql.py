@@ -16,11 +16,11 @@ from urllib.parse import parse_qs
 import pyoxigraph as ox
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
-from tinyfleet.ontology.http import web
-from tinyfleet.ontology.http.web import HttpError, authorise, in_thread
+from tinyfleet.ontology.http import request_handling
+from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.store import RECORDS, Dataset, Store, StoreError
-from tinyfleet.ontology.store.update import prepared
+from tinyfleet.ontology.store.sparql_update import prepared
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 MAX_RESULT = 64 * 1024 * 1024
@@ -102,8 +102,8 @@ class Protocol:
             if not request.url.query:
                 return self._describe(request, accept)
             return await self._query(_one(fields, "query"), fields, accept)
-        kind = web.media_type(request)
-        body = _text(await web.body(request))
+        kind = request_handling.media_type(request)
+        body = _text(await request_handling.body(request))
         if kind == "application/x-www-form-urlencoded":
             for name, values in _fields(body).items():
                 fields.setdefault(name, []).extend(values)
@@ -128,7 +128,7 @@ class Protocol:
         """The directory's SPARQL search (WoT Discovery, 7.3.4.3): queries alone, and JSON unless asked otherwise."""
         fields = _fields(request.url.query)
         if request.method == "POST":
-            kind, body = web.media_type(request), _text(await web.body(request))
+            kind, body = request_handling.media_type(request), _text(await request_handling.body(request))
             if kind == "application/x-www-form-urlencoded":
                 fields |= _fields(body)
             else:
@@ -156,7 +156,7 @@ class Protocol:
             answer = self._store.evaluate(sparql, dataset)
             try:
                 offered = graph if isinstance(answer, ox.QueryTriples) else rows
-                media = web.choose(accept, offered)
+                media = request_handling.choose(accept, offered)
                 form = offered[media]
                 if isinstance(answer, ox.QueryBoolean) and form in (
                     ox.QueryResultsFormat.CSV,
@@ -193,7 +193,7 @@ class Protocol:
 
     def _describe(self, request: Request, accept: str) -> Response:
         """The SPARQL 1.1 Service Description; for a browser, the query page."""
-        media = web.choose(accept, [*_GRAPH, "text/html"])
+        media = request_handling.choose(accept, [*_GRAPH, "text/html"])
         if media == "text/html":
             return RedirectResponse("/", 303)
         languages = ["SPARQL11Query"] if self._token is None else ["SPARQL11Query", "SPARQL11Update"]

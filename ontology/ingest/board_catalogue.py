@@ -79,7 +79,7 @@ def read_board_catalogue(folder: Path) -> Catalogue:
             continue
         wrong = shapes.violations(triples(about))
         if wrong:
-            doubt = board.more.get(TF.doubt)
+            doubt = board.more.get(TF.dataQualityNote)
             refused[board.id] = "; ".join(wrong) + (f": {doubt}" if doubt else "")
             continue
         for subject, said in about.items():
@@ -104,7 +104,7 @@ def _platformio(path: Path) -> Iterator[CatalogueBoard]:
                 SCHEMA.manufacturer: row["vendor"] or None,
                 TF.connectivity: sorted({one.lower() for one in row["connectivity"].split(";") if one}),
                 DCTERMS.source: "{}@{}:{}".format(*source) if all(source) else None,
-                TF.doubt: row["ram_note"] or None,
+                TF.dataQualityNote: row["ram_note"] or None,
             },
         )
 

@@ -87,7 +87,7 @@ class Lineage:
             },
             version: self._version(model, 0, sha256, about, derived_from),
         }
-        shapes.admit(self._store, f"run {run}", facts)
+        shapes.check_and_add(self._store, f"run {run}", facts)
         return version
 
     def round(
@@ -96,7 +96,7 @@ class Lineage:
         number: int,
         parts: Sequence[Participation],
         *,
-        asked: int,
+        selected: int,
         started: datetime,
         ended: datetime | None = None,
         sha256: str | None = None,
@@ -120,7 +120,7 @@ class Lineage:
                 RDF.type: [TF.Round, PROV.Activity],
                 TF.inRun: run_iri(self._fleet, run),
                 TF.roundNumber: number,
-                TF.asked: asked,
+                TF.selectedDevices: selected,
                 TF.noReplyFrom: [device_iri(self._fleet, device) for device in lost],
                 TF.loss: sum(losses) / len(losses) if losses else None,
                 TF.accuracy: _finite(accuracy),
@@ -141,7 +141,7 @@ class Lineage:
                 PROV.agent: device,
                 TF.loss: _finite(p.loss),
                 TF.accuracy: _finite(p.accuracy),
-                TF.samples: p.samples,
+                TF.samplesLearned: p.samples,
                 TF.bytesUp: p.bytes_up,
             }
             facts[update_iri(self._fleet, run, number, p.device)] = {
@@ -156,7 +156,7 @@ class Lineage:
         if sha256 is not None:
             version = version_iri(self._fleet, run, number)
             facts[version] = self._version(model, number, sha256, about, before)
-        shapes.admit(self._store, f"round {number} of run {run}", facts)
+        shapes.check_and_add(self._store, f"round {number} of run {run}", facts)
         return version
 
     def end(self, run: int, at: datetime | None = None) -> None:
@@ -195,7 +195,7 @@ class Lineage:
                 PROV.endedAtTime: ended,
             }
         }
-        shapes.admit(self._store, f"deployment {number}", facts)
+        shapes.check_and_add(self._store, f"deployment {number}", facts)
         return about
 
     def _newest(self, run: int, number: int) -> tuple[Iri, Iri | None]:

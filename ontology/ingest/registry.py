@@ -4,7 +4,7 @@
 transaction; `Registry.put` takes a description that came in another way. Neither touches the network. A Thing
 Description is read as JSON-LD with our own context, checked against the shapes, and written flat: facts about the
 device on the device, facts about its kind of board once on the board, by whoever says them first (`tinyfleet firmware
-boards --describe` says those that are known). The document itself is kept beside them (things.py). A thing
+boards --describe` says those that are known). The document itself is kept beside them (thing_store.py). A thing
 that is no device of the fleet, which only `put` takes, is written with what it says flatly of itself. A status is a few
 flat facts. What cannot be right is refused, counted and logged with its reason, and leaves the graph as it was; what
 comes twice, late or in another order ends in the same graph.
@@ -30,10 +30,10 @@ from tinyfleet.edge.wire.protocol import ProtocolError, Status, Topics, decode_s
 from tinyfleet.ontology import vocabulary
 from tinyfleet.ontology.ingest import lineage
 from tinyfleet.ontology.ingest.describe import known_parts
-from tinyfleet.ontology.ingest.things import Document, DocumentChanges, ThingStore, split
+from tinyfleet.ontology.ingest.thing_store import Document, DocumentChanges, ThingStore, split
 from tinyfleet.ontology.store.store import BASE, Binding, Store, StoreError, Value, each, printable, term, value
 from tinyfleet.ontology.vocabulary import shapes
-from tinyfleet.ontology.vocabulary.implied import with_entailments
+from tinyfleet.ontology.vocabulary.entailment import with_entailments
 from tinyfleet.ontology.vocabulary.namespaces import (
     BOARDS,
     RDF,
@@ -73,7 +73,7 @@ _DEVICE = (
 _BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)
 # A fleet may have a million devices: of what a device's type implies, this is what queries of S3N's kind ask for.
 _TYPES = (TD.Thing, TF.Device, S3N.SmartSensor)
-_STATE = (TF.online, TF.currentModel, TF.samples, TF.malformed, TF.stale, TF.battery, TF.drift)
+_STATE = (TF.online, TF.currentModel, TF.samplesLearned, TF.malformedMessages, TF.staleMessages, TF.battery, TF.drift)
 
 # JSON-LD keywords with which a description could say things of other nodes, or change what its words mean.
 _KEYWORDS = {"@context", "@id", "@type"}
@@ -114,7 +114,7 @@ def _schema() -> jsonschema_rs.Validator:
 
 
 class Registry:
-    """Keeps one fleet's devices in the graph. `accepted` and `refused` count messages; `last_refusal` says why."""
+    """Keeps one fleet's devices in the graph. `accepted` and `refused` count messages; `last_rejection` says why."""
 
     def __init__(self, store: Store, fleet: str, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         """clock: what time it is, for facts that say when."""
@@ -125,13 +125,13 @@ class Registry:
         self.things = ThingStore(store)
         self.accepted = 0
         self.refused = 0
-        self.last_refusal: str | None = None
+        self.last_rejection: str | None = None
 
     def handle(self, topic: str, payload: bytes) -> bool:
         """Takes one message, as `take` does. True if it went into the graph; False if it was refused or is none of the
         registry's."""
         (taken,) = self.take([(topic, payload)])
-        return taken is not None and taken.refusal is None
+        return taken is not None and taken.rejection is None
 
     def take(self, messages: Sequence[tuple[str, bytes]]) -> list[IngestResult | None]:
         """Takes messages in the order of their arrival; for each what became of it, None if it is none of the
@@ -183,11 +183,11 @@ class Registry:
                     taken.append(IngestResult(kind, device, online))
             self.things.write(facts, changes)
             for one in taken:
-                if one is not None and one.refusal is None:
+                if one is not None and one.rejection is None:
                     self.accepted += 1
                 elif one is not None:
                     self.refused += 1
-                    self.last_refusal = one.refusal
+                    self.last_rejection = one.rejection
             return taken
 
     def mark_all_offline(self) -> None:
@@ -217,9 +217,9 @@ class Registry:
         facts[TF.online] = status.online
         if status.online:  # a will was written before the device did anything: it knows nothing else
             facts[TF.currentModel] = model_iri(status.model)
-            facts[TF.samples] = status.samples
-            facts[TF.malformed] = status.malformed
-            facts[TF.stale] = status.stale
+            facts[TF.samplesLearned] = status.samples
+            facts[TF.malformedMessages] = status.malformed
+            facts[TF.staleMessages] = status.stale
             facts[TF.battery] = status.battery
             facts[TF.drift] = status.drift
         for subject, said in histories.changes(iri, status, self._clock()).items():

@@ -1,7 +1,7 @@
 """Reads the devices and models that the authors of SeLoC-ML describe, mends what is wrong with them, and says what.
 
 Their descriptions nest (S3N, and their network schema); here they become flat facts about devices, boards and models,
-under the names that they have there. The nested form is then implied (ontology.implied), as of all that is described,
+under the names that they have there. The nested form is then implied (ontology.vocabulary.entailment), as of all that is described,
 so that their queries find the same. Affordances are left out: they are a Thing Description's.
 """
 
@@ -15,7 +15,7 @@ import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.ingest.describe import board_facts, put_list
 from tinyfleet.ontology.store.store import Binding, Value, value
-from tinyfleet.ontology.vocabulary.implied import CATALOGUE, with_entailments
+from tinyfleet.ontology.vocabulary.entailment import CATALOGUE, with_entailments
 from tinyfleet.ontology.vocabulary.namespaces import (
     MLS,
     NNET,

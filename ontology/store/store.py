@@ -1,6 +1,6 @@
 """One interface over embedded Oxigraph and any SPARQL 1.1 endpoint.
 
-Facts lie in the default graph; a named graph beside it keeps documents (ontology/ingest/things.py). A query takes
+Facts lie in the default graph; a named graph beside it keeps documents (ontology/ingest/thing_store.py). A query takes
 parameters where its text says `VALUES ?name { UNDEF }`: the text is valid SPARQL as it stands (the parameter is then
 free), and binding puts terms in place of UNDEF, so the same text and the same values work on every store. Terms are
 written by Oxigraph's own serialiser: a value cannot end its literal.
@@ -329,15 +329,15 @@ UNFLUSHED = 200_000
 """So many triples may change until RocksDB's buffers in memory are written to files."""
 
 
-class Patch(NamedTuple):
+class GraphChange(NamedTuple):
     """A change of the graph: triples that go, triples that come, and patterns for what else goes (before they come),
     in SPARQL, which alone does it all in one transaction."""
 
-    emptied: list[str]
-    gone: list[str]
-    new: list[str]
+    cleared: list[str]
+    removed: list[str]
+    added: list[str]
 
-    def extend(self, more: "Patch") -> None:
+    def extend(self, more: "GraphChange") -> None:
         """Adds the other change to this one."""
         for all_, some in zip(self, more, strict=True):
             all_.extend(some)
@@ -405,18 +405,18 @@ class EmbeddedStore(Store):
 
     def write(self, facts: Facts, records: Facts | None = None) -> None:
         with self._writing:
-            patch = self._difference(facts)
-            patch.extend(self._difference(records or {}, RECORDS))
-            self._apply(patch)
+            change = self._difference(facts)
+            change.extend(self._difference(records or {}, RECORDS))
+            self._apply(change)
 
-    def _difference(self, facts: Facts, graph: Iri | None = None) -> Patch:
+    def _difference(self, facts: Facts, graph: Iri | None = None) -> GraphChange:
         """What must go and come so that `write` has written the facts into the default graph, or into a named one."""
-        patch = Patch([], [], [])
+        change = GraphChange([], [], [])
         where = _HERE if graph is None else _node(graph)
         begin, end = ("", "") if graph is None else (f"GRAPH {where} {{ ", " }")
         wanted = {(_node(s), _node(p)): set(map(term, each(o))) for s, said in facts.items() for p, o in said.items()}
         if not wanted:
-            return patch
+            return change
         there: dict[tuple[ox.NamedNode, ox.NamedNode], set[Any]] = {pair: set() for pair in wanted}
         pairs = " ".join(f"({subject} {predicate})" for subject, predicate in wanted)
         # One query for many costs half of what quads_for_pattern for each does.
@@ -427,11 +427,11 @@ class EmbeddedStore(Store):
         for (subject, predicate), values in wanted.items():
             known = there[subject, predicate]
             if not all(isinstance(o, (ox.NamedNode, ox.Literal)) for o in known):
-                patch.emptied.append(f"DELETE WHERE {{ {begin}{subject} {predicate} ?o{end} }} ;\n")
+                change.cleared.append(f"DELETE WHERE {{ {begin}{subject} {predicate} ?o{end} }} ;\n")
                 known = set()
-            patch.gone.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in known - values)
-            patch.new.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in values - known)
-        return patch
+            change.removed.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in known - values)
+            change.added.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in values - known)
+        return change
 
     def records(self, subjects: Sequence[Iri]) -> list[dict[Iri, Value]]:
         graph = _node(RECORDS)
@@ -443,20 +443,32 @@ class EmbeddedStore(Store):
             for subject in subjects
         ]
 
-    def _apply(self, patch: Patch) -> None:
-        if any(patch):
-            self._unflushed += len(patch.gone) + len(patch.new)
+    def _apply(self, change: GraphChange) -> None:
+        if any(change):
+            self._unflushed += len(change.removed) + len(change.added)
             if self._unflushed > UNFLUSHED:
                 self._unflushed = 0
                 self._open.flush()
             EmbeddedStore.update(
                 self,
-                f"{''.join(patch.emptied)}DELETE DATA {{\n{''.join(patch.gone)}}} ;\n"
-                f"INSERT DATA {{\n{''.join(patch.new)}}}",
+                f"{''.join(change.cleared)}DELETE DATA {{\n{''.join(change.removed)}}} ;\n"
+                f"INSERT DATA {{\n{''.join(change.added)}}}",
             )
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def backup(self, folder: Path) -> None:
+        """Writes a copy of the graph into a new folder, of hard links where the file system allows it."""
+        self._open.backup(str(folder))
+
+    def quads(self) -> Iterator[ox.Quad]:
+        """All quads of the graph."""
+        return iter(self._open)
+
+    def load(self, quads: Iterable[ox.Quad]) -> None:
+        """Adds many quads, faster than `add` and not in one transaction: for a graph that nobody uses yet."""
+        self._open.bulk_extend(quads)
 
     def close(self) -> None:
         """Writes what is left and frees the folder for another process."""

@@ -5,7 +5,7 @@ from html import escape
 
 import pyoxigraph as ox
 from tinyfleet.ontology.cli import shorten
-from tinyfleet.ontology.vocabulary.implied import CATALOGUE, VOCABULARY
+from tinyfleet.ontology.vocabulary.entailment import CATALOGUE, VOCABULARY
 from tinyfleet.ontology.vocabulary.namespaces import DCTERMS, OWL, RDF, RDFS, SH, SKOS, SOSA, TF, Iri
 from tinyfleet.ontology.vocabulary.shapes import SHAPES
 

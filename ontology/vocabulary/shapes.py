@@ -46,7 +46,7 @@ def check(what: str, given: Iterable[Triple | ox.Triple]) -> None:
         raise ShapeError(what, wrong)
 
 
-def admit(store: Store, what: str, facts: Facts) -> None:
+def check_and_add(store: Store, what: str, facts: Facts) -> None:
     """Checks the facts and writes them into the store. Raises ShapeError, having written nothing, if they are wrong."""
     check(what, triples(facts))
     store.write(facts)

@@ -1,7 +1,7 @@
 """What the vocabulary implies of a description: it is written along with it, so that a query in the words of another
 vocabulary (S3N, SOSA, the authors' network schema) is answered without a reasoner.
 
-The axioms of tinyfleet.ttl are computed once; what takes more than an axiom is implied.rq, run over one board or model
+The axioms of tinyfleet.ttl are computed once; what takes more than an axiom is entailment.rq, run over one board or model
 and catalogue.ttl. Devices are not passed through here: a fleet has a million of them, and what of this they need, the
 registry says.
 """
@@ -16,7 +16,7 @@ from tinyfleet.ontology.vocabulary.namespaces import OWL, RDF, RDFS, Iri
 
 VOCABULARY = Path(__file__).with_name("tinyfleet.ttl")
 CATALOGUE = Path(__file__).with_name("catalogue.ttl")
-_RULES = Path(__file__).with_name("implied.rq")
+_RULES = Path(__file__).with_name("entailment.rq")
 
 
 @cache
