@@ -52,8 +52,8 @@ def list_boards(
     """
     known = [catalogue.load_board(name) for name in catalogue.board_ids()]
     if describe:
-        from tinyfleet.ontology.store.data_folder import open_store  # a machine beside a board may have no graph store
         from tinyfleet.ontology.ingest.describe import put_board
+        from tinyfleet.ontology.store.data_folder import open_store  # a machine beside a board may have no graph store
 
         with open_store(data) as store:
             for target in known:

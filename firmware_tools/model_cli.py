@@ -277,8 +277,8 @@ def match(
       tinyfleet model match --model model.mote --device kitchen
     """
     from tinyfleet.firmware_tools import show_match as show
-    from tinyfleet.ontology.store.data_folder import find_server, open_store
     from tinyfleet.ontology.queries import matching
+    from tinyfleet.ontology.store.data_folder import find_server, open_store
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
 
     if model is None and device is None:

@@ -65,7 +65,7 @@ class FleetServer:
         self.data = data
         self._on_news = on_log
         self._topics = Topics(fleet)
-        self._online: dict[str, bool] = {}
+        self._known: dict[str, str] = {}  # what was last reported about each device
         with ExitStack() as stack:
             data_folder.prepare(data, on_log)
             self.store = stack.enter_context(IndexedStore(data / data_folder.GRAPH))
@@ -179,8 +179,15 @@ class FleetServer:
                 continue
             if one.rejection is not None:
                 self._on_news(one.rejection)
-            elif one.kind == "td":
+                continue
+            if one.kind == "td":
                 self._on_news(f"{one.device}: {'described' if one.online else 'removed'}")
-            elif self._online.get(one.device) != one.online:
-                self._online[one.device] = one.online
-                self._on_news(f"{one.device}: {'online' if one.online else 'offline'}")
+                if one.incompatibility is None:
+                    continue
+            state = "online" if one.online else "offline"
+            line = f"{one.device}: {state}"
+            if one.incompatibility is not None:
+                line = f"device {one.device} {one.incompatibility}"
+            if self._known.get(one.device) != line:
+                self._known[one.device] = line
+                self._on_news(line)

@@ -25,7 +25,8 @@ from tinyfleet.edge.wire.session import Session
 from tinyfleet.ontology.http.directory import PAGE
 from tinyfleet.ontology.http.directory import description as self_description
 from tinyfleet.ontology.http.endpoint import Endpoint
-from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry
+from tinyfleet.ontology.ingest.description_parser import MAX_BYTES
+from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.ingest.thing_store import CONTEXT, REMEMBERED, DocumentChanges, ThingStore, difference, merged
 from tinyfleet.ontology.store.store import EmbeddedStore
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri, device_iri

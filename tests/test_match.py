@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from ontology_fixtures import description, payload, status
 from tinyfleet.edge.model.program import Dense, ReLU, build
 from tinyfleet.edge.wire.protocol import Topics
-from tinyfleet.ontology.store.data_folder import GRAPH
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library, match
+from tinyfleet.ontology.store.data_folder import GRAPH
 from tinyfleet.ontology.store.store import Binding, EmbeddedStore, Store
 from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
 

@@ -10,9 +10,9 @@ import pytest
 from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
 from tinyfleet.edge.wire.protocol import Topics
-from tinyfleet.ontology.store.data_folder import GRAPH, SERVER
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.store.data_folder import GRAPH, SERVER
 from tinyfleet.ontology.store.store import EmbeddedStore
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.queries import library
-from tinyfleet.ontology.store.columns import Columns, Range
 from tinyfleet.ontology.store.column_index import IndexedStore
+from tinyfleet.ontology.store.columns import Columns, Range
 from tinyfleet.ontology.store.query_rewriting import COUNT_QUERIES, INDEX_QUERIES
 from tinyfleet.ontology.store.store import EmbeddedStore, Facts, RemoteStore, Rows, Store, parameters, rows, triples
 from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri

@@ -21,9 +21,15 @@ from tinyfleet.edge.device.thing_description import VIRTUAL, Board, host_board, 
 from tinyfleet.edge.wire.protocol import Topics
 from tinyfleet.firmware_tools.boards import catalogue as boards
 from tinyfleet.ontology.ingest import describe
-from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry, RejectedMessage, parse_thing_description, to_triples
+from tinyfleet.ontology.ingest.description_parser import (
+    MAX_BYTES,
+    RejectedMessage,
+    parse_thing_description,
+    to_triples,
+)
+from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
-from tinyfleet.ontology.store.store import EmbeddedStore, Patch, Store, StoreError
+from tinyfleet.ontology.store.store import EmbeddedStore, GraphChange, Store, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import (
     BOARDS,
     PROPERTIES,
@@ -506,7 +512,7 @@ def test_a_status_writes_only_what_has_changed(store: Store, registry: Registry,
     registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
     if not isinstance(store, EmbeddedStore):
         pytest.skip("a remote server keeps no account of it")
-    written: list[Patch] = []
+    written: list[GraphChange] = []
     apply = store._apply
     store._apply = lambda patch: (written.append(patch), apply(patch))[1]  # type: ignore[method-assign]
     registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
@@ -514,8 +520,8 @@ def test_a_status_writes_only_what_has_changed(store: Store, registry: Registry,
     device, samples = device_iri("home", "dev-1"), TF.samplesLearned
     integer = "<http://www.w3.org/2001/XMLSchema#integer>"
     assert written == [
-        Patch([], [], []),
-        Patch([], [f'<{device}> <{samples}> "5"^^{integer} .\n'], [f'<{device}> <{samples}> "6"^^{integer} .\n']),
+        GraphChange([], [], []),
+        GraphChange([], [f'<{device}> <{samples}> "5"^^{integer} .\n'], [f'<{device}> <{samples}> "6"^^{integer} .\n']),
     ]
 
 

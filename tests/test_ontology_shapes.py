@@ -15,7 +15,7 @@ from tinyfleet.ontology.ingest.describe import (
     part_facts,
 )
 from tinyfleet.ontology.ingest.model_card import MetricValue, ModelCard
-from tinyfleet.ontology.ingest.registry import to_triples
+from tinyfleet.ontology.ingest.description_parser import to_triples
 from tinyfleet.ontology.store.store import EmbeddedStore, triples
 from tinyfleet.ontology.vocabulary import shapes
 from tinyfleet.ontology.vocabulary.namespaces import (

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ontology_fixtures import TOKEN
 from tinyfleet.ontology.http.endpoint import Endpoint
-from tinyfleet.ontology.store.store import BASE, EmbeddedStore, StoreError
 from tinyfleet.ontology.store.sparql_update import prepared
+from tinyfleet.ontology.store.store import BASE, EmbeddedStore, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 DATA = "http://kasei.us/2009/09/sparql/data/data{}.rdf"

@@ -17,9 +17,15 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import request_handling
-from tinyfleet.ontology.http.sparql import Protocol
 from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
-from tinyfleet.ontology.ingest.registry import MAX_BYTES, TD_CONTEXT, Registry, RejectedMessage, parse_thing_description
+from tinyfleet.ontology.http.sparql import Protocol
+from tinyfleet.ontology.ingest.description_parser import (
+    MAX_BYTES,
+    TD_CONTEXT,
+    RejectedMessage,
+    parse_thing_description,
+)
+from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.ingest.thing_store import CONTEXT, SORTED_BY, Thing, ThingEvent, merged
 from tinyfleet.ontology.store.store import StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri

@@ -28,8 +28,8 @@ from starlette.staticfiles import StaticFiles
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.directory import Directory
-from tinyfleet.ontology.http.sparql import Protocol
 from tinyfleet.ontology.http.request_handling import HttpError, in_thread
+from tinyfleet.ontology.http.sparql import Protocol
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Store
@@ -112,7 +112,9 @@ _vocabulary_page = cache(page.page)
 async def _refused(request: Request, error: Exception) -> Response:
     """What no route takes, as Problem Details."""
     assert isinstance(error, HTTPException)
-    return request_handling.problem(HttpError(error.status_code, f"{request.url.path}: {HTTPStatus(error.status_code).phrase}"))
+    return request_handling.problem(
+        HttpError(error.status_code, f"{request.url.path}: {HTTPStatus(error.status_code).phrase}")
+    )
 
 
 class Endpoint:

@@ -19,8 +19,8 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.store.store import RECORDS, Dataset, Store, StoreError
 from tinyfleet.ontology.store.sparql_update import prepared
+from tinyfleet.ontology.store.store import RECORDS, Dataset, Store, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 MAX_RESULT = 64 * 1024 * 1024

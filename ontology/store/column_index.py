@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar, cast
 import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
-from tinyfleet.ontology.store.columns import Codes, Column, Columns, Ids, NotIndexable, Range, Types, is_in, exact, fill
+from tinyfleet.ontology.store.columns import Codes, Column, Columns, Ids, NotIndexable, Range, Types, exact, fill, is_in
 from tinyfleet.ontology.store.query_rewriting import answer_from_index, with_counts
 from tinyfleet.ontology.store.store import (
     RECORDS,
@@ -207,7 +207,9 @@ class IndexedStore(EmbeddedStore):
                         self._refresh(columns, changed)
                         self._columns, self._builder = columns, None
                         if odd := len(columns.odd) + len(columns.misnamed):
-                            log.warning("%d devices have values that the columns cannot hold; queries go to the graph", odd)
+                            log.warning(
+                                "%d devices have values that the columns cannot hold; queries go to the graph", odd
+                            )
                         return
                 self._refresh(columns, changed)
 

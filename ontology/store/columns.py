@@ -309,7 +309,9 @@ class Columns:
         self.titles = TitleIndex()
         by_configuration = (RDF.type, TF.fleet, TF.board, TF.engine, TF.arenaBytes)
         by_model = (RDF.type, TF.fleet, TF.currentModel, TF.engine, TF.engineVersion, TF.online)
-        self.by_configuration, self.by_model = (Groups([self.columns[p] for p in of]) for of in (by_configuration, by_model))
+        self.by_configuration, self.by_model = (
+            Groups([self.columns[p] for p in of]) for of in (by_configuration, by_model)
+        )
         self._grouped: dict[Column, list[Groups]] = {column: [] for column in self.columns.values()}
         for groups, of in ((self.by_configuration, by_configuration), (self.by_model, by_model)):
             for predicate in of:

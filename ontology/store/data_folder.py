@@ -106,7 +106,9 @@ def read_version(data: Path) -> int:
     except FileNotFoundError:
         return 1 if (data / GRAPH).is_dir() else VERSION
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{path} does not hold the version of a data folder but {text[:40]!r}; restore it from a backup")
+        raise UserError(
+            f"{path} does not hold the version of a data folder but {text[:40]!r}; restore it from a backup"
+        )
     version = int(text)
     if version > VERSION:
         raise UserError(

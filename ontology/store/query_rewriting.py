@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.columns import Columns, is_in
-from tinyfleet.ontology.store.index_queries import INDEX_QUERIES, Parameters, Requirements, requirements
+from tinyfleet.ontology.store.index_queries import INDEX_QUERIES, Requirements, requirements
 from tinyfleet.ontology.store.store import Value, parameter_pattern, term
 from tinyfleet.ontology.store.table import Table
 from tinyfleet.ontology.vocabulary.namespaces import RDF, TF, Iri
