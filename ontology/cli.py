@@ -9,6 +9,7 @@ from typing import Annotated
 import pyoxigraph as ox
 import typer
 from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.graph import with_prefixes
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.data_folder import open_store
 from tinyfleet.ontology.store.store import (
@@ -55,7 +56,7 @@ def query(
         return
     if (file is None) == (sparql is None):
         raise UserError("give a query: a FILE, the name of one of the library (--list shows them), or --sparql TEXT")
-    text = _with_prefixes(sparql) if sparql is not None else read_query(str(file))
+    text = with_prefixes(sparql) if sparql is not None else read_query(str(file))
     bindings = dict(_parameter(p, parameters(text)) for p in param or ())
     with open_store(data, endpoint) as store:
         answer = store.evaluate(text, **bindings)
@@ -144,13 +145,6 @@ def read_query(file: str) -> str:
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not text; give a file with a SPARQL query") from None
-
-
-def _with_prefixes(sparql: str) -> str:
-    """The query with the known prefixes that it uses and does not declare, on a line before it."""
-    declared = {m[1] for m in re.finditer(r"\bPREFIX\s+([\w.-]*)\s*:", sparql, re.IGNORECASE)}
-    used = [p for p in PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
-    return " ".join(f"PREFIX {p}: <{PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
 
 
 def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:

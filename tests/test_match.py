@@ -15,7 +15,7 @@ from tinyfleet.edge.model.program import Dense, ReLU, build
 from tinyfleet.edge.wire.protocol import Topics
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.queries import library, match
+from tinyfleet.ontology.queries import library, matching
 from tinyfleet.ontology.store.data_folder import GRAPH
 from tinyfleet.ontology.store.store import Binding, EmbeddedStore, Store
 from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
@@ -170,7 +170,7 @@ def missed(model: Model, device: Device, board: Board) -> set[tuple[str, object,
         if takes is None or has is None or takes > has:
             needs.add((requirement, takes, has))
     if model.storage is not None and device.adopts is not None and model.storage > device.adopts:
-        needs |= {(match.UPDATE_MODEL, model.storage, device.adopts)} if model.engine == device.engine else set()
+        needs |= {(matching.UPDATE_MODEL, model.storage, device.adopts)} if model.engine == device.engine else set()
     return needs
 
 
@@ -195,7 +195,7 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
         runs = {
             pair
             for pair, missing in needs.items()
-            if {requirement for requirement, _, _ in missing} <= {match.TRAIN, match.UPDATE_MODEL}
+            if {requirement for requirement, _, _ in missing} <= {matching.TRAIN, matching.UPDATE_MODEL}
         }
         for n, model in enumerate(models):
             expected = []
@@ -205,13 +205,15 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
                     layers, biases = trained(model, room[i]) or (None, None)
                     left = room[i] - model.run
                     names = f"d{i}", f"b{device.board}", name_of(n)
-                    expected.append(match.DeviceMatch(*names, room[i], model.run, left, device.online, layers, biases))
+                    expected.append(
+                        matching.DeviceMatch(*names, room[i], model.run, left, device.online, layers, biases)
+                    )
             trains = store.query(library.text("trainable"), model=name_of(n), fleet="home")
             assert {str(row["id"]): (row["layers"], row["biases"]) for row in trains} == {
                 fit.device: (fit.layers, fit.biases) for fit in expected if fit.layers is not None
             }
-            key = lambda f: (f.layers is None, -(f.layers or 0), -(f.biases or 0), -f.room, f.device)  # noqa: E731
-            assert match.match_devices(store, name_of(n), "home") == sorted(expected, key=key)
+            key = lambda f: (f.layers is None, -(f.layers or 0), -(f.biases or 0), -f.free, f.device)  # noqa: E731
+            assert matching.match_devices(store, name_of(n), "home") == sorted(expected, key=key)
         for i in range(len(devices)):
             fits = []
             for n, model in enumerate(models):
@@ -219,20 +221,20 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
                     assert model.run is not None
                     layers, biases = trained(model, room[i]) or (None, None)
                     fits.append(
-                        match.ModelMatch(
+                        matching.ModelMatch(
                             name_of(n), f"m{n}", len(model.inputs), model.run, room[i] - model.run, model.parameters,
                             layers, biases,
                         )
                     )  # fmt: skip
-            assert match.match_models(store, f"d{i}", "home") == sorted(
+            assert matching.match_models(store, f"d{i}", "home") == sorted(
                 fits,
                 key=lambda f: (not f.observed, -(f.layers or -1), -(f.biases or -1), -(f.parameters or -1), f.name),
             )
         said = {
             (int(device[1:]), int(model.rsplit(":", 1)[1], 16)): [
-                (miss.requirement, miss.takes, miss.has) for miss in misses
+                (miss.requirement, miss.required, miss.has) for miss in misses
             ]
-            for (device, model), misses in match.unmet_requirements(store, "home").items()
+            for (device, model), misses in matching.unmet_requirements(store, "home").items()
         }
         by_text = {pair: sorted(missing, key=str) for pair, missing in needs.items() if missing}
         assert {pair: sorted(missing, key=str) for pair, missing in said.items()} == by_text
@@ -279,7 +281,7 @@ def test_the_devices_for_a_model_as_a_table(data: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     arena, takes = PROGRAM.arena_bytes, f"{PROGRAM.arena_bytes:,}"
-    assert lines[0].split() == ["device", "board", "online", "arena", "takes", "room", "trains"]
+    assert lines[0].split() == ["device", "board", "online", "arena", "required", "free", "trains"]
     assert lines[1].split() == ["roomy", "nano33ble", "yes", "65,536", takes, f"{65_536 - arena:,}", "2", "layers"]
     assert lines[2].split() == ["tight", "nano33ble", "yes", takes, takes, "0"]
     assert lines[3].startswith("2 devices can run urn:tinyfleet:model:")
@@ -293,7 +295,7 @@ def test_the_devices_for_a_model_as_json(data: Path) -> None:
     done = tinyfleet("model", "match", "--model", PROGRAM.model_id.hex(), "--why", "--json", data=data)
     said = json.loads(done.stdout)
     assert [(fit["device"], fit["layers"]) for fit in said["fits"]] == [("roomy", 2), ("tight", None)]
-    assert {miss["need"]: miss["short"] for miss in said["misses"]["small"]}[
+    assert {miss["requirement"]: miss["shortfall"] for miss in said["misses"]["small"]}[
         "RAM to run"
     ] == PROGRAM.arena_bytes - 2_000
 
@@ -305,7 +307,10 @@ def test_a_file_is_described_and_matched(data: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"roomy cannot run urn:tinyfleet:model:{LARGE.model_id.hex()}")
     assert f"RAM to run: it takes {LARGE.arena_bytes:,} B, {LARGE.arena_bytes - 65_536:,} more" in done.stdout
     again = tinyfleet("model", "match", "--model", LARGE.model_id.hex(), "--device", "small", "--json", data=data)
-    assert [miss["need"] for miss in json.loads(again.stdout)["misses"]["small"]] == ["RAM to run", "RAM to train"]
+    assert [miss["requirement"] for miss in json.loads(again.stdout)["misses"]["small"]] == [
+        "RAM to run",
+        "RAM to train",
+    ]
 
 
 def test_the_models_for_a_device(data: Path) -> None:
@@ -326,7 +331,7 @@ def test_what_is_described_already_stays_as_it_is(data: Path, tmp_path: Path) ->
     tinyfleet("model", "match", "--model", file, data=data)
     with EmbeddedStore(data / GRAPH) as store:
         rows = store.query(library.text("training-options"), model=model_iri(PROGRAM.model_id))
-    assert rows.column("takes") == [PROGRAM.arena_bytes + 8]
+    assert rows.column("required") == [PROGRAM.arena_bytes + 8]
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,11 @@ def test_the_devices_that_could_train_the_model(store: Store) -> None:
     fleet(store)
     rows = store.query(library.text("trainable"), model=MODEL, fleet="home")
     assert rows.column("id") == ["unknown-arena", "away", "fit", "other-model", "tight"]
-    assert rows[0]["room"] == 262_144 - PROGRAM.arena_bytes, "of the board's RAM"
-    assert rows[1]["room"] == 65_536 - PROGRAM.arena_bytes and rows[1]["online"] is False
+    assert rows[0]["free"] == 262_144 - PROGRAM.arena_bytes, "of the board's RAM"
+    assert rows[1]["free"] == 65_536 - PROGRAM.arena_bytes and rows[1]["online"] is False
     assert rows[-1] == {
         "id": "tight", "board": "nano33ble", "model": MODEL, "arena": PROGRAM.arena_bytes,
-        "takes": PROGRAM.arena_bytes, "room": 0, "online": True, "layers": 2, "biases": 0,
+        "required": PROGRAM.arena_bytes, "free": 0, "online": True, "layers": 2, "biases": 0,
     }  # fmt: skip
     everywhere = store.query(library.text("trainable"), model=MODEL)
     assert len(everywhere) == 6
@@ -86,7 +86,7 @@ def train(store: Store) -> Lineage:
     ):
         started = NOW + timedelta(minutes=number)
         lineage.round(
-            7, number, parts, asked=2, started=started, ended=started + timedelta(seconds=5), sha256=hash_,
+            7, number, parts, selected=2, started=started, ended=started + timedelta(seconds=5), sha256=hash_,
             bytes_up=sum(p.bytes_up or 0 for p in parts), bytes_down=9_000,
         )  # fmt: skip
     lineage.end(7, NOW + timedelta(hours=1))
@@ -153,14 +153,14 @@ def test_saying_a_round_twice_changes_nothing(store: Store) -> None:
 def test_what_cannot_be_right_is_not_written(store: Store) -> None:
     lineage = Lineage(store, "home")
     with pytest.raises(ShapeError, match="has not begun"):
-        lineage.round(1, 1, [], asked=0, started=NOW)
+        lineage.round(1, 1, [], selected=0, started=NOW)
     with pytest.raises(ShapeError, match="64 hexadecimal digits"):
         lineage.begin(1, MODEL, "Reptile", "no hash")
     assert everything(store) == []
     lineage.begin(1, MODEL, "Reptile", "0" * 64)
     before = everything(store)
     with pytest.raises(ShapeError, match="accuracy"):
-        lineage.round(1, 1, [Participation("d", accuracy=1.5)], asked=1, started=NOW, sha256="1" * 64)
+        lineage.round(1, 1, [Participation("d", accuracy=1.5)], selected=1, started=NOW, sha256="1" * 64)
     assert everything(store) == before
 
 

@@ -12,12 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import cbor2
 import jsonschema_rs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything, open_store, payload, status
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, host_board, thing_description
+from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.protocol import Topics
 from tinyfleet.firmware_tools.boards import catalogue as boards
 from tinyfleet.ontology.ingest import describe
@@ -129,16 +131,18 @@ def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_tha
 
 
 def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
-    adopted = bytes(8)
+    received = bytes(8)
     assert registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
-    assert registry.ingest_one(TOPICS.status("dev-1"), status(model=adopted, samples=9, stale=1))
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(model=received, samples=9, stale=1))
     state = about(store, device_iri("home", "dev-1"))
     assert state == {
         "online": [True],
-        "currentModel": [model_iri(adopted)],
-        "samples": [9],
-        "malformed": [0],
-        "stale": [1],
+        "currentModel": [model_iri(received)],
+        "samplesLearned": [9],
+        "malformedMessages": [0],
+        "staleMessages": [1],
+        "wireVersion": [WIRE_VERSION],
+        "programFormat": [PROGRAM_FORMAT],
     }
 
 
@@ -222,7 +226,9 @@ def test_what_changes_within_one_batch_is_seen(store: Store, registry: Registry)
 
 def test_a_newer_description_takes_the_place_of_the_older(store: Store, registry: Registry) -> None:
     registry.ingest_one(TD, payload(description()))
-    assert registry.ingest_one(TD, payload(description(tf__arenaBytes=None, tf__engineVersion="0.2.0", title="Renamed")))
+    assert registry.ingest_one(
+        TD, payload(description(tf__arenaBytes=None, tf__engineVersion="0.2.0", title="Renamed"))
+    )
     device = about(store, device_iri("home", "dev-1"))
     assert device["engineVersion"] == ["0.2.0"]
     assert "arenaBytes" not in device
@@ -243,7 +249,7 @@ def test_a_known_board_stays_as_it_is_known(store: Store, registry: Registry, ca
     other["tf:board"] |= {"tf:ramBytes": 1 << 20}
     assert registry.ingest_one(TOPICS.td("dev-2"), payload(other))
     assert about(store, board_iri("nano33ble")) == board
-    assert "ramBytes of its board is 1048576" in caplog.text and "stays known with 262144" in caplog.text
+    assert "ramBytes of its board is 1048576" in caplog.text and "keeps 262144" in caplog.text
     linked = description("dev-3", tf__board={"@id": board_iri("nano33ble")})
     assert registry.ingest_one(TOPICS.td("dev-3"), payload(linked))
 
@@ -322,7 +328,7 @@ BAD = {
     ),
     "a context that redefines": (
         description(**{"@context": ["https://www.w3.org/2022/wot/td/v1.1", {"title": "https://w3id.org/tinyfleet#"}]}),
-        "another meaning",
+        "redefines",
     ),
     "a context within": (description(actions={"x": {"@context": REMOTE}}), "may not use '@context'"),
     "a reverse property": (description(**{"@reverse": {"tf:board": {"@id": "urn:x:y"}}}), "may not use '@reverse'"),
@@ -344,7 +350,7 @@ RAW = {
     "cut": (payload(description())[:-20], "not JSON"),
     "not UTF-8": (b'{"id": "\xff"}', "not UTF-8"),
     "CBOR": (status(), "not UTF-8"),
-    "not a number": (payload(description()).replace(b"65536", b"NaN"), "no JSON number"),
+    "not a number": (payload(description()).replace(b"65536", b"NaN"), "not a JSON number"),
     "an infinite number": (payload(description()).replace(b"65536", b"1e999"), "JSON-LD"),
     "a number of 5,000 digits": (payload(description()).replace(b"65536", b"9" * 5000), "not JSON"),
     "a number of 4,000 digits": (payload(description()).replace(b"65536", b"9" * 4000), ""),
@@ -490,8 +496,8 @@ def test_messages_taken_together_end_as_taken_one_by_one() -> None:
         one, many = (
             Registry(store, "home", clock=lambda: datetime(2026, 1, 1, tzinfo=UTC)) for store in (apart, together)
         )
-        alone = [one.take([message])[0] for message in messages]
-        assert many.take(messages) == alone
+        alone = [one.ingest([message])[0] for message in messages]
+        assert many.ingest(messages) == alone
         assert everything(together) == everything(apart)
         assert (many.accepted, many.refused) == (one.accepted, one.refused) == (7, 2)
     assert [taken and (taken.kind, taken.device, taken.online, taken.rejection is None) for taken in alone] == [
@@ -530,11 +536,57 @@ def test_nobody_is_online_until_it_says_so(store: Store, registry: Registry) -> 
     for i in range(3):
         registry.ingest_one(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
         registry.ingest_one(TOPICS.status(f"dev-{i}"), status(online=i > 0))
-    away.handle(Topics("away").td("dev-1"), payload(description("dev-1", "away")))
-    away.handle(Topics("away").status("dev-1"), status())
+    away.ingest_one(Topics("away").td("dev-1"), payload(description("dev-1", "away")))
+    away.ingest_one(Topics("away").status("dev-1"), status())
     registry.mark_all_offline()
     online = f"SELECT ?d WHERE {{ ?d <{TF.online}> true }}"
     assert store.query(online).column("d") == [device_iri("away", "dev-1")]
+
+
+def incompatibility(store: Store) -> object:
+    return about(store, device_iri("home", "dev-1")).get("incompatibility")
+
+
+def test_a_device_of_another_wire_version_is_named_and_left_out(store: Store, registry: Registry) -> None:
+    registry.ingest_one(TD, payload(description()))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    reason = "speaks wire version 3, this server speaks 2; update the server"
+    for _ in range(2):
+        (result,) = registry.ingest([(TOPICS.status("dev-1"), cbor2.dumps([3, True, "anything"]))])
+        assert result is not None and (result.online, result.rejection) == (False, None)
+        assert result.incompatibility == reason
+    device = about(store, device_iri("home", "dev-1"))
+    assert (device["online"], device["wireVersion"], device["incompatibility"]) == ([False], [3], [reason])
+    assert "battery" not in device and "samplesLearned" not in device and device["offlineSince"] == [NOW]
+    for fleet in (None, "home"):
+        rows = store.query(library.text("incompatible"), **({} if fleet is None else {"fleet": fleet}))
+        assert [(row["id"], row["reason"], row["wire"]) for row in rows] == [("dev-1", reason, 3)]
+    assert not store.query(library.text("incompatible"), fleet="away")
+
+    (result,) = registry.ingest([(TOPICS.status("dev-1"), status())])
+    assert result is not None and result.online and result.incompatibility is None
+    device = about(store, device_iri("home", "dev-1"))
+    assert (device["online"], device["wireVersion"]) == ([True], [WIRE_VERSION])
+    assert "incompatibility" not in device and "offlineSince" not in device
+
+
+def test_an_unsupported_program_format_is_named(store: Store, registry: Registry) -> None:
+    registry.ingest_one(TD, payload(description()))
+    (result,) = registry.ingest([(TD, payload(description(tf__wireVersion=2, tf__programFormat=1)))])
+    reason = f"reads program format 1, this server sends {PROGRAM_FORMAT}; update its firmware"
+    assert result is not None and result.incompatibility == reason and incompatibility(store) == [reason]
+    registry.ingest_one(TD, payload(description(tf__wireVersion=2, tf__programFormat=PROGRAM_FORMAT)))
+    assert incompatibility(store) is None
+
+
+def test_a_description_of_another_wire_version_is_named(store: Store, registry: Registry) -> None:
+    (result,) = registry.ingest([(TD, payload(description(tf__wireVersion=1)))])
+    reason = "speaks wire version 1, this server speaks 2; update its firmware"
+    assert result is not None and result.incompatibility == reason and incompatibility(store) == [reason]
+    registry.ingest_one(TD, payload(description()))
+    assert incompatibility(store) == [reason], "a description without a version says nothing about it"
+    registry.ingest_one(TD, payload(description(tf__wireVersion=WIRE_VERSION)))
+    assert incompatibility(store) is None
 
 
 @settings(max_examples=200, deadline=None)

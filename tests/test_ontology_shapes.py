@@ -14,8 +14,8 @@ from tinyfleet.ontology.ingest.describe import (
     model_facts,
     part_facts,
 )
-from tinyfleet.ontology.ingest.model_card import MetricValue, ModelCard
 from tinyfleet.ontology.ingest.description_parser import to_triples
+from tinyfleet.ontology.ingest.model_card import MetricValue, ModelCard
 from tinyfleet.ontology.store.store import EmbeddedStore, triples
 from tinyfleet.ontology.vocabulary import shapes
 from tinyfleet.ontology.vocabulary.namespaces import (

@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.store.sparql_update import prepared
+from tinyfleet.ontology.store.sparql_update import with_graphs
 from tinyfleet.ontology.store.store import RECORDS, Dataset, Store, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
@@ -184,7 +184,7 @@ class Protocol:
         authorise(request, self._token)
         default, named = _graphs(fields, "using-graph-uri", "using-named-graph-uri")
         try:
-            await in_thread(lambda: self._store.update(prepared(sparql, default, named)))
+            await in_thread(lambda: self._store.update(with_graphs(sparql, default, named)))
         except StoreError as error:
             raise HttpError(400, str(error)) from None
         if self._registry is not None:

@@ -396,7 +396,7 @@ class Columns:
     def save(self, path: Path, mark: str) -> None:
         """Save the rows in the order of their names, without those of removed devices."""
         later = sorted(self._later.items(), key=lambda item: item[1])
-        text, titled = self.titles.settled()
+        text, titled = self.titles.all_lines()
         names = np.concatenate([self._sorted, np.array([name for name, _ in later], "S")]) if later else self._sorted
         used = np.zeros(self.size, np.bool_)
         used[titled] = True

@@ -232,6 +232,36 @@ def _versions(store: "IndexedStore", given: Parameters) -> Table | None:
     return Table(("engine", "version", "devices", "online"), ((*values, n, m) for values, n, m in counted))
 
 
+class _Configurations(NamedTuple):
+    """The configurations of a fleet whose boards are known, as arrays: [configurations]."""
+
+    boards: list[_Board | None]
+    """The boards, by the numbers in `board`."""
+    engines: dict[str, int]
+    board: NDArray[np.int64]
+    engine: NDArray[np.int64]
+    arena: NDArray[np.int64]
+    flash: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    """Number of devices."""
+
+    def observing(self, observed: Value) -> NDArray[np.bool_]:
+        return np.array([*(b is not None and observed in b.observed for b in self.boards), False])[self.board]
+
+
+def _configurations(columns: Columns, known: Requirements, fleets: list[Value] | None) -> _Configurations:
+    groups = columns.by_configuration
+    selected = columns.select_groups(groups, fleets)
+    _, _, board, engine, arena = groups.keys[:, selected]
+    boards = [known.boards.get(Iri(name)) for name in columns.codes(TF.board).values]
+    ram = np.array([*(-1 if b is None else b.ram for b in boards), -1])[board]
+    flash = np.array([*(-1 if b is None or b.flash is None else b.flash for b in boards), -1])[board]
+    arena = np.where(arena < 0, ram, arena)
+    usable = (engine >= 0) & (ram >= 0) & (flash >= 0)
+    arrays = (of[usable] for of in (board, engine, arena, flash, groups.counts[selected]))
+    return _Configurations(boards, dict(columns.codes(TF.engine).codes), *arrays)
+
+
 def _fits(store: "IndexedStore", given: Parameters) -> Table | None:
     known = store.kept(requirements)
     if known is None:
@@ -239,30 +269,17 @@ def _fits(store: "IndexedStore", given: Parameters) -> Table | None:
     with store.reading() as columns:
         if columns is None:
             return None
-        groups = columns.by_configuration
-        selected = columns.select_groups(groups, given["fleet"])
-        _, _, board, engine, arena = groups.keys[:, selected]
-        counts = groups.counts[selected]
-        boards = [known.boards.get(Iri(name)) for name in columns.codes(TF.board).values]
-        engines = dict(columns.codes(TF.engine).codes)
-    ram = np.array([*(-1 if b is None else b.ram for b in boards), -1])
-    flash = np.array([*(-1 if b is None or b.flash is None else b.flash for b in boards), -1])
-    arena = np.where(arena < 0, ram[board], arena)
-    usable = (engine >= 0) & (ram[board] >= 0) & (flash[board] >= 0)
-    board, engine, arena, counts = (of[usable] for of in (board, engine, arena, counts))
-    flash = flash[board]
-    observing = {
-        seen: np.array([*(b is not None and seen in b.observed for b in boards), False])[board]
-        for seen in {seen for model in known.models for seen in model.inputs}
-    }
+        fleet = _configurations(columns, known, given["fleet"])
+    observing = {seen: fleet.observing(seen) for seen in {seen for model in known.models for seen in model.inputs}}
     found: list[tuple[Iri, str, int, int]] = []
     for model in known.models:
-        runs = (engine == engines.get(model.engine, -2)) & (arena >= model.run_bytes) & (flash >= model.storage)
+        runs = fleet.engine == fleet.engines.get(model.engine, -2)
+        runs &= (fleet.arena >= model.run_bytes) & (fleet.flash >= model.storage)
         for seen in model.inputs:
             runs &= observing[seen]
-        if devices := int(counts[runs].sum()):
-            training = 0 if model.train_bytes is None else int(counts[runs & (arena >= model.train_bytes)].sum())
-            found.append((model.iri, model.name, devices, training))
+        if devices := int(fleet.counts[runs].sum()):
+            trains = runs & (fleet.arena >= (np.inf if model.train_bytes is None else model.train_bytes))
+            found.append((model.iri, model.name, devices, int(fleet.counts[trains].sum())))
     found.sort(key=lambda row: (-row[2], row[1], row[0]))
     return Table(("model", "name", "devices", "training"), iter(found))
 
