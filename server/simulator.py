@@ -37,21 +37,9 @@ from tinyfleet.edge.model.graph import Kind, Op, Shape3
 from tinyfleet.edge.model.learner import MoteLearner, learn_many
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Draw, Split, Task
-from tinyfleet.edge.wire.protocol import (
-    ALL_LAYERS,
-    Dense,
-    ErrorCode,
-    Failure,
-    Metrics,
-    Phase,
-    Sparse,
-    Success,
-    TrainTask,
-    UpdateFormat,
-    chunks,
-    encode,
-    varint_sizes,
-)
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Dense, encode, ErrorCode, Failure, Metrics, Phase, Sparse, Success, TrainTask, UpdateFormat
+from tinyfleet.edge.wire.updates import varint_sizes
 from tinyfleet.server.evaluate import endless, seeds_of
 from tinyfleet.server.flower.strategies import TinyMetaFed
 from tinyfleet.server.flower.strategies.reptile import drawn, task_seed

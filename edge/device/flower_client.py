@@ -21,21 +21,10 @@ from tinyfleet.edge import tasks
 from tinyfleet.edge.device.node import MoteNode, Publish
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Task
-from tinyfleet.edge.wire.protocol import (
-    Dense,
-    Failure,
-    Kind,
-    Metrics,
-    Sparse,
-    Success,
-    Topics,
-    TrainTask,
-    chunks,
-    decode_reply,
-    encode,
-    error_text,
-    parse_round_config,
-)
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import decode_reply, Dense, encode, error_text, Failure, Kind, Metrics, Sparse, Success, TrainTask
+from tinyfleet.edge.wire.round_config import parse_round_config
+from tinyfleet.edge.wire.topics import Topics
 
 Vector = NDArray[np.float32]
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
@@ -94,13 +83,13 @@ _task = lru_cache(tasks.load)  # a process serves many messages
 def _run(node: MoteNode, train_task: TrainTask, start: Vector) -> list[Success]:
     """Carries one piece of work to the node, and its reply back."""
     topics = Topics("flower")
-    node.receive(topics.do(node.id), encode(train_task))
+    node.receive(topics.command(node.id), encode(train_task))
     list(node.poll())
     for n, chunk in enumerate(chunks(start.astype("<f4").tobytes())):
         node.receive(topics.weights(train_task.run, train_task.round, n), chunk)
     while node.step():
         pass
-    replies = [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.did(node.id)]
+    replies = [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.reply(node.id)]
     parts = []
     for did in map(decode_reply, replies):
         if isinstance(did, Failure):
