@@ -189,7 +189,7 @@ _ERROR_TEXTS = {
     ErrorCode.PROGRAM: "the program it was to adopt is damaged or not valid; compile it again",
     ErrorCode.CAPACITY: "it has no room for this; use a smaller model, or have all changes sent (top 1)",
     ErrorCode.SAMPLES: "its source gave no samples; check its sensor or its data",
-    ErrorCode.ENGINE: "its engine refused; see the error's number in edge/mote/mote.h",
+    ErrorCode.ENGINE: "its engine refused; see the error's number in edge/mote/include/mote.h",
     ErrorCode.DIVERGED: "its numbers left the range of floats; lower the rate",
 }
 
