@@ -20,11 +20,20 @@ from typing import Literal
 from tinyfleet.edge.device.node import NOT_FOR_FLEETS
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program, ProgramError
-from tinyfleet.edge.wire.chunks import CHUNK, chunks, MAX_CHUNKS
+from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import decode_reply, decode_status, encode, error_text, Failure, Reply, Status, UpdateModel
-from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.messages import (
+    Failure,
+    Reply,
+    Status,
+    UpdateModel,
+    decode_reply,
+    decode_status,
+    encode,
+    error_text,
+)
 from tinyfleet.edge.wire.mqtt_session import Message, Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.describe import from_program
 from tinyfleet.ontology.ingest.lineage import Lineage
 from tinyfleet.ontology.queries import match as matching

@@ -24,7 +24,7 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Hyperparameters, Task
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
-from tinyfleet.edge.wire.round_config import format_round_config, RoundConfig
+from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.queries import library

@@ -38,7 +38,19 @@ from tinyfleet.edge.model.learner import MoteLearner, learn_many
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Draw, Split, Task
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Dense, encode, ErrorCode, Failure, Metrics, Phase, Sparse, Success, TrainTask, UpdateFormat
+from tinyfleet.edge.wire.messages import (
+    ALL_LAYERS,
+    Dense,
+    ErrorCode,
+    Failure,
+    Metrics,
+    Phase,
+    Sparse,
+    Success,
+    TrainTask,
+    UpdateFormat,
+    encode,
+)
 from tinyfleet.edge.wire.updates import varint_sizes
 from tinyfleet.server.evaluate import endless, seeds_of
 from tinyfleet.server.flower.strategies import TinyMetaFed

@@ -23,8 +23,8 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Dense, Program, ReLU, Tanh, build
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build as firmware_build
 from tinyfleet.firmware_tools.firmware import emulate

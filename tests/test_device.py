@@ -29,9 +29,23 @@ from tinyfleet.edge.model.program import Dense as DenseLayer
 from tinyfleet.edge.model.program import Program, ReLU, build
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import ALL_LAYERS, decode_reply, decode_status, Dense, encode, Phase, Reboot, Reply, Status, Success, TrainTask, UpdateFormat, UpdateModel
-from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.messages import (
+    ALL_LAYERS,
+    Dense,
+    Phase,
+    Reboot,
+    Reply,
+    Status,
+    Success,
+    TrainTask,
+    UpdateFormat,
+    UpdateModel,
+    decode_reply,
+    decode_status,
+    encode,
+)
 from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 
 from tinyfleet.__main__ import main
 

@@ -23,12 +23,26 @@ from tinyfleet.edge.device.node import MoteNode, Publish
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.mote.build_extension import INCLUDES
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import ALL_LAYERS, decode_reply, decode_status, encode, ErrorCode, Failure, Phase, Reboot, Success, TrainTask, UpdateFormat, UpdateModel
-from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.messages import (
+    ALL_LAYERS,
+    ErrorCode,
+    Failure,
+    Phase,
+    Reboot,
+    Success,
+    TrainTask,
+    UpdateFormat,
+    UpdateModel,
+    decode_reply,
+    decode_status,
+    encode,
+)
 from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate, stack
 from tinyfleet.firmware_tools.gateway import Gateway
@@ -167,7 +181,7 @@ def test_the_stack_is_at_most_what_the_document_says(core: str, board: str, tmp_
 def test_the_state_is_40_bytes(tmp_path: Path) -> None:
     source = tmp_path / "state.c"
     source.write_text(f'#include "mote.h"\ntypedef char state[sizeof(mote_t) == {STATE} ? 1 : -1];\nstate s;\n')
-    command = ["arm-none-eabi-gcc", "-mcpu=cortex-m0", "-mthumb", f"-I{build.MOTE}", "-c", source]
+    command = ["arm-none-eabi-gcc", "-mcpu=cortex-m0", "-mthumb", f"-I{INCLUDES[0]}", "-c", source]
     subprocess.run([*command, "-o", tmp_path / "state.o"], check=True)
 
 
@@ -651,7 +665,9 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
         assert line.recv(4096)  # greeted: what arrives before the gateway has opened its end of the line is lost
         for frame in (
             serial_frames.Frame(serial_frames.PUBLISH, TOPICS.reply(ID), b"before any session"),
-            serial_frames.Frame(serial_frames.HELLO, "tinyfleet/test/devices/+/status", b"a will on a topic that is none"),
+            serial_frames.Frame(
+                serial_frames.HELLO, "tinyfleet/test/devices/+/status", b"a will on a topic that is none"
+            ),
             serial_frames.Frame(serial_frames.HELLO, "somewhere", b"else"),
             serial_frames.Frame(serial_frames.HELLO, TOPICS.status(ID), b"its will"),
             serial_frames.Frame(serial_frames.PUBLISH_RETAINED, other, b"another device's"),

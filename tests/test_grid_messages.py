@@ -19,7 +19,19 @@ from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.wire.chunks import decode_chunk
-from tinyfleet.edge.wire.messages import decode_command, Dense, encode, ErrorCode, Failure, Metrics, Reply, Sparse, Status, Success, TrainTask
+from tinyfleet.edge.wire.messages import (
+    Dense,
+    ErrorCode,
+    Failure,
+    Metrics,
+    Reply,
+    Sparse,
+    Status,
+    Success,
+    TrainTask,
+    decode_command,
+    encode,
+)
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.flower.grid import MqttGrid, RoundEvent, node_id
 

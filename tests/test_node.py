@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.agent import AgentNode
-from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.edge.device.node import (
     ENGINE_VERSION,
     MoteNode,
@@ -37,9 +36,26 @@ from tinyfleet.edge.model.program import Program, ReLU, assemble, build
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Command, decode_reply, decode_status, Dense, encode, ErrorCode, Failure, Phase, Reply, Sparse, Success, TrainTask, UpdateFormat, UpdateModel
-from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.messages import (
+    ALL_LAYERS,
+    Command,
+    Dense,
+    ErrorCode,
+    Failure,
+    Phase,
+    Reply,
+    Sparse,
+    Success,
+    TrainTask,
+    UpdateFormat,
+    UpdateModel,
+    decode_reply,
+    decode_status,
+    encode,
+)
 from tinyfleet.edge.wire.messages import Reboot as RebootOrder
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.updates import apply_update
 
 FLEET, ID = "home", "one"
 TOPICS = Topics(FLEET)
@@ -831,7 +847,11 @@ RETAINED: list[list[tuple[str, bytes]]] = [
     for order in ORDERS
 ]
 MESSAGES = [(TOPICS.command(ID), encode(order)) for order in ORDERS] + [m for kept in RETAINED for m in kept]
-MESSAGES += [(TOPICS.weights(5, 1, 0), b""), (TOPICS.command("two"), encode(work())), (TOPICS.weights(5, 1, 0), b"\x80")]
+MESSAGES += [
+    (TOPICS.weights(5, 1, 0), b""),
+    (TOPICS.command("two"), encode(work())),
+    (TOPICS.weights(5, 1, 0), b"\x80"),
+]
 
 actions = st.one_of(
     st.integers(0, len(ORDERS) - 1),

@@ -389,7 +389,13 @@ def test_a_bad_status_is_refused_and_leaves_no_trace(store: Store, registry: Reg
 
 @pytest.mark.parametrize(
     "topic",
-    ["tinyfleet/away/devices/dev-1/td", TOPICS.command("dev-1"), TOPICS.reply("dev-1"), "tinyfleet/home/devices/a b/td", ""],
+    [
+        "tinyfleet/away/devices/dev-1/td",
+        TOPICS.command("dev-1"),
+        TOPICS.reply("dev-1"),
+        "tinyfleet/home/devices/a b/td",
+        "",
+    ],
 )
 def test_other_topics_are_none_of_its_business(store: Store, registry: Registry, topic: str) -> None:
     assert not registry.handle(topic, payload(description()))

@@ -16,11 +16,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tinyfleet.edge.mote_codegen import DEFINES, generate
-from tinyfleet.edge.wire.chunks import CHUNK, chunks, decode_chunk, MAX_CHUNKS
+from tinyfleet.edge.mote.codegen import generate
+from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks, decode_chunk
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import ALL_LAYERS, decode_command, decode_reply, decode_status, Dense, encode, error_text, ErrorCode, Failure, Metrics, Phase, Reboot, Sparse, Status, Success, TrainTask, UpdateFormat, UpdateModel
-from tinyfleet.edge.wire.round_config import format_round_config, parse_round_config, RoundConfig
+from tinyfleet.edge.wire.messages import (
+    ALL_LAYERS,
+    Dense,
+    ErrorCode,
+    Failure,
+    Metrics,
+    Phase,
+    Reboot,
+    Sparse,
+    Status,
+    Success,
+    TrainTask,
+    UpdateFormat,
+    UpdateModel,
+    decode_command,
+    decode_reply,
+    decode_status,
+    encode,
+    error_text,
+)
+from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config, parse_round_config
 from tinyfleet.edge.wire.topics import Topics
 
 u32 = st.integers(0, 2**32 - 1)
@@ -57,7 +76,7 @@ def transcode(tmp_path_factory: pytest.TempPathFactory) -> Transcode:
     folder = tmp_path_factory.mktemp("transcode")
     sources = [Path(__file__).parent / "c" / "transcode.c", *generate(folder)]
     library = folder / "transcode.so"
-    flags = ["-std=c99", "-O1", "-shared", "-fPIC", f"-I{folder}", *(f"-D{name}" for name in DEFINES)]
+    flags = ["-std=c99", "-O1", "-shared", "-fPIC", f"-I{folder}"]
     command: list[str | Path] = ["cc", *flags, *sources, "-o", library]
     subprocess.run(command, check=True, capture_output=True)
     c = ctypes.CDLL(str(library))
@@ -214,7 +233,14 @@ def test_topics() -> None:
     assert t.parse(t.status("a")) == ("status", ("a",)) and t.parse(t.td("a")) == ("td", ("a",))
     assert t.parse(t.weights(1, 2, 3)) == ("weights", (1, 2, 3))
     assert t.parse(t.program(bytes(8), 3)) == ("program", (bytes(8), 3))
-    for other in ("", "tinyfleet/work/devices/a/do", t.command("a") + "/x", t.command("a") + "\n", t.weights(1, 2), "tinyfleet"):
+    for other in (
+        "",
+        "tinyfleet/work/devices/a/do",
+        t.command("a") + "/x",
+        t.command("a") + "\n",
+        t.weights(1, 2),
+        "tinyfleet",
+    ):
         assert t.parse(other) is None
     assert t.parse("tinyfleet/home/runs/4294967296/1/1") is None and t.parse("tinyfleet/home/runs/01/1/1") is None
     assert t.command("+") == "tinyfleet/home/devices/+/do"

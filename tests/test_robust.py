@@ -29,7 +29,7 @@ from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.messages import decode_reply, Dense, encode, Success
+from tinyfleet.edge.wire.messages import Dense, Success, decode_reply, encode
 from tinyfleet.ontology.queries import library
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile

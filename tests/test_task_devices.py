@@ -16,7 +16,7 @@ from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Task, keywords
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import ALL_LAYERS, decode_reply, encode, Phase, Success, TrainTask, UpdateFormat
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Success, TrainTask, UpdateFormat, decode_reply, encode
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
@@ -127,13 +127,21 @@ def over_the_line(url: str, task: Task, count: int) -> list[bytes]:
         def send(*sent: serial_frames.Frame) -> None:
             line.sendall(b"".join(map(serial_frames.encode, sent)))
 
-        send(serial_frames.Frame(serial_frames.CONNECTED), serial_frames.Frame(serial_frames.MESSAGE, TOPICS.command(ID), encode(order(task))))
+        send(
+            serial_frames.Frame(serial_frames.CONNECTED),
+            serial_frames.Frame(serial_frames.MESSAGE, TOPICS.command(ID), encode(order(task))),
+        )
         while len(said) < count:
             received = line.recv(4096)
             assert received, "the board has hung up"
             for frame in reader.feed(received):
                 if frame.kind == serial_frames.SUBSCRIBE and frame.topic == TOPICS.weights(1, 1):
-                    send(*(serial_frames.Frame(serial_frames.MESSAGE, TOPICS.weights(1, 1, i), w) for i, w in enumerate(weights)))
+                    send(
+                        *(
+                            serial_frames.Frame(serial_frames.MESSAGE, TOPICS.weights(1, 1, i), w)
+                            for i, w in enumerate(weights)
+                        )
+                    )
                 elif frame.kind == serial_frames.PUBLISH and frame.topic == TOPICS.reply(ID):
                     said.append(frame.payload)
     return said

@@ -32,9 +32,25 @@ from tinyfleet.edge.device.node import (
 from tinyfleet.edge.device.sources import Sample, Stream
 from tinyfleet.edge.model.learner import Learner, LearnerError
 from tinyfleet.edge.model.program import Program, ProgramError
-from tinyfleet.edge.wire.chunks import CHUNK, decode_chunk, MAX_CHUNKS
+from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, decode_chunk
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Command, decode_command, Dense, encode, ErrorCode, Failure, Metrics, Phase, Sparse, Status, Success, TrainTask, UpdateFormat, UpdateModel
+from tinyfleet.edge.wire.messages import (
+    ALL_LAYERS,
+    Command,
+    Dense,
+    ErrorCode,
+    Failure,
+    Metrics,
+    Phase,
+    Sparse,
+    Status,
+    Success,
+    TrainTask,
+    UpdateFormat,
+    UpdateModel,
+    decode_command,
+    encode,
+)
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.edge.wire.updates import varint_sizes
 

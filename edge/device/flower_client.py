@@ -22,7 +22,18 @@ from tinyfleet.edge.device.node import MoteNode, Publish
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Task
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import decode_reply, Dense, encode, error_text, Failure, Kind, Metrics, Sparse, Success, TrainTask
+from tinyfleet.edge.wire.messages import (
+    Dense,
+    Failure,
+    Kind,
+    Metrics,
+    Sparse,
+    Success,
+    TrainTask,
+    decode_reply,
+    encode,
+    error_text,
+)
 from tinyfleet.edge.wire.round_config import parse_round_config
 from tinyfleet.edge.wire.topics import Topics
 

@@ -168,7 +168,7 @@ class MoteNode:
         if error == lib.MOTE_ERR_UNSUPPORTED:
             raise UserError(NOT_FOR_FLEETS)
         if error != lib.MOTE_OK:
-            raise UserError(f"the node can't start: error {error} of the engine (see edge/mote/mote.h)")
+            raise UserError(f"the node can't start: error {error} of the engine (see edge/mote/include/mote.h)")
 
     @property
     def counters(self) -> NodeCounters:

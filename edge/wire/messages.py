@@ -479,7 +479,10 @@ def decode_command(payload: bytes) -> Command:
 def _decode_phase(fields: object) -> Phase:
     layers, steps, rate, *proximal_mu = array(fields, "phase", 3, 4)
     return Phase(
-        uint32(layers, "layers"), uint32(steps, "steps"), real(rate, "rate"), *(real(p, "proximal-mu") for p in proximal_mu)
+        uint32(layers, "layers"),
+        uint32(steps, "steps"),
+        real(rate, "rate"),
+        *(real(p, "proximal-mu") for p in proximal_mu),
     )
 
 

@@ -16,9 +16,9 @@ from typing import Literal
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Dense, Layer, Program, ReLU
 from tinyfleet.edge.model.program import build as build_program
-from tinyfleet.edge.mote_build import ROOT
+from tinyfleet.edge.mote.build_extension import MOTE, ROOT
 from tinyfleet.firmware_tools.firmware import kernel_table
-from tinyfleet.firmware_tools.firmware.build import ENGINE, MOTE, PROFILES
+from tinyfleet.firmware_tools.firmware.build import ENGINE, PROFILES
 
 Kind = Literal["arduino", "cmake"]
 LIBRARY = Path(__file__).parent / "library"
@@ -29,7 +29,7 @@ _EXACT_PRAGMA = '#pragma GCC optimize("fp-contract=off")\n'
 
 def version() -> str:
     """The engine's version, of mote.h."""
-    found = re.search(r'#define MOTE_VERSION "([^"]+)"', (MOTE / "mote.h").read_text())
+    found = re.search(r'#define MOTE_VERSION "([^"]+)"', (MOTE / "include" / "mote.h").read_text())
     assert found is not None
     return found[1]
 
@@ -98,11 +98,12 @@ def export(kind: Kind, out: Path, program: Program | None = None) -> list[Path]:
 
 def _headers(sources: tuple[Path, ...]) -> list[Path]:
     """The engine's headers that these files take in, directly or not."""
+    headers = {path.name: path for path in MOTE.rglob("*.h")}
     found: set[Path] = set()
     wanted = list(sources)
     while wanted:
         for name in re.findall(r'#include "(\w+\.h)"', wanted.pop().read_text()):
-            if (header := MOTE / name) not in found:
+            if (header := headers[name]) not in found:
                 found.add(header)
                 wanted.append(header)
     return sorted(found)

@@ -27,7 +27,7 @@ import jsonschema_rs
 import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import decode_status, Status
+from tinyfleet.edge.wire.messages import Status, decode_status
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology import vocabulary
 from tinyfleet.ontology.ingest import lineage

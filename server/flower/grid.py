@@ -34,11 +34,23 @@ from tinyfleet.edge.device.flower_client import (
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import decode_reply, decode_status, Dense, encode, error_text, Failure, Kind, Sparse, Status, Success, TrainTask
-from tinyfleet.edge.wire.round_config import parse_round_config, RoundConfig
-from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.messages import (
+    Dense,
+    Failure,
+    Kind,
+    Sparse,
+    Status,
+    Success,
+    TrainTask,
+    decode_reply,
+    decode_status,
+    encode,
+    error_text,
+)
 from tinyfleet.edge.wire.mqtt_session import Message as Out
 from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.round_config import RoundConfig, parse_round_config
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, NODE_UNAVAILABLE, Run, new_run, stamp
 
 Vector = NDArray[np.float32]

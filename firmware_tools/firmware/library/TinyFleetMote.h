@@ -1,9 +1,2 @@
-/* mote.h for C++, and so for sketches. */
-#ifndef TINYFLEET_MOTE_H
-#define TINYFLEET_MOTE_H
-
-extern "C" {
+/* The engine, for sketches. */
 #include "mote.h"
-}
-
-#endif

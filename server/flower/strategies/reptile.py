@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge.device.flower_client import from_numpy, records_of_type, to_numpy
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
-from tinyfleet.edge.wire.round_config import format_round_config, RoundConfig
+from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config
 from tinyfleet.server.flower.internals import log
 
 Numbers = NDArray[np.float64]

@@ -17,6 +17,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define MOTE_VERSION "0.2.0"
 
 enum {
@@ -107,5 +111,9 @@ int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sg
 
 /* CRC-32 (IEEE 802.3, reflected), as zlib.crc32: pass 0 to begin, the last result to go on. */
 uint32_t mote_crc32(uint32_t crc, const void *bytes, size_t size);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif
