@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.node import (
-    ENGINE_VERSION,
     MoteNode,
     Node,
     NodeCounters,

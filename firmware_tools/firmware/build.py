@@ -23,7 +23,7 @@ import numpy as np
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
-from tinyfleet.edge.device.node import ENGINE_VERSION
+from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.device.thing_description import thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
