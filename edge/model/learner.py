@@ -67,8 +67,8 @@ _REASONS = {
     lib.MOTE_ERR_FROZEN: "this program was not planned for that: to train a layer of the mask, for momentum, for "
     "another class, or to learn at all; build it anew with what is wanted",
     lib.MOTE_ERR_TARGET: "the target is no class of this model, or has a number that is not finite; check the labels",
-    lib.MOTE_ERR_DIVERGED: "the loss, the output or a gradient is not finite: training has diverged; lower the rate and "
-    "set the parameters anew",
+    lib.MOTE_ERR_DIVERGED: "the loss, the output or a gradient is not finite: training has diverged; lower the rate "
+    "and set the parameters again",
     lib.MOTE_ERR_UNSUPPORTED: "this build of the engine lacks an operator or a loss of the program; build it with them",
 }
 
