@@ -10,7 +10,7 @@ from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import virtual_device
 from tinyfleet.edge.device.flower_client import to_metrics, vector_to_arrays
-from tinyfleet.edge.device.node import MoteNode, Node, Publish
+from tinyfleet.edge.device.node import Node, Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Task, keywords
@@ -63,9 +63,9 @@ def replies(node: Node, task: Task) -> list[bytes]:
     return said
 
 
-def virtual(task: Task, **options: int) -> MoteNode:
+def virtual(task: Task, **options: int) -> Node:
     arena = task.program.arena_bytes
-    return MoteNode(FLEET, ID, {}, task.program, task.client(2, 12), arena_bytes=arena, **options)
+    return Node(FLEET, ID, {}, task.program, task.client(2, 12), arena_bytes=arena, **options)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.sources import DatasetStream, Stream
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, error_name
 from tinyfleet.edge.model.learner import Learner, LearnerError
 from tinyfleet.edge.model.program import Program, ProgramError
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS
@@ -189,8 +189,7 @@ class Node:
         if error == lib.MOTE_ERR_UNSUPPORTED:
             raise UserError(NOT_FOR_FLEETS)
         if error != lib.MOTE_OK:
-            name = ffi.string(lib.mote_error_name(error)).decode()
-            raise UserError(f"the node can't start: {name} (see edge/mote/include/mote.h)")
+            raise UserError(f"the node can't start: the engine failed with {error_name(error)}")
 
     @property
     def counters(self) -> NodeCounters:
