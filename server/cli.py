@@ -47,7 +47,7 @@ def server(
       tinyfleet server --port 0 --fleet greenhouse --data /var/lib/tinyfleet
       tinyfleet server --broker 192.168.1.5:1883
     """
-    from tinyfleet.server.serve import FleetServer
+    from tinyfleet.server.fleet_server import FleetServer
 
     stopped = threading.Event()
 
@@ -136,8 +136,8 @@ def run(
     from tinyfleet.server import show
     from tinyfleet.server.evaluate import baselines
     from tinyfleet.server.flower.internals import log_level
-    from tinyfleet.server.run import Round, StrategyOptions, make_strategy
-    from tinyfleet.server.run import run as run_rounds
+    from tinyfleet.server.training_run import Round, StrategyOptions, make_strategy
+    from tinyfleet.server.training_run import run as run_rounds
 
     log_level(logging.ERROR)  # the rounds are shown below
     if out is not None and not out.parent.is_dir():

@@ -31,9 +31,9 @@ from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.vocabulary.namespaces import Iri, model_iri
 from tinyfleet.server import show
 from tinyfleet.server.evaluate import SHOTS, one_pass
+from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.run import Round, RunResult, make_strategy, run
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.training_run import Round, RunResult, make_strategy, run
 
 FLEET = "demo"
 BOARD = "mps2-an386"

@@ -33,7 +33,7 @@ from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import PROV, TF, board_iri, model_iri
 from tinyfleet.server import deploy as deployments
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 30.0

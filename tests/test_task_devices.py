@@ -9,12 +9,12 @@ from flwr.app import ConfigRecord
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import virtual_device
-from tinyfleet.edge.device.flower_client import to_metrics, vector_to_arrays
 from tinyfleet.edge.device.node import MoteNode, Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Task, keywords
 from tinyfleet.edge.wire import frames
+from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
 from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     Phase,
@@ -29,7 +29,7 @@ from tinyfleet.edge.wire.protocol import (
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
 from tinyfleet.server.flower.grid import MqttGrid
-from tinyfleet.server.run import make_strategy
+from tinyfleet.server.training_run import make_strategy
 
 FLEET, ID = "test", "device-1"
 TOPICS = Topics(FLEET)

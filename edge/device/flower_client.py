@@ -2,30 +2,23 @@
 
 It is the C node itself, with the message carried to it in memory: what is asked and answered is the same, to the bit,
 as over MQTT. The node config says which part of the data it holds: partition-id, of num-partitions.
-
-Also how Flower's records and the wire's messages map to each other, for both transports. The only file in edge that
-imports Flower.
 """
 
-import io
 from collections.abc import Iterable
-from functools import cache, lru_cache
-from typing import Any, TypeVar
+from functools import lru_cache
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SType
 from numpy.typing import NDArray
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.node import MoteNode, Publish
-from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Task
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, single_records, to_metrics, vector_to_arrays
 from tinyfleet.edge.wire.protocol import (
     Dense,
     Failure,
     Kind,
-    Metrics,
     Sparse,
     Success,
     Topics,
@@ -38,7 +31,6 @@ from tinyfleet.edge.wire.protocol import (
 )
 
 Vector = NDArray[np.float32]
-Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 app = ClientApp()
 
@@ -107,93 +99,6 @@ def _run(node: MoteNode, train_task: TrainTask, start: Vector) -> list[Success]:
             raise RuntimeError(f"the node failed: {error_text(did)}")
         parts.append(did)
     return parts
-
-
-# Records
-
-
-def single_records(message: Message) -> tuple[ArrayRecord, ConfigRecord]:
-    """The message's one ArrayRecord and one ConfigRecord. ValueError if it has not just these."""
-    arrays, configs = records_of_type(message.content, ArrayRecord), records_of_type(message.content, ConfigRecord)
-    if len(arrays) != 1 or len(configs) != 1:
-        raise ValueError("a message to a device carries one ArrayRecord and one ConfigRecord")
-    return arrays[0], configs[0]
-
-
-def records_of_type(content: RecordDict, kind: type[Record]) -> list[Record]:
-    """The records of one kind. RecordDict's own properties copy them into a dictionary, key by checked key."""
-    return [record for record in content.values() if isinstance(record, kind)]
-
-
-def arrays_to_vector(record: ArrayRecord, program: Program) -> Vector:
-    """The parameters as one vector; arrays that do not have the program's names are taken in their order. ValueError
-    if their shapes are not the program's."""
-    by_key = dict(record.items())  # a record checks, and casts, each time that it is asked for a key
-    arrays = [by_key[key] for key in _keys(record, program)]
-    shapes, expected = [tuple(array.shape) for array in arrays], [shape for _, shape in program.parameters]
-    if shapes != expected:
-        raise ValueError(f"the arrays' shapes {shapes} are not the program's {expected}")
-    return np.concatenate([to_numpy(array).astype(np.float32, copy=False).ravel() for array in arrays])
-
-
-def vector_to_arrays(vector: Vector, program: Program, like: ArrayRecord | None = None) -> ArrayRecord:
-    """The vector as arrays, under the names and in the order of `like`; by default, of the program."""
-    arrays = program.split(vector)
-    by_key = arrays if like is None else dict(zip(_keys(like, program), arrays.values(), strict=True))
-    record = ArrayRecord()  # which, given a dictionary, would copy each array
-    for key in like or by_key:
-        record[key] = from_numpy(by_key[key])
-    return record
-
-
-def to_numpy(array: Array) -> NDArray[Any]:
-    """The array's numbers, read-only. As Array.numpy gives them, which parses the npy format's header as Python: of a
-    small model it takes more time than all else on the server."""
-    header = _npy_header(array.dtype, tuple(array.shape))
-    if array.stype != SType.NUMPY or not array.data.startswith(header):
-        return array.numpy()
-    return np.frombuffer(array.data, array.dtype, offset=len(header)).reshape(array.shape)
-
-
-def from_numpy(numbers: NDArray[Any]) -> Array:
-    """As Array(numbers), without its cost."""
-    name, shape = _name(numbers.dtype), numbers.shape
-    return Array(name, shape, SType.NUMPY, _npy_header(name, shape) + numbers.tobytes())
-
-
-_name = cache(str)  # of a dtype: NumPy puts it together anew each time
-
-
-@cache
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """What np.save writes before the numbers of a C-contiguous array."""
-    file, numbers = io.BytesIO(), np.zeros(shape, dtype)
-    np.save(file, numbers)
-    return file.getvalue()[: -numbers.nbytes or None]
-
-
-def _keys(record: ArrayRecord, program: Program) -> list[str]:
-    names = [name for name, _ in program.parameters]
-    return names if set(names) == set(record) else list(record)
-
-
-def to_metrics(metrics: Metrics, kind: Kind, bytes_up: int, program: Program) -> MetricRecord:
-    """A reply's metrics. Unknown is absent: no loss without a sample, no accuracy without a class to be asked."""
-    record = MetricRecord(
-        {
-            "num-examples": metrics.samples if kind == "train" else metrics.queried,
-            "bytes-up": bytes_up,
-            "bytes-dense": 4 * program.n_params,
-            "arena-bytes": metrics.arena_bytes,
-        }
-    )
-    if metrics.samples:
-        record["loss"] = metrics.loss
-    if metrics.queried:
-        if program.loss == "softmax_cross_entropy":
-            record["accuracy"] = metrics.correct / metrics.queried
-        record["query-loss"] = metrics.query_loss
-    return record
 
 
 def apply_update(start: Vector, parts: Iterable[Success]) -> Vector:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from tinyfleet.edge.model.program import Program
 from tinyfleet.ontology.store.store import printable
-from tinyfleet.server.deploy import DeploymentPlan, DeploymentResult, TargetResult, TargetStatus
-from tinyfleet.server.show import Bar
+from tinyfleet.server.deployment import DeploymentPlan, DeploymentResult, TargetResult, TargetStatus
+from tinyfleet.server.run_report import Bar
 
 MOST = 20
 """Lines of a table; --json has them all."""
