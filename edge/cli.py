@@ -20,7 +20,7 @@ from tinyfleet.edge.device.thing_description import host_board, thing_descriptio
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import LiteRTLearner, MoteLearner
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.wire.protocol import ProtocolError
+from tinyfleet.edge.wire.errors import ProtocolError
 
 BrokerOption = Annotated[
     str | None,

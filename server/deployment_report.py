@@ -58,7 +58,7 @@ class Results(Bar):
         self._console.print(f"{said}{f': {result.reason}' if result.reason else ''}", style=style, soft_wrap=True)
 
 
-def outcome(console: Console, ended: DeploymentResult) -> None:
+def print_result(console: Console, ended: DeploymentResult) -> None:
     """How many answered what, and where it is written."""
     kinds: tuple[TargetStatus, ...] = ("confirmed", "failed", "no answer")
     console.print(", ".join(f"{len(ended.devices(kind))} {kind}" for kind in kinds))

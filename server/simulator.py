@@ -37,7 +37,8 @@ from tinyfleet.edge.model.graph import Kind, Op, Shape3
 from tinyfleet.edge.model.learner import MoteLearner, learn_many
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Draw, Split, Task
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
     Dense,
     ErrorCode,
@@ -48,10 +49,9 @@ from tinyfleet.edge.wire.protocol import (
     Success,
     TrainTask,
     UpdateFormat,
-    chunks,
     encode,
-    varint_sizes,
 )
+from tinyfleet.edge.wire.updates import varint_sizes
 from tinyfleet.server.evaluate import endless, seeds_of
 from tinyfleet.server.flower.strategies import TinyMetaFed
 from tinyfleet.server.flower.strategies.reptile import draw_nodes, task_seed

@@ -23,8 +23,8 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Dense, Program, ReLU, Tanh, build
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import Topics
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build as firmware_build
 from tinyfleet.firmware_tools.firmware import emulate
@@ -32,7 +32,7 @@ from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import PROV, TF, board_iri, model_iri
-from tinyfleet.server import deploy as deployments
+from tinyfleet.server import deployment as deployments
 from tinyfleet.server.fleet_server import FleetServer
 
 ROOT = Path(__file__).parents[1]

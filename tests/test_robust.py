@@ -29,7 +29,7 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
-from tinyfleet.edge.wire.protocol import Dense, Success, decode_reply, encode
+from tinyfleet.edge.wire.messages import Dense, Success, decode_reply, encode
 from tinyfleet.ontology.queries import library
 from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.grid import MqttGrid

@@ -32,30 +32,27 @@ from tinyfleet.edge.device.node import (
 from tinyfleet.edge.device.sources import Sample, Stream
 from tinyfleet.edge.model.learner import Learner, LearnerError
 from tinyfleet.edge.model.program import Program, ProgramError
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, decode_chunk
+from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
-    CHUNK,
-    MAX_CHUNKS,
-    Assembly,
     Command,
     Dense,
     ErrorCode,
     Failure,
     Metrics,
     Phase,
-    ProtocolError,
     Sparse,
     Status,
     Success,
-    Topics,
     TrainTask,
     UpdateFormat,
     UpdateModel,
-    decode_chunk,
     decode_command,
     encode,
-    varint_sizes,
 )
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.updates import varint_sizes
 
 RECENT = 8  # orders remembered, so that a late double of one is known
 HEAD = 72  # bytes of a reply besides its update's values, at most
@@ -116,7 +113,7 @@ class AgentNode:
         between commands, from each round's weights on."""
         self.id = id
         self._topics = Topics(fleet)
-        self._command_topic = self._topics.do(id)
+        self._command_topic = self._topics.command(id)
         self._td = json.dumps(td).encode()
         self._builtin = program
         self._stream = stream
@@ -224,9 +221,9 @@ class AgentNode:
             yield Subscribe(self._filter)
         if self._rejection is not None:
             rejection, self._rejection = self._rejection, None
-            yield Publish(self._topics.did(self.id), encode(rejection), False)
+            yield Publish(self._topics.reply(self.id), encode(rejection), False)
         for part in self._reply:
-            yield Publish(self._topics.did(self.id), encode(part), False)
+            yield Publish(self._topics.reply(self.id), encode(part), False)
         if self._restart:
             self._restart = False
             yield Reboot()

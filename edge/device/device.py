@@ -20,7 +20,7 @@ from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_descri
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.session import Message, Session
+from tinyfleet.edge.wire.mqtt_session import Message, Session
 
 STEPS = 64
 """Samples learned from between two looks at the network."""

@@ -1,10 +1,9 @@
-"""The Flower ClientApp: a device on Flower's own transport, be it a Raspberry Pi with a SuperNode or simulated.
+"""The Flower ClientApp: a device on Flower's own transport, on a Raspberry Pi with a SuperNode or in a simulation.
 
-It is the C node itself, with the message carried to it in memory: what is asked and answered is the same, to the bit,
-as over MQTT. The node config says which part of the data it holds: partition-id, of num-partitions.
+It runs the C node and passes it each message in memory, so the results are the same, to the bit, as over MQTT. The
+node config says which part of the data the device holds: partition-id, of num-partitions.
 """
 
-from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -14,21 +13,20 @@ from numpy.typing import NDArray
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.node import MoteNode, Publish
 from tinyfleet.edge.tasks import Task
+from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, single_records, to_metrics, vector_to_arrays
-from tinyfleet.edge.wire.protocol import (
-    Dense,
+from tinyfleet.edge.wire.messages import (
     Failure,
     Kind,
-    Sparse,
     Success,
-    Topics,
     TrainTask,
-    chunks,
     decode_reply,
     encode,
     error_text,
-    parse_round_config,
 )
+from tinyfleet.edge.wire.round_config import parse_round_config
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.updates import apply_update
 
 Vector = NDArray[np.float32]
 
@@ -37,13 +35,13 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Learns what the message's config asks for, and replies with the parameters and metrics."""
+    """Trains as the message's config says, and replies with parameters and metrics."""
     return _serve(message, context, "train")
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """The same, and replies with metrics alone."""
+    """Evaluates as the message's config says, and replies with metrics."""
     return _serve(message, context, "evaluate")
 
 
@@ -53,8 +51,29 @@ def _serve(message: Message, context: Context, kind: Kind) -> Message:
 
 
 def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int) -> Message:
-    """What device number `index` of a fleet of `of` replies. Raises RuntimeError if the node fails; Flower sends the
-    server an error then."""
+    """The reply of one device to a message.
+
+    Parameters
+    ----------
+    message
+        With one ArrayRecord and one ConfigRecord.
+    kind
+        "train" or "evaluate".
+    task
+        What the fleet learns.
+    index, fleet_size
+        The device's client index, and the number of devices; they decide which samples it holds.
+
+    Returns
+    -------
+    Message
+        Metrics and, after training, parameters.
+
+    Raises
+    ------
+    RuntimeError
+        If the node fails. Flower then sends the server an error.
+    """
     arrays, config = single_records(message)
     start = arrays_to_vector(arrays, task.program)
     plan = parse_round_config(config, kind, index)
@@ -84,31 +103,18 @@ _task = lru_cache(tasks.load)  # a process serves many messages
 
 
 def _run(node: MoteNode, train_task: TrainTask, start: Vector) -> list[Success]:
-    """Carries one piece of work to the node, and its reply back."""
+    """Passes one command to the node, and returns the parts of its reply."""
     topics = Topics("flower")
-    node.receive(topics.do(node.id), encode(train_task))
+    node.receive(topics.command(node.id), encode(train_task))
     list(node.poll())
     for n, chunk in enumerate(chunks(start.astype("<f4").tobytes())):
         node.receive(topics.weights(train_task.run, train_task.round, n), chunk)
     while node.step():
         pass
-    replies = [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.did(node.id)]
+    replies = [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.reply(node.id)]
     parts = []
-    for did in map(decode_reply, replies):
-        if isinstance(did, Failure):
-            raise RuntimeError(f"the node failed: {error_text(did)}")
-        parts.append(did)
+    for reply in map(decode_reply, replies):
+        if isinstance(reply, Failure):
+            raise RuntimeError(f"the node failed: {error_text(reply)}")
+        parts.append(reply)
     return parts
-
-
-def apply_update(start: Vector, parts: Iterable[Success]) -> Vector:
-    """What a reply's parts make of the vector that was sent; what they do not mention stays as it was."""
-    vector = start.copy()
-    for part in parts:
-        match part.update:
-            case Dense(offset=offset, values=values, change=change):
-                part_of = slice(offset, offset + len(values))
-                vector[part_of] = start[part_of] + values if change else values
-            case Sparse(indices=indices, changes=changes):
-                vector[indices] = start[indices] + changes
-    return vector

@@ -13,7 +13,7 @@ from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError, error_name
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.topics import Topics
 
 ENGINE_VERSION = "0.2.0"
 """Of mote: MOTE_VERSION in mote.h."""
@@ -114,7 +114,7 @@ class MoteNode:
         weights that sparse replies need. Raises UserError; ProtocolError for a bad name; ValueError for samples that
         can't give a task.
         """
-        Topics(fleet).do(id)  # checks the names,
+        Topics(fleet).command(id)  # checks the names,
         DatasetStream(data)  # and this the data
         self.id = id
         data.check_compatible(program)

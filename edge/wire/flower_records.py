@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common.constant import SType
 from numpy.typing import NDArray
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.wire.protocol import Kind, Metrics
+from tinyfleet.edge.wire.messages import Kind, Metrics
 
 Vector = NDArray[np.float32]
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)

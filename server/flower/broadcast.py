@@ -10,9 +10,10 @@ import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, parameter_keys
-from tinyfleet.edge.wire.protocol import Topics, chunks
-from tinyfleet.edge.wire.session import Message as MqttMessage
+from tinyfleet.edge.wire.mqtt_session import Message as MqttMessage
+from tinyfleet.edge.wire.topics import Topics
 
 Vector = NDArray[np.float32]
 

@@ -4,7 +4,7 @@ import hashlib
 from functools import cache
 from typing import NamedTuple
 
-from tinyfleet.edge.wire.protocol import Status
+from tinyfleet.edge.wire.messages import Status
 
 
 @cache

@@ -14,22 +14,13 @@ from typing import NamedTuple
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.flower_records import single_records
-from tinyfleet.edge.wire.protocol import (
-    Failure,
-    Kind,
-    ProtocolError,
-    RoundConfig,
-    Topics,
-    TrainTask,
-    decode_reply,
-    decode_status,
-    encode,
-    error_text,
-    parse_round_config,
-)
-from tinyfleet.edge.wire.session import Message as MqttMessage
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.messages import Failure, Kind, TrainTask, decode_reply, decode_status, encode, error_text
+from tinyfleet.edge.wire.mqtt_session import Message as MqttMessage
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.round_config import RoundConfig, parse_round_config
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.flower.broadcast import Broadcast, Broadcasts, SentParameters
 from tinyfleet.server.flower.devices import DeviceTable, node_id
 from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, Run, new_run, stamp
@@ -413,7 +404,7 @@ class MqttGrid(RunGrid):
 
     def _transmit(self, before: Sequence[MqttMessage] = ()) -> None:
         """Sends the messages `before`, and the commands that are due."""
-        commands = [MqttMessage(self._topics.do(due.device), due.payload) for due in self._requests.due()]
+        commands = [MqttMessage(self._topics.command(due.device), due.payload) for due in self._requests.due()]
         if before or commands:  # not under the lock: the session's thread may wait for it
             self._send([*before, *commands])
 
@@ -435,7 +426,7 @@ class MqttGrid(RunGrid):
         if self._session is None:
             return
         self._session.subscribe(self._topics.status("+"))
-        self._session.subscribe(self._topics.did("+"))
+        self._session.subscribe(self._topics.reply("+"))
         with self._changed:
             current, ended = self._broadcasts.current(), self._broadcasts.ended()
         for broadcast in ended:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 from numpy.typing import NDArray
-from tinyfleet.edge.device.flower_client import apply_update
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.flower_records import SparseArrayRecord, to_metrics, vector_to_arrays
-from tinyfleet.edge.wire.protocol import Dense, Sparse, Success, TrainTask
+from tinyfleet.edge.wire.messages import Dense, Sparse, Success, TrainTask
+from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.server.flower.broadcast import SentParameters
 
 Vector = NDArray[np.float32]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flwr.app import Error, Message, MetricRecord, RecordDict
-from tinyfleet.edge.wire.protocol import TrainTask
+from tinyfleet.edge.wire.messages import TrainTask
 from tinyfleet.server.flower.broadcast import Broadcast
 from tinyfleet.server.flower.devices import StatusChange
 from tinyfleet.server.flower.internals import NO_REPLY, NODE_UNAVAILABLE
