@@ -14,12 +14,12 @@ from tinyfleet.edge import tasks
 from tinyfleet.edge.device.agent import AgentNode, OnlineLearning
 from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.drift import PacedStream, default_drift_response
-from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
 from tinyfleet.edge.device.thing_description import host_board, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import LiteRTLearner
+from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.wire.errors import ProtocolError
 
 BrokerOption = Annotated[

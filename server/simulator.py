@@ -53,8 +53,8 @@ from tinyfleet.edge.wire.messages import (
 from tinyfleet.edge.wire.updates import HEAD_BYTES, dense_parts, sparse_parts, varint_sizes
 from tinyfleet.server.evaluate import endless, seeds_of
 from tinyfleet.server.flower.strategies import TinyMetaFed
-from tinyfleet.server.flower.strategies.reptile import drawn, task_seed
-from tinyfleet.server.run import META_STRATEGIES, random_initialization, strategy
+from tinyfleet.server.flower.strategies.reptile import draw_nodes, task_seed
+from tinyfleet.server.training_run import META_STRATEGIES, random_initialization, strategy
 
 Vector = NDArray[np.float32]
 Floats = NDArray[np.float32]
@@ -790,7 +790,7 @@ def _round(
 ) -> tuple[Vector, Round, Moments | None]:
     net, initialization, moments = backend.network, at.parameters, at.moments
     random = np.random.default_rng([seed, number])
-    chosen = drawn(source.clients, how.clients, random)
+    chosen = draw_nodes(source.clients, how.clients, random)
     seeds = [task_seed(seed, number, node) for node in chosen]
     change_sum, losses, squares = np.zeros(net.n_params), list[Floats](), list[Vector]()
     up, good = 0, 0

@@ -32,8 +32,8 @@ from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import PROV, TF, board_iri, model_iri
-from tinyfleet.server import deploy as deployments
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server import deployment as deployments
+from tinyfleet.server.fleet_server import FleetServer
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 30.0

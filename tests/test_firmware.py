@@ -46,7 +46,7 @@ from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate, stack
 from tinyfleet.firmware_tools.gateway import Gateway
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 ROOT = Path(__file__).parents[1]
 BOARDS = ["mps2-an385", "mps2-an386", "mps2-an500"]

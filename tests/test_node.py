@@ -18,7 +18,6 @@ from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.node import (
     Node,
-    Node,
     NodeCounters,
     Out,
     Publish,

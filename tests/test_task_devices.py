@@ -9,19 +9,19 @@ from flwr.app import ConfigRecord
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import virtual_device
-from tinyfleet.edge.device.flower_client import to_metrics, vector_to_arrays
-from tinyfleet.edge.device.node import Node, Node, Publish
+from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Task, keywords
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Success, TrainTask, UpdateFormat, decode_reply, encode
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
 from tinyfleet.server.flower.grid import MqttGrid
-from tinyfleet.server.run import make_strategy
+from tinyfleet.server.training_run import make_strategy
 
 FLEET, ID = "test", "device-1"
 TOPICS = Topics(FLEET)
