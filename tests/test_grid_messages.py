@@ -51,13 +51,8 @@ class Puppet:
         self.requests: queue.Queue[TrainTask] = queue.Queue()
         self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name)
         self._client.on_message = self._on_message
-<<<<<<< HEAD
-        self._weights: Assembly | None = None
-        self._complete = threading.Event()
-=======
         self._weights: dict[int, bytes] = {}
-        self._complete = threading.RoundEvent()
->>>>>>> device
+        self._complete = threading.Event()
         self._client.will_set(TOPICS.status(name), encode(Status(False, PROGRAM.model_id)), qos=1, retain=True)
         self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.command(name), qos=1)
         self._client.connect(*broker)

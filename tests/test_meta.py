@@ -19,24 +19,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
 from test_grid_fleet import Start, devices  # noqa: F401
 from tinyfleet.edge import datasets, tasks
-<<<<<<< HEAD
-from tinyfleet.edge.device.agent import HEAD, dense_update, sparse_update
 from tinyfleet.edge.device.flower_client import serve
-from tinyfleet.edge.device.node import OUT_BYTES
-=======
-from tinyfleet.edge.device.flower_client import arrays_to_vector, serve, vector_to_arrays
 from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
->>>>>>> device
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Episodes, omniglot
-<<<<<<< HEAD
-from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Dense, Metrics, Phase, Sparse, Success, UpdateFormat, encode
-=======
 from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
     Metrics,
@@ -49,7 +40,6 @@ from tinyfleet.edge.wire.messages import (
 )
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.edge.wire.updates import apply_update
->>>>>>> device
 from tinyfleet.server.evaluate import few_shot
 from tinyfleet.server.flower.grid import MqttGrid, RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp
