@@ -188,7 +188,7 @@ def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
 
 
 def test_the_engines_version_is_the_headers() -> None:
-    header = pathlib.Path(__file__).parents[1] / "edge" / "mote" / "mote.h"
+    header = pathlib.Path(__file__).parents[1] / "edge" / "mote" / "include" / "mote.h"
     assert f'#define MOTE_VERSION "{ENGINE_VERSION}"' in header.read_text()
 
 
@@ -238,7 +238,7 @@ def test_dense_replies(make: Make, half: bool, out_bytes: int) -> None:
 @both
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("out_bytes", [256, 8192])
-@pytest.mark.parametrize("top", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.999])
 def test_sparse_replies(make: Make, half: bool, out_bytes: int, density: float) -> None:
     """Exactly the share asked for, of the largest changes."""
     node = make(out_bytes=out_bytes)
@@ -473,7 +473,7 @@ def test_samples_that_are_no_targets_of_the_model_are_not_learned(make: Make, mo
 
 
 @both
-@pytest.mark.parametrize("top", [0.0, -1.0, 1.5, float("nan")])
+@pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])
 def test_a_share_that_is_none_is_malformed(make: Make, density: float) -> None:
     node = make()
     assert do(node, work(update=UpdateFormat(density=density))) == []

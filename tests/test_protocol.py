@@ -100,7 +100,7 @@ def transcode(tmp_path_factory: pytest.TempPathFactory) -> Transcode:
 def test_orders_go_round(transcode: Transcode, message: Any) -> None:
     payload = encode(message)
     assert decode_command(payload) == message
-    assert transcode("Do", payload) == payload
+    assert transcode("command", payload) == payload
 
 
 @given(message=dids)
@@ -161,7 +161,7 @@ def test_a_message_that_is_cut_or_too_long_is_refused(
     name, decode = next(
         (name, decode)
         for name, decode, kinds in (
-            ("Do", decode_command, (TrainTask, UpdateModel, Reboot)),
+            ("command", decode_command, (TrainTask, UpdateModel, Reboot)),
             ("reply", decode_reply, (Success, Failure)),
             ("status", decode_status, (Status,)),
         )
@@ -239,10 +239,17 @@ def test_topics() -> None:
     assert t.parse(t.status("a")) == ("status", ("a",)) and t.parse(t.td("a")) == ("td", ("a",))
     assert t.parse(t.weights(1, 2, 3)) == ("weights", (1, 2, 3))
     assert t.parse(t.program(bytes(8), 3)) == ("program", (bytes(8), 3))
-    for other in ("", "tinyfleet/work/devices/a/do", t.do("a") + "/x", t.do("a") + "\n", t.weights(1, 2), "tinyfleet"):
+    for other in (
+        "",
+        "tinyfleet/work/devices/a/command",
+        t.do("a") + "/x",
+        t.do("a") + "\n",
+        t.weights(1, 2),
+        "tinyfleet",
+    ):
         assert t.parse(other) is None
     assert t.parse("tinyfleet/home/runs/4294967296/1/1") is None and t.parse("tinyfleet/home/runs/01/1/1") is None
-    assert t.do("+") == "tinyfleet/home/devices/+/do"
+    assert t.do("+") == "tinyfleet/home/devices/+/command"
 
 
 def test_a_rounds_config() -> None:
