@@ -1,2 +1,0 @@
-/* The engine, for sketches. */
-#include "mote.h"
