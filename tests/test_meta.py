@@ -33,7 +33,7 @@ from tinyfleet.server.flower.grid import MqttGrid, RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp
 from tinyfleet.server.flower.strategies import Reptile, TinyMetaFed, TinyReptile
 from tinyfleet.server.flower.strategies.reptile import task_seed
-from tinyfleet.server.training_run import StrategyOptions, limit_clients, make_strategy
+from tinyfleet.server.named_strategies import StrategyOptions, limit_clients, make_strategy
 
 from tinyfleet.__main__ import cli
 
