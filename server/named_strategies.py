@@ -237,7 +237,9 @@ def _make_flower_strategy(
     round_config = RoundConfig(phases(hyperparameters, task.program), query, UpdateFormat(density=density), seed)
     config = format_round_config(round_config)
     del config["seed"]  # then every device draws samples of its own in every round
-    return NamedStrategy(f"{kind.__name__}{' with differential privacy' if options.dp_clip_norm else ''}", flowers, config)
+    return NamedStrategy(
+        f"{kind.__name__}{' with differential privacy' if options.dp_clip_norm else ''}", flowers, config
+    )
 
 
 def initial_parameters(program: Program, named_strategy: NamedStrategy, seed: int = 0) -> Vector:

@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import (
 from numpy.typing import NDArray
 from test_grid_fleet import PROGRAM, START, TASK, Start, client, devices, learn, quiet, replayed, server  # noqa: F401
 from tinyfleet.edge.device.device import Device
-from tinyfleet.edge.device.node import MoteNode, Out, Publish
+from tinyfleet.edge.device.node import Node, Out, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
@@ -34,22 +34,23 @@ from tinyfleet.ontology.queries import library
 from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile
-from tinyfleet.server.training_run import NamedStrategy, Round, StrategyOptions, make_strategy
+from tinyfleet.server.named_strategies import NamedStrategy, StrategyOptions, make_strategy
+from tinyfleet.server.training_run import Round
 
 Vector = NDArray[np.float32]
 Broker = tuple[str, int]
 
 
-class OddNode(MoteNode):
+class OddNode(Node):
     """The C node, but its owner tampers with what it sends."""
 
     def __init__(self, id: str, data: ClientData) -> None:
         td = thing_description("test", id, VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
-        super().__init__("test", id, td, PROGRAM, data)
+        super().__init__("test", id, td, PROGRAM, DatasetStream(data))
 
     def poll(self) -> Iterator[Out]:
         for out in super().poll():
-            if isinstance(out, Publish) and out.topic.endswith("/did"):
+            if isinstance(out, Publish) and out.topic.endswith("/reply"):
                 yield from self.tamper(out)
             else:
                 yield out
@@ -289,9 +290,9 @@ def test_a_straggler_that_never_answers_holds_nothing_up(server: FleetServer, de
     how = make_strategy("reptile", TASK, rounds=12, clients=3, options=StrategyOptions(asynchronous=True))
     outcome = learn(server, how, 12, clients=3, timeout=600.0)
     assert [this.number for this in outcome.rounds] == list(range(1, 13))
-    assert all(len(this.parts) == 1 for this in outcome.rounds)
-    assert {part.device for this in outcome.rounds for part in this.parts} == {"test-0", "test-1"}
-    assert sum(this.asked for this in outcome.rounds) == 3 + 11, "a place is filled again as soon as it is free"
+    assert all(len(this.participations) == 1 for this in outcome.rounds)
+    assert {part.device for this in outcome.rounds for part in this.participations} == {"test-0", "test-1"}
+    assert sum(this.selected for this in outcome.rounds) == 3 + 11, "a place is filled again as soon as it is free"
     assert not np.array_equal(outcome.parameters, outcome.initialization)
 
 
@@ -310,14 +311,14 @@ def test_a_late_update_is_used_with_its_staleness_unless_it_is_too_old(
 
     strategy = Asynchronous(Reptile(clients=3, beta=0.1), max_staleness=most)
     outcome = learn(server, NamedStrategy("late", strategy), 40, clients=3, timeout=600.0, on_round=watch)
-    ages = [part.staleness or 0 for this in outcome.rounds for part in this.parts if part.device == "odd-9"]
-    reasons = [this.lost["odd-9"] for this in outcome.rounds if "odd-9" in this.lost]
+    ages = [part.staleness or 0 for this in outcome.rounds for part in this.participations if part.device == "odd-9"]
+    reasons = [this.no_reply["odd-9"] for this in outcome.rounds if "odd-9" in this.no_reply]
     if most == 100:
         assert ages[0] >= 6 and not reasons
     else:
         assert len(reasons) == 1 and "too old" in reasons[0]
         assert all(age <= 4 for age in ages), "what it learns next is used again"
-    stalest = max(part.staleness or 0 for this in outcome.rounds for part in this.parts)
+    stalest = max(part.staleness or 0 for this in outcome.rounds for part in this.participations)
     assert server.store.query(library.text("updates"), run=outcome.run).column("stalest") == [stalest]
 
 
@@ -326,9 +327,9 @@ def test_asynchronous_rounds_learn(server: FleetServer, devices: Start, name: st
     devices(4)
     how = make_strategy(name, TASK, rounds=20, clients=3, options=StrategyOptions(asynchronous=True))
     outcome = learn(server, how, 20, clients=4)
-    assert len(outcome.rounds) == 20 and not any(this.lost for this in outcome.rounds)
-    assert max(part.staleness or 0 for this in outcome.rounds for part in this.parts) >= 1
-    sent = sum(part.bytes_up or 0 for this in outcome.rounds for part in this.parts)
+    assert len(outcome.rounds) == 20 and not any(this.no_reply for this in outcome.rounds)
+    assert max(part.staleness or 0 for this in outcome.rounds for part in this.participations) >= 1
+    sent = sum(part.bytes_up or 0 for this in outcome.rounds for part in this.participations)
     assert sum(this.bytes_up for this in outcome.rounds) >= sent, "what comes while a round is written down counts, too"
     assert not np.array_equal(outcome.parameters, outcome.initialization)
 

@@ -11,7 +11,8 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from tinyfleet.edge import tasks
-from tinyfleet.edge.device.node import MoteNode, Publish
+from tinyfleet.edge.device.node import Node, Publish
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.tasks import Task
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, single_records, to_metrics, vector_to_arrays
@@ -78,12 +79,12 @@ def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int)
     start = arrays_to_vector(arrays, task.program)
     plan = parse_round_config(config, kind, index)
     train_task = TrainTask(1, kind, 1, 1, task.program.model_id, plan.seed, plan.phases, plan.query, plan.update)
-    node = MoteNode(
+    node = Node(
         "flower",
         "node",
         {},
         task.program,
-        task.client(index, fleet_size),
+        DatasetStream(task.client(index, fleet_size)),
         arena_bytes=task.program.arena_bytes,
         model_slot_bytes=0,
     )
@@ -102,7 +103,7 @@ def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int)
 _task = lru_cache(tasks.load)  # a process serves many messages
 
 
-def _run(node: MoteNode, train_task: TrainTask, start: Vector) -> list[Success]:
+def _run(node: Node, train_task: TrainTask, start: Vector) -> list[Success]:
     """Passes one command to the node, and returns the parts of its reply."""
     topics = Topics("flower")
     node.receive(topics.command(node.id), encode(train_task))

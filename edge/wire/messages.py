@@ -14,6 +14,7 @@ from typing import Any, Literal
 import cbor2
 import numpy as np
 from numpy.typing import NDArray
+from tinyfleet.edge.errors import error_name
 from tinyfleet.edge.versions import ENGINE_VERSION, PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.cbor import Float32, array, boolean, dumps, int32, loads, octets, real, text, uint32
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
@@ -55,7 +56,7 @@ _ERROR_TEXTS = {
     ErrorCode.PROGRAM: "the program sent to it is damaged or not valid; compile it again",
     ErrorCode.CAPACITY: "it has too little memory for this; use a smaller model, or send all changes (density 1)",
     ErrorCode.SAMPLES: "its source gave no samples; check its sensor or its data",
-    ErrorCode.ENGINE: "its engine rejected it; look the error's number up in edge/mote/include/mote.h",
+    ErrorCode.ENGINE: "its engine rejected it; check the rates, the layers and the samples",
     ErrorCode.DIVERGED: "its numbers left the range of floats; lower the rate",
 }
 
@@ -269,7 +270,8 @@ class Status:
 
 def error_text(failed: Failure) -> str:
     """What happened on the device and what to do, for the log and for people."""
-    return f"{failed.error.name.lower()} ({failed.detail}): {_ERROR_TEXTS[failed.error]}"
+    detail = error_name(failed.detail) if failed.detail else "no detail"
+    return f"{failed.error.name.lower()} ({detail}): {_ERROR_TEXTS[failed.error]}"
 
 
 # Encoding

@@ -135,7 +135,9 @@ class Backend:
         self, model: Program | Network, *, precision: Literal["float32", "mixed"] = "float32", exact: bool = False
     ) -> None:
         if exact and not isinstance(model, Program):
-            raise UserError("exact training takes a program for the engine; build one with tinyfleet.edge.model.program.build")
+            raise UserError(
+                "exact training takes a program for the engine; build one with tinyfleet.edge.model.program.build"
+            )
         self.model = model
         self.network = network(model) if isinstance(model, Program) else model
         self.precision = precision
@@ -197,7 +199,9 @@ class Backend:
         if not steps:
             return AdaptResult(samples.starts.copy(), np.zeros((len(x), 0), np.float32), moments=moments)
         if not self.exact:
-            return self._adapt_compiled(samples, phases, LoopKind(moments is not None, bool(proximal), keep), proximal, moments)
+            return self._adapt_compiled(
+                samples, phases, LoopKind(moments is not None, bool(proximal), keep), proximal, moments
+            )
         if batch > 1 or proximal or moments or keep:
             raise UserError("the engine takes one sample a step, by plain gradient descent; leave out exact")
         return self._adapt_exactly(samples, phases)

@@ -13,7 +13,6 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.server.simulator.backend import Moments
 from tinyfleet.server.simulator.results import Round, SimulationResult
 
-
 _COLUMNS = tuple(Round.__dataclass_fields__)
 
 

@@ -15,7 +15,6 @@ Tensor = Any
 """Of Keras's backend."""
 
 
-
 if keras.backend.backend() == "jax":
     import jax
 
