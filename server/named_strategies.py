@@ -189,7 +189,7 @@ def meta_strategy(
     seed: int = 0,
     options: StrategyOptions = StrategyOptions(),
 ) -> Reptile:
-    """One of META_STRATEGIES, or for "fedavg" its counterpart in asynchronous rounds, with the task's hyperparameters."""
+    """One of META_STRATEGIES, or FedAvg as asynchronous rounds have it, with the task's hyperparameters."""
     hyperparameters = task.meta if key in META_STRATEGIES else task.fedavg
     alpha, beta, steps = hyperparameters.alpha, hyperparameters.rate, hyperparameters.steps
     if key == "tinyreptile":
@@ -237,9 +237,8 @@ def _make_flower_strategy(
     round_config = RoundConfig(phases(hyperparameters, task.program), query, UpdateFormat(density=density), seed)
     config = format_round_config(round_config)
     del config["seed"]  # then every device draws samples of its own in every round
-    return NamedStrategy(
-        f"{kind.__name__}{' with differential privacy' if options.dp_clip_norm else ''}", flowers, config
-    )
+    privacy = " with differential privacy" if options.dp_clip_norm else ""
+    return NamedStrategy(f"{kind.__name__}{privacy}", flowers, config)
 
 
 def initial_parameters(program: Program, named_strategy: NamedStrategy, seed: int = 0) -> Vector:

@@ -224,7 +224,7 @@ def test_a_run_learns_and_leaves_its_lineage(server: FleetServer, devices: Start
     assert not np.array_equal(outcome.parameters, PROGRAM.initial(0))
     if name == "tinymetafed":
         dense = 4 * PROGRAM.n_params
-        assert all(part.bytes_up is not None and part.bytes_up < dense / 4 for part in outcome.rounds[0].parts)
+        assert all(part.bytes_up is not None and part.bytes_up < dense / 4 for part in outcome.rounds[0].participations)
     last = server.store.query(library.text("last-round"), fleet="test")
     assert last.column("number") == [6] * expected and last.column("run") == [outcome.run] * expected
     lineage = server.store.query(library.text("lineage"), fleet="test")
@@ -293,8 +293,8 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
             device.stop()
         assert all(device.join(10) for device in fleet)
     first, second = outcome.rounds
-    assert first.asked == 4 and len(first.parts) == 3 and first.lost == {"weak-3": "went offline"}
-    assert second.asked == 3 and len(second.parts) == 3 and not second.lost
+    assert first.selected == 4 and len(first.participations) == 3 and first.no_reply == {"weak-3": "went offline"}
+    assert second.selected == 3 and len(second.participations) == 3 and not second.no_reply
     assert states == {"steady-0": True, "steady-1": True, "steady-2": True, "weak-3": False}
 
 

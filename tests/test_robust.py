@@ -199,17 +199,17 @@ def test_privacy_clips_each_change_and_adds_noise(broker: Broker, devices: Start
 
 def test_the_devices_send_no_change_larger_than_the_clip(broker: Broker, devices: Start, server: FleetServer) -> None:
     devices(3)
-    options = StrategyOptions(dp_clip=0.1, dp_noise=0.0, dp_on_device=True)
+    options = StrategyOptions(dp_clip_norm=0.1, dp_noise_multiplier=0.0, dp_on_device=True)
     how = make_strategy("fedavg", TASK, rounds=1, clients=3, options=options)
     outcome = learn(server, how, 1, clients=3)
-    assert how.name == "FedAvg with differential privacy" and len(outcome.rounds[0].parts) == 3
+    assert how.name == "FedAvg with differential privacy" and len(outcome.rounds[0].participations) == 3
     assert 0 < np.linalg.norm(outcome.parameters - outcome.initialization) <= 0.1 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), [("krum", {}), ("reptile", {}), ("fedavg", {"asynchronous": True})])
 def test_privacy_that_would_not_hold_is_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="differential privacy is for the rounds of fedavg and fedprox"):
-        make_strategy(name, TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip=1.0, **options))
+        make_strategy(name, TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip_norm=1.0, **options))
 
 
 def test_a_share_of_nothing_is_refused() -> None:
@@ -222,15 +222,19 @@ def test_a_share_of_nothing_is_refused() -> None:
     [
         (
             "reptile",
-            {"local": False},
-            "reptile has no use for --local/--no-local: .* choose --strategy tinymetafed$",
+            {"local_head": False},
+            "reptile does not use --local-head/--no-local-head: .* choose --strategy tinymetafed$",
         ),
-        ("fedavg", {"anneal": True}, "fedavg has no use for --anneal/--no-anneal"),
-        ("TinyReptile", {"density": 0.5}, "tinyreptile has no use for --top: .* tinymetafed or one of Flower's$"),
-        ("fedavg", {"density": 0.5, "asynchronous": True}, "asynchronous fedavg has no use for --top"),
-        ("fedavg", {"mu": 0.1}, "fedavg has no use for --mu: .* choose --strategy fedprox$"),
-        ("fedavg", {"dp_noise": 1.0}, "fedavg has no use for --dp-noise: .* choose --dp-clip above 0$"),
-        ("fedprox", {"dp_on_device": True}, "no use for --dp-on-device"),
+        ("fedavg", {"anneal": True}, "fedavg does not use --anneal/--no-anneal"),
+        ("TinyReptile", {"density": 0.5}, "tinyreptile does not use --density: .* tinymetafed or one of Flower's$"),
+        ("fedavg", {"density": 0.5, "asynchronous": True}, "asynchronous fedavg does not use --density"),
+        ("fedavg", {"proximal_mu": 0.1}, "fedavg does not use --proximal-mu: .* choose --strategy fedprox$"),
+        (
+            "fedavg",
+            {"dp_noise_multiplier": 1.0},
+            "fedavg does not use --dp-noise-multiplier: .* choose --dp-clip-norm above 0$",
+        ),
+        ("fedprox", {"dp_on_device": True}, "does not use --dp-on-device"),
     ],
 )
 def test_an_option_that_the_strategy_has_no_use_for_is_refused(name: str, options: dict[str, Any], why: str) -> None:
@@ -242,15 +246,19 @@ def test_options_reach_the_strategy_that_has_a_use_for_them() -> None:
     def ours(**options: Any) -> Any:
         return make_strategy("tinymetafed", TASK, rounds=1, clients=3, options=StrategyOptions(**options)).strategy
 
-    assert (ours().local, ours(local=True).local, ours(local=False).local) == (TASK.program.head, TASK.program.head, 0)
+    assert (ours().local, ours(local_head=True).local, ours(local_head=False).local) == (
+        TASK.program.head,
+        TASK.program.head,
+        0,
+    )
     assert (ours().alpha_end, ours(anneal=True).alpha_end, ours(anneal=False).alpha_end) == (0, 0, TASK.meta.alpha)
     assert ours(density=0.5, asynchronous=True).strategy.update.density == 0.5
-    for options, mu in (({}, 0.1), ({"mu": 0.0}, 0.0)):
+    for options, mu in (({}, 0.1), ({"proximal_mu": 0.0}, 0.0)):
         fedprox: Any = make_strategy("fedprox", TASK, rounds=1, clients=3, options=StrategyOptions(**options)).strategy
         assert fedprox.proximal_mu == mu
-    for options, noise in (({}, 1.0), ({"dp_noise": 0.0}, 0.0)):
+    for options, noise in (({}, 1.0), ({"dp_noise_multiplier": 0.0}, 0.0)):
         private: Any = make_strategy(
-            "fedavg", TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip=1, **options)
+            "fedavg", TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip_norm=1, **options)
         ).strategy
         assert private.noise_multiplier == noise
 

@@ -1,8 +1,8 @@
 """Meta-learning without devices: many clients at once, as one more axis of every tensor, in one compiled loop.
 
 Written on Keras 3: TensorFlow, or JAX with KERAS_BACKEND=jax. A client's parameters are its program's vector, so that
-they can be sent to devices, and received from them, as they are. A round means what the strategies say. `exact` computes
-with the C engine instead, bit-identical to the devices.
+they can be sent to devices, and received from them, as they are. A round does what the strategies do. With `exact`, the
+C engine computes instead, bit-identical to the devices.
 
 Importing this package imports Keras and its backend, which takes seconds; nothing that a device or a run needs does so.
 """

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+import keras  # type: ignore[import-untyped]
 import numpy as np
+from keras import ops
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner, learn_many
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.messages import Phase
-from tinyfleet.server.simulator.keras_backend import Tensor, compile_function, devices, gradients, keras, ops
+from tinyfleet.server.simulator.keras_backend import Tensor, compile_function, devices, gradients
 from tinyfleet.server.simulator.networks import Network, network
 
 Vector = NDArray[np.float32]
@@ -122,8 +124,8 @@ class Backend:
     precision
         "mixed" computes in bfloat16 and keeps the parameters in float32.
     exact
-        Compute with the C engine, sample by sample, bit-identical to devices. This takes a program and batches of 1, and
-        has neither FedProx nor Adam.
+        Compute with the C engine, sample by sample, bit-identical to devices: for a program, with batches of 1, and
+        without FedProx and Adam.
 
     Raises
     ------
@@ -135,9 +137,7 @@ class Backend:
         self, model: Program | Network, *, precision: Literal["float32", "mixed"] = "float32", exact: bool = False
     ) -> None:
         if exact and not isinstance(model, Program):
-            raise UserError(
-                "exact training takes a program for the engine; build one with tinyfleet.edge.model.program.build"
-            )
+            raise UserError("exact training takes a program for the engine; see tinyfleet.edge.model.program.build")
         self.model = model
         self.network = network(model) if isinstance(model, Program) else model
         self.precision = precision
@@ -199,9 +199,8 @@ class Backend:
         if not steps:
             return AdaptResult(samples.starts.copy(), np.zeros((len(x), 0), np.float32), moments=moments)
         if not self.exact:
-            return self._adapt_compiled(
-                samples, phases, LoopKind(moments is not None, bool(proximal), keep), proximal, moments
-            )
+            kind = LoopKind(moments is not None, bool(proximal), keep)
+            return self._adapt_compiled(samples, phases, kind, proximal, moments)
         if batch > 1 or proximal or moments or keep:
             raise UserError("the engine takes one sample a step, by plain gradient descent; leave out exact")
         return self._adapt_exactly(samples, phases)

@@ -1,4 +1,4 @@
-"""The methods that the simulator compares: what a round asks of its clients, and what the server does with the results."""
+"""The methods that the simulator compares: what a round asks of clients, and what the server does with the results."""
 
 from __future__ import annotations
 

@@ -10,11 +10,12 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
+from keras import ops
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.graph import Kind, Op, Shape3
 from tinyfleet.edge.model.program import Program
-from tinyfleet.server.simulator.keras_backend import Tensor, ops
+from tinyfleet.server.simulator.keras_backend import Tensor
 
 Vector = NDArray[np.float32]
 

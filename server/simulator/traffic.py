@@ -89,7 +89,8 @@ def _largest(magnitude: Floats, density: float, shared: NDArray[np.bool_]) -> ND
     least = np.partition(magnitude, -k, axis=1)[:, -k, None]
     above, equal = magnitude > least, magnitude == least
     left = k - above.sum(1, keepdims=True)
-    return (above | (equal & (np.cumsum(equal, 1) <= left))) & (magnitude > 0)
+    largest: NDArray[np.bool_] = (above | (equal & (np.cumsum(equal, 1) <= left))) & (magnitude > 0)
+    return largest
 
 
 def _rounded(values: Floats, half: bool) -> Floats:
