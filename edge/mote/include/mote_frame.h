@@ -14,6 +14,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Besides MOTE_PUBLISH ... MOTE_UNSUBSCRIBE of mote_node.h. */
 enum { MOTE_FRAME_HELLO = 16, MOTE_FRAME_CONNECTED = 17, MOTE_FRAME_MESSAGE = 18 };
 
@@ -46,5 +50,9 @@ void mote_frame_reader_init(mote_frame_reader_t *r, uint8_t *buffer, size_t capa
 
 /* Takes one byte. 1: *frame is whole, and valid until the next call. */
 int mote_frame_read(mote_frame_reader_t *r, uint8_t byte, mote_frame_t *frame);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

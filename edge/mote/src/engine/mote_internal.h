@@ -192,6 +192,11 @@ typedef struct {
 extern const mote_kernel_t mote_kernels[];
 extern const mote_loss_t mote_losses[];
 
+static inline int mote_is_loaded(const mote_t *m)
+{
+    return m != NULL && m->program != NULL;
+}
+
 /* A checked program's parts. */
 static inline const mote_header_t *mote_header(const mote_t *m)
 {
@@ -284,8 +289,9 @@ const mote_loss_t *mote_loss_of(const mote_header_t *h);
 /* Begins a backward pass of what the mask names: scale * dL/dlogits, from the output y, and where it ends, m->first. */
 void mote_begin_back(mote_t *m, const float *y, const float *target, float scale);
 
-/* The backward pass, updating what the mask names by m->step. */
-void mote_go_back(mote_t *m);
+/* The backward pass, updating what the mask names by m->step; loss is the step's. MOTE_ERR_DIVERGED: the gradient
+ * overflowed, and the layers that it did not reach are as they were. */
+int mote_go_back(mote_t *m, float loss);
 
 /* 1 if every window of the op's output covers at least one element of its input, or of its padding's inner edge:
  * out, kernel, stride, dilation and padding fit together. */
@@ -304,6 +310,14 @@ static inline int mote_finite(float v)
 }
 
 int mote_all_finite(const float *x, size_t n);
+
+/* The sum of n squares, n > 0. */
+float mote_squares(const float *x, size_t n);
+
+static inline int mote_is_rate(float rate)
+{
+    return rate >= 0.0f && rate <= (float)MOTE_MAX_RATE;
+}
 
 float mote_expf(float x);
 float mote_logf(float x);

@@ -4,12 +4,16 @@
  * mote_node_receive, calls mote_node_step while it returns 1, and sends whatever mote_node_poll gives. Nothing blocks,
  * nothing is allocated, and every message may be lost, doubled, reordered, cut or hostile.
  *
- * What the messages are: ../protocol.cddl.
+ * What the messages are: edge/wire/protocol.cddl.
  */
 #ifndef MOTE_NODE_H
 #define MOTE_NODE_H
 
 #include "mote.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
 
 #define MOTE_CHUNK 1024u      /* bytes of every chunk of weights or program but the last */
 #define MOTE_MAX_CHUNKS 1024u /* so at most 1 MiB of either */
@@ -135,5 +139,9 @@ int mote_node_step(mote_node_t *n);
 
 /* The next thing to send: 1 and *out, or 0 if there is none. To be called until 0 after each of the calls above. */
 int mote_node_poll(mote_node_t *n, mote_out_t *out);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -76,7 +76,6 @@ static MOTE_APART void end_update(mote_t *m, const mote_sgd_t *how)
     float *w = (float *)(void *)m->arena, *v = w + mote_header(m)->params / sizeof(float);
     float kept = 1.0f - how->rate * how->weight_decay;
     if (how->momentum > 0.0f) {
-        m->to_momentum = 0;
         blend(m, w, 1.0f, v, -how->rate);
     } else if (kept != 1.0f) {
         blend(m, w, 0.0f, w, kept);
@@ -85,8 +84,9 @@ static MOTE_APART void end_update(mote_t *m, const mote_sgd_t *how)
 
 static MOTE_APART int fits(const mote_sgd_t *how)
 {
-    return how != NULL && mote_finite(how->rate) && how->momentum >= 0.0f && how->momentum < 1.0f &&
-           how->weight_decay >= 0.0f && how->rate * how->weight_decay < 1.0f && how->clip_norm >= 0.0f;
+    return how != NULL && mote_is_rate(how->rate) && how->momentum >= 0.0f && how->momentum < 1.0f &&
+           how->weight_decay >= 0.0f && how->rate * how->weight_decay < 1.0f &&
+           mote_is_rate(how->rate / (1.0f - how->rate * how->weight_decay)) && how->clip_norm >= 0.0f;
 }
 
 int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sgd_t *how, float *loss)
@@ -115,7 +115,10 @@ int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sg
     }
     mote_begin_back(m, y, target, m->step);
     begin_update(m, how);
-    mote_go_back(m);
-    end_update(m, how);
-    return MOTE_OK;
+    error = mote_go_back(m, *loss);
+    m->to_momentum = 0;
+    if (error == MOTE_OK) {
+        end_update(m, how);
+    }
+    return error;
 }

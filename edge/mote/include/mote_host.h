@@ -4,6 +4,10 @@
 
 #include "mote.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* `steps` steps of mote_learn on each of `count` devices, whose inputs and targets have one size: device i's samples
  * are x[i][steps][inputs] and targets[i][steps][targets]. losses[count][steps] gets the loss before each step. A device
  * stops at its first error, which is left in errors[i], MOTE_OK without any. */
@@ -16,5 +20,9 @@ size_t mote_get_real(const mote_t *m, float *values);
 
 /* The same back: rounded to the nearest, saturated. The values are finite. Momentum begins anew. */
 void mote_set_real(mote_t *m, const float *values);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -82,7 +82,7 @@ static size_t float_count(const mote_t *m, uint32_t layer)
 size_t mote_get_real(const mote_t *m, float *values)
 {
     size_t n = 0;
-    for (uint32_t i = 0; i < m->layers; i++) {
+    for (uint32_t i = 0; mote_is_loaded(m) && i < m->layers; i++) {
         const mote_op_t *op = mote_op_of(m, i);
         layer_t l = is_int8(op) ? int8_layer(m, op) : (layer_t){0};
         size_t size = is_int8(op) ? l.weights + l.channels : float_count(m, i);
@@ -102,6 +102,9 @@ size_t mote_get_real(const mote_t *m, float *values)
 
 void mote_set_real(mote_t *m, const float *values)
 {
+    if (!mote_is_loaded(m)) {
+        return;
+    }
     const mote_header_t *h = mote_header(m);
     if (h->flags & MOTE_HAS_MOMENTUM) {
         memset(m->arena + h->params, 0, h->params);

@@ -12,6 +12,10 @@
 
 #include "mote_node.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define MOTE_STREAM_MAX_WAYS 32
 
 typedef struct {
@@ -37,5 +41,9 @@ void mote_stream_next(mote_stream_t *s, int query, float *x, float *y);
 
 /* The stream as a node's source of samples, for a program of that many inputs and of these targets. */
 mote_source_t mote_stream_source(mote_stream_t *s);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

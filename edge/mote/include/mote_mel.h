@@ -10,6 +10,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 #define MOTE_MEL_VERSION 1 /* of the numbers: another one gives other features */
 #define MOTE_MEL_RATE 16000
 #define MOTE_MEL_WINDOW 512
@@ -32,5 +36,9 @@ size_t mote_mel_push(mote_mel_t *m, const int16_t *samples, size_t count, uint8_
 /* What lies above the mean of all count bytes, at most 2^24; below it, 0: how loud it is, and most of the noise, are
  * gone. */
 void mote_mel_level(uint8_t *bands, size_t count);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif
