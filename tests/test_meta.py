@@ -20,19 +20,20 @@ from numpy.typing import NDArray
 from test_grid_fleet import Start, devices  # noqa: F401
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.agent import HEAD, dense_update, sparse_update
-from tinyfleet.edge.device.flower_client import arrays_to_vector, serve, vector_to_arrays
+from tinyfleet.edge.device.flower_client import serve
 from tinyfleet.edge.device.node import OUT_BYTES
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Episodes, omniglot
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Dense, Metrics, Phase, Sparse, Success, UpdateFormat, encode
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Dense, Metrics, Phase, Sparse, Success, UpdateFormat, encode
 from tinyfleet.server.evaluate import few_shot
 from tinyfleet.server.flower.grid import MqttGrid, RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp
 from tinyfleet.server.flower.strategies import Reptile, TinyMetaFed, TinyReptile
 from tinyfleet.server.flower.strategies.reptile import task_seed
-from tinyfleet.server.run import StrategyOptions, limit_clients, make_strategy
+from tinyfleet.server.training_run import StrategyOptions, limit_clients, make_strategy
 
 from tinyfleet.__main__ import cli
 
@@ -218,7 +219,7 @@ def test_bytes_are_those_that_real_devices_and_a_broker_carry(
     if density is not None:
         how = replace(how, update=replace(how.update, density=density))
     start = meta.initial_parameters(DIGITS.program, how)
-    with MqttGrid(*broker, "test", DIGITS.program, repeat=60) as grid:  # a busy machine is not asked twice
+    with MqttGrid(*broker, "test", DIGITS.program, resend_interval=60) as grid:  # a busy machine is not asked twice
         nodes = sorted(grid.wait_for_nodes(FLEET, 20))
         limit_clients(strategy.strategy, count, FLEET)
         carried: list[tuple[int, int]] = []
@@ -518,7 +519,7 @@ def test_a_fleet_is_served_without_keras() -> None:
     code = (
         "import sys\n"
         "for name in ('keras', 'tensorflow', 'jax'): sys.modules[name] = None\n"
-        "import tinyfleet.server.run, tinyfleet.server.flower.strategies, tinyfleet.server.cli\n"
+        "import tinyfleet.server.training_run, tinyfleet.server.flower.strategies, tinyfleet.server.cli\n"
         "from tinyfleet.__main__ import main\n"
         "sys.argv[1:] = ['meta-train', 'digits']\n"
         "main()\n"

@@ -19,18 +19,20 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from numpy.typing import NDArray
-from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Hyperparameters, Task
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, RoundConfig, UpdateFormat, format_round_config
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
+from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.queries.match import select
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
-from tinyfleet.server.flower.grid import MqttGrid, RoundEvent
+from tinyfleet.server.flower.grid import MqttGrid
+from tinyfleet.server.flower.requests import RoundEvent
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 
 Vector = NDArray[np.float32]
@@ -341,18 +343,18 @@ def run(
     arenas: list[int] = []
 
     def watch(event: RoundEvent) -> None:
-        if event.kind == "asked":
+        if event.kind == "requested":
             asked.append(event.device)
         elif event.kind == "replied" and event.metrics is not None:
             parts.append((_part(event.device, event.metrics, event.encoding), event.server_round))
             arenas.append(int(event.metrics["arena-bytes"]))  # type: ignore[arg-type]
-        elif event.kind == "lost":
+        elif event.kind == "no_reply":
             lost[event.device] = event.reason
         if on_event is not None:
             on_event(event)
 
     with MqttGrid(
-        *broker, fleet, program, select=lambda: select(store, sparql, model, fleet), on_event=watch, wait=wait
+        *broker, fleet, program, select_devices=lambda: select(store, sparql, model, fleet), on_event=watch, wait=wait
     ) as grid:
         # All that the graph knows of, so that a draw among them does not depend on who was heard of first.
         nodes = grid.wait_for_nodes(max(clients, len(select(store, sparql, model, fleet))), wait)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tinyfleet.server.evaluate import Score
-from tinyfleet.server.run import Round
+from tinyfleet.server.training_run import Round
 
 if TYPE_CHECKING:
     from tinyfleet.server import simulator  # which takes seconds to import
