@@ -1,8 +1,9 @@
-"""A SPARQL question from Python: which boards have a microphone and the RAM for a model?
+"""A SPARQL question from Python: which boards could train a model, and which of them are in the fleet?
 
     python examples/ask_the_graph.py
 
-fills a graph with the boards that firmware is built for and two devices, and prints
+describes the known boards, a model and one device in a graph, asks a question of its own and one of the library, and
+prints
 
     ...
 """

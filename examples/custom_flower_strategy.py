@@ -28,15 +28,15 @@ from tinyfleet.server.flower.internals import log_level
 
 
 class TrustAccurate(FedAvg):
-    """FedAvg, but a device's weight is the number of query samples that it classified correctly."""
+    """FedAvg, but the weight of a device is its accuracy on samples that it did not learn from."""
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        replies = [reply for reply in replies if reply.has_content()]
-        for metrics in (reply.content["metrics"] for reply in replies):
-            metrics["num-examples"] = 1 + round(metrics["accuracy"] * metrics["queried"])
-        arrays, metrics = super().aggregate_train(server_round, replies)
+        answered = [reply for reply in replies if reply.has_content()]
+        for metrics in (reply.content["metrics"] for reply in answered):
+            metrics["num-examples"] = 1 + round(100 * metrics["accuracy"])
+        arrays, metrics = super().aggregate_train(server_round, answered)
         print(f"round {server_round}: loss {metrics['train_loss']:.2f}")
         return arrays, metrics
 

@@ -1,13 +1,54 @@
-"""Few-shot adaptation: an initialization that was learned from other digits adapts to new ones from five samples each.
+"""Few-shot adaptation: a device learns to tell new digits apart from five samples of each.
 
     python examples/few_shot_adaptation.py
 
-learns an initialization with Reptile on simulated clients, lets 100 new devices adapt to digits that none of the
-clients ever saw, and prints
+simulates 60 rounds of Reptile on eight clients, then lets 100 new devices adapt to digits that no client ever saw, and
+prints how many query samples they classify correctly:
 
-    accuracy after 5 samples a class: learned 0.00, from scratch 0.00
+    from the learned initialization: ...
+    from random parameters: ...
 """
 
 import numpy as np
+from numpy.typing import NDArray
+from tinyfleet import MoteLearner, load_task
 
-from tinyfleet import MoteLearner
+TASK = load_task("digits")  # clients hold the digits 0 to 4; the held-out digits are 5 to 9
+ALPHA = 1.0  # how far the initialization moves towards what the clients learned
+
+
+def adapt(learner: MoteLearner, x: NDArray[np.float32], y: NDArray[np.int64], rate: float) -> None:
+    """One training step for each sample, in order: what a device does with its stream."""
+    for sample, label in zip(x, y, strict=True):
+        learner.learn(sample, label, rate)
+
+
+def meta_train(rounds: int) -> NDArray[np.float32]:
+    """Reptile: each client adapts a copy to its own few-shot problem; the initialization moves to their mean."""
+    learner, initialization = MoteLearner(TASK.program), TASK.program.initial(seed=0)
+    for round_ in range(rounds):
+        adapted = []
+        for seed in range(8 * round_, 8 * round_ + 8):
+            episode = TASK.draw("training", [seed], 16, 1)[0]
+            learner.set_parameters(initialization)
+            adapt(learner, episode.support_x, episode.support_y, rate=0.1)
+            adapted.append(learner.parameters)
+        initialization = initialization + ALPHA * (np.mean(adapted, axis=0) - initialization)
+    return initialization.astype(np.float32)
+
+
+def accuracy(initialization: NDArray[np.float32]) -> float:
+    """The mean over 100 held-out episodes: five samples of each digit to adapt to, fifteen others to classify."""
+    learner, correct = MoteLearner(TASK.program), []
+    for seed in range(100):
+        episode = TASK.draw("held_out", [seed], 5, 15)[0]
+        learner.set_parameters(initialization)
+        adapt(learner, episode.support_x, episode.support_y, rate=0.1)
+        predicted = [learner.infer(x).argmax() for x in episode.query_x]
+        correct.append(np.mean(predicted == episode.query_y))
+    return float(np.mean(correct))
+
+
+if __name__ == "__main__":
+    print(f"from the learned initialization: {accuracy(meta_train(rounds=60)):.1%}")
+    print(f"from random parameters: {accuracy(TASK.program.initial(seed=0)):.1%}")
