@@ -5,8 +5,8 @@
 simulates 60 rounds of Reptile on eight clients, then lets 100 new devices adapt to digits that no client ever saw, and
 prints how many query samples they classify correctly:
 
-    from the learned initialization: ...
-    from random parameters: ...
+    from the learned initialization: 65.3%
+    from random parameters: 50.3%
 """
 
 import numpy as np
@@ -14,27 +14,32 @@ from numpy.typing import NDArray
 from tinyfleet import MoteLearner, load_task
 
 TASK = load_task("digits")  # clients hold the digits 0 to 4; the held-out digits are 5 to 9
-ALPHA = 1.0  # how far the initialization moves towards what the clients learned
+HEAD = TASK.program.in_layers(TASK.program.head)  # the last layer: each device fits its own, from zeros
 
 
-def adapt(learner: MoteLearner, x: NDArray[np.float32], y: NDArray[np.int64], rate: float) -> None:
+def adapt(learner: MoteLearner, x: NDArray[np.float32], y: NDArray[np.int64]) -> None:
     """One training step for each sample, in order: what a device does with its stream."""
     for sample, label in zip(x, y, strict=True):
-        learner.learn(sample, label, rate)
+        learner.learn(sample, label, rate=0.1)
 
 
 def meta_train(rounds: int) -> NDArray[np.float32]:
-    """Reptile: each client adapts a copy to its own few-shot problem; the initialization moves to their mean."""
+    """Reptile on the layers below the head: clients adapt copies, and the initialization moves to their mean."""
     learner, initialization = MoteLearner(TASK.program), TASK.program.initial(seed=0)
+    all_layers = learner.mask
+    initialization[HEAD] = 0
     for round_ in range(rounds):
         adapted = []
         for seed in range(8 * round_, 8 * round_ + 8):
-            episode = TASK.draw("training", [seed], 16, 1)[0]
+            episode = TASK.draw("training", [seed], 30, 1)[0]
             learner.set_parameters(initialization)
-            adapt(learner, episode.support_x, episode.support_y, rate=0.1)
+            learner.mask = TASK.program.head
+            adapt(learner, episode.support_x[:20], episode.support_y[:20])  # first the head alone
+            learner.mask = all_layers
+            adapt(learner, episode.support_x[20:], episode.support_y[20:])
             adapted.append(learner.parameters)
-        initialization = initialization + ALPHA * (np.mean(adapted, axis=0) - initialization)
-    return initialization.astype(np.float32)
+        initialization = np.where(HEAD, 0, np.mean(adapted, axis=0)).astype(np.float32)
+    return initialization
 
 
 def accuracy(initialization: NDArray[np.float32]) -> float:
@@ -43,7 +48,7 @@ def accuracy(initialization: NDArray[np.float32]) -> float:
     for seed in range(100):
         episode = TASK.draw("held_out", [seed], 5, 15)[0]
         learner.set_parameters(initialization)
-        adapt(learner, episode.support_x, episode.support_y, rate=0.1)
+        adapt(learner, episode.support_x, episode.support_y)
         predicted = [learner.infer(x).argmax() for x in episode.query_x]
         correct.append(np.mean(predicted == episode.query_y))
     return float(np.mean(correct))

@@ -20,27 +20,28 @@ from tinyfleet.firmware_tools.boards.catalogue import load_board
 from tinyfleet.firmware_tools.firmware.build import build
 from tinyfleet.firmware_tools.firmware.emulate import Emulator
 from tinyfleet.firmware_tools.gateway import Gateway
-from tinyfleet.server.run import make_strategy, run
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.flower.internals import log_level
+from tinyfleet.server.training_run import make_strategy, run
+from tinyfleet.server.fleet_server import FleetServer
 
 BOARD = "mps2-an386"
 
 
 def main() -> None:
+    log_level(30)  # Flower's own log: warnings only
     layers = [keras.Input((64,)), keras.layers.Dense(24, "relu"), keras.layers.Dense(5, "softmax")]
     program = compile_model(keras.Sequential(layers))
     task = replace(load_task("digits"), name="keras-digits", program=program)
+    samples = replace(task.client(0, 1), fixed=True)  # a label is a digit, in every round
     print(f"{program.n_params} parameters train in {program.arena_bytes:,} B of RAM")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        elf = build(BOARD, program, task.client(0, 1), "home", "board-01", folder / "firmware")
+        elf = build(BOARD, program, samples, "home", "board-01", folder / "firmware")
         server = stack.enter_context(FleetServer(folder / "data", "home", port=0))
         board = stack.enter_context(Emulator(load_board(BOARD), elf))
         stop = threading.Event()
         gateway = Gateway(board.url, server.broker)
-        thread = threading.Thread(target=gateway.run, args=(stop,))
-        thread.start()
-        stack.callback(thread.join)
+        threading.Thread(target=gateway.run, args=(stop,)).start()
         stack.callback(stop.set)
         run(
             task,
