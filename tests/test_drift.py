@@ -144,7 +144,7 @@ def agent(broker: tuple[str, int]) -> Iterator[Any]:
     def node() -> AgentNode:
         td = thing_description("test", "pi", VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
         online = OnlineLearning(Changing(1, at=600), 0.02, REACTION)
-        return AgentNode("test", "pi", td, PROGRAM, DatasetStream(client(0, 1)), MoteLearner, online=online)
+        return AgentNode("test", "pi", td, PROGRAM, DatasetStream(client(0, 1)), online=online)
 
     device = Device(node, *broker, "test")
     device.start()

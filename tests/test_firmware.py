@@ -20,6 +20,7 @@ from conftest import free_port, start_mosquitto
 from small_models import MODELS
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.device.node import Node, Publish
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program
 from tinyfleet.edge.model.program import Program
@@ -313,7 +314,7 @@ def weights_of(number: int) -> dict[str, bytes]:
 
 def host_reply(work: TrainTask) -> list[bytes]:
     """What the C node on this machine replies, in order."""
-    node = Node(FLEET, ID, {}, mlp(), samples(), out_bytes=1024 + 128)
+    node = Node(FLEET, ID, {}, mlp(), DatasetStream(samples()), out_bytes=1024 + 128)
     node.connected()
     list(node.poll())
     node.receive(TOPICS.command(ID), encode(work))

@@ -51,7 +51,7 @@ class Puppet:
         self.requests: queue.Queue[TrainTask] = queue.Queue()
         self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name)
         self._client.on_message = self._on_message
-        self._weights: Assembly | None = None
+        self._weights: dict[int, bytes] = {}
         self._complete = threading.Event()
         self._client.will_set(TOPICS.status(name), encode(Status(False, PROGRAM.model_id)), qos=1, retain=True)
         self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.command(name), qos=1)
@@ -64,9 +64,9 @@ class Puppet:
             work = decode_command(message.payload)
             assert isinstance(work, TrainTask)
             self.requests.put(work)
-        elif self._weights is not None and message.payload:
-            self._weights.add(decode_chunk(message.payload))
-            if self._weights.complete:
+        elif message.payload:
+            self._weights.update([decode_chunk(message.payload)])
+            if sum(map(len, self._weights.values())) == 4 * SIZE:
                 self._complete.set()
 
     def say(self, status: Status) -> None:
@@ -77,12 +77,12 @@ class Puppet:
 
     def weights(self, work: TrainTask) -> NDArray[np.float32]:
         """What the broker has retained for this work."""
-        self._weights = Assembly(4 * SIZE)
+        self._weights = {}
         self._complete.clear()
         self._client.subscribe(TOPICS.weights(work.run, work.round), qos=1)
         assert self._complete.wait(15)
         self._client.unsubscribe(TOPICS.weights(work.run, work.round))
-        return np.frombuffer(self._weights.data(), "<f4")
+        return np.frombuffer(b"".join(data for _, data in sorted(self._weights.items())), "<f4")
 
     def reply(self, did: Reply | bytes, as_: str | None = None) -> None:
         payload = did if isinstance(did, bytes) else encode(did)

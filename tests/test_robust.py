@@ -45,11 +45,11 @@ class OddNode(Node):
 
     def __init__(self, id: str, data: ClientData) -> None:
         td = thing_description("test", id, VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
-        super().__init__("test", id, td, PROGRAM, data)
+        super().__init__("test", id, td, PROGRAM, DatasetStream(data))
 
     def poll(self) -> Iterator[Out]:
         for out in super().poll():
-            if isinstance(out, Publish) and out.topic.endswith("/did"):
+            if isinstance(out, Publish) and out.topic.endswith("/reply"):
                 yield from self.tamper(out)
             else:
                 yield out
