@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import FedAvg
 from tinyfleet import MqttGrid, load_task
 from tinyfleet.edge.device.device import virtual_device
@@ -22,13 +23,11 @@ from tinyfleet.edge.device.flower_client import vector_to_arrays
 from tinyfleet.server.broker import Broker
 from tinyfleet.server.flower.internals import log_level
 
-Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
-
 
 class TrustAccurate(FedAvg):
     """FedAvg, but the weight of a device is its accuracy on samples that it did not learn from."""
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[Any, Any]:
         answered = [reply for reply in replies if reply.has_content()]
         for reply in answered:
             reply.content["metrics"]["num-examples"] = 1 + round(100 * reply.content["metrics"]["accuracy"])
