@@ -48,7 +48,7 @@ def server(
       tinyfleet server --port 0 --fleet greenhouse --data /var/lib/tinyfleet
       tinyfleet server --broker 192.168.1.5:1883
     """
-    from tinyfleet.server.serve import FleetServer
+    from tinyfleet.server.fleet_server import FleetServer
 
     stopped = threading.Event()
 
@@ -134,11 +134,12 @@ def run(
       tinyfleet run --strategy fedavg --dp-clip 1 --dp-noise 0.5
       tinyfleet run --select my-clients.rq --out start.npz
     """
-    from tinyfleet.server import show
+    from tinyfleet.server import run_report
     from tinyfleet.server.evaluate import baselines
     from tinyfleet.server.flower.internals import log_level
-    from tinyfleet.server.run import Round, StrategyOptions, make_strategy
-    from tinyfleet.server.run import run as run_rounds
+    from tinyfleet.server.named_strategies import StrategyOptions, make_strategy
+    from tinyfleet.server.training_run import Round
+    from tinyfleet.server.training_run import run as run_rounds
 
     log_level(logging.ERROR)  # the rounds are shown below
     if out is not None and not out.parent.is_dir():
@@ -155,8 +156,8 @@ def run(
 
     def report(this: Round) -> None:
         line = {
-            "round": this.number, "asked": this.asked, "clients": [part.device for part in this.parts],
-            "staleness": [part.staleness for part in this.parts], "lost": dict(this.lost),
+            "round": this.number, "asked": this.selected, "clients": [part.device for part in this.participations],
+            "staleness": [part.staleness for part in this.participations], "lost": dict(this.no_reply),
             "loss": this.loss, "accuracy": this.accuracy, "bytes-up": this.bytes_up, "bytes-down": this.bytes_down,
             "seconds": round(this.seconds, 3),
         }  # fmt: skip
@@ -164,7 +165,7 @@ def run(
 
     with (
         RemoteStore(found["endpoint"], found.get("token")) as store,
-        show.Rounds(console, named_strategy.name, rounds) as bar,
+        run_report.Rounds(console, named_strategy.name, rounds) as bar,
     ):
         outcome = run_rounds(
             learning_task,
@@ -189,7 +190,7 @@ def run(
         metric = scores["learned"][0].metric
         typer.echo(json.dumps({"run": outcome.run, f"{metric.replace(' ', '-')}-by-shots": means}))
     else:
-        console.print(show.scores(scores))
+        console.print(run_report.scores(scores))
         console.print(f"run {outcome.run}; its lineage: tinyfleet query lineage --data {data}")
 
 
@@ -236,7 +237,7 @@ def meta_train(
     # The clients are shared by cores; threads of their own for small products of matrices cost a quarter of the speed.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     try:
-        from tinyfleet.server import show, simulator
+        from tinyfleet.server import run_report, simulator
         from tinyfleet.server.evaluate import QUERIES, SHOTS, Score
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("keras", "tensorflow", "jax"):
@@ -254,7 +255,7 @@ def meta_train(
         learning_task.draw("held_out", [seed], max(SHOTS), QUERIES)
     except ValueError as error:
         raise UserError(f"{task}: {error}; lower --shots, or choose a task with more") from error
-    named_strategy = simulator.settings(method, learning_task, clients=clients)
+    named_strategy = simulator.strategy_settings(method, learning_task, clients=clients)
     backend = simulator.Backend(learning_task.program, precision="mixed" if mixed else "float32", exact=exact)
     initialization = (
         simulator.initial_parameters(learning_task.program, named_strategy, seed)
@@ -287,7 +288,7 @@ def meta_train(
             rounds=rounds,
             seed=seed,
             checkpoint=checkpoint,
-            every=every,
+            checkpoint_every=every,
             on_round=report,
         )
     if out is not None:
@@ -309,12 +310,12 @@ def meta_train(
     initializations = {"learned": outcome.parameters, "random": learning_task.program.initial(seed)}
     scores = {name: [score(vector, k) for k in SHOTS] for name, vector in initializations.items()}
     if plot is not None:
-        show.plot(plot, f"{method} on {task}", {"learned": outcome.rounds}, scores, by_round=True)
+        run_report.plot(plot, f"{method} on {task}", {"learned": outcome.rounds}, scores, by_round=True)
     if as_json:
         means = {name: {s.shots: s.mean for s in row} for name, row in scores.items()}
         typer.echo(json.dumps({"devices": backend.devices, "held-out-by-shots": means}))
     else:
-        console.print(show.scores(scores))
+        console.print(run_report.scores(scores))
 
 
 def _parameters(path: Path, program: Program) -> NDArray[np.float32]:
@@ -349,8 +350,8 @@ def deploy(
       tinyfleet deploy model.mote --select drifted --yes
       tinyfleet deploy model.mote --select my-devices.rq --yes --json
     """
-    from tinyfleet.server import deploy as deployments
-    from tinyfleet.server import show_deployment as show
+    from tinyfleet.server import deployment as deployments
+    from tinyfleet.server import deployment_report
 
     program = deployments.read_program(model)
     found = find_server(data)
@@ -367,12 +368,12 @@ def deploy(
             "targets": [fit.device for fit in plan.targets],
             "left_out": dict(plan.left_out),
         }
-        show.print_deployment_plan(console, model, program, plan)
+        deployment_report.print_deployment_plan(console, model, program, plan)
         if not yes:
             console.print("Nothing was sent. To give it to them, add --yes", soft_wrap=True)
             ended = None
         else:
-            with show.Results(console, len(plan.targets)) as on_result:
+            with deployment_report.Results(console, len(plan.targets)) as on_result:
                 ended = deployments.deploy(
                     store,
                     program,
@@ -384,7 +385,7 @@ def deploy(
                     on_result=on_result,
                 )
             summary |= {"deployment": ended.iri, "results": [asdict(result) for result in ended.results]}
-            show.outcome(console, ended)
+            deployment_report.print_result(console, ended)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     if ended is not None and len(ended.devices("confirmed")) < len(plan.targets):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
-from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.data_folder import GRAPH, SERVER
@@ -80,7 +80,9 @@ def test_the_other_forms_of_query(tmp_path: Path) -> None:
 
 def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path / GRAPH) as store:
-        Registry(store, "home").ingest_one(Topics("home").td("d"), payload(description("d", title="\x1b]0;x\x07[red]\r")))
+        Registry(store, "home").ingest_one(
+            Topics("home").td("d"), payload(description("d", title="\x1b]0;x\x07[red]\r"))
+        )
     shown = query("--sparql", "SELECT ?t { ?d a tf:Device ; td:title ?t }", data=tmp_path).stdout
     assert "[red]" in shown
     assert "\x1b" not in shown and "\x07" not in shown and "\r" not in shown

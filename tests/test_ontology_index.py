@@ -271,7 +271,9 @@ def test_it_is_saved_and_built_with_the_store(
             do(store, step)
         agrees(store)
     with EmbeddedStore(path) as other:  # which knows of no index
-        other.write({DEVICES[0]: {RDF.type: [TD.Thing, TF.Device], TF.fleet: "home", TF.engine: None, TF.samplesLearned: 99}})
+        other.write(
+            {DEVICES[0]: {RDF.type: [TD.Thing, TF.Device], TF.fleet: "home", TF.engine: None, TF.samplesLearned: 99}}
+        )
     with IndexedStore(path) as store:
         if store.wait():
             assert "home:a" in found(store, {TF.samplesLearned: [99]})
@@ -342,7 +344,9 @@ def test_a_damaged_file_is_built_anew(tmp_path: Path, damage: bytes | None) -> N
 
 
 def test_writes_while_it_is_built_are_not_missed(tmp_path: Path) -> None:
-    many = {device_iri("home", f"d{i}"): {RDF.type: TF.Device, TF.fleet: "home", TF.samplesLearned: i} for i in range(5_000)}
+    many = {
+        device_iri("home", f"d{i}"): {RDF.type: TF.Device, TF.fleet: "home", TF.samplesLearned: i} for i in range(5_000)
+    }
     with EmbeddedStore(tmp_path / "graph") as plain:
         plain.write(many)
     with IndexedStore(tmp_path / "graph") as store:

@@ -12,7 +12,7 @@ import pytest
 import typer
 from ontology_fixtures import description, open_store, payload
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.cli import query
 from tinyfleet.ontology.graph_cli import app
 from tinyfleet.ontology.ingest import board_catalogue, describe
@@ -190,7 +190,9 @@ def test_a_query_for_their_graph_answers_on_ours(kind: str, catalogue: Any, tmp_
         registry = Registry(store, "home")
         for device, board in (("sense", "nano33ble"), ("lab", "nicla_vision"), ("bare", "pico")):
             td = description(device, tf__board={"@id": f"https://w3id.org/tinyfleet/board/{board}"})
-            assert registry.ingest_one(Topics("home").td(device), payload(td | {"title": device})), registry.last_rejection
+            assert registry.ingest_one(Topics("home").td(device), payload(td | {"title": device})), (
+                registry.last_rejection
+            )
         for name in ("vww_96_int8", "kws_ref_model"):
             about = from_file(tmp_path / f"{name}.tflite")
             put_model(store, describe.replace(about, engine="mote", run_ram_bytes=100_000))

@@ -27,7 +27,8 @@ import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
-from tinyfleet.edge.wire.protocol import Status, Topics, decode_status
+from tinyfleet.edge.wire.messages import Status, decode_status
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import lineage
 from tinyfleet.ontology.ingest.describe import known_parts
 from tinyfleet.ontology.ingest.description_parser import (

@@ -27,7 +27,7 @@ _ROWS = (
     ("domain", RDFS.domain),
     ("range", RDFS.range),
     ("unit", Iri("http://qudt.org/schema/qudt/hasUnit")),
-    ("implied by", OWL.propertyChainAxiom),
+    ("entailed by", OWL.propertyChainAxiom),
     ("see also", RDFS.seeAlso),
 )
 Node = ox.NamedNode | ox.BlankNode | ox.Literal | ox.Triple
