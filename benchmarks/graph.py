@@ -233,7 +233,8 @@ def check_fleet() -> None:
     (said,) = fleet.facts(i).values()
     td = thing_description(FLEET, name_of(i), fleet.board(i), "mote", said[TF.engineVersion], said[TF.arenaBytes],
                            bytes.fromhex(said[TF.model][-16:])) | {"title": said[TD.title]}  # fmt: skip
-    status = Status(True, bytes.fromhex(said[TF.model][-16:]), said[TF.samplesLearned], said[TF.malformedMessages], said[TF.staleMessages],
+    counters = said[TF.samplesLearned], said[TF.malformedMessages], said[TF.staleMessages]
+    status = Status(True, bytes.fromhex(said[TF.model][-16:]), *counters,
                     said[TF.battery], said[TF.drift])  # fmt: skip
     with EmbeddedStore() as written, EmbeddedStore() as made:
         registry, topics = Registry(written, FLEET), Topics(FLEET)

@@ -34,7 +34,7 @@ def boards(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Make a graph of boards from public board files, and say which are refused and why.
+    """Make a graph of boards from public board files, and report which are rejected and why.
 
     \b
     Example:
@@ -48,14 +48,14 @@ def boards(
     if as_json:
         typer.echo(
             json.dumps(
-                {"file": str(out), "boards": made.boards, "parts": made.parts, "triples": n, "refused": made.refused},
+                {"file": str(out), "boards": made.boards, "parts": made.parts, "triples": n, "rejected": made.rejected},
                 indent=2,
             )
         )
         return
-    for board, reason in made.refused.items():
-        typer.echo(f"refused: {board}: {reason}")
-    typer.echo(f"{out}: {made.boards:,} boards, {made.parts} parts, {n:,} triples; {len(made.refused)} refused")
+    for board, reason in made.rejected.items():
+        typer.echo(f"rejected: {board}: {reason}")
+    typer.echo(f"{out}: {made.boards:,} boards, {made.parts} parts, {n:,} triples; {len(made.rejected)} rejected")
 
 
 @app.command()

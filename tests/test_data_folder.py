@@ -1,7 +1,6 @@
-"""The data folder's version: folders of older releases are migrated, also after a kill, and those of newer ones refused."""
+"""The data folder's version: older folders are migrated, also after a kill; newer ones are an error."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -131,9 +130,9 @@ def test_a_folder_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     data_folder.prepare(tmp_path / "data")
     (tmp_path / "data" / "version").write_text("3\n")
     for use in (data_folder.prepare, lambda data: data_folder.open_store(data, create=True)):
-        with pytest.raises(UserError, match="has version 3, and this release .* up to 2; upgrade TinyFleet"):
+        with pytest.raises(UserError, match=r"has version 3, and this release .* up to 2; upgrade TinyFleet"):
             use(tmp_path / "data")
-    assert os.listdir(tmp_path / "data") == ["version"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["version"]
 
 
 @pytest.mark.parametrize("text", ["", "two", "0", "-1"])

@@ -95,7 +95,8 @@ class Here(Directory):
 
     def say(self, device: str, td: dict[str, Any] | None) -> None:
         """What a device says over MQTT; None: its retained description is cleared."""
-        assert self.registry.ingest_one(TOPICS.td(device), b"" if td is None else payload(td)), self.registry.last_rejection
+        content = b"" if td is None else payload(td)
+        assert self.registry.ingest_one(TOPICS.td(device), content), self.registry.last_rejection
 
 
 def at(id: str) -> str:

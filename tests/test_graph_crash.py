@@ -154,7 +154,8 @@ def test_a_long_query_holds_up_no_update_and_sees_none_of_it(tmp_path: Path) -> 
             began.set()
             # 3 million solutions, which take a second at least.
             rows = store.query(
-                f"SELECT (SUM(?a * ?b * ?c) AS ?n) WHERE {{ ?x <{TF.samplesLearned}> ?a . ?y <{TF.samplesLearned}> ?b . "
+                f"SELECT (SUM(?a * ?b * ?c) AS ?n) WHERE {{ "
+                f"?x <{TF.samplesLearned}> ?a . ?y <{TF.samplesLearned}> ?b . "
                 f"?z <{TF.samplesLearned}> ?c }}"
             )
             answer.extend(rows.column("n"))

@@ -16,7 +16,7 @@ from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library, matching
-from tinyfleet.ontology.store.data_folder import GRAPH
+from tinyfleet.ontology.store.data_folder import open_store
 from tinyfleet.ontology.store.store import Binding, EmbeddedStore, Store
 from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
 
@@ -249,7 +249,7 @@ LARGE = build([Dense(300), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A data folder with a graph of three devices and a described model that one cannot train and one cannot run."""
-    with EmbeddedStore(tmp_path / GRAPH) as store:
+    with open_store(tmp_path, create=True) as store:
         registry, topics = Registry(store, "home"), Topics("home")
         arenas: Mapping[str, int] = {"roomy": 65_536, "tight": PROGRAM.arena_bytes, "small": 2_000}
         for device, arena in arenas.items():
@@ -287,8 +287,16 @@ def test_the_devices_for_a_model_as_a_table(data: Path) -> None:
     assert lines[3].startswith("2 devices can run urn:tinyfleet:model:")
     short = f"{arena - 2_000:,}"
     because = [line.split(maxsplit=2) for line in lines[6:]]
-    assert ["small", "run", f"RAM to run: it takes {takes} B, {short} more than the 2,000 there"] in because
-    assert ["tight", "train", f"RAM to train: it takes {arena + 8:,} B, 8 more than the {takes} there"] in because
+    assert [
+        "small",
+        "run",
+        f"RAM to run: the model requires {takes} B, {short} more than the 2,000 B of the device",
+    ] in because
+    assert [
+        "tight",
+        "train",
+        f"RAM to train: the model requires {arena + 8:,} B, 8 more than the {takes} B of the device",
+    ] in because
 
 
 def test_the_devices_for_a_model_as_json(data: Path) -> None:
@@ -305,7 +313,7 @@ def test_a_file_is_described_and_matched(data: Path, tmp_path: Path) -> None:
     file.write_bytes(LARGE.data)
     done = tinyfleet("model", "match", "--model", file, "--device", "roomy", data=data)
     assert done.stdout.startswith(f"roomy cannot run urn:tinyfleet:model:{LARGE.model_id.hex()}")
-    assert f"RAM to run: it takes {LARGE.arena_bytes:,} B, {LARGE.arena_bytes - 65_536:,} more" in done.stdout
+    assert f"RAM to run: the model requires {LARGE.arena_bytes:,} B, {LARGE.arena_bytes - 65_536:,} more" in done.stdout
     again = tinyfleet("model", "match", "--model", LARGE.model_id.hex(), "--device", "small", "--json", data=data)
     assert [miss["requirement"] for miss in json.loads(again.stdout)["misses"]["small"]] == [
         "RAM to run",
@@ -329,7 +337,7 @@ def test_what_is_described_already_stays_as_it_is(data: Path, tmp_path: Path) ->
     file = tmp_path / "digits.mote"
     file.write_bytes(PROGRAM.data)
     tinyfleet("model", "match", "--model", file, data=data)
-    with EmbeddedStore(data / GRAPH) as store:
+    with open_store(data) as store:
         rows = store.query(library.text("training-options"), model=model_iri(PROGRAM.model_id))
     assert rows.column("required") == [PROGRAM.arena_bytes + 8]
 
@@ -342,7 +350,7 @@ def test_what_is_described_already_stays_as_it_is(data: Path, tmp_path: Path) ->
         (("--model", "nothing"), "nothing cannot be read: No such file or directory"),
         (("--model", __file__), "neither a .tflite nor a .keras file"),
         (("--device", "nobody"), "knows no device 'nobody' in the fleet 'home'"),
-        (("--device", "a b"), "'a b' is no device name"),
+        (("--device", "a b"), "'a b' is not a valid device name"),
         (("--device", "roomy", "--fleet", "other"), "knows no device 'roomy' in the fleet 'other'"),
     ],
 )

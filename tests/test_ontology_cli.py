@@ -12,7 +12,7 @@ from ontology_fixtures import MODEL, description, payload, status
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.store.data_folder import GRAPH, SERVER
+from tinyfleet.ontology.store.data_folder import SERVER, open_store
 from tinyfleet.ontology.store.store import EmbeddedStore
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def fill(store: EmbeddedStore) -> None:
 
 @pytest.fixture(params=["disk", "server"])
 def data(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    with EmbeddedStore(tmp_path / GRAPH) as store:
+    with open_store(tmp_path, create=True) as store:
         fill(store)
         if request.param == "server":
             with Endpoint(store) as endpoint:
@@ -69,7 +69,7 @@ def test_a_query_of_the_library_or_of_a_file_takes_parameters(data: Path, tmp_pa
 
 
 def test_the_other_forms_of_query(tmp_path: Path) -> None:
-    with EmbeddedStore(tmp_path / GRAPH) as store:
+    with open_store(tmp_path, create=True) as store:
         fill(store)
     assert query("--sparql", "ASK { ?d tf:online true }", data=tmp_path).stdout == "true\n"
     turtle = query("--sparql", "CONSTRUCT { ?d tf:online ?o } WHERE { ?d tf:online ?o }", data=tmp_path).stdout
@@ -79,7 +79,7 @@ def test_the_other_forms_of_query(tmp_path: Path) -> None:
 
 
 def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
-    with EmbeddedStore(tmp_path / GRAPH) as store:
+    with open_store(tmp_path, create=True) as store:
         Registry(store, "home").ingest_one(
             Topics("home").td("d"), payload(description("d", title="\x1b]0;x\x07[red]\r"))
         )
@@ -107,7 +107,7 @@ def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:
-    with EmbeddedStore(tmp_path / GRAPH):
+    with open_store(tmp_path, create=True):
         pass
     done = query(*arguments, data=None if "--data" in arguments else tmp_path)
     assert done.returncode == 2
@@ -117,7 +117,7 @@ def test_a_mistake_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...],
 
 
 def test_a_graph_that_another_process_has_open_is_said(tmp_path: Path) -> None:
-    with EmbeddedStore(tmp_path / GRAPH):
+    with open_store(tmp_path, create=True):
         done = query("clients", data=tmp_path)
     assert (done.returncode, "in use by another process" in done.stderr) == (2, True)
 
@@ -129,7 +129,7 @@ def test_a_damaged_server_file_is_said(tmp_path: Path) -> None:
 
 
 def test_the_address_of_a_server_that_has_died_is_passed_over(tmp_path: Path) -> None:
-    with EmbeddedStore(tmp_path / GRAPH) as store:
+    with open_store(tmp_path, create=True) as store:
         fill(store)
     (tmp_path / SERVER).write_text(json.dumps({"endpoint": f"http://127.0.0.1:{free_port()}/sparql"}))
     assert query("--sparql", "ASK { ?d tf:online true }", data=tmp_path).stdout == "true\n"

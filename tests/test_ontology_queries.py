@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import cbor2
 import pytest
 from ontology_fixtures import description, everything, open_store, payload, status
 from tinyfleet.edge.model.program import Dense, ReLU, build
+from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.queries import library, matching
 from tinyfleet.ontology.store.store import Store, Value
 from tinyfleet.ontology.vocabulary.namespaces import PROV, Iri, model_iri, run_iri, version_iri
 from tinyfleet.ontology.vocabulary.shapes import ShapeError
@@ -59,6 +61,29 @@ def test_the_clients_of_a_round_are_those_that_can_train_now(store: Store) -> No
     assert clients(store, model_iri(bytes(8)), "home") == []
     Registry(store, "home").ingest_one(Topics("home").status("fit"), status(online=False))
     assert clients(store, MODEL, "home") == ["tight"]
+
+
+def test_an_incompatible_device_is_left_out_until_it_is_updated(store: Store) -> None:
+    fleet(store)
+    registry, topics = Registry(store, "home"), Topics("home")
+
+    def selected() -> list[bool]:
+        run = {"model": MODEL, "fleet": "home"}
+        found = [store.query(library.text(name), **run).column("id") for name in ("clients", "runnable", "trainable")]
+        found.append(list[Value](matching.select_devices(store, library.text("devices"), MODEL, "home")))
+        return ["fit" in ids for ids in found]
+
+    assert selected() == [True] * 4
+    assert registry.ingest_one(topics.status("fit"), cbor2.dumps([WIRE_VERSION + 1, True]))
+    assert selected() == [False] * 4
+    unmet = matching.unmet_requirements(store, "home", model=MODEL, device="fit")
+    assert [str(miss) for miss in unmet["fit", MODEL]] == [
+        "speaks wire version 3, this server speaks 2; update the server"
+    ]
+    assert registry.ingest_one(topics.status("fit"), status(model=PROGRAM.model_id, program_format=PROGRAM_FORMAT + 1))
+    assert selected() == [False] * 4
+    assert registry.ingest_one(topics.status("fit"), status(model=PROGRAM.model_id))
+    assert selected() == [True] * 4
 
 
 def test_the_devices_that_could_train_the_model(store: Store) -> None:

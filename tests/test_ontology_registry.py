@@ -505,7 +505,7 @@ def test_messages_taken_together_end_as_taken_one_by_one() -> None:
         alone = [one.ingest([message])[0] for message in messages]
         assert many.ingest(messages) == alone
         assert everything(together) == everything(apart)
-        assert (many.accepted, many.refused) == (one.accepted, one.refused) == (7, 2)
+        assert (many.accepted, many.rejected) == (one.accepted, one.rejected) == (7, 2)
     assert [taken and (taken.kind, taken.device, taken.online, taken.rejection is None) for taken in alone] == [
         ("td", "dev-1", True, True),
         ("status", "dev-1", True, True),

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
+import cbor2
 import pytest
 import rdflib
 from ontology_fixtures import description, open_store, payload, status
@@ -81,6 +82,9 @@ def fill(store: Store) -> None:
     other = Registry(store, "elsewhere", clock=lambda: NOW)
     assert other.ingest_one(Topics("elsewhere").td("far"), payload(description("far", "elsewhere")))
     assert other.ingest_one(Topics("elsewhere").status("far"), status(model=DIGITS.model_id))
+    assert Registry(store, "past").ingest_one(
+        Topics("past").status("old"), cbor2.dumps([True, bytes(8), 0, 0, 0, None, None])
+    )
 
     describe.put_model(store, describe.from_program(DIGITS, "digits"))
     describe.put_model(store, describe.from_program(WIDE, "wide"))
@@ -416,6 +420,14 @@ CASES: Mapping[str, Sequence[Case]] = {
             ],
         ),
         ({"model": MODEL, "fleet": "nowhere"}, ("layers", "devices"), [(1, 0), (2, 0), (3, 0)]),
+    ],
+    "incompatible": [
+        (
+            {"fleet": "past"},
+            ("id", "reason", "wire", "format"),
+            [("old", "speaks wire version 1, this server speaks 2; update its firmware", 1, None)],
+        ),
+        (HOME, ("id",), []),
     ],
     "troubled": [
         (HOME, ("id", "malformed", "stale", "engineVersion"), [("small", 3, 1, "0.0.9"), ("odd", 0, 2, "0.1.0")]),

@@ -46,8 +46,10 @@ def _schema() -> jsonschema_rs.Validator:
 
 
 def parse_thing_description(payload: bytes) -> dict[str, Any]:
-    """Return the JSON object of a Thing Description. Raises RejectedMessage if it is too long, nests too deep or is not a
-    JSON object."""
+    """Return the JSON object of a Thing Description.
+
+    Raises RejectedMessage if it is too long, nests too deep, or is not a JSON object.
+    """
     if len(payload) > MAX_BYTES:
         raise RejectedMessage(f"{len(payload)} bytes are more than the {MAX_BYTES} allowed for a description")
     try:

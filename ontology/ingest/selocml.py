@@ -1,8 +1,8 @@
 """Imports the devices and models that the authors of SeLoC-ML describe, fixes known defects, and reports them.
 
 Their descriptions nest (S3N, and their network schema). Here they become flat facts about devices, boards and models,
-under the same IRIs. The nested form is then entailed (ontology.vocabulary.entailment), as for all other descriptions, so
-their queries give the same results. Affordances are left out: they belong to Thing Descriptions.
+under the same IRIs. The nested form is then entailed, as for all other descriptions (ontology.vocabulary.entailment),
+so that their queries give the same results. Affordances are left out: they belong to Thing Descriptions.
 """
 
 import re

@@ -181,7 +181,7 @@ def match_models(store: Store, device: str, fleet: str) -> list[ModelMatch]:
 def unmet_requirements(
     store: Store, fleet: str, *, model: Iri | None = None, device: str | None = None
 ) -> dict[tuple[str, Iri], list[UnmetRequirement]]:
-    """Return the unmet requirements of each pair of a device and a model that has any; of one model, device, or both."""
+    """Return the unmet requirements of each pair of a device and a model; of one model, one device, or both."""
     given: dict[str, Binding] = {"fleet": fleet}
     if model is not None:
         given["model"] = model
@@ -260,7 +260,9 @@ def select_devices(store: Store, sparql: str, model: Iri, fleet: str) -> list[st
 
 
 _INCOMPATIBLE_IDS = f"""PREFIX tf: <{TF.iri}>
-SELECT ?id WHERE {{ VALUES ?fleet {{ UNDEF }} ?device tf:incompatibility ?reason ; tf:fleet ?fleet ; tf:deviceId ?id }}"""
+SELECT ?id WHERE {{
+  VALUES ?fleet {{ UNDEF }} ?device tf:incompatibility ?reason ; tf:fleet ?fleet ; tf:deviceId ?id
+}}"""
 
 
 def _int(value: Value) -> int:

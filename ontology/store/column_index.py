@@ -244,8 +244,10 @@ class IndexedStore(EmbeddedStore):
         take: Callable[[Sequence[bytes], Sequence[bytes]], None],
         rest: Callable[[str, bytes], None] = lambda subject, text: None,
     ) -> bool:
-        """Pass the devices of an answer, as `{fleet}:{device}`, and their values to `take`, in blocks; other subjects to
-        `rest`, one by one. False if the store is being closed, or changes so that the read is useless.
+        """Pass the devices of an answer, as `{fleet}:{device}`, and their values to `take`, in blocks.
+
+        Other subjects go to `rest`, one by one. False if the store is being closed, or changes so that the read is
+        useless.
 
         The answer is read as TSV: Oxigraph writes it faster than Python reads its solutions, and in little memory.
         """
@@ -402,7 +404,7 @@ class _SplitWrite:
 
 
 def _to_be_read(columns: Columns, subject: Iri, said: Mapping[Iri, Binding | None]) -> bool:
-    """Whether the columns must read a written subject from the graph: an odd device, or one with a device's type only."""
+    """Whether a written subject must be read from the graph: an odd device, or a device with another kind of name."""
     name = _name(subject)
     if name or RDF.type not in said:
         return name in columns.odd

@@ -81,7 +81,7 @@ def _parsed(text: bytes) -> Value:
 
 
 def exact(node: Any, predicate: Iri | None = None) -> Value:
-    """The term as a value that converts back to the same term. Raises NotIndexable if there is none, except for types."""
+    """The term as a value that converts back to it. Raises NotIndexable if there is none, except for types."""
     found = value(node)
     if predicate != RDF.type and term(found) != node:
         raise NotIndexable(f"{node}")

@@ -1,9 +1,9 @@
 """The library queries that the column index answers.
 
 Which models a device can run depends on its board, its engine and its arena alone: its configuration. A fleet has few
-configurations, however many devices it has. What a configuration can run is worked out from the models and boards, which
-are read once and kept until one of them changes, or asked of the graph with the query's own text; the columns then say
-which devices, or how many, have the configuration.
+configurations, however many devices it has. What a configuration can run is computed from the models and boards, which
+are read once and kept until one of them changes, or the graph answers it with the query's own text. The columns then
+say which devices, or how many, have the configuration.
 """
 
 import re
@@ -394,7 +394,8 @@ _GROUPED = re.compile(
     r"(?P<head>.*?)\nSELECT (?P<variables>(?:\?\w+ )+)WHERE \{\n"
     r"(?:  VALUES \?\w+ \{ UNDEF \}\n)+"
     r"  \{\n(?P<before>    SELECT .*?)"
-    r"      # Devices with the same board, [^\n]*\n      \{\n        SELECT DISTINCT \?hardware \?engine \?arena WHERE \{\n"
+    r"      # Devices with the same board, [^\n]*\n      \{\n"
+    r"        SELECT DISTINCT \?hardware \?engine \?arena WHERE \{\n"
     r".*?\n        \}\n      \}\n(?P<after>.*?)\n  \}\n"
     r"  \?device tf:board \?hardware ; tf:engine \?engine ; a tf:Device ; tf:fleet \?fleet ; tf:deviceId \?id \.\n"
     r"  \?hardware tf:ramBytes \?ram \.\n"

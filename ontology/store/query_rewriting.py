@@ -100,7 +100,7 @@ def _of_models(columns: Columns, known: Requirements, fleets: list[Value] | None
 
 
 def _online(columns: Columns, predicate: Iri, fleets: list[Value] | None) -> tuple[list[str], list[list[int]]]:
-    """The values of a predicate; for each, the number of devices with it and the number of online devices among them."""
+    """The values of a predicate; for each, the number of devices with it, and of online devices with it."""
     codes, values = columns.numbers(predicate), columns.codes(predicate).values
     mask = (columns.numbers(RDF.type) == 1) & (codes >= 0)
     fleet = columns.numbers(TF.fleet)

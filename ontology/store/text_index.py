@@ -1,8 +1,8 @@
 """A full-text index of titles: finds the subjects with a word in their td:title, in milliseconds among a million.
 
-All titles are concatenated in one case-folded text, which is searched as a whole: at the speed of memory, without an
-order of words to maintain, and for any part of a title, as SPARQL's CONTAINS does. The results are candidates: the graph
-answers the query for them, so the graph decides.
+All titles are concatenated in one case-folded text, which is searched as a whole: at the speed of memory, without words
+to keep in order, and for any part of a title, as SPARQL's CONTAINS does. The results are candidates: the graph answers
+the query for them, so the graph decides.
 """
 
 import re
@@ -121,7 +121,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9 _-]+")
 def with_title_candidates(sparql: str, candidates: Callable[[str], Sequence[str] | None]) -> str | None:
     """Return a query with the candidates for its subjects, if it looks for a word in titles.
 
-    This is recognised in a SELECT whose one group has only triples and filters, among them `?s td:title ?t` and a filter
+    It is recognised in a SELECT whose one group has only triples and filters, among them `?s td:title ?t` and a filter
     by CONTAINS(?t, "word") or REGEX(?t, "word", "i"), alone or joined to others by &&, and possibly with LCASE or STR
     around ?t. All solutions then have ?s among the candidates, and nothing else about the query changes.
 
