@@ -66,13 +66,13 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sensor_parts\.csv cannot be read"):
         board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path, ROW.replace("65536", "64 KB"))
-    with pytest.raises(UserError, match="ram_bytes of one is no whole number"):
+    with pytest.raises(UserError, match="ram_bytes of one is not a whole number"):
         board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path, "one,Board\n")
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="incomplete row"):
         board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path, core=[{"id": "x"}])
-    with pytest.raises(UserError, match="is no list of boards"):
+    with pytest.raises(UserError, match="is not a list of boards"):
         board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path)
     (tmp_path / "platformio_boards.csv").write_text("id,name\nx,y\n")

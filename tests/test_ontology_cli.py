@@ -101,9 +101,9 @@ def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
         (("clients", "--param", "model"), "NAME=VALUE"),
         (("clients", "--param", "modle=urn:x"), "no parameter 'modle': it has model, fleet"),
         (("clients", "--param", "model=urn:x y"), "cannot be a term"),
-        (("clients", "--data", "nowhere"), "start `tinyfleet server`"),
+        (("clients", "--data", "nowhere"), "start one with `tinyfleet server start`"),
         (("clients", "--endpoint", "http://127.0.0.1:9/sparql"), "is the server running?"),
-        (("clients", "--endpoint", "somewhere"), "begins with http"),
+        (("clients", "--endpoint", "somewhere"), "must begin with http"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:

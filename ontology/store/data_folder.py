@@ -23,7 +23,7 @@ from typing import Any
 import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store, Unreachable
-from tinyfleet.ontology.vocabulary.namespaces import TF
+from tinyfleet.ontology.vocabulary.namespaces import TF, Iri
 
 GRAPH = "graph"
 """Name of the graph's folder in the data folder."""
@@ -165,7 +165,7 @@ def _migrate(data: Path, version: int) -> int:
 
 def _version_2(quad: ox.Quad) -> ox.Quad:
     """A quad of version 1 as version 2 has it."""
-    predicate, value = quad.predicate.value, quad.object
+    predicate, value = Iri(quad.predicate.value), quad.object
     if predicate == TF.document and isinstance(value, ox.Literal):
         document = json.dumps(_rename_keys(json.loads(value.value)), ensure_ascii=False, separators=(",", ":"))
         return ox.Quad(quad.subject, quad.predicate, ox.Literal(document), quad.graph_name)
