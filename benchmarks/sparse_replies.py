@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -122,9 +123,9 @@ def main() -> None:
         payloads = [reply_bytes(random, program.n_params, args.density) for _ in messages]
         times, results = [], []
         for received in (received_sparse, received_dense):
-            results.append(aggregate(received, messages, payloads, strategy, program))
-            seconds = fastest(lambda r=received: aggregate(r, messages, payloads, strategy, program), args.repeat)
-            times.append(1e6 * seconds / args.clients)
+            round_of = partial(aggregate, received, messages, payloads, strategy, program)
+            results.append(round_of())
+            times.append(1e6 * fastest(round_of, args.repeat) / args.clients)
         assert all(results[0][key].data == results[1][key].data for key in results[0]), "the bits differ"
         sparse, dense = times
         table.add_row(f"{program.n_params:,}", f"{sparse:.0f}", f"{dense:.0f}", f"{sparse / dense:.2f}")

@@ -365,7 +365,7 @@ def deploy(
         summary: dict[str, object] = {
             "model": plan.model,
             "targets": [fit.device for fit in plan.targets],
-            "left_out": dict(plan.left_out),
+            "excluded": dict(plan.excluded),
         }
         deployment_report.print_deployment_plan(console, model, program, plan)
         if not yes:
