@@ -1,6 +1,6 @@
 """Accuracy over time on streams that drift: a model that stays, one that learns, and one that also notices.
 
-python benchmarks/drift.py [--seeds 5] [--samples 3000] [--changes 3] [--plot docs/drift-digits.png] [--tune]
+python benchmarks/drift.py [--seeds 5] [--samples 3000] [--changes 3] [--plot docs/images/drift-digits.png] [--tune]
 python benchmarks/drift.py --task presence [--seeds 5]
 
 With --task, the streams are those of the task's held-out devices 0, 1, ... (Task.stream), and rates are what `tinyfleet

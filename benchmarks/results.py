@@ -2,7 +2,7 @@
 
     python benchmarks/results.py sine presence          # runs what has not been run, then prints
     python benchmarks/results.py omniglot --seeds 2 --tasks 50
-    python benchmarks/results.py --plots docs            # prints all that has been run, and draws it
+    python benchmarks/results.py --plots docs/images     # prints all that has been run, and draws it
 
 Every method trains on the same devices (server/simulator.py, which takes their streams to the bit), with the same
 number of visits and of samples in each, from the same seeds. Each is tuned by as many trials, on the same validation
