@@ -193,8 +193,8 @@ def _exclusion(
 def _no_targets_message(fleet: str, selected: set[str], excluded: Mapping[str, str]) -> UserError:
     if not excluded:
         return UserError(
-            f"the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device simulate), or name another "
-            "fleet with --fleet"
+            f"the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device simulate), or name "
+            "another fleet with --fleet"
         )
     # The selected devices first: why they are excluded matters most.
     devices = sorted(excluded, key=lambda device: (device not in selected, device))
@@ -328,8 +328,8 @@ class _Rollout:
                     self._changed.wait(max(0.0, until - time.monotonic()))
 
     def _due(self) -> tuple[list[tuple[str, UpdateModel]], float]:
-        """Gives up on targets that are late and begins with the next ones; returns the commands to send now, and when to
-        look again."""
+        """Gives up on targets that are late and begins with the next ones; returns the commands to send now, and
+        when to look again."""
         now, commands = time.monotonic(), []
         for device, target in list(self._waiting.items()):
             if now >= target.began + self._timeout:
