@@ -1,6 +1,6 @@
 """Rounds of federated (meta-)learning on the devices that a SPARQL query selects, written into the graph as they end.
 
-What `tinyfleet run` and the demo share.
+What `tinyfleet run start` and the demo share.
 """
 
 import hashlib
@@ -81,12 +81,12 @@ class StrategyOptions:
         """Raises UserError for what was chosen that the strategy of that name, in small letters, has no use for."""
         head, flowers = key == "tinymetafed", key not in META_STRATEGIES and not self.asynchronous
         uses = {
-            "--local/--no-local": (self.local is not None, head, "--strategy tinymetafed"),
+            "--local-head/--no-local-head": (self.local is not None, head, "--strategy tinymetafed"),
             "--anneal/--no-anneal": (self.anneal is not None, head, "--strategy tinymetafed"),
-            "--top": (self.density is not None, head or flowers, "--strategy tinymetafed or one of Flower's"),
-            "--mu": (self.mu is not None, key == "fedprox", "--strategy fedprox"),
-            "--dp-noise": (self.dp_noise is not None, self.dp_clip > 0, "--dp-clip above 0"),
-            "--dp-on-device": (self.dp_on_device, self.dp_clip > 0, "--dp-clip above 0"),
+            "--density": (self.density is not None, head or flowers, "--strategy tinymetafed or one of Flower's"),
+            "--proximal-mu": (self.mu is not None, key == "fedprox", "--strategy fedprox"),
+            "--dp-noise-multiplier": (self.dp_noise is not None, self.dp_clip > 0, "--dp-clip-norm above 0"),
+            "--dp-on-device": (self.dp_on_device, self.dp_clip > 0, "--dp-clip-norm above 0"),
         }
         for option, (chosen, used, requires) in uses.items():
             if chosen and not used:
@@ -111,7 +111,7 @@ def make_strategy(
     """
     key = name.lower()
     if options.density is not None and not 0 < options.density <= 1:
-        raise UserError(f"--top is the share of the changes that is sent, in (0, 1], not {options.density:g}")
+        raise UserError(f"--density is the share of the changes that is sent, in (0, 1], not {options.density:g}")
     if options.dp_clip and (options.asynchronous or key not in ("fedavg", "fedprox")):
         raise UserError(
             f"differential privacy is for the rounds of fedavg and fedprox: its noise is made for their mean, and "
@@ -293,7 +293,7 @@ def _no_clients_message(store: Store, model: Iri, fleet: str, selected: Sequence
     reasons = why_devices_cannot_train(store, model, fleet)
     if not reasons:
         return UserError(
-            f"no client is eligible: the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device), "
+            f"no client is eligible: the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device simulate), "
             "or name another fleet with --fleet"
         )
     shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if len(reasons) > 5 else "")

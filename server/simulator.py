@@ -686,7 +686,7 @@ METHODS = (
 
 
 def settings(name: str, task: Task, *, clients: int = 5) -> Settings:
-    """A method of METHODS with the task's recipe: what `tinyfleet run` does with the strategy of that name.
+    """A method of METHODS with the task's recipe: what `tinyfleet run start` does with the strategy of that name.
     `dataclasses.replace` changes what is to be another.
 
     fedavg and fedprox are scored as they are, fedavg-finetuned after fine-tuning. tinyol: what FedAvg learned, whose

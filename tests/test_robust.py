@@ -222,13 +222,13 @@ def test_a_share_of_nothing_is_refused() -> None:
         (
             "reptile",
             {"local": False},
-            "reptile has no use for --local/--no-local: .* choose --strategy tinymetafed$",
+            "reptile has no use for --local-head/--no-local-head: .* choose --strategy tinymetafed$",
         ),
         ("fedavg", {"anneal": True}, "fedavg has no use for --anneal/--no-anneal"),
-        ("TinyReptile", {"density": 0.5}, "tinyreptile has no use for --top: .* tinymetafed or one of Flower's$"),
-        ("fedavg", {"density": 0.5, "asynchronous": True}, "asynchronous fedavg has no use for --top"),
-        ("fedavg", {"mu": 0.1}, "fedavg has no use for --mu: .* choose --strategy fedprox$"),
-        ("fedavg", {"dp_noise": 1.0}, "fedavg has no use for --dp-noise: .* choose --dp-clip above 0$"),
+        ("TinyReptile", {"density": 0.5}, "tinyreptile has no use for --density: .* tinymetafed or one of Flower's$"),
+        ("fedavg", {"density": 0.5, "asynchronous": True}, "asynchronous fedavg has no use for --density"),
+        ("fedavg", {"mu": 0.1}, "fedavg has no use for --proximal-mu: .* choose --strategy fedprox$"),
+        ("fedavg", {"dp_noise": 1.0}, "fedavg has no use for --dp-noise-multiplier: .* choose --dp-clip-norm above 0$"),
         ("fedprox", {"dp_on_device": True}, "no use for --dp-on-device"),
     ],
 )

@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import Literal, get_args
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Dense, Layer, Program, ReLU
@@ -20,7 +20,8 @@ from tinyfleet.edge.mote_build import ROOT
 from tinyfleet.firmware_tools.firmware import kernel_table
 from tinyfleet.firmware_tools.firmware.build import ENGINE, MOTE, PROFILES
 
-Kind = Literal["arduino", "cmake"]
+Format = Literal["arduino", "cmake"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 LIBRARY = Path(__file__).parent / "library"
 
 #: Arduino's boards choose the options; this one is in each file, so that the bits are those of every other target.
@@ -69,7 +70,7 @@ def model_header(program: Program) -> str:
     )
 
 
-def export(kind: Kind, out: Path, program: Program | None = None) -> list[Path]:
+def export(format: Format, out: Path, program: Program | None = None) -> list[Path]:
     """Writes the library to a new folder `out`; returns its files. Raises UserError if there is something already."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder with --out")
@@ -78,7 +79,7 @@ def export(kind: Kind, out: Path, program: Program | None = None) -> list[Path]:
     kernels = kernel_table.whole() if program is None else kernel_table.needed([program.data])
     model = first_model() if program is None else program
     learns_classes = model.loss == "softmax_cross_entropy"
-    prelude = _EXACT_PRAGMA if kind == "arduino" else ""
+    prelude = _EXACT_PRAGMA if format == "arduino" else ""
     for path in ENGINE:
         text = kernel_table.source(kernels) if path.name == "mote_kernels.c" else path.read_text()
         (sources / path.name).write_text(prelude + text)
@@ -89,7 +90,7 @@ def export(kind: Kind, out: Path, program: Program | None = None) -> list[Path]:
     licence = ROOT / "LICENSE"
     if licence.exists():  # an installed package keeps it elsewhere
         shutil.copyfile(licence, out / "LICENSE")
-    if kind == "arduino":
+    if format == "arduino":
         _arduino(out, learns_classes)
     else:
         _cmake(out, learns_classes)

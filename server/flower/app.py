@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from tinyfleet.edge.cli import broker_address
+from tinyfleet.edge.wire.server_info import broker_address
 from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import load
