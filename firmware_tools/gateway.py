@@ -1,9 +1,9 @@
 """Joins a board on a serial line to the fleet's broker: COBS frames on one side, one MQTT session on the other.
 
 The board says who it is and what its last will is; the gateway opens a session with that will and from then on carries
-messages both ways (how they greet each other is told in edge/mote/mote_frame.h). A queue that is full drops, a damaged
-frame is dropped: the wire's protocol asks again. The gateway itself repeats only the greeting, since boards need no
-clock.
+messages both ways (how they greet each other is told in edge/mote/include/mote_frame.h). A queue that is full drops, a
+damaged frame is dropped: the wire's protocol asks again. The gateway itself repeats only the greeting, since boards
+need no clock.
 """
 
 from __future__ import annotations

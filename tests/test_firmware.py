@@ -23,6 +23,7 @@ from tinyfleet.edge.device.node import MoteNode, Publish
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.mote.build_extension import INCLUDES
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire import frames
 from tinyfleet.edge.wire.protocol import (
@@ -180,7 +181,7 @@ def test_the_stack_is_at_most_what_the_document_says(core: str, board: str, tmp_
 def test_the_state_is_40_bytes(tmp_path: Path) -> None:
     source = tmp_path / "state.c"
     source.write_text(f'#include "mote.h"\ntypedef char state[sizeof(mote_t) == {STATE} ? 1 : -1];\nstate s;\n')
-    command = ["arm-none-eabi-gcc", "-mcpu=cortex-m0", "-mthumb", f"-I{build.MOTE}", "-c", source]
+    command = ["arm-none-eabi-gcc", "-mcpu=cortex-m0", "-mthumb", f"-I{INCLUDES[0]}", "-c", source]
     subprocess.run([*command, "-o", tmp_path / "state.o"], check=True)
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tinyfleet.edge.mote_codegen import DEFINES, generate
+from tinyfleet.edge.mote.codegen import generate
 from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     CHUNK,
@@ -82,7 +82,7 @@ def transcode(tmp_path_factory: pytest.TempPathFactory) -> Transcode:
     folder = tmp_path_factory.mktemp("transcode")
     sources = [Path(__file__).parent / "c" / "transcode.c", *generate(folder)]
     library = folder / "transcode.so"
-    flags = ["-std=c99", "-O1", "-shared", "-fPIC", f"-I{folder}", *(f"-D{name}" for name in DEFINES)]
+    flags = ["-std=c99", "-O1", "-shared", "-fPIC", f"-I{folder}"]
     command: list[str | Path] = ["cc", *flags, *sources, "-o", library]
     subprocess.run(command, check=True, capture_output=True)
     c = ctypes.CDLL(str(library))

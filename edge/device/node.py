@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.sources import DatasetStream
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, error_name
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.protocol import Topics
@@ -168,7 +168,7 @@ class MoteNode:
         if error == lib.MOTE_ERR_UNSUPPORTED:
             raise UserError(NOT_FOR_FLEETS)
         if error != lib.MOTE_OK:
-            raise UserError(f"the node can't start: error {error} of the engine (see edge/mote/mote.h)")
+            raise UserError(f"the node can't start: the engine failed with {error_name(error)}")
 
     @property
     def counters(self) -> NodeCounters:

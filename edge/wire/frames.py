@@ -1,4 +1,4 @@
-"""Messages on a serial line, as mote/mote_frame.h describes: COBS frames with a CRC-32."""
+"""Messages on a serial line, as mote/include/mote_frame.h describes: COBS frames with a CRC-32."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import cbor2
 import numpy as np
 from numpy.typing import NDArray
+from tinyfleet.edge.errors import error_name
 
 CHUNK = 1024
 """Bytes of every chunk but the last."""
@@ -189,14 +190,15 @@ _ERROR_TEXTS = {
     ErrorCode.PROGRAM: "the program it was to adopt is damaged or not valid; compile it again",
     ErrorCode.CAPACITY: "it has no room for this; use a smaller model, or have all changes sent (top 1)",
     ErrorCode.SAMPLES: "its source gave no samples; check its sensor or its data",
-    ErrorCode.ENGINE: "its engine refused; see the error's number in edge/mote/mote.h",
+    ErrorCode.ENGINE: "its engine refused; check the rates, the layers and the samples of this work",
     ErrorCode.DIVERGED: "its numbers left the range of floats; lower the rate",
 }
 
 
 def error_text(failed: Failure) -> str:
     """What happened on the device and what to do, for the log and for people."""
-    return f"{failed.error.name.lower()} ({failed.detail}): {_ERROR_TEXTS[failed.error]}"
+    detail = error_name(failed.detail) if failed.detail else "no detail"
+    return f"{failed.error.name.lower()} ({detail}): {_ERROR_TEXTS[failed.error]}"
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
