@@ -165,7 +165,7 @@ def export_(
 
     Examples:
       tinyfleet firmware export --format cmake --out mote --model model.mote
-      tinyfleet firmware export --format arduino --out ~/Arduino/libraries/TinyFleetMote
+      tinyfleet firmware export --format arduino --out TinyFleetMote
     """
     from tinyfleet.firmware_tools.firmware import export_library
 
@@ -204,7 +204,7 @@ def emulate_(
 
     Examples:
       tinyfleet firmware emulate build/firmware.elf
-      tinyfleet firmware emulate build/firmware.elf --gateway --broker 127.0.0.1:1883
+      tinyfleet firmware emulate build/firmware.elf --gateway
     """
     from tinyfleet.firmware_tools.boards import catalogue
     from tinyfleet.firmware_tools.firmware.build import read_size
@@ -242,7 +242,7 @@ def start(
     Examples:
       tinyfleet gateway start --port /dev/ttyUSB0
       tinyfleet gateway start --port /dev/ttyUSB0 --port /dev/ttyUSB1
-      tinyfleet gateway start --port socket://127.0.0.1:40123 --broker 127.0.0.1:1883
+      tinyfleet gateway start --port /dev/ttyUSB0 --broker 192.168.1.5:1883
     """
     with _stop_on_signals() as stop:
         _connect(port, broker_address(broker, data), baud, stop)

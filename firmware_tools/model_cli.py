@@ -112,7 +112,7 @@ def compile_(
     Examples:
       tinyfleet model compile model.keras --out model.mote --train-from head
       tinyfleet model compile model.keras --ram-budget 32KB
-      tinyfleet model compile kws.tflite --train-from dense --classes 4 --max-classes 8
+      tinyfleet model compile kws.tflite --train-from dense --classes 4
       tinyfleet model compile kws.tflite --int8 --ram-budget 64KB --classes 4
     """
     from tinyfleet.firmware_tools.compiler import compiler

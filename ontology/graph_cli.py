@@ -163,7 +163,7 @@ def add_measurement(
     Prints the measurement's IRI. Give at least one of --latency, --energy and --instructions.
 
     Examples:
-      tinyfleet graph add-measurement 0123456789abcdef --board nano33ble --latency 0.012
+      tinyfleet graph add-measurement 0123456789abcdef --board pico --latency 0.012
     """
     from tinyfleet.ontology.ingest.describe import put_measurement
     from tinyfleet.ontology.vocabulary.namespaces import model_iri
@@ -235,7 +235,9 @@ def import_selocml(
 def export_vocabulary(
     out: Annotated[Path, out_option("FILE.html")] = Path("build/vocabulary.html"),
 ) -> None:
-    """Write the vocabulary as an HTML page: each term with its definition, related terms and rules.
+    """Write the vocabulary as an HTML page.
+
+    It has each term with its definition, related terms and rules.
 
     Examples:
       tinyfleet graph export-vocabulary --out vocabulary.html
