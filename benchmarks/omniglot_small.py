@@ -36,7 +36,7 @@ from keras import layers
 from numpy.typing import NDArray
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.tasks import omniglot
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build
 from tinyfleet.server import simulator

@@ -28,9 +28,8 @@ from tinyfleet.edge.options import (
 from tinyfleet.edge.wire.server_info import broker_address, fleet_of
 
 if TYPE_CHECKING:
-    from tinyfleet.edge.device.agent import AgentNode, MaskedLearner
     from tinyfleet.edge.device.device import Device
-    from tinyfleet.edge.model.program import Program
+    from tinyfleet.edge.device.node import Node
 
 agent_app = CommandGroup("""Run this machine as a device that learns.
 
@@ -77,7 +76,7 @@ def simulate(
     """
     from tinyfleet.edge import tasks
     from tinyfleet.edge.device.device import virtual_device
-    from tinyfleet.edge.wire.protocol import ProtocolError
+    from tinyfleet.edge.wire.errors import ProtocolError
 
     learning_task = tasks.load(task)
     host, port = broker_address(broker, data)
@@ -136,11 +135,12 @@ def start(
     from tinyfleet.edge.device.agent import AgentNode, OnlineLearning
     from tinyfleet.edge.device.device import Device
     from tinyfleet.edge.device.drift import PacedStream, default_drift_response
-    from tinyfleet.edge.device.node import ENGINE_VERSION
+    from tinyfleet.edge.device.node import Node
     from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
     from tinyfleet.edge.device.thing_description import host_board, thing_description
-    from tinyfleet.edge.model.learner import LiteRTLearner, MoteLearner
-    from tinyfleet.edge.wire.protocol import ProtocolError
+    from tinyfleet.edge.model.learner import LiteRTLearner
+    from tinyfleet.edge.versions import ENGINE_VERSION
+    from tinyfleet.edge.wire.errors import ProtocolError
 
     learning_task = tasks.load(task)
     host, port = broker_address(broker, data)
@@ -156,20 +156,15 @@ def start(
     slot = 0 if tflite else 1 << 20
     td = thing_description(fleet_name, id, board, engine, version, arena, learning_task.program.model_id, slot)
 
-    def learner(program: Program) -> MaskedLearner:
-        return MoteLearner(program) if tflite is None else LiteRTLearner(tflite)
+    learner = None if tflite is None else lambda _: LiteRTLearner(tflite)
 
-    def node() -> AgentNode:
-        own = (
-            None
-            if recording is None
-            else OnlineLearning(
-                PacedStream(recording, online), learning_task.fedavg.rate, default_drift_response(learning_task)
-            )
-        )
-        return AgentNode(
-            fleet_name, id, td, learning_task.program, stream, learner, model_slot_bytes=slot, online=own
-        )
+    def node() -> Node:
+        where = (fleet_name, id, td, learning_task.program, stream)
+        if recording is None:
+            return Node(*where, learner=learner, arena_bytes=arena, model_slot_bytes=slot)
+        paced, response = PacedStream(recording, online), default_drift_response(learning_task)
+        own = OnlineLearning(paced, learning_task.fedavg.rate, response)
+        return AgentNode(*where, learner=learner, arena_bytes=arena, model_slot_bytes=slot, online=own)
 
     try:
         device = Device(node, host, port, fleet_name)

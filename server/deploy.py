@@ -20,22 +20,20 @@ from typing import Literal
 from tinyfleet.edge.device.node import NOT_FOR_FLEETS
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program, ProgramError
-from tinyfleet.edge.wire.protocol import (
-    CHUNK,
-    MAX_CHUNKS,
+from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks
+from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.messages import (
     Failure,
-    ProtocolError,
     Reply,
     Status,
-    Topics,
     UpdateModel,
-    chunks,
     decode_reply,
     decode_status,
     encode,
     error_text,
 )
-from tinyfleet.edge.wire.session import Message, Session
+from tinyfleet.edge.wire.mqtt_session import Message, Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.describe import from_program
 from tinyfleet.ontology.ingest.lineage import Lineage
 from tinyfleet.ontology.queries import match as matching
@@ -241,7 +239,7 @@ class _Rollout:
                 orders, until = self._due()
                 over = not self._waiting
             for device, command in orders:  # not under the lock: the session's thread may wait for it
-                self._session.publish(self._topics.do(device), encode(command))
+                self._session.publish(self._topics.command(device), encode(command))
             while told < len(self.results):
                 yield self.results[told]
                 told += 1
@@ -285,7 +283,7 @@ class _Rollout:
         if self._session is None:
             return
         self._session.subscribe(self._topics.status("+"))
-        self._session.subscribe(self._topics.did("+"))
+        self._session.subscribe(self._topics.reply("+"))
         self._session.send(self._chunks)
 
     def _receive(self, topic: str, payload: bytes) -> None:

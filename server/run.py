@@ -23,7 +23,8 @@ from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arra
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Hyperparameters, Task
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, RoundConfig, UpdateFormat, format_round_config
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
+from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.queries import library

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from tinyfleet.edge.wire.protocol import Topics
-from tinyfleet.edge.wire.session import Receipt, Session
+from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.cli import GRAPH
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry

@@ -23,8 +23,9 @@ import small_models
 from tinyfleet.edge.model.program import Dense, ReLU, build
 from tinyfleet.edge.mote.build_extension import INCLUDES, sources
 from tinyfleet.edge.mote.codegen import generate
-from tinyfleet.edge.wire import frames
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel, chunks, encode
+from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel, encode
 
 TESTS = Path(__file__).parent
 CORPUS = TESTS / "corpus"
@@ -117,7 +118,9 @@ def node_seeds() -> list[bytes]:
     found += [_message(0x80, encode(adopt)) + _message(0xC0, OTHER.data) + found[0]]
     found += [_message(0x80, encode(Reboot(3)))]
     found += [_message(0xE0, chunk) for chunk in chunks(np.zeros(103, np.float32).tobytes())]
-    line = b"".join(frames.encode(frames.Frame(frames.MESSAGE, "a topic", seed[:200])) for seed in found)
+    line = b"".join(
+        serial_frames.encode(serial_frames.Frame(serial_frames.MESSAGE, "a topic", seed[:200])) for seed in found
+    )
     return [*found, b"".join(found), line]
 
 

@@ -16,15 +16,15 @@ import pytest
 from ontology_fixtures import description, payload, status
 from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import Device, virtual_device
-from tinyfleet.edge.device.node import MoteNode
+from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Dense, Program, ReLU, Tanh, build
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import Topics
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build as firmware_build
 from tinyfleet.firmware_tools.firmware import emulate
@@ -159,7 +159,7 @@ def wait_for_graph(server: FleetServer, program: Program) -> None:
     assert not server.store.ask(sparql)
 
 
-class Deaf(MoteNode):
+class Deaf(Node):
     """The C node behind a line that loses the first messages of each kind."""
 
     def __init__(self, *arguments: object, lose: dict[str, int], **more: object) -> None:
@@ -197,7 +197,7 @@ def test_a_device_that_cannot_and_one_that_does_not_answer(
 ) -> None:
     start(mote(broker, "good"))
     td = thing_description("home", "full", VIRTUAL, "mote", "0.2.0", 65_536, OLD.model_id)
-    full = start(Device(lambda: MoteNode("home", "full", td, OLD, samples(), model_slot_bytes=64), *broker, "home"))
+    full = start(Device(lambda: Node("home", "full", td, OLD, samples(), model_slot_bytes=64), *broker, "home"))
     announce(server, "ghost")
     ended = deploy(server, plan(server.store), timeout=2.0)
     results = {result.device: result for result in ended.results}

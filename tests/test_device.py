@@ -28,7 +28,8 @@ from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Dense as DenseLayer
 from tinyfleet.edge.model.program import Program, ReLU, build
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
     Dense,
     Phase,
@@ -36,16 +37,15 @@ from tinyfleet.edge.wire.protocol import (
     Reply,
     Status,
     Success,
-    Topics,
     TrainTask,
     UpdateFormat,
     UpdateModel,
-    chunks,
     decode_reply,
     decode_status,
     encode,
 )
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 
 from tinyfleet.__main__ import main
 
@@ -80,7 +80,7 @@ class Server:
         self.session = Session(
             *broker, "server", on_message=lambda topic, payload: self._messages.put((topic, payload))
         )
-        for what in (TOPICS.status("+"), TOPICS.did("+"), TOPICS.td("+")):
+        for what in (TOPICS.status("+"), TOPICS.reply("+"), TOPICS.td("+")):
             self.session.subscribe(what)
 
     def wait(self, topic: str, wanted: Callable[[Any], bool] = lambda _: True) -> Any:
@@ -106,7 +106,7 @@ class Server:
         return status
 
     def ask(self, id: str, order: TrainTask | UpdateModel | Reboot) -> None:
-        self.session.publish(TOPICS.do(id), encode(order))
+        self.session.publish(TOPICS.command(id), encode(order))
 
     def broadcast(self, run: int, round: int, program: Program = PROGRAM) -> None:
         for i, payload in enumerate(chunks(program.initial(1).tobytes())):
@@ -114,9 +114,9 @@ class Server:
 
     def result(self, id: str, order: int) -> list[Reply]:
         """All parts of a reply."""
-        parts = [self.wait(TOPICS.did(id), lambda did: did.id == order)]
+        parts = [self.wait(TOPICS.reply(id), lambda did: did.id == order)]
         while len(parts) < getattr(parts[0], "parts", 1):
-            parts.append(self.wait(TOPICS.did(id), lambda did: did.id == order))
+            parts.append(self.wait(TOPICS.reply(id), lambda did: did.id == order))
         return parts
 
 

@@ -20,8 +20,9 @@ from tinyfleet.edge.device.sources import DatasetStream, Sample
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Dense, Tanh, build
-from tinyfleet.edge.wire.protocol import Topics, decode_status
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.messages import decode_status
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import EmbeddedStore

@@ -9,7 +9,7 @@ import pytest
 from tinyfleet.edge import tasks
 from tinyfleet.edge.model.program import Dense, build
 from tinyfleet.edge.tasks import Episode, Episodes, Split
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
 from tinyfleet.server import show
 from tinyfleet.server.evaluate import baselines, few_shot, one_pass
 

@@ -27,8 +27,10 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_episode
-from tinyfleet.edge.wire.protocol import Status, Topics, encode, parse_round_config
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.messages import Status, encode
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.round_config import parse_round_config
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import EmbeddedStore, Rows
 from tinyfleet.server.broker import Broker

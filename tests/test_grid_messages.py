@@ -18,8 +18,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
-from tinyfleet.edge.wire.protocol import (
-    Assembly,
+from tinyfleet.edge.wire.chunks import decode_chunk
+from tinyfleet.edge.wire.messages import (
     Dense,
     ErrorCode,
     Failure,
@@ -28,12 +28,11 @@ from tinyfleet.edge.wire.protocol import (
     Sparse,
     Status,
     Success,
-    Topics,
     TrainTask,
-    decode_chunk,
     decode_command,
     encode,
 )
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.flower.grid import MqttGrid, RoundEvent, node_id
 
 PROGRAM = p.build([p.Dense(16), p.ReLU(), p.Dense(3)], (20,), "softmax_cross_entropy")
@@ -53,13 +52,13 @@ class Puppet:
         self._weights: Assembly | None = None
         self._complete = threading.RoundEvent()
         self._client.will_set(TOPICS.status(name), encode(Status(False, PROGRAM.model_id)), qos=1, retain=True)
-        self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.do(name), qos=1)
+        self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.command(name), qos=1)
         self._client.connect(*broker)
         self._client.loop_start()
         self.say(Status(True, PROGRAM.model_id))
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
-        if message.topic == TOPICS.do(self.name):
+        if message.topic == TOPICS.command(self.name):
             work = decode_command(message.payload)
             assert isinstance(work, TrainTask)
             self.requests.put(work)
@@ -85,7 +84,7 @@ class Puppet:
 
     def reply(self, did: Reply | bytes, as_: str | None = None) -> None:
         payload = did if isinstance(did, bytes) else encode(did)
-        self._client.publish(TOPICS.did(as_ or self.name), payload, qos=1).wait_for_publish(15)
+        self._client.publish(TOPICS.reply(as_ or self.name), payload, qos=1).wait_for_publish(15)
 
     def vanish(self) -> None:
         """Breaks the connection, so that the broker publishes the will."""

@@ -26,7 +26,7 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Episodes, omniglot
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Dense, Metrics, Phase, Sparse, Success, UpdateFormat, encode
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Dense, Metrics, Phase, Sparse, Success, UpdateFormat, encode
 from tinyfleet.server.evaluate import few_shot
 from tinyfleet.server.flower.grid import MqttGrid, RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp

@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.agent import AgentNode
-from tinyfleet.edge.device.flower_client import apply_update
 from tinyfleet.edge.device.node import (
-    ENGINE_VERSION,
-    MoteNode,
+    Node,
     Node,
     NodeCounters,
     Out,
@@ -35,27 +33,28 @@ from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Dense as DenseLayer
 from tinyfleet.edge.model.program import Program, ReLU, assemble, build
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
     Command,
     Dense,
     ErrorCode,
     Failure,
     Phase,
-    ProtocolError,
     Reply,
     Sparse,
     Success,
-    Topics,
     TrainTask,
     UpdateFormat,
     UpdateModel,
-    chunks,
     decode_reply,
     decode_status,
     encode,
 )
-from tinyfleet.edge.wire.protocol import Reboot as RebootOrder
+from tinyfleet.edge.wire.messages import Reboot as RebootOrder
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.updates import apply_update
 
 FLEET, ID = "home", "one"
 TOPICS = Topics(FLEET)
@@ -80,7 +79,7 @@ Make = Callable[..., Node]
 
 
 def mote(program: Program = PROGRAM, **options: Any) -> Node:
-    return MoteNode(FLEET, ID, {"title": ID}, program, DATA, **options)
+    return Node(FLEET, ID, {"title": ID}, program, DATA, **options)
 
 
 def agent(program: Program = PROGRAM, **options: Any) -> Node:
@@ -114,7 +113,7 @@ def carried(program: Program) -> list[tuple[str, bytes]]:
 
 
 def do(node: Node, order: Any) -> list[Out]:
-    node.receive(TOPICS.do(ID), encode(order))
+    node.receive(TOPICS.command(ID), encode(order))
     return list(node.poll())
 
 
@@ -130,7 +129,7 @@ def deliver(node: Node, messages: Iterable[tuple[str, bytes]]) -> list[Out]:
 
 
 def replies(outs: Iterable[Out]) -> list[Reply]:
-    return [decode_reply(o.payload) for o in outs if isinstance(o, Publish) and o.topic == TOPICS.did(ID)]
+    return [decode_reply(o.payload) for o in outs if isinstance(o, Publish) and o.topic == TOPICS.reply(ID)]
 
 
 def serve(node: Node, order: TrainTask, vector: NDArray[np.float32] = WEIGHTS) -> list[Success]:
@@ -177,7 +176,7 @@ def test_topics_are_checked_for_names() -> None:
         with pytest.raises(ProtocolError):
             Topics(name)
     with pytest.raises(ProtocolError):
-        MoteNode(FLEET, "a#b", {}, PROGRAM, DATA)
+        Node(FLEET, "a#b", {}, PROGRAM, DATA)
 
 
 def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
@@ -198,7 +197,7 @@ def test_a_new_session_is_announced(make: Make) -> None:
     assert list(node.poll()) == []
     node.connected()
     subscribe, td, status = node.poll()
-    assert subscribe == Subscribe(TOPICS.do(ID))
+    assert subscribe == Subscribe(TOPICS.command(ID))
     assert td == Publish(TOPICS.td(ID), b'{"title": "one"}', True)
     assert isinstance(status, Publish) and status.retain and status.topic == TOPICS.status(ID)
     assert decode_status(status.payload).online and decode_status(status.payload).model == PROGRAM.model_id
@@ -587,7 +586,7 @@ def test_a_new_session_subscribes_to_what_is_missing(make: Make) -> None:
     do(node, work())
     node.connected()
     assert [o for o in node.poll() if isinstance(o, Subscribe)] == [
-        Subscribe(TOPICS.do(ID)),
+        Subscribe(TOPICS.command(ID)),
         Subscribe(TOPICS.weights(5, 1)),
     ]
 
@@ -600,7 +599,7 @@ def test_anything_else_is_counted_and_dropped(make: Make, payload: bytes, data: 
     node = make()
     valid = encode(work())
     payload = data.draw(st.one_of(st.just(payload), st.integers(0, len(valid) - 1).map(lambda n: valid[:n])))
-    node.receive(TOPICS.do(ID), payload)
+    node.receive(TOPICS.command(ID), payload)
     assert list(node.poll()) == [] and node.counters.malformed == 1
     do(node, work())
     for number in ("0", "00", "1", "-1", "4294967296", "99999", "+", ""):
@@ -722,8 +721,8 @@ def test_a_chunk_that_does_not_fit_is_malformed(make: Make) -> None:
 @both
 def test_an_order_with_something_behind_it_is_malformed(make: Make) -> None:
     node = make()
-    node.receive(TOPICS.do(ID), encode(work()) + b"\0")
-    node.receive(TOPICS.do(ID), b"")
+    node.receive(TOPICS.command(ID), encode(work()) + b"\0")
+    node.receive(TOPICS.command(ID), b"")
     assert node.counters.malformed == 2 and list(node.poll()) == []
 
 
@@ -848,8 +847,12 @@ RETAINED: list[list[tuple[str, bytes]]] = [
     else [(TOPICS.program(b"12345678", i), payload) for i, payload in enumerate(chunks(HEAD_ONLY.data))]
     for order in ORDERS
 ]
-MESSAGES = [(TOPICS.do(ID), encode(order)) for order in ORDERS] + [m for kept in RETAINED for m in kept]
-MESSAGES += [(TOPICS.weights(5, 1, 0), b""), (TOPICS.do("two"), encode(work())), (TOPICS.weights(5, 1, 0), b"\x80")]
+MESSAGES = [(TOPICS.command(ID), encode(order)) for order in ORDERS] + [m for kept in RETAINED for m in kept]
+MESSAGES += [
+    (TOPICS.weights(5, 1, 0), b""),
+    (TOPICS.command("two"), encode(work())),
+    (TOPICS.weights(5, 1, 0), b"\x80"),
+]
 
 actions = st.one_of(
     st.integers(0, len(ORDERS) - 1),

@@ -17,36 +17,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from tinyfleet.edge.mote.codegen import generate
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks, decode_chunk
+from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
-    CHUNK,
-    MAX_CHUNKS,
-    Assembly,
     Dense,
     ErrorCode,
     Failure,
     Metrics,
     Phase,
-    ProtocolError,
     Reboot,
-    RoundConfig,
     Sparse,
     Status,
     Success,
-    Topics,
     TrainTask,
     UpdateFormat,
     UpdateModel,
-    chunks,
-    decode_chunk,
     decode_command,
     decode_reply,
     decode_status,
     encode,
     error_text,
-    format_round_config,
-    parse_round_config,
 )
+from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config, parse_round_config
+from tinyfleet.edge.wire.topics import Topics
 
 u32 = st.integers(0, 2**32 - 1)
 f32 = st.floats(width=32, allow_nan=False)
@@ -235,14 +229,21 @@ def test_messages_are_small() -> None:
 
 def test_topics() -> None:
     t = Topics("home")
-    assert t.parse(t.do("a")) == ("command", ("a",)) and t.parse(t.did("a-1")) == ("reply", ("a-1",))
+    assert t.parse(t.command("a")) == ("command", ("a",)) and t.parse(t.reply("a-1")) == ("reply", ("a-1",))
     assert t.parse(t.status("a")) == ("status", ("a",)) and t.parse(t.td("a")) == ("td", ("a",))
     assert t.parse(t.weights(1, 2, 3)) == ("weights", (1, 2, 3))
     assert t.parse(t.program(bytes(8), 3)) == ("program", (bytes(8), 3))
-    for other in ("", "tinyfleet/work/devices/a/do", t.do("a") + "/x", t.do("a") + "\n", t.weights(1, 2), "tinyfleet"):
+    for other in (
+        "",
+        "tinyfleet/work/devices/a/do",
+        t.command("a") + "/x",
+        t.command("a") + "\n",
+        t.weights(1, 2),
+        "tinyfleet",
+    ):
         assert t.parse(other) is None
     assert t.parse("tinyfleet/home/runs/4294967296/1/1") is None and t.parse("tinyfleet/home/runs/01/1/1") is None
-    assert t.do("+") == "tinyfleet/home/devices/+/do"
+    assert t.command("+") == "tinyfleet/home/devices/+/do"
 
 
 def test_a_rounds_config() -> None:

@@ -18,24 +18,26 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SType
 from numpy.typing import NDArray
 from tinyfleet.edge import tasks
-from tinyfleet.edge.device.node import MoteNode, Publish
+from tinyfleet.edge.device.node import Node, Publish
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Task
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import (
     Dense,
     Failure,
     Kind,
     Metrics,
     Sparse,
     Success,
-    Topics,
     TrainTask,
-    chunks,
     decode_reply,
     encode,
     error_text,
-    parse_round_config,
 )
+from tinyfleet.edge.wire.round_config import parse_round_config
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.updates import apply_update
 
 Vector = NDArray[np.float32]
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
@@ -67,12 +69,12 @@ def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int)
     start = arrays_to_vector(arrays, task.program)
     plan = parse_round_config(config, kind, index)
     train_task = TrainTask(1, kind, 1, 1, task.program.model_id, plan.seed, plan.phases, plan.query, plan.update)
-    node = MoteNode(
+    node = Node(
         "flower",
         "node",
         {},
         task.program,
-        task.client(index, fleet_size),
+        DatasetStream(task.client(index, fleet_size)),
         arena_bytes=task.program.arena_bytes,
         model_slot_bytes=0,
     )
@@ -91,21 +93,21 @@ def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int)
 _task = lru_cache(tasks.load)  # a process serves many messages
 
 
-def _run(node: MoteNode, train_task: TrainTask, start: Vector) -> list[Success]:
+def _run(node: Node, train_task: TrainTask, start: Vector) -> list[Success]:
     """Carries one piece of work to the node, and its reply back."""
     topics = Topics("flower")
-    node.receive(topics.do(node.id), encode(train_task))
+    node.receive(topics.command(node.id), encode(train_task))
     list(node.poll())
     for n, chunk in enumerate(chunks(start.astype("<f4").tobytes())):
         node.receive(topics.weights(train_task.run, train_task.round, n), chunk)
     while node.step():
         pass
-    replies = [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.did(node.id)]
+    replies = [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.reply(node.id)]
     parts = []
-    for did in map(decode_reply, replies):
-        if isinstance(did, Failure):
-            raise RuntimeError(f"the node failed: {error_text(did)}")
-        parts.append(did)
+    for reply in map(decode_reply, replies):
+        if isinstance(reply, Failure):
+            raise RuntimeError(f"the node failed: {error_text(reply)}")
+        parts.append(reply)
     return parts
 
 
@@ -194,16 +196,3 @@ def to_metrics(metrics: Metrics, kind: Kind, bytes_up: int, program: Program) ->
             record["accuracy"] = metrics.correct / metrics.queried
         record["query-loss"] = metrics.query_loss
     return record
-
-
-def apply_update(start: Vector, parts: Iterable[Success]) -> Vector:
-    """What a reply's parts make of the vector that was sent; what they do not mention stays as it was."""
-    vector = start.copy()
-    for part in parts:
-        match part.update:
-            case Dense(offset=offset, values=values, change=change):
-                part_of = slice(offset, offset + len(values))
-                vector[part_of] = start[part_of] + values if change else values
-            case Sparse(indices=indices, changes=changes):
-                vector[indices] = start[indices] + changes
-    return vector

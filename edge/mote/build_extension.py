@@ -27,6 +27,19 @@ INCLUDES = (MOTE / "include", MOTE / "src" / "engine")
 # What Python sees, in the order of their dependencies.
 HEADERS = ["mote.h", "mote_host.h", "mote_node.h", "mote_stream.h", "mote_frame.h", "mote_mel.h"]
 
+# What C calls in Python (edge/device/node.py): a mote_source_t and a mote_learner_t.
+CALLBACKS = """
+extern "Python" {
+    int mote_python_open(void *, uint32_t);
+    int mote_python_next(void *, int, float *, float *);
+    int mote_python_load(void *, const void *, size_t);
+    int mote_python_set(void *, const float *, size_t);
+    int mote_python_get(void *, float *, size_t);
+    int mote_python_learn(void *, const float *, const float *, float, uint32_t, float *);
+    int mote_python_score(void *, const float *, const float *, float *, int *);
+}
+"""
+
 # Contraction would let a compiler fuse a product and a sum, and round once where another target rounds twice.
 FLAGS = ["-std=c99", "-O2", "-ffp-contract=off"]
 STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Wvla", "-Werror"]
@@ -58,6 +71,7 @@ def builder() -> cffi.FFI:
     ffi = cffi.FFI()
     for header in HEADERS:
         ffi.cdef(declarations(header))
+    ffi.cdef(CALLBACKS)
     ffi.set_source(
         MODULE,
         "\n".join(f'#include "{header}"' for header in HEADERS),

@@ -23,13 +23,14 @@ import numpy as np
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
-from tinyfleet.edge.device.node import ENGINE_VERSION
+from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.device.thing_description import thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.mote import build_extension, codegen
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import ProtocolError, Topics
+from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards.catalogue import BoardTarget, load_board
 from tinyfleet.firmware_tools.firmware import MODEL_SLOT_BYTES, kernel_table
 from tinyfleet.firmware_tools.firmware import stack as stack_usage
@@ -273,7 +274,7 @@ def build(
     uart = target.serial()
     _compiler()
     try:
-        Topics(fleet).do(device_id)
+        Topics(fleet).command(device_id)
     except ProtocolError as error:
         raise UserError(str(error)) from error
     data.check_compatible(program)

@@ -32,26 +32,25 @@ from tinyfleet.edge.device.flower_client import (
     vector_to_arrays,
 )
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.messages import (
     Dense,
     Failure,
     Kind,
-    ProtocolError,
-    RoundConfig,
     Sparse,
     Status,
     Success,
-    Topics,
     TrainTask,
-    chunks,
     decode_reply,
     decode_status,
     encode,
     error_text,
-    parse_round_config,
 )
-from tinyfleet.edge.wire.session import Message as Out
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.mqtt_session import Message as Out
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.round_config import RoundConfig, parse_round_config
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, NODE_UNAVAILABLE, Run, new_run, stamp
 
 Vector = NDArray[np.float32]
@@ -382,7 +381,7 @@ class MqttGrid(RunGrid):
         if self._session is None:
             return
         self._session.subscribe(self._topics.status("+"))
-        self._session.subscribe(self._topics.did("+"))
+        self._session.subscribe(self._topics.reply("+"))
         with self._changed:
             broadcasts, cleared = list(self._broadcasts), list(self._cleared)
         for broadcast in cleared:
@@ -461,7 +460,7 @@ class MqttGrid(RunGrid):
                     job.asked += 1
                     job.resend_at = now + job.resend_interval
                     job.resend_interval = min(2 * job.resend_interval, 16 * self._repeat)
-                    out.append(Out(self._topics.do(job.device), job.request))
+                    out.append(Out(self._topics.command(job.device), job.request))
         if out:  # not under the lock: the session's thread may wait for it
             self._send(out)
 

@@ -2,7 +2,7 @@
  *
  * The owner (firmware behind a UART or lwIP, a host process with an MQTT client, a test) hands over every message with
  * mote_node_receive, calls mote_node_step while it returns 1, and sends whatever mote_node_poll gives. Nothing blocks,
- * nothing is allocated, and every message may be lost, doubled, reordered, cut or hostile.
+ * nothing is allocated, and every message may be lost, repeated, reordered, cut or hostile.
  *
  * What the messages are: edge/wire/protocol.cddl.
  */
@@ -20,7 +20,7 @@ extern "C" {
 #define MOTE_TOPIC 128u       /* bytes of the longest topic, with its NUL */
 #define MOTE_MAX_PHASES 4u
 #define MOTE_OUT 256u  /* the least room for one outgoing payload */
-#define MOTE_RECENT 8u /* commands remembered, so that a late double of one is known */
+#define MOTE_RECENT 8u /* commands remembered, so that a late repetition of one is known */
 
 /* Where samples come from. open starts the task of this seed (a sensor may ignore it); next fills x and y (mote_inputs
  * and mote_targets floats) and returns 1, or returns 0 if no sample is there yet. query asks for samples that are never
@@ -30,6 +30,22 @@ typedef struct {
     int (*open)(void *context, uint32_t seed); /* MOTE_OK or an error */
     int (*next)(void *context, int query, float *x, float *y);
 } mote_source_t;
+
+/* Another engine that learns in mote's place, TensorFlow Lite's for example; all NULL: mote learns. The node still loads
+ * every program into its arena, whose parameters mirror the other engine's, so that what it does with parameters is the
+ * same: it sets them before learning and gets them after. Each returns MOTE_OK or an error. */
+typedef struct {
+    void *context;
+    /* This program runs from now on; its parameters are set before it learns. NULL: always the same program, and then
+     * the node takes none over the air. */
+    int (*load)(void *context, const void *program, size_t size);
+    int (*set)(void *context, const float *parameters, size_t count);
+    int (*get)(void *context, float *parameters, size_t count);
+    /* As mote_learn, with the layers of this mask training. */
+    int (*learn)(void *context, const float *x, const float *y, float rate, uint32_t layers, float *loss);
+    /* The loss on a sample that is not learned from, and whether its class is right, 1 or 0; 0 where there are none. */
+    int (*score)(void *context, const float *x, const float *y, float *loss, int *correct);
+} mote_learner_t;
 
 typedef struct {
     const char *fleet; /* as in the topics tinyfleet/{fleet}/devices/{id}/... */
@@ -51,6 +67,7 @@ typedef struct {
     uint8_t *out; /* room for one outgoing payload, at least MOTE_OUT bytes; larger updates go in parts */
     size_t out_size;
     mote_source_t source;
+    mote_learner_t learner;
 } mote_node_config_t;
 
 enum { MOTE_PUBLISH = 1, MOTE_PUBLISH_RETAINED = 2, MOTE_SUBSCRIBE = 3, MOTE_UNSUBSCRIBE = 4, MOTE_REBOOT = 5 };
@@ -64,8 +81,8 @@ typedef struct {
 
 typedef struct {
     uint32_t malformed; /* messages that did not decode, or did not fit */
-    uint32_t stale;     /* doubled, reordered or of a round that is over */
-    uint32_t samples;   /* learned from, since the start */
+    uint32_t stale;     /* repeated, reordered or of a round that is over */
+    uint32_t samples;   /* learned from, since the start; the owner may add those that it learned from by itself */
 } mote_counters_t;
 
 typedef struct {
@@ -77,16 +94,19 @@ typedef struct {
 typedef struct {
     mote_node_config_t config;
     mote_t mote;
-    uint8_t model[8]; /* of the program that runs */
+    uint8_t model[8];      /* of the program that runs, */
+    uint32_t program_size; /* and its bytes */
     mote_counters_t counters;
+    uint32_t rounds;      /* rounds whose parameters have arrived, since the start */
+    float battery, drift; /* of the status */
     uint32_t pending; /* what poll has to give, one bit each */
     char topic[MOTE_TOPIC];
 
-    /* The order in hand, or the last one done. An order is known by the CRC of its bytes, so that a doubled one is. */
+    /* The command in hand, or the last one done. It is known by the CRC of its bytes, so that a repeated one is. */
     uint32_t state;
-    uint32_t recent[MOTE_RECENT]; /* orders seen, recent[0] the one in hand */
+    uint32_t recent[MOTE_RECENT]; /* CRCs of commands, recent[0] of the one in hand */
     uint32_t id;
-    uint32_t has_round; /* whether run and round are those of an order */
+    uint32_t has_round; /* whether run and round are those of a command */
     uint32_t run, round, seed, query;
     uint32_t phases;
     mote_phase_t phase[MOTE_MAX_PHASES];
@@ -104,7 +124,7 @@ typedef struct {
     uint32_t left_run, left_round;
     uint8_t left_model[8];
 
-    /* Where the work is. */
+    /* How far the train task is. */
     uint32_t at_phase, at_step;
     uint32_t learned, queried, correct;
     float loss, query_loss; /* sums */
@@ -116,7 +136,7 @@ typedef struct {
     uint32_t part, parts, next; /* next: the parameter where the next part begins */
     uint32_t threshold, ties;   /* of a sparse reply: the bits of the smallest change sent, and how many such are */
     uint32_t ties_left;
-    uint32_t rejected_id, rejected_error; /* an order that was turned down at once */
+    uint32_t rejected_id, rejected_error; /* a command that was rejected at once */
     int32_t rejected_detail;
 } mote_node_t;
 
@@ -127,6 +147,11 @@ int mote_node_init(mote_node_t *n, const mote_node_config_t *config);
 
 /* To be called whenever the session with the broker is new: the node announces itself and subscribes again. */
 void mote_node_connected(mote_node_t *n);
+
+/* What the status says besides the node's own figures, each 0..1, or negative: not known, as it is at first. The status is
+ * sent again where drift begins or ends; the battery's level goes with the next one. */
+void mote_node_set_drift(mote_node_t *n, float drift);
+void mote_node_set_battery(mote_node_t *n, float battery);
 
 /* What the session must leave as its will, retained: topic and payload of the status "offline". */
 void mote_node_will(mote_node_t *n, mote_out_t *out);
