@@ -89,7 +89,7 @@ class CommandGroup(typer.Typer):
         super().__init__(cls=Group, help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
         self.callback()(lambda: None)  # else typer makes a group with one command into that command
 
-    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:  # type: ignore[override]
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """As typer's, with the help of `Command`."""
         return super().command(name, cls=Command, **settings)
 

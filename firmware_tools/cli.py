@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tinyfleet.edge.errors import UserError
@@ -172,7 +172,7 @@ def export_(
     if format not in export_library.FORMATS:
         raise UserError(f"there is no format '{format}'; choose {' or '.join(export_library.FORMATS)}")
     program = None if model is None else _read_program(model)
-    files = export_library.export(cast(export_library.Format, format), out, program)
+    files = export_library.export(format, out, program)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "files": [str(path.relative_to(out)) for path in files]}, indent=2))
     else:

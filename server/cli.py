@@ -334,8 +334,9 @@ def simulate(
     except ValueError as error:
         raise UserError(f"{task}: {error}; lower --shots, or choose a task with more samples") from error
     named_strategy = simulator.settings(strategy, learning_task, clients=clients_per_round)
-    precision = "mixed" if mixed_precision else "float32"
-    backend = simulator.Backend(learning_task.program, precision=precision, exact=exact)
+    backend = simulator.Backend(
+        learning_task.program, precision="mixed" if mixed_precision else "float32", exact=exact
+    )
     if initialization is None:
         parameters = simulator.initial_parameters(learning_task.program, named_strategy, seed)
     else:
