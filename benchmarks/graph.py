@@ -61,7 +61,7 @@ from tinyfleet.ontology.vocabulary.namespaces import (
     run_iri,
     version_iri,
 )
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 FLEET, MODELS, SEED = "home", 200, 0
 ROUND_OF = 9 / 10  # of the devices, that took part in the last round

@@ -40,7 +40,9 @@ def once(data: Path) -> dict[str, float]:
         where = ["--data", str(data)]
         device = until(["device", "simulate", "--devices", "4", *where], "device-3 is up", stack)
         agent = until(["agent", "start", "--device-id", "pi", *where], "is up", stack)
-        run = until(["run", "start", "--rounds", "1", "--clients-per-round", "5", "--json", *where], '"round": 1', stack)
+        run = until(
+            ["run", "start", "--rounds", "1", "--clients-per-round", "5", "--json", *where], '"round": 1', stack
+        )
         query = until(["query", "clients", *where], "5 rows", stack)
     return {
         "tinyfleet --help": help_,

@@ -83,9 +83,7 @@ def simulate(
     indices = range(first_index, first_index + devices)
     size = fleet_size or indices.stop
     if indices.stop > size:
-        raise UserError(
-            f"devices {first_index} to {indices.stop - 1} are not in a fleet of {size}; raise --fleet-size"
-        )
+        raise UserError(f"devices {first_index} to {indices.stop - 1} are not in a fleet of {size}; raise --fleet-size")
     name = fleet_of(fleet, data)
     started = []
     try:

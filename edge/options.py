@@ -63,7 +63,9 @@ class Group(typer.core.TyperGroup):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
         with formatter.section("Commands"):
-            formatter.write_dl([(name, (command.help or "").split("\n")[0]) for name, command in commands.items() if command])
+            formatter.write_dl(
+                [(name, (command.help or "").split("\n")[0]) for name, command in commands.items() if command]
+            )
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -21,7 +21,9 @@ def devices(
     """Prints the devices that can run a model. device: the only one that was asked about, if one was."""
     matching = {match.device for match in matches}
     if as_json:
-        reasons = {name: [asdict(requirement) for requirement in requirements] for (name, _), requirements in unmet.items()}
+        reasons = {
+            name: [asdict(requirement) for requirement in requirements] for (name, _), requirements in unmet.items()
+        }
         print(json.dumps({"model": model, "matches": [asdict(match) for match in matches], "unmet": reasons}, indent=2))
         return
     table = _table("device", "board", "online", "arena", "needs", "free", "trains")
@@ -42,14 +44,20 @@ def devices(
 def models(device: str, matches: Sequence[ModelMatch], unmet: UnmetRequirements, as_json: bool) -> None:
     """Prints the models that a device can run."""
     if as_json:
-        reasons = {model: [asdict(requirement) for requirement in requirements] for (_, model), requirements in unmet.items()}
-        print(json.dumps({"device": device, "matches": [asdict(match) for match in matches], "unmet": reasons}, indent=2))
+        reasons = {
+            model: [asdict(requirement) for requirement in requirements] for (_, model), requirements in unmet.items()
+        }
+        print(
+            json.dumps({"device": device, "matches": [asdict(match) for match in matches], "unmet": reasons}, indent=2)
+        )
         return
     table = _table("model", "name", "needs", "free", "parameters", "trains")
     for match in matches:
         parameters = "" if match.parameters is None else f"{match.parameters:,}"
         trains = _trains(match.layers, match.biases)
-        table.add_row(_id(match.model), printable(match.name), f"{match.required:,}", f"{match.room:,}", parameters, trains)
+        table.add_row(
+            _id(match.model), printable(match.name), f"{match.required:,}", f"{match.room:,}", parameters, trains
+        )
     console = _console()
     if matches:
         console.print(table)
@@ -65,9 +73,15 @@ def _reasons(console: Console, kind: str, unmet: Mapping[str, Sequence[UnmetRequ
     table = _table(kind, "cannot", "because")
     for name, requirements in unmet.items():
         runs = name in matching
-        shown = [requirement for requirement in requirements if runs or requirement.requirement not in (TRAIN, UPDATE_MODEL)] or requirements
+        shown = [
+            requirement for requirement in requirements if runs or requirement.requirement not in (TRAIN, UPDATE_MODEL)
+        ] or requirements
         cannot = (
-            ", ".join(_CANNOT[requirement.requirement] for requirement in requirements if requirement.requirement in _CANNOT) if runs else "run"
+            ", ".join(
+                _CANNOT[requirement.requirement] for requirement in requirements if requirement.requirement in _CANNOT
+            )
+            if runs
+            else "run"
         )
         table.add_row(name, cannot, "; ".join(printable(str(requirement)) for requirement in shown))
     console.print()

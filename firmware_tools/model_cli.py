@@ -41,9 +41,7 @@ Examples:
 KerasArgument = Annotated[
     Path, typer.Argument(metavar="MODEL.keras", help="A Keras 3 model, as model.save() writes it.")
 ]
-ModelArgument = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A Keras 3 model (.keras) or a .tflite file.")
-]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A Keras 3 model (.keras) or a .tflite file.")]
 TrainFromOption = Annotated[
     str | None,
     typer.Option(
@@ -64,9 +62,7 @@ LossOption = Annotated[
 ]
 RamBudgetOption = Annotated[
     str | None,
-    typer.Option(
-        "--ram-budget", metavar="SIZE", help="RAM budget, such as 256KB: choose what trains so that it fits."
-    ),
+    typer.Option("--ram-budget", metavar="SIZE", help="RAM budget, such as 256KB: choose what trains so that it fits."),
 ]
 Int8Option = Annotated[
     bool,
@@ -90,9 +86,7 @@ def compile_(
     model: ModelArgument,
     out: Annotated[Path, out_option("FILE.mote")] = Path("model.mote"),
     train_from: TrainFromOption = None,
-    bias_only: Annotated[
-        bool, typer.Option("--bias-only", help="Train only the biases of these layers.")
-    ] = False,
+    bias_only: Annotated[bool, typer.Option("--bias-only", help="Train only the biases of these layers.")] = False,
     ram_budget: RamBudgetOption = None,
     int8: Int8Option = False,
     classes: ClassesOption = None,
@@ -325,9 +319,7 @@ def match(
         if device_id is not None:
             matches.known_device(store, device_id, name)
         both = iri is not None and device_id is not None
-        unmet = (
-            matches.unmet_requirements(store, name, model=iri, device=device_id) if explain or both else {}
-        )
+        unmet = matches.unmet_requirements(store, name, model=iri, device=device_id) if explain or both else {}
         if iri is not None:
             found = [m for m in matches.match_devices(store, iri, name) if device_id in (None, m.device)]
             report.devices(iri, found, unmet, device_id, as_json)

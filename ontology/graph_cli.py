@@ -28,9 +28,7 @@ Examples:
 def build_catalogue(
     folder: Annotated[
         Path,
-        typer.Argument(
-            metavar="DIR", help="Folder with platformio_boards.csv, core_boards.json and sensor_parts.csv."
-        ),
+        typer.Argument(metavar="DIR", help="Folder with platformio_boards.csv, core_boards.json and sensor_parts.csv."),
     ],
     out: Annotated[Path, out_option("FILE")] = Path("build/boards.ttl"),
     as_json: JsonOption = False,
@@ -63,9 +61,7 @@ def build_catalogue(
 
 @app.command()
 def load(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Turtle (.ttl) or N-Triples (.nt) files.")
-    ],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Turtle (.ttl) or N-Triples (.nt) files.")],
     data: DataOption = DATA,
     as_json: JsonOption = False,
 ) -> None:
@@ -77,8 +73,8 @@ def load(
     Examples:
       tinyfleet graph load build/boards.ttl
     """
-    from tinyfleet.ontology.store.store import triples
     from tinyfleet.ontology.ingest.describe import put_facts
+    from tinyfleet.ontology.store.store import triples
     from tinyfleet.ontology.vocabulary import shapes
 
     facts: dict[Iri, dict[Iri, list[object]]] = {}

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from tinyfleet.edge.model.program import Program
     from tinyfleet.server.evaluate import Score
-    from tinyfleet.server.run import Round
     from tinyfleet.server.simulator import SimulationResult
+    from tinyfleet.server.training_run import Round
 
 server_app = CommandGroup("""Run the fleet's server.
 
@@ -87,7 +87,7 @@ def start_server(
       tinyfleet server start --port 0 --fleet greenhouse --data greenhouse
       tinyfleet server start --broker 192.168.1.5:1883
     """
-    from tinyfleet.server.serve import FleetServer
+    from tinyfleet.server.fleet_server import FleetServer
 
     stopped = threading.Event()
 
@@ -153,9 +153,7 @@ def start_run(
     ] = None,
     anneal: Annotated[
         bool | None,
-        typer.Option(
-            "--anneal/--no-anneal", help="TinyMetaFed: lower the server's learning rate.", show_default="on"
-        ),
+        typer.Option("--anneal/--no-anneal", help="TinyMetaFed: lower the server's learning rate.", show_default="on"),
     ] = None,
     proximal_mu: Annotated[
         float | None,
@@ -209,11 +207,11 @@ def start_run(
     from tinyfleet.ontology.cli import read_query
     from tinyfleet.ontology.store.store import RemoteStore
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
-    from tinyfleet.server import show
+    from tinyfleet.server import run_report
     from tinyfleet.server.evaluate import baselines
     from tinyfleet.server.flower.internals import log_level
-    from tinyfleet.server.run import StrategyOptions, make_strategy
-    from tinyfleet.server.run import run as run_rounds
+    from tinyfleet.server.named_strategies import StrategyOptions, make_strategy
+    from tinyfleet.server.training_run import run as run_rounds
 
     log_level(logging.ERROR)  # the rounds are shown below
     _check_folders(out)
@@ -230,7 +228,7 @@ def start_run(
     console = Console(highlight=False, quiet=as_json)
     with (
         RemoteStore(server["endpoint"], server.get("token")) as store,
-        show.Rounds(console, named_strategy.name, rounds) as bar,
+        run_report.Rounds(console, named_strategy.name, rounds) as bar,
     ):
         outcome = run_rounds(
             learning_task,
@@ -255,14 +253,14 @@ def start_run(
         metric = scores["learned"][0].metric
         typer.echo(json.dumps({"run": outcome.run, f"{metric.replace(' ', '-')}-by-shots": means}))
     else:
-        console.print(show.scores(scores))
+        console.print(run_report.scores(scores))
         console.print(f"run {outcome.run}; its lineage: tinyfleet query lineage --data {data}")
 
 
 def _print_round(this: Round) -> None:
     line = {
-        "round": this.number, "selected": this.asked, "clients": [part.device for part in this.parts],
-        "staleness": [part.staleness for part in this.parts], "no-reply": dict(this.lost),
+        "round": this.number, "selected": this.selected, "clients": [part.device for part in this.participations],
+        "staleness": [part.staleness for part in this.participations], "no-reply": dict(this.no_reply),
         "loss": this.loss, "accuracy": this.accuracy, "bytes-up": this.bytes_up, "bytes-down": this.bytes_down,
         "seconds": round(this.seconds, 3),
     }  # fmt: skip
@@ -322,7 +320,7 @@ def simulate(
     import numpy as np
     from rich.console import Console
     from tinyfleet.edge import tasks
-    from tinyfleet.server import show, simulator
+    from tinyfleet.server import run_report, simulator
     from tinyfleet.server.evaluate import QUERIES, SHOTS, Score
 
     _check_folders(out, checkpoint, plot)
@@ -333,10 +331,8 @@ def simulate(
         learning_task.draw("held_out", [seed], max(SHOTS), QUERIES)
     except ValueError as error:
         raise UserError(f"{task}: {error}; lower --shots, or choose a task with more samples") from error
-    named_strategy = simulator.settings(strategy, learning_task, clients=clients_per_round)
-    backend = simulator.Backend(
-        learning_task.program, precision="mixed" if mixed_precision else "float32", exact=exact
-    )
+    named_strategy = simulator.strategy_settings(strategy, learning_task, clients=clients_per_round)
+    backend = simulator.Backend(learning_task.program, precision="mixed" if mixed_precision else "float32", exact=exact)
     if initialization is None:
         parameters = simulator.initial_parameters(learning_task.program, named_strategy, seed)
     else:
@@ -356,7 +352,7 @@ def simulate(
             rounds=rounds,
             seed=seed,
             checkpoint=checkpoint,
-            every=checkpoint_every,
+            checkpoint_every=checkpoint_every,
             on_round=_print_simulated_round if as_json else bar,
         )
     if out is not None:
@@ -378,12 +374,12 @@ def simulate(
     initializations = {"learned": outcome.parameters, "random": learning_task.program.initial(seed)}
     scores = {name: [score(vector, k) for k in SHOTS] for name, vector in initializations.items()}
     if plot is not None:
-        show.plot(plot, f"{strategy} on {task}", {"learned": outcome.rounds}, scores, by_round=True)
+        run_report.plot(plot, f"{strategy} on {task}", {"learned": outcome.rounds}, scores, by_round=True)
     if as_json:
         means = {name: {s.shots: s.mean for s in row} for name, row in scores.items()}
         typer.echo(json.dumps({"devices": backend.devices, "held-out-by-shots": means}))
     else:
-        console.print(show.scores(scores))
+        console.print(run_report.scores(scores))
 
 
 @contextmanager
@@ -489,8 +485,8 @@ def deploy(
     from tinyfleet.ontology.queries import library
     from tinyfleet.ontology.store.store import RemoteStore
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
-    from tinyfleet.server import deploy as deployments
-    from tinyfleet.server import show_deployment as show
+    from tinyfleet.server import deployment as deployments
+    from tinyfleet.server import deployment_report
 
     program = deployments.read_program(model)
     server = require_server(data)
@@ -505,12 +501,12 @@ def deploy(
             "targets": [match.device for match in plan.targets],
             "excluded": dict(plan.left_out),
         }
-        show.print_deployment_plan(console, model, program, plan)
+        deployment_report.print_deployment_plan(console, model, program, plan)
         if not yes:
             console.print("Nothing was sent. To send it, add --yes", soft_wrap=True)
             ended = None
         else:
-            with show.Results(console, len(plan.targets)) as on_result:
+            with deployment_report.Results(console, len(plan.targets)) as on_result:
                 ended = deployments.deploy(
                     store,
                     program,
@@ -522,7 +518,7 @@ def deploy(
                     on_result=on_result,
                 )
             summary |= {"deployment": ended.iri, "results": [asdict(result) for result in ended.results]}
-            show.outcome(console, ended)
+            deployment_report.print_result(console, ended)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     if ended is not None and len(ended.devices("confirmed")) < len(plan.targets):

@@ -27,20 +27,19 @@ from tinyfleet.edge.tasks import Task
 from tinyfleet.ontology.cli import print_rows
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.vocabulary.namespaces import Iri, model_iri
-from tinyfleet.server import show
+from tinyfleet.server import run_report
 from tinyfleet.server.evaluate import SHOTS, one_pass
+from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.run import Round, RunResult, make_strategy, run
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.named_strategies import make_strategy
+from tinyfleet.server.training_run import Round, RunResult, run
 
 FLEET = "demo"
 BOARD = "mps2-an386"
 ANNOUNCE_TIMEOUT = 45.0
 
 
-def run_demo(
-    *, task_name: str, rounds: int, clients: int, devices: int, board: bool, data: Path, seed: int
-) -> None:
+def run_demo(*, task_name: str, rounds: int, clients: int, devices: int, board: bool, data: Path, seed: int) -> None:
     """Runs a whole fleet on this machine, and prints what it does and learns.
 
     Parameters
@@ -111,10 +110,10 @@ def run_demo(
                 for name, start in starts.items()
             }
         console.print()
-        console.print(show.scores(results))
+        console.print(run_report.scores(results))
         console.print(_costs(task, runs))
         picture = data / f"{task.name}.png"
-        show.plot(
+        run_report.plot(
             picture,
             f"{task.name}: {fleet.size} devices, {rounds} rounds",
             {name: outcome.rounds for name, outcome in runs.items()},
@@ -257,7 +256,7 @@ def _learn(
 ) -> RunResult:
     """began: when the demo was started, if this is its first run."""
     named_strategy = make_strategy(strategy, task, rounds=rounds, clients=clients, seed=seed)
-    with show.Rounds(console, named_strategy.name, rounds) as shown:
+    with run_report.Rounds(console, named_strategy.name, rounds) as shown:
 
         def ended(this: Round) -> None:
             if began is not None and this.number == 1:
@@ -283,7 +282,7 @@ def _costs(task: Task, runs: dict[str, RunResult]) -> Table:
         table.add_column(column, justify="right" if column else "left")
     dense = 4 * task.program.n_params
     for name, outcome in runs.items():
-        sent = [part.bytes_up for ended in outcome.rounds for part in ended.parts if part.bytes_up]
+        sent = [part.bytes_up for ended in outcome.rounds for part in ended.participations if part.bytes_up]
         mean = sum(sent) / len(sent) if sent else float("nan")
         ram = max(ended.arena_bytes or 0 for ended in outcome.rounds)  # as the devices say
         beside = ram - dense

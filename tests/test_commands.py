@@ -134,8 +134,23 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-BASE = """numpy cffi _cffi_backend pycparser cbor2 _cbor2 paho typer click rich shellingham typing_extensions markdown_it
-mdurl pygments""".split()
+BASE = [
+    "numpy",
+    "cffi",
+    "_cffi_backend",
+    "pycparser",
+    "cbor2",
+    "_cbor2",
+    "paho",
+    "typer",
+    "click",
+    "rich",
+    "shellingham",
+    "typing_extensions",
+    "markdown_it",
+    "mdurl",
+    "pygments",
+]
 """What `pip install tinyfleet` alone brings, by the modules' names."""
 HIDE = f"""
 import sys

@@ -17,8 +17,8 @@ from tinyfleet.edge import tasks
 from tinyfleet.ontology.ingest.lineage import Participation
 from tinyfleet.server.demo import why_no_board
 from tinyfleet.server.evaluate import Score
-from tinyfleet.server.run import Round
-from tinyfleet.server.show import plot
+from tinyfleet.server.run_report import plot
+from tinyfleet.server.training_run import Round
 
 from tinyfleet.__main__ import main
 
@@ -140,8 +140,12 @@ def test_what_run_cannot_use_is_said_before_it_begins(
         assert "give a file that `tinyfleet run start --out` wrote" in run("--initialization", str(bad))
     assert "give a file of the same task" in run("--initialization", str(other))
     assert "there is no folder" in run("--out", str(tmp_path / "nowhere" / "initialization.npz"))
-    assert "reptile has no use for --proximal-mu: leave it out, or choose" in run("--strategy", "reptile", "--proximal-mu", "0.1")
-    assert "tinyreptile has no use for --local-head/--no-local-head" in run("--strategy", "tinyreptile", "--no-local-head")
+    assert "reptile has no use for --proximal-mu: leave it out, or choose" in run(
+        "--strategy", "reptile", "--proximal-mu", "0.1"
+    )
+    assert "tinyreptile has no use for --local-head/--no-local-head" in run(
+        "--strategy", "tinyreptile", "--no-local-head"
+    )
     (tmp_path / "server.json").write_text(json.dumps({"endpoint": "http://127.0.0.1:9/sparql", "broker": "x:1"}))
     assert "nor is it a query of the library" in run("--select", "no-such.rq")
     for name in ("a b", "x" * 33):

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import free_port, start_mosquitto
-from tinyfleet.edge.wire.server_info import broker_address
-from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import Device, virtual_device
+from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
@@ -45,6 +44,7 @@ from tinyfleet.edge.wire.messages import (
     encode,
 )
 from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.server_info import broker_address
 from tinyfleet.edge.wire.topics import Topics
 
 from tinyfleet.__main__ import main
@@ -66,8 +66,8 @@ def mote(broker: Broker, id: str) -> Device:
 
 
 def agent(broker: Broker, id: str) -> Device:
-    def node() -> AgentNode:
-        return AgentNode("home", id, {"title": id}, PROGRAM, DatasetStream(samples()), MoteLearner)
+    def node() -> Node:
+        return Node("home", id, {"title": id}, PROGRAM, DatasetStream(samples()), learner=MoteLearner)
 
     return Device(node, *broker, "home")
 

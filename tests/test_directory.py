@@ -29,7 +29,7 @@ from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry
 from tinyfleet.ontology.ingest.things import CONTEXT, REMEMBERED, DocumentChanges, ThingStore, difference, merged
 from tinyfleet.ontology.store.store import EmbeddedStore
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri, device_iri
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 TD_JSON, PATCH = "application/td+json", "application/merge-patch+json"
 TOPICS = Topics("home")

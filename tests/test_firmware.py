@@ -20,6 +20,7 @@ from conftest import free_port, start_mosquitto
 from small_models import MODELS
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.device.node import Node, Publish
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program
 from tinyfleet.edge.model.program import Program
@@ -46,7 +47,7 @@ from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate, stack
 from tinyfleet.firmware_tools.gateway import Gateway
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 ROOT = Path(__file__).parents[1]
 BOARDS = ["mps2-an385", "mps2-an386", "mps2-an500"]
@@ -168,14 +169,14 @@ def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_p
 )
 def test_the_stack_is_at_most_what_the_document_says(core: str, board: str, tmp_path: Path) -> None:
     """No recursion, no arrays of variable length (the build fails), no call to who knows where: all is summed up."""
-    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "mote.md").read_text().splitlines()]
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "reference" / "engine.md").read_text().splitlines()]
     cells = [[cell.strip() for cell in row] for row in rows if len(row) == 5]
     column = next(row for row in cells if row[0] == "stack in bytes").index(core)
     stated = {row[0].strip("`"): int(row[column]) for row in cells if row[0].startswith("`mote_")}
     depths = whole_image(board, "exact", tmp_path / "whole.elf").depths
     assert stated.keys() == depths.keys()
     for name, depth in depths.items():
-        assert depth.bytes <= stated[name], f"{name}: {depth.calls}; change docs/mote.md, or the code"
+        assert depth.bytes <= stated[name], f"{name}: {depth.calls}; change docs/reference/engine.md, or the code"
 
 
 def test_the_state_is_40_bytes(tmp_path: Path) -> None:
@@ -313,7 +314,7 @@ def weights_of(number: int) -> dict[str, bytes]:
 
 def host_reply(work: TrainTask) -> list[bytes]:
     """What the C node on this machine replies, in order."""
-    node = Node(FLEET, ID, {}, mlp(), samples(), out_bytes=1024 + 128)
+    node = Node(FLEET, ID, {}, mlp(), DatasetStream(samples()), out_bytes=1024 + 128)
     node.connected()
     list(node.poll())
     node.receive(TOPICS.command(ID), encode(work))

@@ -42,7 +42,7 @@ with IndexedStore(path) as store:
 SERVER = """
 import sys, threading
 from pathlib import Path
-from server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 server = FleetServer(Path(sys.argv[1]), "home", broker=("127.0.0.1", int(sys.argv[2])))
 print("ready", flush=True)

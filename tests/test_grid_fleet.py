@@ -20,13 +20,13 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
 from numpy.typing import NDArray
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import Device, virtual_device
-from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_episode
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.round_config import parse_round_config
@@ -34,10 +34,14 @@ from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import EmbeddedStore, Rows
 from tinyfleet.server.broker import Broker
-from tinyfleet.server.flower.grid import CompositeGrid, MqttGrid, RoundEvent, node_id
+from tinyfleet.server.fleet_server import FleetServer
+from tinyfleet.server.flower.composite_grid import CompositeGrid
+from tinyfleet.server.flower.devices import node_id
+from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.run import NamedStrategy, Round, RunResult, make_strategy, run
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.flower.requests import RoundEvent
+from tinyfleet.server.named_strategies import NamedStrategy, make_strategy
+from tinyfleet.server.training_run import Round, RunResult, run
 
 Vector = NDArray[np.float32]
 
@@ -216,11 +220,11 @@ def test_a_run_learns_and_leaves_its_lineage(server: FleetServer, devices: Start
     outcome = learn(server, make_strategy(name, TASK, rounds=6, clients=3, query=8), 6, clients=4)
     assert [this.number for this in outcome.rounds] == [1, 2, 3, 4, 5, 6]
     expected = {"tinyreptile": 1, "fedavg": 4}.get(name, 3)
-    assert all(len(this.parts) == this.asked == expected and not this.lost for this in outcome.rounds)
+    assert all(len(this.participations) == this.selected == expected and not this.no_reply for this in outcome.rounds)
     assert not np.array_equal(outcome.parameters, PROGRAM.initial(0))
     if name == "tinymetafed":
         dense = 4 * PROGRAM.n_params
-        assert all(part.bytes_up is not None and part.bytes_up < dense / 4 for part in outcome.rounds[0].parts)
+        assert all(part.bytes_up is not None and part.bytes_up < dense / 4 for part in outcome.rounds[0].participations)
     last = server.store.query(library.text("last-round"), fleet="test")
     assert last.column("number") == [6] * expected and last.column("run") == [outcome.run] * expected
     lineage = server.store.query(library.text("lineage"), fleet="test")
@@ -245,7 +249,7 @@ def test_a_query_decides_who_takes_part(server: FleetServer, devices: Start) -> 
         SELECT ?id { VALUES ?fleet { UNDEF } ?d tf:fleet ?fleet ; tf:deviceId ?id ; tf:online true .
                      FILTER(?id IN ("test-1", "test-2")) }"""
     outcome = learn(server, make_strategy("reptile", TASK, rounds=2, clients=4), 2, query=chosen, clients=2)
-    assert {part.device for this in outcome.rounds for part in this.parts} == {"test-1", "test-2"}
+    assert {part.device for this in outcome.rounds for part in this.participations} == {"test-1", "test-2"}
 
 
 def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
@@ -256,10 +260,22 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     fleet = [virtual_device(*broker, "test", f"steady-{i}", task.program, task.client(i, 4)) for i in range(3)]
     for device in fleet:
         device.start()
-    command = [sys.executable, "-m", "tinyfleet", "device", "simulate", "--prefix", "weak", "--first-index", "3", "--fleet", "test"]
+    command = [
+        sys.executable,
+        "-m",
+        "tinyfleet",
+        "device",
+        "simulate",
+        "--prefix",
+        "weak",
+        "--first-index",
+        "3",
+        "--fleet",
+        "test",
+    ]
     weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
 
-    there, gone = threading.RoundEvent(), threading.RoundEvent()
+    there, gone = threading.Event(), threading.RoundEvent()
 
     def log_lines(line: str) -> None:
         if line == "weak-3: online":
@@ -268,7 +284,7 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
             gone.set()
 
     def kill(event: RoundEvent) -> None:
-        if event.kind == "asked" and event.device == "weak-3":
+        if event.kind == "requested" and event.device == "weak-3":
             weak.send_signal(signal.SIGKILL)
 
     online = """PREFIX tf: <https://w3id.org/tinyfleet#>
@@ -289,8 +305,8 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
             device.stop()
         assert all(device.join(10) for device in fleet)
     first, second = outcome.rounds
-    assert first.asked == 4 and len(first.parts) == 3 and first.lost == {"weak-3": "went offline"}
-    assert second.asked == 3 and len(second.parts) == 3 and not second.lost
+    assert first.selected == 4 and len(first.participations) == 3 and first.no_reply == {"weak-3": "went offline"}
+    assert second.selected == 3 and len(second.participations) == 3 and not second.no_reply
     assert states == {"steady-0": True, "steady-1": True, "steady-2": True, "weak-3": False}
 
 
@@ -323,7 +339,7 @@ def test_a_device_that_comes_during_a_run_takes_part(tmp_path: Path, broker: tup
     with FleetServer(tmp_path / "data", "test", broker=broker, on_log=heard.put) as server:
         how = make_strategy("reptile", TASK, rounds=30, clients=3)
         outcome = learn(server, how, 30, clients=2, on_round=another)  # 30: until the grid has heard of it, too
-    first, *_, last = ({part.device for part in ended.parts} for ended in outcome.rounds)
+    first, *_, last = ({part.device for part in ended.participations} for ended in outcome.rounds)
     assert first == {"test-0", "test-1"} and last == {*first, "late-0"}
 
 
@@ -341,7 +357,7 @@ def test_flowers_strategies_keep_to_their_number_of_clients_as_the_fleet_shrinks
     with FleetServer(tmp_path / "data", "test", broker=broker, on_log=heard.put) as server:
         heard.until(*(f"test-{i}: online" for i in range(6)))
         outcome = learn(server, make_strategy("fedavg", TASK, rounds=3, clients=1), 3, clients=1, on_round=leave)
-    assert [ended.asked for ended in outcome.rounds] == [1, 1, 1]
+    assert [ended.selected for ended in outcome.rounds] == [1, 1, 1]
 
 
 def announced(
@@ -420,7 +436,17 @@ def test_a_device_that_was_there_before_the_server_is_known(tmp_path: Path, brok
 def test_devices_that_died_while_the_broker_was_gone_are_offline(tmp_path: Path) -> None:
     port = free_port()
     broker = start_mosquitto(tmp_path, port)
-    command = [sys.executable, "-m", "tinyfleet", "device", "simulate", "--fleet", "test", "--broker", f"127.0.0.1:{port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "tinyfleet",
+        "device",
+        "simulate",
+        "--fleet",
+        "test",
+        "--broker",
+        f"127.0.0.1:{port}",
+    ]
     root = Path(__file__).parent.parent
     online = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { ?d tf:fleet "test" ; tf:deviceId ?id ; tf:online true }"""

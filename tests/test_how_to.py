@@ -1,4 +1,4 @@
-"""docs/how-to-add-an-application.md: what it shows runs as it is shown."""
+"""docs/how-to/add-a-learning-task.md: what it shows runs as it is shown."""
 
 import re
 import subprocess
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from tinyfleet.edge.device.node import Node
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.tasks import Task, load
 
 ROOT = Path(__file__).parents[1]
-HOW_TO = ROOT / "docs" / "how-to-add-an-application.md"
+HOW_TO = ROOT / "docs" / "how-to" / "add-a-learning-task.md"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_its_test_passes(folder: Path) -> None:
 
 
 def test_a_device_runs_it(task: Task) -> None:
-    node = Node("home", "pump-1", {}, task.program, task.client(1, 8))
+    node = Node("home", "pump-1", {}, task.program, DatasetStream(task.client(1, 8)))
     assert node.model == task.program.model_id
 
 

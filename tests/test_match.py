@@ -305,7 +305,10 @@ def test_a_file_is_described_and_matched(data: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"roomy cannot run urn:tinyfleet:model:{LARGE.model_id.hex()}")
     assert f"RAM to run: it takes {LARGE.arena_bytes:,} B, {LARGE.arena_bytes - 65_536:,} more" in done.stdout
     again = tinyfleet("model", "match", "--model", LARGE.model_id.hex(), "--device-id", "small", "--json", data=data)
-    assert [miss["requirement"] for miss in json.loads(again.stdout)["unmet"]["small"]] == ["RAM to run", "RAM to train"]
+    assert [miss["requirement"] for miss in json.loads(again.stdout)["unmet"]["small"]] == [
+        "RAM to run",
+        "RAM to train",
+    ]
 
 
 def test_the_models_for_a_device(data: Path) -> None:

@@ -19,20 +19,33 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
 from test_grid_fleet import Start, devices  # noqa: F401
 from tinyfleet.edge import datasets, tasks
-from tinyfleet.edge.device.agent import HEAD, dense_update, sparse_update
-from tinyfleet.edge.device.flower_client import arrays_to_vector, serve, vector_to_arrays
-from tinyfleet.edge.device.node import OUT_BYTES
+from tinyfleet.edge.device.flower_client import serve
+from tinyfleet.edge.device.node import Node, Publish
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import program as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Episodes, omniglot
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Dense, Metrics, Phase, Sparse, Success, UpdateFormat, encode
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
+from tinyfleet.edge.wire.messages import (
+    ALL_LAYERS,
+    Metrics,
+    Phase,
+    Success,
+    TrainTask,
+    UpdateFormat,
+    decode_reply,
+    encode,
+)
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.server.evaluate import few_shot
 from tinyfleet.server.flower.grid import MqttGrid, RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp
 from tinyfleet.server.flower.strategies import Reptile, TinyMetaFed, TinyReptile
 from tinyfleet.server.flower.strategies.reptile import task_seed
-from tinyfleet.server.run import StrategyOptions, limit_clients, make_strategy
+from tinyfleet.server.named_strategies import StrategyOptions, limit_clients, make_strategy
 
 from tinyfleet.__main__ import cli
 
@@ -139,7 +152,7 @@ def flower_rounds(strategy: Reptile, start: NDArray[np.float32], rounds: int) ->
 
 
 def ours(name: str) -> tuple[Reptile, Any]:
-    how = replace(meta.settings(name, DIGITS, clients=4), alpha=0.8)
+    how = replace(meta.strategy_settings(name, DIGITS, clients=4), alpha=0.8)
     rate, steps = how.phases[-1].rate, how.phases[-1].steps
     if name == "tinymetafed":
         strategy: Reptile = TinyMetaFed(
@@ -181,26 +194,38 @@ def test_updates_and_their_bytes_are_those_of_a_node(density: float, half: bool)
     start = random.normal(size=n).astype(np.float32)
     learned = start + np.round(random.normal(size=(3, n)), 1).astype(np.float32) * (random.random((3, n)) < 0.5)
     how = UpdateFormat(shared=ALL_LAYERS & ~2, half=half, density=density)
-    shared = meta.network(DIGITS.program).chosen(how.shared)
-    metrics = Metrics(160, 1.0, 0, 0, 0.0, 12_000)
-    received, sizes = meta.encoded(start, learned, how, shared, metrics)
+    shared = meta.network(DIGITS.program).in_layers(how.shared)
+    metrics = Metrics(0, 0.0, 0, 0, 0.0, DIGITS.program.arena_bytes)
+    received, sizes = meta.traffic.received_updates(start, learned, how, shared, metrics)
     for mine, size, vector in zip(received, sizes, learned, strict=True):
-        updates: list[Dense | Sparse]
-        if density < 1:
-            updates = [*sparse_update(vector - start, shared, how, OUT_BYTES - HEAD)]
-        else:
-            updates = [*dense_update(vector, shared, how, OUT_BYTES - HEAD)]
-        expected, sent = start.copy(), 0
-        for i, update in enumerate(updates):
-            values = update.values if isinstance(update, Dense) else update.changes
-            carried = values.astype(np.float16).astype(np.float32) if half else values
-            if isinstance(update, Dense):
-                expected[update.offset : update.offset + len(values)] = carried
-            else:
-                expected[update.indices] = start[update.indices] + carried
-            sent += len(encode(Success(1 << 20, i, len(updates), None if i else metrics, update)))
-        np.testing.assert_array_equal(mine, expected)
-        assert size == sent
+        replies = node_replies(start, vector, how)
+        np.testing.assert_array_equal(mine, apply_update(start, map(as_success, replies)))
+        assert size == sum(map(len, replies))
+
+
+def node_replies(start: NDArray[np.float32], learned: NDArray[np.float32], how: UpdateFormat) -> list[bytes]:
+    """What the C node sends if its learner has learned this."""
+
+    class Learned(MoteLearner):
+        @property
+        def parameters(self) -> NDArray[np.float32]:
+            return learned
+
+    topics, stream = Topics("home"), DatasetStream(DIGITS.client(0, 1))
+    node = Node("home", "one", {}, DIGITS.program, stream, learner=Learned)
+    task = TrainTask(1 << 20, "train", 1, 1, DIGITS.program.model_id, 1, (), 0, how)
+    node.receive(topics.command("one"), encode(task))
+    for i, chunk in enumerate(chunks(start.tobytes())):
+        node.receive(topics.weights(1, 1, i), chunk)
+    while node.step():
+        pass
+    return [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.reply("one")]
+
+
+def as_success(payload: bytes) -> Success:
+    reply = decode_reply(payload)
+    assert isinstance(reply, Success)
+    return reply
 
 
 @pytest.mark.parametrize(
@@ -214,11 +239,11 @@ def test_bytes_are_those_that_real_devices_and_a_broker_carry(
     devices(FLEET, task=DIGITS)
     count, seed, number = 3, 5, itertools.count(1)
     strategy = make_strategy(name, DIGITS, rounds=2, clients=count, seed=seed, options=StrategyOptions(density=density))
-    how = meta.settings(name, DIGITS, clients=count)
+    how = meta.strategy_settings(name, DIGITS, clients=count)
     if density is not None:
         how = replace(how, update=replace(how.update, density=density))
     start = meta.initial_parameters(DIGITS.program, how)
-    with MqttGrid(*broker, "test", DIGITS.program, repeat=60) as grid:  # a busy machine is not asked twice
+    with MqttGrid(*broker, "test", DIGITS.program, resend_interval=60) as grid:  # a busy machine is not asked twice
         nodes = sorted(grid.wait_for_nodes(FLEET, 20))
         limit_clients(strategy.strategy, count, FLEET)
         carried: list[tuple[int, int]] = []
@@ -236,7 +261,7 @@ def test_bytes_are_those_that_real_devices_and_a_broker_carry(
         return meta.simulated_fleet(DIGITS, FLEET).samples([fleet[i] for i in chosen], seeds, steps)
 
     backend = digits if name in ("fedprox", "fomaml") else exact
-    source = meta.Source(FLEET, samples, keeps=False)
+    source = meta.ClientSource(FLEET, samples, stores_samples=False)
     outcome = meta.simulate(backend, source, how, start, rounds=2, seed=seed)
     up, down = (
         list(itertools.accumulate(getattr(r, f"bytes_{way}") for r in outcome.rounds)) for way in ("up", "down")
@@ -272,8 +297,8 @@ def test_reptile_learns_to_learn() -> None:
         return Episodes(x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
 
     backend, phases = meta.Backend(SINE), (Phase(ALL_LAYERS, 32, 0.02),)
-    how = meta.Settings("reptile", phases, phases, clients=16, batch=10, alpha=0.5)
-    source = meta.Source(2**31, lambda _, seeds, count: sines(seeds, 10), keeps=True)
+    how = meta.MethodSettings("reptile", phases, phases, clients=16, batch=10, alpha=0.5)
+    source = meta.ClientSource(2**31, lambda _, seeds, count: sines(seeds, 10), stores_samples=True)
     start = SINE.initial(0)
     learned = meta.simulate(backend, source, how, start, rounds=150).parameters
     before, after = (meta.evaluate(backend, draw, v, phases, shots=10, tasks=200, batch=10) for v in (start, learned))
@@ -285,20 +310,20 @@ def test_reptile_learns_to_learn() -> None:
 
 def test_every_method_makes_its_rounds(digits: Any) -> None:
     for name in meta.METHODS:
-        how = meta.settings(name, DIGITS, clients=1)
+        how = meta.strategy_settings(name, DIGITS, clients=1)
         start = meta.initial_parameters(DIGITS.program, how)
         outcome = meta.simulate(digits, meta.server_tasks(DIGITS), how, start, rounds=2)
         assert len(outcome.rounds) == (0 if name == "scratch" else 2)
         assert (outcome.parameters == start).all() == (name == "scratch")
     with pytest.raises(UserError, match="choose one of"):
-        meta.settings("adam", DIGITS)
+        meta.strategy_settings("adam", DIGITS)
 
 
 def test_first_order_maml_counts_the_last_phase_alone() -> None:
     backend, (x, y) = meta.Backend(SINE), clients(SINE, 4, 6)
-    source = meta.Source(4, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), keeps=False)
+    source = meta.ClientSource(4, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), stores_samples=False)
     phases = (Phase(ALL_LAYERS, 5, 0.05), Phase(ALL_LAYERS, 1, 0.05))
-    how = meta.Settings("fomaml", phases, phases, clients=4, alpha=2.0, update=UpdateFormat(since=1))
+    how = meta.MethodSettings("fomaml", phases, phases, clients=4, alpha=2.0, update=UpdateFormat(since=1))
     start = SINE.initial(0)
     new = meta.simulate(backend, source, how, start, rounds=1).parameters
     five = ALONE.adapt(start, x, y, phases[:1]).parameters
@@ -366,7 +391,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("adam", [False, True])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: Any, exact: Any, adam: bool) -> None:
     backend = digits if adam else exact
-    how = replace(meta.settings("tinymetafed", DIGITS, clients=3), adam=adam)
+    how = replace(meta.strategy_settings("tinymetafed", DIGITS, clients=3), adam=adam)
     start, source = meta.initial_parameters(DIGITS.program, how), meta.server_tasks(DIGITS)
     whole = meta.simulate(backend, source, how, start, rounds=5)
 
@@ -376,7 +401,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: 
 
     file = tmp_path / "run.npz"
     with pytest.raises(Killed):
-        meta.simulate(backend, source, how, start, rounds=5, checkpoint=file, every=2, on_round=kill)
+        meta.simulate(backend, source, how, start, rounds=5, checkpoint=file, checkpoint_every=2, on_round=kill)
     went_on: list[int] = []
     resumed = meta.simulate(
         backend,
@@ -385,7 +410,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: 
         start,
         rounds=5,
         checkpoint=file,
-        every=2,
+        checkpoint_every=2,
         on_round=lambda r: went_on.append(len(r.rounds)),
     )
     assert went_on == [3, 4, 5]
@@ -399,7 +424,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: 
 
 
 def test_how_many_clients_are_computed_at_once_changes_nothing(exact: Any) -> None:
-    how = meta.settings("tinymetafed", DIGITS, clients=6)
+    how = meta.strategy_settings("tinymetafed", DIGITS, clients=6)
     start = meta.initial_parameters(DIGITS.program, how)
     for source in (meta.simulated_fleet(DIGITS, FLEET), meta.server_tasks(DIGITS)):
         one, other = (meta.simulate(exact, source, how, start, rounds=1, chunk=chunk) for chunk in (6, 4))
@@ -410,9 +435,9 @@ def test_how_many_clients_are_computed_at_once_changes_nothing(exact: Any) -> No
 def test_clients_that_diverge_are_left_out() -> None:
     x, y = clients(SINE, 2, 4)
     x[1] = 1e30
-    source = meta.Source(2, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), keeps=False)
+    source = meta.ClientSource(2, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), stores_samples=False)
     phases = (Phase(ALL_LAYERS, 4, 0.05),)
-    how = meta.Settings("reptile", phases, phases, clients=2)
+    how = meta.MethodSettings("reptile", phases, phases, clients=2)
     backend, start = meta.Backend(p.build([p.Dense(1)], (1,), "mse")), np.zeros(2, np.float32)
     outcome = meta.simulate(backend, source, how, start, rounds=1)
     assert (outcome.rounds[0].clients, outcome.rounds[0].diverged) == (2, 1)
@@ -442,16 +467,16 @@ def test_jax_gives_the_same_on_two_devices(tmp_path: Path) -> None:
     (tmp_path / "model.mote").write_bytes(SINE.data)
     code = (
         "import sys, numpy as np\n"
-        "from edge.program import Program\n"
-        "from edge.protocol import Phase\n"
-        "from server import meta\n"
+        "from tinyfleet.edge.model.program import Program\n"
+        "from tinyfleet.edge.wire.messages import Phase\n"
+        "import keras\nfrom tinyfleet.server import simulator as meta\n"
         "folder = sys.argv[1]\n"
         "given = np.load(f'{folder}/in.npz')\n"
         "backend = meta.Backend(Program.parse(open(f'{folder}/model.mote', 'rb').read()))\n"
         f"phases = [Phase(*row) for row in {[(ph.layers, ph.steps, ph.rate) for ph in PHASES]}]\n"
         "learned = backend.adapt(given['start'], given['x'], given['y'], phases)\n"
         "np.savez(f'{folder}/out.npz', parameters=learned.parameters, losses=learned.losses)\n"
-        "print(meta.keras.backend.backend(), backend.devices)\n"
+        "print(keras.backend.backend(), backend.devices)\n"
     )
     flags = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -504,7 +529,20 @@ def test_a_task_with_too_few_samples_is_told_before_anything_is_learned(tmp_path
     """All of SHOTS are scored on Omniglot, which has 20 samples of a character."""
     if datasets.local(omniglot.PACKED) is None:
         pytest.skip("Omniglot is not in TINYFLEET_DATA")
-    words = ["run", "simulate", "--task", "omniglot", "--rounds", "1", "--clients-per-round", "1", "--held-out-tasks", "1", "--exact", "--json"]
+    words = [
+        "run",
+        "simulate",
+        "--task",
+        "omniglot",
+        "--rounds",
+        "1",
+        "--clients-per-round",
+        "1",
+        "--held-out-tasks",
+        "1",
+        "--exact",
+        "--json",
+    ]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, done.output
     assert set(json.loads(done.output.splitlines()[-1])["held-out-by-shots"]["learned"]) == {"1", "5", "10"}
@@ -519,10 +557,13 @@ def test_a_fleet_is_served_without_keras() -> None:
     code = (
         "import sys\n"
         "for name in ('keras', 'tensorflow', 'jax'): sys.modules[name] = None\n"
-        "import tinyfleet.server.run, tinyfleet.server.flower.strategies, tinyfleet.server.cli\n"
+        "import tinyfleet.server.training_run, tinyfleet.server.flower.strategies, tinyfleet.server.cli\n"
         "from tinyfleet.__main__ import main\n"
         "sys.argv[1:] = ['run', 'simulate', '--task', 'digits']\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: this needs keras, which is not installed: pip install 'tinyfleet[edge,keras,server]'\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: this needs keras, which is not installed: pip install 'tinyfleet[edge,keras,server]'\n",
+    )

@@ -1,4 +1,4 @@
-"""The device node: the C one and the Python agent's do the same, whatever the network does to the messages."""
+"""The device node, with the C engine and with a learner in Python, whatever the network does to the messages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import small_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tinyfleet.edge import versions
 from tinyfleet.edge._mote import ffi, lib
-from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.node import (
-    Node,
     Node,
     NodeCounters,
     Out,
@@ -26,7 +25,7 @@ from tinyfleet.edge.device.node import (
     Subscribe,
     Unsubscribe,
 )
-from tinyfleet.edge.device.sources import DatasetStream
+from tinyfleet.edge.device.sources import DatasetStream, Sample
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 from tinyfleet.edge.model.learner import MoteLearner
@@ -78,15 +77,29 @@ DATA = samples()
 Make = Callable[..., Node]
 
 
+class PythonStream:
+    """The same samples, from Python."""
+
+    def __init__(self) -> None:
+        self._stream = DatasetStream(DATA)
+
+    def open(self, seed: int) -> None:
+        self._stream.open(seed)
+
+    def next(self, query: bool) -> Sample:
+        return self._stream.next(query)
+
+
 def mote(program: Program = PROGRAM, **options: Any) -> Node:
-    return Node(FLEET, ID, {"title": ID}, program, DATA, **options)
+    return Node(FLEET, ID, {"title": ID}, program, DatasetStream(DATA), **options)
 
 
-def agent(program: Program = PROGRAM, **options: Any) -> Node:
-    return AgentNode(FLEET, ID, {"title": ID}, program, DatasetStream(DATA), MoteLearner, **options)
+def callbacks(program: Program = PROGRAM, **options: Any) -> Node:
+    """With the C node's source and learner in Python; the same engine, so that the numbers are the same."""
+    return Node(FLEET, ID, {"title": ID}, program, PythonStream(), learner=MoteLearner, **options)
 
 
-both = pytest.mark.parametrize("make", [mote, agent])
+both = pytest.mark.parametrize("make", [mote, callbacks])
 
 
 def work(id: int = 7, round: int = 1, **fields: Any) -> TrainTask:
@@ -176,7 +189,7 @@ def test_topics_are_checked_for_names() -> None:
         with pytest.raises(ProtocolError):
             Topics(name)
     with pytest.raises(ProtocolError):
-        Node(FLEET, "a#b", {}, PROGRAM, DATA)
+        Node(FLEET, "a#b", {}, PROGRAM, DatasetStream(DATA))
 
 
 def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
@@ -186,9 +199,13 @@ def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
         mote(build([DenseLayer(3)], (7,), "softmax_cross_entropy"))
 
 
-def test_the_engines_version_is_the_headers() -> None:
-    header = pathlib.Path(__file__).parents[1] / "edge" / "mote" / "include" / "mote.h"
-    assert f'#define MOTE_VERSION "{ENGINE_VERSION}"' in header.read_text()
+def test_the_versions_are_the_headers() -> None:
+    mote = pathlib.Path(__file__).parents[1] / "edge" / "mote"
+    assert f'#define MOTE_VERSION "{versions.ENGINE_VERSION}"' in (mote / "include" / "mote.h").read_text()
+    format = f"enum {{ MOTE_FORMAT_VERSION = {versions.PROGRAM_FORMAT} }};"
+    assert format in (mote / "src" / "engine" / "mote_internal.h").read_text()
+    cddl = mote.parent / "wire" / "protocol.cddl"
+    assert f"wire: {versions.WIRE_VERSION}," in cddl.read_text()
 
 
 @both
@@ -237,7 +254,7 @@ def test_dense_replies(make: Make, half: bool, out_bytes: int) -> None:
 @both
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("out_bytes", [256, 8192])
-@pytest.mark.parametrize("top", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("density", [0.001, 0.3, 0.999])
 def test_sparse_replies(make: Make, half: bool, out_bytes: int, density: float) -> None:
     """Exactly the share asked for, of the largest changes."""
     node = make(out_bytes=out_bytes)
@@ -473,7 +490,7 @@ def test_samples_that_are_no_targets_of_the_model_are_not_learned(make: Make, mo
 
 
 @both
-@pytest.mark.parametrize("top", [0.0, -1.0, 1.5, float("nan")])
+@pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])
 def test_a_share_that_is_none_is_malformed(make: Make, density: float) -> None:
     node = make()
     assert do(node, work(update=UpdateFormat(density=density))) == []
@@ -792,7 +809,7 @@ def test_a_model_of_one_number_has_no_right_answers_to_count(make: Make) -> None
 def test_a_model_larger_than_the_wire_is_turned_down(make: Make) -> None:
     large = build([DenseLayer(40_000), DenseLayer(3)], (6,), "softmax_cross_entropy")
     assert large.n_params * 4 > 1 << 20
-    node = make(large, arena_bytes=4 << 20) if make is mote else make(large)
+    node = make(large, arena_bytes=4 << 20)
     order = work(model=large.model_id)
     assert replies(do(node, order)) == [Failure(7, ErrorCode.CAPACITY)]
 
@@ -889,9 +906,9 @@ def act(nodes: list[Node], action: Any) -> None:
 
 @given(st.lists(actions, max_size=40))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_the_agent_and_the_c_node_agree_to_the_bit(history: list[Any]) -> None:
+def test_both_learners_agree_to_the_bit(history: list[Any]) -> None:
     """Messages lost, doubled, reordered and cut, with sessions that break: the same answers, and the same counts."""
-    nodes = [mote(out_bytes=300), agent(out_bytes=300)]
+    nodes = [mote(out_bytes=300), callbacks(out_bytes=300)]
     for action in history:
         act(nodes, action)
         said = [(list(node.poll()), node.counters, node.model, node.will()) for node in nodes]

@@ -1,27 +1,27 @@
-"""Every task on devices: the virtual microcontroller, the agent and an emulated board learn the same from the same."""
+"""Every task on devices: virtual microcontroller, learner in Python and emulated board learn the same from the same."""
 
 import socket
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord
 from tinyfleet.edge import datasets, tasks
-from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import virtual_device
-from tinyfleet.edge.device.flower_client import to_metrics, vector_to_arrays
-from tinyfleet.edge.device.node import Node, Node, Publish
+from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Task, keywords
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Success, TrainTask, UpdateFormat, decode_reply, encode
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
 from tinyfleet.server.flower.grid import MqttGrid
-from tinyfleet.server.run import make_strategy
+from tinyfleet.server.named_strategies import make_strategy
 
 FLEET, ID = "test", "device-1"
 TOPICS = Topics(FLEET)
@@ -63,17 +63,16 @@ def replies(node: Node, task: Task) -> list[bytes]:
     return said
 
 
-def virtual(task: Task, **options: int) -> Node:
+def virtual(task: Task, **options: Any) -> Node:
     arena = task.program.arena_bytes
-    return Node(FLEET, ID, {}, task.program, task.client(2, 12), arena_bytes=arena, **options)
+    return Node(FLEET, ID, {}, task.program, DatasetStream(task.client(2, 12)), arena_bytes=arena, **options)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_agent_learns_what_the_virtual_microcontroller_learns(name: str) -> None:
+def test_a_learner_in_python_learns_what_the_virtual_microcontroller_learns(name: str) -> None:
     task = _load(name)
-    here = AgentNode(FLEET, ID, {}, task.program, DatasetStream(task.client(2, 12)), MoteLearner)
     said = replies(virtual(task), task)
-    assert said == replies(here, task)
+    assert said == replies(virtual(task, learner=MoteLearner), task)
     first = decode_reply(said[0])
     assert isinstance(first, Success) and first.metrics is not None
     assert first.metrics.samples == 60 and first.metrics.queried == 12

@@ -1,7 +1,7 @@
 """Programs for the mote engine: from a model to the checked binary that a device reads in place.
 
 `build` takes a list of layers, `assemble` any graph; `Program` is the binary with what can be read from it. Its layout
-is described in docs/mote.md and mote/src/engine/mote_internal.h.
+is described in docs/reference/program-format.md and mote/src/engine/mote_internal.h.
 """
 
 from __future__ import annotations

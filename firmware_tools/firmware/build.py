@@ -23,12 +23,12 @@ import numpy as np
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
-from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.device.thing_description import thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.mote import build_extension, codegen
 from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards.catalogue import BoardTarget, load_board
@@ -318,7 +318,9 @@ def build(
     )
 
 
-def build_benchmark(target: BoardTarget, program: Program, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
+def build_benchmark(
+    target: BoardTarget, program: Program, elf: Path, *, steps: int, profile: Profile = "exact"
+) -> Path:
     """The program that counts the instructions of `program`'s inference and training step (see src/main_bench.c)."""
     return link(
         target,
@@ -376,7 +378,9 @@ def training_case_defines(courses: Sequence[TrainingCase]) -> dict[str, int | fl
     }
 
 
-def build_exactness_check(target: BoardTarget, courses: Sequence[TrainingCase], elf: Path, *, profile: Profile = "exact") -> Path:
+def build_exactness_check(
+    target: BoardTarget, courses: Sequence[TrainingCase], elf: Path, *, profile: Profile = "exact"
+) -> Path:
     """The program that learns and prints a checksum of what it has learned (see src/main_exactness.c)."""
     return link(
         target,

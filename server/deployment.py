@@ -290,7 +290,7 @@ class _Rollout:
         match self._topics.parse(topic):
             case "status", (str(device),):
                 read: Callable[[bytes], Status | Reply] = decode_status
-            case "did", (str(device),):
+            case "reply", (str(device),):
                 read = decode_reply
             case _:
                 return

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from tinyfleet.edge.model.program import Program
 from tinyfleet.ontology.store.store import printable
-from tinyfleet.server.deploy import DeploymentPlan, DeploymentResult, TargetResult, TargetStatus
-from tinyfleet.server.show import Bar
+from tinyfleet.server.deployment import DeploymentPlan, DeploymentResult, TargetResult, TargetStatus
+from tinyfleet.server.run_report import Bar
 
 MOST = 20
 """Lines of a table; --json has them all."""
@@ -58,7 +58,7 @@ class Results(Bar):
         self._console.print(f"{said}{f': {result.reason}' if result.reason else ''}", style=style, soft_wrap=True)
 
 
-def outcome(console: Console, ended: DeploymentResult) -> None:
+def print_result(console: Console, ended: DeploymentResult) -> None:
     """How many answered what, and where it is written."""
     kinds: tuple[TargetStatus, ...] = ("confirmed", "failed", "no answer")
     console.print(", ".join(f"{len(ended.devices(kind))} {kind}" for kind in kinds))
