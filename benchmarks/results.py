@@ -261,7 +261,7 @@ def device(name: str) -> dict[str, int]:
     task, target = tasks.load(name), catalogue.load_board(BOARD)
     features = task.client(0, FLEET).features
     with tempfile.TemporaryDirectory() as folder:
-        elf = build.bench(target, task.program, Path(folder) / "bench.elf", steps=20)
+        elf = build.build_benchmark(target, task.program, Path(folder) / "bench.elf", steps=20)
         counts = board_instructions.instructions(target, elf)
     return {
         "arena": task.program.arena_bytes, "parameters": task.program.params_bytes,

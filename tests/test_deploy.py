@@ -357,9 +357,9 @@ def running(tmp_path: Path) -> Iterator[Path]:
                 return
         raise AssertionError(f"ended with {process.wait()} before it said {missing}")
 
-    processes = [started("server", "--port", 0, until=["ready"])]
+    processes = [started("server", "start", "--port", 0, until=["ready"])]
     try:
-        processes.insert(0, started("device", "--count", 2, until=["device-0", "device-1"]))
+        processes.insert(0, started("device", "simulate", "--devices", 2, until=["device-0", "device-1"]))
         wait_for(processes[-1], ["device-0: online", "device-1: online"])
         yield data
     finally:
@@ -419,7 +419,7 @@ def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
         ([good, "--select", "nonesuch"], "nor is it a query of the library"),
         ([good, "--select", no_id], "has a column ?id"),
         ([good, "--fleet", "other"], "knows no device of the fleet 'other'"),
-        ([good, "--broker", "nowhere"], "no broker's address"),
+        ([good, "--broker", "nowhere"], "is not a broker address"),
     ):
         done = tinyfleet("deploy", *words, data=running)
         assert (done.returncode, done.stdout) == (2, ""), (words, done.stderr)

@@ -219,7 +219,7 @@ class _SourceModel:
             if grows or self.loss is not None or self.momentum or self.int8:
                 raise CompileError(
                     "classes, a loss, momentum and int8 training are for a model that trains; name a layer with "
-                    "--train-from, or give a --budget"
+                    "--train-from, or give a --ram-budget"
                 )
             return graph
         trained = transfer.train_from(
