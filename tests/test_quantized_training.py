@@ -28,7 +28,7 @@ from tinyfleet.firmware_tools.compiler.quantized_training import (
     train_int8,
 )
 from tinyfleet.firmware_tools.readers.keras_reader import read_keras
-from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
+from tinyfleet.firmware_tools.readers.common import CompileError, compact
 from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite
 
 # Graphs

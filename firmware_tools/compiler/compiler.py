@@ -22,7 +22,7 @@ from tinyfleet.firmware_tools.compiler import quantized_training, transfer
 from tinyfleet.firmware_tools.compiler.quantized_training import LayerUpdate, Selection
 from tinyfleet.firmware_tools.readers import keras_reader, tflite_reader
 from tinyfleet.firmware_tools.readers.keras_reader import KerasGraph
-from tinyfleet.firmware_tools.readers.simplify import CompileError as CompileError
+from tinyfleet.firmware_tools.readers.common import CompileError as CompileError
 
 
 @dataclass(frozen=True)

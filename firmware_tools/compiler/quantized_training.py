@@ -25,7 +25,7 @@ from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, aligne
 from tinyfleet.edge.model.program import MAX_LAYERS, assemble
 from tinyfleet.edge.model.quantized import logistic_table
 from tinyfleet.firmware_tools.compiler.transfer import train_from
-from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
+from tinyfleet.firmware_tools.readers.common import CompileError, compact
 
 #: How much of a layer's output channels the choice considers.
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)

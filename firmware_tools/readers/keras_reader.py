@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge.model.graph import LOSSES, Graph, Kind, Loss, Op, Shape3, Tensor
-from tinyfleet.firmware_tools.readers.simplify import CompileError, simplify, windows
+from tinyfleet.firmware_tools.readers.common import CompileError, simplify, windows
 
 Vector = NDArray[np.float32]
 Shape = tuple[int, ...]  # as Keras has it, without the batch
