@@ -40,9 +40,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from tinyfleet.edge.device.thing_description import Board, thing_description
+from tinyfleet.edge.model.graph import Layer
 from tinyfleet.edge.wire.protocol import Status, Topics, encode
 from tinyfleet.firmware_tools.boards import catalogue as board_files
-from tinyfleet.ontology.ingest.describe import Layer, ModelDescription, board_facts, model_facts
+from tinyfleet.ontology.ingest.describe import ModelDescription, board_facts, model_facts
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.columns import Range

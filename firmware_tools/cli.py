@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from tinyfleet.edge import tasks
 from tinyfleet.edge.cli import BrokerOption, DataOption, FleetOption, TaskOption, broker_address
-from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model.program import Program, ProgramError
+from tinyfleet.edge.errors import ProgramError, UserError
+from tinyfleet.edge.model.program import Program
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build as firmware_build
 from tinyfleet.firmware_tools.firmware import emulate, export_library

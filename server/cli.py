@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from tinyfleet.edge import tasks
 from tinyfleet.edge.cli import BrokerOption, DataOption, TaskOption, broker_address
-from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model.program import Program, ProgramError
+from tinyfleet.edge.errors import ProgramError, UserError
+from tinyfleet.edge.model.program import Program
 from tinyfleet.ontology.cli import find_server, read_query
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import RemoteStore

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from tinyfleet.edge.device.node import NOT_FOR_FLEETS
-from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model.program import Program, ProgramError
+from tinyfleet.edge.errors import ProgramError, UserError
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.protocol import (
     CHUNK,
     MAX_CHUNKS,

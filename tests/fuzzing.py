@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import small_models
-from tinyfleet.edge.model.program import Dense, ReLU, build
+from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.mote_build import SOURCES
 from tinyfleet.edge.mote_codegen import DEFINES, generate
 from tinyfleet.edge.wire import frames

@@ -24,9 +24,10 @@ from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.layers import Dense as DenseLayer
+from tinyfleet.edge.model.layers import ReLU, build
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import Dense as DenseLayer
-from tinyfleet.edge.model.program import Program, ReLU, build
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,

@@ -18,8 +18,8 @@ from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner, PacedStrea
 from tinyfleet.edge.device.flower_client import vector_to_arrays
 from tinyfleet.edge.device.sources import DatasetStream, Sample
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
+from tinyfleet.edge.model.layers import Dense, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import Dense, Tanh, build
 from tinyfleet.edge.wire.protocol import Topics, decode_status
 from tinyfleet.edge.wire.session import Session
 from tinyfleet.ontology.ingest.registry import Registry

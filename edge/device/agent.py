@@ -30,8 +30,9 @@ from tinyfleet.edge.device.node import (
     Unsubscribe,
 )
 from tinyfleet.edge.device.sources import Sample, Stream
+from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model.learner import Learner, LearnerError
-from tinyfleet.edge.model.program import Program, ProgramError
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.protocol import (
     ALL_LAYERS,
     CHUNK,

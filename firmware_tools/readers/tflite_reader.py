@@ -36,15 +36,25 @@ def read_tflite_model(data: bytes, name: str) -> ModelGraph:
         file = parse_tflite(data)
         layers, notes = tflite_layers(file)
         ends = [None if i == -1 else file.tensors[i] for i in (file.inputs[0], file.outputs[0])]
-        shapes = [sample_shape(tensor) for tensor in ends]
+        input_shape, output_shape = map(sample_shape, ends)
     graph, unsupported = None, ""
     try:
         with reading(f"'{name}.tflite'"):
             graph = lower(file)
     except CompileError as error:
         unsupported = str(error)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return ModelGraph(name, "tflite", sha256, len(data), layers, *shapes, graph, unsupported, notes)
+    return ModelGraph(
+        name=name,
+        format="tflite",
+        sha256=hashlib.sha256(data).hexdigest(),
+        file_bytes=len(data),
+        layers=layers,
+        input_shape=input_shape,
+        output_shape=output_shape,
+        graph=graph,
+        unsupported=unsupported,
+        notes=notes,
+    )
 
 
 def read_tflite(model: Path | bytes) -> Graph:
