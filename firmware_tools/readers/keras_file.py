@@ -31,7 +31,7 @@ class KerasDescription:
         """Raises CompileError unless Keras 3 wrote it."""
         if self.version is None:
             raise CompileError(
-                f"{self.name} is not a .keras file of Keras 3; save the model with model.save('name.keras')"
+                f"{self.name} is not a .keras file that Keras 3 saved; save the model with model.save('name.keras')"
             )
         if not self.version.startswith("3."):
             raise CompileError(f"{self.name} was saved by Keras {self.version}; load it and save it again with Keras 3")
@@ -90,10 +90,10 @@ def histories(value: Any) -> Iterator[tuple[str, int, int]]:
             yield from histories(part)
 
 
-def ends(value: Any) -> list[tuple[str, int, int]]:
+def model_ends(value: Any) -> list[tuple[str, int, int]]:
     """The tensors that a functional model names as its inputs or outputs."""
     if isinstance(value, dict):
-        return [end for part in value.values() for end in ends(part)]
+        return [end for part in value.values() for end in model_ends(part)]
     if isinstance(value[0], str):
         return [(value[0], value[1], value[2])]
-    return [end for part in value for end in ends(part)]
+    return [end for part in value for end in model_ends(part)]

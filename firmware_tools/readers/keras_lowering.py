@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape, Shape3, Tensor
 from tinyfleet.firmware_tools.readers.common import CompileError, simplify, windows
-from tinyfleet.firmware_tools.readers.keras_file import KerasDescription, ends, histories
+from tinyfleet.firmware_tools.readers.keras_file import KerasDescription, histories, model_ends
 from tinyfleet.firmware_tools.readers.keras_graph import KerasGraph, KerasLayer, WeightSource
 
 SUPPORTED = (
@@ -92,10 +92,12 @@ class _Builder:
         kind, config = description["class_name"], description["config"]
         if kind == "Functional":
             for name, ends in (("inputs", config["input_layers"]), ("outputs", config["output_layers"])):
-                if len(ends(ends)) != 1:
-                    raise CompileError(f"the model has {len(ends(ends))} {name}; the engine's have one: leave one")
+                if len(model_ends(ends)) != 1:
+                    raise CompileError(
+                        f"the model has {len(model_ends(ends))} {name}; the engine's have one: leave one"
+                    )
         layers = config.get("layers") or [{"class_name": ""}]
-        first = layers[0] if kind != "Functional" else self._entry(config, ends(config["input_layers"])[0][0])
+        first = layers[0] if kind != "Functional" else self._entry(config, model_ends(config["input_layers"])[0][0])
         if kind in ("Sequential", "Functional") and first["class_name"] != "InputLayer":
             raise CompileError("the model does not say its input's shape; begin it with keras.Input(shape)")
         given = tuple(first["config"]["batch_shape"][1:]) if kind in ("Sequential", "Functional") else (1,)
@@ -126,7 +128,7 @@ class _Builder:
             return inputs
         if kind != "Functional":
             raise CompileError(f"the model is a {kind}; build it with keras.Sequential or the functional API")
-        known = dict(zip(ends(config["input_layers"]), inputs, strict=True))
+        known = dict(zip(model_ends(config["input_layers"]), inputs, strict=True))
         waiting = [
             (part, number, list(histories(node)))
             for part in config["layers"]
@@ -139,7 +141,7 @@ class _Builder:
             part, number, takes = waiting.pop(ready)
             outputs = self._call(part, [known[t] for t in takes], prefix, trainable)
             known |= {(part["config"]["name"], number, i): value for i, value in enumerate(outputs)}
-        return [known[end] for end in ends(config["output_layers"])]
+        return [known[end] for end in model_ends(config["output_layers"])]
 
     def _call(self, entry: Mapping[str, Any], inputs: list[_Value], prefix: str, trainable: bool) -> list[_Value]:
         """Reads one layer, or nested model, on these inputs."""
