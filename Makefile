@@ -2,7 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
-NATIVE = $(wildcard edge/mote/*.[ch]) edge/wire/protocol.cddl edge/mote_build.py edge/mote_codegen.py setup.py pyproject.toml
+NATIVE = $(shell find edge/mote -name '*.[ch]' -o -name '*.py') edge/wire/protocol.cddl setup.py pyproject.toml
 
 # For the tests: cross compilers, emulators and what builds the exported library.
 TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf chromedriver

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 FOLDERS = ["edge", "firmware_tools", "ontology", "server"]
 
-version = re.search(r'#define MOTE_VERSION "(.+)"', Path("edge/mote/mote.h").read_text())
+version = re.search(r'#define MOTE_VERSION "(.+)"', Path("edge/mote/include/mote.h").read_text())
 assert version is not None
 packages = []
 for folder in FOLDERS:
@@ -15,5 +15,5 @@ for folder in FOLDERS:
 setup(
     version=version[1],
     packages=["tinyfleet", *packages],
-    cffi_modules=["edge/mote_build.py:builder"],
+    cffi_modules=["edge/mote/build_extension.py:builder"],
 )

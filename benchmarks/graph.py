@@ -41,7 +41,8 @@ from rich.progress import track
 from rich.table import Table
 from tinyfleet.edge.device.thing_description import Board, thing_description
 from tinyfleet.edge.model.graph import Layer
-from tinyfleet.edge.wire.protocol import Status, Topics, encode
+from tinyfleet.edge.wire.messages import Status, encode
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue as board_files
 from tinyfleet.ontology.ingest.describe import ModelDescription, board_facts, model_facts
 from tinyfleet.ontology.ingest.registry import Registry
@@ -61,7 +62,7 @@ from tinyfleet.ontology.vocabulary.namespaces import (
     run_iri,
     version_iri,
 )
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 FLEET, MODELS, SEED = "home", 200, 0
 ROUND_OF = 9 / 10  # of the devices, that took part in the last round

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from tinyfleet.edge.tasks import sine
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, UpdateFormat
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
 
 MODEL = sine.PROGRAM
 STEPS, BATCH, RATE = 32, 10, 0.02

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import omniglot
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build
 from tinyfleet.server import simulator

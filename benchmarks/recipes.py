@@ -21,12 +21,13 @@ from flwr.app import ConfigRecord, Message
 from rich.console import Console
 from rich.table import Table
 from tinyfleet.edge import tasks
-from tinyfleet.edge.device.flower_client import arrays_to_vector, serve, vector_to_arrays
+from tinyfleet.edge.device.flower_client import serve
 from tinyfleet.edge.tasks import Hyperparameters, Task
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.server.evaluate import SHOTS, one_pass
 from tinyfleet.server.flower.grid import RunGrid
 from tinyfleet.server.flower.internals import log_level, new_run, stamp
-from tinyfleet.server.run import initial_parameters, limit_clients, make_strategy
+from tinyfleet.server.training_run import initial_parameters, limit_clients, make_strategy
 
 FLEET = 14
 CLIENTS = 8

@@ -29,7 +29,7 @@ FLEET = "rounds"
 def visits(task_name: str, host: str, port: int, steps: int, count: int, devices: int) -> dict[str, Any]:
     """What a process that has just started does: imports, the first round, then `count` more."""
     from tinyfleet.edge import tasks
-    from tinyfleet.edge.device.flower_client import vector_to_arrays
+    from tinyfleet.edge.wire.flower_records import vector_to_arrays
     from tinyfleet.server.flower.grid import MqttGrid
     from tinyfleet.server.flower.internals import log_level
     from tinyfleet.server.flower.strategies import TinyReptile

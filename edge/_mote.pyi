@@ -1,4 +1,4 @@
-"""The C engine and node as cffi shows them: built by mote_build.py, declared by the headers in mote/."""
+"""The C library as cffi shows it: built by mote/build_extension.py, declared by the headers in mote/include/."""
 
 from typing import Any
 

@@ -11,16 +11,16 @@ from typing import Annotated
 
 import typer
 from tinyfleet.edge import tasks
-from tinyfleet.edge.device.agent import AgentNode, MaskedLearner, OnlineLearning
+from tinyfleet.edge.device.agent import AgentNode, OnlineLearning
 from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.drift import PacedStream, default_drift_response
-from tinyfleet.edge.device.node import ENGINE_VERSION
+from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
 from tinyfleet.edge.device.thing_description import host_board, thing_description
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model.learner import LiteRTLearner, MoteLearner
-from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.wire.protocol import ProtocolError
+from tinyfleet.edge.model.learner import LiteRTLearner
+from tinyfleet.edge.versions import ENGINE_VERSION
+from tinyfleet.edge.wire.errors import ProtocolError
 
 BrokerOption = Annotated[
     str | None,
@@ -130,18 +130,15 @@ def agent(
     room = 0 if tflite else 1 << 20
     td = thing_description(fleet, id, board, engine, version, arena, learning_task.program.model_id, room)
 
-    def learner(program: Program) -> MaskedLearner:
-        return MoteLearner(program) if tflite is None else LiteRTLearner(tflite)
+    learner = None if tflite is None else lambda _: LiteRTLearner(tflite)
 
-    def node() -> AgentNode:
-        own = (
-            None
-            if recording is None
-            else OnlineLearning(
-                PacedStream(recording, online), learning_task.fedavg.rate, default_drift_response(learning_task)
-            )
-        )
-        return AgentNode(fleet, id, td, learning_task.program, stream, learner, model_slot_bytes=room, online=own)
+    def node() -> Node:
+        where = (fleet, id, td, learning_task.program, stream)
+        if recording is None:
+            return Node(*where, learner=learner, arena_bytes=arena, model_slot_bytes=room)
+        paced, response = PacedStream(recording, online), default_drift_response(learning_task)
+        own = OnlineLearning(paced, learning_task.fedavg.rate, response)
+        return AgentNode(*where, learner=learner, arena_bytes=arena, model_slot_bytes=room, online=own)
 
     try:
         one = Device(node, host, port, fleet)

@@ -1,9 +1,9 @@
 """Joins a board on a serial line to the fleet's broker: COBS frames on one side, one MQTT session on the other.
 
 The board says who it is and what its last will is; the gateway opens a session with that will and from then on carries
-messages both ways (how they greet each other is told in edge/mote/mote_frame.h). A queue that is full drops, a damaged
-frame is dropped: the wire's protocol asks again. The gateway itself repeats only the greeting, since boards need no
-clock.
+messages both ways (how they greet each other is told in edge/mote/include/mote_frame.h). A queue that is full drops, a
+damaged frame is dropped: the wire's protocol asks again. The gateway itself repeats only the greeting, since boards
+need no clock.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 import serial
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire import frames
-from tinyfleet.edge.wire.protocol import MAX_CHUNKS, Topics
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.chunks import MAX_CHUNKS
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 
 #: Messages that wait for the line: the chunks of the largest program, and what else may come meanwhile.
 QUEUE = 2 * MAX_CHUNKS
@@ -33,8 +34,8 @@ SILENT = 5.0
 #: Bytes handed to the line at a time.
 BLOCK = 1024
 
-_PUBLISHES = {frames.PUBLISH, frames.PUBLISH_RETAINED}
-_KINDS = {*_PUBLISHES, frames.SUBSCRIBE, frames.UNSUBSCRIBE}
+_PUBLISHES = {serial_frames.PUBLISH, serial_frames.PUBLISH_RETAINED}
+_KINDS = {*_PUBLISHES, serial_frames.SUBSCRIBE, serial_frames.UNSUBSCRIBE}
 _WILL = re.compile(r"tinyfleet/([A-Za-z0-9._-]{1,32})/devices/([A-Za-z0-9._-]{1,32})/status")
 _NOTHING = re.compile(r"(?!)")
 
@@ -127,7 +128,7 @@ class Gateway:
 
     def _serve(self, line: serial.SerialBase, stop: threading.Event) -> None:
         """Until `stop`, or SerialDisconnected."""
-        reader = frames.FrameReader()
+        reader = serial_frames.FrameReader()
         pending = b""
         greeted = -AGAIN
         silent_since: float | None = time.monotonic()
@@ -162,8 +163,8 @@ class Gateway:
 
     # From the board; in the line's thread.
 
-    def _from_board(self, frame: frames.Frame) -> None:
-        if frame.kind == frames.HELLO:
+    def _from_board(self, frame: serial_frames.Frame) -> None:
+        if frame.kind == serial_frames.HELLO:
             self._join(frame.topic, frame.payload)
             return
         session = self._session
@@ -177,12 +178,12 @@ class Gateway:
         if not session.connected:
             self.counters.dropped += 1  # the board says it again when the session is new
             return
-        if frame.kind == frames.SUBSCRIBE:
+        if frame.kind == serial_frames.SUBSCRIBE:
             session.subscribe(frame.topic)
-        elif frame.kind == frames.UNSUBSCRIBE:
+        elif frame.kind == serial_frames.UNSUBSCRIBE:
             session.unsubscribe(frame.topic)
         else:
-            session.publish(frame.topic, frame.payload, retain=frame.kind == frames.PUBLISH_RETAINED)
+            session.publish(frame.topic, frame.payload, retain=frame.kind == serial_frames.PUBLISH_RETAINED)
             self.counters.up += 1
         self._awaited.discard(frame.topic)
         if not self._awaited and not self.joined.is_set():
@@ -205,10 +206,10 @@ class Gateway:
         self._end_session()
         self.device = device
         root = re.escape(f"tinyfleet/{fleet}")
-        do = re.escape(topics.do(device))
+        do = re.escape(topics.command(device))
         self._heard = re.compile(rf"{do}|{root}/runs/[0-9]+/[0-9]+/\+|{root}/models/[0-9a-f]{{16}}/\+")
-        self._own = {topics.td(device), topics.status(device), topics.did(device)}
-        self._announcement = {topics.td(device), topics.status(device), topics.do(device)}
+        self._own = {topics.td(device), topics.status(device), topics.reply(device)}
+        self._announcement = {topics.td(device), topics.status(device), topics.command(device)}
         self._will = topic, will
         try:
             self._session = Session(
@@ -248,19 +249,19 @@ class Gateway:
 
     def _from_broker(self, topic: str, payload: bytes) -> None:
         self.counters.down += 1
-        self._send(frames.MESSAGE, topic, payload)
+        self._send(serial_frames.MESSAGE, topic, payload)
 
     # To the board.
 
     def _greet(self) -> None:
-        self._send(frames.HELLO if self._session is None else frames.CONNECTED)
+        self._send(serial_frames.HELLO if self._session is None else serial_frames.CONNECTED)
 
     def _send(self, kind: int, topic: str = "", payload: bytes = b"") -> None:
         """Queues a frame; any thread."""
         if len(self._queue) >= QUEUE:
             self.counters.dropped += 1
             return
-        self._queue.append(frames.encode(frames.Frame(kind, topic, payload)))
+        self._queue.append(serial_frames.encode(serial_frames.Frame(kind, topic, payload)))
         self._rouse()
 
     def _rouse(self) -> None:

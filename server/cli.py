@@ -47,7 +47,7 @@ def server(
       tinyfleet server --port 0 --fleet greenhouse --data /var/lib/tinyfleet
       tinyfleet server --broker 192.168.1.5:1883
     """
-    from tinyfleet.server.serve import FleetServer
+    from tinyfleet.server.fleet_server import FleetServer
 
     stopped = threading.Event()
 
@@ -133,11 +133,11 @@ def run(
       tinyfleet run --strategy fedavg --dp-clip 1 --dp-noise 0.5
       tinyfleet run --select my-clients.rq --out start.npz
     """
-    from tinyfleet.server import show
+    from tinyfleet.server import run_report
     from tinyfleet.server.evaluate import baselines
     from tinyfleet.server.flower.internals import log_level
-    from tinyfleet.server.run import Round, StrategyOptions, make_strategy
-    from tinyfleet.server.run import run as run_rounds
+    from tinyfleet.server.training_run import Round, StrategyOptions, make_strategy
+    from tinyfleet.server.training_run import run as run_rounds
 
     log_level(logging.ERROR)  # the rounds are shown below
     if out is not None and not out.parent.is_dir():
@@ -163,7 +163,7 @@ def run(
 
     with (
         RemoteStore(found["endpoint"], found.get("token")) as store,
-        show.Rounds(console, named_strategy.name, rounds) as bar,
+        run_report.Rounds(console, named_strategy.name, rounds) as bar,
     ):
         outcome = run_rounds(
             learning_task,
@@ -188,7 +188,7 @@ def run(
         metric = scores["learned"][0].metric
         typer.echo(json.dumps({"run": outcome.run, f"{metric.replace(' ', '-')}-by-shots": means}))
     else:
-        console.print(show.scores(scores))
+        console.print(run_report.scores(scores))
         console.print(f"run {outcome.run}; its lineage: tinyfleet query lineage --data {data}")
 
 
@@ -235,7 +235,7 @@ def meta_train(
     # The clients are shared by cores; threads of their own for small products of matrices cost a quarter of the speed.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     try:
-        from tinyfleet.server import show, simulator
+        from tinyfleet.server import run_report, simulator
         from tinyfleet.server.evaluate import QUERIES, SHOTS, Score
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("keras", "tensorflow", "jax"):
@@ -308,12 +308,12 @@ def meta_train(
     initializations = {"learned": outcome.parameters, "random": learning_task.program.initial(seed)}
     scores = {name: [score(vector, k) for k in SHOTS] for name, vector in initializations.items()}
     if plot is not None:
-        show.plot(plot, f"{method} on {task}", {"learned": outcome.rounds}, scores, by_round=True)
+        run_report.plot(plot, f"{method} on {task}", {"learned": outcome.rounds}, scores, by_round=True)
     if as_json:
         means = {name: {s.shots: s.mean for s in row} for name, row in scores.items()}
         typer.echo(json.dumps({"devices": backend.devices, "held-out-by-shots": means}))
     else:
-        console.print(show.scores(scores))
+        console.print(run_report.scores(scores))
 
 
 def _parameters(path: Path, program: Program) -> NDArray[np.float32]:
@@ -348,8 +348,8 @@ def deploy(
       tinyfleet deploy model.mote --select drifted --yes
       tinyfleet deploy model.mote --select my-devices.rq --yes --json
     """
-    from tinyfleet.server import deploy as deployments
-    from tinyfleet.server import show_deployment as show
+    from tinyfleet.server import deployment as deployments
+    from tinyfleet.server import deployment_report
 
     program = deployments.read_program(model)
     found = find_server(data)
@@ -366,12 +366,12 @@ def deploy(
             "targets": [fit.device for fit in plan.targets],
             "left_out": dict(plan.left_out),
         }
-        show.print_deployment_plan(console, model, program, plan)
+        deployment_report.print_deployment_plan(console, model, program, plan)
         if not yes:
             console.print("Nothing was sent. To give it to them, add --yes", soft_wrap=True)
             ended = None
         else:
-            with show.Results(console, len(plan.targets)) as on_result:
+            with deployment_report.Results(console, len(plan.targets)) as on_result:
                 ended = deployments.deploy(
                     store,
                     program,
@@ -383,7 +383,7 @@ def deploy(
                     on_result=on_result,
                 )
             summary |= {"deployment": ended.iri, "results": [asdict(result) for result in ended.results]}
-            show.outcome(console, ended)
+            deployment_report.print_result(console, ended)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     if ended is not None and len(ended.devices("confirmed")) < len(plan.targets):

@@ -29,11 +29,11 @@ from tinyfleet.edge.tasks import Task
 from tinyfleet.ontology.cli import print_rows
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.vocabulary.namespaces import Iri, model_iri
-from tinyfleet.server import show
+from tinyfleet.server import run_report
 from tinyfleet.server.evaluate import SHOTS, one_pass
+from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.run import Round, RunResult, make_strategy, run
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.training_run import Round, RunResult, make_strategy, run
 
 FLEET = "demo"
 BOARD = "mps2-an386"
@@ -105,10 +105,10 @@ def demo(
                 for name, start in starts.items()
             }
         console.print()
-        console.print(show.scores(results))
+        console.print(run_report.scores(results))
         console.print(_costs(task, runs))
         picture = data / f"{task.name}.png"
-        show.plot(
+        run_report.plot(
             picture,
             f"{task.name}: {fleet.size} devices, {rounds} rounds",
             {name: outcome.rounds for name, outcome in runs.items()},
@@ -251,7 +251,7 @@ def _learn(
 ) -> RunResult:
     """began: when the demo was started, if this is its first run."""
     named_strategy = make_strategy(strategy, task, rounds=rounds, clients=clients, seed=seed)
-    with show.Rounds(console, named_strategy.name, rounds) as shown:
+    with run_report.Rounds(console, named_strategy.name, rounds) as shown:
 
         def ended(this: Round) -> None:
             if began is not None and this.number == 1:

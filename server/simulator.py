@@ -29,7 +29,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras  # type: ignore[import-untyped]
 from keras import ops
-from tinyfleet.edge.device.agent import HEAD, dense_update, sparse_parts
 from tinyfleet.edge.device.node import OUT_BYTES
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
@@ -37,7 +36,8 @@ from tinyfleet.edge.model.graph import Kind, Op, Shape3
 from tinyfleet.edge.model.learner import MoteLearner, learn_many
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Draw, Split, Task
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
     Dense,
     ErrorCode,
@@ -48,14 +48,13 @@ from tinyfleet.edge.wire.protocol import (
     Success,
     TrainTask,
     UpdateFormat,
-    chunks,
     encode,
-    varint_sizes,
 )
+from tinyfleet.edge.wire.updates import HEAD_BYTES, dense_parts, sparse_parts, varint_sizes
 from tinyfleet.server.evaluate import endless, seeds_of
 from tinyfleet.server.flower.strategies import TinyMetaFed
-from tinyfleet.server.flower.strategies.reptile import drawn, task_seed
-from tinyfleet.server.run import META_STRATEGIES, random_initialization, strategy
+from tinyfleet.server.flower.strategies.reptile import draw_nodes, task_seed
+from tinyfleet.server.training_run import META_STRATEGIES, random_initialization, strategy
 
 Vector = NDArray[np.float32]
 Floats = NDArray[np.float32]
@@ -67,7 +66,7 @@ EPSILON = 1e-3  # of batch normalisation, as in Keras
 ADAM_DECAY, ADAM_EPSILON = 0.999, 1e-8  # beta2 of Kingma and Ba, 2015; beta1 is 0 here
 ALL = UpdateFormat()
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-ROOM = OUT_BYTES - HEAD  # for values and gaps in one part of a reply, as a node sends it
+ROOM = OUT_BYTES - HEAD_BYTES  # for values and gaps in one part of a reply, as a node sends it
 ID = 1 << 31  # as long as numbers drawn from 32 bits are, all but one in 65,536
 
 
@@ -791,7 +790,7 @@ def _round(
 ) -> tuple[Vector, Round, Moments | None]:
     net, initialization, moments = backend.network, at.parameters, at.moments
     random = np.random.default_rng([seed, number])
-    chosen = drawn(source.clients, how.clients, random)
+    chosen = draw_nodes(source.clients, how.clients, random)
     seeds = [task_seed(seed, number, node) for node in chosen]
     change_sum, losses, squares = np.zeros(net.n_params), list[Floats](), list[Vector]()
     up, good = 0, 0
@@ -841,11 +840,11 @@ def encoded(
 ) -> tuple[Floats, NDArray[np.int64]]:
     """What the server makes of clients' updates [clients, n_params], and the bytes [clients] of each one's payloads.
 
-    The same choice and the same numbers as edge.agent's dense_update and sparse_update, all clients at once. metrics:
+    The same choice and the same numbers as mote_update.c's, all clients at once. metrics:
     what goes with every update; of it only the lengths of its numbers matter.
     """
     if how.density >= 1:
-        length = _reply_bytes([*dense_update(initialization, shared, how, ROOM)], metrics)
+        length = _reply_bytes([*dense_parts(initialization, shared, how.half, ROOM)], metrics)
         return np.where(shared, _rounded(learned, how.half), initialization), np.full(len(learned), length)
     changes = learned - initialization
     magnitude = np.where(shared, np.abs(changes), np.float32(0))
@@ -863,7 +862,7 @@ def encoded(
     bytes_ = _reply_bytes([empty], metrics) + gaps + _head(gaps) + values + _head(values)
     for i in np.flatnonzero(gaps + values > ROOM):  # too long for one message
         indices = np.flatnonzero(chosen[i]).astype(np.uint32)
-        bytes_[i] = _reply_bytes([*sparse_parts(indices, changes[i], how, ROOM)], metrics)
+        bytes_[i] = _reply_bytes([*sparse_parts(indices, changes[i], how.half, ROOM)], metrics)
     return np.where(chosen, initialization + _rounded(changes, how.half), initialization), bytes_
 
 

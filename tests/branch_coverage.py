@@ -29,10 +29,9 @@ import test_engine_native as native
 from nets import int8_operations
 from rich.console import Console
 from rich.table import Table
-from tinyfleet.edge import mote_build, mote_codegen
+from tinyfleet.edge.mote import build_extension, codegen
 
 ROOT = Path(__file__).parents[1]
-MOTE = ROOT / mote_build.MOTE
 FOLDER = ROOT / "build" / "coverage"
 PORTABLE = FOLDER / "portable"  # without what only this processor has
 #: Tests that run the engine in their own process, and reach the most of it in the shortest time.
@@ -67,15 +66,14 @@ def build() -> tuple[Path, dict[str, Path]]:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     os.chdir(ROOT)
-    mote_build.builder().emit_c_code(str(FOLDER / "_mote.c"))
-    generated = mote_codegen.generate(FOLDER / "wire")
+    build_extension.builder().emit_c_code(str(FOLDER / "_mote.c"))
+    generated = codegen.generate(FOLDER / "wire")
     words = ",".join(str(word) for (word,) in struct.iter_unpack("<I", fuzzing.PROGRAM.data))
     (FOLDER / "fuzz_program.h").write_text(f"static const uint32_t program[] = {{{words}}};\n")
     (FOLDER / "main.c").write_text(DRIVER)
-    folders = [MOTE, FOLDER, generated[0].parent, sysconfig.get_paths()["include"]]
+    folders = [*build_extension.INCLUDES, FOLDER, generated[0].parent, sysconfig.get_paths()["include"]]
     flags = ["-O0", "-g", "-fPIC", "-ffp-contract=off", *(f"-I{folder}" for folder in folders)]
-    flags += [f"-D{name}" for name in mote_codegen.DEFINES]
-    engine = [MOTE / name for name in mote_build.SOURCES]
+    engine = list(build_extension.sources())
     drivers = [ROOT / "tests" / "c" / f"fuzz_{name}.c" for name in fuzzing.TARGETS]
     programs = ROOT / "tests" / "c" / "programs.c"
     others = [*generated, FOLDER / "_mote.c", FOLDER / "main.c", *drivers, programs]
@@ -133,9 +131,9 @@ def taken() -> dict[str, Branches]:
         )
         for file in said["files"]:
             path = Path(file["file"])
-            if path.parent != MOTE:
+            if not path.is_relative_to(build_extension.MOTE):
                 continue
-            branches = found.setdefault(path.name, {})
+            branches = found.setdefault(str(path.relative_to(build_extension.MOTE)), {})
             for line in file["lines"]:
                 for i, branch in enumerate(line["branches"]):
                     key = line["line_number"], i
@@ -180,7 +178,7 @@ def main() -> int:
     Console().print(table)
     if chosen.missing:
         for name, branches in sorted(files.items()):
-            text = (MOTE / name).read_text().splitlines()
+            text = (build_extension.MOTE / name).read_text().splitlines()
             for number in sorted({line for (line, _), count in branches.items() if count == 0}):
                 print(f"{name}:{number}: {text[number - 1].strip()}")
     return 0 if 100 * reached / total >= chosen.least else 1

@@ -21,18 +21,17 @@ from pathlib import Path
 import numpy as np
 import small_models
 from tinyfleet.edge.model.layers import Dense, ReLU, build
-from tinyfleet.edge.mote_build import SOURCES
-from tinyfleet.edge.mote_codegen import DEFINES, generate
-from tinyfleet.edge.wire import frames
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel, chunks, encode
+from tinyfleet.edge.mote.build_extension import INCLUDES, sources
+from tinyfleet.edge.mote.codegen import generate
+from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel, encode
 
 TESTS = Path(__file__).parent
-MOTE = TESTS.parent / "edge" / "mote"
 CORPUS = TESTS / "corpus"
 CLANG = ("clang", *(f"clang-{version}" for version in range(21, 12, -1)))
 TARGETS = ("load", "node")
 LENGTH = {"load": 2048, "node": 4096}  # of an input, at most
-OF_NODE = ("mote_node.c", "mote_update.c", "mote_frame.c")
 
 #: The node's own program, and one that it is offered.
 PROGRAM = build([Dense(9), ReLU(), Dense(4)], (6,), "softmax_cross_entropy")
@@ -49,13 +48,12 @@ def compile_target(name: str, folder: Path) -> Path:
     if clang is None:
         raise NoFuzzer("clang is not installed: apt-get install clang libclang-rt-14-dev")
     flags = ["-std=c99", "-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
-    sources = [MOTE / source for source in SOURCES if name == "node" or source not in OF_NODE]
-    folders = [MOTE, folder]
+    files = list(sources("engine", "int8", *["node"] * (name == "node")))
+    folders = [*INCLUDES, folder]
     if name == "node":
         generated = generate(folder / "wire")
-        sources += generated
+        files += generated
         folders.append(generated[0].parent)
-        flags += [f"-D{define}" for define in DEFINES]
         words = ",".join(str(word) for (word,) in struct.iter_unpack("<I", PROGRAM.data))
         (folder / "fuzz_program.h").write_text(f"static const uint32_t program[] = {{{words}}};\n")
     binary = folder / f"fuzz_{name}"
@@ -63,7 +61,7 @@ def compile_target(name: str, folder: Path) -> Path:
         clang,
         *flags,
         *(f"-I{path}" for path in folders),
-        *sources,
+        *files,
         TESTS / "c" / f"fuzz_{name}.c",
         "-o",
         binary,
@@ -120,7 +118,9 @@ def node_seeds() -> list[bytes]:
     found += [_message(0x80, encode(adopt)) + _message(0xC0, OTHER.data) + found[0]]
     found += [_message(0x80, encode(Reboot(3)))]
     found += [_message(0xE0, chunk) for chunk in chunks(np.zeros(103, np.float32).tobytes())]
-    line = b"".join(frames.encode(frames.Frame(frames.MESSAGE, "a topic", seed[:200])) for seed in found)
+    line = b"".join(
+        serial_frames.encode(serial_frames.Frame(serial_frames.MESSAGE, "a topic", seed[:200])) for seed in found
+    )
     return [*found, b"".join(found), line]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port
-from tinyfleet.edge.wire.protocol import Status, encode
+from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.index import IndexedStore
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store

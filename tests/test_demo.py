@@ -17,8 +17,8 @@ from tinyfleet.edge import tasks
 from tinyfleet.ontology.ingest.lineage import Participation
 from tinyfleet.server.demo import why_no_board
 from tinyfleet.server.evaluate import Score
-from tinyfleet.server.run import Round
-from tinyfleet.server.show import plot
+from tinyfleet.server.run_report import plot
+from tinyfleet.server.training_run import Round
 
 from tinyfleet.__main__ import main
 

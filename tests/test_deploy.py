@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ontology_fixtures import description, payload, status
-from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import Device, virtual_device
-from tinyfleet.edge.device.node import MoteNode
+from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_description
 from tinyfleet.edge.errors import UserError
@@ -24,8 +23,8 @@ from tinyfleet.edge.model.layers import Dense, ReLU, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import Topics
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build as firmware_build
 from tinyfleet.firmware_tools.firmware import emulate
@@ -33,8 +32,8 @@ from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import PROV, TF, board_iri, model_iri
-from tinyfleet.server import deploy as deployments
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server import deployment as deployments
+from tinyfleet.server.fleet_server import FleetServer
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 30.0
@@ -102,7 +101,7 @@ def mote(broker: tuple[str, int], id: str, board: Board = VIRTUAL) -> Device:
 
 def agent(broker: tuple[str, int], id: str) -> Device:
     td = thing_description("home", id, VIRTUAL, "mote", "0.2.0", 100_000, OLD.model_id)
-    return Device(lambda: AgentNode("home", id, td, OLD, DatasetStream(samples()), MoteLearner), *broker, "home")
+    return Device(lambda: Node("home", id, td, OLD, DatasetStream(samples()), learner=MoteLearner), *broker, "home")
 
 
 def plan(store: Store, program: Program = NEW, query: str | None = None) -> deployments.DeploymentPlan:
@@ -160,7 +159,7 @@ def wait_for_graph(server: FleetServer, program: Program) -> None:
     assert not server.store.ask(sparql)
 
 
-class Deaf(MoteNode):
+class Deaf(Node):
     """The C node behind a line that loses the first messages of each kind."""
 
     def __init__(self, *arguments: object, lose: dict[str, int], **more: object) -> None:
@@ -177,7 +176,7 @@ class Deaf(MoteNode):
 
 def deaf(broker: tuple[str, int], id: str, lose: dict[str, int]) -> Device:
     td = thing_description("home", id, VIRTUAL, "mote", "0.2.0", 65_536, OLD.model_id)
-    return Device(lambda: Deaf("home", id, td, OLD, samples(), lose=lose), *broker, "home")
+    return Device(lambda: Deaf("home", id, td, OLD, DatasetStream(samples()), lose=lose), *broker, "home")
 
 
 def test_what_is_lost_is_sent_again(
@@ -198,12 +197,14 @@ def test_a_device_that_cannot_and_one_that_does_not_answer(
 ) -> None:
     start(mote(broker, "good"))
     td = thing_description("home", "full", VIRTUAL, "mote", "0.2.0", 65_536, OLD.model_id)
-    full = start(Device(lambda: MoteNode("home", "full", td, OLD, samples(), model_slot_bytes=64), *broker, "home"))
+    full = start(
+        Device(lambda: Node("home", "full", td, OLD, DatasetStream(samples()), model_slot_bytes=64), *broker, "home")
+    )
     announce(server, "ghost")
     ended = deploy(server, plan(server.store), timeout=2.0)
     results = {result.device: result for result in ended.results}
     assert results["good"].outcome == "confirmed"
-    assert results["full"].outcome == "failed" and "it has no room for this" in results["full"].reason
+    assert results["full"].outcome == "failed" and "it has too little memory for this" in results["full"].reason
     assert results["ghost"].outcome == "no answer" and results["ghost"].reason == "no answer within 2 s"
     assert full.node.model == OLD.model_id
     rows = server.store.query(library.text("deployment-targets"), deployment=ended.iri)

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from conftest import free_port, start_mosquitto
 from tinyfleet.edge.cli import broker_address
-from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import Device, virtual_device
+from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.layers import Dense as DenseLayer
@@ -29,7 +29,8 @@ from tinyfleet.edge.model.layers import ReLU, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
     Dense,
     Phase,
@@ -37,16 +38,15 @@ from tinyfleet.edge.wire.protocol import (
     Reply,
     Status,
     Success,
-    Topics,
     TrainTask,
     UpdateFormat,
     UpdateModel,
-    chunks,
     decode_reply,
     decode_status,
     encode,
 )
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 
 from tinyfleet.__main__ import main
 
@@ -67,8 +67,8 @@ def mote(broker: Broker, id: str) -> Device:
 
 
 def agent(broker: Broker, id: str) -> Device:
-    def node() -> AgentNode:
-        return AgentNode("home", id, {"title": id}, PROGRAM, DatasetStream(samples()), MoteLearner)
+    def node() -> Node:
+        return Node("home", id, {"title": id}, PROGRAM, DatasetStream(samples()), learner=MoteLearner)
 
     return Device(node, *broker, "home")
 
@@ -81,7 +81,7 @@ class Server:
         self.session = Session(
             *broker, "server", on_message=lambda topic, payload: self._messages.put((topic, payload))
         )
-        for what in (TOPICS.status("+"), TOPICS.did("+"), TOPICS.td("+")):
+        for what in (TOPICS.status("+"), TOPICS.reply("+"), TOPICS.td("+")):
             self.session.subscribe(what)
 
     def wait(self, topic: str, wanted: Callable[[Any], bool] = lambda _: True) -> Any:
@@ -107,7 +107,7 @@ class Server:
         return status
 
     def ask(self, id: str, order: TrainTask | UpdateModel | Reboot) -> None:
-        self.session.publish(TOPICS.do(id), encode(order))
+        self.session.publish(TOPICS.command(id), encode(order))
 
     def broadcast(self, run: int, round: int, program: Program = PROGRAM) -> None:
         for i, payload in enumerate(chunks(program.initial(1).tobytes())):
@@ -115,9 +115,9 @@ class Server:
 
     def result(self, id: str, order: int) -> list[Reply]:
         """All parts of a reply."""
-        parts = [self.wait(TOPICS.did(id), lambda did: did.id == order)]
+        parts = [self.wait(TOPICS.reply(id), lambda did: did.id == order)]
         while len(parts) < getattr(parts[0], "parts", 1):
-            parts.append(self.wait(TOPICS.did(id), lambda did: did.id == order))
+            parts.append(self.wait(TOPICS.reply(id), lambda did: did.id == order))
         return parts
 
 

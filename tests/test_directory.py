@@ -20,8 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, TOKEN, description, everything, payload, status
-from tinyfleet.edge.wire.protocol import Topics
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.directory import PAGE
 from tinyfleet.ontology.http.directory import description as self_description
 from tinyfleet.ontology.http.endpoint import Endpoint
@@ -29,7 +29,7 @@ from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry
 from tinyfleet.ontology.ingest.things import CONTEXT, REMEMBERED, DocumentChanges, ThingStore, difference, merged
 from tinyfleet.ontology.store.store import EmbeddedStore
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri, device_iri
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 TD_JSON, PATCH = "application/td+json", "application/merge-patch+json"
 TOPICS = Topics("home")

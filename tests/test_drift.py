@@ -15,13 +15,14 @@ from test_grid_fleet import FEATURES, PROGRAM, START, WAYS, client
 from tinyfleet.edge.device.agent import AgentNode, OnlineLearning
 from tinyfleet.edge.device.device import Device
 from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner, PacedStream
-from tinyfleet.edge.device.flower_client import vector_to_arrays
 from tinyfleet.edge.device.sources import DatasetStream, Sample
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.model.layers import Dense, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.wire.protocol import Topics, decode_status
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.flower_records import vector_to_arrays
+from tinyfleet.edge.wire.messages import decode_status
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import EmbeddedStore
@@ -143,7 +144,7 @@ def agent(broker: tuple[str, int]) -> Iterator[Any]:
     def node() -> AgentNode:
         td = thing_description("test", "pi", VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
         online = OnlineLearning(Changing(1, at=600), 0.02, REACTION)
-        return AgentNode("test", "pi", td, PROGRAM, DatasetStream(client(0, 1)), MoteLearner, online=online)
+        return AgentNode("test", "pi", td, PROGRAM, DatasetStream(client(0, 1)), online=online)
 
     device = Device(node, *broker, "test")
     device.start()

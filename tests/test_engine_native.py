@@ -15,13 +15,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from nets import int8_operations, nets, random_weights, spoilt
 from tinyfleet.edge.model import layers as p
-from tinyfleet.edge.mote_build import FLAGS, SOURCES, STRICT
+from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT, sources
 
 ROOT = Path(__file__).parents[1]
-MOTE = ROOT / "edge" / "mote"
-ENGINE = [
-    MOTE / name for name in SOURCES if name not in ("mote_node.c", "mote_update.c", "mote_frame.c", "mote_host.c")
-]
+ENGINE = sources("engine", "int8")
+INCLUDE = [f"-I{folder}" for folder in INCLUDES]
 CORTEX_M4 = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16"]
 
 
@@ -47,7 +45,9 @@ def compiled(cc: str, flags: Sequence[str], folder: Path) -> list[Path]:
     folder.mkdir()
     objects = [folder / f"{source.stem}.o" for source in ENGINE]
     with ThreadPoolExecutor(2) as pool:
-        commands = ([cc, *flags, "-c", source, "-o", out] for source, out in zip(ENGINE, objects, strict=True))
+        commands = (
+            [cc, *flags, *INCLUDE, "-c", source, "-o", out] for source, out in zip(ENGINE, objects, strict=True)
+        )
         list(pool.map(run, commands))
     return objects
 
@@ -56,7 +56,7 @@ def linked(cc: str, flags: Sequence[str], main: str, folder: Path) -> Path:
     """The program of tests/c/{main} with the engine."""
     objects = compiled(cc, flags, folder)
     out = folder / "program"
-    run([cc, *flags, f"-I{MOTE}", ROOT / "tests" / "c" / main, *objects, "-lm", "-o", out])
+    run([cc, *flags, *INCLUDE, ROOT / "tests" / "c" / main, *objects, "-lm", "-o", out])
     return out
 
 

@@ -9,8 +9,8 @@ import pytest
 from tinyfleet.edge import tasks
 from tinyfleet.edge.model.layers import Dense, build
 from tinyfleet.edge.tasks import Episode, Episodes, Split
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Phase
-from tinyfleet.server import show
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
+from tinyfleet.server import run_report
 from tinyfleet.server.evaluate import baselines, few_shot, one_pass
 
 TASK = tasks.load("digits")
@@ -83,8 +83,8 @@ def test_a_regression_is_scored_by_its_squared_error() -> None:
         "the best rate is the least error"
     )
     assert many.merit > few.merit
-    said = show.scores({"learned": [few, many]})
-    assert said.title is not None and "Mean squared error" in str(said.title) and "%" not in show.interval(many)
+    said = run_report.scores({"learned": [few, many]})
+    assert said.title is not None and "Mean squared error" in str(said.title) and "%" not in run_report.interval(many)
 
 
 def test_what_diverges_is_the_worst_there_is() -> None:

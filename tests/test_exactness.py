@@ -16,7 +16,7 @@ from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.mote_build import FLAGS, STRICT
+from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate, kernel_table
 from tinyfleet.firmware_tools.readers import tflite_reader
@@ -144,7 +144,7 @@ def run_on_linux(architecture: str, courses: list[build.TrainingCase], tmp_path:
     (tmp_path / "mote_kernels.c").write_text(
         kernel_table.source(kernel_table.needed(course.program.data for course in courses))
     )
-    folders = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, build.MOTE)]
+    folders = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, *INCLUDES)]
     sources = [path for path in build.ENGINE if path.name != "mote_kernels.c"]
     sources += [build.SOURCES / "main_exactness.c", ROOT / "tests" / "c" / "semihost_linux.c"]
     command = [cc, *FLAGS, *STRICT, *flags, *folders, tmp_path / "mote_kernels.c", *sources, "-o", tmp_path / "exact"]

@@ -13,6 +13,7 @@ import pytest
 import small_models
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.mote.build_extension import MOTE
 from tinyfleet.firmware_tools.firmware import export_library
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def test_the_quick_start_is_built_by_cmake_and_learns_a_stream(profile: str, tmp
     right, seen = (int(word) for word in said.split()[:3:2])
     assert seen == 600
     assert right > 500
-    assert len((export_library.LIBRARY / "quickstart.c").read_text().splitlines()) <= 36
+    assert len((MOTE / "examples" / "quickstart.c").read_text().splitlines()) <= 36
 
 
 def test_the_quick_start_learns_with_an_int8_backbone(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_an_installed_library_is_found_by_another_project(tmp_path: Path) -> Non
 
 def test_a_library_for_a_model_holds_the_operators_that_it_needs(tmp_path: Path) -> None:
     export_library.export("cmake", tmp_path / "mote", small_models.int8_with_head())
-    table = (tmp_path / "mote" / "src" / "mote_kernels.c").read_text()
+    table = (tmp_path / "mote" / "src" / "engine" / "mote_kernels.c").read_text()
     assert "mote_int8_conv2d" in table and "mote_dense_back" in table and "mote_cross_entropy" in table
     assert "mote_conv2d" not in table and "mote_huber" not in table
 

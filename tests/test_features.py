@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.model import features
-from tinyfleet.edge.mote_build import FLAGS, STRICT
+from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
 
@@ -131,7 +131,7 @@ def test_level_takes_the_mean_off(bands: NDArray[np.uint8]) -> None:
 def test_the_tables_are_the_generator_s() -> None:
     command = [sys.executable, ROOT / "tools/mel_tables.py"]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert made == (ROOT / "edge/mote/mote_mel_tables.h").read_text()
+    assert made == (ROOT / "edge/mote/src/features/mote_mel_tables.h").read_text()
 
 
 def made_up() -> str:
@@ -160,10 +160,10 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     cc = next((found for name in ("clang", "clang-14", "gcc") if (found := shutil.which(name))), None)
     if cc is None:
         pytest.skip("no C compiler is installed")
-    sources = [build.SOURCES / "main_mel.c", build.MOTE / "mote_mel.c", build.MOTE / "mote_crc.c"]
+    sources = [build.SOURCES / "main_mel.c", *build.MEL, *build.ENGINE]
     sources += [ROOT / "tests/c/semihost_linux.c"]
     flags = [*FLAGS, *STRICT, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    folders = [f"-I{folder}" for folder in (build.SOURCES, build.MOTE)]
+    folders = [f"-I{folder}" for folder in (build.SOURCES, *INCLUDES)]
     subprocess.run([cc, *flags, *folders, *sources, "-o", tmp_path / "mel"], check=True)
     done = subprocess.run([tmp_path / "mel"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", made_up())

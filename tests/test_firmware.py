@@ -19,33 +19,35 @@ import pytest
 from conftest import free_port, start_mosquitto
 from small_models import MODELS
 from tinyfleet.edge._mote import lib
-from tinyfleet.edge.device.node import MoteNode, Publish
+from tinyfleet.edge.device.node import Node, Publish
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.mote.build_extension import INCLUDES
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire import frames
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
     ErrorCode,
     Failure,
     Phase,
     Reboot,
     Success,
-    Topics,
     TrainTask,
     UpdateFormat,
     UpdateModel,
-    chunks,
     decode_reply,
     decode_status,
     encode,
 )
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate, stack
 from tinyfleet.firmware_tools.gateway import Gateway
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 ROOT = Path(__file__).parents[1]
 BOARDS = ["mps2-an385", "mps2-an386", "mps2-an500"]
@@ -180,7 +182,7 @@ def test_the_stack_is_at_most_what_the_document_says(core: str, board: str, tmp_
 def test_the_state_is_40_bytes(tmp_path: Path) -> None:
     source = tmp_path / "state.c"
     source.write_text(f'#include "mote.h"\ntypedef char state[sizeof(mote_t) == {STATE} ? 1 : -1];\nstate s;\n')
-    command = ["arm-none-eabi-gcc", "-mcpu=cortex-m0", "-mthumb", f"-I{build.MOTE}", "-c", source]
+    command = ["arm-none-eabi-gcc", "-mcpu=cortex-m0", "-mthumb", f"-I{INCLUDES[0]}", "-c", source]
     subprocess.run([*command, "-o", tmp_path / "state.o"], check=True)
 
 
@@ -225,7 +227,7 @@ class Observer:
         self._heard: list[tuple[str, bytes]] = []
         self._news = threading.Condition()
         self.session = Session(*broker, f"observer-{os.urandom(4).hex()}", on_message=self._receive)
-        for topic in (TOPICS.td(ID), TOPICS.status(ID), TOPICS.did(ID)):
+        for topic in (TOPICS.td(ID), TOPICS.status(ID), TOPICS.reply(ID)):
             self.session.subscribe(topic)
 
     def _receive(self, topic: str, payload: bytes) -> None:
@@ -253,7 +255,7 @@ class Observer:
     def parts(self, order: int) -> dict[int, bytes]:
         """The parts of the reply to an order that have arrived."""
         found = {}
-        for payload in self.said(TOPICS.did(ID)):
+        for payload in self.said(TOPICS.reply(ID)):
             did = decode_reply(payload)
             if isinstance(did, Success) and did.id == order:
                 found[did.part] = payload
@@ -267,7 +269,7 @@ class Observer:
         """Sends an order, and again whenever nothing new has come for so many seconds, as a server does."""
         for _ in range(int(LIMIT * 3 / again)):
             before = len(self._heard)
-            self.session.publish(TOPICS.do(ID), encode(order))
+            self.session.publish(TOPICS.command(ID), encode(order))
             while self.wait(lambda: self.replied(order.id) or len(self._heard) > before, again):  # noqa: B023
                 if self.replied(order.id):
                     return self.parts(order.id)
@@ -312,10 +314,10 @@ def weights_of(number: int) -> dict[str, bytes]:
 
 def host_reply(work: TrainTask) -> list[bytes]:
     """What the C node on this machine replies, in order."""
-    node = MoteNode(FLEET, ID, {}, mlp(), samples(), out_bytes=1024 + 128)
+    node = Node(FLEET, ID, {}, mlp(), DatasetStream(samples()), out_bytes=1024 + 128)
     node.connected()
     list(node.poll())
-    node.receive(TOPICS.do(ID), encode(work))
+    node.receive(TOPICS.command(ID), encode(work))
     list(node.poll())
     for topic, payload in weights_of(work.round).items():
         node.receive(topic, payload)
@@ -324,7 +326,7 @@ def host_reply(work: TrainTask) -> list[bytes]:
     busy = True
     while busy:
         busy = node.step()
-        said += [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == TOPICS.did(ID)]
+        said += [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == TOPICS.reply(ID)]
     return said
 
 
@@ -347,7 +349,7 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
                 assert [parts[i] for i in range(len(parts))] == host_reply(work)
 
             observer.forget()
-            observer.session.publish(TOPICS.do(ID), encode(Reboot(3)))
+            observer.session.publish(TOPICS.command(ID), encode(Reboot(3)))
             assert observer.wait(lambda: bool(observer.said(TOPICS.td(ID))))  # it has announced itself anew
             assert observer.wait(lambda: observer.online() is True)
             assert gateway.counters.damaged == gateway.counters.dropped == 0
@@ -365,7 +367,7 @@ def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path
 
     def adopt(number: int, offered: Program) -> None:
         order = UpdateModel(number, offered.model_id, len(offered.data), zlib.crc32(offered.data))
-        observer.session.publish(TOPICS.do(ID), encode(order))
+        observer.session.publish(TOPICS.command(ID), encode(order))
 
     def runs(model: bytes) -> bool:
         said = observer.said(TOPICS.status(ID))
@@ -377,8 +379,8 @@ def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path
     ):
         assert observer.wait(lambda: runs(mlp().model_id))
         adopt(1, large)  # which its arena has no room for
-        assert observer.wait(lambda: bool(observer.said(TOPICS.did(ID))))
-        failed = decode_reply(observer.said(TOPICS.did(ID))[-1])
+        assert observer.wait(lambda: bool(observer.said(TOPICS.reply(ID))))
+        failed = decode_reply(observer.said(TOPICS.reply(ID))[-1])
         assert isinstance(failed, Failure)
         assert (failed.id, failed.error, failed.detail) == (1, ErrorCode.PROGRAM, lib.MOTE_ERR_ARENA)
         adopt(2, small)
@@ -663,20 +665,22 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
         line, _ = listener.accept()
         assert line.recv(4096)  # greeted: what arrives before the gateway has opened its end of the line is lost
         for frame in (
-            frames.Frame(frames.PUBLISH, TOPICS.did(ID), b"before any session"),
-            frames.Frame(frames.HELLO, "tinyfleet/test/devices/+/status", b"a will on a topic that is none"),
-            frames.Frame(frames.HELLO, "somewhere", b"else"),
-            frames.Frame(frames.HELLO, TOPICS.status(ID), b"its will"),
-            frames.Frame(frames.PUBLISH_RETAINED, other, b"another device's"),
-            frames.Frame(frames.PUBLISH, "tinyfleet/test/devices/+/did", b"no topic"),
-            frames.Frame(frames.SUBSCRIBE, "#"),
-            frames.Frame(frames.SUBSCRIBE, Topics(FLEET).do("other")),
-            frames.Frame(frames.SUBSCRIBE, "tinyfleet/test/runs/a#b"),
-            frames.Frame(99, TOPICS.did(ID), b"no such kind"),
-            frames.Frame(frames.PUBLISH, TOPICS.did(ID), b"last"),
+            serial_frames.Frame(serial_frames.PUBLISH, TOPICS.reply(ID), b"before any session"),
+            serial_frames.Frame(
+                serial_frames.HELLO, "tinyfleet/test/devices/+/status", b"a will on a topic that is none"
+            ),
+            serial_frames.Frame(serial_frames.HELLO, "somewhere", b"else"),
+            serial_frames.Frame(serial_frames.HELLO, TOPICS.status(ID), b"its will"),
+            serial_frames.Frame(serial_frames.PUBLISH_RETAINED, other, b"another device's"),
+            serial_frames.Frame(serial_frames.PUBLISH, "tinyfleet/test/devices/+/did", b"no topic"),
+            serial_frames.Frame(serial_frames.SUBSCRIBE, "#"),
+            serial_frames.Frame(serial_frames.SUBSCRIBE, Topics(FLEET).command("other")),
+            serial_frames.Frame(serial_frames.SUBSCRIBE, "tinyfleet/test/runs/a#b"),
+            serial_frames.Frame(99, TOPICS.reply(ID), b"no such kind"),
+            serial_frames.Frame(serial_frames.PUBLISH, TOPICS.reply(ID), b"last"),
         ):
-            line.sendall(frames.encode(frame))
-        assert observer.wait(lambda: observer.said(TOPICS.did(ID)) == [b"last"])
+            line.sendall(serial_frames.encode(frame))
+        assert observer.wait(lambda: observer.said(TOPICS.reply(ID)) == [b"last"])
         assert not observer.said(other)
         assert gateway.counters.refused == 9
         line.close()

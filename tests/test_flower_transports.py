@@ -17,10 +17,12 @@ from conftest import free_port
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import virtual_device
-from tinyfleet.edge.device.flower_client import app, arrays_to_vector, vector_to_arrays
+from tinyfleet.edge.device.flower_client import app
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.server.flower.app import app as server_app
-from tinyfleet.server.flower.grid import MqttGrid, node_id
+from tinyfleet.server.flower.devices import node_id
+from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.internals import new_run
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 from conftest import free_port, start_mosquitto
-from tinyfleet.edge.wire.protocol import Status, Topics, encode
-from tinyfleet.edge.wire.session import Receipt, Session
+from tinyfleet.edge.wire.messages import Status, encode
+from tinyfleet.edge.wire.mqtt_session import Receipt, Session
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.index import IndexedStore
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
@@ -41,7 +42,7 @@ with IndexedStore(path) as store:
 SERVER = """
 import sys, threading
 from pathlib import Path
-from server.serve import FleetServer
+from tinyfleet.server.fleet_server import FleetServer
 
 server = FleetServer(Path(sys.argv[1]), "home", broker=("127.0.0.1", int(sys.argv[2])))
 print("ready", flush=True)

@@ -20,22 +20,27 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
 from numpy.typing import NDArray
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import Device, virtual_device
-from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_episode
-from tinyfleet.edge.wire.protocol import Status, Topics, encode, parse_round_config
-from tinyfleet.edge.wire.session import Session
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
+from tinyfleet.edge.wire.messages import Status, encode
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.round_config import parse_round_config
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import EmbeddedStore, Rows
 from tinyfleet.server.broker import Broker
-from tinyfleet.server.flower.grid import CompositeGrid, MqttGrid, RoundEvent, node_id
+from tinyfleet.server.fleet_server import FleetServer
+from tinyfleet.server.flower.composite_grid import CompositeGrid
+from tinyfleet.server.flower.devices import node_id
+from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.run import NamedStrategy, Round, RunResult, make_strategy, run
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.flower.requests import RoundEvent
+from tinyfleet.server.training_run import NamedStrategy, Round, RunResult, make_strategy, run
 
 Vector = NDArray[np.float32]
 
@@ -257,7 +262,7 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     command = [sys.executable, "-m", "tinyfleet", "device", "--prefix", "weak", "--first", "3", "--fleet", "test"]
     weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
 
-    there, gone = threading.RoundEvent(), threading.RoundEvent()
+    there, gone = threading.Event(), threading.RoundEvent()
 
     def log_lines(line: str) -> None:
         if line == "weak-3: online":
@@ -266,7 +271,7 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
             gone.set()
 
     def kill(event: RoundEvent) -> None:
-        if event.kind == "asked" and event.device == "weak-3":
+        if event.kind == "requested" and event.device == "weak-3":
             weak.send_signal(signal.SIGKILL)
 
     online = """PREFIX tf: <https://w3id.org/tinyfleet#>

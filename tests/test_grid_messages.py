@@ -18,8 +18,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers as p
-from tinyfleet.edge.wire.protocol import (
-    Assembly,
+from tinyfleet.edge.wire.chunks import decode_chunk
+from tinyfleet.edge.wire.messages import (
     Dense,
     ErrorCode,
     Failure,
@@ -28,13 +28,14 @@ from tinyfleet.edge.wire.protocol import (
     Sparse,
     Status,
     Success,
-    Topics,
     TrainTask,
-    decode_chunk,
     decode_command,
     encode,
 )
-from tinyfleet.server.flower.grid import MqttGrid, RoundEvent, node_id
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.server.flower.devices import node_id
+from tinyfleet.server.flower.grid import MqttGrid
+from tinyfleet.server.flower.requests import RoundEvent
 
 PROGRAM = p.build([p.Dense(16), p.ReLU(), p.Dense(3)], (20,), "softmax_cross_entropy")
 SIZE = PROGRAM.n_params
@@ -50,22 +51,22 @@ class Puppet:
         self.requests: queue.Queue[TrainTask] = queue.Queue()
         self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name)
         self._client.on_message = self._on_message
-        self._weights: Assembly | None = None
-        self._complete = threading.RoundEvent()
+        self._weights: dict[int, bytes] = {}
+        self._complete = threading.Event()
         self._client.will_set(TOPICS.status(name), encode(Status(False, PROGRAM.model_id)), qos=1, retain=True)
-        self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.do(name), qos=1)
+        self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.command(name), qos=1)
         self._client.connect(*broker)
         self._client.loop_start()
         self.say(Status(True, PROGRAM.model_id))
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
-        if message.topic == TOPICS.do(self.name):
+        if message.topic == TOPICS.command(self.name):
             work = decode_command(message.payload)
             assert isinstance(work, TrainTask)
             self.requests.put(work)
-        elif self._weights is not None and message.payload:
-            self._weights.add(decode_chunk(message.payload))
-            if self._weights.complete:
+        elif message.payload:
+            self._weights.update([decode_chunk(message.payload)])
+            if sum(map(len, self._weights.values())) == 4 * SIZE:
                 self._complete.set()
 
     def say(self, status: Status) -> None:
@@ -76,16 +77,16 @@ class Puppet:
 
     def weights(self, work: TrainTask) -> NDArray[np.float32]:
         """What the broker has retained for this work."""
-        self._weights = Assembly(4 * SIZE)
+        self._weights = {}
         self._complete.clear()
         self._client.subscribe(TOPICS.weights(work.run, work.round), qos=1)
         assert self._complete.wait(15)
         self._client.unsubscribe(TOPICS.weights(work.run, work.round))
-        return np.frombuffer(self._weights.data(), "<f4")
+        return np.frombuffer(b"".join(data for _, data in sorted(self._weights.items())), "<f4")
 
     def reply(self, did: Reply | bytes, as_: str | None = None) -> None:
         payload = did if isinstance(did, bytes) else encode(did)
-        self._client.publish(TOPICS.did(as_ or self.name), payload, qos=1).wait_for_publish(15)
+        self._client.publish(TOPICS.reply(as_ or self.name), payload, qos=1).wait_for_publish(15)
 
     def vanish(self) -> None:
         """Breaks the connection, so that the broker publishes the will."""
@@ -120,7 +121,7 @@ def events() -> list[RoundEvent]:
 
 @pytest.fixture
 def grid(broker: tuple[str, int], events: list[RoundEvent]) -> Iterator[MqttGrid]:
-    with MqttGrid(*broker, "test", PROGRAM, on_event=events.append, repeat=0.2, grace=0.1) as grid:
+    with MqttGrid(*broker, "test", PROGRAM, on_event=events.append, resend_interval=0.2, offline_grace=0.1) as grid:
         yield grid
 
 
@@ -283,7 +284,7 @@ def test_the_weights_go_out_once_and_are_gone_after_the_round(
 def retained(broker: tuple[str, int]) -> set[str]:
     """The topics that hold a retained message; a message of our own marks the end of them."""
     topics: set[str] = set()
-    over = threading.RoundEvent()
+    over = threading.Event()
 
     def on_message(_client: object, _data: object, message: paho.MQTTMessage) -> None:
         if message.retain and message.topic.startswith("tinyfleet/"):
@@ -317,7 +318,7 @@ def test_a_device_that_vanishes_costs_its_own_reply_only(
     assert sorted(reply.has_error() for reply in replies) == [False, True]
     (error,) = [reply.error.reason for reply in replies if reply.has_error()]
     assert error == "weak: went offline"
-    assert [(event.device, event.reason) for event in events if event.kind == "lost"] == [("weak", "went offline")]
+    assert [(event.device, event.reason) for event in events if event.kind == "no_reply"] == [("weak", "went offline")]
     assert list(grid.get_node_ids()) == [node_id("steady")]
     assert retained(broker) == {TOPICS.status("steady"), TOPICS.status("weak")}
 
@@ -361,7 +362,7 @@ def test_a_broker_that_restarts_costs_no_reply(tmp_path: Path) -> None:
     port = free_port()
     broker = start_mosquitto(tmp_path, port)
     device = Puppet(("127.0.0.1", port), "a")
-    with MqttGrid("127.0.0.1", port, "test", PROGRAM, repeat=0.2, grace=30) as grid:
+    with MqttGrid("127.0.0.1", port, "test", PROGRAM, resend_interval=0.2, offline_grace=30) as grid:
         grid.wait_for_nodes(1, 5)
         with asked(grid, message("a", record(START)), timeout=60) as result:
             work = device.work()
@@ -379,7 +380,7 @@ def test_a_broker_that_restarts_costs_no_reply(tmp_path: Path) -> None:
 
 def test_what_a_broken_connection_may_have_lost_is_sent_again_at_once(broker: tuple[str, int], puppet: Start) -> None:
     device = puppet("a")
-    with MqttGrid(*broker, "test", PROGRAM, repeat=600) as grid:
+    with MqttGrid(*broker, "test", PROGRAM, resend_interval=600) as grid:
         grid.wait_for_nodes(1, 5)
         with asked(grid, message("a", record(START)), timeout=60) as result:
             work = device.work()
@@ -397,7 +398,7 @@ def test_only_selected_devices_that_run_the_program_are_nodes(broker: tuple[str,
         puppet(name)
     puppet("other").say(Status(True, b"another!"))
     selected = ["a", "other", "unheard-of"]
-    with MqttGrid(*broker, "test", PROGRAM, select=lambda: selected) as grid:
+    with MqttGrid(*broker, "test", PROGRAM, select_devices=lambda: selected) as grid:
         assert grid.wait_for_nodes(1, 5) == [node_id("a")]
         selected.append("b")
         assert grid.wait_for_nodes(2, 5) == sorted([node_id("a"), node_id("b")])

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tinyfleet.edge.device.node import MoteNode
+from tinyfleet.edge.device.node import Node
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.tasks import Task, load
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def test_its_test_passes(folder: Path) -> None:
 
 
 def test_a_device_runs_it(task: Task) -> None:
-    node = MoteNode("home", "pump-1", {}, task.program, task.client(1, 8))
+    node = Node("home", "pump-1", {}, task.program, DatasetStream(task.client(1, 8)))
     assert node.model == task.program.model_id
 
 

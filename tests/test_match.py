@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import description, payload, status
 from tinyfleet.edge.model.layers import Dense, ReLU, build
-from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.cli import GRAPH
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.registry import Registry

@@ -19,21 +19,34 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
 from test_grid_fleet import Start, devices  # noqa: F401
 from tinyfleet.edge import datasets, tasks
-from tinyfleet.edge.device.agent import HEAD, dense_update, sparse_update
-from tinyfleet.edge.device.flower_client import arrays_to_vector, serve, vector_to_arrays
-from tinyfleet.edge.device.node import OUT_BYTES
+from tinyfleet.edge.device.flower_client import serve
+from tinyfleet.edge.device.node import Node, Publish
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Episodes, omniglot
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, Dense, Metrics, Phase, Sparse, Success, UpdateFormat, encode
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
+from tinyfleet.edge.wire.messages import (
+    ALL_LAYERS,
+    Metrics,
+    Phase,
+    Success,
+    TrainTask,
+    UpdateFormat,
+    decode_reply,
+    encode,
+)
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.server.evaluate import few_shot
 from tinyfleet.server.flower.grid import MqttGrid, RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp
 from tinyfleet.server.flower.strategies import Reptile, TinyMetaFed, TinyReptile
 from tinyfleet.server.flower.strategies.reptile import task_seed
-from tinyfleet.server.run import StrategyOptions, limit_clients, make_strategy
+from tinyfleet.server.training_run import StrategyOptions, limit_clients, make_strategy
 
 from tinyfleet.__main__ import cli
 
@@ -183,25 +196,37 @@ def test_updates_and_their_bytes_are_those_of_a_node(density: float, half: bool)
     learned = start + np.round(random.normal(size=(3, n)), 1).astype(np.float32) * (random.random((3, n)) < 0.5)
     how = UpdateFormat(shared=ALL_LAYERS & ~2, half=half, density=density)
     shared = meta.network(DIGITS.program).chosen(how.shared)
-    metrics = Metrics(160, 1.0, 0, 0, 0.0, 12_000)
+    metrics = Metrics(0, 0.0, 0, 0, 0.0, DIGITS.program.arena_bytes)
     received, sizes = meta.encoded(start, learned, how, shared, metrics)
     for mine, size, vector in zip(received, sizes, learned, strict=True):
-        updates: list[Dense | Sparse]
-        if density < 1:
-            updates = [*sparse_update(vector - start, shared, how, OUT_BYTES - HEAD)]
-        else:
-            updates = [*dense_update(vector, shared, how, OUT_BYTES - HEAD)]
-        expected, sent = start.copy(), 0
-        for i, update in enumerate(updates):
-            values = update.values if isinstance(update, Dense) else update.changes
-            carried = values.astype(np.float16).astype(np.float32) if half else values
-            if isinstance(update, Dense):
-                expected[update.offset : update.offset + len(values)] = carried
-            else:
-                expected[update.indices] = start[update.indices] + carried
-            sent += len(encode(Success(1 << 20, i, len(updates), None if i else metrics, update)))
-        np.testing.assert_array_equal(mine, expected)
-        assert size == sent
+        replies = node_replies(start, vector, how)
+        np.testing.assert_array_equal(mine, apply_update(start, map(as_success, replies)))
+        assert size == sum(map(len, replies))
+
+
+def node_replies(start: NDArray[np.float32], learned: NDArray[np.float32], how: UpdateFormat) -> list[bytes]:
+    """What the C node sends if its learner has learned this."""
+
+    class Learned(MoteLearner):
+        @property
+        def parameters(self) -> NDArray[np.float32]:
+            return learned
+
+    topics, stream = Topics("home"), DatasetStream(DIGITS.client(0, 1))
+    node = Node("home", "one", {}, DIGITS.program, stream, learner=Learned)
+    task = TrainTask(1 << 20, "train", 1, 1, DIGITS.program.model_id, 1, (), 0, how)
+    node.receive(topics.command("one"), encode(task))
+    for i, chunk in enumerate(chunks(start.tobytes())):
+        node.receive(topics.weights(1, 1, i), chunk)
+    while node.step():
+        pass
+    return [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.reply("one")]
+
+
+def as_success(payload: bytes) -> Success:
+    reply = decode_reply(payload)
+    assert isinstance(reply, Success)
+    return reply
 
 
 @pytest.mark.parametrize(
@@ -219,7 +244,7 @@ def test_bytes_are_those_that_real_devices_and_a_broker_carry(
     if density is not None:
         how = replace(how, update=replace(how.update, density=density))
     start = meta.initial_parameters(DIGITS.program, how)
-    with MqttGrid(*broker, "test", DIGITS.program, repeat=60) as grid:  # a busy machine is not asked twice
+    with MqttGrid(*broker, "test", DIGITS.program, resend_interval=60) as grid:  # a busy machine is not asked twice
         nodes = sorted(grid.wait_for_nodes(FLEET, 20))
         limit_clients(strategy.strategy, count, FLEET)
         carried: list[tuple[int, int]] = []
@@ -519,7 +544,7 @@ def test_a_fleet_is_served_without_keras() -> None:
     code = (
         "import sys\n"
         "for name in ('keras', 'tensorflow', 'jax'): sys.modules[name] = None\n"
-        "import tinyfleet.server.run, tinyfleet.server.flower.strategies, tinyfleet.server.cli\n"
+        "import tinyfleet.server.training_run, tinyfleet.server.flower.strategies, tinyfleet.server.cli\n"
         "from tinyfleet.__main__ import main\n"
         "sys.argv[1:] = ['meta-train', 'digits']\n"
         "main()\n"

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fuzzing import CLANG, MOTE
-from tinyfleet.edge.mote_build import FLAGS, STRICT
-from tinyfleet.edge.mote_codegen import DEFINES, generate
+from fuzzing import CLANG
+from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT, sources
+from tinyfleet.edge.mote.codegen import generate
 from tinyfleet.firmware_tools.firmware.build import ENGINE
 
-NODE = [MOTE / "mote_node.c", MOTE / "mote_update.c", MOTE / "mote_frame.c"]
+NODE = sources("node")
 CORTEX_M4 = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16"]
 
 
@@ -39,7 +39,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def includes(generated: list[Path]) -> list[str]:
     # As a system's folder: zcbor's C is not ours to warn about.
-    return [f"-I{MOTE}", f"-isystem{generated[0].parent}", *(f"-D{name}" for name in DEFINES)]
+    return [*(f"-I{folder}" for folder in INCLUDES), f"-isystem{generated[0].parent}"]
 
 
 @pytest.mark.parametrize("names", [("gcc",), CLANG, ("arm-none-eabi-gcc",)], ids=lambda names: names[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
-from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.cli import GRAPH, SERVER
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry

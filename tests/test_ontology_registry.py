@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything, open_store, payload, status
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, host_board, thing_description
-from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue as boards
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry, RejectedMessage, parse_thing_description, to_triples
@@ -389,7 +389,13 @@ def test_a_bad_status_is_refused_and_leaves_no_trace(store: Store, registry: Reg
 
 @pytest.mark.parametrize(
     "topic",
-    ["tinyfleet/away/devices/dev-1/td", TOPICS.do("dev-1"), TOPICS.did("dev-1"), "tinyfleet/home/devices/a b/td", ""],
+    [
+        "tinyfleet/away/devices/dev-1/td",
+        TOPICS.command("dev-1"),
+        TOPICS.reply("dev-1"),
+        "tinyfleet/home/devices/a b/td",
+        "",
+    ],
 )
 def test_other_topics_are_none_of_its_business(store: Store, registry: Registry, topic: str) -> None:
     assert not registry.handle(topic, payload(description()))

@@ -12,7 +12,7 @@ import pytest
 import typer
 from ontology_fixtures import description, open_store, payload
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.readers.model_file import read_model_file
 from tinyfleet.ontology.cli import query
 from tinyfleet.ontology.graph_cli import app

@@ -16,37 +16,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tinyfleet.edge.mote_codegen import DEFINES, generate
-from tinyfleet.edge.wire.protocol import (
+from tinyfleet.edge.mote.codegen import generate
+from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks, decode_chunk
+from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
-    CHUNK,
-    MAX_CHUNKS,
-    Assembly,
     Dense,
     ErrorCode,
     Failure,
     Metrics,
     Phase,
-    ProtocolError,
     Reboot,
-    RoundConfig,
     Sparse,
     Status,
     Success,
-    Topics,
     TrainTask,
     UpdateFormat,
     UpdateModel,
-    chunks,
-    decode_chunk,
     decode_command,
     decode_reply,
     decode_status,
     encode,
     error_text,
-    format_round_config,
-    parse_round_config,
 )
+from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config, parse_round_config
+from tinyfleet.edge.wire.topics import Topics
 
 u32 = st.integers(0, 2**32 - 1)
 f32 = st.floats(width=32, allow_nan=False)
@@ -71,7 +65,8 @@ dones = st.builds(
     Success, u32, st.just(0), st.integers(1, 2**32 - 1), st.none() | metrics, st.none() | denses | sparses
 )
 dids = st.one_of(dones, st.builds(Failure, u32, st.sampled_from(ErrorCode), st.integers(-(2**31), 2**31 - 1)))
-statuses = st.builds(Status, st.booleans(), model, u32, u32, u32, st.none() | f32, st.none() | f32)
+engines = st.text(min_size=1, max_size=16).filter(lambda text: len(text.encode()) <= 16)
+statuses = st.builds(Status, st.booleans(), model, u32, u32, u32, st.none() | f32, st.none() | f32, u32, engines)
 
 Transcode = Callable[[str, bytes], bytes | None]
 
@@ -82,7 +77,7 @@ def transcode(tmp_path_factory: pytest.TempPathFactory) -> Transcode:
     folder = tmp_path_factory.mktemp("transcode")
     sources = [Path(__file__).parent / "c" / "transcode.c", *generate(folder)]
     library = folder / "transcode.so"
-    flags = ["-std=c99", "-O1", "-shared", "-fPIC", f"-I{folder}", *(f"-D{name}" for name in DEFINES)]
+    flags = ["-std=c99", "-O1", "-shared", "-fPIC", f"-I{folder}"]
     command: list[str | Path] = ["cc", *flags, *sources, "-o", library]
     subprocess.run(command, check=True, capture_output=True)
     c = ctypes.CDLL(str(library))
@@ -97,10 +92,10 @@ def transcode(tmp_path_factory: pytest.TempPathFactory) -> Transcode:
 
 
 @given(message=orders)
-def test_orders_go_round(transcode: Transcode, message: Any) -> None:
+def test_commands_go_round(transcode: Transcode, message: Any) -> None:
     payload = encode(message)
     assert decode_command(payload) == message
-    assert transcode("Do", payload) == payload
+    assert transcode("command", payload) == payload
 
 
 @given(message=dids)
@@ -133,22 +128,12 @@ def test_statuses_go_round(transcode: Transcode, message: Status) -> None:
 def test_chunks_go_round_in_any_order(transcode: Transcode, data: bytes, random: Any) -> None:
     payloads = list(chunks(data))
     assert all(transcode("chunk", payload) == payload for payload in payloads)
-    assembly = Assembly(len(data))
     random.shuffle(payloads)
-    for payload in payloads:
-        assert not assembly.complete
-        assert assembly.add(decode_chunk(payload))
-        assert not assembly.add(decode_chunk(payload)), "it came before"
-    assert assembly.complete and assembly.data() == data
+    assert b"".join(chunk.data for chunk in sorted(map(decode_chunk, payloads))) == data
 
 
-def test_an_assembly_takes_only_its_own() -> None:
-    payloads = [decode_chunk(payload) for payload in chunks(bytes(2 * CHUNK))]
-    short = Assembly(CHUNK + 1)
-    with pytest.raises(ProtocolError, match="do not belong"):
-        short.add(payloads[1])
-    with pytest.raises(ProtocolError, match="2 chunks are missing"):
-        short.data()
+def test_what_takes_too_many_chunks_is_refused() -> None:
+    assert sum(1 for _ in chunks(bytes(CHUNK * MAX_CHUNKS))) == MAX_CHUNKS
     with pytest.raises(ProtocolError, match="more than"):
         list(chunks(bytes(CHUNK * MAX_CHUNKS + 1)))
 
@@ -161,7 +146,7 @@ def test_a_message_that_is_cut_or_too_long_is_refused(
     name, decode = next(
         (name, decode)
         for name, decode, kinds in (
-            ("Do", decode_command, (TrainTask, UpdateModel, Reboot)),
+            ("command", decode_command, (TrainTask, UpdateModel, Reboot)),
             ("reply", decode_reply, (Success, Failure)),
             ("status", decode_status, (Status,)),
         )
@@ -235,14 +220,21 @@ def test_messages_are_small() -> None:
 
 def test_topics() -> None:
     t = Topics("home")
-    assert t.parse(t.do("a")) == ("command", ("a",)) and t.parse(t.did("a-1")) == ("reply", ("a-1",))
+    assert t.parse(t.command("a")) == ("command", ("a",)) and t.parse(t.reply("a-1")) == ("reply", ("a-1",))
     assert t.parse(t.status("a")) == ("status", ("a",)) and t.parse(t.td("a")) == ("td", ("a",))
     assert t.parse(t.weights(1, 2, 3)) == ("weights", (1, 2, 3))
     assert t.parse(t.program(bytes(8), 3)) == ("program", (bytes(8), 3))
-    for other in ("", "tinyfleet/work/devices/a/do", t.do("a") + "/x", t.do("a") + "\n", t.weights(1, 2), "tinyfleet"):
+    for other in (
+        "",
+        "tinyfleet/work/devices/a/command",
+        t.command("a") + "/x",
+        t.command("a") + "\n",
+        t.weights(1, 2),
+        "tinyfleet",
+    ):
         assert t.parse(other) is None
     assert t.parse("tinyfleet/home/runs/4294967296/1/1") is None and t.parse("tinyfleet/home/runs/01/1/1") is None
-    assert t.do("+") == "tinyfleet/home/devices/+/do"
+    assert t.command("+") == "tinyfleet/home/devices/+/command"
 
 
 def test_a_rounds_config() -> None:

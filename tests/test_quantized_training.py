@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nets import spoilt
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
-from test_engine_native import CLANG, ENGINE, MOTE, ROOT, compiler, corpus, run
+from test_engine_native import CLANG, ENGINE, INCLUDE, ROOT, compiler, corpus, run
 from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
@@ -346,7 +346,7 @@ def test_compilers_agree_and_sanitizers_find_nothing_in_good_and_hostile_program
         (("gcc",), ["-O3", "-march=native"]),
         (CLANG, ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]),
     ):
-        command = [compiler(*cc), "-std=c99", "-ffp-contract=off", *flags, f"-I{MOTE}", ROOT / "tests/c/programs.c"]
+        command = [compiler(*cc), "-std=c99", "-ffp-contract=off", *flags, *INCLUDE, ROOT / "tests/c/programs.c"]
         run([*command, *ENGINE, "-o", tmp_path / "programs"])
         file = corpus(tmp_path / "corpus", good + bad if outputs else good)
         outputs.append(run([tmp_path / "programs", file, "5"]).splitlines())

@@ -22,34 +22,34 @@ from flwr.serverapp.strategy import (
 from numpy.typing import NDArray
 from test_grid_fleet import PROGRAM, START, TASK, Start, client, devices, learn, quiet, replayed, server  # noqa: F401
 from tinyfleet.edge.device.device import Device
-from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
-from tinyfleet.edge.device.node import MoteNode, Out, Publish
+from tinyfleet.edge.device.node import Node, Out, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import Dense, Success, decode_reply, encode
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
+from tinyfleet.edge.wire.messages import Dense, Success, decode_reply, encode
 from tinyfleet.ontology.queries import library
+from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile
-from tinyfleet.server.run import NamedStrategy, Round, StrategyOptions, make_strategy
-from tinyfleet.server.serve import FleetServer
+from tinyfleet.server.training_run import NamedStrategy, Round, StrategyOptions, make_strategy
 
 Vector = NDArray[np.float32]
 Broker = tuple[str, int]
 
 
-class OddNode(MoteNode):
+class OddNode(Node):
     """The C node, but its owner tampers with what it sends."""
 
     def __init__(self, id: str, data: ClientData) -> None:
         td = thing_description("test", id, VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
-        super().__init__("test", id, td, PROGRAM, data)
+        super().__init__("test", id, td, PROGRAM, DatasetStream(data))
 
     def poll(self) -> Iterator[Out]:
         for out in super().poll():
-            if isinstance(out, Publish) and out.topic.endswith("/did"):
+            if isinstance(out, Publish) and out.topic.endswith("/reply"):
                 yield from self.tamper(out)
             else:
                 yield out

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tinyfleet.edge.wire.session import Message, Receipt, Session
+from tinyfleet.edge.wire.mqtt_session import Message, Receipt, Session
 
 Broker = tuple[str, int]
 Heard = list[tuple[str, bytes]]
@@ -197,7 +197,7 @@ def test_an_error_in_a_callback_costs_its_message_and_no_other(
     sender = Session(*broker, "sender")  # now: when the broker accepts it, it has read the subscription
     for payload in (b"one", b"bad", b"two"):
         sender.publish("t", payload)
-    with caplog.at_level(logging.ERROR, "tinyfleet.edge.wire.session"):
+    with caplog.at_level(logging.ERROR, "tinyfleet.edge.wire.mqtt_session"):
         assert [arrived.get(timeout=30) for _ in range(2)] == [b"one", b"two"]
     assert [record.exc_info is not None for record in caplog.records] == [True]
     sender.close()

@@ -8,7 +8,8 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.protocol import ALL_LAYERS, parse_round_config
+from tinyfleet.edge.wire.messages import ALL_LAYERS
+from tinyfleet.edge.wire.round_config import parse_round_config
 from tinyfleet.server.flower.grid import RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile

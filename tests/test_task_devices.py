@@ -1,35 +1,27 @@
-"""Every task on devices: the virtual microcontroller, the agent and an emulated board learn the same from the same."""
+"""Every task on devices: virtual microcontroller, learner in Python and emulated board learn the same from the same."""
 
 import socket
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord
 from tinyfleet.edge import datasets, tasks
-from tinyfleet.edge.device.agent import AgentNode
 from tinyfleet.edge.device.device import virtual_device
-from tinyfleet.edge.device.flower_client import to_metrics, vector_to_arrays
-from tinyfleet.edge.device.node import MoteNode, Node, Publish
+from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Task, keywords
-from tinyfleet.edge.wire import frames
-from tinyfleet.edge.wire.protocol import (
-    ALL_LAYERS,
-    Phase,
-    Success,
-    Topics,
-    TrainTask,
-    UpdateFormat,
-    chunks,
-    decode_reply,
-    encode,
-)
+from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
+from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Success, TrainTask, UpdateFormat, decode_reply, encode
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
 from tinyfleet.server.flower.grid import MqttGrid
-from tinyfleet.server.run import make_strategy
+from tinyfleet.server.training_run import make_strategy
 
 FLEET, ID = "test", "device-1"
 TOPICS = Topics(FLEET)
@@ -60,28 +52,27 @@ def replies(node: Node, task: Task) -> list[bytes]:
     work, said = order(task), []
     node.connected()
     list(node.poll())
-    node.receive(TOPICS.do(ID), encode(work))
+    node.receive(TOPICS.command(ID), encode(work))
     for i, chunk in enumerate(chunks(task.program.initial(1).astype("<f4").tobytes())):
         list(node.poll())
         node.receive(TOPICS.weights(1, 1, i), chunk)
     busy = True
     while busy:
         busy = node.step()
-        said += [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == TOPICS.did(ID)]
+        said += [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == TOPICS.reply(ID)]
     return said
 
 
-def virtual(task: Task, **options: int) -> MoteNode:
+def virtual(task: Task, **options: Any) -> Node:
     arena = task.program.arena_bytes
-    return MoteNode(FLEET, ID, {}, task.program, task.client(2, 12), arena_bytes=arena, **options)
+    return Node(FLEET, ID, {}, task.program, DatasetStream(task.client(2, 12)), arena_bytes=arena, **options)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_agent_learns_what_the_virtual_microcontroller_learns(name: str) -> None:
+def test_a_learner_in_python_learns_what_the_virtual_microcontroller_learns(name: str) -> None:
     task = _load(name)
-    here = AgentNode(FLEET, ID, {}, task.program, DatasetStream(task.client(2, 12)), MoteLearner)
     said = replies(virtual(task), task)
-    assert said == replies(here, task)
+    assert said == replies(virtual(task, learner=MoteLearner), task)
     first = decode_reply(said[0])
     assert isinstance(first, Success) and first.metrics is not None
     assert first.metrics.samples == 60 and first.metrics.queried == 12
@@ -129,19 +120,27 @@ def over_the_line(url: str, task: Task, count: int) -> list[bytes]:
     """What a board says to the same order, in so many messages: the part of gateway and broker is played here."""
     host, port = url.removeprefix("socket://").split(":")
     weights = list(chunks(task.program.initial(1).astype("<f4").tobytes()))
-    reader, said = frames.FrameReader(), []
+    reader, said = serial_frames.FrameReader(), []
     with socket.create_connection((host, int(port)), timeout=LIMIT) as line:
 
-        def send(*sent: frames.Frame) -> None:
-            line.sendall(b"".join(map(frames.encode, sent)))
+        def send(*sent: serial_frames.Frame) -> None:
+            line.sendall(b"".join(map(serial_frames.encode, sent)))
 
-        send(frames.Frame(frames.CONNECTED), frames.Frame(frames.MESSAGE, TOPICS.do(ID), encode(order(task))))
+        send(
+            serial_frames.Frame(serial_frames.CONNECTED),
+            serial_frames.Frame(serial_frames.MESSAGE, TOPICS.command(ID), encode(order(task))),
+        )
         while len(said) < count:
             received = line.recv(4096)
             assert received, "the board has hung up"
             for frame in reader.feed(received):
-                if frame.kind == frames.SUBSCRIBE and frame.topic == TOPICS.weights(1, 1):
-                    send(*(frames.Frame(frames.MESSAGE, TOPICS.weights(1, 1, i), w) for i, w in enumerate(weights)))
-                elif frame.kind == frames.PUBLISH and frame.topic == TOPICS.did(ID):
+                if frame.kind == serial_frames.SUBSCRIBE and frame.topic == TOPICS.weights(1, 1):
+                    send(
+                        *(
+                            serial_frames.Frame(serial_frames.MESSAGE, TOPICS.weights(1, 1, i), w)
+                            for i, w in enumerate(weights)
+                        )
+                    )
+                elif frame.kind == serial_frames.PUBLISH and frame.topic == TOPICS.reply(ID):
                     said.append(frame.payload)
     return said

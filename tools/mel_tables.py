@@ -1,6 +1,6 @@
-"""Writes edge/mote/mote_mel_tables.h: a sine and the mel filters of mote_mel.c, rounded to integers.
+"""Writes edge/mote/src/features/mote_mel_tables.h: a sine and the mel filters of mote_mel.c, rounded to integers.
 
-python tools/mel_tables.py > edge/mote/mote_mel_tables.h
+python tools/mel_tables.py > edge/mote/src/features/mote_mel_tables.h
 """
 
 from __future__ import annotations

@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 from tinyfleet.edge.device.node import (
     ARENA_BYTES,
-    ENGINE_VERSION,
     PROGRAM_BYTES,
-    MoteNode,
     Node,
     Publish,
     Reboot,
     Subscribe,
     Unsubscribe,
 )
+from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.session import Message, Session
+from tinyfleet.edge.versions import ENGINE_VERSION
+from tinyfleet.edge.wire.mqtt_session import Message, Session
 
 STEPS = 64
 """Samples learned from between two looks at the network."""
@@ -126,7 +126,7 @@ def virtual_device(
     arena = max(ARENA_BYTES, program.arena_bytes)
     td = thing_description(fleet, id, board, "mote", ENGINE_VERSION, arena, program.model_id, PROGRAM_BYTES)
 
-    def node() -> MoteNode:
-        return MoteNode(fleet, id, td, program, data, arena_bytes=arena, model_slot_bytes=PROGRAM_BYTES)
+    def node() -> Node:
+        return Node(fleet, id, td, program, DatasetStream(data), arena_bytes=arena, model_slot_bytes=PROGRAM_BYTES)
 
     return Device(node, host, port, fleet)

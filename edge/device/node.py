@@ -1,22 +1,25 @@
-"""The device node: messages in, messages out, one sample a step. The C one, as a virtual microcontroller runs it."""
+"""The device node: messages in, messages out, one sample a step. mote_node.c, for Python.
+
+Where samples come from and what learns are callbacks of the C node; Python may supply both.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from tinyfleet.edge._mote import ffi, lib
-from tinyfleet.edge.device.sources import DatasetStream
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.device.sources import DatasetStream, Stream
+from tinyfleet.edge.errors import ProgramError, UserError, error_name
+from tinyfleet.edge.model.learner import Learner, LearnerError
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import Topics
+from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS
+from tinyfleet.edge.wire.topics import Topics
 
-ENGINE_VERSION = "0.2.0"
-"""Of mote: MOTE_VERSION in mote.h."""
 OUT_BYTES = 8192
 """Room for one outgoing payload: a larger update goes in parts."""
 ARENA_BYTES = 65_536
@@ -27,10 +30,33 @@ NOT_FOR_FLEETS = (
     "these, or train this one with a MoteLearner"
 )
 
+Vector = NDArray[np.float32]
+
+
+class MaskedLearner(Learner, Protocol):
+    """A learner of whose layers some can be held fixed, as MoteLearner and LiteRTLearner are."""
+
+    @property
+    def mask(self) -> int:
+        """Which layers train now: bit i is the i-th layer with parameters."""
+        ...
+
+    @mask.setter
+    def mask(self, layers: int) -> None: ...
+
 
 class NodeCounters(NamedTuple):
-    """malformed: messages that did not decode or did not fit; stale: doubled, reordered, or of a round that is over;
-    samples: learned from since the start."""
+    """What a node has counted since the start.
+
+    Parameters
+    ----------
+    malformed
+        Messages that did not decode or did not fit.
+    stale
+        Messages that were repeated, reordered, or of a round that is over.
+    samples
+        Samples learned from.
+    """
 
     malformed: int
     stale: int
@@ -38,63 +64,66 @@ class NodeCounters(NamedTuple):
 
 
 class Publish(NamedTuple):
+    """Publish this."""
+
     topic: str
     payload: bytes
     retain: bool
 
 
 class Subscribe(NamedTuple):
+    """Subscribe to this."""
+
     filter: str
 
 
 class Unsubscribe(NamedTuple):
+    """Unsubscribe from this."""
+
     filter: str
 
 
 class Reboot(NamedTuple):
-    """Start anew, from the built-in program."""
+    """Start again, from the built-in program."""
 
 
 Out = Publish | Subscribe | Unsubscribe | Reboot
 
 
-class Node(Protocol):
-    """What a device does, without any I/O of its own; see mote_node.h. Not for two threads at once."""
+class Node:
+    """A device without any I/O of its own: the code of a microcontroller's firmware. Not for two threads at once.
 
-    @property
-    def id(self) -> str: ...
+    Hand over every message with `receive`, call `step` while it returns True, and send what `poll` gives.
 
-    @property
-    def counters(self) -> NodeCounters: ...
+    Parameters
+    ----------
+    fleet, id
+        As in the topics.
+    td
+        The Thing Description.
+    program
+        The built-in model.
+    source
+        Where samples come from.
+    learner
+        What learns, for a program: called for the built-in one, and for each that arrives over the air. None: the C
+        engine, as on a microcontroller.
+    arena_bytes
+        Memory to learn in.
+    model_slot_bytes
+        Memory for a program over the air; 0: it takes none.
+    out_bytes
+        Memory for one outgoing payload.
+    sparse
+        Whether there is memory for the copy of the parameters that sparse replies, clipping and a proximal term need.
 
-    @property
-    def model(self) -> bytes:
-        """The id of the program that runs."""
-        ...
-
-    def connected(self) -> None:
-        """The session with the broker is new: the node announces itself and subscribes again."""
-        ...
-
-    def will(self) -> Publish:
-        """What the session must leave as its will."""
-        ...
-
-    def receive(self, topic: str, payload: bytes) -> None:
-        """A message has arrived."""
-        ...
-
-    def step(self) -> bool:
-        """Learns from, or scores, one sample. False: nothing more to do until a message or a sample arrives."""
-        ...
-
-    def poll(self) -> Iterator[Out]:
-        """What to send now; to be used up after each of the calls above."""
-        ...
-
-
-class MoteNode:
-    """mote_node.c with the samples of `data`: the same code as in a microcontroller's firmware. See Node."""
+    Raises
+    ------
+    UserError
+        If the samples or the memory do not fit the program, or if a fleet cannot exchange it.
+    ProtocolError
+        If a name is not valid.
+    """
 
     def __init__(
         self,
@@ -102,25 +131,20 @@ class MoteNode:
         id: str,
         td: Mapping[str, Any],
         program: Program,
-        data: ClientData,
+        source: Stream,
         *,
+        learner: Callable[[Program], MaskedLearner] | None = None,
         arena_bytes: int = ARENA_BYTES,
         model_slot_bytes: int = PROGRAM_BYTES,
         out_bytes: int = OUT_BYTES,
         sparse: bool = True,
     ) -> None:
-        """`td` is its Thing Description. arena_bytes: memory to learn in; model_slot_bytes: room for a program over the
-        air (0: none is adopted); out_bytes: room for one payload; sparse: whether there is room for the copy of the
-        weights that sparse replies need. Raises UserError; ProtocolError for a bad name; ValueError for samples that
-        can't give a task.
-        """
-        Topics(fleet).do(id)  # checks the names,
-        DatasetStream(data)  # and this the data
+        Topics(fleet).command(id)  # checks the names
+        if isinstance(source, DatasetStream):
+            source.data.check_compatible(program)
         self.id = id
-        data.check_compatible(program)
-        description = json.dumps(td).encode()
+        self._builtin = program
         self._node: Any = ffi.new("mote_node_t *")
-        self._stream: Any = ffi.new("mote_stream_t *")
         self._out: Any = ffi.new("mote_out_t *")
         config: Any = ffi.new("mote_node_config_t *")
         self._keep: list[Any] = []  # all that the C code points to
@@ -129,37 +153,34 @@ class MoteNode:
             self._keep.append(value)
             return value
 
-        if data.features.dtype == np.uint8:
-            self._stream.features = keep(ffi.from_buffer("uint8_t[]", data.features))
-        else:
-            self._stream.values = keep(ffi.from_buffer("float[]", data.features))
-        if data.targets is not None:
-            self._stream.targets = keep(ffi.from_buffer("float[]", data.targets))
-            self._stream.outputs = data.targets.shape[1]
-        self._stream.starts = keep(ffi.from_buffer("uint32_t[]", data.starts))
-        self._stream.classes = len(data.starts) - 1
-        self._stream.size = data.features.shape[1]
-        self._stream.scale = data.scale
-        self._stream.ways = data.ways
-        self._stream.fixed = data.fixed
-        config.source = lib.mote_stream_source(self._stream)
+        def memory(dtype: type, count: int) -> Any:
+            """Zeros that take no physical memory until they are written to."""
+            return keep(ffi.from_buffer(keep(np.zeros(count, dtype))))
+
+        description = json.dumps(td).encode()
         config.fleet = keep(ffi.new("char[]", fleet.encode()))
         config.id = keep(ffi.new("char[]", id.encode()))
         config.td, config.td_size = keep(ffi.new("char[]", description)), len(description)
         config.program, config.program_size = keep(ffi.from_buffer(program.data)), len(program.data)
         config.model = program.model_id
-        config.arena, config.arena_size = keep(ffi.new("uint32_t[]", arena_bytes // 4)), arena_bytes // 4 * 4
+        config.arena, config.arena_size = memory(np.uint32, arena_bytes // 4), arena_bytes // 4 * 4
         if sparse:
-            config.base, config.base_count = keep(ffi.new("float[]", arena_bytes // 4)), arena_bytes // 4
-        config.sample_count = math.prod(program.input_shape) + math.prod(
-            program.output_shape
-        )  # a target is one class, or all outputs
-        config.sample = keep(ffi.new("float[]", config.sample_count))
+            config.base_count = min(arena_bytes, CHUNK * MAX_CHUNKS) // 4
+            config.base = ffi.cast("float *", memory(np.float32, config.base_count))
         if model_slot_bytes:
-            model_slot = keep(ffi.new("uint32_t[]", model_slot_bytes // 4))
-            config.model_slot, config.model_slot_size = ffi.cast("uint8_t *", model_slot), model_slot_bytes // 4 * 4
+            config.model_slot = ffi.cast("uint8_t *", memory(np.uint32, model_slot_bytes // 4))
+            config.model_slot_size = model_slot_bytes // 4 * 4
         config.out, config.out_size = keep(ffi.new("uint8_t[]", out_bytes)), out_bytes
+        inputs = math.prod(program.input_shape)
+        classes = program.loss == "softmax_cross_entropy"
+        sample: Vector = np.zeros(inputs + (1 if classes else math.prod(program.output_shape)), np.float32)
+        config.sample, config.sample_count = keep(ffi.from_buffer("float[]", sample)), len(sample)
+        self._callbacks = _Callbacks(sample[:inputs], sample[inputs:], source, learner)
+        self._callbacks.fill(config)
         error = lib.mote_node_init(self._node, config)
+        self._callbacks.raise_error()
+        if error != lib.MOTE_OK and self._callbacks.learner_error is not None:
+            raise self._callbacks.learner_error
         if error == lib.MOTE_ERR_ARENA:
             raise UserError(
                 f"the model needs {program.arena_bytes} bytes to learn in and the device has {arena_bytes}; take a "
@@ -168,39 +189,67 @@ class MoteNode:
         if error == lib.MOTE_ERR_UNSUPPORTED:
             raise UserError(NOT_FOR_FLEETS)
         if error != lib.MOTE_OK:
-            raise UserError(f"the node can't start: error {error} of the engine (see edge/mote/mote.h)")
+            raise UserError(f"the node can't start: the engine failed with {error_name(error)}")
 
     @property
     def counters(self) -> NodeCounters:
-        """See Node."""
+        """What it has counted since the start."""
         c = self._node.counters
         return NodeCounters(c.malformed, c.stale, c.samples)
 
     @property
     def model(self) -> bytes:
-        """See Node."""
+        """The id of the program that runs."""
         return bytes(self._node.model)
 
+    @property
+    def program(self) -> Program:
+        """The program that runs."""
+        if self.model == self._builtin.model_id:
+            return self._builtin
+        return Program.parse(bytes(ffi.buffer(self._node.mote.program, self._node.program_size)))
+
+    @property
+    def rounds(self) -> int:
+        """Rounds whose parameters have arrived since the start."""
+        return int(self._node.rounds)
+
+    @property
+    def parameters(self) -> Vector:
+        """A copy of the parameters: the round's once they have arrived, until `step` learns."""
+        count = ffi.new("size_t *")
+        values = lib.mote_parameters(ffi.addressof(self._node, "mote"), count)
+        return np.frombuffer(ffi.buffer(values, 4 * count[0]), np.float32).copy()
+
     def connected(self) -> None:
-        """See Node."""
+        """Announce the device and subscribe again: the session with the broker is new."""
         lib.mote_node_connected(self._node)
 
     def will(self) -> Publish:
-        """See Node."""
+        """What the session must leave as its will."""
         lib.mote_node_will(self._node, self._out)
         return self._publish()
 
     def receive(self, topic: str, payload: bytes) -> None:
-        """See Node."""
+        """Take a message that has arrived."""
         name = topic.encode()
         lib.mote_node_receive(self._node, name, len(name), payload, len(payload))
+        self._callbacks.raise_error()
 
     def step(self) -> bool:
-        """See Node. Other threads run meanwhile."""
-        return bool(lib.mote_node_step(self._node))
+        """Learn from, or score, one sample. Other threads run meanwhile.
+
+        Returns
+        -------
+        bool
+            False if there is nothing more to do until a message or a sample arrives.
+        """
+        busy = bool(lib.mote_node_step(self._node))
+        self._callbacks.raise_error()
+        return busy
 
     def poll(self) -> Iterator[Out]:
-        """See Node."""
+        """What there is to send now."""
         while lib.mote_node_poll(self._node, self._out):
             kind = self._out.kind
             if kind == lib.MOTE_SUBSCRIBE:
@@ -212,7 +261,146 @@ class MoteNode:
             else:
                 yield self._publish()
 
+    def set_drift(self, drift: float) -> None:
+        """Report drift in the status, 0 to 1, which is sent where drift begins or ends."""
+        lib.mote_node_set_drift(self._node, drift)
+
+    def set_battery(self, level: float) -> None:
+        """Report the battery's level in the status, 0 to 1, from the next one that is sent on."""
+        lib.mote_node_set_battery(self._node, level)
+
     def _publish(self) -> Publish:
         out = self._out
         payload = bytes(ffi.buffer(out.payload, out.size))
         return Publish(ffi.string(out.topic).decode(), payload, out.kind == lib.MOTE_PUBLISH_RETAINED)
+
+
+class _Callbacks:
+    """What the C node calls: the source, and the learner if it is Python's. x and y are the node's sample."""
+
+    def __init__(
+        self, x: Vector, y: Vector, source: Stream, make_learner: Callable[[Program], MaskedLearner] | None
+    ) -> None:
+        self._x, self._y = x, y
+        self._source = source
+        self._make_learner = make_learner
+        self._learner: MaskedLearner
+        self._classes = False
+        self.learner_error: LearnerError | None = None
+        self._error: Exception | None = None
+        self._handle = ffi.new_handle(self)
+
+    def fill(self, config: Any) -> None:
+        """Write them into a node's configuration."""
+        if isinstance(self._source, DatasetStream):
+            config.source = lib.mote_stream_source(self._source.c)
+        else:
+            config.source = (self._handle, lib.mote_python_open, lib.mote_python_next)
+        if self._make_learner is not None:
+            config.learner = (
+                self._handle, lib.mote_python_load, lib.mote_python_set, lib.mote_python_get, lib.mote_python_learn,
+                lib.mote_python_score,
+            )  # fmt: skip
+
+    def raise_error(self) -> None:
+        """Raise what a callback could not tell the C node as an error code."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def failed(self, error: Exception) -> int:
+        """The C node's error code for it."""
+        if isinstance(error, LearnerError):
+            self.learner_error = error
+            return error.code or int(lib.MOTE_ERR_ARGUMENT)
+        if isinstance(error, ProgramError):
+            return int(lib.MOTE_ERR_FORMAT)
+        self._error = error
+        return int(lib.MOTE_ERR_ARGUMENT)
+
+    def open(self, seed: int) -> None:
+        try:
+            self._source.open(seed)
+        except ValueError as error:
+            raise LearnerError(str(error), lib.MOTE_ERR_ARGUMENT) from error
+
+    def next(self, query: bool) -> bool:
+        sample = self._source.next(query)
+        if sample is None:
+            return False
+        for to, values in zip((self._x, self._y), sample, strict=True):
+            to[:] = np.ravel(values) if np.size(values) == len(to) else np.nan  # which no learner takes
+        return True
+
+    def load(self, program: Program) -> None:
+        assert self._make_learner is not None
+        self._learner = self._make_learner(program)
+        self._classes = program.loss == "softmax_cross_entropy"
+
+    def set(self, parameters: Vector) -> None:
+        self._learner.set_parameters(parameters)
+
+    def get(self, parameters: Vector) -> None:
+        parameters[:] = self._learner.parameters
+
+    def learn(self, rate: float, layers: int) -> float:
+        self._learner.mask = layers
+        return self._learner.learn(self._x, self._y, rate)
+
+    def score(self) -> tuple[float, bool]:
+        loss = self._learner.loss(self._x, self._y)
+        return loss, self._classes and bool(np.argmax(self._learner.infer(self._x)) == self._y[0])
+
+
+def _callback(function: Callable[..., int]) -> None:
+    """Let C call it as mote_python_{name}: what it raises becomes an error code, or is kept until C has returned."""
+
+    def call(context: Any, *arguments: Any) -> int:
+        callbacks: _Callbacks = ffi.from_handle(context)
+        try:
+            return function(callbacks, *arguments)
+        except Exception as error:
+            return callbacks.failed(error)
+
+    ffi.def_extern(name=f"mote_python{function.__name__}")(call)
+
+
+@_callback
+def _open(callbacks: _Callbacks, seed: int) -> int:
+    callbacks.open(seed)
+    return int(lib.MOTE_OK)
+
+
+@_callback
+def _next(callbacks: _Callbacks, query: int, _x: Any, _y: Any) -> int:
+    return callbacks.next(bool(query))
+
+
+@_callback
+def _load(callbacks: _Callbacks, program: Any, size: int) -> int:
+    callbacks.load(Program.parse(bytes(ffi.buffer(program, size))))
+    return int(lib.MOTE_OK)
+
+
+@_callback
+def _set(callbacks: _Callbacks, parameters: Any, count: int) -> int:
+    callbacks.set(np.frombuffer(ffi.buffer(parameters, 4 * count), np.float32))
+    return int(lib.MOTE_OK)
+
+
+@_callback
+def _get(callbacks: _Callbacks, parameters: Any, count: int) -> int:
+    callbacks.get(np.frombuffer(ffi.buffer(parameters, 4 * count), np.float32))
+    return int(lib.MOTE_OK)
+
+
+@_callback
+def _learn(callbacks: _Callbacks, _x: Any, _y: Any, rate: float, layers: int, loss: Any) -> int:
+    loss[0] = callbacks.learn(rate, layers)
+    return int(lib.MOTE_OK)
+
+
+@_callback
+def _score(callbacks: _Callbacks, _x: Any, _y: Any, loss: Any, correct: Any) -> int:
+    loss[0], correct[0] = callbacks.score()
+    return int(lib.MOTE_OK)

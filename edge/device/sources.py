@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.tasks import ClientData, Recording
 
 Sample = tuple[NDArray[np.float32], float | NDArray[np.float32]]
 """Features, and the class or the targets."""
 
-MAX_WAYS = 32
-
 
 class Stream(Protocol):
-    """A source of labelled samples for an agent."""
+    """A source of labelled samples, with which a device learns."""
 
     def open(self, seed: int) -> None:
-        """Starts the task of this seed; a sensor may ignore it. Raises ValueError if there are no samples."""
+        """Start the task of this seed; a sensor may ignore it.
+
+        Raises
+        ------
+        ValueError
+            If there are no samples.
+        """
         ...
 
     def next(self, query: bool) -> Sample | None:
@@ -27,7 +32,7 @@ class Stream(Protocol):
 
 
 class RecordedStream:
-    """A recording, from its first sample on, and at its end again: as a sensor gives samples, whatever the seed."""
+    """A recording, from its first sample to its last and then again: as a sensor gives samples, whatever the seed."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
@@ -38,65 +43,66 @@ class RecordedStream:
         self._at = 0
 
     def next(self, query: bool) -> Sample:
-        """See Stream; what is for queries is not told apart from the rest."""
+        """See Stream; query samples are not told apart from the others."""
         x, y = self._recording.x[self._at], self._recording.y[self._at]
         self._at = (self._at + 1) % len(self._recording.y)
         return x, y if isinstance(y, np.ndarray) else float(y)
 
 
 class DatasetStream:
-    """mote_stream.c in Python: the same seed gives the same task and the same samples, to the bit."""
+    """A device's samples, replayed as few-shot tasks: mote_stream.c, which draws the same on every target.
+
+    Parameters
+    ----------
+    data
+        The samples.
+
+    Raises
+    ------
+    ValueError
+        If the data can't give a task.
+
+    Examples
+    --------
+    >>> data = ClientData.of([np.full((8, 1), c, np.float32) for c in range(3)], 1.0, 3, fixed=True)
+    >>> stream = DatasetStream(data)
+    >>> stream.open(seed=1)
+    >>> x, label = stream.next(query=False)
+    >>> float(x[0]) == label
+    True
+    """
 
     def __init__(self, data: ClientData) -> None:
-        """Raises ValueError if the data can't give a task."""
         sizes = np.diff(data.starts.astype(np.int64))
-        if not 1 <= data.ways <= min(MAX_WAYS, len(sizes)) or sizes.min() < 2 or not np.isfinite(data.scale):
+        ways = min(lib.MOTE_STREAM_MAX_WAYS, len(sizes))
+        if not 1 <= data.ways <= ways or sizes.min() < 2 or not np.isfinite(data.scale):
             raise ValueError(f"{len(sizes)} classes, at least 2 samples each, can't give a task of {data.ways} ways")
         if data.fixed and data.ways != len(sizes):
             raise ValueError(f"a task of {data.ways} ways can't give {len(sizes)} classes their own labels")
         if data.starts[0] != 0 or data.starts[-1] != len(data.features):
             raise ValueError("the classes are not all the samples")
-        self._data = data
-        self._scale = np.float32(data.scale)
-        self._random = 1
-        self._chosen: list[int] = []
-
-    def _below(self, n: int) -> int:
-        """0 .. n-1: xorshift32 (Marsaglia 2003), scaled by a product (Lemire 2019)."""
-        r = self._random
-        r ^= r << 13 & 0xFFFFFFFF
-        r ^= r >> 17
-        r ^= r << 5 & 0xFFFFFFFF
-        self._random = r
-        return r * n >> 32
+        self.data = data
+        self.c: Any = ffi.new("mote_stream_t *")
+        self._keep = [ffi.from_buffer("uint32_t[]", data.starts)]  # all that the C code points to
+        self.c.starts, self.c.classes = self._keep[0], len(sizes)
+        if data.features.dtype == np.uint8:
+            self._keep.append(ffi.from_buffer("uint8_t[]", data.features))
+            self.c.features = self._keep[-1]
+        else:
+            self._keep.append(ffi.from_buffer("float[]", data.features))
+            self.c.values = self._keep[-1]
+        if data.targets is not None:
+            self._keep.append(ffi.from_buffer("float[]", data.targets))
+            self.c.targets, self.c.outputs = self._keep[-1], data.targets.shape[1]
+        self.c.size, self.c.scale, self.c.ways, self.c.fixed = data.features.shape[1], data.scale, data.ways, data.fixed
 
     def open(self, seed: int) -> None:
         """See Stream."""
-        seed &= 0xFFFFFFFF
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-            seed = (seed ^ seed >> shift) * factor & 0xFFFFFFFF
-        self._random = seed or 0x9E3779B9
-        ways, classes = self._data.ways, len(self._data.starts) - 1
-        if self._data.fixed:
-            self._chosen = list(range(ways))
-            return
-        chosen: list[int] = []
-        for i in range(ways):
-            last = classes - ways + i
-            drawn = self._below(last + 1)
-            chosen.append(last if drawn in chosen else drawn)
-        for i in range(ways - 1, 0, -1):
-            j = self._below(i + 1)
-            chosen[i], chosen[j] = chosen[j], chosen[i]
-        self._chosen = chosen
+        if lib.mote_stream_open(self.c, seed & 0xFFFFFFFF) != lib.MOTE_OK:
+            raise ValueError("these samples can't give a task")
 
     def next(self, query: bool) -> Sample:
         """See Stream; there always is a sample once a task is open."""
-        label = self._below(self._data.ways)
-        first, end = (int(row) for row in self._data.starts[self._chosen[label] : self._chosen[label] + 2])
-        count = end - first
-        kept = 1 if count < 8 else count // 4
-        row = first + count - kept + self._below(kept) if query else first + self._below(count - kept)
-        features, targets = self._data.features[row], self._data.targets
-        x = features if features.dtype == np.float32 else features.astype(np.float32) * self._scale
-        return x, float(label) if targets is None else targets[row]
+        x, y = np.empty(self.c.size, np.float32), np.empty(max(self.c.outputs, 1), np.float32)
+        lib.mote_stream_next(self.c, query, ffi.from_buffer("float[]", x), ffi.from_buffer("float[]", y))
+        return x, y if self.c.outputs else float(y[0])

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tinyfleet.edge._mote import ffi, lib
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, error_name
 from tinyfleet.edge.model.program import Program
 
 Vector = NDArray[np.float32]
@@ -59,20 +59,22 @@ class Learner(Protocol):
 
 # What to do about an error of the engine; see mote.h.
 _REASONS = {
-    lib.MOTE_ERR_ARGUMENT: "the sample or the rate has a number that is not finite; check the source of the samples",
+    lib.MOTE_ERR_ARGUMENT: "the sample has a number that is not finite, or the rate is not from 0 to "
+    f"{lib.MOTE_MAX_RATE:,}; check the source of the samples, and the rate",
     lib.MOTE_ERR_FORMAT: "this program does not fit the engine; build it anew with edge.program.build",
     lib.MOTE_ERR_CRC: "this program is damaged; transfer it again",
     lib.MOTE_ERR_ARENA: "the arena is too small for this program",
     lib.MOTE_ERR_FROZEN: "this program was not planned for that: to train a layer of the mask, for momentum, for "
     "another class, or to learn at all; build it anew with what is wanted",
     lib.MOTE_ERR_TARGET: "the target is no class of this model, or has a number that is not finite; check the labels",
-    lib.MOTE_ERR_DIVERGED: "the loss is not finite: training has diverged; lower the rate and set the parameters anew",
+    lib.MOTE_ERR_DIVERGED: "the loss, the output or a gradient is not finite: training has diverged; lower the rate "
+    "and set the parameters again",
     lib.MOTE_ERR_UNSUPPORTED: "this build of the engine lacks an operator or a loss of the program; build it with them",
 }
 
 
 def _error(code: int) -> LearnerError:
-    return LearnerError(_REASONS.get(code, f"the engine failed with error {code}"), code)
+    return LearnerError(_REASONS.get(code, f"the engine failed with {error_name(code)}"), code)
 
 
 def _check(code: int) -> None:
@@ -368,7 +370,7 @@ class LiteRTLearner:
 
     def learn(self, x: ArrayLike, y: ArrayLike, rate: float) -> float:
         """See Learner."""
-        if not np.isfinite(rate):
+        if not 0 <= rate <= lib.MOTE_MAX_RATE:
             raise _error(lib.MOTE_ERR_ARGUMENT)
         return self._finite(self._train(x=self._sample(x), y=self._target(y), rates=np.float32(rate) * self._mask))
 

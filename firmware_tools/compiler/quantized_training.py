@@ -1,8 +1,8 @@
 """Training of int8 models as they are: int8 weights that learn in place, and the choice of those under a memory budget.
 
 After "On-Device Training Under 256KB Memory" (Lin et al. 2022): quantisation-aware scaling, which is the engine's (see
-edge/mote/mote_trained_int8.c), and the sparse update, which is chosen here: of which layers the biases learn, and of
-how many output channels the weights do too.
+edge/mote/src/int8/mote_trained_int8.c), and the sparse update, which is chosen here: of which layers the biases learn,
+and of how many output channels the weights do too.
 
 Rates: a step is that of gradient descent on the real weights, so what suits the float32 model suits this one, within
 limits. With a weight's step far below 1 / 2^24 of its scale nothing happens; with steps beyond some tenths of it the

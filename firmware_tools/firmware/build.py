@@ -20,39 +20,36 @@ from string import Template
 from typing import Any, Literal
 
 import numpy as np
-import tinyfleet.edge
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
-from tinyfleet.edge import mote_build, mote_codegen
-from tinyfleet.edge.device.node import ENGINE_VERSION
 from tinyfleet.edge.device.thing_description import thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.mote import build_extension, codegen
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.protocol import ProtocolError, Topics
+from tinyfleet.edge.versions import ENGINE_VERSION
+from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards.catalogue import Target, load_board
 from tinyfleet.firmware_tools.firmware import kernel_table
 from tinyfleet.firmware_tools.firmware import stack as stack_usage
 
 SOURCES = Path(__file__).parent / "src"
-MOTE = Path(tinyfleet.edge.__file__).parent / "mote"
 
 COMPILER = "arm-none-eabi-gcc"
 SPLIT = ("-g", "-ffunction-sections", "-fdata-sections")
 # nano: newlib's small build. Only memcpy and its like are taken from it.
 LINK = ("--specs=nano.specs", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--fatal-warnings")
 
-#: Of the engine's sources: those of a host alone, and those that only a node needs.
-_HOST = ("mote_host.c",)
-_OF_NODE = ("mote_node.c", "mote_update.c", "mote_frame.c", "mote_stream.c", "mote_mel.c")
-NODE = tuple(MOTE / name for name in mote_build.SOURCES if name not in _HOST)
-ENGINE = tuple(path for path in NODE if path.name not in _OF_NODE)
+ENGINE = build_extension.sources("engine", "int8")
+NODE = ENGINE + build_extension.sources("node")
+MEL = build_extension.sources("features")
 
 #: How arithmetic is compiled. exact: the same bits on every target. fast: products and sums fused and in any order.
 Profile = Literal["exact", "fast"]
 PROFILES: dict[Profile, list[str]] = {
-    "exact": mote_build.FLAGS,
+    "exact": build_extension.FLAGS,
     "fast": ["-std=c99", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-DMOTE_FAST"],
 }
 #: Files whose time matters little, since they run seldom, only call kernels or do next to nothing: small, not quick.
@@ -106,7 +103,6 @@ def link(
     defines: Mapping[str, int | float | str] | None = None,
     foreign: Iterable[Path] = (),
     include: Iterable[Path] = (),
-    macros: Iterable[str] = (),
     note: Mapping[str, str] | None = None,
     programs: Iterable[bytes] | None = None,
     profile: Profile = "exact",
@@ -115,7 +111,7 @@ def link(
 
     sources: our C files, compiled with every warning an error; start-up code is added. foreign: others' C files.
     blobs: constants for the flash, by name; the program finds `device_{name}` and DEVICE_{NAME}_BYTES in "device.h",
-    aligned to 4 bytes. defines: more constants of "device.h". macros: defined for every file. note: kept in the ELF and
+    aligned to 4 bytes. defines: more constants of "device.h". note: kept in the ELF and
     not loaded. programs: the image holds the operators that they need; None: all that the engine has.
     Raises UserError if the compiler is missing or the program does not fit the board.
     """
@@ -149,8 +145,7 @@ def link(
         stack_usage.FLAG,
         "-masm-syntax-unified",
         f"-DBOARD_CLOCK_HZ={target.board.clock_hz}u",
-        *(f"-D{macro}" for macro in macros),
-        *(f"-I{folder}" for folder in (work, SOURCES, MOTE)),
+        *(f"-I{folder}" for folder in (work, SOURCES, *build_extension.INCLUDES)),
     ]
     if build.uart is not None:
         common += [
@@ -160,7 +155,7 @@ def link(
         ]
     ours = [work / path.name if path.name == "mote_kernels.c" else path for path in sources]
     jobs = [
-        (path, [*mote_build.STRICT, *(f"-isystem{folder}" for folder in include), *["-Os"] * (path.name in SMALL)])
+        (path, [*build_extension.STRICT, *(f"-isystem{folder}" for folder in include), *["-Os"] * (path.name in SMALL)])
         for path in (*ours, SOURCES / "startup.c", work / "device.S")
     ]
     jobs += [(path, [f"-I{folder}" for folder in include]) for path in foreign]
@@ -193,7 +188,7 @@ def link(
 
 
 def _is_engine(path: Path) -> bool:
-    return path.parent == MOTE or path.name == "mote_kernels.c"
+    return path.is_relative_to(build_extension.MOTE) or path.name == "mote_kernels.c"
 
 
 def _objcopy(compiler: str) -> str:
@@ -282,7 +277,7 @@ def build(
     uart = target.serial()
     _compiler()
     try:
-        Topics(fleet).do(device_id)
+        Topics(fleet).command(device_id)
     except ProtocolError as error:
         raise UserError(str(error)) from error
     data.check_compatible(program)
@@ -297,7 +292,7 @@ def build(
         model_slot_bytes=model_slot_bytes,
     )
     out.mkdir(parents=True, exist_ok=True)
-    generated = mote_codegen.generate(out / "firmware.wire")
+    generated = codegen.generate(out / "firmware.wire")
     return link(
         target,
         out / "firmware.elf",
@@ -321,7 +316,6 @@ def build(
         },
         foreign=generated,
         include=[generated[0].parent],
-        macros=mote_codegen.DEFINES,
         note={"fleet": fleet, "device": device_id},
         programs=[program.data] if model_slot_bytes == 0 else None,
     )
@@ -345,7 +339,7 @@ def bench_mel(target: Target, elf: Path, *, steps: int, profile: Profile = "exac
     return link(
         target,
         elf,
-        [SOURCES / "main_bench.c", SOURCES / "bench_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c"],
+        [SOURCES / "main_bench.c", SOURCES / "bench_mel.c", SOURCES / "semihost.c", *MEL],
         defines={"steps": steps},
         profile=profile,
     )
@@ -353,7 +347,7 @@ def bench_mel(target: Target, elf: Path, *, steps: int, profile: Profile = "exac
 
 def mel(target: Target, elf: Path) -> Path:
     """The program that prints a checksum of the features of made-up sound (see src/main_mel.c)."""
-    sources = [SOURCES / "main_mel.c", SOURCES / "semihost.c", MOTE / "mote_mel.c", MOTE / "mote_crc.c"]
+    sources = [SOURCES / "main_mel.c", SOURCES / "semihost.c", *MEL, *ENGINE]
     return link(target, elf, sources)
 
 

@@ -2,7 +2,8 @@
 
 Both hold the engine's C as it is, a model's program as a C array (model.h), and, if the model learns classes, an
 example that learns them from a stream. With a model, the library holds the operators that the model needs; else all,
-and model.h is a small network to begin with.
+and model.h is a small network to begin with. The CMake library is edge/mote with the wire's code already generated, so
+that a node can be built without Python; the Arduino library is the engine, all in one folder.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.layers import Dense, Layer, ReLU
 from tinyfleet.edge.model.layers import build as build_program
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.mote_build import ROOT
+from tinyfleet.edge.mote import codegen
+from tinyfleet.edge.mote.build_extension import MOTE, ROOT
 from tinyfleet.firmware_tools.firmware import kernel_table
-from tinyfleet.firmware_tools.firmware.build import ENGINE, MOTE, PROFILES
+from tinyfleet.firmware_tools.firmware.build import ENGINE
 
 Kind = Literal["arduino", "cmake"]
 LIBRARY = Path(__file__).parent / "library"
@@ -30,7 +32,7 @@ _EXACT_PRAGMA = '#pragma GCC optimize("fp-contract=off")\n'
 
 def version() -> str:
     """The engine's version, of mote.h."""
-    found = re.search(r'#define MOTE_VERSION "([^"]+)"', (MOTE / "mote.h").read_text())
+    found = re.search(r'#define MOTE_VERSION "([^"]+)"', (MOTE / "include" / "mote.h").read_text())
     assert found is not None
     return found[1]
 
@@ -74,42 +76,41 @@ def export(kind: Kind, out: Path, program: Program | None = None) -> list[Path]:
     """Writes the library to a new folder `out`; returns its files. Raises UserError if there is something already."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder with --out")
-    sources = out / "src"
-    sources.mkdir(parents=True, exist_ok=True)
-    kernels = kernel_table.whole() if program is None else kernel_table.needed([program.data])
+    kernels = kernel_table.source(kernel_table.whole() if program is None else kernel_table.needed([program.data]))
     model = first_model() if program is None else program
     learns_classes = model.loss == "softmax_cross_entropy"
-    prelude = _EXACT_PRAGMA if kind == "arduino" else ""
-    for path in ENGINE:
-        text = kernel_table.source(kernels) if path.name == "mote_kernels.c" else path.read_text()
-        (sources / path.name).write_text(prelude + text)
-    for header in _headers(ENGINE):
-        shutil.copyfile(header, sources / header.name)
-    shutil.copyfile(LIBRARY / "TinyFleetMote.h", sources / "TinyFleetMote.h")
-    (sources / "model.h").write_text(model_header(model))
+    if kind == "arduino":
+        _arduino(out, kernels, model_header(model), learns_classes)
+    else:
+        _cmake(out, kernels, model_header(model), learns_classes)
     licence = ROOT / "LICENSE"
     if licence.exists():  # an installed package keeps it elsewhere
         shutil.copyfile(licence, out / "LICENSE")
-    if kind == "arduino":
-        _arduino(out, learns_classes)
-    else:
-        _cmake(out, learns_classes)
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
 def _headers(sources: tuple[Path, ...]) -> list[Path]:
-    """The engine's headers that these files take in, directly or not."""
+    """The library's headers that these files include, directly or not."""
+    headers = {path.name: path for path in MOTE.rglob("*.h")}
     found: set[Path] = set()
     wanted = list(sources)
     while wanted:
         for name in re.findall(r'#include "(\w+\.h)"', wanted.pop().read_text()):
-            if (header := MOTE / name) not in found:
+            if (header := headers[name]) not in found:
                 found.add(header)
                 wanted.append(header)
     return sorted(found)
 
 
-def _arduino(out: Path, example: bool) -> None:
+def _arduino(out: Path, kernels: str, model: str, example: bool) -> None:
+    sources = out / "src"
+    sources.mkdir(parents=True)
+    for path in ENGINE:
+        text = kernels if path == kernel_table.SOURCE else path.read_text()
+        (sources / path.name).write_text(_EXACT_PRAGMA + text)
+    for header in _headers(ENGINE):
+        shutil.copyfile(header, sources / header.name)
+    (sources / "model.h").write_text(model)
     properties = Template((LIBRARY / "library.properties.in").read_text())
     (out / "library.properties").write_text(properties.substitute(version=version()))
     shutil.copyfile(LIBRARY / "keywords.txt", out / "keywords.txt")
@@ -119,14 +120,14 @@ def _arduino(out: Path, example: bool) -> None:
         shutil.copyfile(LIBRARY / "LearnOnAStream.ino", folder / "LearnOnAStream.ino")
 
 
-def _cmake(out: Path, example: bool) -> None:
-    text = Template((LIBRARY / "CMakeLists.txt.in").read_text()).substitute(
-        version=version(),
-        sources="\n".join(f"    src/{path.name}" for path in ENGINE),
-        exact=" ".join(flag for flag in PROFILES["exact"] if not flag.startswith("-std")),
-        fast=" ".join(flag for flag in PROFILES["fast"] if not flag.startswith("-std")),
-    )
-    (out / "CMakeLists.txt").write_text(text)
+def _cmake(out: Path, kernels: str, model: str, example: bool) -> None:
+    for folder in ("include", "src"):
+        shutil.copytree(MOTE / folder, out / folder)
+    for name in ("CMakeLists.txt", "README.md"):
+        shutil.copyfile(MOTE / name, out / name)
+    (out / kernel_table.SOURCE.relative_to(MOTE)).write_text(kernels)
+    (out / "include" / "model.h").write_text(model)
+    codegen.generate(out / "wire")
     if example:
         (out / "examples").mkdir()
-        shutil.copyfile(LIBRARY / "quickstart.c", out / "examples" / "quickstart.c")
+        shutil.copyfile(MOTE / "examples" / "quickstart.c", out / "examples" / "quickstart.c")

@@ -1,6 +1,6 @@
 """The engine's table of kernels and losses for known programs: what they need, so that a linker leaves out the rest.
 
-edge/mote/mote_kernels.c has one line for every operator and loss; a table for some programs is a choice of its lines.
+mote_kernels.c has one line for every operator and loss; a table for some programs is a choice of its lines.
 An operator through which no gradient passes in any of them has its backward pass left out, too.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tinyfleet.edge.model.graph import LOSSES, Kind
-from tinyfleet.edge.mote_build import MOTE, ROOT
+from tinyfleet.edge.mote.build_extension import MOTE
 
-SOURCE = ROOT / MOTE / "mote_kernels.c"
+SOURCE = MOTE / "src" / "engine" / "mote_kernels.c"
 
 _HEADER, _TENSOR, _OP = 48, 16, 40  # bytes: see mote_internal.h
 _NO_TENSOR = 0xFFFF

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from tinyfleet.edge.wire.protocol import Status
+from tinyfleet.edge.wire.messages import Status
 from tinyfleet.ontology.store.store import Binding, Store
 from tinyfleet.ontology.vocabulary import shapes
 from tinyfleet.ontology.vocabulary.namespaces import (

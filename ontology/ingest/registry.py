@@ -26,7 +26,9 @@ from typing import Any, Literal, NamedTuple
 import jsonschema_rs
 import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.protocol import ProtocolError, Status, Topics, decode_status
+from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.messages import Status, decode_status
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology import vocabulary
 from tinyfleet.ontology.ingest import lineage
 from tinyfleet.ontology.ingest.describe import known_parts

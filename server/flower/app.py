@@ -13,13 +13,14 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from tinyfleet.edge.cli import broker_address
-from tinyfleet.edge.device.flower_client import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import load
+from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.server.evaluate import baselines
-from tinyfleet.server.flower.grid import CompositeGrid, MqttGrid
+from tinyfleet.server.flower.composite_grid import CompositeGrid
+from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.internals import log
-from tinyfleet.server.run import initial_parameters, limit_clients, make_strategy
+from tinyfleet.server.training_run import initial_parameters, limit_clients, make_strategy
 
 app = ServerApp()
 

@@ -163,7 +163,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             mote_node_will(n, &will);
             look(will.payload, will.size);
         } else if (what < 0xa0) {
-            receive(n, "tinyfleet/home/devices/one/do", data, length);
+            receive(n, "tinyfleet/home/devices/one/command", data, length);
         } else if (what < 0xc0) {
             strcpy(topic, "tinyfleet/home/runs/5/1/0");
             topic[24] = (char)('0' + number);

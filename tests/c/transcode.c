@@ -15,7 +15,7 @@
         return (int)written;                                                                                           \
     }
 
-TRANSCODE(Do, command_r)
-TRANSCODE(did, reply_r)
+TRANSCODE(command, command_r)
+TRANSCODE(reply, reply_r)
 TRANSCODE(status, status)
 TRANSCODE(chunk, chunk)

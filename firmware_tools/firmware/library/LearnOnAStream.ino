@@ -3,7 +3,7 @@
  * A window of readings of A0 is a sample; the buttons from pin 2 on say its class. Without a button it says which class
  * it takes the last window for. model.h holds the program: `tinyfleet firmware export --library arduino --model` writes
  * it for yours. */
-#include <TinyFleetMote.h>
+#include <mote.h>
 
 #include "model.h"
 
@@ -19,7 +19,10 @@ void setup() {
   int error = mote_load(&engine, model, sizeof model, arena, sizeof arena);
   if (error != MOTE_OK) {
     Serial.print("mote_load: ");
-    Serial.println(error);
+    Serial.println(mote_error_name(error));
+    for (;;) { /* without a model there is nothing to do */
+      delay(1000);
+    }
   }
 }
 

@@ -28,8 +28,8 @@ static uint32_t state;
 static void check(int status)
 {
     if (status != MOTE_OK) {
-        semihost_print("error -");
-        semihost_number((uint64_t)-status, 10);
+        semihost_print("error ");
+        semihost_print(mote_error_name(status));
         semihost_print("\n");
         semihost_exit(1);
     }

@@ -1,38 +1,64 @@
-"""Asynchronous rounds: an update is used when it comes, weighted by its staleness, and nobody waits for a straggler.
+"""Asynchronous rounds: an update is used as soon as it arrives, weighted by its staleness; stragglers hold up nothing.
 
 After FedAsync (Xie, Koyejo and Gupta, "Asynchronous Federated Optimization", 2019), with its polynomial staleness: an
-update that was begun s versions ago counts (1 + s)^-a times as much as a fresh one. FedAsync mixes weights; as a sparse
-update only says what has changed, here the change since the version that the device was given is added, as FedBuff
-does (Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", 2022).
+update that was started s versions ago counts (1 + s)^-a times as much as a fresh one. FedAsync mixes parameters; here
+the change since the version that the device was sent is added, as a sparse update holds nothing else. FedBuff does the
+same (Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", 2022).
 """
 
 import time
 from collections.abc import Callable, Iterable
 from logging import INFO
+from typing import NamedTuple
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from tinyfleet.edge.device.flower_client import records_of_type
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.flower_records import records_of_type
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.internals import log
-from tinyfleet.server.flower.strategies.reptile import Reptile, flat
+from tinyfleet.server.flower.strategies.reptile import Change, Reptile, SentArrays
 
 POLL = 0.02
-"""Seconds between two looks at a grid that can't say when a reply is there."""
+"""Seconds between two looks at a grid that has no way to wait for a reply."""
+
+
+class _Started(NamedTuple):
+    """A device at work: the version that it was sent."""
+
+    node: int
+    version: int
+    sent: SentArrays
 
 
 class Asynchronous(Strategy):
     """Runs one of our strategies so that each reply makes a new version at once.
 
     As many devices as the strategy has clients work at any time; a device that has replied rests until it is drawn
-    again. Each update moves the version by alpha / clients, so that as many updates as a round has clients move it as
-    far as that round. exponent: a above; 0: staleness does not matter. max_staleness: an update that is older is not
-    used. A device that has not replied when its time (`timeout` of `start`) is up can be drawn again.
+    again. Each update moves the parameters by alpha / clients, so that as many updates as a round has clients move them
+    as far as that round would. Each version counts as one of Flower's rounds.
 
-    A "round" of `start` is one version, so one update.
+    Parameters
+    ----------
+    strategy
+        Says what the devices do and at which rate the parameters move.
+    exponent
+        The exponent a of the staleness weight (1 + s)^-a; 0 ignores staleness.
+    max_staleness
+        Updates that are more versions old than this are not used.
+
+    Raises
+    ------
+    UserError
+        If a number is negative.
+
+    Examples
+    --------
+    >>> strategy = Asynchronous(Reptile(alpha=1.0, clients=4))
+    >>> strategy.weight(server_round=1, staleness=0), strategy.weight(server_round=1, staleness=3)
+    (0.25, 0.125)
     """
 
     def __init__(self, strategy: Reptile, *, exponent: float = 0.5, max_staleness: int = 32) -> None:
@@ -43,7 +69,7 @@ class Asynchronous(Strategy):
         self.max_staleness = max_staleness
 
     def weight(self, server_round: int, staleness: int) -> float:
-        """What an update that makes version `server_round` is multiplied by."""
+        """The factor of an update that makes version `server_round` and is `staleness` versions old."""
         share = self.strategy.rate(server_round) / self.strategy.clients
         return float(share * (1 + staleness) ** -self.exponent)
 
@@ -57,53 +83,85 @@ class Asynchronous(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """See Flower's Strategy. timeout: seconds that a device may take. evaluate_fn: called with version 0, and with
-        every version that an update makes. Raises UserError if no device is there, or if none gives a usable reply."""
+        """Runs until `num_rounds` updates have been used.
+
+        Parameters
+        ----------
+        grid
+            Offers the nodes.
+        initial_arrays
+            The parameters that the run begins with.
+        num_rounds
+            Versions to make.
+        timeout
+            Seconds that a device may take. One that has not replied by then can be drawn again.
+        train_config
+            Passed on to the devices.
+        evaluate_config
+            Not used.
+        evaluate_fn
+            Called with version 0, and with every new version.
+
+        Returns
+        -------
+        Result
+            Flower's record of the run.
+
+        Raises
+        ------
+        UserError
+            If no device is there, or none gives a usable reply.
+        """
         self.summary()
         config = train_config or ConfigRecord()
-        result, arrays, version = Result(), initial_arrays, 0
+        result, current, version = Result(), SentArrays.from_record(initial_arrays), 0
         if evaluate_fn is not None:
-            evaluate_fn(0, arrays)
-        begun: dict[str, tuple[int, int, ArrayRecord]] = {}  # message id -> node, version, what it was given
-        failed: set[int] = set()  # since the last update that was of use
+            evaluate_fn(0, initial_arrays)
+        working: dict[str, _Started] = {}  # by message id
+        failed: set[int] = set()  # nodes, since the last update that was used
         drawn = 0
         try:
             while version < num_rounds:
-                idle = sorted({*grid.get_node_ids()} - {node for node, *_ in begun.values()} - failed)
-                while idle and len(begun) < self.strategy.clients:
+                idle = sorted({*grid.get_node_ids()} - {started.node for started in working.values()} - failed)
+                while idle and len(working) < self.strategy.clients:
                     drawn += 1
                     random = np.random.default_rng([self.strategy.seed, drawn])
                     node = idle.pop(int(random.integers(len(idle))))
-                    message = self.strategy.message(version + 1, arrays, config, node, task=drawn, ttl=timeout)
-                    (sent,) = grid.push_messages([message])
-                    begun[sent] = node, version, arrays
-                if not begun:
+                    message = self.strategy.message(version + 1, current.record, config, node, task=drawn, ttl=timeout)
+                    (message_id,) = grid.push_messages([message])
+                    working[message_id] = _Started(node, version, current)
+                if not working:
                     why = "none of the devices gave a usable reply" if failed else "no client is there"
                     raise UserError(f"{why} for round {version + 1}; start devices, or widen the selection")
-                reply = _next_reply(grid, begun)
-                node, given, base = begun.pop(reply.metadata.reply_to_message_id)
-                staleness = version - given
-                learned = self.strategy.usable(reply, base)
-                if learned is None:
-                    failed.add(node)
+                reply = _next_reply(grid, working)
+                started = working.pop(reply.metadata.reply_to_message_id)
+                staleness = version - started.version
+                change = self.strategy.change(reply, started.sent)
+                if change is None:
+                    failed.add(started.node)
                 elif staleness > self.max_staleness:
-                    log(INFO, "node %d: its update is %d versions old; not used", node, staleness)
+                    log(INFO, "node %d: its update is %d versions old; not used", started.node, staleness)
                 else:
                     version += 1
                     failed.clear()
-                    moved = flat(arrays, base) + self.weight(version, staleness) * (learned - flat(base, base))
-                    arrays = self.strategy.updated(arrays, moved)
+                    current = self._updated(current, change, self.weight(version, staleness))
                     metrics = records_of_type(reply.content, MetricRecord)[0].copy()
                     metrics["staleness"] = staleness
-                    result.arrays, result.train_metrics_clientapp[version] = arrays, metrics
+                    result.arrays, result.train_metrics_clientapp[version] = current.record, metrics
                     if evaluate_fn is not None:
-                        evaluate_fn(version, arrays)
+                        evaluate_fn(version, current.record)
         finally:
             if isinstance(grid, MqttGrid):
-                grid.give_up(begun, "the run is over")
+                grid.give_up(working, "the run is over")
         return result
 
-    # What a synchronous round would do
+    def _updated(self, current: SentArrays, change: Change, weight: float) -> SentArrays:
+        """The next version: the current one, moved by a client's change."""
+        total = np.zeros_like(current.vector)
+        change.add_to(total)
+        return SentArrays.from_record(self.strategy.with_shared(current.record, current.vector + weight * total))
+
+    # The methods of a synchronous round
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -124,7 +182,7 @@ class Asynchronous(Strategy):
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing, as nothing was asked."""
+        """Nothing, as no client was told to evaluate."""
         return None
 
     def summary(self) -> None:
@@ -134,7 +192,7 @@ class Asynchronous(Strategy):
 
 
 def _next_reply(grid: Grid, waiting: Iterable[str]) -> Message:
-    """Waits for one reply to any of these messages. Every message gets one in time, if only an error."""
+    """Waits for a reply to any of these messages. Every message gets one in time, if only an error."""
     waiting = list(waiting)
     while True:
         if isinstance(grid, MqttGrid):

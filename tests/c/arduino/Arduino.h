@@ -10,6 +10,7 @@ struct Printer {
     void begin(unsigned long baud);
     void print(const char *text);
     void print(int value);
+    void println(const char *text);
     void println(int value);
     void println(double value);
 };

@@ -1,0 +1,12 @@
+/* The errors' names. */
+#include "mote.h"
+
+const char *mote_error_name(int error)
+{
+    /* Of one width: a table of pointers would be filled in when the code is loaded. */
+    static const char names[][21] = {
+        "MOTE_OK",         "MOTE_ERR_ARGUMENT", "MOTE_ERR_FORMAT",   "MOTE_ERR_CRC",         "MOTE_ERR_ARENA",
+        "MOTE_ERR_FROZEN", "MOTE_ERR_TARGET",   "MOTE_ERR_DIVERGED", "MOTE_ERR_UNSUPPORTED",
+    };
+    return error <= MOTE_OK && error >= MOTE_ERR_UNSUPPORTED ? names[-error] : "an unknown error";
+}

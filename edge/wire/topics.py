@@ -1,0 +1,85 @@
+"""The topics of a fleet's messages on the broker."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tinyfleet.edge.wire.errors import ProtocolError
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
+_NUMBER = r"(0|[1-9][0-9]{0,9})"
+
+
+class Topics:
+    """The topics of one fleet.
+
+    Parameters
+    ----------
+    fleet
+        Its name: 1 to 32 letters, digits, dots, dashes or underscores. A device's name is the same.
+
+    Raises
+    ------
+    ProtocolError
+        If a name is not such a name.
+
+    Examples
+    --------
+    >>> topics = Topics("home")
+    >>> topics.command("kitchen")
+    'tinyfleet/home/devices/kitchen/command'
+    >>> topics.parse("tinyfleet/home/runs/5/1/0")
+    ('weights', (5, 1, 0))
+    """
+
+    def __init__(self, fleet: str) -> None:
+        if not _NAME.fullmatch(fleet):
+            raise ProtocolError(f"a fleet's name is 1 to 32 letters, digits, '.', '_' or '-', not {fleet!r:.50}")
+        self.fleet = fleet
+        self._root = f"tinyfleet/{fleet}"
+        root = re.escape(self._root)
+        self._device = re.compile(rf"{root}/devices/({_NAME.pattern})/(td|status|command|reply)")
+        self._weights = re.compile(rf"{root}/runs/{_NUMBER}/{_NUMBER}/{_NUMBER}")
+        self._program = re.compile(rf"{root}/models/([0-9a-f]{{16}})/{_NUMBER}")
+
+    def td(self, id: str) -> str:
+        """Of the device's Thing Description. Here and below, the id "+" gives the filter for all devices."""
+        return self._of(id, "td")
+
+    def status(self, id: str) -> str:
+        """Of its status, and of its will."""
+        return self._of(id, "status")
+
+    def command(self, id: str) -> str:
+        """Of the commands to it."""
+        return self._of(id, "command")
+
+    def reply(self, id: str) -> str:
+        """Of its replies."""
+        return self._of(id, "reply")
+
+    def weights(self, run: int, round: int, chunk: int | str = "+") -> str:
+        """The topic of one chunk of a round's weights; by default the filter for all of them."""
+        return f"{self._root}/runs/{run}/{round}/{chunk}"
+
+    def program(self, model: bytes, chunk: int | str = "+") -> str:
+        """The topic of one chunk of a program; by default the filter for all of them."""
+        return f"{self._root}/models/{model.hex()}/{chunk}"
+
+    def parse(self, topic: str) -> tuple[str, tuple[Any, ...]] | None:
+        """What a topic is: ("td" | "status" | "command" | "reply", (id,)), ("weights", (run, round, chunk)),
+        ("program", (model, chunk)), or None if it is not one of this fleet's."""
+        if found := self._device.fullmatch(topic):
+            return found[2], (found[1],)
+        if found := self._weights.fullmatch(topic):
+            run, round_, chunk = (int(number) for number in found.groups())
+            return ("weights", (run, round_, chunk)) if max(run, round_, chunk) <= 0xFFFFFFFF else None
+        if found := self._program.fullmatch(topic):
+            return ("program", (bytes.fromhex(found[1]), int(found[2]))) if int(found[2]) <= 0xFFFFFFFF else None
+        return None
+
+    def _of(self, id: str, kind: str) -> str:
+        if id != "+" and not _NAME.fullmatch(id):
+            raise ProtocolError(f"a device's name is 1 to 32 letters, digits, '.', '_' or '-', not {id!r:.50}")
+        return f"{self._root}/devices/{id}/{kind}"

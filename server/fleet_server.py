@@ -1,0 +1,185 @@
+"""The fleet's server in one object: a broker, the graph on disk, the registry that fills it, and what answers over
+HTTP: SPARQL, the query page, the Thing Description Directory."""
+
+import json
+import logging
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from tinyfleet.edge.wire.mqtt_session import Receipt, Session
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.ontology.cli import GRAPH, SERVER
+from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.store import StoreError
+from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
+from tinyfleet.server.broker import Broker
+
+MOST = 1000
+"""So many messages are written in one transaction at most."""
+WAITING = 10_000
+"""So many may wait for it; after that, the broker is left waiting."""
+GATHERING = 0.005
+"""Seconds that the first message of a transaction waits for others: one of many costs each of them less."""
+SETTLING = 2.0
+"""Seconds that a new server waits at most until all are marked offline; with a million, that goes on behind it."""
+
+_Message = tuple[str, bytes, Receipt | None]
+_NEW_SESSION: _Message = ("a new session", b"", None)
+_END: _Message = ("the end", b"", None)
+
+log = logging.getLogger(__name__)
+
+
+class FleetServer:
+    """Runs from its construction until it is closed (or use it in a `with`).
+
+    Messages are written as many at once as have arrived since the last were, and the broker is told that a message has
+    been received once it is in the graph: what the broker has been told is never lost, however the server ends.
+
+    data: the folder of the graph and of server.json, which tells other commands where the server is, and the token for
+    updates; only its owner can read that. broker: one that runs already, or None to start one on `port` (0: a free
+    one). endpoint_port: 0 for a free one. on_log: gets one line for whatever a device newly says of itself.
+
+    Raises UserError if a port is taken, no broker is there or installed, or another server has the folder.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        fleet: str,
+        *,
+        broker: tuple[str, int] | None = None,
+        port: int = 1883,
+        endpoint_port: int = 0,
+        on_log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.fleet = fleet_name(fleet)
+        self.data = data
+        self._on_news = on_log
+        self._topics = Topics(fleet)
+        self._online: dict[str, bool] = {}
+        with ExitStack() as stack:
+            self.store = stack.enter_context(IndexedStore(data / GRAPH))
+            if broker is None:
+                started = stack.enter_context(Broker(port, data / "broker"))
+                self.broker = started.host, started.port
+                self.broker_kind = started.kind
+            else:
+                self.broker, self.broker_kind = broker, "given"
+            self._session: Session | None = None
+            self.registry = Registry(self.store, fleet)
+            self.token = secrets.token_urlsafe(32)
+            served = stack.enter_context(
+                Endpoint(self.store, self.token, endpoint_port, registry=self.registry, deleted=self._forget)
+            )
+            self.address, self.endpoint = served.address, served.url
+            self._arrived: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+            self._room = threading.Semaphore(WAITING)
+            self._settled = threading.Event()  # nobody is taken to be online any more because an earlier server said so
+            writer = threading.Thread(target=self._write, name="registry", daemon=True)
+            writer.start()
+            stack.callback(writer.join)
+            stack.callback(self._arrived.put, _END)
+            name = f"tinyfleet-server-{secrets.token_hex(4)}"
+            self._session = Session(*self.broker, name, on_delivery=self._receive, on_connect=self._connected)
+            stack.callback(self._session.close)
+            self._connected()
+            self._settled.wait(SETTLING)
+            self._publish_address(data / SERVER)
+            stack.callback((data / SERVER).unlink, missing_ok=True)
+            self._close = stack.pop_all()
+
+    def __enter__(self) -> "FleetServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops what was started; the graph stays on disk."""
+        self._close.close()
+
+    def _connected(self) -> None:
+        """Devices that are online have said so at the broker, or will; of all others, such as those whose wills died
+        with a broker, nothing is known. Called for every new session; for the first one, maybe twice."""
+        if self._session is None:
+            return
+        self._arrived.put(_NEW_SESSION)
+        self._session.subscribe(self._topics.td("+"))
+        self._session.subscribe(self._topics.status("+"))
+
+    def _forget(self, thing: Iri) -> None:
+        """A client of the directory has deleted a thing: a device's description goes from the broker too, where it
+        would wait for the next server."""
+        fleet = f"urn:tinyfleet:{self.fleet}:"
+        if self._session is not None and thing.startswith(fleet):
+            self._session.publish(self._topics.td(thing.removeprefix(fleet)), b"", retain=True)
+
+    def _publish_address(self, path: Path) -> None:
+        host, port = self.broker
+        address = {"broker": f"{host}:{port}", "endpoint": self.endpoint, "token": self.token, "fleet": self.fleet}
+        new = path.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(address, file)
+        new.replace(path)
+
+    def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:
+        """Called by the session's thread."""
+        self._room.acquire()
+        self._arrived.put((topic, payload, receipt))
+
+    def _write(self) -> None:
+        """The writer's thread: takes all that has arrived, then what has arrived since."""
+        batch: list[_Message] = []
+        while True:
+            message = self._arrived.get()
+            special = message is _NEW_SESSION or message is _END
+            if not special:
+                if not batch and self._arrived.qsize() < MOST:
+                    time.sleep(GATHERING)
+                batch.append(message)
+            try:
+                if batch and (special or len(batch) == MOST or self._arrived.empty()):
+                    taken, batch = batch, []
+                    self._room.release(len(taken))
+                    self._take(taken)
+                if message is _NEW_SESSION:
+                    self.registry.mark_all_offline()
+            except Exception:  # whatever one message sets off, the others are still to be heard
+                log.exception("messages could not be taken")
+            if message is _NEW_SESSION:
+                self._settled.set()
+            elif message is _END:
+                return
+
+    def _take(self, batch: list[_Message]) -> None:
+        try:
+            taken = self.registry.take([(topic, payload) for topic, payload, _ in batch])
+        except StoreError as error:
+            if len(batch) > 1:  # one of them may be the cause
+                for message in batch:
+                    self._take([message])
+            else:  # the broker is not told: it brings the message again
+                log.error("a message could not be stored: %s", error)
+            return
+        if self._session is not None:
+            self._session.received(receipt for _, _, receipt in batch)
+        for one in taken:
+            if one is None:
+                continue
+            if one.refusal is not None:
+                self._on_news(one.refusal)
+            elif one.kind == "td":
+                self._on_news(f"{one.device}: {'described' if one.online else 'removed'}")
+            elif self._online.get(one.device) != one.online:
+                self._online[one.device] = one.online
+                self._on_news(f"{one.device}: {'online' if one.online else 'offline'}")

@@ -1,0 +1,136 @@
+"""What people see of a run: its progress, its scores, a plot."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from tinyfleet.server.evaluate import Score
+from tinyfleet.server.training_run import Round
+
+if TYPE_CHECKING:
+    from tinyfleet.server import simulator  # which takes seconds to import
+
+
+class Bar:
+    """A bar that says how many of `total` are done, where there is a terminal. Use it in a `with`."""
+
+    def __init__(self, console: Console, name: str, total: int, said: str = "") -> None:
+        self.shown = console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+        self._task = self._bar.add_task(name, total=total, said=said)
+
+    def __enter__(self) -> Self:
+        if self.shown:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.shown:
+            self._bar.stop()
+
+    def advance(self, said: str = "") -> None:
+        self._bar.update(self._task, advance=1, said=said)
+
+
+class Rounds(Bar):
+    """Shows the rounds of a run as they end: a bar on a terminal, else a line each. Call it with each."""
+
+    def __init__(self, console: Console, name: str, total: int) -> None:
+        super().__init__(console, name, total, "waiting for clients")
+        self._console = console
+        self._name = name
+        self._total = total
+
+    def __call__(self, ended: Round) -> None:
+        said = describe(ended)
+        if self.shown:
+            self.advance(said)
+        else:
+            self._console.print(f"{self._name} round {ended.number}/{self._total}: {said}", soft_wrap=True)
+        for device, reason in ended.lost.items():
+            self._console.print(f"round {ended.number}: no reply from {device}: {reason}", style="yellow")
+
+
+def describe(ended: Round) -> str:
+    """One round in one line."""
+    loss = "no loss" if ended.loss is None else f"loss {ended.loss:.3f}"
+    up, down = size(ended.bytes_up), size(ended.bytes_down)
+    return f"{len(ended.parts)}/{ended.asked} clients, {loss}, up {up}, down {down}, {ended.seconds:.2f} s"
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them; 1 kB is 1000."""
+    return f"{count:.0f} B" if count < 1000 else f"{count / 1000:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"
+
+
+def scores(results: Mapping[str, Sequence[Score]]) -> Table:
+    """Accuracy or error by start and shots, with the 95 % interval of the mean over tasks."""
+    first = next(iter(results.values()))[0]
+    each = "K samples a class" if first.metric == "accuracy" else "K samples"
+    title = f"{first.metric.capitalize()} on {len(first.values)} held-out tasks, after learning from {each}"
+    table = Table(title=title)
+    table.add_column("start")
+    for score in next(iter(results.values())):
+        table.add_column(f"K = {score.shots}", justify="right")
+    for name, row in results.items():
+        table.add_row(name, *map(interval, row))
+    return table
+
+
+def interval(score: Score) -> str:
+    """A score and the half width of its 95 % interval."""
+    if score.metric == "accuracy":
+        return f"{score.mean:.1%} ± {score.half_width:.1%}"
+    return f"{score.mean:.3g} ± {score.half_width:.2g}"
+
+
+def plot(
+    path: Path,
+    title: str,
+    runs: Mapping[str, Sequence[Round] | Sequence[simulator.Round]],
+    results: Mapping[str, Sequence[Score]],
+    *,
+    by_round: bool = False,
+) -> None:
+    """Writes a PNG: the devices' loss against the bytes that they sent, or by round, and accuracy against shots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    learning, adapting = figure.subplots(1, 2)
+    colours: dict[str, Any] = {}
+    for name, rounds in runs.items():
+        sent = itertools.accumulate(ended.bytes_up / 1000 for ended in rounds)
+        at = [ended.number for ended in rounds] if by_round else list(sent)
+        losses = [ended.loss if ended.loss is not None else float("nan") for ended in rounds]
+        (line,) = learning.plot(at, losses, label=name)
+        colours[name] = line.get_color()
+    learning.set(ylabel="mean loss on the devices", xlabel="round" if by_round else "sent by all devices (kB)")
+    learning.set_xscale("linear" if by_round else "log")
+    greys = itertools.cycle(("grey", "silver"))
+    metric = next(iter(results.values()))[0].metric
+    scale = 100 if metric == "accuracy" else 1
+    for name, row in results.items():
+        colour = next((colour for run, colour in colours.items() if run in name), None) or next(greys)
+        shots = [score.shots for score in row]
+        means, errors = [scale * score.mean for score in row], [scale * score.half_width for score in row]
+        adapting.errorbar(shots, means, errors, marker="o", capsize=3, label=name, color=colour)
+    unit = " (%)" if metric == "accuracy" else ""
+    adapting.set(xlabel="samples a class (K)", ylabel=f"{metric} on held-out tasks{unit}", xticks=shots)
+    for axes in (learning, adapting):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
