@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import layers
+from tinyfleet.edge.model import layers as nn
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.layers import Layer
 from tinyfleet.edge.model.program import Program
@@ -39,17 +39,17 @@ PROFILES: tuple[build.Profile, ...] = ("exact", "fast")
 
 def small(layers: list[Layer], shape: tuple[int, ...]) -> Program:
     """A classifier with random weights."""
-    blank = layers.build(layers, shape, "softmax_cross_entropy")
-    return layers.build(layers, shape, "softmax_cross_entropy", weights=blank.split(blank.initial(3)))
+    blank = nn.build(layers, shape, "softmax_cross_entropy")
+    return nn.build(layers, shape, "softmax_cross_entropy", weights=blank.split(blank.initial(3)))
 
 
 def mlp() -> Program:
-    return small([layers.Dense(32), layers.ReLU(), layers.Dense(10)], (64,))
+    return small([nn.Dense(32), nn.ReLU(), nn.Dense(10)], (64,))
 
 
 def cnn() -> Program:
-    body: list[Layer] = [layers.Conv2D(8, 3), layers.ReLU(), layers.MaxPool2D(2), layers.Flatten()]
-    return small([*body, layers.Dense(10)], (12, 12, 1))
+    body: list[Layer] = [nn.Conv2D(8, 3), nn.ReLU(), nn.MaxPool2D(2), nn.Flatten()]
+    return small([*body, nn.Dense(10)], (12, 12, 1))
 
 
 def tflite(name: str) -> Callable[[], Program]:
