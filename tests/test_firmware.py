@@ -169,14 +169,14 @@ def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_p
 )
 def test_the_stack_is_at_most_what_the_document_says(core: str, board: str, tmp_path: Path) -> None:
     """No recursion, no arrays of variable length (the build fails), no call to who knows where: all is summed up."""
-    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "mote.md").read_text().splitlines()]
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "reference" / "engine.md").read_text().splitlines()]
     cells = [[cell.strip() for cell in row] for row in rows if len(row) == 5]
     column = next(row for row in cells if row[0] == "stack in bytes").index(core)
     stated = {row[0].strip("`"): int(row[column]) for row in cells if row[0].startswith("`mote_")}
     depths = whole_image(board, "exact", tmp_path / "whole.elf").depths
     assert stated.keys() == depths.keys()
     for name, depth in depths.items():
-        assert depth.bytes <= stated[name], f"{name}: {depth.calls}; change docs/mote.md, or the code"
+        assert depth.bytes <= stated[name], f"{name}: {depth.calls}; change docs/reference/engine.md, or the code"
 
 
 def test_the_state_is_40_bytes(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from tinyfleet.firmware_tools.readers.model_file import read_model_file
 from tinyfleet.ontology.cli import query
 from tinyfleet.ontology.graph_cli import app
 from tinyfleet.ontology.ingest import board_catalogue, describe
-from tinyfleet.ontology.ingest.model_card import find_model_card
 from tinyfleet.ontology.ingest.describe import from_graph, put_facts, put_model
+from tinyfleet.ontology.ingest.model_card import find_model_card
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.ingest.selocml import Imported, read_selocml
 from tinyfleet.ontology.store.store import EmbeddedStore, Store, each, rows, triples

@@ -1,7 +1,7 @@
 #!/bin/sh
 # page.sh: builds the query page into ontology/http/page/dist, from npm's YASGUI. Without npm it says so and goes on.
 set -eu
-cd "$(dirname "$0")/../ontology/page"
+cd "$(dirname "$0")/../ontology/http/page"
 command -v npm >/dev/null 2>&1 || {
     echo "the query page is not built: npm is not installed (apt-get install npm)" >&2
     exit 0

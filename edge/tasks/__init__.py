@@ -195,7 +195,7 @@ def _load_file(path: Path) -> Task:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "load"):
-        raise UserError(f"{path} has no function load() that returns its Task; see docs/how-to-add-an-application.md")
+        raise UserError(f"{path} has no function load() that returns its Task; see docs/how-to/add-a-learning-task.md")
     task: Task = module.load()
     return task
 

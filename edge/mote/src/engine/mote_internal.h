@@ -2,13 +2,15 @@
  *
  * A program, little-endian, every part aligned to 4 bytes:
  *     header | tensors | ops, in the order of execution | constants
- * docs/mote.md specifies it. Tensors are [h][w][c]. All offsets and sizes are bytes.
+ * docs/reference/program-format.md specifies it. Tensors are [h][w][c]. All offsets and sizes are bytes.
  *
  * Where tensors lie in the arena is planned by edge/model/memory_plan.py. Here it is only checked that each lies inside: a plan in
  * which two overlap computes nonsense, and reads and writes nothing that it should not.
  */
 #ifndef MOTE_INTERNAL_H
 #define MOTE_INTERNAL_H
+
+#include <string.h>
 
 #include "mote.h"
 
@@ -253,6 +255,16 @@ static inline void *mote_write(const mote_t *m, uint32_t tensor)
 static inline float *mote_din(const mote_t *m, const mote_op_t *op)
 {
     return op->din == MOTE_NO_TENSOR || op == &mote_ops(m)[m->first] ? NULL : (float *)mote_write(m, op->din);
+}
+
+/* The same, cleared first unless the op adds to what is there. */
+static inline float *mote_begun_din(const mote_t *m, const mote_op_t *op)
+{
+    float *din = mote_din(m, op);
+    if (din != NULL && !(op->flags & MOTE_ADDS_DIN)) {
+        memset(din, 0, mote_size(mote_tensor(m, op->in)) * sizeof *din);
+    }
+    return din;
 }
 
 static inline float *mote_din2(const mote_t *m, const mote_op_t *op)

@@ -1,0 +1,60 @@
+"""A Keras model, compiled and trained on an emulated Cortex-M4F board.
+
+    python examples/keras_model_on_an_emulated_board.py
+
+compiles a small classifier of digits, builds firmware with it, starts the board in QEMU behind a gateway, trains it for
+five rounds of FedAvg, and prints
+
+    ...
+"""
+
+import tempfile
+import threading
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+from tinyfleet.firmware_tools.boards.catalogue import load_board
+from tinyfleet.firmware_tools.firmware.build import build
+from tinyfleet.firmware_tools.firmware.emulate import Emulator
+from tinyfleet.firmware_tools.gateway import Gateway
+from tinyfleet.server.fleet_server import FleetServer
+from tinyfleet.server.flower.internals import log_level
+from tinyfleet.server.training_run import make_strategy, run
+
+from tinyfleet import compile_model, load_task
+
+BOARD = "mps2-an386"
+
+
+def main() -> None:
+    log_level(30)  # Flower's own log: warnings only
+    layers = [keras.Input((64,)), keras.layers.Dense(24, "relu"), keras.layers.Dense(5, "softmax")]
+    program = compile_model(keras.Sequential(layers))
+    task = replace(load_task("digits"), name="keras-digits", program=program)
+    samples = replace(task.client(0, 1), fixed=True)  # a label is a digit, in every round
+    print(f"{program.n_params} parameters train in {program.arena_bytes:,} B of RAM")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        elf = build(BOARD, program, samples, "home", "board-01", folder / "firmware")
+        server = stack.enter_context(FleetServer(folder / "data", "home", port=0))
+        board = stack.enter_context(Emulator(load_board(BOARD), elf))
+        stop = threading.Event()
+        gateway = Gateway(board.url, server.broker)
+        threading.Thread(target=gateway.run, args=(stop,)).start()
+        stack.callback(stop.set)
+        run(
+            task,
+            make_strategy("fedavg", task, rounds=5, clients=1),
+            broker=server.broker,
+            fleet="home",
+            store=server.store,
+            rounds=5,
+            wait=30,
+            on_round=lambda this: print(f"round {this.number}: loss {this.loss:.3f}, accuracy {this.accuracy:.0%}"),
+        )
+
+
+if __name__ == "__main__":
+    main()
