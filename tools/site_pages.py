@@ -109,8 +109,8 @@ def queries_page() -> str:
     lines = [
         "# Query library",
         "",
-        "`tinyfleet query NAME --param name=value` asks one; leave a parameter out and it is free. A query with a column"
-        " `?id` also selects devices for `tinyfleet run start --select` and `tinyfleet deploy --select`.",
+        "`tinyfleet query NAME --param name=value` asks one; leave a parameter out and it is free. A query with a"
+        " column `?id` also selects devices for `tinyfleet run start --select` and `tinyfleet deploy --select`.",
         "",
     ]
     for path in sorted((ROOT / "ontology" / "queries").glob("*.rq")):
