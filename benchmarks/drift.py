@@ -33,7 +33,7 @@ from tinyfleet.edge.tasks import Recording, Task
 from tinyfleet.edge.tasks.digits import MOUNTS, SCALE, UNSEEN, WAYS
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.training_run import initial_parameters, make_strategy
+from tinyfleet.server.named_strategies import initial_parameters, make_strategy
 
 Vector = NDArray[np.float32]
 RATE = 0.05  # of learning online, tuned on the validation streams as the reaction is

@@ -61,6 +61,7 @@ def backend() -> dict[str, Any]:
     """Keras's backend of this process."""
     from keras import ops  # type: ignore[import-untyped]
     from tinyfleet.server import simulator
+    from tinyfleet.server.simulator.keras_backend import compile_function
 
     x, y = sines(range(CLIENTS), STEPS * BATCH)
     here, phases = simulator.Backend(MODEL), [Phase(ALL_LAYERS, STEPS, RATE)]
@@ -69,9 +70,9 @@ def backend() -> dict[str, Any]:
     took = fastest(lambda: here.adapt(MODEL.initial(0), x, y, phases, batch=BATCH))
     side = 2048
     square = ops.ones((side, side), "float32")
-    product = simulator._compile(lambda a: ops.sum(ops.matmul(a, a)))
+    product = compile_function(lambda a: ops.sum(ops.matmul(a, a)))
     peak = 2 * side**3 / fastest(lambda: ops.convert_to_numpy(product(square)), 3.0)["wall"]
-    operations = 6 * here.network.work * STEPS * BATCH  # two for a multiply-add, of which a step has three forwards
+    operations = 6 * here.network.macs * STEPS * BATCH  # two for a multiply-add, of which a step has three forwards
     return {
         "device": ", ".join(here.devices), "a second": clients / took["wall"],
         "by processor": 2 * clients / took["processor"], "compile": took["first"] - took["wall"],
@@ -140,10 +141,10 @@ def fleet() -> dict[str, Any]:
 
     phases = (Phase(4, 8, RATE), Phase(ALL_LAYERS, STEPS, RATE))
     update = UpdateFormat(ALL_LAYERS & ~4, half=True, density=0.1)
-    how = simulator.Settings(
+    how = simulator.MethodSettings(
         "tinymetafed", phases, phases, clients=FLEET // 100, batch=BATCH, alpha_end=0.0, update=update
     )
-    source = simulator.ClientSource(FLEET, lambda _, seeds, count: sines(seeds, count), keeps=False)
+    source = simulator.ClientSource(FLEET, lambda _, seeds, count: sines(seeds, count), stores_samples=False)
     begin, after = taken(), list[int]()
     outcome = simulator.simulate(
         simulator.Backend(MODEL), source, how, simulator.initial_parameters(MODEL, how), rounds=ROUNDS,

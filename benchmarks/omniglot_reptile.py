@@ -42,7 +42,7 @@ BATCH, MOVED, FIRST_RATE = (
     2e-3,
 )  # of pretraining: images, pixels, Adam's first rate, which falls along a half cosine
 RATE = 0.001
-HOW = simulator.Settings(
+HOW = simulator.MethodSettings(
     "reptile",
     phases=(Phase(ALL_LAYERS, 5, RATE),),
     adapts=(Phase(ALL_LAYERS, 50, RATE),),
@@ -131,8 +131,8 @@ def main() -> None:
     began = time.perf_counter()
     start = initial_parameters(training, net, options)
     outcome = simulator.simulate(
-        backend, simulator.ClientSource(2**31, samples, keeps=True), HOW, start,
-        rounds=options.rounds, seed=options.seed, checkpoint=options.checkpoint, every=options.every, on_round=tell,
+        backend, simulator.ClientSource(2**31, samples, stores_samples=True), HOW, start,
+        rounds=options.rounds, seed=options.seed, checkpoint=options.checkpoint, checkpoint_every=options.every, on_round=tell,
     )  # fmt: skip
     said: dict[str, Any] = {"rounds": options.rounds, "seconds": round(time.perf_counter() - began)}
     for shots in (1, 5):

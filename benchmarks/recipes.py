@@ -27,7 +27,7 @@ from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_array
 from tinyfleet.server.evaluate import SHOTS, one_pass
 from tinyfleet.server.flower.grid import RunGrid
 from tinyfleet.server.flower.internals import log_level, new_run, stamp
-from tinyfleet.server.training_run import initial_parameters, limit_clients, make_strategy
+from tinyfleet.server.named_strategies import initial_parameters, limit_clients, make_strategy
 
 FLEET = 14
 CLIENTS = 8

@@ -94,13 +94,13 @@ class Method:
         """Whether a device keeps the weights that it was sent beside those that learn."""
         return self.of in ("fedprox", "fomaml") or (self.of == "tinymetafed" and self.without != "top-P")
 
-    def settings(self, task: Task, trial: Trial) -> simulator.Settings:
+    def settings(self, task: Task, trial: Trial) -> simulator.MethodSettings:
         local = self.of == "tinymetafed" and (task.meta.head_steps > 0) != (self.without == "reconstruction")
         density = 1.0 if self.without == "top-P" else DENSITY
         hyperparameters = Hyperparameters(
             HEAD if local else 0, self.samples - HEAD * local, trial.rate, trial.alpha, density
         )
-        how = simulator.settings(self.of, replace(task, meta=hyperparameters, fedavg=hyperparameters), clients=CLIENTS)
+        how = simulator.strategy_settings(self.of, replace(task, meta=hyperparameters, fedavg=hyperparameters), clients=CLIENTS)
         if self.batched:
             steps, last = self.samples // BATCH, how.update.since  # of first-order MAML, one step for the gradient
             phases = (Phase(ALL_LAYERS, steps - last, trial.rate), Phase(ALL_LAYERS, last, trial.rate))
@@ -111,7 +111,7 @@ class Method:
             how = replace(how, adapts=how.phases)
         return replace(how, proximal=trial.proximal)
 
-    def adapts(self, how: simulator.Settings, rate: float) -> tuple[Phase, ...]:
+    def adapts(self, how: simulator.MethodSettings, rate: float) -> tuple[Phase, ...]:
         """How a new device learns: as the method says, in ADAPT steps at this rate."""
         spent = sum(phase.steps for phase in how.adapts[:-1])
         return tuple(
@@ -161,7 +161,7 @@ class Bench:
         self._source = simulator.simulated_fleet(self.task, FLEET)
         self._trained: dict[str, list[simulator.SimulationResult]] = {}
 
-    def train(self, how: simulator.Settings, rounds: int, seed: int) -> list[simulator.SimulationResult]:
+    def train(self, how: simulator.MethodSettings, rounds: int, seed: int) -> list[simulator.SimulationResult]:
         """How far it had come at each of POINTS moments; the last is the end. Empty if all clients diverged."""
         serial = CLIENTS // how.clients
         total = rounds * serial

@@ -136,7 +136,8 @@ def run(
     from tinyfleet.server import run_report
     from tinyfleet.server.evaluate import baselines
     from tinyfleet.server.flower.internals import log_level
-    from tinyfleet.server.training_run import Round, StrategyOptions, make_strategy
+    from tinyfleet.server.named_strategies import StrategyOptions, make_strategy
+    from tinyfleet.server.training_run import Round
     from tinyfleet.server.training_run import run as run_rounds
 
     log_level(logging.ERROR)  # the rounds are shown below
@@ -154,8 +155,8 @@ def run(
 
     def report(this: Round) -> None:
         line = {
-            "round": this.number, "asked": this.asked, "clients": [part.device for part in this.parts],
-            "staleness": [part.staleness for part in this.parts], "lost": dict(this.lost),
+            "round": this.number, "asked": this.selected, "clients": [part.device for part in this.participations],
+            "staleness": [part.staleness for part in this.participations], "lost": dict(this.no_reply),
             "loss": this.loss, "accuracy": this.accuracy, "bytes-up": this.bytes_up, "bytes-down": this.bytes_down,
             "seconds": round(this.seconds, 3),
         }  # fmt: skip
@@ -253,7 +254,7 @@ def meta_train(
         learning_task.draw("held_out", [seed], max(SHOTS), QUERIES)
     except ValueError as error:
         raise UserError(f"{task}: {error}; lower --shots, or choose a task with more") from error
-    named_strategy = simulator.settings(method, learning_task, clients=clients)
+    named_strategy = simulator.strategy_settings(method, learning_task, clients=clients)
     backend = simulator.Backend(learning_task.program, precision="mixed" if mixed else "float32", exact=exact)
     initialization = (
         simulator.initial_parameters(learning_task.program, named_strategy, seed)
@@ -286,7 +287,7 @@ def meta_train(
             rounds=rounds,
             seed=seed,
             checkpoint=checkpoint,
-            every=every,
+            checkpoint_every=every,
             on_round=report,
         )
     if out is not None:

@@ -33,7 +33,8 @@ from tinyfleet.server import run_report
 from tinyfleet.server.evaluate import SHOTS, one_pass
 from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.training_run import Round, RunResult, make_strategy, run
+from tinyfleet.server.named_strategies import make_strategy
+from tinyfleet.server.training_run import Round, RunResult, run
 
 FLEET = "demo"
 BOARD = "mps2-an386"
@@ -277,7 +278,7 @@ def _costs(task: Task, runs: dict[str, RunResult]) -> Table:
         table.add_column(column, justify="right" if column else "left")
     dense = 4 * task.program.n_params
     for name, outcome in runs.items():
-        sent = [part.bytes_up for ended in outcome.rounds for part in ended.parts if part.bytes_up]
+        sent = [part.bytes_up for ended in outcome.rounds for part in ended.participations if part.bytes_up]
         mean = sum(sent) / len(sent) if sent else float("nan")
         ram = max(ended.arena_bytes or 0 for ended in outcome.rounds)  # as the devices say
         beside = ram - dense

@@ -60,7 +60,7 @@ class Rounds(Bar):
             self.advance(said)
         else:
             self._console.print(f"{self._name} round {ended.number}/{self._total}: {said}", soft_wrap=True)
-        for device, reason in ended.lost.items():
+        for device, reason in ended.no_reply.items():
             self._console.print(f"round {ended.number}: no reply from {device}: {reason}", style="yellow")
 
 
@@ -68,7 +68,7 @@ def describe(ended: Round) -> str:
     """One round in one line."""
     loss = "no loss" if ended.loss is None else f"loss {ended.loss:.3f}"
     up, down = size(ended.bytes_up), size(ended.bytes_down)
-    return f"{len(ended.parts)}/{ended.asked} clients, {loss}, up {up}, down {down}, {ended.seconds:.2f} s"
+    return f"{len(ended.participations)}/{ended.selected} clients, {loss}, up {up}, down {down}, {ended.seconds:.2f} s"
 
 
 def size(count: float) -> str:

@@ -40,7 +40,8 @@ from tinyfleet.server.flower.devices import node_id
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.internals import log_level
 from tinyfleet.server.flower.requests import RoundEvent
-from tinyfleet.server.training_run import NamedStrategy, Round, RunResult, make_strategy, run
+from tinyfleet.server.named_strategies import NamedStrategy, make_strategy
+from tinyfleet.server.training_run import Round, RunResult, run
 
 Vector = NDArray[np.float32]
 
@@ -219,11 +220,11 @@ def test_a_run_learns_and_leaves_its_lineage(server: FleetServer, devices: Start
     outcome = learn(server, make_strategy(name, TASK, rounds=6, clients=3, query=8), 6, clients=4)
     assert [this.number for this in outcome.rounds] == [1, 2, 3, 4, 5, 6]
     expected = {"tinyreptile": 1, "fedavg": 4}.get(name, 3)
-    assert all(len(this.parts) == this.asked == expected and not this.lost for this in outcome.rounds)
+    assert all(len(this.participations) == this.selected == expected and not this.no_reply for this in outcome.rounds)
     assert not np.array_equal(outcome.parameters, PROGRAM.initial(0))
     if name == "tinymetafed":
         dense = 4 * PROGRAM.n_params
-        assert all(part.bytes_up is not None and part.bytes_up < dense / 4 for part in outcome.rounds[0].parts)
+        assert all(part.bytes_up is not None and part.bytes_up < dense / 4 for part in outcome.rounds[0].participations)
     last = server.store.query(library.text("last-round"), fleet="test")
     assert last.column("number") == [6] * expected and last.column("run") == [outcome.run] * expected
     lineage = server.store.query(library.text("lineage"), fleet="test")
@@ -248,7 +249,7 @@ def test_a_query_decides_who_takes_part(server: FleetServer, devices: Start) -> 
         SELECT ?id { VALUES ?fleet { UNDEF } ?d tf:fleet ?fleet ; tf:deviceId ?id ; tf:online true .
                      FILTER(?id IN ("test-1", "test-2")) }"""
     outcome = learn(server, make_strategy("reptile", TASK, rounds=2, clients=4), 2, query=chosen, clients=2)
-    assert {part.device for this in outcome.rounds for part in this.parts} == {"test-1", "test-2"}
+    assert {part.device for this in outcome.rounds for part in this.participations} == {"test-1", "test-2"}
 
 
 def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
@@ -292,8 +293,8 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
             device.stop()
         assert all(device.join(10) for device in fleet)
     first, second = outcome.rounds
-    assert first.asked == 4 and len(first.parts) == 3 and first.lost == {"weak-3": "went offline"}
-    assert second.asked == 3 and len(second.parts) == 3 and not second.lost
+    assert first.selected == 4 and len(first.participations) == 3 and first.no_reply == {"weak-3": "went offline"}
+    assert second.selected == 3 and len(second.participations) == 3 and not second.no_reply
     assert states == {"steady-0": True, "steady-1": True, "steady-2": True, "weak-3": False}
 
 
@@ -326,7 +327,7 @@ def test_a_device_that_comes_during_a_run_takes_part(tmp_path: Path, broker: tup
     with FleetServer(tmp_path / "data", "test", broker=broker, on_log=heard.put) as server:
         how = make_strategy("reptile", TASK, rounds=30, clients=3)
         outcome = learn(server, how, 30, clients=2, on_round=another)  # 30: until the grid has heard of it, too
-    first, *_, last = ({part.device for part in ended.parts} for ended in outcome.rounds)
+    first, *_, last = ({part.device for part in ended.participations} for ended in outcome.rounds)
     assert first == {"test-0", "test-1"} and last == {*first, "late-0"}
 
 
@@ -344,7 +345,7 @@ def test_flowers_strategies_keep_to_their_number_of_clients_as_the_fleet_shrinks
     with FleetServer(tmp_path / "data", "test", broker=broker, on_log=heard.put) as server:
         heard.until(*(f"test-{i}: online" for i in range(6)))
         outcome = learn(server, make_strategy("fedavg", TASK, rounds=3, clients=1), 3, clients=1, on_round=leave)
-    assert [ended.asked for ended in outcome.rounds] == [1, 1, 1]
+    assert [ended.selected for ended in outcome.rounds] == [1, 1, 1]
 
 
 def announced(

@@ -230,7 +230,7 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
             )
         said = {
             (int(device[1:]), int(model.rsplit(":", 1)[1], 16)): [
-                (miss.requirement, miss.takes, miss.has) for miss in misses
+                (miss.requirement, miss.required, miss.has) for miss in misses
             ]
             for (device, model), misses in match.unmet_requirements(store, "home").items()
         }
@@ -293,7 +293,7 @@ def test_the_devices_for_a_model_as_json(data: Path) -> None:
     done = tinyfleet("model", "match", "--model", PROGRAM.model_id.hex(), "--why", "--json", data=data)
     said = json.loads(done.stdout)
     assert [(fit["device"], fit["layers"]) for fit in said["fits"]] == [("roomy", 2), ("tight", None)]
-    assert {miss["need"]: miss["short"] for miss in said["misses"]["small"]}[
+    assert {miss["requirement"]: miss["shortfall"] for miss in said["misses"]["small"]}[
         "RAM to run"
     ] == PROGRAM.arena_bytes - 2_000
 
@@ -305,7 +305,10 @@ def test_a_file_is_described_and_matched(data: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"roomy cannot run urn:tinyfleet:model:{LARGE.model_id.hex()}")
     assert f"RAM to run: it takes {LARGE.arena_bytes:,} B, {LARGE.arena_bytes - 65_536:,} more" in done.stdout
     again = tinyfleet("model", "match", "--model", LARGE.model_id.hex(), "--device", "small", "--json", data=data)
-    assert [miss["need"] for miss in json.loads(again.stdout)["misses"]["small"]] == ["RAM to run", "RAM to train"]
+    assert [miss["requirement"] for miss in json.loads(again.stdout)["misses"]["small"]] == [
+        "RAM to run",
+        "RAM to train",
+    ]
 
 
 def test_the_models_for_a_device(data: Path) -> None:

@@ -45,7 +45,7 @@ from tinyfleet.server.flower.grid import MqttGrid, RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp
 from tinyfleet.server.flower.strategies import Reptile, TinyMetaFed, TinyReptile
 from tinyfleet.server.flower.strategies.reptile import task_seed
-from tinyfleet.server.training_run import StrategyOptions, limit_clients, make_strategy
+from tinyfleet.server.named_strategies import StrategyOptions, limit_clients, make_strategy
 
 from tinyfleet.__main__ import cli
 
@@ -152,7 +152,7 @@ def flower_rounds(strategy: Reptile, start: NDArray[np.float32], rounds: int) ->
 
 
 def ours(name: str) -> tuple[Reptile, Any]:
-    how = replace(meta.settings(name, DIGITS, clients=4), alpha=0.8)
+    how = replace(meta.strategy_settings(name, DIGITS, clients=4), alpha=0.8)
     rate, steps = how.phases[-1].rate, how.phases[-1].steps
     if name == "tinymetafed":
         strategy: Reptile = TinyMetaFed(
@@ -194,9 +194,9 @@ def test_updates_and_their_bytes_are_those_of_a_node(density: float, half: bool)
     start = random.normal(size=n).astype(np.float32)
     learned = start + np.round(random.normal(size=(3, n)), 1).astype(np.float32) * (random.random((3, n)) < 0.5)
     how = UpdateFormat(shared=ALL_LAYERS & ~2, half=half, density=density)
-    shared = meta.network(DIGITS.program).chosen(how.shared)
+    shared = meta.network(DIGITS.program).in_layers(how.shared)
     metrics = Metrics(0, 0.0, 0, 0, 0.0, DIGITS.program.arena_bytes)
-    received, sizes = meta.encoded(start, learned, how, shared, metrics)
+    received, sizes = meta.traffic.received_updates(start, learned, how, shared, metrics)
     for mine, size, vector in zip(received, sizes, learned, strict=True):
         replies = node_replies(start, vector, how)
         np.testing.assert_array_equal(mine, apply_update(start, map(as_success, replies)))
@@ -239,7 +239,7 @@ def test_bytes_are_those_that_real_devices_and_a_broker_carry(
     devices(FLEET, task=DIGITS)
     count, seed, number = 3, 5, itertools.count(1)
     strategy = make_strategy(name, DIGITS, rounds=2, clients=count, seed=seed, options=StrategyOptions(density=density))
-    how = meta.settings(name, DIGITS, clients=count)
+    how = meta.strategy_settings(name, DIGITS, clients=count)
     if density is not None:
         how = replace(how, update=replace(how.update, density=density))
     start = meta.initial_parameters(DIGITS.program, how)
@@ -261,7 +261,7 @@ def test_bytes_are_those_that_real_devices_and_a_broker_carry(
         return meta.simulated_fleet(DIGITS, FLEET).samples([fleet[i] for i in chosen], seeds, steps)
 
     backend = digits if name in ("fedprox", "fomaml") else exact
-    source = meta.Source(FLEET, samples, keeps=False)
+    source = meta.ClientSource(FLEET, samples, stores_samples=False)
     outcome = meta.simulate(backend, source, how, start, rounds=2, seed=seed)
     up, down = (
         list(itertools.accumulate(getattr(r, f"bytes_{way}") for r in outcome.rounds)) for way in ("up", "down")
@@ -297,8 +297,8 @@ def test_reptile_learns_to_learn() -> None:
         return Episodes(x[:, :shots], y[:, :shots], x[:, shots:], y[:, shots:])
 
     backend, phases = meta.Backend(SINE), (Phase(ALL_LAYERS, 32, 0.02),)
-    how = meta.Settings("reptile", phases, phases, clients=16, batch=10, alpha=0.5)
-    source = meta.Source(2**31, lambda _, seeds, count: sines(seeds, 10), keeps=True)
+    how = meta.MethodSettings("reptile", phases, phases, clients=16, batch=10, alpha=0.5)
+    source = meta.ClientSource(2**31, lambda _, seeds, count: sines(seeds, 10), stores_samples=True)
     start = SINE.initial(0)
     learned = meta.simulate(backend, source, how, start, rounds=150).parameters
     before, after = (meta.evaluate(backend, draw, v, phases, shots=10, tasks=200, batch=10) for v in (start, learned))
@@ -310,20 +310,20 @@ def test_reptile_learns_to_learn() -> None:
 
 def test_every_method_makes_its_rounds(digits: Any) -> None:
     for name in meta.METHODS:
-        how = meta.settings(name, DIGITS, clients=1)
+        how = meta.strategy_settings(name, DIGITS, clients=1)
         start = meta.initial_parameters(DIGITS.program, how)
         outcome = meta.simulate(digits, meta.server_tasks(DIGITS), how, start, rounds=2)
         assert len(outcome.rounds) == (0 if name == "scratch" else 2)
         assert (outcome.parameters == start).all() == (name == "scratch")
     with pytest.raises(UserError, match="choose one of"):
-        meta.settings("adam", DIGITS)
+        meta.strategy_settings("adam", DIGITS)
 
 
 def test_first_order_maml_counts_the_last_phase_alone() -> None:
     backend, (x, y) = meta.Backend(SINE), clients(SINE, 4, 6)
-    source = meta.Source(4, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), keeps=False)
+    source = meta.ClientSource(4, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), stores_samples=False)
     phases = (Phase(ALL_LAYERS, 5, 0.05), Phase(ALL_LAYERS, 1, 0.05))
-    how = meta.Settings("fomaml", phases, phases, clients=4, alpha=2.0, update=UpdateFormat(since=1))
+    how = meta.MethodSettings("fomaml", phases, phases, clients=4, alpha=2.0, update=UpdateFormat(since=1))
     start = SINE.initial(0)
     new = meta.simulate(backend, source, how, start, rounds=1).parameters
     five = ALONE.adapt(start, x, y, phases[:1]).parameters
@@ -391,7 +391,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("adam", [False, True])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: Any, exact: Any, adam: bool) -> None:
     backend = digits if adam else exact
-    how = replace(meta.settings("tinymetafed", DIGITS, clients=3), adam=adam)
+    how = replace(meta.strategy_settings("tinymetafed", DIGITS, clients=3), adam=adam)
     start, source = meta.initial_parameters(DIGITS.program, how), meta.server_tasks(DIGITS)
     whole = meta.simulate(backend, source, how, start, rounds=5)
 
@@ -401,7 +401,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: 
 
     file = tmp_path / "run.npz"
     with pytest.raises(Killed):
-        meta.simulate(backend, source, how, start, rounds=5, checkpoint=file, every=2, on_round=kill)
+        meta.simulate(backend, source, how, start, rounds=5, checkpoint=file, checkpoint_every=2, on_round=kill)
     went_on: list[int] = []
     resumed = meta.simulate(
         backend,
@@ -410,7 +410,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: 
         start,
         rounds=5,
         checkpoint=file,
-        every=2,
+        checkpoint_every=2,
         on_round=lambda r: went_on.append(len(r.rounds)),
     )
     assert went_on == [3, 4, 5]
@@ -424,7 +424,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: 
 
 
 def test_how_many_clients_are_computed_at_once_changes_nothing(exact: Any) -> None:
-    how = meta.settings("tinymetafed", DIGITS, clients=6)
+    how = meta.strategy_settings("tinymetafed", DIGITS, clients=6)
     start = meta.initial_parameters(DIGITS.program, how)
     for source in (meta.simulated_fleet(DIGITS, FLEET), meta.server_tasks(DIGITS)):
         one, other = (meta.simulate(exact, source, how, start, rounds=1, chunk=chunk) for chunk in (6, 4))
@@ -435,9 +435,9 @@ def test_how_many_clients_are_computed_at_once_changes_nothing(exact: Any) -> No
 def test_clients_that_diverge_are_left_out() -> None:
     x, y = clients(SINE, 2, 4)
     x[1] = 1e30
-    source = meta.Source(2, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), keeps=False)
+    source = meta.ClientSource(2, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), stores_samples=False)
     phases = (Phase(ALL_LAYERS, 4, 0.05),)
-    how = meta.Settings("reptile", phases, phases, clients=2)
+    how = meta.MethodSettings("reptile", phases, phases, clients=2)
     backend, start = meta.Backend(p.build([p.Dense(1)], (1,), "mse")), np.zeros(2, np.float32)
     outcome = meta.simulate(backend, source, how, start, rounds=1)
     assert (outcome.rounds[0].clients, outcome.rounds[0].diverged) == (2, 1)
@@ -467,16 +467,16 @@ def test_jax_gives_the_same_on_two_devices(tmp_path: Path) -> None:
     (tmp_path / "model.mote").write_bytes(SINE.data)
     code = (
         "import sys, numpy as np\n"
-        "from edge.program import Program\n"
-        "from edge.protocol import Phase\n"
-        "from server import meta\n"
+        "from tinyfleet.edge.model.program import Program\n"
+        "from tinyfleet.edge.wire.messages import Phase\n"
+        "import keras\nfrom tinyfleet.server import simulator as meta\n"
         "folder = sys.argv[1]\n"
         "given = np.load(f'{folder}/in.npz')\n"
         "backend = meta.Backend(Program.parse(open(f'{folder}/model.mote', 'rb').read()))\n"
         f"phases = [Phase(*row) for row in {[(ph.layers, ph.steps, ph.rate) for ph in PHASES]}]\n"
         "learned = backend.adapt(given['start'], given['x'], given['y'], phases)\n"
         "np.savez(f'{folder}/out.npz', parameters=learned.parameters, losses=learned.losses)\n"
-        "print(meta.keras.backend.backend(), backend.devices)\n"
+        "print(keras.backend.backend(), backend.devices)\n"
     )
     flags = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

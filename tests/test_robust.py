@@ -34,7 +34,8 @@ from tinyfleet.ontology.queries import library
 from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile
-from tinyfleet.server.training_run import NamedStrategy, Round, StrategyOptions, make_strategy
+from tinyfleet.server.named_strategies import NamedStrategy, StrategyOptions, make_strategy
+from tinyfleet.server.training_run import Round
 
 Vector = NDArray[np.float32]
 Broker = tuple[str, int]
@@ -198,17 +199,17 @@ def test_privacy_clips_each_change_and_adds_noise(broker: Broker, devices: Start
 
 def test_the_devices_send_no_change_larger_than_the_clip(broker: Broker, devices: Start, server: FleetServer) -> None:
     devices(3)
-    options = StrategyOptions(dp_clip=0.1, dp_noise=0.0, dp_on_device=True)
+    options = StrategyOptions(dp_clip_norm=0.1, dp_noise_multiplier=0.0, dp_on_device=True)
     how = make_strategy("fedavg", TASK, rounds=1, clients=3, options=options)
     outcome = learn(server, how, 1, clients=3)
-    assert how.name == "FedAvg with differential privacy" and len(outcome.rounds[0].parts) == 3
+    assert how.name == "FedAvg with differential privacy" and len(outcome.rounds[0].participations) == 3
     assert 0 < np.linalg.norm(outcome.parameters - outcome.initialization) <= 0.1 * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(("name", "options"), [("krum", {}), ("reptile", {}), ("fedavg", {"asynchronous": True})])
 def test_privacy_that_would_not_hold_is_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="differential privacy is for the rounds of fedavg and fedprox"):
-        make_strategy(name, TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip=1.0, **options))
+        make_strategy(name, TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip_norm=1.0, **options))
 
 
 def test_a_share_of_nothing_is_refused() -> None:
@@ -221,15 +222,19 @@ def test_a_share_of_nothing_is_refused() -> None:
     [
         (
             "reptile",
-            {"local": False},
-            "reptile has no use for --local/--no-local: .* choose --strategy tinymetafed$",
+            {"local_head": False},
+            "reptile does not use --local-head/--no-local-head: .* choose --strategy tinymetafed$",
         ),
-        ("fedavg", {"anneal": True}, "fedavg has no use for --anneal/--no-anneal"),
-        ("TinyReptile", {"density": 0.5}, "tinyreptile has no use for --top: .* tinymetafed or one of Flower's$"),
-        ("fedavg", {"density": 0.5, "asynchronous": True}, "asynchronous fedavg has no use for --top"),
-        ("fedavg", {"mu": 0.1}, "fedavg has no use for --mu: .* choose --strategy fedprox$"),
-        ("fedavg", {"dp_noise": 1.0}, "fedavg has no use for --dp-noise: .* choose --dp-clip above 0$"),
-        ("fedprox", {"dp_on_device": True}, "no use for --dp-on-device"),
+        ("fedavg", {"anneal": True}, "fedavg does not use --anneal/--no-anneal"),
+        ("TinyReptile", {"density": 0.5}, "tinyreptile does not use --density: .* tinymetafed or one of Flower's$"),
+        ("fedavg", {"density": 0.5, "asynchronous": True}, "asynchronous fedavg does not use --density"),
+        ("fedavg", {"proximal_mu": 0.1}, "fedavg does not use --proximal-mu: .* choose --strategy fedprox$"),
+        (
+            "fedavg",
+            {"dp_noise_multiplier": 1.0},
+            "fedavg does not use --dp-noise-multiplier: .* choose --dp-clip-norm above 0$",
+        ),
+        ("fedprox", {"dp_on_device": True}, "does not use --dp-on-device"),
     ],
 )
 def test_an_option_that_the_strategy_has_no_use_for_is_refused(name: str, options: dict[str, Any], why: str) -> None:
@@ -241,15 +246,19 @@ def test_options_reach_the_strategy_that_has_a_use_for_them() -> None:
     def ours(**options: Any) -> Any:
         return make_strategy("tinymetafed", TASK, rounds=1, clients=3, options=StrategyOptions(**options)).strategy
 
-    assert (ours().local, ours(local=True).local, ours(local=False).local) == (TASK.program.head, TASK.program.head, 0)
+    assert (ours().local, ours(local_head=True).local, ours(local_head=False).local) == (
+        TASK.program.head,
+        TASK.program.head,
+        0,
+    )
     assert (ours().alpha_end, ours(anneal=True).alpha_end, ours(anneal=False).alpha_end) == (0, 0, TASK.meta.alpha)
     assert ours(density=0.5, asynchronous=True).strategy.update.density == 0.5
-    for options, mu in (({}, 0.1), ({"mu": 0.0}, 0.0)):
+    for options, mu in (({}, 0.1), ({"proximal_mu": 0.0}, 0.0)):
         fedprox: Any = make_strategy("fedprox", TASK, rounds=1, clients=3, options=StrategyOptions(**options)).strategy
         assert fedprox.proximal_mu == mu
-    for options, noise in (({}, 1.0), ({"dp_noise": 0.0}, 0.0)):
+    for options, noise in (({}, 1.0), ({"dp_noise_multiplier": 0.0}, 0.0)):
         private: Any = make_strategy(
-            "fedavg", TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip=1, **options)
+            "fedavg", TASK, rounds=1, clients=3, options=StrategyOptions(dp_clip_norm=1, **options)
         ).strategy
         assert private.noise_multiplier == noise
 
@@ -289,9 +298,9 @@ def test_a_straggler_that_never_answers_holds_nothing_up(server: FleetServer, de
     how = make_strategy("reptile", TASK, rounds=12, clients=3, options=StrategyOptions(asynchronous=True))
     outcome = learn(server, how, 12, clients=3, timeout=600.0)
     assert [this.number for this in outcome.rounds] == list(range(1, 13))
-    assert all(len(this.parts) == 1 for this in outcome.rounds)
-    assert {part.device for this in outcome.rounds for part in this.parts} == {"test-0", "test-1"}
-    assert sum(this.asked for this in outcome.rounds) == 3 + 11, "a place is filled again as soon as it is free"
+    assert all(len(this.participations) == 1 for this in outcome.rounds)
+    assert {part.device for this in outcome.rounds for part in this.participations} == {"test-0", "test-1"}
+    assert sum(this.selected for this in outcome.rounds) == 3 + 11, "a place is filled again as soon as it is free"
     assert not np.array_equal(outcome.parameters, outcome.initialization)
 
 
@@ -310,14 +319,14 @@ def test_a_late_update_is_used_with_its_staleness_unless_it_is_too_old(
 
     strategy = Asynchronous(Reptile(clients=3, beta=0.1), max_staleness=most)
     outcome = learn(server, NamedStrategy("late", strategy), 40, clients=3, timeout=600.0, on_round=watch)
-    ages = [part.staleness or 0 for this in outcome.rounds for part in this.parts if part.device == "odd-9"]
-    reasons = [this.lost["odd-9"] for this in outcome.rounds if "odd-9" in this.lost]
+    ages = [part.staleness or 0 for this in outcome.rounds for part in this.participations if part.device == "odd-9"]
+    reasons = [this.no_reply["odd-9"] for this in outcome.rounds if "odd-9" in this.no_reply]
     if most == 100:
         assert ages[0] >= 6 and not reasons
     else:
         assert len(reasons) == 1 and "too old" in reasons[0]
         assert all(age <= 4 for age in ages), "what it learns next is used again"
-    stalest = max(part.staleness or 0 for this in outcome.rounds for part in this.parts)
+    stalest = max(part.staleness or 0 for this in outcome.rounds for part in this.participations)
     assert server.store.query(library.text("updates"), run=outcome.run).column("stalest") == [stalest]
 
 
@@ -326,9 +335,9 @@ def test_asynchronous_rounds_learn(server: FleetServer, devices: Start, name: st
     devices(4)
     how = make_strategy(name, TASK, rounds=20, clients=3, options=StrategyOptions(asynchronous=True))
     outcome = learn(server, how, 20, clients=4)
-    assert len(outcome.rounds) == 20 and not any(this.lost for this in outcome.rounds)
-    assert max(part.staleness or 0 for this in outcome.rounds for part in this.parts) >= 1
-    sent = sum(part.bytes_up or 0 for this in outcome.rounds for part in this.parts)
+    assert len(outcome.rounds) == 20 and not any(this.no_reply for this in outcome.rounds)
+    assert max(part.staleness or 0 for this in outcome.rounds for part in this.participations) >= 1
+    sent = sum(part.bytes_up or 0 for this in outcome.rounds for part in this.participations)
     assert sum(this.bytes_up for this in outcome.rounds) >= sent, "what comes while a round is written down counts, too"
     assert not np.array_equal(outcome.parameters, outcome.initialization)
 

@@ -21,7 +21,7 @@ from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
 from tinyfleet.server.flower.grid import MqttGrid
-from tinyfleet.server.training_run import make_strategy
+from tinyfleet.server.named_strategies import make_strategy
 
 FLEET, ID = "test", "device-1"
 TOPICS = Topics(FLEET)

@@ -15,28 +15,12 @@ from tinyfleet.edge.errors import UserError
 #: command -> (module in this package, attribute: a typer app or a function, what it is for)
 COMMANDS = {
     "demo": ("server.demo", "demo", "Run a whole fleet on this machine: devices, server, graph, results."),
-    "server": (
-        "tinyfleet.server.cli",
-        "server",
-        "Run the fleet's server: broker, registry, knowledge graph, SPARQL endpoint.",
-    ),
-    "run": (
-        "tinyfleet.server.cli",
-        "run",
-        "Run rounds of federated (meta-)learning on the devices that a query selects.",
-    ),
-    "meta-train": (
-        "tinyfleet.server.cli",
-        "meta_train",
-        "Meta-train a start without devices, many simulated clients at once.",
-    ),
+    "server": ("server.cli", "server", "Run the fleet's server: broker, registry, knowledge graph, SPARQL endpoint."),
+    "run": ("server.cli", "run", "Run rounds of federated (meta-)learning on the devices that a query selects."),
+    "meta-train": ("server.cli", "meta_train", "Meta-train a start without devices, many simulated clients at once."),
     "deploy": ("server.cli", "deploy", "Give a model to the devices that a query selects, over the air."),
     "agent": ("edge.cli", "agent", "Run this machine as a device that learns (a Raspberry Pi, say)."),
-    "device": (
-        "tinyfleet.edge.cli",
-        "device",
-        "Run virtual devices: the microcontroller's C node and engine, natively.",
-    ),
+    "device": ("edge.cli", "device", "Run virtual devices: the microcontroller's C node and engine, natively."),
     "gateway": ("firmware_tools.cli", "gateway", "Join a board on a serial line to the fleet's broker."),
     "query": ("ontology.cli", "query", "Ask the fleet's knowledge graph a SPARQL question."),
     "graph": ("ontology.graph_cli", "app", "Fill the knowledge graph: boards, descriptions from elsewhere."),

@@ -20,7 +20,7 @@ from tinyfleet.server.evaluate import baselines
 from tinyfleet.server.flower.composite_grid import CompositeGrid
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.internals import log
-from tinyfleet.server.training_run import initial_parameters, limit_clients, make_strategy
+from tinyfleet.server.named_strategies import initial_parameters, limit_clients, make_strategy
 
 app = ServerApp()
 

@@ -1,6 +1,4 @@
 /* The engine: runs a checked program forward, and backward with the update of every layer that trains. */
-#include <string.h>
-
 #include "mote_internal.h"
 #include "mote_vector.h"
 

@@ -373,11 +373,8 @@ void mote_conv2d_back(mote_t *m, const mote_op_t *op)
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
     const mote_weights_t p = mote_weights(m, op, weights(m, op), 0);
     const float *x = mote_read(m, op->in), *dy = mote_read(m, op->dout);
-    float *dx = mote_din(m, op);
+    float *dx = mote_begun_din(m, op);
     uint32_t filter = (uint32_t)op->kernel_h * op->kernel_w * in->c, filters = out->c;
-    if (dx != NULL && !(op->flags & MOTE_ADDS_DIN)) {
-        memset(dx, 0, mote_bytes(in));
-    }
     for (int learns = dx == NULL; learns < 1 + (p.db != NULL); learns++) {
         const float *d = dy;
         for (uint32_t oy = 0; oy < out->h; oy++) {
@@ -405,41 +402,18 @@ void mote_conv2d_back(mote_t *m, const mote_op_t *op)
     }
 }
 
-/* The gradient of the weight at row ky, column kx, input channel i of filter o. */
-static float gradient(const mote_t *m, const mote_op_t *op, uint32_t o, uint32_t ky, uint32_t kx, uint32_t i)
-{
-    const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    const float *x = mote_read(m, op->in), *dy = mote_read(m, op->dout);
-    float sum = 0.0f;
-    for (uint32_t oy = 0; oy < out->h; oy++) {
-        uint32_t row = oy * op->stride_h + ky * op->dilation_h - op->pad_top;
-        for (uint32_t ox = 0; row < in->h && ox < out->w; ox++) {
-            uint32_t column = ox * op->stride_w + kx * op->dilation_w - op->pad_left;
-            if (column < in->w) {
-                sum += dy[(oy * out->w + ox) * out->c + o] * x[(row * in->w + column) * in->c + i];
-            }
-        }
-    }
-    return sum;
-}
-
 float mote_conv2d_norm(const mote_t *m, const mote_op_t *op)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
-    const float *dy = mote_read(m, op->dout);
     int weights_train = mote_weights(m, op, weights(m, op), 0).dw != NULL;
-    uint32_t size = mote_size(out);
     float norm = 0.0f;
     for (uint32_t o = 0; o < out->c; o++) {
-        float sum = 0.0f;
-        for (uint32_t at = o; at < size; at += out->c) {
-            sum += dy[at];
-        }
+        float sum = mote_bias_gradient(m, op, o);
         norm += sum * sum;
         for (uint32_t ky = 0; weights_train && ky < op->kernel_h; ky++) {
             for (uint32_t kx = 0; kx < op->kernel_w; kx++) {
                 for (uint32_t i = 0; i < in->c; i++) {
-                    float g = gradient(m, op, o, ky, kx, i);
+                    float g = mote_tap_gradient(m, op, ky, kx, o, i);
                     norm += g * g;
                 }
             }

@@ -1,6 +1,4 @@
 /* Fully connected, float32: y = W x + b over all of the input's elements. */
-#include <string.h>
-
 #include "mote_kernel_list.h"
 #include "mote_vector.h"
 
@@ -33,10 +31,7 @@ void mote_dense_back(mote_t *m, const mote_op_t *op)
     uint32_t in = inputs(m, op), rows = mote_rows(m, op);
     mote_weights_t p = mote_weights(m, op, in * mote_tensor(m, op->out)->c, 0);
     const float *x = mote_read(m, op->in), *dy = mote_write(m, op->dout);
-    float *dx = mote_din(m, op);
-    if (dx != NULL && !(op->flags & MOTE_ADDS_DIN)) {
-        memset(dx, 0, in * sizeof *dx);
-    }
+    float *dx = mote_begun_din(m, op);
     for (uint32_t o = 0; o < rows; o++) {
         float d = dy[o];
         if (d == 0.0f) {

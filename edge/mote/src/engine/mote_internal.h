@@ -10,6 +10,8 @@
 #ifndef MOTE_INTERNAL_H
 #define MOTE_INTERNAL_H
 
+#include <string.h>
+
 #include "mote.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -253,6 +255,16 @@ static inline void *mote_write(const mote_t *m, uint32_t tensor)
 static inline float *mote_din(const mote_t *m, const mote_op_t *op)
 {
     return op->din == MOTE_NO_TENSOR || op == &mote_ops(m)[m->first] ? NULL : (float *)mote_write(m, op->din);
+}
+
+/* The same, cleared first unless the op adds to what is there. */
+static inline float *mote_begun_din(const mote_t *m, const mote_op_t *op)
+{
+    float *din = mote_din(m, op);
+    if (din != NULL && !(op->flags & MOTE_ADDS_DIN)) {
+        memset(din, 0, mote_size(mote_tensor(m, op->in)) * sizeof *din);
+    }
+    return din;
 }
 
 static inline float *mote_din2(const mote_t *m, const mote_op_t *op)

@@ -4,14 +4,19 @@
 
 #include "mote_internal.h"
 
+/* 1 if the sizes of a program's parts are such that no sum of a few overflows 32 bits. */
+static int sizes_fit(const mote_header_t *h)
+{
+    return h->ops > 0 && h->ops <= INT16_MAX && h->tensors > 0 && h->tensors <= INT16_MAX &&
+           ((h->params | h->activations | h->constants) & 3u) == 0 && h->params <= MOTE_MAX_BYTES &&
+           h->activations <= MOTE_MAX_BYTES && h->constants <= MOTE_MAX_BYTES;
+}
+
 /* 1 if the header can be a program's; says nothing of what lies behind it. */
 static int header_fits(const mote_header_t *h, size_t size)
 {
     if (memcmp(h->magic, "MOTE", sizeof h->magic) != 0 || h->version != MOTE_FORMAT_VERSION ||
-        h->header_size != sizeof *h || h->total_size != size || h->ops == 0 || h->tensors == 0 ||
-        h->tensors > INT16_MAX || h->ops > INT16_MAX || (h->flags & ~7) != 0 ||
-        ((h->params | h->activations | h->constants) & 3u) != 0 || h->params > MOTE_MAX_BYTES ||
-        h->activations > MOTE_MAX_BYTES || h->constants > MOTE_MAX_BYTES ||
+        h->header_size != sizeof *h || h->total_size != size || (h->flags & ~7) != 0 || !sizes_fit(h) ||
         (h->flags & MOTE_CARRIES_PARAMETERS && h->params > h->constants)) {
         return 0;
     }
@@ -120,32 +125,52 @@ static const mote_kernel_t *kernel_of(const mote_op_t *op)
     return k;
 }
 
-static int op_fits(mote_t *m, const mote_op_t *op)
+static int is_training(const mote_op_t *op)
+{
+    return op->flags & (MOTE_TRAINS_WEIGHTS | MOTE_TRAINS_BIAS);
+}
+
+/* 1 if the op's tensors are there: values, gradients, and a mask. */
+static int operands_fit(const mote_t *m, const mote_op_t *op)
 {
     const mote_header_t *h = mote_header(m);
+    return op->in < h->tensors && is_written(m, op->out) && (op->in2 == MOTE_NO_TENSOR || op->in2 < h->tensors) &&
+           gradient_fits(m, op->dout, op->out) && gradient_fits(m, op->din, op->in) &&
+           gradient_fits(m, op->din2, op->in2) && mask_fits(m, op);
+}
+
+/* 1 if the op is the next layer that trains, in order, or says nothing of training. Weights never train alone. */
+static int layer_fits(const mote_t *m, const mote_op_t *op, const mote_kernel_t *kernel)
+{
+    if (!is_training(op)) {
+        return op->layer == 0 && op->trained == 0;
+    }
+    int can_train = op->kind >= MOTE_FIRST_TRAINED_INT8 ? mote_header(m)->flags & MOTE_TRAINS_INT8 : kernel->norm != NULL;
+    return op->flags & MOTE_TRAINS_BIAS && op->layer == m->layers && op->layer < MOTE_MAX_LAYERS &&
+           (op->layer != 0 || op->params == 0) && op->trained != 0 && op->trained <= mote_tensor(m, op->out)->c &&
+           can_train;
+}
+
+/* 1 if a gradient passes through the op only where it can, and where one is wanted of it. */
+static int backward_fits(const mote_t *m, const mote_op_t *op, const mote_kernel_t *kernel)
+{
+    if (op->dout == MOTE_NO_TENSOR) {
+        return !is_training(op) && op->din == MOTE_NO_TENSOR && op->din2 == MOTE_NO_TENSOR;
+    }
+    return kernel->backward != NULL && mote_header(m)->loss != MOTE_NO_LOSS;
+}
+
+static int op_fits(mote_t *m, const mote_op_t *op)
+{
     const mote_kernel_t *kernel = kernel_of(op);
-    int trains = op->flags & (MOTE_TRAINS_WEIGHTS | MOTE_TRAINS_BIAS);
     if (kernel->kind == 0) {
         return MOTE_ERR_UNSUPPORTED;
     }
-    if (op->reserved != 0 || (op->flags & ~63) != 0 || op->in >= h->tensors || !is_written(m, op->out) ||
-        (op->in2 != MOTE_NO_TENSOR && op->in2 >= h->tensors) || !gradient_fits(m, op->dout, op->out) ||
-        !gradient_fits(m, op->din, op->in) || !gradient_fits(m, op->din2, op->in2) || !mask_fits(m, op)) {
+    if (op->reserved != 0 || (op->flags & ~63) != 0 || !operands_fit(m, op) || !layer_fits(m, op, kernel) ||
+        !backward_fits(m, op, kernel)) {
         return MOTE_ERR_FORMAT;
     }
-    int is_int8 = op->kind >= MOTE_FIRST_TRAINED_INT8;
-    if (trains == MOTE_TRAINS_WEIGHTS ||
-        (trains ? op->layer != m->layers || op->layer >= MOTE_MAX_LAYERS || (op->layer == 0 && op->params != 0) ||
-                      op->trained == 0 || op->trained > mote_tensor(m, op->out)->c ||
-                      (is_int8 ? !(h->flags & MOTE_TRAINS_INT8) : kernel->norm == NULL)
-                : op->layer != 0 || op->trained != 0)) {
-        return MOTE_ERR_FORMAT;
-    }
-    if (op->dout == MOTE_NO_TENSOR ? trains || op->din != MOTE_NO_TENSOR || op->din2 != MOTE_NO_TENSOR
-                                   : kernel->backward == NULL || h->loss == MOTE_NO_LOSS) {
-        return MOTE_ERR_FORMAT;
-    }
-    if (trains) {
+    if (is_training(op)) {
         m->trainable |= 1u << m->layers++;
     }
     return kernel->check(m, op) ? MOTE_OK : MOTE_ERR_FORMAT;
@@ -160,28 +185,67 @@ static const mote_loss_t *loss_of(const mote_header_t *h)
     return l;
 }
 
-/* The tensors that the header names (the input is there), and the loss over them. */
+/* 1 if the tensors that the header names are there (the input is), and the classes are no more than the logits. */
 static int ends_fit(const mote_t *m)
 {
     const mote_header_t *h = mote_header(m);
     if (mote_tensor(m, h->input)->offset != MOTE_EXTERNAL || !is_written(m, h->logits) || !is_written(m, h->output)) {
-        return MOTE_ERR_FORMAT;
+        return 0;
     }
     const mote_tensor_t *logits = mote_tensor(m, h->logits), *output = mote_tensor(m, h->output);
-    if (mote_size(logits) != mote_size(output) || logits->type != output->type || h->classes == 0 ||
-        h->classes > mote_size(logits) || (h->classes < mote_size(logits) && logits->c != mote_size(logits))) {
+    uint32_t size = mote_size(logits);
+    return size == mote_size(output) && logits->type == output->type && h->classes != 0 && h->classes <= size &&
+           (h->classes == size || logits->c == size);
+}
+
+/* The loss over these tensors. */
+static int loss_fits(const mote_t *m)
+{
+    const mote_header_t *h = mote_header(m);
+    int fits;
+    if (h->loss == MOTE_NO_LOSS) {
+        fits = h->output == h->logits && h->dlogits == MOTE_NO_TENSOR;
+    } else if (loss_of(h)->loss == 0) {
+        return MOTE_ERR_UNSUPPORTED;
+    } else {
+        fits = mote_tensor(m, h->logits)->type == MOTE_FLOAT32 && gradient_fits(m, h->dlogits, h->logits) &&
+               h->huber_delta > 0.0f && mote_finite(h->huber_delta);
+    }
+    return fits ? MOTE_OK : MOTE_ERR_FORMAT;
+}
+
+/* All that lies behind a header that fits. Counts the layers that train. */
+static int body_fits(mote_t *m)
+{
+    const mote_header_t *h = mote_header(m);
+    if (h->input >= h->tensors) {
         return MOTE_ERR_FORMAT;
     }
-    if (h->loss == MOTE_NO_LOSS) {
-        return h->output == h->logits && h->dlogits == MOTE_NO_TENSOR ? MOTE_OK : MOTE_ERR_FORMAT;
+    for (uint32_t i = 0; i < h->tensors; i++) {
+        if (!tensor_fits(m, mote_tensor(m, i))) {
+            return MOTE_ERR_FORMAT;
+        }
     }
-    if (loss_of(h)->loss == 0) {
-        return MOTE_ERR_UNSUPPORTED;
+    int error = ends_fit(m) ? loss_fits(m) : MOTE_ERR_FORMAT;
+    for (uint32_t i = 0; error == MOTE_OK && i < h->ops; i++) {
+        error = op_fits(m, &mote_ops(m)[i]);
     }
-    return logits->type == MOTE_FLOAT32 && gradient_fits(m, h->dlogits, h->logits) && h->huber_delta > 0.0f &&
-                   mote_finite(h->huber_delta)
-               ? MOTE_OK
-               : MOTE_ERR_FORMAT;
+    if (error == MOTE_OK && (m->layers != 0 ? h->dlogits == MOTE_NO_TENSOR : h->params != 0)) {
+        error = MOTE_ERR_FORMAT;
+    }
+    return error;
+}
+
+/* The initial parameters, and no momentum. */
+static void begin_parameters(const mote_t *m)
+{
+    const mote_header_t *h = mote_header(m);
+    if (h->params != 0) {
+        memset(m->arena, 0, arena_bytes(h) - h->activations);
+        if (h->flags & MOTE_CARRIES_PARAMETERS) {
+            memcpy(m->arena, mote_constants(m), h->params);
+        }
+    }
 }
 
 int mote_load(mote_t *m, const void *program, size_t size, void *arena, size_t arena_size)
@@ -203,32 +267,14 @@ int mote_load(mote_t *m, const void *program, size_t size, void *arena, size_t a
     loaded.arena = arena;
     loaded.outputs = h->classes;
     loaded.random = 1;
-    int error = h->input < h->tensors ? MOTE_OK : MOTE_ERR_FORMAT;
-    for (uint32_t i = 0; error == MOTE_OK && i < h->tensors; i++) {
-        error = tensor_fits(&loaded, mote_tensor(&loaded, i)) ? MOTE_OK : MOTE_ERR_FORMAT;
-    }
-    if (error == MOTE_OK) {
-        error = ends_fit(&loaded);
-    }
-    for (uint32_t i = 0; error == MOTE_OK && i < h->ops; i++) {
-        error = op_fits(&loaded, &mote_ops(&loaded)[i]);
-    }
-    if (error == MOTE_OK && (loaded.layers != 0 ? h->dlogits == MOTE_NO_TENSOR : h->params != 0)) {
-        error = MOTE_ERR_FORMAT;
-    }
+    int error = body_fits(&loaded);
     if (error != MOTE_OK) {
         return error;
     }
-    size_t need = arena_bytes(h);
-    if (arena == NULL || arena_size < need || (uintptr_t)arena % 4 != 0) {
+    if (arena == NULL || arena_size < arena_bytes(h) || (uintptr_t)arena % 4 != 0) {
         return MOTE_ERR_ARENA;
     }
-    if (h->params != 0) {
-        memset(arena, 0, need - h->activations);
-        if (h->flags & MOTE_CARRIES_PARAMETERS) {
-            memcpy(arena, mote_constants(&loaded), h->params);
-        }
-    }
+    begin_parameters(&loaded);
     loaded.mask = loaded.trainable;
     *m = loaded;
     return MOTE_OK;

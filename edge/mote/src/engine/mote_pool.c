@@ -53,13 +53,10 @@ void mote_avgpool_back(mote_t *m, const mote_op_t *op)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
     const float *dy = mote_read(m, op->dout);
-    float *dx = mote_din(m, op);
+    float *dx = mote_begun_din(m, op);
     uint32_t c = in->c;
     if (dx == NULL) {
         return;
-    }
-    if (!(op->flags & MOTE_ADDS_DIN)) {
-        memset(dx, 0, mote_bytes(in));
     }
     for (uint32_t oy = 0; oy < out->h; oy++) {
         mote_window_t v = mote_rows_of(op, in, oy);

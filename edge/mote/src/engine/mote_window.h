@@ -40,6 +40,11 @@ static inline mote_window_t mote_columns_of(const mote_op_t *op, const mote_tens
     return mote_window(ox, in->w, op->kernel_w, op->stride_w, op->dilation_w, op->pad_left);
 }
 
+/* Of a convolution, depthwise or not: the gradient of the bias of output channel o, and of the weight at row ky, column
+ * kx of its kernel and input channel i. */
+float mote_bias_gradient(const mote_t *m, const mote_op_t *op, uint32_t o);
+float mote_tap_gradient(const mote_t *m, const mote_op_t *op, uint32_t ky, uint32_t kx, uint32_t o, uint32_t i);
+
 /* 1 if a gradient is 0, as behind a ReLU that is off, or max pooling. */
 static inline int mote_is_zero(const float *d)
 {

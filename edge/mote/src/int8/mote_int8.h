@@ -100,7 +100,7 @@ void mote_int8_conv2d_whole(const mote_t *m, const mote_op_t *op, const mote_int
 #define MOTE_INT8_AVX2 /* asks the compiler's library what the processor has */
 #endif
 
-/* By such (mote_int8_dsp.c, mote_int8_mve.c, mote_int8_avx2.c), these compute a convolution's output pixels from the
+/* By such (mote_int8_*_dsp.c, mote_int8_mve.c, mote_int8_avx2.c), these compute a convolution's output pixels from the
  * first on, all channels, and tell how many; and all of a depthwise one, telling whether. */
 #if defined(MOTE_INT8_DSP) || defined(MOTE_INT8_AVX2)
 uint32_t mote_int8_conv2d_fast(const mote_t *m, const mote_op_t *op, const mote_int8_constants_t *constants);

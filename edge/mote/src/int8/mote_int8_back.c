@@ -1,8 +1,6 @@
 /* Gradients through the int8 operators that have nothing to train. They are float32, with respect to the real values,
  * so that scales do not matter; what a pool, whose outputs no program with a gradient may clamp, rounds does not
  * either. */
-#include <string.h>
-
 #include "mote_kernel_list.h"
 
 #include "mote_int8.h"
@@ -98,12 +96,9 @@ static void pool_back(const mote_t *m, const mote_op_t *op, const int8_t *values
 {
     const mote_tensor_t *in = mote_tensor(m, op->in), *out = mote_tensor(m, op->out);
     const float *dy = mote_read(m, op->dout);
-    float *din = mote_din(m, op);
+    float *din = mote_begun_din(m, op);
     if (din == NULL) {
         return;
-    }
-    if (!(op->flags & MOTE_ADDS_DIN)) {
-        memset(din, 0, mote_size(in) * sizeof *din);
     }
     for (uint32_t i = 0; i < out->h; i++) {
         for (uint32_t j = 0; j < out->w; j++) {

@@ -44,6 +44,25 @@ static inline mote_fours_t mote_fours(const int8_t *x)
     mote_fours_t fours = {mote_even(word), mote_odd(word)};
     return fours;
 }
+
+/* 1 if an output can be computed as the convolutions in assembler do:
+ *
+ *     (acc * multiplier / 2^31, rounded up at half, + (acc < 0 ? -1 : 0) + zero_point * 2^n + 2^(n - 1)) >> n
+ *
+ * which is mote_requantised for shift = -n, 1 <= n <= 20. The sign of the rounded product may be taken from acc: where
+ * the product is 0 the one less makes no difference. The sum is doubled first, with saturation: what saturates would be
+ * beyond int8 after the shift. SMMLAR does the product, its rounding, and the addition. */
+static inline int mote_shift_fits(const mote_requant_t *r)
+{
+    return r->shift <= -1 && r->shift >= -20;
+}
+
+static inline void mote_clamp(int8_t *y, uint32_t n, mote_range_t range)
+{
+    for (; n > 0; n--, y++) {
+        *y = mote_clamped(*y, range);
+    }
+}
 #endif
 
 #ifdef MOTE_INT8_MVE

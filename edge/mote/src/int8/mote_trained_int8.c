@@ -252,16 +252,6 @@ static const float *masked(const mote_t *m, const mote_op_t *op, const parts_t *
     return dy;
 }
 
-/* The input's gradient as it is before this op's is added; NULL if nobody wants it. */
-static float *begun_din(const mote_t *m, const mote_op_t *op, const parts_t *p)
-{
-    float *din = mote_din(m, op);
-    if (din != NULL && !(op->flags & MOTE_ADDS_DIN)) {
-        memset(din, 0, mote_size(p->in) * sizeof *din);
-    }
-    return din;
-}
-
 static void learn_biases(mote_t *m, const mote_op_t *op, const parts_t *p, const float *dy)
 {
     const uint32_t size = mote_size(p->out), channels = p->out->c;
@@ -288,7 +278,7 @@ void mote_trained_int8_dense_back(mote_t *m, const mote_op_t *op)
     const parts_t p = parts_of(m, op, mote_size(mote_tensor(m, op->in)));
     const int8_t *x = mote_read(m, op->in);
     const float *dy = masked(m, op, &p);
-    float *din = begun_din(m, op, &p);
+    float *din = mote_begun_din(m, op);
     for (uint32_t o = 0; din != NULL && o < p.out->c; o++) {
         add_scaled(din, dy[o] * p.scales[o], filter_of(&p, o).w, p.taps);
     }
@@ -366,7 +356,7 @@ void mote_trained_int8_conv2d_back(mote_t *m, const mote_op_t *op)
 {
     const parts_t p = parts_of(m, op, filter_taps(m, op));
     const float *dy = masked(m, op, &p), *at = dy;
-    float *din = begun_din(m, op, &p);
+    float *din = mote_begun_din(m, op);
     for (uint32_t i = 0; din != NULL && i < p.out->h; i++) {
         for (uint32_t j = 0; j < p.out->w; j++, at += p.out->c) {
             conv2d_din(op, &p, at, i, j, din);
@@ -400,7 +390,7 @@ void mote_trained_int8_depthwise_back(mote_t *m, const mote_op_t *op)
     const parts_t p = parts_of(m, op, (uint32_t)op->kernel_h * op->kernel_w);
     const int8_t *x = mote_read(m, op->in);
     const float *dy = masked(m, op, &p), *at = dy;
-    float *din = begun_din(m, op, &p);
+    float *din = mote_begun_din(m, op);
     for (uint32_t i = 0; din != NULL && i < p.out->h; i++) {
         for (uint32_t j = 0; j < p.out->w; j++, at += p.out->c) {
             depthwise_din(op, &p, at, i, j, din);

@@ -1,0 +1,57 @@
+"""The state of a simulated run in a file, from which it continues to the same end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from tinyfleet.edge.errors import UserError
+from tinyfleet.server.simulator.backend import Moments
+from tinyfleet.server.simulator.results import Round, SimulationResult
+
+_COLUMNS = tuple(Round.__dataclass_fields__)
+
+
+def save(path: Path, identity: str, at: SimulationResult) -> None:
+    """Writes the state after a round; the file is replaced as a whole."""
+    moments = at.moments or Moments(np.zeros(0, np.float32))
+    table = np.array([astuple(ended) for ended in at.rounds], np.float64).reshape(-1, len(_COLUMNS))
+    new = path.with_name(path.name + ".new.npz")
+    np.savez(
+        new, identity=identity, parameters=at.parameters, rounds=table, squares=moments.squares, steps=moments.steps
+    )
+    new.replace(path)
+
+
+def resume(path: Path, identity: str, begin: SimulationResult) -> SimulationResult:
+    """The state in a checkpoint.
+
+    Parameters
+    ----------
+    path
+        The file.
+    identity
+        Of the run: a checkpoint of another run is an error.
+    begin
+        The state that the run began with.
+
+    Raises
+    ------
+    UserError
+        If the file is not a checkpoint, or if it is one of another run.
+    """
+    try:
+        with np.load(path) as saved:
+            state = {name: saved[name] for name in ("identity", "parameters", "rounds", "squares", "steps")}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path} is not a checkpoint ({error}); remove it, or choose another file") from error
+    if str(state["identity"]) != identity:
+        raise UserError(f"{path} belongs to a run with other settings; remove it, or choose another file")
+    kinds: list[Callable[[float], Any]] = [int, int, int, float, float, int, int, float]
+    rounds = [Round(*(kind(v) for kind, v in zip(kinds, row, strict=True))) for row in state["rounds"].tolist()]
+    moments = Moments(state["squares"], int(state["steps"])) if begin.moments is not None else None
+    return SimulationResult(begin.initialization, state["parameters"], rounds, moments)
