@@ -169,8 +169,8 @@ class Recording:
 
 
 Draw = Callable[[Split, Sequence[int], int, int], Episodes]
-"""(split, seeds, shots, queries) -> one episode for each seed, with that many support and query samples of each class (for
-a regression: in total). The same seed always gives the same episode, whatever other seeds it is drawn with."""
+"""(split, seeds, shots, queries) -> one episode for each seed, with that many support and query samples of each class
+(for a regression: in total). The same seed always gives the same episode, whatever other seeds it is drawn with."""
 
 
 @dataclass(frozen=True)

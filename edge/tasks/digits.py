@@ -1,8 +1,8 @@
 """Handwritten digits, 8x8 pixels, seen by cameras at different angles: five-way few-shot classification.
 
 A class is a digit at one of eight mounts: turned by a multiple of 90 degrees, and perhaps mirrored. The digits 0 to 4
-train: each device holds its own share of them, at its own mount. Half of the samples of the digits 5 to 9, not mirrored,
-are for validation; the other half, mirrored, are held out. An episode has one mount. Data: the test part of the Optical
+train: each device holds its own share of them, at its own mount. Half of the samples of the digits 5 to 9, not
+mirrored, are for validation; the other half, mirrored, are held out. An episode has one mount. Data: the test part of the Optical
 Recognition of Handwritten Digits set, which comes with scikit-learn.
 """
 

@@ -113,7 +113,7 @@ def load() -> Task:
         )
 
     def stream(index: int) -> Recording:
-        """Three homes of four held-out speakers each, every clip twice; in each home the words stand for other commands."""
+        """Three homes of four held-out speakers each, every clip twice; in each, the words stand for other commands."""
         random = np.random.default_rng(index)
         who = random.permutation(len(speakers["held_out"]))
         xs, ys = [], []
