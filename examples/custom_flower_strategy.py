@@ -2,7 +2,7 @@
 
     python examples/custom_flower_strategy.py
 
-trains four virtual devices, which run a microcontroller's C code, and prints the loss of five rounds: from 1.01 to 0.18.
+trains four virtual devices, which run a microcontroller's C code, and prints the loss of five rounds: 1.01 to 0.18.
 """
 
 import tempfile

@@ -2,8 +2,8 @@
 
 A class is a digit at one of eight mounts: turned by a multiple of 90 degrees, and perhaps mirrored. The digits 0 to 4
 train: each device holds its own share of them, at its own mount. Half of the samples of the digits 5 to 9, not
-mirrored, are for validation; the other half, mirrored, are held out. An episode has one mount. Data: the test part of the Optical
-Recognition of Handwritten Digits set, which comes with scikit-learn.
+mirrored, are for validation; the other half, mirrored, are held out. An episode has one mount. Data: the test part of
+the Optical Recognition of Handwritten Digits set, which comes with scikit-learn.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Is somebody in the room? From CO2, humidity and temperature, in different rooms: two-way, with fixed labels.
 
 An episode is a room: K support samples of each label from the first six tenths of its time, query samples from the
-rest. Rooms are split, so scores are for a new room at a later time. Labels are fixed: 0 is empty, 1 is occupied. A device has
-a training room, and its stream also keeps the later time for query samples.
+rest. Rooms are split, so scores are for a new room at a later time. Labels are fixed: 0 is empty, 1 is occupied. A
+device has a training room, and its stream also keeps the later time for query samples.
 
 Light is left out, because a person who enters switches it on. A threshold on light is a baseline (see `baselines`), and
 so is the majority, which is correct for half of the query samples.
 
 Rooms, from the folder `occupancy` of TINYFLEET_DATA: the 24 rooms of Berkeley's Sutardja Dai Hall with motion (the
-label) in at least 2 % of the minutes; and two held-out rooms from the UCI repository where people were counted: Occupancy
-Detection (357) and Room Occupancy Estimation (864, without humidity).
+label) in at least 2 % of the minutes; and two held-out rooms from the UCI repository where people were counted:
+Occupancy Detection (357) and Room Occupancy Estimation (864, without humidity).
 """
 
 from __future__ import annotations
