@@ -69,13 +69,13 @@ def device(
     Examples:
       tinyfleet device
       tinyfleet device --count 12 --task omniglot
-      tinyfleet device --broker 192.168.1.5:1883 --first 12 --count 4 --of 16
+      tinyfleet device --broker 192.168.1.5:1883 --first 12 --count 4 --fleet-size 16
     """
     learning_task = tasks.load(task)
     host, port = broker_address(broker, data)
     size = first + count if fleet_size is None else fleet_size
     if first + count > size:
-        raise UserError(f"devices {first} to {first + count - 1} are not in a fleet of {size}; raise --of")
+        raise UserError(f"devices {first} to {first + count - 1} are not in a fleet of {size}; raise --fleet-size")
     devices = []
     try:
         for i in range(first, first + count):
@@ -120,7 +120,7 @@ def agent(
     learning_task = tasks.load(task)
     host, port = broker_address(broker, data)
     if client >= fleet_size:
-        raise UserError(f"there is no client {client} in a fleet of {fleet_size}; raise --of")
+        raise UserError(f"there is no client {client} in a fleet of {fleet_size}; raise --fleet-size")
     id = id or re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:32] or "agent"
     stream = DatasetStream(learning_task.client(client, fleet_size))
     recording = RecordedStream(learning_task.stream(client)) if online else None

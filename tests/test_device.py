@@ -278,7 +278,7 @@ def test_a_command_ends_cleanly(server: Server, broker: Broker, command: Command
         (["--broker", "127.0.0.1:{port}"], "no MQTT broker answers at 127.0.0.1:{port}"),
         (["--broker", "nonsense"], "'nonsense' is no broker's address; write HOST:PORT"),
         (["--task", "chess"], "there is no task named 'chess'"),
-        (["--first", "3", "--of", "2"], "devices 3 to 3 are not in a fleet of 2; raise --of"),
+        (["--first", "3", "--fleet-size", "2"], "devices 3 to 3 are not in a fleet of 2; raise --fleet-size"),
         (["--prefix", "a/b"], "a device's name is 1 to 32 letters"),
         (["--fleet", "a b"], "a fleet's name is 1 to 32 letters"),
     ],

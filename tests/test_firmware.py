@@ -169,14 +169,14 @@ def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_p
 )
 def test_the_stack_is_at_most_what_the_document_says(core: str, board: str, tmp_path: Path) -> None:
     """No recursion, no arrays of variable length (the build fails), no call to who knows where: all is summed up."""
-    rows = [line.split("|")[1:-1] for line in (ROOT / "docs" / "mote.md").read_text().splitlines()]
+    rows = [line.split("|")[1:-1] for line in (ROOT / "docs/reference/engine.md").read_text().splitlines()]
     cells = [[cell.strip() for cell in row] for row in rows if len(row) == 5]
     column = next(row for row in cells if row[0] == "stack in bytes").index(core)
     stated = {row[0].strip("`"): int(row[column]) for row in cells if row[0].startswith("`mote_")}
     depths = whole_image(board, "exact", tmp_path / "whole.elf").depths
     assert stated.keys() == depths.keys()
     for name, depth in depths.items():
-        assert depth.bytes <= stated[name], f"{name}: {depth.calls}; change docs/mote.md, or the code"
+        assert depth.bytes <= stated[name], f"{name}: {depth.calls}; change docs/reference/engine.md, or the code"
 
 
 def test_the_state_is_40_bytes(tmp_path: Path) -> None:
@@ -539,7 +539,7 @@ def test_a_board_comes_back_after_line_and_broker_were_lost(firmware: Callable[[
 def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
     command = [sys.executable, "-m", "tinyfleet", "firmware"]
-    choice = ["--task", "digits", "--client", "2", "--of", "3", "--id", ID, "--fleet", FLEET]
+    choice = ["--task", "digits", "--client", "2", "--fleet-size", "3", "--id", ID, "--fleet", FLEET]
     built = subprocess.run(
         [*command, "build", "--board", "mps2-an500", *choice, "--out", tmp_path, "--json"],
         capture_output=True,
@@ -567,8 +567,10 @@ def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp
 
 def test_no_emulator_outlives_the_program_that_started_it(firmware: Callable[[str], Path]) -> None:
     code = (
-        "import pathlib, sys, time; from firmware_tools import boards, emulate\n"
-        "board = emulate.Emulator(boards.load_board('mps2-an386'), pathlib.Path(sys.argv[1]))\n"
+        "import pathlib, sys\n"
+        "from tinyfleet.firmware_tools.boards import catalogue\n"
+        "from tinyfleet.firmware_tools.firmware import emulate\n"
+        "board = emulate.Emulator(catalogue.load_board('mps2-an386'), pathlib.Path(sys.argv[1]))\n"
         "print(board.url, flush=True); board.wait()"
     )
     parent = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""docs/how-to-add-an-application.md: what it shows runs as it is shown."""
+"""docs/how-to/add-a-learning-task.md: what it shows runs as it is shown."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.tasks import Task, load
 
 ROOT = Path(__file__).parents[1]
-HOW_TO = ROOT / "docs" / "how-to-add-an-application.md"
+HOW_TO = ROOT / "docs" / "how-to" / "add-a-learning-task.md"
 
 
 @pytest.fixture(scope="module")

@@ -467,9 +467,9 @@ def test_jax_gives_the_same_on_two_devices(tmp_path: Path) -> None:
     (tmp_path / "model.mote").write_bytes(SINE.data)
     code = (
         "import sys, numpy as np\n"
-        "from edge.program import Program\n"
-        "from edge.protocol import Phase\n"
-        "from server import meta\n"
+        "from tinyfleet.edge.model.program import Program\n"
+        "from tinyfleet.edge.wire.messages import Phase\n"
+        "from tinyfleet.server import simulator as meta\n"
         "folder = sys.argv[1]\n"
         "given = np.load(f'{folder}/in.npz')\n"
         "backend = meta.Backend(Program.parse(open(f'{folder}/model.mote', 'rb').read()))\n"
