@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
+from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
@@ -94,8 +95,8 @@ class FleetServer:
             stack.callback(self._session.close)
             self._connected()
             self._settled.wait(SETTLING)
-            self._publish_address(data / data_folder.SERVER)
-            stack.callback((data / data_folder.SERVER).unlink, missing_ok=True)
+            self._publish_address(data / SERVER_FILE)
+            stack.callback((data / SERVER_FILE).unlink, missing_ok=True)
             self._close = stack.pop_all()
 
     def __enter__(self) -> "FleetServer":
@@ -184,8 +185,7 @@ class FleetServer:
                 self._on_news(f"{one.device}: {'described' if one.online else 'removed'}")
                 if one.incompatibility is None:
                     continue
-            state = "online" if one.online else "offline"
-            line = f"{one.device}: {state}"
+            line = f"{one.device}: {'online' if one.online else 'offline'}"
             if one.incompatibility is not None:
                 line = f"device {one.device} {one.incompatibility}"
             if self._known.get(one.device) != line:

@@ -22,13 +22,12 @@ from typing import Any
 
 import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.server_info import find_server
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store, Unreachable
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri
 
 GRAPH = "graph"
 """Name of the graph's folder in the data folder."""
-SERVER = "server.json"
-"""Name of the file in which a running server says how to reach it."""
 VERSION_FILE = "version"
 VERSION = 2
 """Version of the data folders that this release writes. Version 2 renamed terms of the vocabulary."""
@@ -184,29 +183,6 @@ def _rename_keys(node: Any) -> Any:
 _KEYS = {f"tf:{old.removeprefix(TF.iri)}": f"tf:{new.removeprefix(TF.iri)}" for old, new in _RENAMED_IN_2.items()}
 
 
-def find_server(data: Path) -> dict[str, str]:
-    """Return how to reach the server that runs on a data folder: broker, endpoint, token, fleet.
-
-    Returns
-    -------
-    dict
-        Empty if no server runs on the folder.
-
-    Raises
-    ------
-    UserError
-        If the file is damaged.
-    """
-    path = data / SERVER
-    try:
-        server = json.loads(path.read_text(encoding="utf-8"))
-        return {"endpoint": server["endpoint"], **{str(key): str(value) for key, value in server.items()}}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not say where the server is ({error!r}); start the server again") from None
-
-
 def open_store(data: Path, endpoint: str | None = None, *, create: bool = False) -> Store:
     """Open the graph of a data folder: that of the server that runs on it or, if none does, the one on disk.
 
@@ -237,7 +213,7 @@ def open_store(data: Path, endpoint: str | None = None, *, create: bool = False)
                 raise
     if not create and not any((data / name).is_dir() for name in (GRAPH, _OLD)):
         raise UserError(
-            f"there is no graph in {data} and no server runs on it; start one with `tinyfleet server start`, or name "
+            f"there is no graph in {data} and no server runs on it; run `tinyfleet server start`, or give "
             "another folder with --data or an endpoint with --endpoint"
         )
     prepare(data)
