@@ -28,6 +28,7 @@ from tinyfleet.edge.options import (
 from tinyfleet.edge.wire.server_info import fleet_of
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from tinyfleet.firmware_tools.compiler import compiler
     from tinyfleet.ontology.ingest.describe import ModelDescription
 
@@ -174,8 +175,6 @@ def plan(
       tinyfleet model plan kws.tflite --ram-budget 128KB --classes 4
       tinyfleet model plan kws.tflite --int8 --ram-budget 64KB
     """
-    from rich.console import Console
-    from rich.table import Table
     from tinyfleet.firmware_tools.compiler import compiler
 
     size = None if ram_budget is None else _bytes(ram_budget)
@@ -187,22 +186,30 @@ def plan(
     if as_json:
         print(json.dumps(asdict(takes), indent=2))
         return
-    table = Table(title=f"{model.name}: {takes.parameters:,} parameters, {takes.macs:,} MACs; bytes, exact")
-    table.add_column("", no_wrap=True)
-    for column in ("parameters\nthat train", "RAM", "least\npossible", "flash", "with initial\nweights"):
-        table.add_column(column, justify="right")
-    rows = {"run only": takes.run}
-    rows |= {f"train from '{name}'": row for name, row in takes.train_from.items()}
-    rows |= {f"biases from '{name}'": row for name, row in takes.bias_from.items()}
-    if takes.chosen is not None and takes.chosen.selection is not None:
-        rows["chosen channels"] = takes.chosen.memory
-    for name, row in rows.items():
-        figures = (row.parameters, row.ram_bytes, row.least_ram_bytes, row.flash_bytes, row.initial_bytes)
-        best = takes.chosen is not None and row is takes.chosen.memory
-        table.add_row(name, *(f"{number:,}" for number in figures), style="bold" if best else None)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(_plan_table(model.name, takes))
     if takes.chosen is not None and size is not None:
         print(_selection_text(takes.chosen, size))
+
+
+def _plan_table(name: str, plan: compiler.ModelPlan) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{name}: {plan.parameters:,} parameters, {plan.macs:,} MACs; bytes, exact")
+    table.add_column("", no_wrap=True)
+    for column in ("parameters\nthat train", "RAM", "least\npossible", "flash", "with initial\nvalues"):
+        table.add_column(column, justify="right")
+    rows = {"run only": plan.run}
+    rows |= {f"train from '{layer}'": row for layer, row in plan.train_from.items()}
+    rows |= {f"biases from '{layer}'": row for layer, row in plan.bias_from.items()}
+    best = None if plan.chosen is None else plan.chosen.memory
+    if plan.chosen is not None and plan.chosen.selection is not None:
+        rows["chosen channels"] = plan.chosen.memory
+    for title, row in rows.items():
+        figures = (row.parameters, row.ram_bytes, row.least_ram_bytes, row.flash_bytes, row.initial_bytes)
+        table.add_row(title, *(f"{number:,}" for number in figures), style="bold" if row is best else None)
+    return table
 
 
 def _selection_text(chosen: compiler.TrainingSelection, budget: int) -> str:

@@ -140,8 +140,8 @@ def plan_deployment(store: Store, program: Program, name: str, sparql: str, flee
 def _no_targets_message(fleet: str, selected: set[str], left_out: Mapping[str, str]) -> UserError:
     if not left_out:
         return UserError(
-            f"the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device simulate), or name another fleet "
-            "with --fleet"
+            f"the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device simulate), or name another "
+            "fleet with --fleet"
         )
     # First why those that were wanted cannot be given it.
     command = sorted(left_out, key=lambda device: (device not in selected, device))
