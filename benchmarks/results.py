@@ -100,9 +100,8 @@ class Method:
         hyperparameters = Hyperparameters(
             HEAD if local else 0, self.samples - HEAD * local, trial.rate, trial.alpha, density
         )
-        how = simulator.strategy_settings(
-            self.of, replace(task, meta=hyperparameters, fedavg=hyperparameters), clients=CLIENTS
-        )
+        tried = replace(task, meta=hyperparameters, fedavg=hyperparameters)
+        how = simulator.strategy_settings(self.of, tried, clients=CLIENTS)
         if self.batched:
             steps, last = self.samples // BATCH, how.update.since  # of first-order MAML, one step for the gradient
             phases = (Phase(ALL_LAYERS, steps - last, trial.rate), Phase(ALL_LAYERS, last, trial.rate))

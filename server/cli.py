@@ -257,14 +257,10 @@ def start_run(
         console.print(f"run {outcome.run}; its lineage: tinyfleet query lineage --data {data}")
 
 
-def _print_round(this: Round) -> None:
-    line = {
-        "round": this.number, "selected": this.selected, "clients": [part.device for part in this.participations],
-        "staleness": [part.staleness for part in this.participations], "no-reply": dict(this.no_reply),
-        "loss": this.loss, "accuracy": this.accuracy, "bytes-up": this.bytes_up, "bytes-down": this.bytes_down,
-        "seconds": round(this.seconds, 3),
-    }  # fmt: skip
-    typer.echo(json.dumps(line))
+def _print_round(ended: Round) -> None:
+    from tinyfleet.server.run_report import round_json
+
+    typer.echo(json.dumps(round_json(ended)))
 
 
 @run_app.command()
@@ -499,7 +495,7 @@ def deploy(
         summary: dict[str, object] = {
             "model": plan.model,
             "targets": [match.device for match in plan.targets],
-            "excluded": dict(plan.left_out),
+            "excluded": dict(plan.excluded),
         }
         deployment_report.print_deployment_plan(console, model, program, plan)
         if not yes:
