@@ -256,8 +256,8 @@ def test_who_is_left_out_and_why(server: FleetServer) -> None:
     announce(server, "asleep", online=False)
     announce(server, "small", tf__arenaBytes=NEW.arena_bytes - 1)
     announce(server, "other", tf__engine="litert")
-    announce(server, "full", tf__adoptBytes=len(NEW.data) - 1)
-    announce(server, "built-in", tf__adoptBytes=0)
+    announce(server, "full", tf__modelSlotBytes=len(NEW.data) - 1)
+    announce(server, "built-in", tf__modelSlotBytes=0)
     announce(server, "unwanted")
     query = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { ?d tf:deviceId ?id FILTER(?id != "unwanted") }"""

@@ -275,7 +275,7 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     ]
     weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
 
-    there, gone = threading.Event(), threading.RoundEvent()
+    there, gone = threading.Event(), threading.Event()
 
     def log_lines(line: str) -> None:
         if line == "weak-3: online":
