@@ -75,8 +75,8 @@ def list_boards(
 
     targets = [catalogue.load_board(name) for name in catalogue.board_ids()]
     if add_to_graph:
-        from tinyfleet.ontology.cli import open_store
         from tinyfleet.ontology.ingest.describe import put_board
+        from tinyfleet.ontology.store.data_folder import open_store
 
         with open_store(data) as store:
             for target in targets:

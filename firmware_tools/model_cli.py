@@ -313,8 +313,8 @@ def match(
       tinyfleet model match --model model.mote --device-id kitchen
     """
     from tinyfleet.firmware_tools import match_report as report
-    from tinyfleet.ontology.cli import open_store
-    from tinyfleet.ontology.queries import match as matches
+    from tinyfleet.ontology.queries import matching
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
 
     if model is None and device_id is None:
@@ -323,17 +323,17 @@ def match(
     with open_store(data) as store:
         iri = None
         if model is not None:
-            iri = matches.known_model(store, model) or matches.describe(store, description(Path(model)))
+            iri = matching.require_model(store, model) or matching.describe(store, description(Path(model)))
         if device_id is not None:
-            matches.known_device(store, device_id, name)
+            matching.require_device(store, device_id, name)
         both = iri is not None and device_id is not None
-        unmet = matches.unmet_requirements(store, name, model=iri, device=device_id) if explain or both else {}
+        unmet = matching.unmet_requirements(store, name, model=iri, device=device_id) if explain or both else {}
         if iri is not None:
-            found = [m for m in matches.match_devices(store, iri, name) if device_id in (None, m.device)]
+            found = [m for m in matching.match_devices(store, iri, name) if device_id in (None, m.device)]
             report.devices(iri, found, unmet, device_id, as_json)
         else:
             assert device_id is not None
-            report.models(device_id, matches.match_models(store, device_id, name), unmet, as_json)
+            report.models(device_id, matching.match_models(store, device_id, name), unmet, as_json)
 
 
 def description(file: Path) -> ModelDescription:
