@@ -47,8 +47,8 @@ from tinyfleet.firmware_tools.boards import catalogue as board_files
 from tinyfleet.ontology.ingest.describe import ModelDescription, board_facts, model_facts
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
-from tinyfleet.ontology.store.columns import Range
 from tinyfleet.ontology.store.column_index import IndexedStore
+from tinyfleet.ontology.store.columns import Range
 from tinyfleet.ontology.store.store import EmbeddedStore, Facts, RemoteStore, Store, Value, parameters, term, triples
 from tinyfleet.ontology.vocabulary.namespaces import (
     PROV,

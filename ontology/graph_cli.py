@@ -72,6 +72,7 @@ def load(
       tinyfleet graph load build/boards.ttl
     """
     from tinyfleet.ontology.ingest.describe import put_facts
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.store.store import triples
     from tinyfleet.ontology.vocabulary import shapes
 
@@ -151,6 +152,7 @@ def add_measurement(
       tinyfleet graph add-measurement 0123456789abcdef --board pico --latency 0.012
     """
     from tinyfleet.ontology.ingest.describe import put_measurement
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.vocabulary.namespaces import model_iri
 
     with open_store(data, create=True) as store:
@@ -189,6 +191,7 @@ def import_selocml(
     from rich.table import Table
     from tinyfleet.ontology.ingest.describe import put_facts
     from tinyfleet.ontology.ingest.selocml import read_selocml
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.store.store import term, triples
     from tinyfleet.ontology.vocabulary import shapes
 
