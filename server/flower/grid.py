@@ -116,10 +116,13 @@ class MqttGrid(RunGrid):
         with MqttGrid("127.0.0.1", 1883, "home", program) as grid:
             result = FedAvg(fraction_evaluate=0.0).start(grid, initial_arrays, num_rounds=10)
 
-    >>> MqttGrid("127.0.0.1", 1, "home", None)
+    Without a broker it says what to do:
+
+    >>> from tinyfleet.edge.model.program import Dense, build
+    >>> MqttGrid("127.0.0.1", 1, "home", build([Dense(2)], (3,), "mse"))  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
     ...
-    tinyfleet.edge.errors.UserError: no broker
+    tinyfleet.edge.errors.UserError: no MQTT broker answers at 127.0.0.1:1
 
     Notes
     -----
