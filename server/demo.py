@@ -98,16 +98,16 @@ def run_demo(*, task_name: str, rounds: int, clients: int, devices: int, board: 
             )
             for name, strategy in (("TinyMetaFed", "tinymetafed"), ("FedAvg", "fedavg"))
         }
-        starts = {
+        initializations = {
             "meta-learned (TinyMetaFed)": runs["TinyMetaFed"].parameters,
             "random weights": task.program.initial(seed),
-            "random weights, head at 0": runs["TinyMetaFed"].initialization,  # worth something at few shots
+            "random weights, head at 0": runs["TinyMetaFed"].initialization,  # better at few shots
             "FedAvg's global model": runs["FedAvg"].parameters,
         }
-        with console.status("adapting every start to held-out tasks"):
+        with console.status("adapting every initialization to held-out tasks"):
             results = {
-                name: [one_pass(task, start, shots=shots, seed=seed) for shots in SHOTS]
-                for name, start in starts.items()
+                name: [one_pass(task, parameters, shots=shots, seed=seed) for shots in SHOTS]
+                for name, parameters in initializations.items()
             }
         console.print()
         console.print(run_report.scores(results))
@@ -151,7 +151,7 @@ def _clear(data: Path) -> None:
 
 @dataclass(frozen=True)
 class _Fleet:
-    """The processes of the demo's devices. Every device has its own number among all, and so its own samples."""
+    """The processes of the demo's devices. Every device has a client index of its own, and so its own samples."""
 
     task: Task
     virtual: int
@@ -173,7 +173,7 @@ class _Fleet:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Starts the devices, and ends them. What they say goes to files in the data folder."""
+        """Starts the devices, and stops them at the end. Their output goes to files in the data folder."""
         with ExitStack() as stack:
             for command in self.commands():
                 stack.enter_context(_process(command, self.data / f"{command[0]}.log"))

@@ -255,8 +255,8 @@ def test_who_is_left_out_and_why(server: FleetServer) -> None:
     announce(server, "asleep", online=False)
     announce(server, "small", tf__arenaBytes=NEW.arena_bytes - 1)
     announce(server, "other", tf__engine="litert")
-    announce(server, "full", tf__adoptBytes=len(NEW.data) - 1)
-    announce(server, "built-in", tf__adoptBytes=0)
+    announce(server, "full", tf__modelSlotBytes=len(NEW.data) - 1)
+    announce(server, "built-in", tf__modelSlotBytes=0)
     announce(server, "unwanted")
     query = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { ?d tf:deviceId ?id FILTER(?id != "unwanted") }"""
@@ -414,7 +414,7 @@ def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
     for words, reason in (
         ([tmp_path / "none.mote"], "cannot read"),
         ([__file__], "is not a program (these bytes are no program"),
-        ([other], "no program for a fleet"),
+        ([other], "not a program for a fleet"),
         ([large], "no device is left to send it to: device-0: RAM to run: it takes"),
         ([good, "--select", "nonesuch"], "nor is it a query of the library"),
         ([good, "--select", no_id], "has a column ?id"),
