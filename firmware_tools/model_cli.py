@@ -28,7 +28,8 @@ from tinyfleet.edge.options import (
 from tinyfleet.edge.wire.server_info import fleet_of
 
 if TYPE_CHECKING:
-    from tinyfleet.firmware_tools.compiler import compiler
+    from tinyfleet.firmware_tools.compiler.compile import TrainingSelection
+    from tinyfleet.firmware_tools.readers.model_file import ModelFile
     from tinyfleet.ontology.ingest.describe import ModelDescription
 
 app = CommandGroup("""Compile, describe, export and match models.
@@ -109,22 +110,22 @@ def compile_(
       tinyfleet model compile kws.tflite --train-from dense --classes 4
       tinyfleet model compile kws.tflite --int8 --ram-budget 64KB --classes 4
     """
-    from tinyfleet.firmware_tools.compiler import compiler
+    from tinyfleet.firmware_tools.compiler.compile import compile_model, select_trained_layers
 
     if ram_budget is not None and (train_from is not None or bias_only):
         raise UserError("--ram-budget chooses what trains; leave out --train-from and --bias-only, or --ram-budget")
-    chosen = None
+    selected = None
     if ram_budget is not None:
-        chosen = compiler.choose(
+        selected = select_trained_layers(
             model, _bytes(ram_budget), int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
         )
-        train_from, bias_only = chosen.train_from, chosen.bias_only
+        train_from, bias_only = selected.train_from, selected.bias_only
     with _quiet():
-        program = compiler.compile_model(
+        program = compile_model(
             model,
             train_from=train_from,
             bias_only=bias_only,
-            selection=None if chosen is None else chosen.selection,
+            selection=None if selected is None else selected.updates,
             int8=int8,
             classes=classes,
             max_classes=max_classes,
@@ -140,7 +141,7 @@ def compile_(
         "ram_bytes": program.arena_bytes,
         "trainable_parameters": program.n_params,
         "loss": program.loss,
-        "selection": None if chosen is None else asdict(chosen),
+        "selection": None if selected is None else asdict(selected),
     }
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -149,8 +150,8 @@ def compile_(
         f"{out}: model {facts['model']}, {len(program.data):,} B of flash, {program.arena_bytes:,} B of RAM, "
         f"{program.n_params:,} parameters train"
     )
-    if chosen is not None and ram_budget is not None:
-        print(_selection_text(chosen, _bytes(ram_budget)))
+    if selected is not None and ram_budget is not None:
+        print(_selection_text(selected, _bytes(ram_budget)))
 
 
 @app.command()
@@ -176,10 +177,10 @@ def plan(
     """
     from rich.console import Console
     from rich.table import Table
-    from tinyfleet.firmware_tools.compiler import compiler
+    from tinyfleet.firmware_tools.compiler.compile import plan_model
 
     size = None if ram_budget is None else _bytes(ram_budget)
-    takes = compiler.plan_model(
+    takes = plan_model(
         model, budget=size, int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
     )
     for note in takes.notes:
@@ -194,26 +195,26 @@ def plan(
     rows = {"run only": takes.run}
     rows |= {f"train from '{name}'": row for name, row in takes.train_from.items()}
     rows |= {f"biases from '{name}'": row for name, row in takes.bias_from.items()}
-    if takes.chosen is not None and takes.chosen.selection is not None:
-        rows["chosen channels"] = takes.chosen.memory
+    if takes.selection is not None and takes.selection.updates is not None:
+        rows["selected channels"] = takes.selection.memory
     for name, row in rows.items():
         figures = (row.parameters, row.ram_bytes, row.least_ram_bytes, row.flash_bytes, row.initial_bytes)
-        best = takes.chosen is not None and row is takes.chosen.memory
+        best = takes.selection is not None and row is takes.selection.memory
         table.add_row(name, *(f"{number:,}" for number in figures), style="bold" if best else None)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if takes.chosen is not None and size is not None:
-        print(_selection_text(takes.chosen, size))
+    if takes.selection is not None and size is not None:
+        print(_selection_text(takes.selection, size))
 
 
-def _selection_text(chosen: compiler.TrainingSelection, budget: int) -> str:
+def _selection_text(selected: TrainingSelection, budget: int) -> str:
     """What trains within a budget, in words."""
-    first = f"In {budget:,} bytes, of which it takes {chosen.memory.ram_bytes:,},"
-    if chosen.selection is None:
-        what = "the biases alone" if chosen.bias_only else "all layers"
-        return f"{first} train {what} from '{chosen.train_from}' on"
+    first = f"In {budget:,} bytes, of which it takes {selected.memory.ram_bytes:,},"
+    if selected.updates is None:
+        what = "the biases alone" if selected.bias_only else "all layers"
+        return f"{first} train {what} from '{selected.train_from}' on"
     parts = [
         f"  {name}: " + ("the biases" if update.trains == "bias" else f"{update.channels} channels")
-        for name, update in chosen.selection.items()
+        for name, update in selected.updates.items()
     ]
     return "\n".join([f"{first} train in int8", *parts])
 
@@ -335,27 +336,30 @@ def description(file: Path) -> ModelDescription:
     Raises UserError if it is no model's file.
     """
     from tinyfleet.edge.model.program import Program
-    from tinyfleet.ontology.ingest.describe import from_file, from_program
+    from tinyfleet.firmware_tools.readers.model_file import read_model_file
+    from tinyfleet.ontology.ingest.describe import from_graph, from_program
+    from tinyfleet.ontology.ingest.model_card import find_model_card
 
     if file.suffix == ".mote":
         try:
             return from_program(Program.parse(file.read_bytes()), file.stem)
         except OSError as e:
             raise UserError(f"cannot read '{file}': {e.strerror}; give the path of a model's file") from e
-    about = from_file(file)
+    read = read_model_file(file)
+    about = from_graph(read.model, find_model_card(file))
     try:
-        planned = _planned(file)
+        planned = _planned(read)
     except UserError as e:
         return replace(about, notes=(*about.notes, f"the engine cannot run it: {e}"))
     return replace(about, engine="mote", **planned | {"notes": (*about.notes, *planned["notes"])})
 
 
-def _planned(file: Path) -> dict[str, Any]:
+def _planned(file: ModelFile) -> dict[str, Any]:
     """The fields of a description that the engine's plan tells. Raises UserError if the engine cannot run the model."""
-    from tinyfleet.firmware_tools.compiler import compiler
+    from tinyfleet.firmware_tools.compiler.compile import plan_model
     from tinyfleet.ontology.ingest.describe import TrainingOption
 
-    takes = compiler.plan_model(file)
+    takes = plan_model(file)
     options = [
         # From where one can train, one can from every layer behind it: the rows' places count the layers that train.
         TrainingOption(layer, len(rows) - place, bias_only, memory.ram_bytes, memory.parameters)

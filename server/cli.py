@@ -408,7 +408,7 @@ def _check_folders(*files: Path | None) -> None:
 
 def _parameters(path: Path, program: Program) -> NDArray[np.float32]:
     import numpy as np
-    from tinyfleet.edge.model.program import ProgramError
+    from tinyfleet.edge.errors import ProgramError
 
     try:
         with np.load(path) as arrays:

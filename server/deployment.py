@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from tinyfleet.edge.device.node import NOT_FOR_FLEETS
-from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model.program import Program, ProgramError
+from tinyfleet.edge.errors import ProgramError, UserError
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks
 from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.messages import (

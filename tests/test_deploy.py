@@ -19,8 +19,9 @@ from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_description
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.layers import Dense, ReLU, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import Dense, Program, ReLU, Tanh, build
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics

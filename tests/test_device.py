@@ -23,9 +23,10 @@ from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.layers import Dense as DenseLayer
+from tinyfleet.edge.model.layers import ReLU, build
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import Dense as DenseLayer
-from tinyfleet.edge.model.program import Program, ReLU, build
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.messages import (

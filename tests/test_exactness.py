@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import small_models
 from tinyfleet.edge._mote import ffi, lib
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import Program, assemble
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate, kernel_table

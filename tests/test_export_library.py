@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import small_models
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.mote.build_extension import MOTE
 from tinyfleet.firmware_tools.firmware import export_library
 
@@ -159,4 +159,4 @@ def test_model_h_is_the_program(tmp_path: Path) -> None:
     words = [int(word.strip(" ,"), 16) for word in header.split() if word.startswith("0x")]
     assert b"".join(word.to_bytes(4, "little") for word in words) == program.data
     assert f"#define MODEL_ARENA_BYTES {program.arena_bytes}\n" in header
-    assert p.Program.parse(program.data).input.dtype == "int8" and "MODEL_INPUTS 64 /* int8 */" in header
+    assert Program.parse(program.data).input.dtype == "int8" and "MODEL_INPUTS 64 /* int8 */" in header

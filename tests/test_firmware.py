@@ -22,7 +22,7 @@ from tinyfleet.edge._mote import lib
 from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import program
+from tinyfleet.edge.model import layers
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.mote.build_extension import INCLUDES
 from tinyfleet.edge.tasks import ClientData
@@ -71,7 +71,7 @@ def samples() -> ClientData:
 
 
 def mlp() -> Program:
-    return program.build([program.Dense(32), program.ReLU(), program.Dense(5)], (64,), "softmax_cross_entropy")
+    return layers.build([layers.Dense(32), layers.ReLU(), layers.Dense(5)], (64,), "softmax_cross_entropy")
 
 
 @pytest.fixture(scope="module")
@@ -358,8 +358,8 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
 
 
 def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path], broker: tuple[str, int]) -> None:
-    small = program.build([program.Dense(8), program.Tanh(), program.Dense(5)], (64,), "softmax_cross_entropy")
-    large = program.build([program.Dense(64), program.Tanh(), program.Dense(5)], (64,), "softmax_cross_entropy")
+    small = layers.build([layers.Dense(8), layers.Tanh(), layers.Dense(5)], (64,), "softmax_cross_entropy")
+    large = layers.build([layers.Dense(64), layers.Tanh(), layers.Dense(5)], (64,), "softmax_cross_entropy")
     observer = Observer(broker)
     for offered in (small, large):
         for i, chunk in enumerate(chunks(offered.data)):
@@ -632,7 +632,7 @@ def test_a_missing_compiler_or_emulator_is_named_with_its_package(
 
 def test_a_program_larger_than_the_board_is_refused_by_how_much(tmp_path: Path) -> None:
     data = ClientData(np.zeros((12, 1000), np.uint8), np.arange(0, 13, 2, dtype=np.uint32), 1.0, 5)
-    large = program.build([program.Dense(1100), program.ReLU(), program.Dense(5)], (1000,), "softmax_cross_entropy")
+    large = layers.build([layers.Dense(1100), layers.ReLU(), layers.Dense(5)], (1000,), "softmax_cross_entropy")
     with pytest.raises(UserError, match=r"too large for board 'mps2-an386'.* [\d,]+ bytes more RAM than its 4,194,304"):
         build.build("mps2-an386", large, data, FLEET, ID, tmp_path)
     many = ClientData(np.zeros((70_000, 64), np.uint8), np.array([0, 35_000, 70_000], np.uint32), 1.0, 2)
@@ -641,7 +641,7 @@ def test_a_program_larger_than_the_board_is_refused_by_how_much(tmp_path: Path) 
 
 
 def test_samples_of_another_size_than_the_model_takes_are_refused(tmp_path: Path) -> None:
-    other = program.build([program.Dense(5)], (32,), "softmax_cross_entropy")
+    other = layers.build([layers.Dense(5)], (32,), "softmax_cross_entropy")
     with pytest.raises(UserError, match=r"the samples have 64 features and the model takes 32"):
         build.build("mps2-an386", other, samples(), FLEET, ID, tmp_path)
 

@@ -23,7 +23,7 @@ from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_episode
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays

@@ -23,8 +23,9 @@ from tinyfleet.edge.device.flower_client import serve
 from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Episodes, omniglot
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
@@ -69,7 +70,7 @@ ALONE = meta.Backend(SINE, exact=True)
 PHASES = [Phase(2, 3, 0.05), Phase(ALL_LAYERS, 8, 0.02)]
 
 
-def clients(program: p.Program, count: int, samples: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[Any]]:
+def clients(program: Program, count: int, samples: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[Any]]:
     random = np.random.default_rng(seed)
     x = random.normal(size=(count, samples, *program.input_shape)).astype(np.float32)
     if program.loss == "mse":
@@ -88,7 +89,7 @@ def exact() -> Any:
 
 
 @pytest.mark.parametrize("program", [CONV, SINE], ids=["conv", "sine"])
-def test_clients_learn_what_the_engine_learns(program: p.Program) -> None:
+def test_clients_learn_what_the_engine_learns(program: Program) -> None:
     """All layers, under masks; each client from a start of its own."""
     x, y = clients(program, 3, 7)
     starts = np.stack([program.initial(seed) for seed in range(3)])

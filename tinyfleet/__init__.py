@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tinyfleet.edge.model.learner import MoteLearner
     from tinyfleet.edge.model.program import Program
     from tinyfleet.edge.tasks import load as load_task
-    from tinyfleet.firmware_tools.compiler.compiler import ModelPlan, compile_model, plan_model
+    from tinyfleet.firmware_tools.compiler.compile import ModelPlan, compile_model, plan_model
     from tinyfleet.ontology.cli import open_store
     from tinyfleet.ontology.queries import library
     from tinyfleet.server.flower.grid import MqttGrid
@@ -59,9 +59,9 @@ __all__ = [
 
 #: Name -> its module, and its name there (none: the module itself).
 _PLACES = {
-    "compile_model": ("firmware_tools.compiler.compiler", "compile_model"),
-    "plan_model": ("firmware_tools.compiler.compiler", "plan_model"),
-    "ModelPlan": ("firmware_tools.compiler.compiler", "ModelPlan"),
+    "compile_model": ("firmware_tools.compiler.compile", "compile_model"),
+    "plan_model": ("firmware_tools.compiler.compile", "plan_model"),
+    "ModelPlan": ("firmware_tools.compiler.compile", "ModelPlan"),
     "Program": ("edge.model.program", "Program"),
     "MoteLearner": ("edge.model.learner", "MoteLearner"),
     "load_task": ("edge.tasks", "load"),

@@ -16,8 +16,9 @@ from string import Template
 from typing import Literal, get_args
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model.program import Dense, Layer, Program, ReLU
-from tinyfleet.edge.model.program import build as build_program
+from tinyfleet.edge.model.layers import Dense, Layer, ReLU
+from tinyfleet.edge.model.layers import build as build_program
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.mote import codegen
 from tinyfleet.edge.mote.build_extension import MOTE, ROOT
 from tinyfleet.firmware_tools.firmware import kernel_table
