@@ -275,7 +275,7 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     ]
     weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
 
-    there, gone = threading.Event(), threading.RoundEvent()
+    there, gone = threading.Event(), threading.Event()
 
     def log_lines(line: str) -> None:
         if line == "weak-3: online":
@@ -385,7 +385,7 @@ def test_without_an_eligible_client_the_error_says_why(server: FleetServer) -> N
     said = attempt()
     assert "selects none of the fleet's 3 devices" in said
     assert "asleep is offline" in said and "other runs another model" in said
-    assert f"small has an arena of 100 bytes, and training takes {PROGRAM.arena_bytes}" in said
+    assert f"small has an arena of 100 bytes, and training needs {PROGRAM.arena_bytes}" in said
     announced(server, "ghost")  # the graph says it is there, the broker knows nothing of it
     assert "selects ghost, but none of them is online at the broker" in attempt()
     assert "column ?id" in attempt(query="SELECT ?s { ?s ?p ?o }")
