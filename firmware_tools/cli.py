@@ -181,7 +181,7 @@ def export_(
 
 def _read_program(file: Path) -> Program:
     from tinyfleet.edge.errors import ProgramError
-from tinyfleet.edge.model.program import Program
+    from tinyfleet.edge.model.program import Program
 
     advice = "make one with: tinyfleet model compile"
     try:

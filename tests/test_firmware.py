@@ -567,8 +567,10 @@ def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp
 
 def test_no_emulator_outlives_the_program_that_started_it(firmware: Callable[[str], Path]) -> None:
     code = (
-        "import pathlib, sys, time; from firmware_tools import boards, emulate\n"
-        "board = emulate.Emulator(boards.load_board('mps2-an386'), pathlib.Path(sys.argv[1]))\n"
+        "import pathlib, sys\n"
+        "from tinyfleet.firmware_tools.boards import catalogue\n"
+        "from tinyfleet.firmware_tools.firmware import emulate\n"
+        "board = emulate.Emulator(catalogue.load_board('mps2-an386'), pathlib.Path(sys.argv[1]))\n"
         "print(board.url, flush=True); board.wait()"
     )
     parent = subprocess.Popen(
