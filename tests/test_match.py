@@ -232,7 +232,7 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
             )
         said = {
             (int(device[1:]), int(model.rsplit(":", 1)[1], 16)): [
-                (miss.requirement, miss.takes, miss.has) for miss in misses
+                (miss.requirement, miss.required, miss.has) for miss in misses
             ]
             for (device, model), misses in matching.unmet_requirements(store, "home").items()
         }
@@ -347,7 +347,7 @@ def test_what_is_described_already_stays_as_it_is(data: Path, tmp_path: Path) ->
     [
         ((), "give a model with --model, a device with --device-id, or both"),
         (("--model", "0" * 16), "describes no model 0000000000000000; give its file, or see: tinyfleet query models"),
-        (("--model", "nothing"), "nothing cannot be read: No such file or directory"),
+        (("--model", "nothing.mote"), "cannot read 'nothing.mote': No such file or directory"),
         (("--model", __file__), "neither a .tflite nor a .keras file"),
         (("--device-id", "nobody"), "knows no device 'nobody' in the fleet 'home'"),
         (("--device-id", "a b"), "'a b' is not a valid device name"),

@@ -119,7 +119,7 @@ class MqttGrid(RunGrid):
     >>> MqttGrid("127.0.0.1", 1, "home", None)
     Traceback (most recent call last):
     ...
-    tinyfleet.edge.errors.UserError: no broker
+    tinyfleet.edge.errors.UserError: no MQTT broker answers at 127.0.0.1:1 ...
 
     Notes
     -----
