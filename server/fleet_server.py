@@ -185,8 +185,7 @@ class FleetServer:
                 self._on_news(f"{one.device}: {'described' if one.online else 'removed'}")
                 if one.incompatibility is None:
                     continue
-            state = "online" if one.online else "offline"
-            line = f"{one.device}: {state}"
+            line = f"{one.device}: {'online' if one.online else 'offline'}"
             if one.incompatibility is not None:
                 line = f"device {one.device} {one.incompatibility}"
             if self._known.get(one.device) != line:

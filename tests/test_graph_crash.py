@@ -28,7 +28,7 @@ WRITER = """
 import sys
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.ingest.registry import Registry
 
 path, first, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

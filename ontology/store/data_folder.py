@@ -213,7 +213,7 @@ def open_store(data: Path, endpoint: str | None = None, *, create: bool = False)
                 raise
     if not create and not any((data / name).is_dir() for name in (GRAPH, _OLD)):
         raise UserError(
-            f"there is no graph in {data} and no server runs on it; start one with `tinyfleet server start`, or name "
+            f"there is no graph in {data} and no server runs on it; run `tinyfleet server start`, or give "
             "another folder with --data or an endpoint with --endpoint"
         )
     prepare(data)
