@@ -149,7 +149,7 @@ def test_what_run_cannot_use_is_said_before_it_begins(
     (tmp_path / "server.json").write_text(json.dumps({"endpoint": "http://127.0.0.1:9/sparql", "broker": "x:1"}))
     assert "nor is it a query of the library" in run("--select", "no-such.rq")
     for name in ("a b", "x" * 33):
-        assert "is no fleet name; use 1 to 32 letters" in run("--fleet", name)
+        assert "is not a valid fleet name; use 1 to 32 letters" in run("--fleet", name)
     assert "no answer from http://127.0.0.1:9/sparql" in run()
 
 
