@@ -1,6 +1,7 @@
 """A program for the mote engine: the checked binary that a device reads in place, and what can be read from it.
 
-Its layout is described in docs/reference/program-format.md and `edge.model.program_format`; `edge.model.assemble` writes it.
+Its layout is described in docs/reference/program-format.md and `edge.model.program_format`; `edge.model.assemble`
+writes it.
 """
 
 from __future__ import annotations

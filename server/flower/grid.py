@@ -123,7 +123,7 @@ class MqttGrid(RunGrid):
     >>> MqttGrid("127.0.0.1", 1, "home", build([Dense(2)], (3,), "mse"))  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
     ...
-    tinyfleet.edge.errors.UserError: no MQTT broker answers at 127.0.0.1:1
+    tinyfleet.edge.errors.UserError: no MQTT broker answers at 127.0.0.1:1 ...
 
     Notes
     -----
