@@ -82,7 +82,9 @@ def test_commands_exist_with_their_options(document: Path) -> None:
 
 
 def test_the_code_in_the_readme_prints_what_stands_below_it() -> None:
-    code, output = re.search(r"```python\n(.*?)```\n\n    (.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL).groups()  # type: ignore[union-attr]
+    code, output = re.search(
+        r"```python\n(.*?)```\n\n    (.*?)\n\n", (ROOT / "README.md").read_text(), re.DOTALL
+    ).groups()  # type: ignore[union-attr]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [output]
 

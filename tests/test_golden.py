@@ -45,9 +45,7 @@ METRICS = Metrics(40, 0.5, 10, 9, 0.25, 9936)
 
 COMMANDS = {
     "89010705014800010203040506070b8283020ffa3e800000841affffffff1819fa3f000000fa3fc000000a8503f5fa3e00000001"
-    "fa40000000": (
-        TrainTask(7, "train", 5, 1, MODEL, 11, PHASES, 10, UpdateFormat(3, True, 0.125, 1, 2.0))
-    ),
+    "fa40000000": (TrainTask(7, "train", 5, 1, MODEL, 11, PHASES, 10, UpdateFormat(3, True, 0.125, 1, 2.0))),
     "89020805024800010203040506070c801820f6": TrainTask(8, "evaluate", 5, 2, MODEL, 12, (), 32),
     "8503094800010203040506071914001adeadbeef": UpdateModel(9, MODEL, 5120, 0xDEADBEEF),
     "82040a": Reboot(10),
