@@ -11,6 +11,7 @@ prints how many query samples they classify correctly:
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet import MoteLearner, load_task
 
 TASK = load_task("digits")  # clients hold the digits 0 to 4; the held-out digits are 5 to 9

@@ -15,14 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import keras
-from tinyfleet import compile_model, load_task
 from tinyfleet.firmware_tools.boards.catalogue import load_board
 from tinyfleet.firmware_tools.firmware.build import build
 from tinyfleet.firmware_tools.firmware.emulate import Emulator
 from tinyfleet.firmware_tools.gateway import Gateway
+from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.internals import log_level
 from tinyfleet.server.training_run import make_strategy, run
-from tinyfleet.server.fleet_server import FleetServer
+
+from tinyfleet import compile_model, load_task
 
 BOARD = "mps2-an386"
 

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_classes
 
 CHARACTERS = 40  # of one device, at most
@@ -48,16 +49,16 @@ def _conv(filters: int, stride: int = 1) -> list[p.Layer]:
     return [p.Conv2D(filters, (3, 3), strides=stride, padding="same"), p.ReLU()]
 
 
-def program(ways: int, side: int) -> p.Program:
+def program(ways: int, side: int) -> Program:
     """Trains on a Cortex-M4 with 256 KB of RAM."""
     first = [*_conv(8), p.MaxPool2D(2)] if side == 14 else [*_conv(8, 2), *_conv(16), p.MaxPool2D(2)]
     layers = [*first, *_conv(16), p.MaxPool2D(2), p.Flatten(), p.Dense(ways)]
     return p.build(layers, (side, side, 1), "softmax_cross_entropy")
 
 
-def large(ways: int, side: int) -> p.Program:
+def large(ways: int, side: int) -> Program:
     """Four convolutions of 64 filters, as Vinyals et al. (2016), in strides as in Nichol et al. (2018), without batch
-    normalisation, which learning from one sample after the other does not have."""
+    normalization, which training on single samples does not have."""
     strides = (2, 2, 2, 2) if side == 28 else (1, 2, 2, 2)
     layers = [layer for stride in strides for layer in _conv(64, stride)]
     return p.build([*layers, p.Flatten(), p.Dense(ways)], (side, side, 1), "softmax_cross_entropy")
@@ -89,7 +90,7 @@ def load(ways: int = 5, side: int = 14) -> Task:
         return draw_classes(images[split], scale, ways, seeds, shots, queries)
 
     def stream(index: int) -> Recording:
-        """The evaluation alphabets after one another, `ways` characters of each, in a random order from the index."""
+        """The evaluation alphabets in sequence, `ways` characters of each, in a random order from the index."""
         random = np.random.default_rng(index)
         order = random.permutation(np.unique(evaluation_alphabet))
         xs, ys = [], []
@@ -115,7 +116,7 @@ def load(ways: int = 5, side: int = 14) -> Task:
 
 
 def characters() -> dict[Split, tuple[Characters, Alphabets]]:
-    """Of each split, images of 28x28 pixels and the alphabets that they are of. Raises UserError without the data."""
+    """For each split, images of 28x28 pixels and their alphabets. Raises UserError without the data."""
     (background, alphabet), evaluation = data()
     for_validation = np.arange(len(background)) % 10 == 9
     return {
