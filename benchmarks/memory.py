@@ -49,8 +49,9 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         broker = stack.enter_context(Broker(0, folder))
-        for words in (["agent", "--task", "digits"], ["agent", "--task", "digits", "--online", "1"]):
-            table.add_row(f"tinyfleet {' '.join(words)}", f"{idle([*words, '--broker', f'{broker.host}:{broker.port}']):,}")
+        for words in (["agent", "start"], ["agent", "start", "--online", "1"]):
+            kib = idle([*words, "--broker", f"{broker.host}:{broker.port}"])
+            table.add_row(f"tinyfleet {' '.join(words)}", f"{kib:,}")
     Console(highlight=False).print(table)
 
 
