@@ -37,9 +37,12 @@ class DriftResponse:
 
 
 def default_drift_response(task: Task) -> DriftResponse:
-    """For a task that nobody has tuned it for. At twice the rate that the task learns at, but of a regression, whose
-    errors have no bound: sine waves diverge then. From the initialization again where each device fits a head of its own: what
-    the head stood for before the change is useless after it."""
+    """The response for a task that nobody has tuned it for.
+
+    The rate is twice the task's; for a regression, whose errors have no bound, it is the task's: sine waves diverge at
+    twice that. Where each device fits a head of its own, it goes back to the initialization: what the head stood for
+    before the change is useless after it.
+    """
     rate = task.fedavg.rate * (1 if task.program.loss == "mse" else 2)
     return DriftResponse(rate=rate, restart=task.meta.head_steps > 0)
 
