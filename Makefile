@@ -34,11 +34,11 @@ instructions: $(VENV)/.test
 # The catalogue of boards as a graph, for `tinyfleet graph load`. BOARDS is the folder of the public board files.
 BOARDS ?= $(TINYFLEET_DATA)/boards
 boards: $(VENV)/.demo
-	$(BIN)/tinyfleet graph boards $(BOARDS) --out build/boards.ttl $(ARGS)
+	$(BIN)/tinyfleet graph build-catalogue $(BOARDS) --out build/boards.ttl $(ARGS)
 
 # The vocabulary as an HTML page.
 vocabulary: $(VENV)/.demo
-	$(BIN)/tinyfleet graph vocabulary --out build/vocabulary.html
+	$(BIN)/tinyfleet graph export-vocabulary --out build/vocabulary.html
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

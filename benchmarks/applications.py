@@ -55,8 +55,8 @@ def main(
         return
     target = catalogue.load_board(board)
     with tempfile.TemporaryDirectory() as folder:
-        elf = build.bench_mel(target, Path(folder) / "mel.elf", steps=100)
-        counted, taken = instructions(target, elf), build.size(elf)
+        elf = build.build_mel_benchmark(target, Path(folder) / "mel.elf", steps=100)
+        counted, taken = instructions(target, elf), build.read_size(elf)
     each = counted["infer"]
     console.print(
         f"log-mel features on {target.board.title}: {each:,.0f} instructions a frame ({counted['infer_least']:,.0f} to "

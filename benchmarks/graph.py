@@ -40,10 +40,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from tinyfleet.edge.device.thing_description import Board, thing_description
+from tinyfleet.edge.model.graph import Layer
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue as board_files
-from tinyfleet.ontology.ingest.describe import Layer, ModelDescription, board_facts, model_facts
+from tinyfleet.ontology.ingest.describe import ModelDescription, board_facts, model_facts
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.columns import Range

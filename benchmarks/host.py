@@ -33,11 +33,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from tinyfleet.edge.model import program
+from tinyfleet.edge.model import layers
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.learner import LearnerError, LiteRTLearner, MoteLearner, learn_many
 from tinyfleet.firmware_tools.readers import tflite_reader
 
-MODEL = program.build([program.Dense(32), program.ReLU(), program.Dense(10)], (64,), "softmax_cross_entropy")
+MODEL = layers.build([layers.Dense(32), layers.ReLU(), layers.Dense(10)], (64,), "softmax_cross_entropy")
 RATE = 0.02
 DEVICES, STEPS, TURNS = 64, 50, 5
 INT8 = {
@@ -138,7 +139,7 @@ def interpreter(model: Path) -> Callable[[Array], Array]:
 
 def inference(model: Path, seconds: float) -> dict[str, float]:
     """Milliseconds an inference, and how far the outputs are apart on 20 random inputs."""
-    learner, beside = MoteLearner(program.assemble(tflite_reader.read_tflite(model))), interpreter(model)
+    learner, beside = MoteLearner(assemble(tflite_reader.read_tflite(model))), interpreter(model)
     size = learner.program.input.size
     samples = np.random.default_rng(0).integers(-128, 128, (20, size)).astype(np.int8)
     apart = max(int(np.abs(learner.infer(x).astype(int) - beside(x)).max()) for x in samples)

@@ -26,8 +26,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import program
-from tinyfleet.edge.model.program import Layer, Program
+from tinyfleet.edge.model import layers as nn
+from tinyfleet.edge.model.assemble import assemble
+from tinyfleet.edge.model.layers import Layer
+from tinyfleet.edge.model.program import Program
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
 
@@ -37,17 +39,17 @@ PROFILES: tuple[build.Profile, ...] = ("exact", "fast")
 
 def small(layers: list[Layer], shape: tuple[int, ...]) -> Program:
     """A classifier with random weights."""
-    blank = program.build(layers, shape, "softmax_cross_entropy")
-    return program.build(layers, shape, "softmax_cross_entropy", weights=blank.split(blank.initial(3)))
+    blank = nn.build(layers, shape, "softmax_cross_entropy")
+    return nn.build(layers, shape, "softmax_cross_entropy", weights=blank.split(blank.initial(3)))
 
 
 def mlp() -> Program:
-    return small([program.Dense(32), program.ReLU(), program.Dense(10)], (64,))
+    return small([nn.Dense(32), nn.ReLU(), nn.Dense(10)], (64,))
 
 
 def cnn() -> Program:
-    layers: list[Layer] = [program.Conv2D(8, 3), program.ReLU(), program.MaxPool2D(2), program.Flatten()]
-    return small([*layers, program.Dense(10)], (12, 12, 1))
+    body: list[Layer] = [nn.Conv2D(8, 3), nn.ReLU(), nn.MaxPool2D(2), nn.Flatten()]
+    return small([*body, nn.Dense(10)], (12, 12, 1))
 
 
 def tflite(name: str) -> Callable[[], Program]:
@@ -56,7 +58,7 @@ def tflite(name: str) -> Callable[[], Program]:
     def make() -> Program:
         from tinyfleet.firmware_tools.readers import tflite_reader
 
-        return program.assemble(tflite_reader.read_tflite(_file(name)))
+        return assemble(tflite_reader.read_tflite(_file(name)))
 
     return make
 
@@ -68,7 +70,7 @@ def with_head() -> Program:
 
     graph = tflite_reader.read_tflite(_file("kws_ref_model"))
     last = [op.name for op in graph.ops if op.weights is not None][-1]
-    return program.assemble(transfer.train_from(graph, last, classes=4))
+    return assemble(transfer.train_from(graph, last, classes=4))
 
 
 def _file(name: str) -> Path:
@@ -101,7 +103,7 @@ SUBJECTS = (
 )
 
 
-def instructions(target: catalogue.Target, elf: Path) -> dict[str, float]:
+def instructions(target: catalogue.BoardTarget, elf: Path) -> dict[str, float]:
     """Runs a benchmark program: mean, least and most instructions of an inference and of a step."""
     said = {}
     for line in emulate.run_to_completion(target, elf, counting=True, timeout=600).splitlines():
@@ -128,9 +130,9 @@ def measure(subject: Subject, board: str, profile: build.Profile) -> dict[str, A
     target, model = catalogue.load_board(board), subject.make()
     row: dict[str, Any] = {"model": subject.name, "board": board, "core": target.board.mcu, "profile": profile}
     with tempfile.TemporaryDirectory() as folder:
-        elf = build.bench(target, model, Path(folder) / "bench.elf", steps=subject.steps, profile=profile)
+        elf = build.build_benchmark(target, model, Path(folder) / "bench.elf", steps=subject.steps, profile=profile)
         row |= instructions(target, elf)
-        size = build.size(elf)
+        size = build.read_size(elf)
         if subject.plain is not None:
             sources = [build.SOURCES / "main_bench.c", build.SOURCES / "semihost.c", HERE / subject.plain]
             plain = Path(folder) / "plain.elf"

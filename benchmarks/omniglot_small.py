@@ -34,7 +34,8 @@ import numpy as np
 from instructions import instructions, small
 from keras import layers
 from numpy.typing import NDArray
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import omniglot
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
 from tinyfleet.firmware_tools.boards import catalogue
@@ -89,7 +90,7 @@ def classifier(images: NDArray[np.uint8], filters: Sequence[int], *, epochs: int
     return body
 
 
-def folded(body: Body, device: p.Program) -> NDArray[np.float32]:
+def folded(body: Body, device: Program) -> NDArray[np.float32]:
     """The program's vector: convolutions that include their normalisation, a head of zeros."""
     arrays: list[NDArray[np.float32]] = []
     for conv, norm in body:
@@ -104,7 +105,7 @@ def step_instructions() -> int:
     """Of one training step on a Cortex-M4, the mean of three, with random weights."""
     target, device = catalogue.load_board(BOARD), small(device_layers(), (SIDE, SIDE, 1))
     with tempfile.TemporaryDirectory() as folder:
-        elf = build.bench(target, device, Path(folder) / "bench.elf", steps=3, profile="fast")
+        elf = build.build_benchmark(target, device, Path(folder) / "bench.elf", steps=3, profile="fast")
         return round(instructions(target, elf)["learn"])
 
 

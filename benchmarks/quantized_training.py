@@ -23,16 +23,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 from numpy.typing import NDArray
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, resource_use, with_training
-from tinyfleet.edge.model.program import assemble
 from tinyfleet.firmware_tools.compiler.quantized_training import (
     LayerUpdate,
     Selection,
-    choose,
-    measure,
+    measure_importance,
     select_all_from,
+    select_update,
     train_int8,
 )
 from tinyfleet.firmware_tools.readers.keras_reader import read_keras
@@ -84,11 +84,11 @@ def main() -> None:
     biases: Selection = {name: LayerUpdate("bias", update.channels) for name, update in all_of_it.items()}
     parts = {"int8, all": all_of_it, "int8, biases": biases, "int8, head": select_all_from(graph, names[-1])}
     needs = resource_use(whole).arena
-    measured = measure(graph, q[:100], y[:100])
+    measured = measure_importance(graph, q[:100], y[:100])
     for fraction in (0.4, 0.6, 0.8):
         budget = int(fraction * needs)
-        parts[f"int8, chosen for {budget:,} B by rule"] = choose(graph, budget)
-        parts[f"int8, chosen for {budget:,} B by 100 samples"] = choose(graph, budget, measured)
+        parts[f"int8, chosen for {budget:,} B by rule"] = select_update(graph, budget)
+        parts[f"int8, chosen for {budget:,} B by 100 samples"] = select_update(graph, budget, measured)
 
     print(f"{'':<42}{'RAM':>10}{'accuracy':>9}   best rate")
     as_float = read_keras(model)

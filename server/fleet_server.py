@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
+from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology.cli import GRAPH, SERVER
+from tinyfleet.ontology.cli import GRAPH
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.index import IndexedStore
@@ -93,8 +94,8 @@ class FleetServer:
             stack.callback(self._session.close)
             self._connected()
             self._settled.wait(SETTLING)
-            self._publish_address(data / SERVER)
-            stack.callback((data / SERVER).unlink, missing_ok=True)
+            self._publish_address(data / SERVER_FILE)
+            stack.callback((data / SERVER_FILE).unlink, missing_ok=True)
             self._close = stack.pop_all()
 
     def __enter__(self) -> "FleetServer":

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tinyfleet.edge.model import program as p
-from tinyfleet.edge.model.graph import LOSSES, Graph, Kind, Op, Shape3, Tensor, Trains
+from tinyfleet.edge.errors import ProgramError
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.assemble import assemble
+from tinyfleet.edge.model.graph import LOSSES, Graph, Kind, Loss, Op, Shape3, Tensor, Trains
 from tinyfleet.edge.model.memory_plan import WEIGHTED
+from tinyfleet.edge.model.program import Program
 
 Array = NDArray[np.float64]
 
@@ -20,13 +23,13 @@ Array = NDArray[np.float64]
 class Net:
     layers: tuple[p.Layer, ...]
     input_shape: tuple[int, ...]
-    loss: p.Loss
+    loss: Loss
     trainable: frozenset[int] | None = None
 
-    def build(self, weights: dict[str, NDArray[np.float32]] | None = None) -> p.Program:
+    def build(self, weights: dict[str, NDArray[np.float32]] | None = None) -> Program:
         return p.build(self.layers, self.input_shape, self.loss, trainable=self.trainable, weights=weights)
 
-    def whole(self) -> p.Program:
+    def whole(self) -> Program:
         """The same model with every layer trainable."""
         return p.build(self.layers, self.input_shape, self.loss)
 
@@ -59,7 +62,7 @@ def nets(draw: st.DrawFn) -> Net:
     layers = _fitting(layers, input_shape)
     count = sum(isinstance(layer, p.Dense | p.Conv2D) for layer in layers)
     trainable = draw(st.none() | st.frozensets(st.integers(0, count - 1))) if count else frozenset[int]()
-    return Net(tuple(layers), input_shape, draw(st.sampled_from(p.LOSSES)), trainable)
+    return Net(tuple(layers), input_shape, draw(st.sampled_from(LOSSES)), trainable)
 
 
 def _fitting(layers: Sequence[p.Layer], input_shape: tuple[int, ...]) -> list[p.Layer]:
@@ -68,13 +71,13 @@ def _fitting(layers: Sequence[p.Layer], input_shape: tuple[int, ...]) -> list[p.
     for layer in layers:
         try:
             p.build([*kept, layer, p.Flatten(), p.Dense(1)], input_shape, "mse")
-        except p.ProgramError:
+        except ProgramError:
             continue
         kept.append(layer)
     return kept if any(not isinstance(layer, p.Flatten) for layer in kept) else [*kept, p.Tanh()]
 
 
-def random_weights(program: p.Program, seed: int) -> dict[str, NDArray[np.float32]]:
+def random_weights(program: Program, seed: int) -> dict[str, NDArray[np.float32]]:
     """Weights and biases of every layer, frozen ones too, of a size that keeps tanh and softmax out of saturation."""
     random = np.random.default_rng(seed)
     weights = {}
@@ -366,7 +369,7 @@ def int8_operations(draw: st.DrawFn) -> bytes:
         bias=np.zeros(filters, np.int32), weight_scales=np.ones(filters), low=draw(st.sampled_from([-128, -5])),
         high=draw(st.sampled_from([127, 90])), **fields,
     )  # fmt: skip
-    data = bytearray(p.assemble(Graph((x, y), (op,), 1)).data)
+    data = bytearray(assemble(Graph((x, y), (op,), 1)).data)
 
     def scaling(bits: float) -> tuple[int, int]:
         """A multiplier and a shift: mostly such that sums of so many bits become about 8."""
@@ -406,7 +409,7 @@ TRICKY_WORDS = (0, 1, 0x0FFFFFFF, 0x10000000, 0x3FFFFFFF, 0x7FFFFFFF, 0x80000000
 def hostile(draw: st.DrawFn) -> bytes:
     """Programs of which some bytes or fields are wrong under a right checksum."""
     graph = draw(graphs())
-    data = bytearray(p.assemble(with_weights(graph, np.random.default_rng(1)), carry=draw(st.booleans())).data)
+    data = bytearray(assemble(with_weights(graph, np.random.default_rng(1)), carry=draw(st.booleans())).data)
     end = records_end(data)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(5, end - 1))

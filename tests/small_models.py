@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tinyfleet.edge.model import program as p
-from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape3, Tensor, Trains
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.assemble import assemble
+from tinyfleet.edge.model.graph import Graph, Kind, Loss, Op, Shape3, Tensor, Trains
 from tinyfleet.edge.model.program import Program
 
 
-def initialised(layers: list[p.Layer], shape: tuple[int, ...], loss: p.Loss, *, momentum: bool = False) -> Program:
+def initialised(layers: list[p.Layer], shape: tuple[int, ...], loss: Loss, *, momentum: bool = False) -> Program:
     """Carries random weights, a few of them denormal: what takes those for 0 computes other bits."""
     blank = p.build(layers, shape, loss, momentum=momentum)
     vector = blank.initial(3)
@@ -40,7 +41,7 @@ def cnn() -> Program:
     return initialised(layers, (8, 8, 1), "softmax_cross_entropy")
 
 
-def separable(loss: p.Loss = "softmax_cross_entropy") -> Program:
+def separable(loss: Loss = "softmax_cross_entropy") -> Program:
     """A depthwise-separable network in float32, of which all trains."""
     layers: list[p.Layer] = [
         p.Conv2D(6, 3, 2, "same"),
@@ -124,7 +125,7 @@ def _with_head(g: _Int8, units: int, classes: int | None = None, weights: NDArra
     w = np.zeros((units, size), np.float32) if weights is None else weights
     g.ops.append(Op(Kind.DEQUANTIZE, "head", (at - 2,), at - 1))
     g.ops.append(Op(Kind.DENSE, "head", (at - 1,), at, weights=w, bias=np.zeros(units, np.float32), trains="all"))
-    return p.assemble(g.graph(loss="softmax_cross_entropy", classes=classes))
+    return assemble(g.graph(loss="softmax_cross_entropy", classes=classes))
 
 
 def int8_with_head() -> Program:
@@ -138,7 +139,7 @@ def quantised_training() -> Program:
     g.weighted(Kind.TRAINED_INT8_DENSE, (1, 1, 4), (4, 8), trains="all", zero=0)
     g.tensors.append(Tensor((1, 1, 4)))
     g.ops.append(Op(Kind.DEQUANTIZE, "logits", (len(g.tensors) - 2,), len(g.tensors) - 1))
-    return p.assemble(g.graph(loss="softmax_cross_entropy"))
+    return assemble(g.graph(loss="softmax_cross_entropy"))
 
 
 def growing() -> Program:
@@ -158,7 +159,7 @@ def int8_rest() -> Program:
     g.add(Kind.INT8_MEAN, (1, 1, 4), scale=1 / 64, zero=0)
     g.weighted(Kind.INT8_DENSE, (1, 1, 3), (3, 4), scale=0.1, zero=0)
     g.add(Kind.INT8_SOFTMAX, (1, 1, 3), scale=1 / 256, zero=-128)
-    return p.assemble(g.graph())
+    return assemble(g.graph())
 
 
 def branches() -> Program:
@@ -192,7 +193,7 @@ def branches() -> Program:
         Op(Kind.SOFTMAX, "soft", (8,), 9),
         Op(Kind.DENSE, "head", (10,), 11, weights=w[12:204].reshape(2, 96), bias=w[:2], trains="all"),
     ]
-    return p.assemble(Graph(tuple(tensors), tuple(ops), 11, "huber"))
+    return assemble(Graph(tuple(tensors), tuple(ops), 11, "huber"))
 
 
 def biases() -> Program:
@@ -204,7 +205,7 @@ def biases() -> Program:
         Op(Kind.RELU, "r", (1,), 2),
         Op(Kind.DENSE, "b", (2,), 3, weights=w[30:45].reshape(3, 5), bias=w[:3], trains="bias"),
     )
-    return p.assemble(Graph(tensors, ops, 3, "binary_cross_entropy"))
+    return assemble(Graph(tensors, ops, 3, "binary_cross_entropy"))
 
 
 def int8_operations(seed: int) -> Iterator[tuple[str, Program]]:
@@ -270,7 +271,7 @@ def int8_operations(seed: int) -> Iterator[tuple[str, Program]]:
             }
         y = Tensor((shape[0], shape[1], outputs), "int8", scale, draw(-128, -5, 127))
         op = Op(kind, "op", (0,), 1, **more)
-        yield f"{kind.name} {x.shape} {y.shape} {window}", p.assemble(Graph((x, y), (op,), 1))
+        yield f"{kind.name} {x.shape} {y.shape} {window}", assemble(Graph((x, y), (op,), 1))
 
 
 def int8_weights() -> Program:
@@ -292,7 +293,7 @@ def int8_weights() -> Program:
         ),
         Op(Kind.DEQUANTIZE, "out", (2,), 3),
     )
-    return p.assemble(Graph(tensors, ops, 3, "softmax_cross_entropy"))
+    return assemble(Graph(tensors, ops, 3, "softmax_cross_entropy"))
 
 
 def masked() -> Program:
@@ -313,7 +314,7 @@ def masked() -> Program:
         x = add(kind, (y,), (4, 4, channels), slope=0.25 * (kind == Kind.LEAKY_RELU))
     x = add(Kind.AVGPOOL, (x,), (1, 1, 5), kernel=(4, 4), strides=(4, 4), dilation=(1, 1))
     x = add(Kind.DENSE, (x,), (1, 1, 3), weights=w[:15].reshape(3, 5), bias=w[:3], trains="all")
-    return p.assemble(Graph(tuple(tensors), tuple(ops), x, "softmax_cross_entropy"))
+    return assemble(Graph(tuple(tensors), tuple(ops), x, "softmax_cross_entropy"))
 
 
 #: Each makes its program; together they have every kind and every loss.

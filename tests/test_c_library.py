@@ -15,8 +15,10 @@ import small_models
 from numpy.typing import NDArray
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.errors import error_name
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.graph import Loss
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.mote.build_extension import HEADERS, INCLUDES, MOTE, sources
 from tinyfleet.firmware_tools.firmware import export_library
 from tinyfleet.firmware_tools.firmware.build import PROFILES
@@ -152,18 +154,18 @@ def test_the_sketch_stops_after_a_load_error(damaged: bool, said: str, tmp_path:
 # ------------------------------------------------------------------------------------------- what is not finite
 
 
-def deep(loss: p.Loss = "softmax_cross_entropy", momentum: bool = False) -> p.Program:
+def deep(loss: Loss = "softmax_cross_entropy", momentum: bool = False) -> Program:
     return p.build([p.Dense(4), p.Tanh(), p.Dense(3), p.Dense(3)], (2,), loss, momentum=momentum)
 
 
-def split(program: p.Program, vector: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+def split(program: Program, vector: NDArray[np.float32]) -> list[NDArray[np.float32]]:
     """By layer, the weights and the bias as one."""
     sizes = np.cumsum([2 * 4 + 4, 4 * 3 + 3])
     assert program.n_params == sizes[-1] + 3 * 3 + 3
     return np.split(vector, sizes)
 
 
-def overflowing(program: p.Program) -> NDArray[np.float32]:
+def overflowing(program: Program) -> NDArray[np.float32]:
     """Parameters with which the loss is finite, since the inner layer's weights cancel, and its gradient is not."""
     first, inner, last = split(program, program.initial(1).copy())
     first[:] = 0.0

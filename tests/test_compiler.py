@@ -18,8 +18,9 @@ from tinyfleet.edge.model.graph import LOSSES
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.firmware_tools import model_cli
-from tinyfleet.firmware_tools.compiler import compiler
-from tinyfleet.firmware_tools.compiler.compiler import CompileError
+from tinyfleet.firmware_tools.compiler import compile as compiler
+from tinyfleet.firmware_tools.readers import keras_reader
+from tinyfleet.firmware_tools.readers.common import CompileError
 from typer.testing import CliRunner
 
 pytest.importorskip("tensorflow", reason="reads Keras models, and Keras computes with TensorFlow, not installed here")
@@ -201,7 +202,7 @@ def test_steps_on_the_device_are_steps_in_keras(make):
         else:
             expected = model.train_on_batch(x[None], y[None])
         assert learner.learn(x, y, 0.1) == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    after = compiler.weights_from_keras(model)
+    after = keras_reader.weights_from_keras(model)
     for name, value in learner.program.split(learner.parameters).items():
         np.testing.assert_allclose(value, after[name], rtol=0, atol=2e-6 if steps == 3 else 1e-5, err_msg=name)
 
@@ -289,7 +290,7 @@ def test_the_plan_is_what_the_programs_take(make, options):
         options = options | {"max_classes": 2}
     model = make()
     takes = compiler.plan_model(model, **options)
-    assert takes.parameters == len(np.concatenate([w.ravel() for w in compiler.weights_from_keras(model).values()]))
+    assert takes.parameters == len(np.concatenate([w.ravel() for w in keras_reader.weights_from_keras(model).values()]))
     weighted = [layer.name for layer in model.layers if layer.weights]
     assert list(takes.train_from) == list(takes.bias_from) == weighted
     for bias_only, rows in ((False, takes.train_from), (True, takes.bias_from)):
@@ -332,9 +333,9 @@ def test_a_budget_chooses_the_most_that_fits():
         fitting = [row for row in rows if row.ram_bytes <= budget]
         if not fitting:
             with pytest.raises(CompileError, match=f"{budget:,} bytes are too few: {budget + 1:,} is the least"):
-                compiler.choose(model, budget)
+                compiler.select_trained_layers(model, budget)
             continue
-        chosen = compiler.choose(model, budget)
+        chosen = compiler.select_trained_layers(model, budget)
         assert chosen.memory.params_bytes == max(row.params_bytes for row in fitting)
         program = compiler.compile_model(model, train_from=chosen.train_from, bias_only=chosen.bias_only)
         assert program.arena_bytes == chosen.memory.ram_bytes <= budget
@@ -342,22 +343,22 @@ def test_a_budget_chooses_the_most_that_fits():
 
 def test_weights_go_out_and_back():
     source, target = randomise(nested(), 1), randomise(nested(), 2)
-    weights = compiler.weights_from_keras(source)
+    weights = keras_reader.weights_from_keras(source)
     assert weights["conv2d_0/weights"].shape == (3, 3, 3, 1)
     assert weights["dense_1/weights"].shape == (4, 12)
-    compiler.weights_to_keras(target, weights)
+    keras_reader.weights_to_keras(target, weights)
     for a, b in zip(source.get_weights(), target.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(CompileError, match="no weights 'dense_9/bias'"):
-        compiler.weights_to_keras(target, {"dense_9/bias": np.zeros(4, np.float32)})
+        keras_reader.weights_to_keras(target, {"dense_9/bias": np.zeros(4, np.float32)})
     with pytest.raises(CompileError, match=r"'dense_1/bias' has shape \(5,\), but the model's is \(4,\)"):
-        compiler.weights_to_keras(target, {"dense_1/bias": np.zeros(5, np.float32)})
+        keras_reader.weights_to_keras(target, {"dense_1/bias": np.zeros(5, np.float32)})
     source, target = randomise(branchy(), 1), randomise(branchy(), 2)
-    compiler.weights_to_keras(target, compiler.weights_from_keras(source))
+    keras_reader.weights_to_keras(target, keras_reader.weights_from_keras(source))
     for a, b in zip(source.get_weights(), target.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(CompileError, match=r"'conv' .* batch normalization 'folded' folded into it"):
-        compiler.weights_to_keras(normalised(), {"conv2d_1/bias": np.zeros(4, np.float32)})
+        keras_reader.weights_to_keras(normalised(), {"conv2d_1/bias": np.zeros(4, np.float32)})
 
 
 def test_what_a_device_learned_goes_back_into_keras():
@@ -365,7 +366,7 @@ def test_what_a_device_learned_goes_back_into_keras():
     learner = MoteLearner(compiler.compile_model(model))
     x = sample(model)
     learner.learn(x, 1, 0.5)
-    compiler.weights_to_keras(model, learner.program.split(learner.parameters))
+    keras_reader.weights_to_keras(model, learner.program.split(learner.parameters))
     np.testing.assert_allclose(model(x[None])[0], learner.infer(x), rtol=0, atol=1e-6)
 
 
@@ -533,12 +534,12 @@ def test_the_commands(tmp_path):
     program = Program.parse(out.read_bytes())
     assert facts["model"] == program.model_id.hex()
     assert facts["trainable_parameters"] == program.n_params == 330
-    table = run.invoke(model_cli.app, ["plan", str(path), "--budget", "8KB"]).stdout
+    table = run.invoke(model_cli.app, ["plan", str(path), "--ram-budget", "8KB"]).stdout
     assert "train from 'hidden'" in table
     assert "biases from 'hidden'" in table
     assert "2,410" in table
     assert "train all layers from 'head' on" in table
-    chosen = run.invoke(model_cli.app, ["compile", str(path), "--out", str(out), "--budget", "8KB"])
+    chosen = run.invoke(model_cli.app, ["compile", str(path), "--out", str(out), "--ram-budget", "8KB"])
     assert "train all layers from 'head' on" in chosen.stdout
     assert Program.parse(out.read_bytes()).n_params == 330
     for loss in LOSSES:
@@ -598,20 +599,20 @@ def test_a_tflite_file_is_planned_and_cut_from_the_command_line(tmp_path):
         command = [sys.executable, "-m", "tinyfleet", "model", *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    plan = json.loads(say("plan", model, "--budget", "64KB", "--json").stdout)
-    assert (plan["chosen"]["train_from"], plan["chosen"]["bias_only"]) == ("dense", False)
-    assert plan["chosen"]["memory"] == plan["train_from"]["dense"]
+    plan = json.loads(say("plan", model, "--ram-budget", "64KB", "--json").stdout)
+    assert (plan["selection"]["train_from"], plan["selection"]["bias_only"]) == ("dense", False)
+    assert plan["selection"]["memory"] == plan["train_from"]["dense"]
     assert plan["bias_from"]["conv2d_4"]["ram_bytes"] < 65536 < plan["train_from"]["conv2d_4"]["ram_bytes"]
     done = say("compile", model, "--train-from", "dense", "--classes", 12, "--out", tmp_path / "a.mote", "--json")
     assert json.loads(done.stdout)["ram_bytes"] == plan["train_from"]["dense"]["ram_bytes"]
     done = say("compile", model, "--train-from", "conv2d_4", "--bias-only", "--out", tmp_path / "b.mote", "--json")
     assert json.loads(done.stdout)["ram_bytes"] == plan["bias_from"]["conv2d_4"]["ram_bytes"]
-    done = say("compile", model, "--budget", "64KB", "--out", tmp_path / "c.mote", "--json")
-    assert json.loads(done.stdout)["chosen"] == plan["chosen"]
-    assert Program.parse((tmp_path / "c.mote").read_bytes()).arena_bytes == plan["chosen"]["memory"]["ram_bytes"]
-    assert "too few" in say("plan", model, "--budget", "1KB").stderr
+    done = say("compile", model, "--ram-budget", "64KB", "--out", tmp_path / "c.mote", "--json")
+    assert json.loads(done.stdout)["selection"] == plan["selection"]
+    assert Program.parse((tmp_path / "c.mote").read_bytes()).arena_bytes == plan["selection"]["memory"]["ram_bytes"]
+    assert "too few" in say("plan", model, "--ram-budget", "1KB").stderr
     assert "no layer is named 'nope'" in say("compile", model, "--train-from", "nope").stderr
-    assert "name a layer with --train-from, or give a --budget" in say("compile", model, "--classes", 4).stderr
+    assert "name a layer with --train-from, or give a --ram-budget" in say("compile", model, "--classes", 4).stderr
 
 
 def test_the_sparse_update_is_planned_and_compiled_from_the_command_line(tmp_path):
@@ -625,15 +626,15 @@ def test_the_sparse_update_is_planned_and_compiled_from_the_command_line(tmp_pat
         return run.invoke(model_cli.app, [*map(str, words)])
 
     out = tmp_path / "sparse.mote"
-    options = ["--int8", "--budget", "90KB", "--classes", 4]
-    chosen = json.loads(say("plan", model, *options, "--json").stdout)["chosen"]
+    options = ["--int8", "--ram-budget", "90KB", "--classes", 4]
+    chosen = json.loads(say("plan", model, *options, "--json").stdout)["selection"]
     compiled = json.loads(say("compile", model, *options, "--out", out, "--json").stdout)
     program = Program.parse(out.read_bytes())
-    assert compiled["chosen"] == chosen
+    assert compiled["selection"] == chosen
     assert program.arena_bytes == chosen["memory"]["ram_bytes"] <= 90 * 1024
     assert program.trains_int8
     assert program.output_shape == (4,)
-    trained = {name: update["channels"] for name, update in chosen["selection"].items()}
+    trained = {name: update["channels"] for name, update in chosen["updates"].items()}
     assert trained["dense"] == 4
     assert [shape[-1] for name, shape in program.parameters if name.endswith("/bias")] == list(trained.values())
     words = say("plan", model, *options).stdout
@@ -650,11 +651,11 @@ def test_the_sparse_update_is_planned_and_compiled_from_the_command_line(tmp_pat
     mlp().save(keras_file)
     refusals = {
         "no int8 layers": ["plan", floats, "--int8"],
-        "leave --int8 out": ["compile", keras_file, "--int8", "--budget", "64KB"],
-        "is too small": ["plan", model, "--int8", "--budget", "1KB"],
-        "without momentum": ["compile", model, "--int8", "--budget", "64KB", "--momentum"],
-        "leave --train-from and --bias-only out": ["compile", model, "--budget", "64KB", "--train-from", "dense"],
-        "is no size": ["plan", model, "--budget", "much"],
+        "leave --int8 out": ["compile", keras_file, "--int8", "--ram-budget", "64KB"],
+        "is too small": ["plan", model, "--int8", "--ram-budget", "1KB"],
+        "without momentum": ["compile", model, "--int8", "--ram-budget", "64KB", "--momentum"],
+        "leave out --train-from and --bias-only": ["compile", model, "--ram-budget", "64KB", "--train-from", "dense"],
+        "is not a size": ["plan", model, "--ram-budget", "much"],
     }
     for words, command in refusals.items():
         refused = say(*command)

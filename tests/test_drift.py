@@ -17,8 +17,8 @@ from tinyfleet.edge.device.device import Device
 from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner, PacedStream
 from tinyfleet.edge.device.sources import DatasetStream, Sample
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
+from tinyfleet.edge.model.layers import Dense, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import Dense, Tanh, build
 from tinyfleet.edge.wire.flower_records import vector_to_arrays
 from tinyfleet.edge.wire.messages import decode_status
 from tinyfleet.edge.wire.mqtt_session import Session

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tinyfleet.edge import tasks
-from tinyfleet.edge.model.program import Dense, build
+from tinyfleet.edge.model.layers import Dense, build
 from tinyfleet.edge.tasks import Episode, Episodes, Split
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
 from tinyfleet.server import run_report

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, assume, event, example, given, settings
 from hypothesis import strategies as st
 from nets import ACTIVATIONS, graphs, with_weights
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.memory_plan import WEIGHTED
-from tinyfleet.edge.model.program import assemble
 
 tf = pytest.importorskip("tensorflow", reason="compares with TensorFlow, which is not installed")
 

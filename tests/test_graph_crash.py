@@ -26,9 +26,10 @@ TOPICS = Topics("home")
 SAMPLES = f"SELECT ?d ?n WHERE {{ ?d <{TF.samples}> ?n }}"
 WRITER = """
 import sys
-from edge.protocol import Status, Topics, encode
-from ontology.index import IndexedStore
-from ontology.registry import Registry
+from tinyfleet.edge.wire.messages import Status, encode
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.ingest.registry import Registry
 
 path, first, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with IndexedStore(path) as store:

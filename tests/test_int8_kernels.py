@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tinyfleet.edge.model import quantized
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape3, Tensor
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import assemble
 
 # LiteRT 2 computes a fully connected layer's scale in double: other bytes than before, now and then.
 pytestmark = pytest.mark.skipif(

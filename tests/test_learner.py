@@ -11,19 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tinyfleet.edge._mote import lib
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.graph import LOSSES, Loss
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner, learn_many
+from tinyfleet.edge.model.program import Program
 
 Vector = NDArray[np.float32]
 LAYERS: list[p.Layer] = [p.Dense(5), p.Tanh(), p.Dense(3)]
 MLP = p.build(LAYERS, (4,), "softmax_cross_entropy")
 
 
-def heavy(loss: p.Loss = "softmax_cross_entropy") -> p.Program:
+def heavy(loss: Loss = "softmax_cross_entropy") -> Program:
     return p.build(LAYERS, (4,), loss, momentum=True)
 
 
-def gradient(program: p.Program, parameters: Vector, x: Vector, y: int) -> NDArray[np.float64]:
+def gradient(program: Program, parameters: Vector, x: Vector, y: int) -> NDArray[np.float64]:
     """What a plain step of rate 1 takes away."""
     learner = MoteLearner(program)
     learner.set_parameters(parameters)
@@ -104,7 +106,7 @@ def test_set_parameters_stops_the_momentum() -> None:
         (heavy(), {"clip_norm": math.nan}, lib.MOTE_ERR_ARGUMENT),
     ],
 )
-def test_an_optimiser_that_cannot_be_is_refused(program: p.Program, settings_: dict[str, float], code: int) -> None:
+def test_an_optimiser_that_cannot_be_is_refused(program: Program, settings_: dict[str, float], code: int) -> None:
     learner = MoteLearner(program, **settings_)
     before = learner.parameters
     x = np.ones(program.input_shape, np.int8 if program.input.dtype == "int8" else np.float32)
@@ -259,7 +261,7 @@ def test_what_many_devices_cannot_learn_is_refused_and_the_others_learn() -> Non
 # Numbers at the ends
 
 
-def everything(loss: p.Loss) -> p.Program:
+def everything(loss: Loss) -> Program:
     """A model of every kind of float32 layer, with room for the momentum."""
     layers: list[p.Layer] = [
         p.Conv2D(3, 2, padding="same"),
@@ -285,7 +287,7 @@ OPTIMISERS: dict[str, dict[str, float]] = {
     "momentum": {"momentum": 0.9, "weight_decay": 0.01},
     "clipped": {"clip_norm": 0.1},
 }
-CASES = [(everything(loss), name) for loss in p.LOSSES for name in OPTIMISERS]
+CASES = [(everything(loss), name) for loss in LOSSES for name in OPTIMISERS]
 CASES += [(make(), "plain") for make in (small_models.int8_weights, small_models.quantised_training)]
 CASES += [(small_models.int8_with_head(), name) for name in ("plain", "clipped")]
 
@@ -295,7 +297,7 @@ CASES += [(small_models.int8_with_head(), name) for name in ("plain", "clipped")
     CASES,
     ids=[f"{program.loss}, {program.input.dtype}, {name}" for program, name in CASES],
 )
-def test_what_is_not_a_number_is_an_error_and_leaves_no_trace(program: p.Program, optimiser: str) -> None:
+def test_what_is_not_a_number_is_an_error_and_leaves_no_trace(program: Program, optimiser: str) -> None:
     """Whoever is given such samples, targets and rates between the good ones learns, bit by bit, what one learns who is
     not: weights, momentum and the generator that rounds are as they were."""
     clean, tried = (MoteLearner(program, **OPTIMISERS[optimiser]) for _ in range(2))
@@ -330,9 +332,9 @@ def test_what_is_not_a_number_is_an_error_and_leaves_no_trace(program: p.Program
         assert clean.parameters.tobytes() != start
 
 
-@pytest.mark.parametrize("loss", p.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_a_loss_that_is_not_finite_leaves_weights_and_momentum(loss: p.Loss, optimiser: str) -> None:
+def test_a_loss_that_is_not_finite_leaves_weights_and_momentum(loss: Loss, optimiser: str) -> None:
     """Weights so large that the logits, or their squares, are not finite."""
     learner = MoteLearner(p.build([p.Dense(4), p.Dense(3)], (2,), loss, momentum=True), **OPTIMISERS[optimiser])
     learner.set_parameters(np.full(27, 1e30, np.float32))
@@ -344,8 +346,8 @@ def test_a_loss_that_is_not_finite_leaves_weights_and_momentum(loss: p.Loss, opt
     assert learner._arena[: 2 * 27 * 4].tobytes() == before
 
 
-@pytest.mark.parametrize("loss", p.LOSSES)
-def test_inputs_and_weights_at_the_small_end_learn_finite_numbers(loss: p.Loss) -> None:
+@pytest.mark.parametrize("loss", LOSSES)
+def test_inputs_and_weights_at_the_small_end_learn_finite_numbers(loss: Loss) -> None:
     """Denormal samples, denormal weights, all-zero samples: through layer norm, softmax and every activation."""
     program = everything(loss)
     learner = MoteLearner(program)
@@ -357,9 +359,9 @@ def test_inputs_and_weights_at_the_small_end_learn_finite_numbers(loss: p.Loss) 
             assert np.isfinite(learner.parameters).all() and np.isfinite(learner.infer(np.zeros((4, 4, 2)))).all()
 
 
-@pytest.mark.parametrize("loss", p.LOSSES)
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("size", [1e4, 1e20, 1e38])
-def test_large_logits_give_a_loss_or_an_error_and_never_spoil_the_weights(loss: p.Loss, size: float) -> None:
+def test_large_logits_give_a_loss_or_an_error_and_never_spoil_the_weights(loss: Loss, size: float) -> None:
     learner = MoteLearner(p.build([p.Dense(3)], (2,), loss))
     learner.set_parameters([size, -size, -size, size, size, size, 0, 0, 0])
     before = learner.parameters

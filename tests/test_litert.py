@@ -35,7 +35,7 @@ def export(folder: Path) -> None:
     """Models, each as a program and as a .tflite file that starts from the same weights."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras
-    from tinyfleet.firmware_tools.compiler.compiler import compile_model
+    from tinyfleet.firmware_tools.compiler.compile import compile_model
     from tinyfleet.firmware_tools.compiler.export import export_tflite
 
     layers = keras.layers

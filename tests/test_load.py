@@ -11,9 +11,11 @@ import pytest
 import small_models
 from nets import HEADER, OP, TENSOR, records_end, sealed
 from tinyfleet.edge._mote import ffi, lib
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.program import Program
 
 NONE = 0xFFFF
 # fmt: off
@@ -60,7 +62,7 @@ def load(data: bytes) -> tuple[int, Any]:
     return int(lib.mote_load(mote, program, len(data), arena, need)), (mote, program, arena)
 
 
-def floats(kind: Kind, **fields: Any) -> p.Program:
+def floats(kind: Kind, **fields: Any) -> Program:
     """An operation of single elements between two dense layers."""
     tensors = [Tensor((1, 1, 4))] * 4
     w = np.eye(4, dtype=np.float32)
@@ -69,10 +71,10 @@ def floats(kind: Kind, **fields: Any) -> p.Program:
         Op(kind, "b", (1,), 2, **fields),
         Op(Kind.DENSE, "c", (2,), 3, weights=w, trains="all"),
     )
-    return p.assemble(Graph(tuple(tensors), ops, 3, "mse"))
+    return assemble(Graph(tuple(tensors), ops, 3, "mse"))
 
 
-MODELS: dict[str, p.Program] = {name: make() for name, make in small_models.MODELS.items()} | {
+MODELS: dict[str, Program] = {name: make() for name, make in small_models.MODELS.items()} | {
     "leaky": floats(Kind.LEAKY_RELU, slope=0.5),
     "softmax": floats(Kind.SOFTMAX),
     "frozen": p.build(
@@ -212,7 +214,7 @@ def test_a_softmax_of_more_channels_than_its_sum_holds_is_refused() -> None:
     def softmax(channels: int) -> bytes:
         shape = (1, 1, channels)
         tensors = (Tensor(shape, "int8", 0.1), Tensor(shape, "int8", 1 / 256, -128))
-        return p.assemble(Graph(tensors, (Op(Kind.INT8_SOFTMAX, "s", (0,), 1),), 1)).data
+        return assemble(Graph(tensors, (Op(Kind.INT8_SOFTMAX, "s", (0,), 1),), 1)).data
 
     code, (mote, *_keep) = load(softmax(4095))
     assert code == lib.MOTE_OK
@@ -295,7 +297,7 @@ def test_a_gradient_that_nobody_wants_is_not_computed(name: str, op: int) -> Non
     """Whatever lies below gets none; what lies behind learns the same bits."""
     program = MODELS[name]
     cut = edited(program.data, (f"op {op}", {"din": NONE, "din2": NONE}))
-    whole, part = MoteLearner(program), MoteLearner(p.Program.parse(cut))
+    whole, part = MoteLearner(program), MoteLearner(Program.parse(cut))
     random = np.random.default_rng(1)
     x = random.integers(-100, 100, program.input_shape)
     x = x.astype(np.int8) if program.input.dtype == "int8" else (x / 64).astype(np.float32)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import description, payload, status
-from tinyfleet.edge.model.program import Dense, ReLU, build
+from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.cli import GRAPH
 from tinyfleet.ontology.ingest import describe
@@ -230,7 +230,7 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
             )
         said = {
             (int(device[1:]), int(model.rsplit(":", 1)[1], 16)): [
-                (miss.requirement, miss.required, miss.has) for miss in misses
+                (miss.requirement, miss.takes, miss.has) for miss in misses
             ]
             for (device, model), misses in match.unmet_requirements(store, "home").items()
         }
@@ -275,11 +275,11 @@ def tinyfleet(*words: object, data: Path) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_devices_for_a_model_as_a_table(data: Path) -> None:
-    done = tinyfleet("model", "match", "--model", PROGRAM.model_id.hex(), "--why", data=data)
+    done = tinyfleet("model", "match", "--model", PROGRAM.model_id.hex(), "--explain", data=data)
     assert done.returncode == 0, done.stderr
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     arena, takes = PROGRAM.arena_bytes, f"{PROGRAM.arena_bytes:,}"
-    assert lines[0].split() == ["device", "board", "online", "arena", "takes", "room", "trains"]
+    assert lines[0].split() == ["device", "board", "online", "arena", "needs", "free", "trains"]
     assert lines[1].split() == ["roomy", "nano33ble", "yes", "65,536", takes, f"{65_536 - arena:,}", "2", "layers"]
     assert lines[2].split() == ["tight", "nano33ble", "yes", takes, takes, "0"]
     assert lines[3].startswith("2 devices can run urn:tinyfleet:model:")
@@ -290,10 +290,10 @@ def test_the_devices_for_a_model_as_a_table(data: Path) -> None:
 
 
 def test_the_devices_for_a_model_as_json(data: Path) -> None:
-    done = tinyfleet("model", "match", "--model", PROGRAM.model_id.hex(), "--why", "--json", data=data)
+    done = tinyfleet("model", "match", "--model", PROGRAM.model_id.hex(), "--explain", "--json", data=data)
     said = json.loads(done.stdout)
-    assert [(fit["device"], fit["layers"]) for fit in said["fits"]] == [("roomy", 2), ("tight", None)]
-    assert {miss["requirement"]: miss["shortfall"] for miss in said["misses"]["small"]}[
+    assert [(fit["device"], fit["layers"]) for fit in said["matches"]] == [("roomy", 2), ("tight", None)]
+    assert {miss["requirement"]: miss["shortfall"] for miss in said["unmet"]["small"]}[
         "RAM to run"
     ] == PROGRAM.arena_bytes - 2_000
 
@@ -301,26 +301,26 @@ def test_the_devices_for_a_model_as_json(data: Path) -> None:
 def test_a_file_is_described_and_matched(data: Path, tmp_path: Path) -> None:
     file = tmp_path / "large.mote"
     file.write_bytes(LARGE.data)
-    done = tinyfleet("model", "match", "--model", file, "--device", "roomy", data=data)
+    done = tinyfleet("model", "match", "--model", file, "--device-id", "roomy", data=data)
     assert done.stdout.startswith(f"roomy cannot run urn:tinyfleet:model:{LARGE.model_id.hex()}")
     assert f"RAM to run: it takes {LARGE.arena_bytes:,} B, {LARGE.arena_bytes - 65_536:,} more" in done.stdout
-    again = tinyfleet("model", "match", "--model", LARGE.model_id.hex(), "--device", "small", "--json", data=data)
-    assert [miss["requirement"] for miss in json.loads(again.stdout)["misses"]["small"]] == [
+    again = tinyfleet("model", "match", "--model", LARGE.model_id.hex(), "--device-id", "small", "--json", data=data)
+    assert [miss["requirement"] for miss in json.loads(again.stdout)["unmet"]["small"]] == [
         "RAM to run",
         "RAM to train",
     ]
 
 
 def test_the_models_for_a_device(data: Path) -> None:
-    done = tinyfleet("model", "match", "--device", "roomy", data=data)
+    done = tinyfleet("model", "match", "--device-id", "roomy", data=data)
     assert done.returncode == 0, done.stderr
     _, row, count = done.stdout.splitlines()
     takes, room = f"{PROGRAM.arena_bytes:,}", f"{65_536 - PROGRAM.arena_bytes:,}"
     assert row.split() == [PROGRAM.model_id.hex(), "digits", takes, room, "2,410", "2", "layers"]
     assert count == "1 model can run on roomy"
-    none = tinyfleet("model", "match", "--device", "small", "--why", data=data)
+    none = tinyfleet("model", "match", "--device-id", "small", "--explain", data=data)
     assert none.stdout.startswith("0 models can run on small") and "RAM to run" in none.stdout
-    assert json.loads(tinyfleet("model", "match", "--device", "roomy", "--json", data=data).stdout)["misses"] == {}
+    assert json.loads(tinyfleet("model", "match", "--device-id", "roomy", "--json", data=data).stdout)["unmet"] == {}
 
 
 def test_what_is_described_already_stays_as_it_is(data: Path, tmp_path: Path) -> None:
@@ -335,13 +335,13 @@ def test_what_is_described_already_stays_as_it_is(data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ((), "give a model with --model, a device with --device, or both"),
+        ((), "give a model with --model, a device with --device-id, or both"),
         (("--model", "0" * 16), "describes no model 0000000000000000; give its file, or see: tinyfleet query models"),
         (("--model", "nothing"), "nothing cannot be read: No such file or directory"),
         (("--model", __file__), "neither a .tflite nor a .keras file"),
-        (("--device", "nobody"), "knows no device 'nobody' in the fleet 'home'"),
-        (("--device", "a b"), "'a b' is no device name"),
-        (("--device", "roomy", "--fleet", "other"), "knows no device 'roomy' in the fleet 'other'"),
+        (("--device-id", "nobody"), "knows no device 'nobody' in the fleet 'home'"),
+        (("--device-id", "a b"), "'a b' is no device name"),
+        (("--device-id", "roomy", "--fleet", "other"), "knows no device 'roomy' in the fleet 'other'"),
     ],
 )
 def test_a_mistake_is_one_clear_line(data: Path, words: Sequence[str], reason: str) -> None:

@@ -27,10 +27,12 @@ from tinyfleet.edge.device.node import (
 )
 from tinyfleet.edge.device.sources import DatasetStream, Sample
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+from tinyfleet.edge.model.layers import Dense as DenseLayer
+from tinyfleet.edge.model.layers import ReLU, build
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import Dense as DenseLayer
-from tinyfleet.edge.model.program import Program, ReLU, assemble, build
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.errors import ProtocolError

@@ -82,7 +82,7 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_is_made_and_loaded_and_loading_again_changes_nothing(tmp_path: Path) -> None:
     out, data = tmp_path / "build/boards.ttl", tmp_path / "data"
-    done = CliRunner().invoke(app, ["boards", str(folder(tmp_path)), "--out", str(out), "--json"])
+    done = CliRunner().invoke(app, ["build-catalogue", str(folder(tmp_path)), "--out", str(out), "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.output)
     sizes = []
@@ -103,7 +103,7 @@ def test_a_file_is_made_and_loaded_and_loading_again_changes_nothing(tmp_path: P
 def test_what_was_measured_is_written_and_nothing_else(tmp_path: Path) -> None:
     data = str(tmp_path / "data")
     model = "0123456789abcdef"
-    said = ["measured", model, "--board", "nano33ble", "--data", data]
+    said = ["add-measurement", model, "--board", "nano33ble", "--data", data]
     for more in (["--latency", "0.5"], ["--latency", "0.012", "--instructions", "700000"]):
         assert CliRunner().invoke(app, [*said, *more]).exit_code == 0
     assert CliRunner().invoke(app, [*said, "--emulated", "--instructions", "700000"]).exit_code == 0

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tinyfleet.edge.model.graph import Layer
 from tinyfleet.ontology.ingest import describe, model_card
-from tinyfleet.ontology.ingest.describe import Layer, ModelDescription
+from tinyfleet.ontology.ingest.describe import ModelDescription
 from tinyfleet.ontology.ingest.model_card import MetricValue, ModelCard, ModelCardError
 from tinyfleet.ontology.store.store import EmbeddedStore
 
@@ -43,7 +44,7 @@ A model of ten words.
 
 
 def test_a_card_is_read() -> None:
-    assert model_card.parse(FULL) == ModelCard(
+    assert model_card.parse_model_card(FULL) == ModelCard(
         pipeline_tag="audio-classification",
         license="apache-2.0",
         description="Hears ten words",
@@ -59,12 +60,12 @@ def test_a_card_is_read() -> None:
 
 @pytest.mark.parametrize("text", ["", "# Only Markdown\n", "--- no head\n", "---\n---\n", "---\n# nothing\n---\n"])
 def test_without_a_head_there_is_no_card(text: str) -> None:
-    assert model_card.parse(text) is None
+    assert model_card.parse_model_card(text) is None
 
 
 def test_what_a_card_does_not_say_is_unknown() -> None:
-    assert model_card.parse("---\nlicense: mit\n---\n") == ModelCard(license="mit")
-    assert model_card.parse("---\nlicense:\ndatasets:\nmodel-index:\ntinyfleet:\n---\n") == ModelCard()
+    assert model_card.parse_model_card("---\nlicense: mit\n---\n") == ModelCard(license="mit")
+    assert model_card.parse_model_card("---\nlicense:\ndatasets:\nmodel-index:\ntinyfleet:\n---\n") == ModelCard()
 
 
 @pytest.mark.parametrize(
@@ -86,36 +87,36 @@ def test_what_a_card_does_not_say_is_unknown() -> None:
 )
 def test_a_bad_card_is_refused(head: str, reason: str) -> None:
     with pytest.raises(ModelCardError, match=reason.replace("(", r"\(")) as error:
-        model_card.parse(f"---\n{head}\n---\n")
+        model_card.parse_model_card(f"---\n{head}\n---\n")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 @given(st.text(max_size=200))
 def test_no_text_breaks_the_reader(text: str) -> None:
     with contextlib.suppress(ModelCardError):
-        model_card.parse(f"---\n{text}\n---\n")
+        model_card.parse_model_card(f"---\n{text}\n---\n")
 
 
 def test_the_card_beside_a_model(tmp_path: Path) -> None:
     model = tmp_path / "words.tflite"
-    assert model_card.beside(model) is None
+    assert model_card.find_model_card(model) is None
     (tmp_path / "README.md").write_text(FULL, encoding="utf-8")
-    assert (found := model_card.beside(model)) is not None and found.license == "apache-2.0"
+    assert (found := model_card.find_model_card(model)) is not None and found.license == "apache-2.0"
     (tmp_path / "words.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
-    assert model_card.beside(model) == ModelCard(license="mit")
+    assert model_card.find_model_card(model) == ModelCard(license="mit")
     (tmp_path / "words.md").write_bytes(b"---\nlicense: \xff\n---\n")
     with pytest.raises(ModelCardError, match=r"words\.md is not UTF-8"):
-        model_card.beside(model)
+        model_card.find_model_card(model)
     (tmp_path / "words.md").write_bytes(b" " * 2_000_000)
     with pytest.raises(ModelCardError, match="longer than"):
-        model_card.beside(model)
+        model_card.find_model_card(model)
     shutil.rmtree(tmp_path)
-    assert model_card.beside(model) is None
+    assert model_card.find_model_card(model) is None
 
 
 def test_a_card_becomes_facts_and_goes_with_a_new_description() -> None:
     layers = (Layer("l", "CONV_2D", (4,), (4,), 8, 10, "int8 per-channel", activation="relu"),)
-    model = ModelDescription("words", "tflite", "ab" * 32, 10, layers, card=model_card.parse(FULL))
+    model = ModelDescription("words", "tflite", "ab" * 32, 10, layers, card=model_card.parse_model_card(FULL))
     prefixes = """PREFIX nnet: <https://w3id.org/tinyml-schema/neural-network-schema#>
     PREFIX rdf: <http://www.w3.org/1999/02/22-rdf-syntax-ns#>
     PREFIX schema: <https://schema.org/> PREFIX tf: <https://w3id.org/tinyfleet#>"""

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
+from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology.cli import GRAPH, SERVER
+from tinyfleet.ontology.cli import GRAPH
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.store import EmbeddedStore
@@ -31,7 +32,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         fill(store)
         if request.param == "server":
             with Endpoint(store) as endpoint:
-                (tmp_path / SERVER).write_text(json.dumps({"endpoint": endpoint.url}))
+                (tmp_path / SERVER_FILE).write_text(json.dumps({"endpoint": endpoint.url}))
                 yield tmp_path
             return
     yield tmp_path
@@ -93,13 +94,13 @@ def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
         (("clients", "--sparql", "ASK {}"), "give a query"),
         (("no-such.rq",), "nor is it a query of the library; `tinyfleet query --list` shows them"),
         (("client",), "nor is it a query of the library, did you mean 'clients'?"),
-        (("offline", "--param", "before=2026-13-01T00:00:00Z"), "is no date and time; write 2026-01-31T12:00:00Z"),
+        (("offline", "--param", "before=2026-13-01T00:00:00Z"), "is not a date and time; write 2026-01-31T12:00:00Z"),
         ((".",), "cannot be read"),
         (("--sparql", "SELECT ?s {"), "not valid SPARQL: error at 1:"),
         (("clients", "--param", "model"), "NAME=VALUE"),
         (("clients", "--param", "modle=urn:x"), "no parameter 'modle': it has model, fleet"),
         (("clients", "--param", "model=urn:x y"), "cannot be a term"),
-        (("clients", "--data", "nowhere"), "start `tinyfleet server`"),
+        (("clients", "--data", "nowhere"), "run `tinyfleet server start`"),
         (("clients", "--endpoint", "http://127.0.0.1:9/sparql"), "is the server running?"),
         (("clients", "--endpoint", "somewhere"), "begins with http"),
     ],
@@ -121,7 +122,7 @@ def test_a_graph_that_another_process_has_open_is_said(tmp_path: Path) -> None:
 
 
 def test_a_damaged_server_file_is_said(tmp_path: Path) -> None:
-    (tmp_path / SERVER).write_text("{}")
+    (tmp_path / SERVER_FILE).write_text("{}")
     done = query("clients", data=tmp_path)
     assert (done.returncode, "start the server again" in done.stderr) == (2, True)
 
@@ -129,5 +130,5 @@ def test_a_damaged_server_file_is_said(tmp_path: Path) -> None:
 def test_the_address_of_a_server_that_has_died_is_passed_over(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path / GRAPH) as store:
         fill(store)
-    (tmp_path / SERVER).write_text(json.dumps({"endpoint": f"http://127.0.0.1:{free_port()}/sparql"}))
+    (tmp_path / SERVER_FILE).write_text(json.dumps({"endpoint": f"http://127.0.0.1:{free_port()}/sparql"}))
     assert query("--sparql", "ASK { ?d tf:online true }", data=tmp_path).stdout == "true\n"

@@ -15,9 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinyfleet.edge.device.thing_description import VIRTUAL
-from tinyfleet.edge.model.program import Dense, Program, ReLU, build
+from tinyfleet.edge.model.graph import Layer
+from tinyfleet.edge.model.layers import Dense, ReLU, build
+from tinyfleet.edge.model.program import Program
+from tinyfleet.firmware_tools.readers.common import ReadError
+from tinyfleet.firmware_tools.readers.model_file import read_model_file
 from tinyfleet.ontology.ingest import describe
-from tinyfleet.ontology.ingest.describe import DescribeError, ModelDescription
+from tinyfleet.ontology.ingest.describe import ModelDescription
 from tinyfleet.ontology.store.store import EmbeddedStore
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 from tinyfleet.ontology.vocabulary.shapes import ShapeError
@@ -33,6 +37,10 @@ def data(folder: str) -> Path:
     if "TINYFLEET_DATA" not in os.environ or not path.is_dir():
         pytest.skip(f"TINYFLEET_DATA has no {folder}/")
     return path
+
+
+def read_description(path: Path) -> ModelDescription:
+    return describe.from_graph(read_model_file(path).model)
 
 
 def mlp() -> Program:
@@ -107,7 +115,7 @@ def test_a_model_becomes_facts_that_can_be_asked() -> None:
 
 
 def test_what_is_not_known_is_not_said_and_does_not_unsay() -> None:
-    layer = describe.Layer("custom", "CUSTOM")
+    layer = Layer("custom", "CUSTOM")
     bare = ModelDescription("bare", "tflite", "ab" * 32, 10, (layer,))
     planned = ModelDescription("bare", "tflite", "ab" * 32, 10, (layer,), train_ram_bytes=100, run_ram_bytes=50)
     with EmbeddedStore() as store:
@@ -123,11 +131,11 @@ def test_what_is_not_known_is_not_said_and_does_not_unsay() -> None:
 def test_a_model_that_cannot_be_right_is_refused_whole() -> None:
     with EmbeddedStore() as store:
         for wrong in (
-            ModelDescription("m", "onnx", "ab" * 32, 10, (describe.Layer("l", "k"),)),
+            ModelDescription("m", "onnx", "ab" * 32, 10, (Layer("l", "k"),)),
             ModelDescription("m", "mote", "ab" * 32, 10, ()),
-            ModelDescription("m", "mote", "ab" * 32, 10, (describe.Layer("l", "k", input_shape=(0,)),)),
-            ModelDescription("m", "mote", "ab" * 32, 10, (describe.Layer("l", "k", macs=-1),)),
-            ModelDescription("", "mote", "ab" * 32, 10, (describe.Layer("l", "k"),), train_ram_bytes=0),
+            ModelDescription("m", "mote", "ab" * 32, 10, (Layer("l", "k", input_shape=(0,)),)),
+            ModelDescription("m", "mote", "ab" * 32, 10, (Layer("l", "k", macs=-1),)),
+            ModelDescription("", "mote", "ab" * 32, 10, (Layer("l", "k"),), train_ram_bytes=0),
         ):
             with pytest.raises(ShapeError, match="model"):
                 describe.put_model(store, wrong)
@@ -144,8 +152,8 @@ def test_every_tflite_model_is_described_or_refused_with_a_reason() -> None:
     with EmbeddedStore() as store:
         for row in rows:
             try:
-                model = describe.from_file(folder / row["file"])
-            except DescribeError as error:
+                model = read_description(folder / row["file"])
+            except ReadError as error:
                 refused[row["file"]] = str(error)
                 continue
             iri = describe.put_model(store, model)
@@ -167,7 +175,7 @@ def test_every_tflite_model_is_described_or_refused_with_a_reason() -> None:
 
 
 def test_what_the_engine_plans_is_described_with_every_model_that_it_can_run() -> None:
-    from tinyfleet.firmware_tools.compiler import compiler
+    from tinyfleet.firmware_tools.compiler import compile as compiler
     from tinyfleet.firmware_tools.model_cli import description
 
     folder = data("tflite")
@@ -176,7 +184,7 @@ def test_what_the_engine_plans_is_described_with_every_model_that_it_can_run() -
         for path in sorted(folder.glob("*.tflite")):
             try:
                 model = description(path)
-            except DescribeError as error:
+            except ReadError as error:
                 assert path.name == "tflm__person_detect.tflite" and str(error)
                 continue
             describe.put_model(store, model)
@@ -207,10 +215,10 @@ def test_what_quantisation_would_save_is_estimated_for_float_models_only() -> No
     model = describe.from_program(mlp(), "digits")
     assert model.quantized_storage_bytes == 64 * 32 + 4 * 32 + 32 * 10 + 4 * 10
     assert model.quantized_run_ram_bytes == 64 + 32
-    layers = (describe.Layer("l", "CONV_2D", (4, 4, 1), (2, 2, 8), 8, 80, "int8 per-channel"),)
+    layers = (Layer("l", "CONV_2D", (4, 4, 1), (2, 2, 8), 8, 80, "int8 per-channel"),)
     int8 = ModelDescription("m", "tflite", "ab" * 32, 10, layers)
     assert (int8.quantized_storage_bytes, int8.quantized_run_ram_bytes) == (None, None)
-    unknown = ModelDescription("m", "keras", "ab" * 32, 10, (describe.Layer("l", "Mystery", quantization="float32"),))
+    unknown = ModelDescription("m", "keras", "ab" * 32, 10, (Layer("l", "Mystery", quantization="float32"),))
     assert (unknown.quantized_storage_bytes, unknown.quantized_run_ram_bytes) == (None, None)
 
 
@@ -270,7 +278,7 @@ def test_multiply_accumulates_agree_with_what_the_authors_say() -> None:
     for name, macs in theirs.items():
         path = models / f"haoyu_r__{name}.tflite"
         if path.exists():
-            assert describe.from_file(path).macs == pytest.approx(macs, rel=0.005), name
+            assert read_description(path).macs == pytest.approx(macs, rel=0.005), name
             compared += 1
     assert compared >= 20
 
@@ -284,7 +292,7 @@ def one_model() -> bytes:
     edits=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=8), cut=st.integers()
 )
 def test_a_damaged_tflite_file_is_described_or_refused(edits: list[tuple[int, int]], cut: int) -> None:
-    from tinyfleet.ontology.ingest import tflite_file
+    from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite_model
 
     raw = bytearray(one_model())
     for place, byte in edits:
@@ -292,8 +300,8 @@ def test_a_damaged_tflite_file_is_described_or_refused(edits: list[tuple[int, in
     if cut % 4 == 0:
         del raw[cut % len(raw) :]
     try:
-        model = tflite_file.describe(bytes(raw), "damaged")
-    except DescribeError as error:
+        model = read_tflite_model(bytes(raw), "model")
+    except ReadError as error:
         assert "damaged" in str(error)
     else:
         assert model.layers
@@ -304,16 +312,16 @@ def test_a_damaged_tflite_file_is_described_or_refused(edits: list[tuple[int, in
 )
 def test_what_is_no_tflite_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.tflite").write_bytes(content)
-    with pytest.raises(DescribeError, match="model"):
-        describe.from_file(tmp_path / "model.tflite")
+    with pytest.raises(ReadError, match="model"):
+        read_description(tmp_path / "model.tflite")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"x")
-    with pytest.raises(DescribeError, match=r"neither a \.tflite nor a \.keras"):
-        describe.from_file(tmp_path / "model.onnx")
-    with pytest.raises(DescribeError, match="cannot be read"):
-        describe.from_file(tmp_path / "none.tflite")
+    with pytest.raises(ReadError, match=r"neither a \.tflite nor a \.keras"):
+        read_description(tmp_path / "model.onnx")
+    with pytest.raises(ReadError, match="cannot be read"):
+        read_description(tmp_path / "none.tflite")
 
 
 # -------------------------------------------------------------------------------------------------------------- .keras
@@ -344,7 +352,7 @@ def test_a_keras_file_tells_layers_and_figures(tmp_path: Path) -> None:
         layer("Flatten"),
         layer("Dense", units=10, use_bias=True, trainable=False),
     ]
-    model = describe.from_file(keras_file(tmp_path, layers))
+    model = read_description(keras_file(tmp_path, layers))
     assert (model.name, model.format, model.engine) == ("model", "keras", None)
     assert (model.input_shape, model.output_shape) == ((8, 8, 1), (10,))
     assert [one.output_shape for one in model.layers] == [(4, 4, 4), (4, 4, 4), (64,), (10,)]
@@ -357,7 +365,7 @@ def test_a_keras_file_tells_layers_and_figures(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_is_not_known_is_listed_without_figures(tmp_path: Path) -> None:
-    model = describe.from_file(keras_file(tmp_path, [INPUT, layer("Mystery"), layer("Flatten")]))
+    model = read_description(keras_file(tmp_path, [INPUT, layer("Mystery"), layer("Flatten")]))
     assert [(one.kind, one.parameters) for one in model.layers] == [("Mystery", None), ("Flatten", None)]
     assert (model.macs, model.parameters, model.trainable_parameters) == (None, None, None)
     assert any("Mystery" in note for note in model.notes)
@@ -375,25 +383,25 @@ def test_a_broken_keras_file_is_refused(tmp_path: Path) -> None:
         [INPUT, layer("Reshape", target_shape=[-1, 0])],
         "layers",
     ):
-        with pytest.raises(DescribeError, match="model"):
-            describe.from_file(keras_file(tmp_path, layers))  # type: ignore[arg-type]
+        with pytest.raises(ReadError, match="model"):
+            read_description(keras_file(tmp_path, layers))  # type: ignore[arg-type]
     for content in (b"", b"PK", b"no zip"):
         (tmp_path / "model.keras").write_bytes(content)
-        with pytest.raises(DescribeError, match=r"is no \.keras file"):
-            describe.from_file(tmp_path / "model.keras")
+        with pytest.raises(ReadError, match=r"is not a \.keras file"):
+            read_description(tmp_path / "model.keras")
     with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
         archive.writestr("other.json", "{}")
-    with pytest.raises(DescribeError, match="model"):
-        describe.from_file(tmp_path / "model.keras")
+    with pytest.raises(ReadError, match="model"):
+        read_description(tmp_path / "model.keras")
     deep: dict[str, Any] = layer("Flatten")
     for _ in range(20):
         deep = {"class_name": "Sequential", "config": {"name": "m", "layers": [deep]}}
-    with pytest.raises(DescribeError, match="nested deeper"):
-        describe.from_file(keras_file(tmp_path, [INPUT, deep]))
+    with pytest.raises(ReadError, match="nested deeper"):
+        read_description(keras_file(tmp_path, [INPUT, deep]))
     with zipfile.ZipFile(tmp_path / "model.keras", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("config.json", b" " * 20_000_000)
-    with pytest.raises(DescribeError, match="longer than"):
-        describe.from_file(tmp_path / "model.keras")
+    with pytest.raises(ReadError, match="longer than"):
+        read_description(tmp_path / "model.keras")
 
 
 KERAS = """
@@ -433,7 +441,7 @@ def test_keras_files_agree_with_keras(tmp_path: Path) -> None:
         pytest.skip("Keras is not installed")
     assert done.returncode == 0, done.stderr
     for name, (parameters, output, by_layer) in json.loads(done.stdout.splitlines()[-1]).items():
-        model = describe.from_file(tmp_path / f"{name}.keras")
+        model = read_description(tmp_path / f"{name}.keras")
         assert {one.name: one.parameters for one in model.layers} == by_layer, name
         assert model.parameters == parameters
         assert model.output_shape == tuple(output)

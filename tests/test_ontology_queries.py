@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from ontology_fixtures import description, everything, open_store, payload, status
-from tinyfleet.edge.model.program import Dense, ReLU, build
+from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation

@@ -13,10 +13,12 @@ import typer
 from ontology_fixtures import description, open_store, payload
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.firmware_tools.readers.model_file import read_model_file
 from tinyfleet.ontology.cli import query
 from tinyfleet.ontology.graph_cli import app
 from tinyfleet.ontology.ingest import board_catalogue, describe
-from tinyfleet.ontology.ingest.describe import from_file, put_facts, put_model
+from tinyfleet.ontology.ingest.describe import from_graph, put_facts, put_model
+from tinyfleet.ontology.ingest.model_card import find_model_card
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.ingest.selocml import Imported, read_selocml
 from tinyfleet.ontology.store.store import EmbeddedStore, Store, each, rows, triples
@@ -192,7 +194,8 @@ def test_a_query_for_their_graph_answers_on_ours(kind: str, catalogue: Any, tmp_
             td = description(device, tf__board={"@id": f"https://w3id.org/tinyfleet/board/{board}"})
             assert registry.handle(Topics("home").td(device), payload(td | {"title": device})), registry.last_refusal
         for name in ("vww_96_int8", "kws_ref_model"):
-            about = from_file(tmp_path / f"{name}.tflite")
+            path = tmp_path / f"{name}.tflite"
+            about = from_graph(read_model_file(path).model, find_model_card(path))
             put_model(store, describe.replace(about, engine="mote", run_ram_bytes=100_000))
         found = {name: answers(store, query) for name, query in QUERIES.items()}
     assert found["devices for a motion model"] == [("lab", 523.624, 786.432)]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from nets import HEADER, Net, graphs, nets, with_weights
 from small_models import MODELS
 from tinyfleet.edge.errors import ProgramError
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import LOSSES, Graph, Kind, Op, Shape3, Tensor
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.memory_plan import (
@@ -294,7 +295,7 @@ def test_what_a_graph_takes_is_what_its_program_has_and_what_the_engine_uses(
     graph: Graph, momentum: bool, seed: int
 ) -> None:
     graph = replace(with_weights(graph, np.random.default_rng(seed)), momentum=momentum)
-    figures, program = resource_use(graph), p.assemble(graph)
+    figures, program = resource_use(graph), assemble(graph)
     assert (figures.params, figures.momentum) == (program.params_bytes, program.momentum_bytes)
     assert figures.activations == program.activation_bytes
     assert figures.arena == program.arena_bytes == MoteLearner(program).ram_bytes

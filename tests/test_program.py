@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import hostile, random_weights, sealed, with_weights
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.errors import ProgramError
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.memory_plan import with_training
+from tinyfleet.edge.model.program import Program
 
 
 def test_the_plan_of_a_small_mlp_takes_two_hidden_vectors_and_one_output() -> None:
@@ -30,13 +33,13 @@ def test_a_frozen_backbone_needs_no_gradients() -> None:
     assert [layer.trainable for layer in head.layers if layer.params] == [False, True]
 
 
-def only(program: p.Program, layer: str) -> dict[str, np.ndarray]:
+def only(program: Program, layer: str) -> dict[str, np.ndarray]:
     return {name: array for name, array in random_weights(program, 0).items() if name.startswith(layer + "/")}
 
 
 def test_a_program_says_what_was_built() -> None:
     layers = [p.Conv2D(4, (3, 2), 2, "same"), p.Tanh(), p.AvgPool2D(2), p.Flatten(), p.Dense(5)]
-    program = p.Program.parse(p.build(layers, (8, 6, 2), "mse").data)
+    program = Program.parse(p.build(layers, (8, 6, 2), "mse").data)
     assert program.input_shape == (8, 6, 2) and program.output_shape == (5,) and program.loss == "mse"
     conv, tanh, pool, dense = program.layers
     assert (conv.name, conv.out_shape, conv.params, conv.macs) == ("conv2d_0", (4, 3, 4), 52, 4 * 3 * 48)
@@ -63,9 +66,9 @@ def test_split_and_join_are_inverse() -> None:
     program = p.build([p.Dense(4), p.ReLU(), p.Dense(2)], (3,), "mse")
     vector = program.initial(7)
     assert np.array_equal(program.join(program.split(vector)), vector)
-    with pytest.raises(p.ProgramError, match=r"needs \(26,\)"):
+    with pytest.raises(ProgramError, match=r"needs \(26,\)"):
         program.split(vector[1:])
-    with pytest.raises(p.ProgramError, match="dense_1/bias"):
+    with pytest.raises(ProgramError, match="dense_1/bias"):
         program.join({k: v for k, v in program.split(vector).items() if k != "dense_1/bias"})
 
 
@@ -128,7 +131,7 @@ BAD_MODELS = {
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_a_bad_model_gets_an_error_that_says_why(case: str) -> None:
     layers, shape, loss, options, reason = BAD_MODELS[case]
-    with pytest.raises(p.ProgramError, match=reason):
+    with pytest.raises(ProgramError, match=reason):
         p.build(layers, shape, loss, **options)  # type: ignore[arg-type]
 
 
@@ -147,18 +150,18 @@ def test_a_program_says_how_it_trains() -> None:
 def test_of_an_op_only_the_bias_can_train() -> None:
     net = p.network([p.Dense(3), p.Tanh(), p.Dense(2)], (4,), "mse")
     graph = with_training(with_weights(net, np.random.default_rng(0)), 0, bias_only=True)
-    program = p.assemble(graph)
+    program = assemble(graph)
     assert program.parameters == (("dense_0/bias", (3,)), ("dense_1/bias", (2,)))
     assert program.n_params == 5 and program.carried is not None
     assert np.array_equal(program.carried, np.concatenate([op.bias for op in graph.ops if op.bias is not None]))
-    assert p.assemble(graph, carry=False).carried is None
+    assert assemble(graph, carry=False).carried is None
 
 
 def test_a_model_that_only_runs_has_nothing_that_trains() -> None:
     net = p.network(
         [p.Dense(3), p.Softmax()], (4,), None, weights={"dense_0/weights": np.ones((3, 4)), "dense_0/bias": np.zeros(3)}
     )
-    program = p.assemble(net)
+    program = assemble(net)
     assert program.loss is None and program.n_params == 0 and program.arena_bytes == program.activation_bytes == 12
     assert np.allclose(MoteLearner(program).infer(np.ones(4)), 1 / 3)
 
@@ -188,32 +191,32 @@ BAD_GRAPHS = {
 @pytest.mark.parametrize("case", BAD_GRAPHS)
 def test_a_bad_graph_gets_an_error_that_says_why(case: str) -> None:
     graph, reason = BAD_GRAPHS[case]
-    with pytest.raises(p.ProgramError, match=reason):
-        p.assemble(graph)
+    with pytest.raises(ProgramError, match=reason):
+        assemble(graph)
 
 
 def test_damaged_bytes_are_no_program() -> None:
     data = p.build([p.Dense(2)], (3,), "mse").data
-    with pytest.raises(p.ProgramError, match="no program"):
-        p.Program.parse(b"")
-    with pytest.raises(p.ProgramError, match="no program"):
-        p.Program.parse(b"X" + data[1:])
-    with pytest.raises(p.ProgramError, match="damaged"):
-        p.Program.parse(data[:-1])
-    with pytest.raises(p.ProgramError, match="damaged"):
-        p.Program.parse(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(p.ProgramError, match="version 3"):
-        p.Program.parse(sealed(data[:4] + b"\x03\x00" + data[6:]))
-    with pytest.raises(p.ProgramError, match="contradicts"):
-        p.Program.parse(sealed(data + bytes(4)))
+    with pytest.raises(ProgramError, match="no program"):
+        Program.parse(b"")
+    with pytest.raises(ProgramError, match="no program"):
+        Program.parse(b"X" + data[1:])
+    with pytest.raises(ProgramError, match="damaged"):
+        Program.parse(data[:-1])
+    with pytest.raises(ProgramError, match="damaged"):
+        Program.parse(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ProgramError, match="version 3"):
+        Program.parse(sealed(data[:4] + b"\x03\x00" + data[6:]))
+    with pytest.raises(ProgramError, match="contradicts"):
+        Program.parse(sealed(data + bytes(4)))
 
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_parsing_anything_gives_a_program_or_a_program_error(data: st.DataObject) -> None:
     try:
-        program = p.Program.parse(data.draw(hostile()))
-    except p.ProgramError:
+        program = Program.parse(data.draw(hostile()))
+    except ProgramError:
         return
     assert program.arena_bytes >= 0 and len(program.layers) > 0 and program.initial(0).shape == (program.n_params,)
 

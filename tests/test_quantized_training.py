@@ -13,22 +13,23 @@ from hypothesis import strategies as st
 from nets import spoilt
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
 from test_engine_native import CLANG, ENGINE, INCLUDE, ROOT, compiler, corpus, run
+from tinyfleet.edge.errors import ProgramError
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
 from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, resource_use
-from tinyfleet.edge.model.program import ProgramError, assemble
 from tinyfleet.edge.model.quantized import logistic_table
 from tinyfleet.firmware_tools.compiler.quantized_training import (
     Importance,
     LayerUpdate,
-    assume,
-    choose,
-    measure,
+    estimate_importance,
+    measure_importance,
     select_all_from,
+    select_update,
     train_int8,
 )
+from tinyfleet.firmware_tools.readers.common import CompileError, compact
 from tinyfleet.firmware_tools.readers.keras_reader import read_keras
-from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
 from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite
 
 # Graphs
@@ -439,7 +440,7 @@ def test_a_choice_keeps_to_its_budget_and_more_memory_is_not_worth_less(shape, b
     worths = []
     for budget in budgets:
         try:
-            selection = choose(graph, budget, classes=classes)
+            selection = select_update(graph, budget, classes=classes)
         except CompileError as error:
             assert not worths and "too small" in str(error)
             continue
@@ -447,8 +448,8 @@ def test_a_choice_keeps_to_its_budget_and_more_memory_is_not_worth_less(shape, b
         program = assemble(chosen)
         assert program.arena_bytes == resource_use(chosen).arena <= budget
         assert MoteLearner(program).ram_bytes <= budget
-        assert selection == choose(graph, budget, classes=classes)
-        worth = assume(train_head(graph, classes))
+        assert selection == select_update(graph, budget, classes=classes)
+        worth = estimate_importance(train_head(graph, classes))
         worths.append(sum(worth[name].of(update) for name, update in selection.items()))
     assert worths == sorted(worths)
 
@@ -463,7 +464,7 @@ def test_what_is_told_to_be_important_is_chosen():
     worth = {name: Importance(np.zeros(LAYERS[name]), np.zeros(LAYERS[name])) for name in LAYERS}
     worth["pointwise"].weights[0] = 1.0
     all_of_it = resource_use(train_int8(graph, select_all_from(graph, "conv"))).arena
-    assert choose(graph, all_of_it, worth)["pointwise"] == LayerUpdate("all", 1)
+    assert select_update(graph, all_of_it, worth)["pointwise"] == LayerUpdate("all", 1)
 
 
 # A network that learns
@@ -500,7 +501,7 @@ def test_int8_learns_as_float32_does_and_a_part_of_it_within_a_budget(classifier
     in_float = accuracy(taught(read_keras(model), x, y), test_x, test_y)
     in_int8 = accuracy(taught(whole, q, y), test_q, test_y)
     budget = 2 * resource_use(whole).arena // 5
-    part = train_int8(graph, choose(graph, budget))
+    part = train_int8(graph, select_update(graph, budget))
     in_part = accuracy(taught(part, q, y), test_q, test_y)
     assert before < 0.6
     assert in_float > 0.9
@@ -536,12 +537,12 @@ def test_measured_importance_is_the_squared_gradients(classifier):
             so_far = squares.setdefault(name, [np.zeros(part.shape) for part in parts])
             for total, part in zip(so_far, parts, strict=True):
                 total += part**2
-    found = measure(graph, q[:60], y[:60])
+    found = measure_importance(graph, q[:60], y[:60])
     assert found.keys() == squares.keys()
     for name, importance in found.items():  # activations in float32 are not quite those in int8
         weights, bias = squares[name]
         assert importance.weights.sum() == pytest.approx(weights.sum(), rel=0.3)
         assert np.corrcoef(importance.bias, bias)[0, 1] > 0.9
     budget = resource_use(train_int8(graph, graph.ops[0].name)).arena // 2
-    assert resource_use(train_int8(graph, choose(graph, budget, found))).arena <= budget
-    assert measure(graph, q[:20], y[:20] % 3, classes=3)[graph.ops[0].name].weights.sum() > 0
+    assert resource_use(train_int8(graph, select_update(graph, budget, found))).arena <= budget
+    assert measure_importance(graph, q[:20], y[:20] % 3, classes=3)[graph.ops[0].name].weights.sum() > 0

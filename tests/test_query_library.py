@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import rdflib
 from ontology_fixtures import description, open_store, payload, status
-from tinyfleet.edge.model.program import Dense, ReLU, build
+from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation

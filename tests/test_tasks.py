@@ -15,7 +15,8 @@ from PIL import Image
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model.program import Dense, Layer, Loss, build
+from tinyfleet.edge.model.graph import Loss
+from tinyfleet.edge.model.layers import Dense, Layer, build
 from tinyfleet.edge.tasks import ClientData, Split, Task, keywords, omniglot, presence
 
 

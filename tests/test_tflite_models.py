@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tinyfleet.edge.errors import ProgramError
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import ProgramError, assemble
-from tinyfleet.firmware_tools.readers.simplify import CompileError
+from tinyfleet.firmware_tools.readers.common import CompileError
 from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite
 
 Array = NDArray[Any]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from test_tflite_models import in_tflite, models, needs_tflite
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
-from tinyfleet.edge.model.program import assemble
 from tinyfleet.firmware_tools.compiler.transfer import train_from, with_float_input
-from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
+from tinyfleet.firmware_tools.readers.common import CompileError, compact
 from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite
 
 Array = NDArray[Any]

@@ -1,8 +1,9 @@
-"""A model as the engine runs it: tensors, and the operations between them in the order of their execution.
+"""A model as it is read from a file: its layers, and the engine's tensors and operations that compute them.
 
-A graph says what a model computes and what of it trains; where its tensors lie in memory is for `edge.plan`, and how it
-is written down for `edge.program`. Readers of other formats (firmware_tools) make graphs; `edge.program.build` makes
-one of a list of layers.
+A `ModelGraph` lists the layers as the file has them, whether the engine can run them or not; a `Graph` says what the
+engine computes and what of it trains. Where tensors lie in memory is decided in `edge.model.memory_plan`, and how a
+graph becomes bytes in `edge.model.assemble`. The readers in `firmware_tools` make both from files;
+`edge.model.layers.network` makes a `Graph` from a list of layers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+Shape = tuple[int, ...]
 Shape3 = tuple[int, int, int]
 DType = Literal["float32", "int8"]
 Trains = Literal["nothing", "bias", "all"]
@@ -133,3 +135,74 @@ class Graph:
     classes: int | None = None
     momentum: bool = False
     huber_delta: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model as its file lists it, whether or not the engine can run it.
+
+    None stands for what the file does not tell.
+
+    Parameters
+    ----------
+    name, kind : str
+        The file's own name of the layer, and its format's name of the operator (``CONV_2D``, ``Conv2D``).
+    input_shape, output_shape : tuple of int, optional
+        Shapes of one sample, without the batch.
+    macs : int, optional
+        Multiply-accumulates of one inference.
+    parameters : int, optional
+        Learned numbers.
+    quantization : str, optional
+        Type of the learned numbers, such as ``float32`` or ``int8 per-channel``; None also without any.
+    trainable : bool, optional
+        Whether it can train; None also where there is nothing to train.
+    activation : str, optional
+        The function that the layer ends with, in small letters.
+    """
+
+    name: str
+    kind: str
+    input_shape: Shape | None = None
+    output_shape: Shape | None = None
+    macs: int | None = None
+    parameters: int | None = None
+    quantization: str | None = None
+    trainable: bool | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """A model's file, read once: what describing, planning, compiling and exporting start from.
+
+    Parameters
+    ----------
+    name, format : str
+        The file's name without its ending, and ``keras`` or ``tflite``.
+    sha256 : str
+        SHA-256 of the file, in hexadecimal digits.
+    file_bytes : int
+        Size of the file.
+    layers : tuple of Layer
+        All layers in the file's order, also those that the engine cannot run.
+    input_shape, output_shape : tuple of int, optional
+        Shapes of one sample; None where the file leaves an axis open.
+    graph : Graph, optional
+        The engine's operations for the layers; a .keras file's have weights of 0. None if the engine cannot run them.
+    unsupported : str
+        Why there is no graph.
+    notes : tuple of str
+        What the file does not tell about its layers.
+    """
+
+    name: str
+    format: str
+    sha256: str
+    file_bytes: int
+    layers: tuple[Layer, ...]
+    input_shape: Shape | None = None
+    output_shape: Shape | None = None
+    graph: Graph | None = None
+    unsupported: str = ""
+    notes: tuple[str, ...] = ()

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import features
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, hashed
 
 WAYS = 3
@@ -54,7 +55,7 @@ Clip = tuple[str, str, NDArray[np.int16]]  # speaker, word, [CLIP]
 Spoken = dict[str, dict[str, NDArray[np.uint8]]]  # speaker -> word -> [clips, features]
 
 
-def _network(*filters: int) -> p.Program:
+def _network(*filters: int) -> Program:
     layers: list[p.Layer] = []
     for count in filters:
         layers += [p.Conv2D(count, (3, 3), strides=2, padding="same"), p.ReLU()]

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_classes
 
 CHARACTERS = 40  # of one device, at most
@@ -48,14 +49,14 @@ def _conv(filters: int, stride: int = 1) -> list[p.Layer]:
     return [p.Conv2D(filters, (3, 3), strides=stride, padding="same"), p.ReLU()]
 
 
-def program(ways: int, side: int) -> p.Program:
+def program(ways: int, side: int) -> Program:
     """Trains on a Cortex-M4 with 256 KB of RAM."""
     first = [*_conv(8), p.MaxPool2D(2)] if side == 14 else [*_conv(8, 2), *_conv(16), p.MaxPool2D(2)]
     layers = [*first, *_conv(16), p.MaxPool2D(2), p.Flatten(), p.Dense(ways)]
     return p.build(layers, (side, side, 1), "softmax_cross_entropy")
 
 
-def large(ways: int, side: int) -> p.Program:
+def large(ways: int, side: int) -> Program:
     """Four convolutions of 64 filters, as Vinyals et al. (2016), in strides as in Nichol et al. (2018), without batch
     normalization, which training on single samples does not have."""
     strides = (2, 2, 2, 2) if side == 28 else (1, 2, 2, 2)

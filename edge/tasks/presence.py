@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, hashed
 
 MOTION = 0.02  # share of the minutes, at least

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, hashed
 
 WAVES, SAMPLES = 32, 40  # of one device: 10 KB

@@ -406,7 +406,7 @@ class Session:
 
     def _nobody(self, reason: str) -> str:
         return (
-            f"no MQTT broker answers at {self._where} ({reason}); start one with `tinyfleet server`, or name another "
+            f"no MQTT broker answers at {self._where} ({reason}); start one with `tinyfleet server start`, or name another "
             "with --broker HOST:PORT"
         )
 

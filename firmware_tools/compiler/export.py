@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from tinyfleet.edge.model.graph import Graph, Kind, Op
 from tinyfleet.edge.model.memory_plan import WEIGHTED, plan_memory, root
-from tinyfleet.firmware_tools.compiler.compiler import CompileError, training_graph
+from tinyfleet.firmware_tools.compiler.compile import training_graph
+from tinyfleet.firmware_tools.readers.common import CompileError
 
 #: A TensorFlow tensor; TensorFlow has no types of its own to check against.
 Tensor = Any
@@ -37,7 +38,7 @@ Backward = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
 def export_tflite(model: Any, *, train_from: str | None = None, loss: str | None = None) -> bytes:
     """A Keras model (object, or path of a .keras file) as a .tflite file with training signatures.
 
-    train_from, loss: as in compiler.compile_model. Raises CompileError, also for a layer that TFLite cannot train.
+    train_from, loss: as in `compile_model`. Raises CompileError, also for a layer that TFLite cannot train.
     """
     return export_graph(training_graph(model, train_from=train_from, loss=loss))
 

@@ -19,13 +19,14 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Loss, Op, Tensor
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, aligned, resource_use, root, weight_counts
-from tinyfleet.edge.model.program import MAX_LAYERS, assemble
+from tinyfleet.edge.model.program_format import MAX_LAYERS
 from tinyfleet.edge.model.quantized import logistic_table
 from tinyfleet.firmware_tools.compiler.transfer import train_from
-from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
+from tinyfleet.firmware_tools.readers.common import CompileError, compact
 
 #: How much of a layer's output channels the choice considers.
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -208,7 +209,7 @@ def _new_head(head: Op, classes: int) -> Op:
 # The choice
 
 
-def choose(
+def select_update(
     graph: Graph,
     budget_bytes: int,
     importance: Mapping[str, Importance] | None = None,
@@ -218,7 +219,7 @@ def choose(
 ) -> Selection:
     """What to train of an int8 model in an arena of at most budget_bytes; classes and loss as in `train_int8`.
 
-    importance: of layers, by name: `measure` finds it out with samples; default: `assume`, a rule.
+    importance: of layers, by name, as `measure_importance` finds it with samples; default: `estimate_importance`.
 
     The arena of a choice is the planner's, to the byte. Searched are, for every lowest layer that learns, the biases of
     all layers from it on, then more and more channels of weights, the most worth for its bytes first, with several
@@ -228,7 +229,7 @@ def choose(
     Raises CompileError if not even the least fits; the message says what that takes.
     """
     graph = _with_loss(graph, classes, loss)
-    worth = assume(graph) if importance is None else importance
+    worth = estimate_importance(graph) if importance is None else importance
     return _Search(graph, worth, new_head=classes is not None).best(budget_bytes)
 
 
@@ -246,7 +247,7 @@ def _reachable(graph: Graph) -> list[Op]:
     return found[-MAX_LAYERS:]
 
 
-def assume(graph: Graph) -> dict[str, Importance]:
+def estimate_importance(graph: Graph) -> dict[str, Importance]:
     """What layers are worth if nothing is known but the graph.
 
     Lin et al. found by training: later layers are worth more than earlier ones, pointwise convolutions more than
@@ -268,7 +269,7 @@ def assume(graph: Graph) -> dict[str, Importance]:
 _Levels = tuple[int, ...]
 
 
-def measure(
+def measure_importance(
     graph: Graph,
     samples: Iterable[ArrayLike],
     targets: Iterable[ArrayLike],

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge.model.graph import Graph, Kind, Loss, Op, Tensor, Trains
 from tinyfleet.edge.model.memory_plan import WEIGHTED, root
 from tinyfleet.edge.model.quantized import leaky_relu_table, logistic_table, relu_table, requantize_table, tanh_table
-from tinyfleet.firmware_tools.readers.simplify import CompileError, compact
+from tinyfleet.firmware_tools.readers.common import CompileError, compact
 
 _FLOAT = {
     Kind.INT8_DENSE: Kind.DENSE,

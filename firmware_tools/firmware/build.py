@@ -1,7 +1,7 @@
 """Firmware for a board: the engine, the node, start-up code and a device's own data, compiled into one ELF file.
 
 `build` makes a fleet device. `link` is the general part under it, for programs that only measure or check something.
-`size` reads back from an ELF what it takes of the board and of its stack, beside what the model's plan says.
+`read_size` reads from an ELF its flash, RAM and stack, and the arena of the model's memory plan.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.firmware_tools.boards.catalogue import Target, load_board
-from tinyfleet.firmware_tools.firmware import kernel_table
+from tinyfleet.firmware_tools.boards.catalogue import BoardTarget, load_board
+from tinyfleet.firmware_tools.firmware import MODEL_SLOT_BYTES, kernel_table
 from tinyfleet.firmware_tools.firmware import stack as stack_usage
 
 SOURCES = Path(__file__).parent / "src"
@@ -57,9 +57,6 @@ SMALL = (
     "mote.c", "mote_load.c", "mote_sgd.c", "mote_relu.c", "mote_loss.c", "mote_node.c", "mote_update.c", "mote_frame.c",
     "mote_stream.c",
 )  # fmt: skip
-
-#: Bytes of the largest program that a node takes over the air, unless the caller says otherwise.
-MODEL_SLOT_BYTES = 4096
 
 Blob = bytes | bytearray
 
@@ -95,7 +92,7 @@ class BuildError(Exception):
 
 
 def link(
-    target: Target,
+    target: BoardTarget,
     elf: Path,
     sources: Iterable[Path],
     *,
@@ -239,7 +236,7 @@ def _assembly(work: Path, blobs: Mapping[str, Blob]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _overflow(error: BuildError, target: Target) -> UserError | None:
+def _overflow(error: BuildError, target: BoardTarget) -> UserError | None:
     """The linker's 'does not fit', in the user's terms."""
     overflows = re.findall(r"region `(FLASH|RAM)' overflowed by (\d+) bytes", str(error))
     if not overflows:
@@ -321,7 +318,9 @@ def build(
     )
 
 
-def bench(target: Target, program: Program, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
+def build_benchmark(
+    target: BoardTarget, program: Program, elf: Path, *, steps: int, profile: Profile = "exact"
+) -> Path:
     """The program that counts the instructions of `program`'s inference and training step (see src/main_bench.c)."""
     return link(
         target,
@@ -334,7 +333,7 @@ def bench(target: Target, program: Program, elf: Path, *, steps: int, profile: P
     )
 
 
-def bench_mel(target: Target, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
+def build_mel_benchmark(target: BoardTarget, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
     """The program that counts the instructions of one frame's features (see src/bench_mel.c)."""
     return link(
         target,
@@ -345,7 +344,7 @@ def bench_mel(target: Target, elf: Path, *, steps: int, profile: Profile = "exac
     )
 
 
-def mel(target: Target, elf: Path) -> Path:
+def build_mel_check(target: BoardTarget, elf: Path) -> Path:
     """The program that prints a checksum of the features of made-up sound (see src/main_mel.c)."""
     sources = [SOURCES / "main_mel.c", SOURCES / "semihost.c", *MEL, *ENGINE]
     return link(target, elf, sources)
@@ -379,7 +378,9 @@ def training_case_defines(courses: Sequence[TrainingCase]) -> dict[str, int | fl
     }
 
 
-def exactness(target: Target, courses: Sequence[TrainingCase], elf: Path, *, profile: Profile = "exact") -> Path:
+def build_exactness_check(
+    target: BoardTarget, courses: Sequence[TrainingCase], elf: Path, *, profile: Profile = "exact"
+) -> Path:
     """The program that learns and prints a checksum of what it has learned (see src/main_exactness.c)."""
     return link(
         target,
@@ -424,7 +425,7 @@ def _shape(program: Program) -> dict[str, int | float | str]:
 
 
 @dataclass(frozen=True)
-class Size:
+class FirmwareSize:
     """What an ELF takes of its board, in bytes.
 
     text: code, constants and the device's data, in flash. data: initialised variables, in RAM and, to start from, in
@@ -465,18 +466,18 @@ class Size:
         return self.variables.get("mote_arena")
 
 
-def size(path: Path) -> Size:
+def read_size(path: Path) -> FirmwareSize:
     """Reads an ELF that `link` made. Raises UserError for anything else."""
     try:
         with path.open("rb") as file:
-            return _size(ELFFile(file))
+            return _read_size(ELFFile(file))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); build it with: tinyfleet firmware build") from error
     except (ELFError, KeyError, ValueError) as error:
         raise UserError(f"{path} is not a fleet's firmware; build it with: tinyfleet firmware build") from error
 
 
-def _size(elf: ELFFile) -> Size:
+def _read_size(elf: ELFFile) -> FirmwareSize:
     sections = {section.name: section for section in elf.iter_sections()}
     note: dict[str, Any] = json.loads(sections[".tinyfleet"].data())
     usage = note["stack"] or {"functions": {}, "depths": {}}
@@ -495,7 +496,7 @@ def _size(elf: ELFFile) -> Size:
     def length(name: str) -> int:
         return int(sections[name]["sh_size"]) if name in sections else 0
 
-    return Size(
+    return FirmwareSize(
         board=str(note["board"]),
         text=length(".text") + length(".ARM.exidx"),
         data=length(".data"),

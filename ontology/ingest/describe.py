@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.ingest.model_card import ModelCard, beside
+from tinyfleet.edge.model.graph import Layer, ModelGraph, Shape
+from tinyfleet.edge.model.program import Program
+from tinyfleet.ontology.ingest.model_card import ModelCard
 from tinyfleet.ontology.store.store import Binding, Facts, Store, Value, bind, each, triples
 from tinyfleet.ontology.vocabulary import implied, shapes
 from tinyfleet.ontology.vocabulary.namespaces import (
@@ -38,12 +39,6 @@ from tinyfleet.ontology.vocabulary.namespaces import (
     property_iri,
 )
 
-Shape = tuple[int, ...]
-
-
-class DescribeError(UserError):
-    """The file cannot be described; the message says why."""
-
 
 class BoardLike(Protocol):
     """What everyone may know of a kind of board: `edge.thing.Board`."""
@@ -62,52 +57,6 @@ class BoardLike(Protocol):
     def flash_bytes(self) -> int: ...
     @property
     def sensors(self) -> Sequence[str]: ...
-
-
-class LayerLike(Protocol):
-    """A layer of a compiled program: `edge.program.LayerInfo`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def in_shape(self) -> Sequence[int]: ...
-    @property
-    def out_shape(self) -> Sequence[int]: ...
-    @property
-    def macs(self) -> int: ...
-    @property
-    def params(self) -> int: ...
-    @property
-    def trainable(self) -> bool: ...
-
-
-class ProgramLike(Protocol):
-    """A compiled program: `edge.program.Program`."""
-
-    @property
-    def data(self) -> bytes: ...
-    @property
-    def arena_bytes(self) -> int: ...
-    @property
-    def layers(self) -> Sequence[LayerLike]: ...
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One operator of a model. Shapes are without the batch axis; trainable is None where there is nothing to train."""
-
-    name: str
-    kind: str
-    input_shape: Shape | None = None
-    output_shape: Shape | None = None
-    macs: int | None = None
-    parameters: int | None = None
-    quantization: str | None = None
-    trainable: bool | None = None
-    activation: str | None = None
-    """The function that the layer ends with, in small letters."""
 
 
 @dataclass(frozen=True)
@@ -332,7 +281,7 @@ def _replace(store: Store, iri: Iri, facts: Facts) -> None:
     store.write(written)
 
 
-def from_program(program: ProgramLike, name: str) -> ModelDescription:
+def from_program(program: Program, name: str) -> ModelDescription:
     """A program for mote: its plan is exact, and holds the arena for training and for running alike."""
     layers = tuple(
         Layer(
@@ -348,7 +297,7 @@ def from_program(program: ProgramLike, name: str) -> ModelDescription:
         for layer in program.layers
     )
     if not layers:
-        raise DescribeError(f"the program {name!r} has no layers")
+        raise UserError(f"the program {name!r} has no layers")
     return ModelDescription(
         name=name,
         format="mote",
@@ -364,28 +313,33 @@ def from_program(program: ProgramLike, name: str) -> ModelDescription:
     )
 
 
-def from_file(path: str | Path) -> ModelDescription:
-    """A .tflite or .keras file, with the model card beside it if there is one. Raises DescribeError if it is neither,
-    or damaged, and ModelCardError if the card is wrong."""
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DescribeError(f"{path} cannot be read: {error.strerror}; give the path of a model's file") from None
-    if path.suffix == ".tflite":
-        try:
-            from tinyfleet.ontology.ingest import tflite_file
-        except ImportError:
-            raise DescribeError(f"{path} needs the package tflite to be read; pip install tflite") from None
+def from_graph(model: ModelGraph, card: ModelCard | None = None) -> ModelDescription:
+    """Describe a model by the graph of layers that was read from its file.
 
-        about = tflite_file.describe(data, path.stem)
-    elif path.suffix == ".keras":
-        from tinyfleet.ontology.ingest import keras_file
+    Parameters
+    ----------
+    model : ModelGraph
+        From the reader of the file's format.
+    card : ModelCard, optional
+        What the file cannot tell, from the card beside it.
 
-        about = keras_file.describe(data, path.stem)
-    else:
-        raise DescribeError(f"{path} is neither a .tflite nor a .keras file; export the model to one of them")
-    return replace(about, card=beside(path))
+    Returns
+    -------
+    ModelDescription
+        Without an engine's memory, which only a plan tells.
+    """
+    return ModelDescription(
+        name=model.name,
+        format=model.format,
+        sha256=model.sha256,
+        file_bytes=model.file_bytes,
+        layers=model.layers,
+        input_shape=model.input_shape,
+        output_shape=model.output_shape,
+        storage_bytes=model.file_bytes if model.format == "tflite" else None,  # such a file is flashed as it is
+        card=card,
+        notes=model.notes,
+    )
 
 
 def model_facts(model: ModelDescription) -> dict[Iri, dict[Iri, Binding | None]]:

@@ -59,7 +59,7 @@ class ModelCard:
     input_info: str | None = None
 
 
-def beside(model: Path) -> ModelCard | None:
+def find_model_card(model: Path) -> ModelCard | None:
     """The card beside a model's file: {name}.md, or else README.md in its folder if it has YAML at its head. None if
     there is none. Raises ModelCardError."""
     for path in (model.with_suffix(".md"), model.with_name("README.md")):
@@ -73,7 +73,7 @@ def beside(model: Path) -> ModelCard | None:
         try:
             if len(data) > _MAX_BYTES:
                 raise ModelCardError(f"it is longer than {_MAX_BYTES:,} bytes")
-            card = parse(data.decode("utf-8"))
+            card = parse_model_card(data.decode("utf-8"))
         except UnicodeDecodeError:
             raise ModelCardError(f"{path} is not UTF-8 text; write the model card as such") from None
         except ModelCardError as error:
@@ -83,7 +83,7 @@ def beside(model: Path) -> ModelCard | None:
     return None
 
 
-def parse(text: str) -> ModelCard | None:
+def parse_model_card(text: str) -> ModelCard | None:
     """The card of a Markdown text; None if there is no YAML at its head. Raises ModelCardError."""
     found = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if found is None:

@@ -4,7 +4,7 @@
 transaction; `Registry.put` takes a description that came in another way. Neither touches the network. A Thing
 Description is read as JSON-LD with our own context, checked against the shapes, and written flat: facts about the
 device on the device, facts about its kind of board once on the board, by whoever says them first (`tinyfleet firmware
-boards --describe` says those that are known). The document itself is kept beside them (things.py). A thing
+boards --add-to-graph` says those that are known). The document itself is kept beside them (things.py). A thing
 that is no device of the fleet, which only `put` takes, is written with what it says flatly of itself. A status is a few
 flat facts. What cannot be right is refused, counted and logged with its reason, and leaves the graph as it was; what
 comes twice, late or in another order ends in the same graph.

@@ -2,7 +2,7 @@
 
 A query takes parameters (`VALUES ?name { UNDEF }`). The same name means the same in all of them: ?model is the model
 in question, to be run, trained or deployed, ?running the one that a device runs now, ?id a device's id. A query with a
-column ?id selects devices, for `tinyfleet run` and `tinyfleet deploy`.
+column ?id selects devices, for `tinyfleet run start` and `tinyfleet deploy`.
 """
 
 import difflib

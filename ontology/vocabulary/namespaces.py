@@ -167,3 +167,10 @@ def drift_iri(fleet: str, device: str, number: int) -> Iri:
 def measurement_iri(model: Iri, board: str, emulated: bool) -> Iri:
     """{model}:on:{board} or {model}:on:{board}:emulated: what the model took on that kind of board."""
     return Iri(f"{model}:on:{_name('board', board, 64)}" + ":emulated" * emulated)
+
+
+def shorten(text: str) -> str:
+    """The text with the known namespaces in it as prefixes."""
+    for prefix, iri in PREFIXES.items():
+        text = text.replace(iri, f"{prefix}:")
+    return text

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator
 from html import escape
 
 import pyoxigraph as ox
-from tinyfleet.ontology.cli import shorten
 from tinyfleet.ontology.vocabulary.implied import CATALOGUE, VOCABULARY
-from tinyfleet.ontology.vocabulary.namespaces import DCTERMS, OWL, RDF, RDFS, SH, SKOS, SOSA, TF, Iri
+from tinyfleet.ontology.vocabulary.namespaces import DCTERMS, OWL, RDF, RDFS, SH, SKOS, SOSA, TF, Iri, shorten
 from tinyfleet.ontology.vocabulary.shapes import SHAPES
 
 _STYLE = """

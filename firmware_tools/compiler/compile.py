@@ -1,8 +1,8 @@
-"""Models in, mote programs out: what of a model can train, what each choice takes, and the program of one of them.
+"""From a model to its program: what of it can train, the memory that each choice takes, and the program of one of them.
 
-One path for Keras 3 models (objects, or .keras files) and .tflite files: a reader makes a graph (keras_reader,
-tflite_reader), `transfer` or `quantized_training` says what of it trains, `edge.program.assemble` writes it down. A
-plan needs only the shapes of weights, so planning a .keras file needs neither Keras nor TensorFlow.
+One path for Keras 3 models (objects, or .keras files) and .tflite files: a reader makes a graph, `transfer` or
+`quantized_training` decides what of it trains, and `edge.model.assemble` turns it into bytes. A plan needs only the
+shapes of weights, so planning a .keras file needs neither Keras nor TensorFlow.
 """
 
 from __future__ import annotations
@@ -12,26 +12,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.assemble import assemble, check
 from tinyfleet.edge.model.graph import LOSSES, Graph, Loss
 from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, macs, resource_use, weight_counts
-from tinyfleet.edge.model.program import Program, assemble, check, named_arrays
+from tinyfleet.edge.model.program import Program
 from tinyfleet.firmware_tools.compiler import quantized_training, transfer
 from tinyfleet.firmware_tools.compiler.quantized_training import LayerUpdate, Selection
-from tinyfleet.firmware_tools.readers import keras_reader, tflite_reader
-from tinyfleet.firmware_tools.readers.keras_reader import KerasGraph
-from tinyfleet.firmware_tools.readers.simplify import CompileError as CompileError
+from tinyfleet.firmware_tools.readers.common import CompileError
+from tinyfleet.firmware_tools.readers.keras_graph import KerasGraph
+from tinyfleet.firmware_tools.readers.keras_reader import read_keras_structure
+from tinyfleet.firmware_tools.readers.model_file import ModelFile
+from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite
 
 
 @dataclass(frozen=True)
 class MemoryUse:
     """Bytes that a model takes on a device when certain of its layers may train; all other weights stay in flash.
 
-    parameters: numbers that train (and travel). ram_bytes: the whole arena, which is params_bytes of what trains,
-    momentum_bytes for the optimiser, and activation_bytes; least_ram_bytes: no plan can go below it. flash_bytes: the
-    program without the initial values of what trains; initial_bytes: with them.
+    Parameters
+    ----------
+    parameters : int
+        Numbers that train, and travel.
+    params_bytes, momentum_bytes, activation_bytes : int
+        RAM of what trains, of the optimiser's momentum, and of values and gradients.
+    ram_bytes : int
+        RAM in all: the arena.
+    least_ram_bytes : int
+        RAM that no memory plan can go below.
+    flash_bytes, initial_bytes : int
+        Flash of the program without, and with, the initial values of what trains.
     """
 
     parameters: int
@@ -46,21 +56,44 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class TrainingSelection:
-    """What trains within a budget: the layers from train_from on, or their biases alone; of int8 weights, the layers
-    `selection` and how many of their channels. memory: what that takes."""
+    """What trains within a RAM budget.
+
+    Parameters
+    ----------
+    train_from : str or None
+        The layer from which on layers train; None where `updates` says it.
+    bias_only : bool
+        Only the biases of these layers train.
+    updates : mapping of str to LayerUpdate, optional
+        Of int8 weights: which layers train, and how many of their channels.
+    memory : MemoryUse
+        What that takes.
+    """
 
     train_from: str | None
     bias_only: bool
-    selection: Mapping[str, LayerUpdate] | None
+    updates: Mapping[str, LayerUpdate] | None
     memory: MemoryUse
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What a model takes: to run only; to train what is trainable in Keras; to train from each layer to the end; to
-    train the biases alone from each layer to the end.
+    """The memory that a model takes to run, and to train.
 
-    parameters, macs: of the model as it is. chosen: within a budget, if there is one. notes: what cannot train, why.
+    Parameters
+    ----------
+    parameters, macs : int
+        Learned numbers, and multiply-accumulates of one inference, of the model as it is.
+    run : MemoryUse
+        To run only.
+    trainable : MemoryUse, optional
+        To train what is trainable in Keras.
+    train_from, bias_from : dict of str to MemoryUse
+        To train all weights, or only the biases, from a layer to the end, by the layer's name.
+    selection : TrainingSelection, optional
+        What trains within the budget, if there is one.
+    notes : tuple of str
+        What cannot train, and why.
     """
 
     parameters: int
@@ -69,7 +102,7 @@ class ModelPlan:
     trainable: MemoryUse | None
     train_from: dict[str, MemoryUse]
     bias_from: dict[str, MemoryUse]
-    chosen: TrainingSelection | None
+    selection: TrainingSelection | None
     notes: tuple[str, ...]
 
 
@@ -86,17 +119,50 @@ def compile_model(
     momentum: bool = False,
     architecture_only: bool = False,
 ) -> Program:
-    """A model (Keras object, path of a .keras or .tflite file) as a program for the engine.
+    """Compile a model to a program for the engine.
 
-    train_from: the layer from which on layers train on the device; None: those that Keras has as trainable, nothing of
-    a .tflite file. What comes before stays as it is, int8 or float32. bias_only: of those layers only the biases.
-    int8: of an int8 .tflite file int8 weights train, in place; else what trains becomes float32. selection: then, in
-    place of train_from, of which layers how many channels.
-    classes, max_classes, momentum: as in `transfer.train_from`.
-    loss: one of edge.graph.LOSSES; None: as the model ends, or was compiled.
-    architecture_only: leave out the initial values of what trains (a fleet sends them every round, and all devices of
-    one architecture then have the same model id). Frozen weights are always carried.
-    Raises CompileError, or ProgramError if it is too large for the engine.
+    Parameters
+    ----------
+    model : keras.Model, str, Path or ModelFile
+        A Keras 3 model, the path of a .keras or .tflite file, or such a file that has been read.
+    train_from : str, optional
+        The layer from which on layers train on the device. None: those that Keras has as trainable, and nothing of a
+        .tflite file. The layers before it stay as they are, int8 or float32.
+    bias_only : bool
+        Of these layers only the biases train.
+    selection : mapping of str to LayerUpdate, optional
+        With `int8`, in place of `train_from`: which layers train, and how many of their channels.
+    int8 : bool
+        Of an int8 .tflite file int8 weights train, in place; otherwise what trains becomes float32.
+    classes, max_classes : int, optional
+        A new last layer with this many outputs at first, and with room for so many; its weights are 0.
+    loss : str, optional
+        One of `edge.model.graph.LOSSES`. None: as the model ends, or was compiled.
+    momentum : bool
+        Keep room for the optimiser's momentum.
+    architecture_only : bool
+        Leave out the initial values of what trains: a fleet sends them every round, and all devices of one
+        architecture then have the same model id. Frozen weights are always included.
+
+    Returns
+    -------
+    Program
+
+    Raises
+    ------
+    CompileError
+        If the engine cannot run the model, or train what is asked for; names the layer.
+    ProgramError
+        If the program is too large for the engine.
+
+    Examples
+    --------
+    >>> import keras
+    >>> layers = [keras.Input((4,)), keras.layers.Dense(8, activation="relu")]
+    >>> model = keras.Sequential([*layers, keras.layers.Dense(3, activation="softmax", name="head")])
+    >>> program = compile_model(model, train_from="head")
+    >>> program.n_params, program.loss
+    (27, 'softmax_cross_entropy')
     """
     if bias_only and train_from is None:
         raise CompileError("bias-only training needs the layer to train from; name one with --train-from")
@@ -121,10 +187,37 @@ def plan_model(
     loss: str | None = None,
     momentum: bool = False,
 ) -> ModelPlan:
-    """Exact RAM and flash of running a model, and of training it, or its biases alone, from each of its layers on.
+    """Plan the memory that a model takes: exact RAM and flash to run it, and to train it from each of its layers on.
 
-    Arguments as in `compile_model`, whose programs take just that. Layers that cannot be trained from are left out.
-    Raises CompileError, also if nothing can train within the budget.
+    Layers that cannot be trained from are left out. Needs neither Keras nor TensorFlow for a file.
+
+    Parameters
+    ----------
+    model : keras.Model, str, Path or ModelFile
+        As in `compile_model`, like the arguments that are not listed here.
+    budget : int, optional
+        Bytes of RAM; what to train in them is selected.
+
+    Returns
+    -------
+    ModelPlan
+        The programs that `compile_model` makes take exactly this.
+
+    Raises
+    ------
+    CompileError
+        If the engine cannot run the model, or nothing can train within the budget.
+
+    Examples
+    --------
+    >>> import keras
+    >>> layers = [keras.Input((4,)), keras.layers.Dense(8, activation="relu")]
+    >>> model = keras.Sequential([*layers, keras.layers.Dense(3, activation="softmax", name="head")])
+    >>> plan = plan_model(model)
+    >>> plan.macs, plan.train_from["head"].parameters
+    (56, 27)
+    >>> plan.train_from["head"].ram_bytes == compile_model(model, train_from="head").arena_bytes
+    True
     """
     source = _SourceModel(model, int8, classes, max_classes, loss, momentum)
     graph = source.graph
@@ -135,12 +228,12 @@ def plan_model(
         trainable=source.trainable(),
         train_from=source.suffixes(bias_only=False),
         bias_from=source.suffixes(bias_only=True),
-        chosen=None if budget is None else source.choose(budget),
+        selection=None if budget is None else source.select(budget),
         notes=source.notes(),
     )
 
 
-def choose(
+def select_trained_layers(
     model: Any,
     budget: int,
     *,
@@ -150,18 +243,30 @@ def choose(
     loss: str | None = None,
     momentum: bool = False,
 ) -> TrainingSelection:
-    """What to train in `budget` bytes of RAM: of int8 weights the sparse update that is worth most (Lin et al. 2022;
-    see `quantized_training.choose`), else the layers, or their biases, with the most bytes from one layer to the end.
+    """Select what to train within a RAM budget.
 
-    Other arguments as in `compile_model`, which takes what is chosen. Raises CompileError if not even the least fits.
+    Of int8 weights that is the sparse update that is worth most (Lin et al. 2022; see
+    `quantized_training.select_update`), otherwise the layers, or their biases, with the most bytes from one layer to
+    the end.
+
+    Parameters
+    ----------
+    model : keras.Model, str, Path or ModelFile
+        As in `compile_model`, like the arguments that are not listed here.
+    budget : int
+        Bytes of RAM.
+
+    Returns
+    -------
+    TrainingSelection
+        What `compile_model` takes.
+
+    Raises
+    ------
+    CompileError
+        If not even the least fits.
     """
-    return _SourceModel(model, int8, classes, max_classes, loss, momentum).choose(budget)
-
-
-def memory(model: Any) -> tuple[MemoryUse, MemoryUse | None]:
-    """What a model takes to run, and to train what is trainable in Keras; None if nothing is, or it cannot train."""
-    source = _SourceModel(model)
-    return source.run(), source.trainable()
+    return _SourceModel(model, int8, classes, max_classes, loss, momentum).select(budget)
 
 
 class _SourceModel:
@@ -176,23 +281,13 @@ class _SourceModel:
         loss: str | None = None,
         momentum: bool = False,
     ) -> None:
-        self.model, self.int8, self.classes, self.max_classes, self.momentum = (
-            model,
-            int8,
-            classes,
-            max_classes,
-            momentum,
-        )
+        self.model = model.path if isinstance(model, ModelFile) else model
+        self.int8, self.classes, self.max_classes, self.momentum = int8, classes, max_classes, momentum
         self.loss: Loss | None = next((known for known in LOSSES if known == loss), None)
         if loss is not None and self.loss is None:
             raise CompileError(f"unknown loss '{loss}'; supported: {', '.join(LOSSES)}")
-        self.reading: KerasGraph | None = None
-        if isinstance(model, str | Path) and Path(model).suffix == ".tflite":
-            self.graph = tflite_reader.read_tflite(Path(model))
-        else:
-            self.reading = keras_reader.read_keras_structure(model, loss)
-            self.graph = self.reading.graph
-        self.fixed = frozenset[str]() if self.reading is None else self.reading.fixed
+        self.graph, self.keras = _read(model, loss)
+        self.fixed = frozenset[str]() if self.keras is None else self.keras.fixed
         if int8 and not any(op.kind in INT8_WEIGHTED for op in self.graph.ops):
             raise CompileError("this model has no int8 layers that could train in int8; leave --int8 out")
         if int8 and (max_classes is not None or momentum):
@@ -202,7 +297,7 @@ class _SourceModel:
 
     def with_weights(self) -> Graph:
         """The graph with its weights."""
-        return self.graph if self.reading is None else self.reading.with_weights(self.model)
+        return self.graph if self.keras is None else self.keras.with_weights(self.model)
 
     def training(
         self, graph: Graph, train_from: str | None, bias_only: bool, selection: Selection | None = None
@@ -215,11 +310,11 @@ class _SourceModel:
             loss = self.loss or quantized_training.default_loss(graph, classes=self.classes)
             return quantized_training.train_int8(graph, selection, classes=self.classes, loss=loss)
         grows = self.classes is not None or self.max_classes is not None
-        if train_from is None and self.reading is None:
+        if train_from is None and self.keras is None:
             if grows or self.loss is not None or self.momentum or self.int8:
                 raise CompileError(
                     "classes, a loss, momentum and int8 training are for a model that trains; name a layer with "
-                    "--train-from, or give a --budget"
+                    "--train-from, or give a --ram-budget"
                 )
             return graph
         trained = transfer.train_from(
@@ -232,16 +327,16 @@ class _SourceModel:
             bias_only=bias_only,
             fixed=self.fixed,
         )
-        if self.reading is None:
+        if self.keras is None:
             return trained
-        norm = self.reading.untrainable(train_from)
+        norm = self.keras.untrainable(train_from)
         if norm is not None:
             raise norm.error(
                 "would have to train, and one sample has no batch to normalize by; make it trainable = False in Keras, "
                 "or train from a layer behind it with --train-from"
             )
-        if self.reading.unsettled and not grows and any(op.trains != "nothing" for op in trained.ops):
-            raise CompileError(self.reading.unsettled)
+        if self.keras.loss_undecided and not grows and any(op.trains != "nothing" for op in trained.ops):
+            raise CompileError(self.keras.loss_undecided)
         return trained
 
     def run(self) -> MemoryUse:
@@ -250,7 +345,7 @@ class _SourceModel:
 
     def trainable(self) -> MemoryUse | None:
         """To train what is trainable in Keras."""
-        if self.reading is None:
+        if self.keras is None:
             return None
         try:
             graph = self.training(self.graph, None, False)
@@ -268,7 +363,7 @@ class _SourceModel:
                     graph = self.training(self.graph, layer, bias_only)
                     check(graph)
                     rows[layer] = _memory(graph)
-                except UserError:  # an operation behind it that no gradient passes, say
+                except UserError:  # for example where no gradient passes an operation behind it
                     continue
             self._rows[bias_only] = rows
         return self._rows[bias_only]
@@ -289,11 +384,11 @@ class _SourceModel:
                 found.append(f"cannot train from '{layer}'{' or before' if len(missing) > 1 else ''}: {e}")
         return tuple(found)
 
-    def choose(self, budget: int) -> TrainingSelection:
-        """See compiler.choose."""
+    def select(self, budget: int) -> TrainingSelection:
+        """See select_trained_layers."""
         if self.int8:
             loss = self.loss or quantized_training.default_loss(self.graph, classes=self.classes)
-            selection = quantized_training.choose(self.graph, budget, classes=self.classes, loss=loss)
+            selection = quantized_training.select_update(self.graph, budget, classes=self.classes, loss=loss)
             return TrainingSelection(None, False, selection, _memory(self.training(self.graph, None, False, selection)))
         rows = [
             TrainingSelection(layer, bias_only, None, row)
@@ -310,6 +405,21 @@ class _SourceModel:
                 f"{self.run().ram_bytes:,} running alone"
             )
         return max(fitting, key=lambda row: row.memory.params_bytes)
+
+
+def _read(model: Any, loss: str | None) -> tuple[Graph, KerasGraph | None]:
+    """The engine's graph of a model; of Keras's without weights, and with where these are. Raises CompileError."""
+    if isinstance(model, ModelFile):
+        if model.model.graph is None:
+            raise CompileError(model.model.unsupported)
+        if model.keras is None:
+            return model.model.graph, None
+        keras = model.keras.with_loss(loss)
+    elif isinstance(model, str | Path) and Path(model).suffix == ".tflite":
+        return read_tflite(Path(model)), None
+    else:
+        keras = read_keras_structure(model, loss)
+    return keras.graph, keras
 
 
 def _frozen(graph: Graph) -> Graph:
@@ -329,36 +439,3 @@ def _memory(graph: Graph) -> MemoryUse:
         flash_bytes=found.program - found.params,
         initial_bytes=found.program,
     )
-
-
-# Weights
-
-
-def weights_from_keras(model: Any) -> dict[str, NDArray[np.float32]]:
-    """All weights of a Keras model (object, or path of a .keras file) by the program's names (`dense_0/weights`), in
-    the engine's layouts, batch normalizations folded in. Raises CompileError."""
-    graph = keras_reader.read_keras(model)
-    weights: dict[str, NDArray[np.float32]] = {}
-    for name, _, op in named_arrays(graph.ops, graph.tensors):
-        array = op.weights if name.endswith("/weights") else op.bias
-        assert array is not None  # of a Keras model all have both
-        weights[name] = array
-    return weights
-
-
-def weights_to_keras(model: Any, weights: Mapping[str, NDArray[np.float32]]) -> None:
-    """Writes weights by the program's names (e.g. `program.split(learner.parameters)`) into a Keras model; layers that
-    are not named keep theirs. Raises CompileError for a name or shape that the model does not have, and for a layer
-    with a batch normalization folded into it."""
-    reading = keras_reader.read_keras_structure(model)
-    shapes = {name: shape for name, shape, _ in named_arrays(reading.graph.ops, reading.graph.tensors)}
-    for name, value in weights.items():
-        if name not in shapes:
-            raise CompileError(f"the model has no weights '{name}'; it has: {', '.join(shapes)}")
-        if value.shape != shapes[name]:
-            raise CompileError(f"'{name}' has shape {value.shape}, but the model's is {shapes[name]}")
-    names = dict.fromkeys(name.rpartition("/")[0] for name in shapes)
-    for name, source in zip(names, reading.sources, strict=True):
-        given = weights.get(f"{name}/weights"), weights.get(f"{name}/bias")
-        if any(array is not None for array in given):
-            source.write(model, *given)

@@ -1,4 +1,4 @@
-"""What the readers of models share: their error, TensorFlow's window arithmetic, and the graph's simplification."""
+"""What the readers of both formats share: their errors, TensorFlow's window arithmetic, and simplifying a graph."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 
 class CompileError(UserError):
     """A model that cannot become a program. Names the layer or operator, and what is supported or wrong."""
+
+
+class ReadError(CompileError):
+    """A file that is damaged, or not of its format: it can be neither described nor compiled."""
 
 
 def windows(size: int, kernel: int, stride: int, dilation: int, padding: str) -> tuple[int, int]:

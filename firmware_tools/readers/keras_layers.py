@@ -1,21 +1,18 @@
-"""Reads what a .keras file (Keras 3) says of its model: layers, shapes, parameters, multiply-accumulates.
+"""The layers of a Keras model as the graph describes them: shapes, number types, parameters, multiply-accumulates.
 
-The file is a zip; its config.json says all that a description needs. Neither Keras nor TensorFlow is imported and the
-weights (HDF5) are not opened, so a hostile file can do nothing but be refused. A layer of a kind that is not known here
-is listed without figures.
+Every layer is listed, also those that the engine cannot run; one of a kind that is not known here has no figures.
 """
 
-import hashlib
-import io
-import json
+from __future__ import annotations
+
 import math
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from tinyfleet.ontology.ingest.describe import DescribeError, Layer, ModelDescription, Shape
+from tinyfleet.edge.model.graph import Layer, Shape
+from tinyfleet.firmware_tools.readers.common import ReadError
+from tinyfleet.firmware_tools.readers.keras_file import KerasDescription
 
-_MAX_CONFIG = 16 * 1024 * 1024
 _MAX_DEPTH = 8
 """Models may be nested so deep in each other."""
 
@@ -30,39 +27,32 @@ class _Figures(NamedTuple):
     macs: int = 0
 
 
-def describe(data: bytes, name: str) -> ModelDescription:
-    """Describes a .keras file. Raises DescribeError if it is not one, or damaged."""
+class KerasLayers(NamedTuple):
+    """A model's layers in the description's order, those of models in it too; notes on what cannot be told of them."""
+
+    layers: tuple[Layer, ...]
+    input_shape: Shape | None
+    output_shape: Shape | None
+    notes: tuple[str, ...]
+
+
+def keras_layers(description: KerasDescription) -> KerasLayers:
+    """The layers of a model's description. Raises ReadError if it is not as Keras 3 writes it."""
+    walk = _Walk()
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open("config.json") as file:
-            text = file.read(_MAX_CONFIG + 1)
-        if len(text) > _MAX_CONFIG:
-            raise DescribeError(f"{name}: its config.json is longer than {_MAX_CONFIG} bytes")
-        config = json.loads(text)
-        reader = _Reader()
-        last = reader.model(config, None, True, 0)
-    except DescribeError as error:
-        raise DescribeError(f"{name}: {error}") from None
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError) as error:
-        raise DescribeError(
-            f"{name} is no .keras file ({error}); save the model with model.save('name.keras')"
-        ) from None
+        last = walk.model(description.config, None, True, 0)
+    except ReadError as error:
+        raise ReadError(f"{description.name}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise DescribeError(f"{name} is damaged, or of a Keras before 3: {error!r}") from None
-    if not reader.layers:
-        raise DescribeError(f"{name}: it has no layer")
-    return ModelDescription(
-        name=name,
-        format="keras",
-        sha256=hashlib.sha256(data).hexdigest(),
-        file_bytes=len(data),
-        layers=tuple(reader.layers),
-        input_shape=reader.input,
-        output_shape=last,
-        notes=tuple(dict.fromkeys(reader.notes)),
-    )
+        raise ReadError(f"{description.name} is damaged, or of a Keras before 3: {error!r}") from None
+    if not walk.layers:
+        raise ReadError(f"{description.name}: it has no layer")
+    return KerasLayers(tuple(walk.layers), walk.input, last, tuple(dict.fromkeys(walk.notes)))
 
 
-class _Reader:
+class _Walk:
+    """Walks through a description's layers in their order."""
+
     def __init__(self) -> None:
         self.layers: list[Layer] = []
         self.notes: list[str] = []
@@ -71,11 +61,9 @@ class _Reader:
     def model(self, config: Config, given: Shape | None, trainable: bool, depth: int) -> Shape | None:
         """Adds a model's layers, those of models in it too; the shape of its output."""
         if depth > _MAX_DEPTH:
-            raise DescribeError(f"models are nested deeper than {_MAX_DEPTH}")
+            raise ReadError(f"models are nested deeper than {_MAX_DEPTH}")
         if config["class_name"] not in ("Sequential", "Functional"):
-            raise DescribeError(
-                f"a {config['class_name']} model has no list of layers; make it Sequential or Functional"
-            )
+            raise ReadError(f"a {config['class_name']} model has no list of layers; make it Sequential or Functional")
         trainable = trainable and config["config"].get("trainable", True)
         outputs: dict[str, Shape | None] = {}
         shape = given
