@@ -21,7 +21,8 @@ from tinyfleet.firmware_tools.firmware.emulate import Emulator
 from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.training_run import make_strategy, run
+from tinyfleet.server.named_strategies import make_strategy
+from tinyfleet.server.training_run import run
 
 from tinyfleet import compile_model, load_task
 
