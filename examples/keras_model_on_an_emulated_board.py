@@ -2,10 +2,11 @@
 
     python examples/keras_model_on_an_emulated_board.py
 
-compiles a small classifier of digits, builds firmware with it, starts the board in QEMU behind a gateway, trains it for
-five rounds of FedAvg, and prints
+builds firmware with a small classifier of digits, starts the board in QEMU behind a gateway, and prints
 
+    1685 parameters train in 6,952 B of RAM
     ...
+    round 5: loss 0.121, accuracy 81%
 """
 
 import tempfile
@@ -20,8 +21,8 @@ from tinyfleet.firmware_tools.firmware.build import build
 from tinyfleet.firmware_tools.firmware.emulate import Emulator
 from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.server.fleet_server import FleetServer
-from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.training_run import make_strategy, run
+from tinyfleet.server.named_strategies import make_strategy
+from tinyfleet.server.training_run import run
 
 from tinyfleet import compile_model, load_task
 
@@ -29,7 +30,6 @@ BOARD = "mps2-an386"
 
 
 def main() -> None:
-    log_level(30)  # Flower's own log: warnings only
     layers = [keras.Input((64,)), keras.layers.Dense(24, "relu"), keras.layers.Dense(5, "softmax")]
     program = compile_model(keras.Sequential(layers))
     task = replace(load_task("digits"), name="keras-digits", program=program)
@@ -40,8 +40,7 @@ def main() -> None:
         elf = build(BOARD, program, samples, "home", "board-01", folder / "firmware")
         server = stack.enter_context(FleetServer(folder / "data", "home", port=0))
         board = stack.enter_context(Emulator(load_board(BOARD), elf))
-        stop = threading.Event()
-        gateway = Gateway(board.url, server.broker)
+        stop, gateway = threading.Event(), Gateway(board.url, server.broker)
         threading.Thread(target=gateway.run, args=(stop,)).start()
         stack.callback(stop.set)
         run(
