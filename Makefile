@@ -8,7 +8,7 @@ NATIVE = $(shell find edge/mote -name '*.[ch]' -o -name '*.py') edge/wire/protoc
 TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf chromedriver
 PAGE = $(addprefix ontology/http/page/,package.json package-lock.json index.html page.css page.js icon.svg)
 
-.PHONY: demo test test-slow fuzz coverage instructions boards vocabulary check page lock clean tools-demo tools-test
+.PHONY: demo test test-slow fuzz coverage instructions boards vocabulary check page docs screenshots lock clean tools-demo tools-test
 
 demo: $(VENV)/.demo
 	$(BIN)/tinyfleet demo $(ARGS)
@@ -34,11 +34,11 @@ instructions: $(VENV)/.test
 # The catalogue of boards as a graph, for `tinyfleet graph load`. BOARDS is the folder of the public board files.
 BOARDS ?= $(TINYFLEET_DATA)/boards
 boards: $(VENV)/.demo
-	$(BIN)/tinyfleet graph boards $(BOARDS) --out build/boards.ttl $(ARGS)
+	$(BIN)/tinyfleet graph build-catalogue $(BOARDS) --out build/boards.ttl $(ARGS)
 
 # The vocabulary as an HTML page.
 vocabulary: $(VENV)/.demo
-	$(BIN)/tinyfleet graph vocabulary --out build/vocabulary.html
+	$(BIN)/tinyfleet graph export-vocabulary --out build/vocabulary.html
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -61,11 +61,26 @@ page: ontology/http/page/dist/index.html
 ontology/http/page/dist/index.html: tools/page.sh $(PAGE)
 	@sh tools/page.sh
 
+# The documentation site, into build/site. Its diagrams' script comes from npm. A dead link is an error.
+docs: $(VENV)/.docs
+	@sh tools/mermaid.sh
+	@sh tools/types.sh
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: requirements-docs.lock $(VENV)/.demo
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-docs.lock
+	@touch $@
+
+# The screenshots in docs/images, from the real pages.
+screenshots: $(VENV)/.test page
+	$(BIN)/python tools/screenshots.py
+
 # Needs `uv`. Writes no index address.
 LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header pyproject.toml
 lock:
 	echo 'setuptools>=75' | $(LOCK) - --extra edge --extra server --extra broker --extra firmware -o requirements.lock
 	echo 'setuptools>=75' | $(LOCK) - --extra dev -o requirements-dev.lock
+	$(LOCK) --extra docs -c requirements-dev.lock -o requirements-docs.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info ontology/http/page/dist ontology/http/page/node_modules edge/_mote*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .tinyfleet

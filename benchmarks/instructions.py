@@ -32,6 +32,7 @@ from tinyfleet.edge.model.layers import Layer
 from tinyfleet.edge.model.program import Program
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
+from tinyfleet.firmware_tools.firmware.size import read_size
 
 HERE = Path(__file__).parent
 PROFILES: tuple[build.Profile, ...] = ("exact", "fast")
@@ -103,7 +104,7 @@ SUBJECTS = (
 )
 
 
-def instructions(target: catalogue.Target, elf: Path) -> dict[str, float]:
+def instructions(target: catalogue.BoardTarget, elf: Path) -> dict[str, float]:
     """Runs a benchmark program: mean, least and most instructions of an inference and of a step."""
     said = {}
     for line in emulate.run_to_completion(target, elf, counting=True, timeout=600).splitlines():
@@ -130,9 +131,9 @@ def measure(subject: Subject, board: str, profile: build.Profile) -> dict[str, A
     target, model = catalogue.load_board(board), subject.make()
     row: dict[str, Any] = {"model": subject.name, "board": board, "core": target.board.mcu, "profile": profile}
     with tempfile.TemporaryDirectory() as folder:
-        elf = build.bench(target, model, Path(folder) / "bench.elf", steps=subject.steps, profile=profile)
+        elf = build.build_benchmark(target, model, Path(folder) / "bench.elf", steps=subject.steps, profile=profile)
         row |= instructions(target, elf)
-        size = build.size(elf)
+        size = read_size(elf)
         if subject.plain is not None:
             sources = [build.SOURCES / "main_bench.c", build.SOURCES / "semihost.c", HERE / subject.plain]
             plain = Path(folder) / "plain.elf"

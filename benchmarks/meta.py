@@ -164,7 +164,10 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def in_a_process(part: str) -> dict[str, Any]:
-    flags = {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}  # as tinyfleet meta-train
+    flags = {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    }  # as tinyfleet run simulate
     environment = {**flags, **os.environ}
     if part in ("tensorflow", "jax"):
         environment["KERAS_BACKEND"] = part

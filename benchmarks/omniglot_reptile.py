@@ -132,7 +132,8 @@ def main() -> None:
     start = initial_parameters(training, net, options)
     outcome = simulator.simulate(
         backend, simulator.ClientSource(2**31, samples, stores_samples=True), HOW, start,
-        rounds=options.rounds, seed=options.seed, checkpoint=options.checkpoint, checkpoint_every=options.every, on_round=tell,
+        rounds=options.rounds, seed=options.seed, checkpoint=options.checkpoint, checkpoint_every=options.every,
+        on_round=tell,
     )  # fmt: skip
     said: dict[str, Any] = {"rounds": options.rounds, "seconds": round(time.perf_counter() - began)}
     for shots in (1, 5):

@@ -105,7 +105,7 @@ def step_instructions() -> int:
     """Of one training step on a Cortex-M4, the mean of three, with random weights."""
     target, device = catalogue.load_board(BOARD), small(device_layers(), (SIDE, SIDE, 1))
     with tempfile.TemporaryDirectory() as folder:
-        elf = build.bench(target, device, Path(folder) / "bench.elf", steps=3, profile="fast")
+        elf = build.build_benchmark(target, device, Path(folder) / "bench.elf", steps=3, profile="fast")
         return round(instructions(target, elf)["learn"])
 
 

@@ -100,9 +100,8 @@ class Method:
         hyperparameters = Hyperparameters(
             HEAD if local else 0, self.samples - HEAD * local, trial.rate, trial.alpha, density
         )
-        how = simulator.strategy_settings(
-            self.of, replace(task, meta=hyperparameters, fedavg=hyperparameters), clients=CLIENTS
-        )
+        tried = replace(task, meta=hyperparameters, fedavg=hyperparameters)
+        how = simulator.strategy_settings(self.of, tried, clients=CLIENTS)
         if self.batched:
             steps, last = self.samples // BATCH, how.update.since  # of first-order MAML, one step for the gradient
             phases = (Phase(ALL_LAYERS, steps - last, trial.rate), Phase(ALL_LAYERS, last, trial.rate))
@@ -262,7 +261,7 @@ def device(name: str) -> dict[str, int]:
     task, target = tasks.load(name), catalogue.load_board(BOARD)
     features = task.client(0, FLEET).features
     with tempfile.TemporaryDirectory() as folder:
-        elf = build.bench(target, task.program, Path(folder) / "bench.elf", steps=20)
+        elf = build.build_benchmark(target, task.program, Path(folder) / "bench.elf", steps=20)
         counts = board_instructions.instructions(target, elf)
     return {
         "arena": task.program.arena_bytes, "parameters": task.program.params_bytes,

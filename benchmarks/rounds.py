@@ -69,7 +69,7 @@ def measure(task: str, steps: int, count: int, devices: int, runs: int) -> list[
     with ExitStack() as stack:
         broker = stack.enter_context(Broker(0, Path(stack.enter_context(tempfile.TemporaryDirectory())), "mosquitto"))
         where = f"{broker.host}:{broker.port}"
-        command = [sys.executable, "-m", "tinyfleet", "device", "--count", str(devices), "--task", task]
+        command = [sys.executable, "-m", "tinyfleet", "device", "simulate", "--devices", str(devices), "--task", task]
         fleet = subprocess.Popen([*command, "--fleet", FLEET, "--broker", where], stdout=subprocess.PIPE, text=True)
         stack.callback(fleet.wait)
         stack.callback(fleet.terminate)

@@ -36,18 +36,20 @@ def once(data: Path) -> dict[str, float]:
     """Each command's seconds."""
     with ExitStack() as stack:
         help_ = until(["--help"], "Commands", stack)
-        server = until(["server", "--port", "0", "--data", str(data)], "ready", stack)
+        server = until(["server", "start", "--port", "0", "--data", str(data)], "ready", stack)
         where = ["--data", str(data)]
-        device = until(["device", "--count", "4", *where], "device-3 is up", stack)
-        agent = until(["agent", "--id", "pi", *where], "is up", stack)
-        run = until(["run", "--rounds", "1", "--clients", "5", "--json", *where], '"round": 1', stack)
+        device = until(["device", "simulate", "--devices", "4", *where], "device-3 is up", stack)
+        agent = until(["agent", "start", "--device-id", "pi", *where], "is up", stack)
+        run = until(
+            ["run", "start", "--rounds", "1", "--clients-per-round", "5", "--json", *where], '"round": 1', stack
+        )
         query = until(["query", "clients", *where], "5 rows", stack)
     return {
         "tinyfleet --help": help_,
-        "tinyfleet server: ready": server,
-        "tinyfleet device --count 4: all are up": device,
-        "tinyfleet agent: is up": agent,
-        "tinyfleet run: first round is over": run,
+        "tinyfleet server start: ready": server,
+        "tinyfleet device simulate --devices 4: all are up": device,
+        "tinyfleet agent start: is up": agent,
+        "tinyfleet run start: first round is over": run,
         "tinyfleet query: answer": query,
     }
 

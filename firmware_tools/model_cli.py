@@ -1,4 +1,4 @@
-"""`tinyfleet model`: compile Keras models for the engine, see what they take, describe and export them."""
+"""`tinyfleet model`: compile Keras models for the engine, plan their memory, describe, export and match them."""
 
 from __future__ import annotations
 
@@ -14,99 +14,111 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from tinyfleet.edge.cli import DataOption
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model.graph import LOSSES
-from tinyfleet.edge.model.program import Program
-from tinyfleet.firmware_tools.compiler.compile import (
-    TrainingSelection,
-    compile_model,
-    plan_model,
-    select_trained_layers,
+from tinyfleet.edge.options import (
+    DATA,
+    DEVICE_ID,
+    MODEL,
+    CommandGroup,
+    DataOption,
+    FleetOption,
+    JsonOption,
+    out_option,
 )
-from tinyfleet.firmware_tools.readers.model_file import ModelFile, read_model_file
+from tinyfleet.edge.wire.server_info import fleet_of
 
 if TYPE_CHECKING:
+    from rich.table import Table
+    from tinyfleet.firmware_tools.compiler.compile import ModelPlan, TrainingSelection
+    from tinyfleet.firmware_tools.readers.model_file import ModelFile
     from tinyfleet.ontology.ingest.describe import ModelDescription
 
-app = typer.Typer(
-    help="Compile, plan, describe and export Keras 3 models (.keras) and .tflite files.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+app = CommandGroup("""Compile, describe, export and match models.
 
-KerasModel = Annotated[Path, typer.Argument(metavar="MODEL.keras", help="A Keras 3 model, saved with model.save().")]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A Keras 3 model (.keras) or a .tflite file.")]
-Out = Annotated[Path, typer.Option(help="The file to write.")]
-TrainFrom = Annotated[
+Examples:
+  tinyfleet model plan model.keras
+  tinyfleet model compile model.keras --out model.mote
+""")
+
+KerasArgument = Annotated[
+    Path, typer.Argument(metavar="MODEL.keras", help="A Keras 3 model, as model.save() writes it.")
+]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="A Keras 3 model (.keras) or a .tflite file.")]
+TrainFromOption = Annotated[
     str | None,
     typer.Option(
+        "--train-from",
         metavar="LAYER",
-        help="The layer from which on layers train; default: those that Keras has as trainable, nothing of a .tflite.",
+        help="Train this layer and all that follow.",
+        show_default="the layers that are trainable in Keras; none of a .tflite",
     ),
 ]
-Loss = Annotated[
+LossOption = Annotated[
     str | None,
-    typer.Option(help=f"{', '.join(LOSSES[:-1])} or {LOSSES[-1]}; default: as the model ends, or was compiled."),
+    typer.Option(
+        "--loss",
+        metavar="NAME",
+        help="softmax_cross_entropy, mse, binary_cross_entropy or huber.",
+        show_default="by the model's last layer, or as it was compiled",
+    ),
 ]
-Budget = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="RAM, as 256KB: what trains is chosen to fit, and printed.")
+RamBudgetOption = Annotated[
+    str | None,
+    typer.Option("--ram-budget", metavar="SIZE", help="RAM budget, such as 256KB: choose what trains so that it fits."),
 ]
-Int8 = Annotated[
+Int8Option = Annotated[
     bool,
     typer.Option(
-        "--int8",
-        help="Train int8 weights in place (int8 .tflite files); with --budget, of which layers how many channels.",
+        "--int8", help="Train int8 weights in place (int8 .tflite files); with --ram-budget, channel by channel."
     ),
 ]
-Classes = Annotated[
-    int | None, typer.Option(min=1, help="A new last layer for so many classes, its weights 0.", show_default=False)
+ClassesOption = Annotated[
+    int | None,
+    typer.Option("--classes", metavar="N", min=1, help="Replace the last layer by one for N classes, weights 0."),
 ]
-MaxClasses = Annotated[
-    int | None, typer.Option(min=1, help="Room for so many, to be taken into use one by one.", show_default=False)
+MaxClassesOption = Annotated[
+    int | None,
+    typer.Option("--max-classes", metavar="N", min=1, help="Reserve memory for N classes, to be added one by one."),
 ]
-Momentum = Annotated[bool, typer.Option("--momentum", help="Keep room for the optimiser's momentum.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+MomentumOption = Annotated[bool, typer.Option("--momentum", help="Reserve memory for the optimizer's momentum.")]
 
 
 @app.command("compile")
 def compile_(
-    model: Model,
-    out: Out = Path("model.mote"),
-    train_from: TrainFrom = None,
-    bias_only: Annotated[bool, typer.Option("--bias-only", help="Of these layers, only the biases train.")] = False,
-    budget: Budget = None,
-    int8: Int8 = False,
-    classes: Classes = None,
-    max_classes: MaxClasses = None,
-    loss: Loss = None,
-    momentum: Momentum = False,
-    architecture_only: Annotated[
+    model: ModelArgument,
+    out: Annotated[Path, out_option("FILE.mote")] = Path("model.mote"),
+    train_from: TrainFromOption = None,
+    bias_only: Annotated[bool, typer.Option("--bias-only", help="Train only the biases of these layers.")] = False,
+    ram_budget: RamBudgetOption = None,
+    int8: Int8Option = False,
+    classes: ClassesOption = None,
+    max_classes: MaxClassesOption = None,
+    loss: LossOption = None,
+    momentum: MomentumOption = False,
+    no_initial_values: Annotated[
         bool,
         typer.Option(
-            "--architecture-only", help="Leave out the initial values of what trains: a fleet sends them every round."
+            "--no-initial-values", help="Leave out initial values of trained layers; a fleet sends them every round."
         ),
     ] = False,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Compile a Keras model or a .tflite file to a program for the engine.
+    """Compile a model to a program for the engine.
 
-    \b
     Examples:
       tinyfleet model compile model.keras --out model.mote --train-from head
-      tinyfleet model compile model.keras --budget 32KB
-      tinyfleet model compile kws.tflite --train-from dense --classes 4 --max-classes 8
-      tinyfleet model compile kws.tflite --int8 --budget 64KB --classes 4
+      tinyfleet model compile model.keras --ram-budget 32KB
+      tinyfleet model compile kws.tflite --train-from dense --classes 4
+      tinyfleet model compile kws.tflite --int8 --ram-budget 64KB --classes 4
     """
-    if budget is not None and (train_from is not None or bias_only):
-        raise UserError("--budget chooses what trains; leave --train-from and --bias-only out, or --budget")
+    from tinyfleet.firmware_tools.compiler.compile import compile_model, select_trained_layers
+
+    if ram_budget is not None and (train_from is not None or bias_only):
+        raise UserError("--ram-budget chooses what trains; leave out --train-from and --bias-only, or --ram-budget")
     selected = None
-    if budget is not None:
+    if ram_budget is not None:
         selected = select_trained_layers(
-            model, _bytes(budget), int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
+            model, _bytes(ram_budget), int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
         )
         train_from, bias_only = selected.train_from, selected.bias_only
     with _quiet():
@@ -120,7 +132,7 @@ def compile_(
             max_classes=max_classes,
             loss=loss,
             momentum=momentum,
-            architecture_only=architecture_only,
+            architecture_only=no_initial_values,
         )
     _write(out, program.data)
     facts: dict[str, Any] = {
@@ -139,32 +151,34 @@ def compile_(
         f"{out}: model {facts['model']}, {len(program.data):,} B of flash, {program.arena_bytes:,} B of RAM, "
         f"{program.n_params:,} parameters train"
     )
-    if selected is not None and budget is not None:
-        print(_selection_text(selected, _bytes(budget)))
+    if selected is not None and ram_budget is not None:
+        print(_selection_text(selected, _bytes(ram_budget)))
 
 
-@app.command("plan")
+@app.command()
 def plan(
-    model: Model,
-    budget: Budget = None,
-    int8: Int8 = False,
-    classes: Classes = None,
-    max_classes: MaxClasses = None,
-    loss: Loss = None,
-    momentum: Momentum = False,
-    as_json: AsJson = False,
+    model: ModelArgument,
+    ram_budget: RamBudgetOption = None,
+    int8: Int8Option = False,
+    classes: ClassesOption = None,
+    max_classes: MaxClassesOption = None,
+    loss: LossOption = None,
+    momentum: MomentumOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Print what a model takes: to run, and to train, or only its biases, from each of its layers to the end.
+    """Print the RAM and flash that a model needs to run and to train.
 
-    RAM is exact: what trains, its momentum, values and gradients; "least possible" is what no plan can go below.
+    There is a row for training from each layer to the end, and for only the biases of these. RAM is exact: parameters
+    that train, momentum, activations and gradients. "Least possible" is a bound that no memory plan can go below.
 
-    \b
     Examples:
       tinyfleet model plan model.keras
-      tinyfleet model plan kws.tflite --budget 128KB --classes 4
-      tinyfleet model plan kws.tflite --int8 --budget 64KB
+      tinyfleet model plan kws.tflite --ram-budget 128KB --classes 4
+      tinyfleet model plan kws.tflite --int8 --ram-budget 64KB
     """
-    size = None if budget is None else _bytes(budget)
+    from tinyfleet.firmware_tools.compiler.compile import plan_model
+
+    size = None if ram_budget is None else _bytes(ram_budget)
     takes = plan_model(
         model, budget=size, int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
     )
@@ -173,22 +187,30 @@ def plan(
     if as_json:
         print(json.dumps(asdict(takes), indent=2))
         return
-    table = Table(title=f"{model.name}: {takes.parameters:,} parameters, {takes.macs:,} MACs; bytes, exact")
-    table.add_column("", no_wrap=True)
-    for column in ("parameters\nthat train", "RAM", "least\npossible", "flash", "with initial\nweights"):
-        table.add_column(column, justify="right")
-    rows = {"run only": takes.run}
-    rows |= {f"train from '{name}'": row for name, row in takes.train_from.items()}
-    rows |= {f"biases from '{name}'": row for name, row in takes.bias_from.items()}
-    if takes.selection is not None and takes.selection.updates is not None:
-        rows["selected channels"] = takes.selection.memory
-    for name, row in rows.items():
-        figures = (row.parameters, row.ram_bytes, row.least_ram_bytes, row.flash_bytes, row.initial_bytes)
-        best = takes.selection is not None and row is takes.selection.memory
-        table.add_row(name, *(f"{number:,}" for number in figures), style="bold" if best else None)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(_plan_table(model.name, takes))
     if takes.selection is not None and size is not None:
         print(_selection_text(takes.selection, size))
+
+
+def _plan_table(name: str, plan: ModelPlan) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{name}: {plan.parameters:,} parameters, {plan.macs:,} MACs; bytes, exact")
+    table.add_column("", no_wrap=True)
+    for column in ("parameters\nthat train", "RAM", "least\npossible", "flash", "with initial\nvalues"):
+        table.add_column(column, justify="right")
+    rows = {"run only": plan.run}
+    rows |= {f"train from '{layer}'": row for layer, row in plan.train_from.items()}
+    rows |= {f"biases from '{layer}'": row for layer, row in plan.bias_from.items()}
+    best = None if plan.selection is None else plan.selection.memory
+    if plan.selection is not None and plan.selection.updates is not None:
+        rows["selected channels"] = plan.selection.memory
+    for title, row in rows.items():
+        figures = (row.parameters, row.ram_bytes, row.least_ram_bytes, row.flash_bytes, row.initial_bytes)
+        table.add_row(title, *(f"{number:,}" for number in figures), style="bold" if row is best else None)
+    return table
 
 
 def _selection_text(selected: TrainingSelection, budget: int) -> str:
@@ -208,16 +230,24 @@ def _bytes(size: str) -> int:
     """Bytes of a size such as 256KB; a KB is 1024 bytes, as in data sheets."""
     found = re.fullmatch(r"(\d+) *(B|KB|KiB|MB|MiB)?", size.strip(), re.IGNORECASE)
     if found is None:
-        raise UserError(f"'{size}' is no size; give one as 65536, 64KB or 1MB")
+        raise UserError(f"'{size}' is not a size; write it as 65536, 64KB or 1MB")
     power = "BKM".index((found[2] or "B")[0].upper())
     return int(found[1]) * int(1024**power)
 
 
-@app.command("export")
-def export(model: KerasModel, out: Out = Path("model.tflite"), train_from: TrainFrom = None, loss: Loss = None) -> None:
-    """Export a Keras model to a .tflite file that trains in TFLite (on a Raspberry Pi), as a fleet's member.
+@app.command()
+def export(
+    model: KerasArgument,
+    out: Annotated[Path, out_option("FILE.tflite")] = Path("model.tflite"),
+    train_from: TrainFromOption = None,
+    loss: LossOption = None,
+) -> None:
+    """Export a Keras model to a .tflite file that trains on a Raspberry Pi.
 
-    Example: tinyfleet model export model.keras --out model.tflite
+    The file has the signatures that `tinyfleet agent start --tflite` needs.
+
+    Examples:
+      tinyfleet model export model.keras --out model.tflite
     """
     from tinyfleet.firmware_tools.compiler.export import export_tflite
 
@@ -227,14 +257,17 @@ def export(model: KerasModel, out: Out = Path("model.tflite"), train_from: Train
     print(f"{out}: {out.stat().st_size:,} B, signatures train, loss, infer, get, set")
 
 
-@app.command("describe")
+@app.command()
 def describe(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .keras, .tflite or .mote file.")],
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Print what a model is, as RDF (Turtle) or JSON: layers, shapes, MACs, parameters, and the memory it takes.
+    """Print a model's description as RDF (Turtle) or JSON.
 
-    Example: tinyfleet model describe model.keras
+    Its layers, shapes, MACs and parameters, and the memory that it needs to run and to train.
+
+    Examples:
+      tinyfleet model describe model.keras
     """
     import pyoxigraph
     from tinyfleet.ontology.ingest.describe import put_model
@@ -257,54 +290,50 @@ def describe(
     print(turtle.decode().rstrip())
 
 
-@app.command("match")
+@app.command()
 def match(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID|FILE",
-            help="A model of the graph by its id (16 hexadecimal digits), or a .keras, .tflite or .mote file, which is "
-            "described in the graph first.",
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option(metavar="ID", help="A device of the fleet.")] = None,
-    why: Annotated[bool, typer.Option("--why", help="Also what does not fit, and which need is missed.")] = False,
-    fleet: Annotated[str | None, typer.Option(help="The fleet's name. Default: the running server's.")] = None,
-    data: DataOption = Path(".tinyfleet"),
-    as_json: AsJson = False,
+    model: Annotated[str | None, MODEL] = None,
+    device_id: Annotated[str | None, DEVICE_ID] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also list what does not match, and the unmet requirement.")
+    ] = False,
+    fleet: FleetOption = None,
+    data: DataOption = DATA,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say which devices can run a model and train how much of it, or which models fit a device, the best first.
+    """Match models and devices: who can run what, and train how much of it.
 
-    \b
+    Give a model, a device or both; the best match comes first. MODEL is the ID of a model in the graph (16 hexadecimal
+    digits), or a .keras, .tflite or .mote file, which is added to the graph first.
+
     Examples:
       tinyfleet model match --model model.keras
-      tinyfleet model match --model 0123456789abcdef --why
-      tinyfleet model match --device kitchen
-      tinyfleet model match --model model.mote --device kitchen
+      tinyfleet model match --model 0123456789abcdef --explain
+      tinyfleet model match --device-id kitchen
+      tinyfleet model match --model model.mote --device-id kitchen
     """
-    from tinyfleet.firmware_tools import show_match as show
-    from tinyfleet.ontology.cli import find_server, open_store
-    from tinyfleet.ontology.queries import match as matching
+    from tinyfleet.firmware_tools import match_report as report
+    from tinyfleet.ontology.queries import matching
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
 
-    if model is None and device is None:
-        raise UserError("give a model with --model, a device with --device, or both")
-    name = fleet_name(fleet or find_server(data).get("fleet", "home"))
+    if model is None and device_id is None:
+        raise UserError("give a model with --model, a device with --device-id, or both")
+    name = fleet_name(fleet_of(fleet, data))
     with open_store(data) as store:
-        about = None
+        iri = None
         if model is not None:
-            about = matching.known_model(store, model) or matching.describe(store, description(Path(model)))
-        if device is not None:
-            matching.known_device(store, device, name)
-        misses = (
-            matching.unmet_requirements(store, name, model=about, device=device) if why or (about and device) else {}
-        )
-        if about is not None:
-            fits = [fit for fit in matching.match_devices(store, about, name) if device in (None, fit.device)]
-            show.devices(about, fits, misses, device, as_json)
+            iri = matching.require_model(store, model) or matching.describe(store, description(Path(model)))
+        if device_id is not None:
+            matching.require_device(store, device_id, name)
+        both = iri is not None and device_id is not None
+        unmet = matching.unmet_requirements(store, name, model=iri, device=device_id) if explain or both else {}
+        if iri is not None:
+            found = [m for m in matching.match_devices(store, iri, name) if device_id in (None, m.device)]
+            report.devices(iri, found, unmet, device_id, as_json)
         else:
-            assert device is not None
-            show.models(device, matching.match_models(store, device, name), misses, as_json)
+            assert device_id is not None
+            report.models(device_id, matching.match_models(store, device_id, name), unmet, as_json)
 
 
 def description(file: Path) -> ModelDescription:
@@ -313,6 +342,8 @@ def description(file: Path) -> ModelDescription:
 
     Raises UserError if it is no model's file.
     """
+    from tinyfleet.edge.model.program import Program
+    from tinyfleet.firmware_tools.readers.model_file import read_model_file
     from tinyfleet.ontology.ingest.describe import from_graph, from_program
     from tinyfleet.ontology.ingest.model_card import find_model_card
 
@@ -332,6 +363,7 @@ def description(file: Path) -> ModelDescription:
 
 def _planned(file: ModelFile) -> dict[str, Any]:
     """The fields of a description that the engine's plan tells. Raises UserError if the engine cannot run the model."""
+    from tinyfleet.firmware_tools.compiler.compile import plan_model
     from tinyfleet.ontology.ingest.describe import TrainingOption
 
     takes = plan_model(file)

@@ -1,69 +1,65 @@
 """`tinyfleet query`: asks the graph, from a file, from the query library or from the command line."""
 
+from __future__ import annotations
+
 import json
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pyoxigraph as ox
 import typer
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.queries import library
-from tinyfleet.ontology.store.store import (
-    Binding,
-    EmbeddedStore,
-    RemoteStore,
-    Rows,
-    Store,
-    Unreachable,
-    Value,
-    parameters,
-    printable,
-    rows,
-)
-from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri
+from tinyfleet.edge.options import DATA, DataOption, JsonOption
+from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
-GRAPH = "graph"
-"""The folder of the graph in the data directory."""
-SERVER = "server.json"
-"""Where a running server says how to reach it."""
+if TYPE_CHECKING:
+    from tinyfleet.ontology.store.store import Binding, Rows, Value
 
 
 def query(
     file: Annotated[
-        str | None, typer.Argument(help="A SPARQL file, or the name of a query of the library (see --list).")
+        str | None,
+        typer.Argument(metavar="QUERY", help="A SPARQL file, or the name of a library query (see --list)."),
     ] = None,
     sparql: Annotated[
-        str | None, typer.Option("--sparql", help="The query itself; tf:, td:, prov: … are known.")
+        str | None,
+        typer.Option("--sparql", metavar="TEXT", help="The query itself; prefixes such as tf: and td: are known."),
     ] = None,
     param: Annotated[
         list[str] | None,
-        typer.Option("--param", help="NAME=VALUE for a parameter, VALUES ?NAME { UNDEF } in the query. Repeatable."),
+        typer.Option("--param", metavar="NAME=VALUE", help="Bind a query parameter. Repeatable."),
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Show the queries of the library.")] = False,
-    data: Annotated[Path, typer.Option("--data", help="The data directory.")] = Path(".tinyfleet"),
+    list_: Annotated[bool, typer.Option("--list", help="List the library queries and their parameters.")] = False,
     endpoint: Annotated[
-        str | None, typer.Option("--endpoint", help="A SPARQL endpoint, instead of the data directory's.")
+        str | None,
+        typer.Option("--endpoint", metavar="URL", help="SPARQL endpoint to query instead of the data folder's."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    data: DataOption = DATA,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask the fleet's knowledge graph a SPARQL question.
 
-    It asks the server that runs on the data directory or, if none does, the graph on disk.
+    It asks the server that runs on the data folder or, if none does, the graph on disk. A parameter of a query is what
+    it declares as VALUES ?NAME { UNDEF }.
 
     Examples:
-
+      tinyfleet query --list
+      tinyfleet query devices
       tinyfleet query trainable --param model=urn:tinyfleet:model:0123456789abcdef
-
-      tinyfleet query --sparql 'SELECT ?id { ?device tf:deviceId ?id ; tf:online true }'
+      tinyfleet query --sparql 'SELECT ?id { ?d tf:deviceId ?id ; tf:online true }'
     """
     if list_:
         _print_library(as_json)
         return
+    import pyoxigraph as ox
+    from tinyfleet.ontology.graph import with_prefixes
+    from tinyfleet.ontology.store.data_folder import open_store
+    from tinyfleet.ontology.store.store import parameters, rows
+
     if (file is None) == (sparql is None):
-        raise UserError("give a query: a FILE, the name of one of the library (--list shows them), or --sparql TEXT")
-    text = _with_prefixes(sparql) if sparql is not None else read_query(str(file))
+        raise UserError("give a query: a file, the name of a library query (--list shows them), or --sparql TEXT")
+    text = with_prefixes(sparql) if sparql is not None else read_query(str(file))
     bindings = dict(_parameter(p, parameters(text)) for p in param or ())
     with open_store(data, endpoint) as store:
         answer = store.evaluate(text, **bindings)
@@ -112,17 +108,14 @@ def _cell(value: Value | None) -> str:
         case datetime():
             return value.isoformat(sep=" ", timespec="seconds")
         case _:
+            from tinyfleet.ontology.store.store import printable
+
             return printable(str(value))
 
 
-def shorten(text: str) -> str:
-    """The text with the known namespaces in it as prefixes."""
-    for prefix, iri in PREFIXES.items():
-        text = text.replace(iri, f"{prefix}:")
-    return text
-
-
 def _print_library(as_json: bool) -> None:
+    from tinyfleet.ontology.queries import library
+
     known = [library.query(name) for name in library.names()]
     if as_json:
         typer.echo(json.dumps({q.name: {"about": q.about, "parameters": [*q.parameters]} for q in known}, indent=2))
@@ -140,6 +133,8 @@ def _print_library(as_json: bool) -> None:
 
 def read_query(file: str) -> str:
     """The SPARQL of a file, or of the library's query of that name. Raises UserError."""
+    from tinyfleet.ontology.queries import library
+
     path = Path(file)
     if not path.exists() and file in library.names():
         return library.text(file)
@@ -152,13 +147,6 @@ def read_query(file: str) -> str:
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is not text; give a file with a SPARQL query") from None
-
-
-def _with_prefixes(sparql: str) -> str:
-    """The query with the known prefixes that it uses and does not declare, on a line before it."""
-    declared = {m[1] for m in re.finditer(r"\bPREFIX\s+([\w.-]*)\s*:", sparql, re.IGNORECASE)}
-    used = [p for p in PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
-    return " ".join(f"PREFIX {p}: <{PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
 
 
 def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:
@@ -190,40 +178,5 @@ def _value(text: str) -> Value:
         try:
             return datetime.fromisoformat(text)
         except ValueError:
-            raise UserError(f"{text!r} is no date and time; write 2026-01-31T12:00:00Z") from None
+            raise UserError(f"{text!r} is not a date and time; write 2026-01-31T12:00:00Z") from None
     return text
-
-
-def find_server(data: Path) -> dict[str, str]:
-    """What a running server says of itself in its data directory: broker, endpoint, token, fleet; empty if none does.
-
-    Raises UserError if the file is damaged."""
-    path = data / SERVER
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return {"endpoint": said["endpoint"], **{str(key): str(value) for key, value in said.items()}}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not say where the server is ({error!r}); start the server again") from None
-
-
-def open_store(data: Path, endpoint: str | None = None) -> Store:
-    """The graph of the server that runs on a data directory (its owner may update it), or, if none does, on disk."""
-    if endpoint is not None:
-        return RemoteStore(endpoint)
-    graph = data / GRAPH
-    if server := find_server(data):
-        try:
-            remote = RemoteStore(server["endpoint"], server.get("token"))
-            remote.ask("ASK { }")
-            return remote
-        except Unreachable:  # the server has died and left its address behind; if it is only slow, it holds the graph
-            if not graph.is_dir():
-                raise
-    if not graph.is_dir():
-        raise UserError(
-            f"there is no graph in {data} and no server runs on it; start `tinyfleet server`, or name the directory "
-            "with --data, or an endpoint with --endpoint"
-        )
-    return EmbeddedStore(graph)

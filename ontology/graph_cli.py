@@ -1,43 +1,43 @@
 """`tinyfleet graph`: what fills the knowledge graph besides the fleet itself."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import pyoxigraph as ox
 import typer
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.cli import GRAPH, find_server, open_store, shorten
-from tinyfleet.ontology.store.store import EmbeddedStore, Facts, Store, term, triples, value
-from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri
+from tinyfleet.edge.options import BOARD, DATA, CommandGroup, DataOption, JsonOption, out_option
+from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
-app = typer.Typer(
-    help="Fill the knowledge graph: catalogues of boards, descriptions from elsewhere.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+if TYPE_CHECKING:
+    from tinyfleet.ontology.store.store import Facts
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Data = Annotated[Path, typer.Option("--data", help="The data directory.")]
+app = CommandGroup("""Fill the knowledge graph from files.
+
+Examples:
+  tinyfleet graph load build/boards.ttl
+""")
 
 
 @app.command()
-def boards(
+def build_catalogue(
     folder: Annotated[
-        Path, typer.Argument(help="The folder with platformio_boards.csv, core_boards.json and sensor_parts.csv.")
+        Path,
+        typer.Argument(metavar="DIR", help="Folder with platformio_boards.csv, core_boards.json and sensor_parts.csv."),
     ],
-    out: Annotated[Path, typer.Option(help="The file to write: Turtle, or N-Triples if it ends in .nt.")] = Path(
-        "build/boards.ttl"
-    ),
-    as_json: AsJson = False,
+    out: Annotated[Path, out_option("FILE")] = Path("build/boards.ttl"),
+    as_json: JsonOption = False,
 ) -> None:
-    """Make a graph of boards from public board files, and say which are refused and why.
+    """Build a graph of boards from public board files.
 
-    \b
-    Example:
-      tinyfleet graph boards boards/ --out build/boards.ttl
+    It is written as Turtle, or as N-Triples if the file ends in .nt. Boards that are rejected are listed with the
+    reason.
+
+    Examples:
+      tinyfleet graph build-catalogue boards/ --out build/boards.ttl
       tinyfleet graph load build/boards.ttl
     """
     from tinyfleet.ontology.ingest import board_catalogue as catalogue
@@ -47,27 +47,33 @@ def boards(
     if as_json:
         typer.echo(
             json.dumps(
-                {"file": str(out), "boards": made.boards, "parts": made.parts, "triples": n, "refused": made.refused},
+                {"file": str(out), "boards": made.boards, "parts": made.parts, "triples": n, "rejected": made.rejected},
                 indent=2,
             )
         )
         return
-    for board, reason in made.refused.items():
-        typer.echo(f"refused: {board}: {reason}")
-    typer.echo(f"{out}: {made.boards:,} boards, {made.parts} parts, {n:,} triples; {len(made.refused)} refused")
+    for board, reason in made.rejected.items():
+        typer.echo(f"rejected: {board}: {reason}")
+    typer.echo(f"{out}: {made.boards:,} boards, {made.parts} parts, {n:,} triples; {len(made.rejected)} rejected")
 
 
 @app.command()
 def load(
-    files: Annotated[list[Path], typer.Argument(help="Turtle (.ttl) or N-Triples (.nt) files.")],
-    data: Data = Path(".tinyfleet"),
-    as_json: AsJson = False,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Turtle (.ttl) or N-Triples (.nt) files.")],
+    data: DataOption = DATA,
+    as_json: JsonOption = False,
 ) -> None:
-    """Load files into the graph: of the server that runs on the data directory, or on disk. All is checked first.
+    """Load files into the graph.
 
-    Example: tinyfleet graph load build/boards.ttl
+    They go to the server that runs on the data folder or, if none does, to the graph on disk. Nothing is loaded unless
+    everything passes the checks.
+
+    Examples:
+      tinyfleet graph load build/boards.ttl
     """
     from tinyfleet.ontology.ingest.describe import put_facts
+    from tinyfleet.ontology.store.data_folder import open_store
+    from tinyfleet.ontology.store.store import triples
     from tinyfleet.ontology.vocabulary import shapes
 
     facts: dict[Iri, dict[Iri, list[object]]] = {}
@@ -77,20 +83,16 @@ def load(
                 facts.setdefault(subject, {}).setdefault(predicate, []).extend(objects)
     n = sum(len(objects) for said in facts.values() for objects in said.values())
     shapes.check(", ".join(map(str, files)), triples(facts))  # type: ignore[arg-type]
-    with _fillable(data) as store:
+    with open_store(data, create=True) as store:
         put_facts(store, facts)  # type: ignore[arg-type]
     typer.echo(json.dumps({"triples": n}) if as_json else f"{n:,} triples loaded")
 
 
-def _fillable(data: Path) -> Store:
-    """The graph of a data directory, made if there is none yet."""
-    if find_server(data) or (data / GRAPH).is_dir():
-        return open_store(data)
-    return EmbeddedStore(data / GRAPH)
-
-
 def read_file(path: Path) -> dict[Iri, dict[Iri, list[object]]]:
-    """The facts of a Turtle or N-Triples file. Raises UserError if it is none, or names something by a blank node."""
+    """The facts of a Turtle or N-Triples file. Raises UserError if it is invalid, or has a blank node."""
+    import pyoxigraph as ox
+    from tinyfleet.ontology.store.store import value
+
     form = {".ttl": ox.RdfFormat.TURTLE, ".nt": ox.RdfFormat.N_TRIPLES}.get(path.suffix)
     if form is None:
         raise UserError(f"{path} is neither Turtle (.ttl) nor N-Triples (.nt)")
@@ -98,7 +100,7 @@ def read_file(path: Path) -> dict[Iri, dict[Iri, list[object]]]:
     try:
         for quad in ox.parse(path=str(path), format=form):
             if not isinstance(quad.subject, ox.NamedNode) or isinstance(quad.object, ox.BlankNode):
-                raise UserError(f"{path}: a blank node; what goes into the graph has a name")
+                raise UserError(f"{path} has a blank node; give every resource an IRI")
             said = facts.setdefault(Iri(quad.subject.value), {})
             said.setdefault(Iri(quad.predicate.value), []).append(value(quad.object))
     except OSError as error:
@@ -109,9 +111,12 @@ def read_file(path: Path) -> dict[Iri, dict[Iri, list[object]]]:
 
 
 def write_file(path: Path, facts: Facts) -> int:
-    """Writes facts as Turtle or N-Triples, sorted; how many triples they are."""
-    given = sorted({(str(term(s)), str(term(p)), str(term(o))): (s, p, o) for s, p, o in triples(facts)}.items())
-    graph = [ox.Triple(ox.NamedNode(s), ox.NamedNode(p), term(o)) for _, (s, p, o) in given]
+    """Writes facts as Turtle or N-Triples, sorted; returns the number of triples."""
+    import pyoxigraph as ox
+    from tinyfleet.ontology.store.store import term, triples
+
+    unique = sorted({(str(term(s)), str(term(p)), str(term(o))): (s, p, o) for s, p, o in triples(facts)}.items())
+    graph = [ox.Triple(ox.NamedNode(s), ox.NamedNode(p), term(o)) for _, (s, p, o) in unique]
     form = ox.RdfFormat.N_TRIPLES if path.suffix == ".nt" else ox.RdfFormat.TURTLE
     used = PREFIXES if form == ox.RdfFormat.TURTLE else None
     try:
@@ -123,23 +128,34 @@ def write_file(path: Path, facts: Facts) -> int:
 
 
 @app.command()
-def measured(
-    model: Annotated[str, typer.Argument(help="The model: the first 16 hexadecimal digits of its file's SHA-256.")],
-    board: Annotated[str, typer.Option(help="The kind of board that it ran on.", show_default=False)],
-    latency: Annotated[float | None, typer.Option(help="Seconds of one inference.", show_default=False)] = None,
-    energy: Annotated[float | None, typer.Option(help="Joules of one inference.", show_default=False)] = None,
-    instructions: Annotated[int | None, typer.Option(help="Of one inference.", show_default=False)] = None,
-    emulated: Annotated[bool, typer.Option("--emulated", help="An emulator stood in for the board.")] = False,
-    data: Data = Path(".tinyfleet"),
+def add_measurement(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Model ID: the first 16 hexadecimal digits of its file's SHA-256."),
+    ],
+    board: Annotated[str, BOARD],
+    latency: Annotated[
+        float | None, typer.Option("--latency", metavar="SECONDS", help="Duration of one inference.")
+    ] = None,
+    energy: Annotated[float | None, typer.Option("--energy", metavar="JOULES", help="Energy of one inference.")] = None,
+    instructions: Annotated[
+        int | None, typer.Option("--instructions", metavar="N", help="Instructions of one inference.")
+    ] = None,
+    emulated: Annotated[bool, typer.Option("--emulated", help="It was measured on an emulator.")] = False,
+    data: DataOption = DATA,
 ) -> None:
-    """Say what one inference of a model took on a board, as it was measured.
+    """Add a measurement of one inference of a model on a board.
 
-    Example: tinyfleet graph measured 0123456789abcdef --board nano33ble --latency 0.012 --energy 0.0004
+    Prints the measurement's IRI. Give at least one of --latency, --energy and --instructions.
+
+    Examples:
+      tinyfleet graph add-measurement 0123456789abcdef --board pico --latency 0.012
     """
     from tinyfleet.ontology.ingest.describe import put_measurement
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.vocabulary.namespaces import model_iri
 
-    with _fillable(data) as store:
+    with open_store(data, create=True) as store:
         iri = put_measurement(
             store,
             model_iri(model.removeprefix("urn:tinyfleet:model:")),
@@ -152,30 +168,37 @@ def measured(
     typer.echo(iri)
 
 
-@app.command("import-selocml")
+@app.command()
 def import_selocml(
-    folder: Annotated[Path, typer.Argument(help="The folder of the .ttl files; schema_*.ttl are the schemas.")],
-    fleet: Annotated[str, typer.Option(help="The fleet that the devices are to belong to.")] = "selocml",
-    out: Annotated[
-        Path | None, typer.Option(help="Write a file (.ttl, .nt) instead of into the graph.", show_default=False)
-    ] = None,
-    data: Data = Path(".tinyfleet"),
-    as_json: AsJson = False,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of the .ttl files; schema_*.ttl are the schemas.")
+    ],
+    fleet: Annotated[str, typer.Option("--fleet", metavar="NAME", help="Fleet name.")] = "selocml",
+    out: Annotated[Path | None, out_option("FILE")] = None,
+    data: DataOption = DATA,
+    as_json: JsonOption = False,
 ) -> None:
-    """Import the devices and models that SeLoC-ML's authors describe, mend their known defects and report each.
+    """Import the devices and models that SeLoC-ML's authors describe.
 
-    Example: tinyfleet graph import-selocml seloc_ml/
+    Known defects of these files are corrected, and each is reported. With --out the result is written to a file (.ttl,
+    .nt), not to the graph.
+
+    Examples:
+      tinyfleet graph import-selocml seloc_ml/
+      tinyfleet graph import-selocml seloc_ml/ --out selocml.ttl
     """
     from rich.console import Console
     from rich.table import Table
     from tinyfleet.ontology.ingest.describe import put_facts
     from tinyfleet.ontology.ingest.selocml import read_selocml
+    from tinyfleet.ontology.store.data_folder import open_store
+    from tinyfleet.ontology.store.store import term, triples
     from tinyfleet.ontology.vocabulary import shapes
 
     made = read_selocml(sorted(folder.glob("*.ttl")), fleet)
     shapes.check("the import", triples(made.facts))
     if out is None:
-        with _fillable(data) as store:
+        with open_store(data, create=True) as store:
             put_facts(store, made.facts)
     else:
         write_file(out, made.facts)
@@ -197,12 +220,15 @@ def import_selocml(
 
 
 @app.command()
-def vocabulary(
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("build/vocabulary.html"),
+def export_vocabulary(
+    out: Annotated[Path, out_option("FILE.html")] = Path("build/vocabulary.html"),
 ) -> None:
-    """Write the vocabulary as an HTML page: every term with its definition, its place among others, and its rules.
+    """Write the vocabulary as an HTML page.
 
-    Example: tinyfleet graph vocabulary --out vocabulary.html
+    It has each term with its definition, related terms and rules.
+
+    Examples:
+      tinyfleet graph export-vocabulary --out vocabulary.html
     """
     from tinyfleet.ontology.vocabulary.page import page
 

@@ -17,9 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
@@ -41,24 +39,30 @@ BOARD = "mps2-an386"
 ANNOUNCE_TIMEOUT = 45.0
 
 
-def demo(
-    task_name: Annotated[str, typer.Option("--task", help=f"What is learned: {', '.join(tasks.NAMES)}.")] = "digits",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of each strategy.")] = 40,
-    clients: Annotated[int, typer.Option(min=1, help="Devices that take part in a round.")] = 8,
-    devices: Annotated[int, typer.Option(min=1, help="Virtual devices; a board and an agent come on top.")] = 12,
-    board: Annotated[bool, typer.Option(help="Build firmware and run it on an emulated Cortex-M4F.")] = True,
-    data: Annotated[
-        Path, typer.Option(help="Folder for the graph and the plot; what an earlier demo left is deleted.")
-    ] = Path(".tinyfleet/demo"),
-    seed: Annotated[int, typer.Option(help="Of the parameters, the tasks and the choice of clients.")] = 0,
-) -> None:
-    """Run a whole fleet on this machine: devices, server, graph, results.
+def run_demo(*, task_name: str, rounds: int, clients: int, devices: int, board: bool, data: Path, seed: int) -> None:
+    """Runs a whole fleet on this machine, and prints what it does and learns.
 
-    Examples:
+    Parameters
+    ----------
+    task_name
+        What is learned.
+    rounds
+        Rounds of each strategy.
+    clients
+        Devices that take part in a round.
+    devices
+        Virtual devices; an agent and, if `board`, an emulated board come on top.
+    board
+        Build firmware and run it on an emulated Cortex-M4F.
+    data
+        Folder for the graph and the plot; what an earlier demo left there is deleted.
+    seed
+        Of the initial parameters, the tasks and the selection of clients.
 
-      tinyfleet demo
-
-      tinyfleet demo --task omniglot --rounds 60
+    Raises
+    ------
+    UserError
+        If the folder holds anything else than an earlier demo, or a device does not start.
     """
     console = Console(highlight=False)
     log_level(logging.ERROR)  # the rounds are shown below
@@ -161,10 +165,10 @@ class _Fleet:
 
     def commands(self) -> list[list[str]]:
         """Each device's command line."""
-        common = ["--fleet", FLEET, "--task", self.task.name, "--of", str(self.size)]
+        common = ["--fleet", FLEET, "--task", self.task.name, "--fleet-size", str(self.size)]
         broker = ["--broker", self.broker]
-        virtual = ["device", "--count", str(self.virtual), "--first", "0", *common, *broker]
-        agent = ["agent", "--id", "pi", "--client", str(self.virtual), *common, *broker]
+        virtual = ["device", "simulate", "--devices", str(self.virtual), "--first-index", "0", *common, *broker]
+        agent = ["agent", "start", "--device-id", "pi", "--client-index", str(self.virtual), *common, *broker]
         return [virtual, agent]
 
     @contextmanager
@@ -177,11 +181,11 @@ class _Fleet:
                 image = self.data / "firmware"
                 build = ["firmware", "build", "--board", BOARD, "--task", self.task.name, "--fleet", FLEET]
                 build += [
-                    "--client",
+                    "--client-index",
                     str(self.virtual + 1),
-                    "--of",
+                    "--fleet-size",
                     str(self.size),
-                    "--id",
+                    "--device-id",
                     "board",
                     "--out",
                     str(image),
@@ -189,7 +193,7 @@ class _Fleet:
                 built = subprocess.run(_tinyfleet(build), capture_output=True, text=True, check=False)
                 if built.returncode:
                     raise UserError(f"the firmware could not be built: {built.stderr.strip()}; go on with --no-board")
-                start = ["firmware", "run", "--board", BOARD, str(image / "firmware.elf"), "--gateway"]
+                start = ["firmware", "emulate", str(image / "firmware.elf"), "--gateway"]
                 stack.enter_context(_process([*start, "--broker", self.broker], self.data / "board.log"))
             yield
 

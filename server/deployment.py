@@ -1,11 +1,12 @@
-"""Gives a model to the devices that a query selects, over the air, and writes into the graph what came of it.
+"""Sends a model over the air to the devices that a query selects, and writes the results into the graph.
 
-The program is published once, as retained chunks that the broker fans out; they are cleared when all have answered.
-Each device is sent the order to adopt it, and sent it again, more and more seldom, until its status or its reply says
-that it has, it says that it cannot, or its time is up: an order, a chunk or a reply may be lost, and a device that gets
-the same order again asks for the chunks that it lacks, or says again what it said.
+The program is published once, as retained chunks that the broker fans out; they are cleared when all devices are done.
+Each device is sent the command to update its model, and sent it again at growing intervals, until its status or its
+reply confirms the model, it reports an error, or its time is up. Commands, chunks and replies may be lost: a device
+that gets the same command again fetches the chunks that it lacks, or repeats its reply.
 """
 
+import contextlib
 import itertools
 import secrets
 import threading
@@ -36,31 +37,43 @@ from tinyfleet.edge.wire.mqtt_session import Message, Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.describe import from_program
 from tinyfleet.ontology.ingest.lineage import Lineage
-from tinyfleet.ontology.queries import match as matching
+from tinyfleet.ontology.queries import matching
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 MAX_CONCURRENT = 64
 """Devices that fetch the program at the same time: a broker queues all its chunks for each of them."""
 REPEAT = 2.0
-"""Seconds until a device that has not answered is asked again; then twice that, and so on, up to 16 times that."""
+"""Seconds until a device that has not replied is asked again; the interval doubles each time, up to 16 times this."""
 
 TargetStatus = Literal["confirmed", "failed", "no answer"]
 
 
 @dataclass(frozen=True)
 class DeploymentPlan:
-    """A deployment before it begins. left_out: why each other device of the fleet is none of the targets."""
+    """A deployment before it begins.
+
+    Parameters
+    ----------
+    model
+        The model's IRI.
+    targets
+        The devices that will get it.
+    running
+        The id of the model that each target runs now.
+    excluded
+        Why each other device of the fleet is not a target.
+    """
 
     model: Iri
     targets: Sequence[matching.DeviceMatch]
-    running: Mapping[str, str]  # target -> the id of the model that it runs now
-    left_out: Mapping[str, str]
+    running: Mapping[str, str]
+    excluded: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class TargetResult:
-    """What came of one target, and after how many seconds. reason: why not, if it is not confirmed."""
+    """The result of one target, and the seconds that it took. The reason says why it is not confirmed."""
 
     device: str
     outcome: TargetStatus
@@ -70,18 +83,24 @@ class TargetResult:
 
 @dataclass(frozen=True)
 class DeploymentResult:
-    """A deployment that has ended: its IRI, and what came of each target, in the order of the answers."""
+    """A deployment that has ended: its IRI, and each target's result, in the order in which they ended."""
 
     iri: Iri
     results: Sequence[TargetResult]
 
     def devices(self, outcome: TargetStatus) -> list[str]:
-        """Those that it came to this with."""
+        """The targets with this result, by id."""
         return sorted(result.device for result in self.results if result.outcome == outcome)
 
 
 def read_program(path: Path) -> Program:
-    """The program in a file. Raises UserError if it is none, or none that a fleet can be given."""
+    """The program in a file.
+
+    Raises
+    ------
+    UserError
+        If the file is not a program, or a fleet cannot run it.
+    """
     try:
         program = Program.parse(path.read_bytes())
     except OSError as error:
@@ -89,7 +108,7 @@ def read_program(path: Path) -> Program:
     except ProgramError as error:
         raise UserError(f"{path} is not a program ({error}); make one with: tinyfleet model compile") from None
     if program.input.dtype != "float32" or program.trains_int8 or program.loss is None:
-        raise UserError(f"{path} is no program for a fleet: {NOT_FOR_FLEETS}")
+        raise UserError(f"{path} is not a program for a fleet: {NOT_FOR_FLEETS}")
     if len(program.data) > CHUNK * MAX_CHUNKS:
         raise UserError(
             f"{path} has {len(program.data):,} bytes; {CHUNK * MAX_CHUNKS:,} can be sent; use a smaller model"
@@ -98,15 +117,37 @@ def read_program(path: Path) -> Program:
 
 
 def plan_deployment(store: Store, program: Program, name: str, sparql: str, fleet: str) -> DeploymentPlan:
-    """Whom a query selects of a fleet to be given this program, and why not everyone.
+    """Which devices of a fleet will get a program, and why the others will not.
 
-    The model is described in the graph if it is not yet. Selected devices that do not meet a need of it, run it
-    already, say that they have no room for it or are offline are left out. Raises UserError if nobody is left.
+    The model is described in the graph if it is not yet. Devices are excluded that the query does not select, that do
+    not meet a requirement of the model, run it already, have no memory for it, or are offline.
+
+    Parameters
+    ----------
+    store
+        The graph.
+    program
+        The model.
+    name
+        Its name in the graph.
+    sparql
+        A query whose column ?id selects the devices.
+    fleet
+        The fleet's name.
+
+    Returns
+    -------
+    DeploymentPlan
+
+    Raises
+    ------
+    UserError
+        If no device is left.
     """
     model = matching.describe(store, from_program(program, name))
-    selected = set(matching.select(store, sparql, model, fleet))
-    fits = {fit.device: fit for fit in matching.match_devices(store, model, fleet)}
-    misses = matching.unmet_requirements(store, fleet, model=model)
+    selected = set(matching.select_devices(store, sparql, model, fleet))
+    matches = {match.device: match for match in matching.match_devices(store, model, fleet)}
+    unmet = matching.unmet_requirements(store, fleet, model=model)
     rows = store.query(
         """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id ?running WHERE {
@@ -117,43 +158,55 @@ def plan_deployment(store: Store, program: Program, name: str, sparql: str, flee
         fleet=fleet,
     )
     current = {str(row["id"]): row.get("running") for row in rows}
-    left_out = dict.fromkeys(selected - set(current), "the graph knows no such device")
+    excluded = dict.fromkeys(selected - set(current), "the graph knows no such device")
     for device, running in current.items():
-        missed = [miss for miss in misses.get((device, model), ()) if miss.requirement != matching.TRAIN]
-        if device not in fits:
-            left_out[device] = "; ".join(map(str, missed)) or "the graph knows too little of it"
-        elif running == model:
-            left_out[device] = "runs it already"
-        elif device not in selected:
-            left_out[device] = "the query does not select it"
-        elif missed:
-            left_out[device] = "; ".join(map(str, missed))
-        elif not fits[device].online:
-            left_out[device] = "is offline"
-    targets = [fit for device, fit in fits.items() if device not in left_out]
+        missing = [u for u in unmet.get((device, model), ()) if u.requirement != matching.TRAIN]
+        reason = _exclusion(matches.get(device), missing, running == model, device in selected)
+        if reason is not None:
+            excluded[device] = reason
+    targets = [match for device, match in matches.items() if device not in excluded]
     if not targets:
-        raise _no_targets_message(fleet, selected, left_out)
-    running_now = {fit.device: str(current[fit.device]).rsplit(":", 1)[-1] for fit in targets}
-    return DeploymentPlan(model, targets, running_now, dict(sorted(left_out.items())))
+        raise _no_targets_message(fleet, selected, excluded)
+    running_now = {match.device: str(current[match.device]).rsplit(":", 1)[-1] for match in targets}
+    return DeploymentPlan(model, targets, running_now, dict(sorted(excluded.items())))
 
 
-def _no_targets_message(fleet: str, selected: set[str], left_out: Mapping[str, str]) -> UserError:
-    if not left_out:
+def _exclusion(
+    match: matching.DeviceMatch | None,
+    missing: Sequence[matching.UnmetRequirement],
+    runs_it: bool,
+    is_selected: bool,
+) -> str | None:
+    """Why a device will not get the model; None if it will."""
+    unmet = "; ".join(map(str, missing))
+    if match is None:
+        return unmet or "the graph knows too little about it"
+    reasons = (
+        (runs_it, "runs it already"),
+        (not is_selected, "the query does not select it"),
+        (bool(unmet), unmet),
+        (not match.online, "is offline"),
+    )
+    return next((reason for applies, reason in reasons if applies), None)
+
+
+def _no_targets_message(fleet: str, selected: set[str], excluded: Mapping[str, str]) -> UserError:
+    if not excluded:
         return UserError(
-            f"the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device), or name another fleet "
-            "with --fleet"
+            f"the graph knows no device of the fleet '{fleet}'; start some (tinyfleet device simulate), or name "
+            "another fleet with --fleet"
         )
-    # First why those that were wanted cannot be given it.
-    command = sorted(left_out, key=lambda device: (device not in selected, device))
-    reasons = "; ".join(f"{device}: {left_out[device]}" for device in command[:5])
-    more = f"; and {len(command) - 5} more" if len(command) > 5 else ""
-    return UserError(f"nobody is left to give it to: {reasons}{more}")
+    # The selected devices first: why they are excluded matters most.
+    devices = sorted(excluded, key=lambda device: (device not in selected, device))
+    reasons = "; ".join(f"{device}: {excluded[device]}" for device in devices[:5])
+    more = f"; and {len(devices) - 5} more" if len(devices) > 5 else ""
+    return UserError(f"no device is left to send it to: {reasons}{more}")
 
 
 def deploy(
     store: Store,
     program: Program,
-    what: DeploymentPlan,
+    plan: DeploymentPlan,
     *,
     broker: tuple[str, int],
     fleet: str,
@@ -161,23 +214,48 @@ def deploy(
     timeout: float = 60.0,
     on_result: Callable[[TargetResult], None] = lambda result: None,
 ) -> DeploymentResult:
-    """Gives the program to the plan's targets, and writes the deployment into the graph when it begins and ends.
+    """Sends the program to the plan's targets, and writes the deployment into the graph when it begins and ends.
 
-    timeout: seconds that one device may take. on_result: called as each answers, or does not. Raises UserError if the
-    broker is not there.
+    Parameters
+    ----------
+    store
+        The graph.
+    program
+        The model.
+    plan
+        From `plan_deployment`.
+    broker
+        Host and port of the MQTT broker.
+    fleet
+        The fleet's name.
+    selected_by
+        The query that selected the targets, for the graph.
+    timeout
+        Seconds that one device may take.
+    on_result
+        Called with each target's result.
+
+    Returns
+    -------
+    DeploymentResult
+
+    Raises
+    ------
+    UserError
+        If no broker listens there.
     """
-    targets = [fit.device for fit in what.targets]
+    targets = [match.device for match in plan.targets]
     lineage, number, began = Lineage(store, fleet), secrets.randbits(32), datetime.now(UTC)
     with _Rollout(broker, fleet, program, targets, timeout) as rollout:
-        about = lineage.deployment(number, what.model, targets, selected_by=selected_by, started=began)
+        about = lineage.deployment(number, plan.model, targets, selected_by=selected_by, started=began)
         try:
             for result in rollout.run():
                 on_result(result)
-        finally:  # after an interrupt too: who has not answered by then has not
+        finally:  # after an interrupt too, with the results so far
             ended = DeploymentResult(about, rollout.results)
             lineage.deployment(
                 number,
-                what.model,
+                plan.model,
                 targets,
                 selected_by=selected_by,
                 started=began,
@@ -190,7 +268,7 @@ def deploy(
 
 @dataclass
 class _Target:
-    """One device, from its first order until its outcome. Times are time.monotonic()'s."""
+    """One device, from its first command until its result. Times are those of time.monotonic()."""
 
     command: UpdateModel
     began: float
@@ -200,7 +278,7 @@ class _Target:
 
 
 class _Rollout:
-    """The session with the broker, and what is under way. Use it in a `with`, and iterate over `run` once."""
+    """The session with the broker, and the targets at work. Use it in a `with`, and iterate over `run` once."""
 
     def __init__(
         self, broker: tuple[str, int], fleet: str, program: Program, devices: Sequence[str], timeout: float
@@ -225,51 +303,51 @@ class _Rollout:
 
     def __exit__(self, *_: object) -> None:
         assert self._session is not None
-        self._session.send(chunk._replace(payload=b"") for chunk in self._chunks)  # nobody is to fetch it any more
+        self._session.send(chunk._replace(payload=b"") for chunk in self._chunks)  # the broker keeps nothing
         if self._session.connected:
             self._session.flush(2)
         self._session.close()
 
     def run(self) -> Iterator[TargetResult]:
-        """The outcomes as they come; ends with the last."""
+        """The results as they arrive; ends with the last."""
         assert self._session is not None
-        told = 0
+        reported = 0
         while True:
             with self._changed:
-                orders, until = self._due()
+                commands, until = self._due()
                 over = not self._waiting
-            for device, command in orders:  # not under the lock: the session's thread may wait for it
+            for device, command in commands:  # not under the lock: the session's thread may wait for it
                 self._session.publish(self._topics.command(device), encode(command))
-            while told < len(self.results):
-                yield self.results[told]
-                told += 1
+            while reported < len(self.results):
+                yield self.results[reported]
+                reported += 1
             if over:
                 return
             with self._changed:
-                if told == len(self.results):
+                if reported == len(self.results):
                     self._changed.wait(max(0.0, until - time.monotonic()))
 
     def _due(self) -> tuple[list[tuple[str, UpdateModel]], float]:
-        """Gives up on who is late, begins with who is next, and says whom to ask now, and when it is time to look
-        again."""
-        now, orders = time.monotonic(), []
+        """Gives up on targets that are late and begins with the next ones; returns the commands to send now, and
+        when to look again."""
+        now, commands = time.monotonic(), []
         for device, target in list(self._waiting.items()):
             if now >= target.began + self._timeout:
-                why = f"no answer within {self._timeout:g} s" if target.online else "it went offline"
-                self._finish(device, "no answer", why)
+                reason = f"no answer within {self._timeout:g} s" if target.online else "it went offline"
+                self._finish(device, "no answer", reason)
         data = self._program.data
         while self._pending and len(self._waiting) < MAX_CONCURRENT:
             command = UpdateModel(next(self._ids) & 0xFFFFFFFF, self._program.model_id, len(data), zlib.crc32(data))
             self._waiting[self._pending.pop()] = _Target(command, now, now)
         for device, target in self._waiting.items():
             if now >= target.resend_at:
-                orders.append((device, target.command))
+                commands.append((device, target.command))
                 target.resend_at, target.resend_interval = (
                     now + target.resend_interval,
                     min(2 * target.resend_interval, 16 * REPEAT),
                 )
         times = (min(target.resend_at, target.began + self._timeout) for target in self._waiting.values())
-        return orders, min(times, default=now)
+        return commands, min(times, default=now)
 
     def _finish(self, device: str, outcome: TargetStatus, reason: str = "") -> None:
         target = self._waiting.pop(device)
@@ -279,7 +357,7 @@ class _Rollout:
     # Called by the session's thread
 
     def _connected(self) -> None:
-        """The session is new, and so may be the broker: it then has no chunks. For the first, maybe called twice."""
+        """A new session has no subscriptions, and a new broker no chunks. May be called twice for the first session."""
         if self._session is None:
             return
         self._session.subscribe(self._topics.status("+"))
@@ -287,30 +365,26 @@ class _Rollout:
         self._session.send(self._chunks)
 
     def _receive(self, topic: str, payload: bytes) -> None:
+        decode: dict[str, Callable[[bytes], Status | Reply]] = {"status": decode_status, "reply": decode_reply}
         match self._topics.parse(topic):
-            case "status", (str(device),):
-                read: Callable[[bytes], Status | Reply] = decode_status
-            case "reply", (str(device),):
-                read = decode_reply
-            case _:
-                return
-        try:
-            said = read(payload)
-        except ProtocolError:
-            return
-        with self._changed:
-            target = self._waiting.get(device)
-            if target is None:
-                return
-            if isinstance(said, Status):
-                if said.online and said.model == self._program.model_id:
-                    self._finish(device, "confirmed")
-                elif said.online and not target.online:  # it is back, and what it was told may be lost
-                    target.resend_at = time.monotonic()
-                    self._changed.notify_all()
-                target.online = said.online
-            elif said.id == target.command.id:
-                if isinstance(said, Failure):
-                    self._finish(device, "failed", error_text(said))
+            case (("status" | "reply") as kind, (str(device),)):
+                with contextlib.suppress(ProtocolError):
+                    message = decode[kind](payload)
+                    with self._changed:
+                        if (target := self._waiting.get(device)) is not None:
+                            self._take(device, target, message)
+
+    def _take(self, device: str, target: _Target, message: Status | Reply) -> None:
+        if not isinstance(message, Status):
+            if message.id == target.command.id:
+                if isinstance(message, Failure):
+                    self._finish(device, "failed", error_text(message))
                 else:
                     self._finish(device, "confirmed")
+            return
+        if message.online and message.model == self._program.model_id:
+            self._finish(device, "confirmed")
+        elif message.online and not target.online:  # it is back, and may have lost its command
+            target.resend_at = time.monotonic()
+            self._changed.notify_all()
+        target.online = message.online

@@ -1,4 +1,4 @@
-"""What people see of a deployment: who gets the model and who does not, and what each device answers."""
+"""A deployment on the terminal: which devices get the model and which do not, and their results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tinyfleet.ontology.store.store import printable
 from tinyfleet.server.deployment import DeploymentPlan, DeploymentResult, TargetResult, TargetStatus
 from tinyfleet.server.run_report import Bar
 
-MOST = 20
-"""Lines of a table; --json has them all."""
+MAX_ROWS = 20
+"""Of a table; --json has them all."""
 
 
-def print_deployment_plan(console: Console, file: Path, program: Program, what: DeploymentPlan) -> None:
-    """The model, its targets and who is left out."""
+def print_deployment_plan(console: Console, file: Path, program: Program, plan: DeploymentPlan) -> None:
+    """The model, its targets and the excluded devices."""
     console.print(
         f"{file}: model {program.model_id.hex()}, {len(program.data):,} B, {program.arena_bytes:,} B of RAM",
         soft_wrap=True,
@@ -24,28 +24,28 @@ def print_deployment_plan(console: Console, file: Path, program: Program, what: 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("target", "board", "runs now", "RAM left"):
         table.add_column(column, justify="right" if column == "RAM left" else "left", overflow="fold")
-    for fit in what.targets[:MOST]:
-        table.add_row(fit.device, printable(fit.board), what.running[fit.device], f"{fit.room:,}")
+    for match in plan.targets[:MAX_ROWS]:
+        table.add_row(match.device, printable(match.board), plan.running[match.device], f"{match.free:,}")
     console.print(table)
-    _more(console, len(what.targets))
-    if what.left_out:
+    _more(console, len(plan.targets))
+    if plan.excluded:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("left out")
+        table.add_column("excluded")
         table.add_column("because")
-        for device, reason in list(what.left_out.items())[:MOST]:
+        for device, reason in list(plan.excluded.items())[:MAX_ROWS]:
             table.add_row(printable(device), printable(reason))
         console.print(table)
-        _more(console, len(what.left_out))
-    console.print(f"{len(what.targets)} to get it, {len(what.left_out)} left out")
+        _more(console, len(plan.excluded))
+    console.print(f"{len(plan.targets)} to get it, {len(plan.excluded)} excluded")
 
 
 def _more(console: Console, count: int) -> None:
-    if count > MOST:
-        console.print(f"… and {count - MOST:,} more; --json shows all")
+    if count > MAX_ROWS:
+        console.print(f"… and {count - MAX_ROWS:,} more; --json shows all")
 
 
 class Results(Bar):
-    """Shows what the devices answer as they do: a bar on a terminal, and a line each. Call it with each."""
+    """Shows the results as they arrive: a bar on a terminal, and a line each. Call it with each result."""
 
     def __init__(self, console: Console, total: int) -> None:
         super().__init__(console, "deploying", total)
@@ -53,13 +53,13 @@ class Results(Bar):
 
     def __call__(self, result: TargetResult) -> None:
         self.advance()
-        said = f"{result.device}: {result.outcome} after {result.seconds:.1f} s"
+        line = f"{result.device}: {result.outcome} after {result.seconds:.1f} s"
         style = None if result.outcome == "confirmed" else "yellow"
-        self._console.print(f"{said}{f': {result.reason}' if result.reason else ''}", style=style, soft_wrap=True)
+        self._console.print(f"{line}{f': {result.reason}' if result.reason else ''}", style=style, soft_wrap=True)
 
 
 def print_result(console: Console, ended: DeploymentResult) -> None:
-    """How many answered what, and where it is written."""
+    """How many targets had which result, and how to ask the graph for them."""
     kinds: tuple[TargetStatus, ...] = ("confirmed", "failed", "no answer")
     console.print(", ".join(f"{len(ended.devices(kind))} {kind}" for kind in kinds))
     console.print(f"in the graph: tinyfleet query deployment-targets --param deployment={ended.iri}", soft_wrap=True)

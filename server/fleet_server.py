@@ -13,11 +13,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
+from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology.cli import GRAPH, SERVER
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store import data_folder
+from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
 from tinyfleet.server.broker import Broker
@@ -65,9 +66,10 @@ class FleetServer:
         self.data = data
         self._on_news = on_log
         self._topics = Topics(fleet)
-        self._online: dict[str, bool] = {}
+        self._known: dict[str, str] = {}  # what was last reported about each device
         with ExitStack() as stack:
-            self.store = stack.enter_context(IndexedStore(data / GRAPH))
+            data_folder.prepare(data, on_log)
+            self.store = stack.enter_context(IndexedStore(data / data_folder.GRAPH))
             if broker is None:
                 started = stack.enter_context(Broker(port, data / "broker"))
                 self.broker = started.host, started.port
@@ -93,8 +95,8 @@ class FleetServer:
             stack.callback(self._session.close)
             self._connected()
             self._settled.wait(SETTLING)
-            self._publish_address(data / SERVER)
-            stack.callback((data / SERVER).unlink, missing_ok=True)
+            self._publish_address(data / SERVER_FILE)
+            stack.callback((data / SERVER_FILE).unlink, missing_ok=True)
             self._close = stack.pop_all()
 
     def __enter__(self) -> "FleetServer":
@@ -163,7 +165,7 @@ class FleetServer:
 
     def _take(self, batch: list[_Message]) -> None:
         try:
-            taken = self.registry.take([(topic, payload) for topic, payload, _ in batch])
+            taken = self.registry.ingest([(topic, payload) for topic, payload, _ in batch])
         except StoreError as error:
             if len(batch) > 1:  # one of them may be the cause
                 for message in batch:
@@ -176,10 +178,16 @@ class FleetServer:
         for one in taken:
             if one is None:
                 continue
-            if one.refusal is not None:
-                self._on_news(one.refusal)
-            elif one.kind == "td":
+            if one.rejection is not None:
+                self._on_news(one.rejection)
+                continue
+            if one.kind == "td":
                 self._on_news(f"{one.device}: {'described' if one.online else 'removed'}")
-            elif self._online.get(one.device) != one.online:
-                self._online[one.device] = one.online
-                self._on_news(f"{one.device}: {'online' if one.online else 'offline'}")
+                if one.incompatibility is None:
+                    continue
+            line = f"{one.device}: {'online' if one.online else 'offline'}"
+            if one.incompatibility is not None:
+                line = f"device {one.device} {one.incompatibility}"
+            if self._known.get(one.device) != line:
+                self._known[one.device] = line
+                self._on_news(line)

@@ -534,12 +534,12 @@ def test_the_commands(tmp_path):
     program = Program.parse(out.read_bytes())
     assert facts["model"] == program.model_id.hex()
     assert facts["trainable_parameters"] == program.n_params == 330
-    table = run.invoke(model_cli.app, ["plan", str(path), "--budget", "8KB"]).stdout
+    table = run.invoke(model_cli.app, ["plan", str(path), "--ram-budget", "8KB"]).stdout
     assert "train from 'hidden'" in table
     assert "biases from 'hidden'" in table
     assert "2,410" in table
     assert "train all layers from 'head' on" in table
-    chosen = run.invoke(model_cli.app, ["compile", str(path), "--out", str(out), "--budget", "8KB"])
+    chosen = run.invoke(model_cli.app, ["compile", str(path), "--out", str(out), "--ram-budget", "8KB"])
     assert "train all layers from 'head' on" in chosen.stdout
     assert Program.parse(out.read_bytes()).n_params == 330
     for loss in LOSSES:
@@ -599,7 +599,7 @@ def test_a_tflite_file_is_planned_and_cut_from_the_command_line(tmp_path):
         command = [sys.executable, "-m", "tinyfleet", "model", *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    plan = json.loads(say("plan", model, "--budget", "64KB", "--json").stdout)
+    plan = json.loads(say("plan", model, "--ram-budget", "64KB", "--json").stdout)
     assert (plan["selection"]["train_from"], plan["selection"]["bias_only"]) == ("dense", False)
     assert plan["selection"]["memory"] == plan["train_from"]["dense"]
     assert plan["bias_from"]["conv2d_4"]["ram_bytes"] < 65536 < plan["train_from"]["conv2d_4"]["ram_bytes"]
@@ -607,12 +607,12 @@ def test_a_tflite_file_is_planned_and_cut_from_the_command_line(tmp_path):
     assert json.loads(done.stdout)["ram_bytes"] == plan["train_from"]["dense"]["ram_bytes"]
     done = say("compile", model, "--train-from", "conv2d_4", "--bias-only", "--out", tmp_path / "b.mote", "--json")
     assert json.loads(done.stdout)["ram_bytes"] == plan["bias_from"]["conv2d_4"]["ram_bytes"]
-    done = say("compile", model, "--budget", "64KB", "--out", tmp_path / "c.mote", "--json")
+    done = say("compile", model, "--ram-budget", "64KB", "--out", tmp_path / "c.mote", "--json")
     assert json.loads(done.stdout)["selection"] == plan["selection"]
     assert Program.parse((tmp_path / "c.mote").read_bytes()).arena_bytes == plan["selection"]["memory"]["ram_bytes"]
-    assert "too few" in say("plan", model, "--budget", "1KB").stderr
+    assert "too few" in say("plan", model, "--ram-budget", "1KB").stderr
     assert "no layer is named 'nope'" in say("compile", model, "--train-from", "nope").stderr
-    assert "name a layer with --train-from, or give a --budget" in say("compile", model, "--classes", 4).stderr
+    assert "name a layer with --train-from, or give a --ram-budget" in say("compile", model, "--classes", 4).stderr
 
 
 def test_the_sparse_update_is_planned_and_compiled_from_the_command_line(tmp_path):
@@ -626,7 +626,7 @@ def test_the_sparse_update_is_planned_and_compiled_from_the_command_line(tmp_pat
         return run.invoke(model_cli.app, [*map(str, words)])
 
     out = tmp_path / "sparse.mote"
-    options = ["--int8", "--budget", "90KB", "--classes", 4]
+    options = ["--int8", "--ram-budget", "90KB", "--classes", 4]
     chosen = json.loads(say("plan", model, *options, "--json").stdout)["selection"]
     compiled = json.loads(say("compile", model, *options, "--out", out, "--json").stdout)
     program = Program.parse(out.read_bytes())
@@ -651,11 +651,11 @@ def test_the_sparse_update_is_planned_and_compiled_from_the_command_line(tmp_pat
     mlp().save(keras_file)
     refusals = {
         "no int8 layers": ["plan", floats, "--int8"],
-        "leave --int8 out": ["compile", keras_file, "--int8", "--budget", "64KB"],
-        "is too small": ["plan", model, "--int8", "--budget", "1KB"],
-        "without momentum": ["compile", model, "--int8", "--budget", "64KB", "--momentum"],
-        "leave --train-from and --bias-only out": ["compile", model, "--budget", "64KB", "--train-from", "dense"],
-        "is no size": ["plan", model, "--budget", "much"],
+        "leave --int8 out": ["compile", keras_file, "--int8", "--ram-budget", "64KB"],
+        "is too small": ["plan", model, "--int8", "--ram-budget", "1KB"],
+        "without momentum": ["compile", model, "--int8", "--ram-budget", "64KB", "--momentum"],
+        "leave out --train-from and --bias-only": ["compile", model, "--ram-budget", "64KB", "--train-from", "dense"],
+        "is not a size": ["plan", model, "--ram-budget", "much"],
     }
     for words, command in refusals.items():
         refused = say(*command)

@@ -1,4 +1,4 @@
-"""`tinyfleet demo`, whole and interrupted; what `tinyfleet run` says to mistakes; the plot."""
+"""`tinyfleet demo`, whole and interrupted; what `tinyfleet run start` says to mistakes; the plot."""
 
 import json
 import os
@@ -25,8 +25,9 @@ from tinyfleet.__main__ import main
 ROOT = Path(__file__).parents[1]
 
 
-def start(data: Path, *words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "tinyfleet", "demo", "--no-board", "--devices", "2", "--clients", "2", *words]
+def start(data: Path, *words: str, board: bool = False) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tinyfleet", "demo", "--devices", "2", "--clients-per-round", "2", *words]
+    command += [] if board else ["--no-board"]
     return subprocess.Popen(
         [*command, "--data", str(data)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -52,7 +53,7 @@ def test_the_demo_shows_a_fleet_from_its_devices_to_its_graph(tmp_path: Path) ->
 def test_the_demo_with_an_emulated_board(tmp_path: Path) -> None:
     if why_no_board() is not None:
         pytest.skip(str(why_no_board()))
-    demo = start(tmp_path / "demo", "--rounds", "3", "--clients", "4", "--board")
+    demo = start(tmp_path / "demo", "--rounds", "3", "--clients-per-round", "4", board=True)
     said, wrong = demo.communicate(timeout=180)
     assert demo.returncode == 0, wrong
     assert "all 4 announced themselves" in said and "3/3: 4/4 clients" in said
@@ -124,7 +125,7 @@ def test_what_run_cannot_use_is_said_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*words: str) -> str:
-        return said_to(["run", "--data", str(tmp_path), *words], monkeypatch, capsys)
+        return said_to(["run", "start", "--data", str(tmp_path), *words], monkeypatch, capsys)
 
     good, cut, empty, array, other = (tmp_path / f"{name}.npz" for name in ("good", "cut", "empty", "array", "other"))
     program = tasks.load("digits").program
@@ -134,13 +135,17 @@ def test_what_run_cannot_use_is_said_before_it_begins(
     with array.open("wb") as file:
         np.save(file, program.initial(0))
     np.savez(other, weights=np.zeros(program.n_params))
-    assert "no server runs on" in run("--start", str(good))
+    assert "no server runs on" in run("--initialization", str(good))
     for bad in (cut, empty, array, tmp_path / "none.npz"):
-        assert "give a file that `tinyfleet run --out` wrote" in run("--start", str(bad))
-    assert "give a file of the same task" in run("--start", str(other))
-    assert "there is no folder" in run("--out", str(tmp_path / "nowhere" / "start.npz"))
-    assert "reptile has no use for --mu: leave it out, or choose" in run("--strategy", "reptile", "--mu", "0.1")
-    assert "tinyreptile has no use for --local/--no-local" in run("--strategy", "tinyreptile", "--no-local")
+        assert "give a file that `tinyfleet run start --out` wrote" in run("--initialization", str(bad))
+    assert "give a file of the same task" in run("--initialization", str(other))
+    assert "there is no folder" in run("--out", str(tmp_path / "nowhere" / "initialization.npz"))
+    assert "reptile has no use for --proximal-mu: leave it out, or choose" in run(
+        "--strategy", "reptile", "--proximal-mu", "0.1"
+    )
+    assert "tinyreptile has no use for --local-head/--no-local-head" in run(
+        "--strategy", "tinyreptile", "--no-local-head"
+    )
     (tmp_path / "server.json").write_text(json.dumps({"endpoint": "http://127.0.0.1:9/sparql", "broker": "x:1"}))
     assert "nor is it a query of the library" in run("--select", "no-such.rq")
     for name in ("a b", "x" * 33):

@@ -119,10 +119,12 @@ def deploy(
 def announce(server: FleetServer, id: str, online: bool = True, **changes: object) -> None:
     """A device that only the graph knows."""
     topics = Topics("home")
-    assert server.registry.handle(topics.td(id), payload(description(id, **changes))), server.registry.last_refusal
-    assert server.registry.handle(topics.status(id), status(model=OLD.model_id))
+    assert server.registry.ingest_one(topics.td(id), payload(description(id, **changes))), (
+        server.registry.last_rejection
+    )
+    assert server.registry.ingest_one(topics.status(id), status(model=OLD.model_id))
     if not online:
-        assert server.registry.handle(topics.status(id), status(online=False))
+        assert server.registry.ingest_one(topics.status(id), status(online=False))
 
 
 def test_devices_get_the_model_and_the_graph_says_so(
@@ -130,7 +132,7 @@ def test_devices_get_the_model_and_the_graph_says_so(
 ) -> None:
     devices = [start(mote(broker, "one")), start(mote(broker, "two")), start(agent(broker, "pi"))]
     what = plan(server.store)
-    assert sorted(fit.device for fit in what.targets) == ["one", "pi", "two"] and what.left_out == {}
+    assert sorted(fit.device for fit in what.targets) == ["one", "pi", "two"] and what.excluded == {}
     assert what.running == dict.fromkeys(("one", "two", "pi"), OLD.model_id.hex())
     came: list[deployments.TargetResult] = []
     ended = deploy(server, what, on_result=came.append)
@@ -142,7 +144,7 @@ def test_devices_get_the_model_and_the_graph_says_so(
     ]
     assert rows[0]["ended"] >= rows[0]["began"]  # type: ignore[operator]
     assert server.store.ask(f"ASK {{ <{ended.iri}> a <{PROV.Activity}> ; <{PROV.used}> <{model_iri(NEW.model_id)}> }}")
-    with pytest.raises(UserError, match=r"nobody is left to give it to: .*runs it already"):
+    with pytest.raises(UserError, match=r"no device is left to send it to: .*runs it already"):
         wait_for_graph(server, NEW)
         plan(server.store)
 
@@ -256,21 +258,22 @@ def test_who_is_left_out_and_why(server: FleetServer) -> None:
     announce(server, "asleep", online=False)
     announce(server, "small", tf__arenaBytes=NEW.arena_bytes - 1)
     announce(server, "other", tf__engine="litert")
-    announce(server, "full", tf__adoptBytes=len(NEW.data) - 1)
-    announce(server, "built-in", tf__adoptBytes=0)
+    announce(server, "full", tf__modelSlotBytes=len(NEW.data) - 1)
+    announce(server, "built-in", tf__modelSlotBytes=0)
     announce(server, "unwanted")
     query = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { ?d tf:deviceId ?id FILTER(?id != "unwanted") }"""
     extra = query.replace("SELECT ?id {", 'SELECT ?id { { BIND("stranger" AS ?id) } UNION {') + "}"
-    room, takes = "room for a program over the air", f"{len(NEW.data):,}"
+    room, takes = "model slot", f"{len(NEW.data):,}"
     what = plan(server.store, query=extra)
     assert [fit.device for fit in what.targets] == ["fit"]
-    assert dict(what.left_out) == {
+    assert dict(what.excluded) == {
         "asleep": "is offline",
-        "small": f"RAM to run: it takes {NEW.arena_bytes:,} B, 1 more than the {NEW.arena_bytes - 1:,} there",
-        "other": "engine: it is made for mote, and the device has litert",
-        "full": f"{room}: it takes {takes} B, 1 more than the {len(NEW.data) - 1:,} there",
-        "built-in": f"{room}: it takes {takes} B, {takes} more than the 0 there",
+        "small": f"RAM to run: the model requires {NEW.arena_bytes:,} B, 1 more than the {NEW.arena_bytes - 1:,} B of the "
+        "device",
+        "other": "engine: the model requires mote, and the device has litert",
+        "full": f"{room}: the model requires {takes} B, 1 more than the {len(NEW.data) - 1:,} B of the device",
+        "built-in": f"{room}: the model requires {takes} B, {takes} more than the 0 B of the device",
         "unwanted": "the query does not select it",
         "stranger": "the graph knows no such device",
     }
@@ -279,7 +282,7 @@ def test_who_is_left_out_and_why(server: FleetServer) -> None:
 def test_a_board_whose_flash_is_too_small_is_left_out(server: FleetServer) -> None:
     announce(server, "fit")
     server.store.write({board_iri("nano33ble"): {TF.flashBytes: len(NEW.data) - 10}})
-    with pytest.raises(UserError, match=r"nobody is left to give it to: fit: flash: it takes .* 10 more than"):
+    with pytest.raises(UserError, match=r"no device is left to send it to: fit: flash: the model requires .* 10 more"):
         plan(server.store)
 
 
@@ -292,7 +295,7 @@ def test_nobody_is_one_clear_line(server: FleetServer) -> None:
         plan(server.store)
     with pytest.raises(UserError, match="a query that selects devices has a column"):
         plan(server.store, query="SELECT ?d { ?d ?p ?o }")
-    with pytest.raises(UserError, match="which is no device's id; take its tf:deviceId"):
+    with pytest.raises(UserError, match="which is not a device ID; use its tf:deviceId"):
         plan(server.store, query="SELECT (?d AS ?id) { ?d a <https://w3id.org/tinyfleet#Device> }")
 
 
@@ -316,7 +319,7 @@ def test_an_emulated_board_gets_the_model(
         thread.start()
         try:
             heard.until("board: described", "board: online")
-            with pytest.raises(UserError, match="board: RAM to run: it takes"):
+            with pytest.raises(UserError, match="board: RAM to run: the model requires"):
                 plan(server.store, large)
             ended = deploy(server, plan(server.store, second), second)
         finally:
@@ -358,9 +361,9 @@ def running(tmp_path: Path) -> Iterator[Path]:
                 return
         raise AssertionError(f"ended with {process.wait()} before it said {missing}")
 
-    processes = [started("server", "--port", 0, until=["ready"])]
+    processes = [started("server", "start", "--port", 0, until=["ready"])]
     try:
-        processes.insert(0, started("device", "--count", 2, until=["device-0", "device-1"]))
+        processes.insert(0, started("device", "simulate", "--devices", 2, until=["device-0", "device-1"]))
         wait_for(processes[-1], ["device-0: online", "device-1: online"])
         yield data
     finally:
@@ -380,7 +383,7 @@ def test_the_command(running: Path, tmp_path: Path) -> None:
         f"{file}: model {program.model_id.hex()}, {len(program.data):,} B, {program.arena_bytes:,} B of RAM"
         in dry.stdout
     )
-    assert "2 to get it, 0 left out" in dry.stdout and "Nothing was sent" in dry.stdout
+    assert "2 to get it, 0 excluded" in dry.stdout and "Nothing was sent" in dry.stdout
     mine.write_text(
         'PREFIX tf: <https://w3id.org/tinyfleet#> SELECT ?id { ?d tf:deviceId ?id FILTER(?id != "device-1") }'
     )
@@ -388,7 +391,7 @@ def test_the_command(running: Path, tmp_path: Path) -> None:
     assert said == {
         "model": f"urn:tinyfleet:model:{program.model_id.hex()}",
         "targets": ["device-0"],
-        "left_out": {"device-1": "the query does not select it"},
+        "excluded": {"device-1": "the query does not select it"},
     }
     one = tinyfleet("deploy", file, "--select", mine, "--yes", "--json", data=running)
     assert one.returncode == 0, one.stderr
@@ -401,7 +404,7 @@ def test_the_command(running: Path, tmp_path: Path) -> None:
     stale = tinyfleet("query", "deployments", "--json", data=running)
     assert [row["confirmed"] for row in json.loads(stale.stdout)] == [1, 1]
     again = tinyfleet("deploy", file, "--yes", data=running)
-    assert again.returncode == 2 and "nobody is left to give it to: device-0: runs it already" in again.stderr
+    assert again.returncode == 2 and "no device is left to send it to: device-0: runs it already" in again.stderr
 
 
 def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
@@ -416,11 +419,11 @@ def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
         ([tmp_path / "none.mote"], "cannot read"),
         ([__file__], "is not a program (these bytes are not a program"),
         ([other], "no program for a fleet"),
-        ([large], "nobody is left to give it to: device-0: RAM to run: it takes"),
+        ([large], "no device is left to send it to: device-0: RAM to run: the model requires"),
         ([good, "--select", "nonesuch"], "nor is it a query of the library"),
         ([good, "--select", no_id], "has a column ?id"),
         ([good, "--fleet", "other"], "knows no device of the fleet 'other'"),
-        ([good, "--broker", "nowhere"], "no broker's address"),
+        ([good, "--broker", "nowhere"], "is not a broker address"),
     ):
         done = tinyfleet("deploy", *words, data=running)
         assert (done.returncode, done.stdout) == (2, ""), (words, done.stderr)

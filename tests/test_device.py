@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import free_port, start_mosquitto
-from tinyfleet.edge.cli import broker_address
 from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
@@ -46,6 +45,7 @@ from tinyfleet.edge.wire.messages import (
     encode,
 )
 from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.server_info import broker_address
 from tinyfleet.edge.wire.topics import Topics
 
 from tinyfleet.__main__ import main
@@ -244,7 +244,7 @@ def command() -> Iterator[Command]:
 
 def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, broker: Broker, command: Command) -> None:
     address = f"{broker[0]}:{broker[1]}"
-    process = command("device", "--count", "2", "--prefix", "v", "--broker", address)
+    process = command("device", "simulate", "--devices", "2", "--prefix", "v", "--broker", address)
     server.online("v-0", "v-1")
     process.kill()
     process.wait()
@@ -258,7 +258,10 @@ def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, br
 
 @pytest.mark.parametrize(("what", "number"), [("device", signal.SIGTERM), ("agent", signal.SIGINT)])
 def test_a_command_ends_cleanly(server: Server, broker: Broker, command: Command, what: str, number: int) -> None:
-    named = ["--count", "2", "--prefix", "v"] if what == "device" else ["--id", "v-0"]
+    named = {
+        "device": ["simulate", "--devices", "2", "--prefix", "v"],
+        "agent": ["start", "--device-id", "v-0"],
+    }[what]
     process = command(what, *named, "--json", "--broker", f"{broker[0]}:{broker[1]}")
     status = server.status("v-0", online=True)
     td = server.session
@@ -277,9 +280,9 @@ def test_a_command_ends_cleanly(server: Server, broker: Broker, command: Command
     ("arguments", "said"),
     [
         (["--broker", "127.0.0.1:{port}"], "no MQTT broker answers at 127.0.0.1:{port}"),
-        (["--broker", "nonsense"], "'nonsense' is no broker's address; write HOST:PORT"),
+        (["--broker", "nonsense"], "'nonsense' is not a broker address; write HOST:PORT"),
         (["--task", "chess"], "there is no task named 'chess'"),
-        (["--first", "3", "--of", "2"], "devices 3 to 3 are not in a fleet of 2; raise --of"),
+        (["--first-index", "3", "--fleet-size", "2"], "devices 3 to 3 are not in a fleet of 2; raise --fleet-size"),
         (["--prefix", "a/b"], "a device's name is 1 to 32 letters"),
         (["--fleet", "a b"], "a fleet's name is 1 to 32 letters"),
     ],
@@ -290,7 +293,7 @@ def test_what_a_user_gets_wrong_is_said_in_one_line(
     nobody = free_port()
     if "--broker" not in arguments:
         arguments = [*arguments, "--broker", f"{broker[0]}:{broker[1]}"]
-    monkeypatch.setattr(sys, "argv", ["tinyfleet", "device", *(a.format(port=nobody) for a in arguments)])
+    monkeypatch.setattr(sys, "argv", ["tinyfleet", "device", "simulate", *(a.format(port=nobody) for a in arguments)])
     with pytest.raises(SystemExit) as end:
         main()
     out, err = capsys.readouterr()
@@ -314,7 +317,7 @@ def test_something_else_than_a_broker_is_told_apart() -> None:
 
 def test_the_brokers_address(tmp_path: Path) -> None:
     assert broker_address(None, tmp_path) == ("127.0.0.1", 1883)
-    (tmp_path / "server.json").write_text('{"broker": "10.0.0.1:1999"}')
+    (tmp_path / "server.json").write_text('{"broker": "10.0.0.1:1999", "endpoint": "http://x/sparql"}')
     assert broker_address(None, tmp_path) == ("10.0.0.1", 1999)
     assert broker_address("[::1]:5", tmp_path) == ("::1", 5)
     (tmp_path / "server.json").write_text("{")

@@ -169,7 +169,7 @@ def test_an_agents_drift_becomes_an_event_in_the_graph(broker: tuple[str, int], 
         registry = Registry(store, "test")
         while 1.0 not in drifts or drifts[-1] != 0.0:
             topic, payload = said.get(timeout=30)
-            registry.handle(topic, payload)
+            registry.ingest_one(topic, payload)
             if topic == TOPICS.status("pi"):
                 drifts.append(decode_status(payload).drift)
         events = store.query(library.text("drift-events"), fleet="test")

@@ -375,7 +375,8 @@ def test_a_hostile_program_is_refused_or_stays_in_its_arena(data: bytes, seed: i
         x = np.random.default_rng(seed).normal(size=lib.mote_inputs(mote)).astype(np.float32)
         y = np.zeros(lib.mote_targets(mote), np.float32)
         loss, out = ffi.new("float *"), ffi.new("const void **")
-        assert lib.mote_infer(mote, ffi.from_buffer("float[]", x), out) == lib.MOTE_OK
+        inferred = lib.mote_infer(mote, ffi.from_buffer("float[]", x), out)
+        assert inferred in (lib.MOTE_OK, lib.MOTE_ERR_DIVERGED)
         pointers = ffi.from_buffer("float[]", x), ffi.from_buffer("float[]", y)
         for mask in {mote.trainable, mote.trainable & seed, 0}:
             assert lib.mote_train_mask(mote, mask, 0) == lib.MOTE_OK

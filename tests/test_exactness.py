@@ -117,7 +117,7 @@ def test_a_core_learns_the_same_bits(core: str, expected: list[str], tmp_path: P
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
     target = catalogue.load_board(BOARDS[core])
-    elf = build.exactness(target, list(COURSES.values()), tmp_path / "exact.elf")
+    elf = build.build_exactness_check(target, list(COURSES.values()), tmp_path / "exact.elf")
     assert dict(zip(COURSES, emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines(), strict=True)) == dict(
         zip(COURSES, expected, strict=True)
     )
@@ -187,7 +187,7 @@ def test_a_core_infers_the_same_int8(
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
     target = catalogue.load_board(BOARDS[core])
-    elf = build.exactness(target, list(int8_courses.values()), tmp_path / "exact.elf", profile=profile)
+    elf = build.build_exactness_check(target, list(int8_courses.values()), tmp_path / "exact.elf", profile=profile)
     said = emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines()
     assert dict(zip(int8_courses, said, strict=True)) == int8_expected
 
@@ -211,5 +211,5 @@ def test_a_core_infers_the_same_of_mlperf_tiny(core: str, model: str, tmp_path: 
         build.TrainingCase(assemble(tflite_reader.read_tflite(file)), steps=2),
         catalogue.load_board(BOARDS[core]),
     )
-    elf = build.exactness(target, [course], tmp_path / "exact.elf")
+    elf = build.build_exactness_check(target, [course], tmp_path / "exact.elf")
     assert emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines() == [infer_here(course)]

@@ -72,4 +72,4 @@ def test_the_c_example_builds_trains_and_prints_what_its_comment_says(tmp_path: 
 
 def test_an_example_is_short() -> None:
     for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.rglob("*.c")]:
-        assert len(path.read_text().splitlines()) < 60, path.name
+        assert len(path.read_text().splitlines()) <= 60, path.name

@@ -86,7 +86,7 @@ def test_an_installed_library_is_found_by_another_project(tmp_path: Path) -> Non
     needs("cmake", "cc")
     model = tmp_path / "model.mote"
     model.write_bytes(small_models.cnn().data)
-    command = [sys.executable, "-m", "tinyfleet", "firmware", "export", "--library", "cmake"]
+    command = [sys.executable, "-m", "tinyfleet", "firmware", "export", "--format", "cmake"]
     run([*command, "--out", tmp_path / "mote", "--model", model], cwd=ROOT)
     run(["cmake", "-S", tmp_path / "mote", "-B", tmp_path / "build", f"-DCMAKE_INSTALL_PREFIX={tmp_path / 'prefix'}"])
     run(["cmake", "--build", tmp_path / "build", "--target", "install", "--parallel", "2"])
@@ -142,9 +142,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("already")
     with pytest.raises(UserError, match=r"is not empty; choose another folder with --out"):
         export_library.export("cmake", tmp_path)
-    command = [sys.executable, "-m", "tinyfleet", "firmware", "export", "--library"]
+    command = [sys.executable, "-m", "tinyfleet", "firmware", "export", "--format"]
     for words, message in (
-        (["maven", "--out", tmp_path / "x"], "no library of kind 'maven'"),
+        (["maven", "--out", tmp_path / "x"], "no format 'maven'"),
         (["cmake", "--out", tmp_path / "x", "--model", tmp_path / "none.mote"], "cannot read"),
         (["cmake", "--out", tmp_path / "x", "--model", tmp_path / "there"], "is not a program"),
     ):

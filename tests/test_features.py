@@ -152,7 +152,7 @@ def made_up() -> str:
 @pytest.mark.parametrize("board", ["microbit", "mps2-an385", "mps2-an386", "mps2-an500", "mps2-an505", "mps3-an547"])
 def test_a_core_computes_the_described_bits(board: str, tmp_path: Path) -> None:
     target = catalogue.load_board(board)
-    assert emulate.run_to_completion(target, build.mel(target, tmp_path / "mel.elf")) == made_up()
+    assert emulate.run_to_completion(target, build.build_mel_check(target, tmp_path / "mel.elf")) == made_up()
 
 
 def test_sanitizers_find_nothing(tmp_path: Path) -> None:

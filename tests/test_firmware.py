@@ -46,6 +46,7 @@ from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate, stack
+from tinyfleet.firmware_tools.firmware.size import FirmwareSize, read_size
 from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.server.fleet_server import FleetServer
 
@@ -92,7 +93,7 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("board", BOARDS)
 def test_firmware_fits_its_board_and_the_arena_is_the_planned_one(board: str, firmware: Callable[[str], Path]) -> None:
-    size = build.size(firmware(board))
+    size = read_size(firmware(board))
     target = catalogue.load_board(board).buildable()
     assert size.board == board
     assert size.arena == size.plan == mlp().arena_bytes
@@ -111,27 +112,27 @@ def test_firmware_uses_neither_malloc_nor_stdio(firmware: Callable[[str], Path])
 
 def test_an_image_holds_the_operators_that_its_program_needs(tmp_path: Path) -> None:
     target, net = catalogue.load_board("mps2-an386"), mlp()
-    elf = build.bench(target, net, tmp_path / "bench.elf", steps=1)
+    elf = build.build_benchmark(target, net, tmp_path / "bench.elf", steps=1)
     names = subprocess.run(["arm-none-eabi-nm", elf], capture_output=True, text=True, check=True).stdout
     assert "mote_dense_back" in names and "mote_relu" in names
     assert not {"mote_conv2d", "mote_int8_dense", "mote_tanh", "mote_huber"} & set(names.split())
-    size = build.size(elf)
+    size = read_size(elf)
     assert size.mote.keys() >= {"mote.c", "mote_load.c", "mote_dense.c"}
     assert sum(size.mote.values()) < size.text - len(net.data)
 
 
 def test_a_device_that_keeps_its_model_is_smaller(firmware: Callable[[str], Path], tmp_path: Path) -> None:
     kept = build.build("mps2-an386", mlp(), samples(), FLEET, ID, tmp_path, model_slot_bytes=0)
-    assert build.size(kept).text < build.size(firmware("mps2-an386")).text - 10_000
+    assert read_size(kept).text < read_size(firmware("mps2-an386")).text - 10_000
 
 
-def whole_image(board: str, profile: build.Profile, elf: Path) -> build.Size:
+def whole_image(board: str, profile: build.Profile, elf: Path) -> FirmwareSize:
     """Of an image with all operators that the engine has."""
     sources = [build.SOURCES / "main_bench.c", build.SOURCES / "bench_mote.c", build.SOURCES / "semihost.c"]
     target, net = catalogue.load_board(board), mlp()
     defines = {"arena_bytes": net.arena_bytes, "inputs": 64, "outputs": 5, "steps": 1}
     build.link(target, elf, [*sources, *build.ENGINE], blobs={"program": net.data}, defines=defines, profile=profile)
-    return build.size(elf)
+    return read_size(elf)
 
 
 @pytest.mark.parametrize("board", ["microbit", "mps2-an385", "mps2-an386"])
@@ -150,8 +151,8 @@ def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_p
     """Read from the linked image: the arena is the plan's, to the byte; the engine's state, what variables of its own
     it has (none) and the deepest of its calls take at most 512 bytes. That is all of the RAM but the bench's own."""
     net = MODELS[model]()
-    elf = build.bench(catalogue.load_board("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
-    size = build.size(elf)
+    elf = build.build_benchmark(catalogue.load_board("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
+    size = read_size(elf)
     assert size.arena == size.plan == net.arena_bytes
     symbols = subprocess.run(["arm-none-eabi-nm", "-S", elf], capture_output=True, text=True, check=True).stdout
     (state,) = (int(row[1], 16) for line in symbols.splitlines() if (row := line.split())[2:] == ["b", "m"])
@@ -503,7 +504,7 @@ def test_noise_on_the_line_costs_time_and_nothing_else(
             parts = observer.ask(work, again=1.0)
             assert [parts[i] for i in range(len(parts))] == host_reply(work)
             assert line.errors > 0
-            assert gateway.counters.refused == 0
+            assert gateway.counters.rejected == 0
         line.close()
     observer.session.close()
 
@@ -539,7 +540,7 @@ def test_a_board_comes_back_after_line_and_broker_were_lost(firmware: Callable[[
 def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
     command = [sys.executable, "-m", "tinyfleet", "firmware"]
-    choice = ["--task", "digits", "--client", "2", "--of", "3", "--id", ID, "--fleet", FLEET]
+    choice = ["--task", "digits", "--client-index", "2", "--fleet-size", "3", "--device-id", ID, "--fleet", FLEET]
     built = subprocess.run(
         [*command, "build", "--board", "mps2-an500", *choice, "--out", tmp_path, "--json"],
         capture_output=True,
@@ -551,7 +552,7 @@ def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp
     assert size["arena"] == size["plan"]
     assert size["flash"] == size["text"] + size["data"]
     observer = Observer(broker)
-    start = [*command, "run", size["elf"], "--gateway", "--broker", f"{broker[0]}:{broker[1]}"]
+    start = [*command, "emulate", size["elf"], "--gateway", "--broker", f"{broker[0]}:{broker[1]}"]
     running = subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert observer.wait(lambda: observer.online() is True)
@@ -567,8 +568,10 @@ def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp
 
 def test_no_emulator_outlives_the_program_that_started_it(firmware: Callable[[str], Path]) -> None:
     code = (
-        "import pathlib, sys, time; from firmware_tools import boards, emulate\n"
-        "board = emulate.Emulator(boards.load_board('mps2-an386'), pathlib.Path(sys.argv[1]))\n"
+        "import pathlib, sys\n"
+        "from tinyfleet.firmware_tools.boards import catalogue\n"
+        "from tinyfleet.firmware_tools.firmware import emulate\n"
+        "board = emulate.Emulator(catalogue.load_board('mps2-an386'), pathlib.Path(sys.argv[1]))\n"
         "print(board.url, flush=True); board.wait()"
     )
     parent = subprocess.Popen(
@@ -651,7 +654,7 @@ def test_what_is_not_firmware_is_refused(tmp_path: Path) -> None:
     text.write_text("hello")
     for path in (text, Path("/bin/sh"), tmp_path / "nothing.elf"):
         with pytest.raises(UserError, match=r"tinyfleet firmware build"):
-            build.size(path)
+            read_size(path)
 
 
 def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -> None:
@@ -682,7 +685,7 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
             line.sendall(serial_frames.encode(frame))
         assert observer.wait(lambda: observer.said(TOPICS.reply(ID)) == [b"last"])
         assert not observer.said(other)
-        assert gateway.counters.refused == 9
+        assert gateway.counters.rejected == 9
         line.close()
         assert observer.wait(lambda: observer.said(TOPICS.status(ID)) == [b"its will"])
         stop.set()
@@ -692,7 +695,7 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
 
 def test_the_known_boards_go_into_the_graph(tmp_path: Path) -> None:
     with FleetServer(tmp_path, "test", port=0) as server:
-        words = ["-m", "tinyfleet", "firmware", "boards", "--describe", "--json", "--data", str(tmp_path)]
+        words = ["-m", "tinyfleet", "firmware", "boards", "--add-to-graph", "--json", "--data", str(tmp_path)]
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
         assert {board["id"] for board in json.loads(done.stdout)} == set(catalogue.board_ids())
         rows = server.store.query(

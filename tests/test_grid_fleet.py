@@ -260,10 +260,22 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
     fleet = [virtual_device(*broker, "test", f"steady-{i}", task.program, task.client(i, 4)) for i in range(3)]
     for device in fleet:
         device.start()
-    command = [sys.executable, "-m", "tinyfleet", "device", "--prefix", "weak", "--first", "3", "--fleet", "test"]
+    command = [
+        sys.executable,
+        "-m",
+        "tinyfleet",
+        "device",
+        "simulate",
+        "--prefix",
+        "weak",
+        "--first-index",
+        "3",
+        "--fleet",
+        "test",
+    ]
     weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
 
-    there, gone = threading.Event(), threading.RoundEvent()
+    there, gone = threading.Event(), threading.Event()
 
     def log_lines(line: str) -> None:
         if line == "weak-3: online":
@@ -353,10 +365,10 @@ def announced(
 ) -> None:
     topics = Topics("test")
     td = thing_description("test", name, VIRTUAL, "mote", "0.1.0", arena, model)
-    assert server.registry.handle(topics.td(name), json.dumps(td).encode())
-    assert server.registry.handle(topics.status(name), encode(Status(True, model)))
+    assert server.registry.ingest_one(topics.td(name), json.dumps(td).encode())
+    assert server.registry.ingest_one(topics.status(name), encode(Status(True, model)))
     if not online:
-        assert server.registry.handle(topics.status(name), encode(Status(False, model)))
+        assert server.registry.ingest_one(topics.status(name), encode(Status(False, model)))
 
 
 def test_without_an_eligible_client_the_error_says_why(server: FleetServer) -> None:
@@ -424,7 +436,17 @@ def test_a_device_that_was_there_before_the_server_is_known(tmp_path: Path, brok
 def test_devices_that_died_while_the_broker_was_gone_are_offline(tmp_path: Path) -> None:
     port = free_port()
     broker = start_mosquitto(tmp_path, port)
-    command = [sys.executable, "-m", "tinyfleet", "device", "--fleet", "test", "--broker", f"127.0.0.1:{port}"]
+    command = [
+        sys.executable,
+        "-m",
+        "tinyfleet",
+        "device",
+        "simulate",
+        "--fleet",
+        "test",
+        "--broker",
+        f"127.0.0.1:{port}",
+    ]
     root = Path(__file__).parent.parent
     online = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { ?d tf:fleet "test" ; tf:deviceId ?id ; tf:online true }"""
@@ -483,20 +505,20 @@ def test_server_device_and_run_as_commands(tmp_path: Path) -> None:
                 return process
         raise AssertionError(f"{words} ended with {process.wait()}")
 
-    nothing = finish("run")
+    nothing = finish("run", "start")
     assert nothing.returncode == 2 and nothing.stderr.startswith("error: no server runs on")
-    server = started(["server", "--port", 0], "ready")
-    fleet = started(["device", "--count", 3], "device-2")
+    server = started(["server", "start", "--port", 0], "ready")
+    fleet = started(["device", "simulate", "--devices", 3], "device-2")
     try:
         out = tmp_path / "start.npz"
-        first = finish("run", "--rounds", 2, "--clients", 3, "--out", out, "--json")
+        first = finish("run", "start", "--rounds", 2, "--clients-per-round", 3, "--out", out, "--json")
         assert first.returncode == 0, first.stderr
         *rounds, result = [json.loads(line) for line in first.stdout.splitlines()]
         assert [line["round"] for line in rounds] == [1, 2] and len(rounds[0]["clients"]) == 3
         assert set(result["accuracy-by-shots"]["learned"]) == {"1", "5", "10"}
-        second = finish("run", "--strategy", "nonsense")
+        second = finish("run", "start", "--strategy", "nonsense")
         assert second.returncode == 2 and "there is no strategy 'nonsense'" in second.stderr
-        wrong = finish("run", "--start", __file__)
+        wrong = finish("run", "start", "--initialization", __file__)
         assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     finally:
         for process in (fleet, server):

@@ -236,7 +236,7 @@ def as_success(payload: bytes) -> Success:
 def test_bytes_are_those_that_real_devices_and_a_broker_carry(
     name: str, density: float | None, broker: tuple[str, int], devices: Start, digits: Any, exact: Any
 ) -> None:
-    """Two rounds of the strategy that `tinyfleet run` has for it; what is learned is the same, too."""
+    """Two rounds of the strategy that `tinyfleet run start` has for it; what is learned is the same, too."""
     devices(FLEET, task=DIGITS)
     count, seed, number = 3, 5, itertools.count(1)
     strategy = make_strategy(name, DIGITS, rounds=2, clients=count, seed=seed, options=StrategyOptions(density=density))
@@ -494,20 +494,21 @@ def test_jax_gives_the_same_on_two_devices(tmp_path: Path) -> None:
 def test_the_command_line(tmp_path: Path) -> None:
     start, curve = tmp_path / "start.npz", tmp_path / "curve.png"
     words = [
+        "--task",
         "digits",
-        "--method",
+        "--strategy",
         "tinymetafed",
         "--rounds",
         "2",
-        "--clients",
+        "--clients-per-round",
         "3",
-        "--fleet",
+        "--fleet-size",
         "6",
-        "--held-out",
+        "--held-out-tasks",
         "20",
         "--exact",
     ]
-    done = CliRunner().invoke(cli, ["meta-train", *words, "--json", "--out", str(start), "--plot", str(curve)])
+    done = CliRunner().invoke(cli, ["run", "simulate", *words, "--json", "--out", str(start), "--plot", str(curve)])
     assert done.exit_code == 0, done.output
     first, second, last = (json.loads(line) for line in done.output.splitlines())
     assert (first["number"], second["number"], first["clients"]) == (1, 2, 3)
@@ -515,7 +516,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     with np.load(start) as arrays:
         assert DIGITS.program.join(arrays).shape == (DIGITS.program.n_params,)
     assert curve.read_bytes().startswith(b"\x89PNG")
-    done = CliRunner().invoke(cli, ["meta-train", *words])
+    done = CliRunner().invoke(cli, ["run", "simulate", *words])
     assert done.exit_code == 0, done.output
     assert re.search(r"Accuracy on 20\s+held-out tasks", done.output), done.output
     rows = re.findall(r"(learned|random) .* (\d+\.\d)% ± \d+\.\d% ", done.output)
@@ -529,7 +530,20 @@ def test_a_task_with_too_few_samples_is_told_before_anything_is_learned(tmp_path
     """All of SHOTS are scored on Omniglot, which has 20 samples of a character."""
     if datasets.local(omniglot.PACKED) is None:
         pytest.skip("Omniglot is not in TINYFLEET_DATA")
-    words = ["meta-train", "omniglot", "--rounds", "1", "--clients", "1", "--held-out", "1", "--exact", "--json"]
+    words = [
+        "run",
+        "simulate",
+        "--task",
+        "omniglot",
+        "--rounds",
+        "1",
+        "--clients-per-round",
+        "1",
+        "--held-out-tasks",
+        "1",
+        "--exact",
+        "--json",
+    ]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0, done.output
     assert set(json.loads(done.output.splitlines()[-1])["held-out-by-shots"]["learned"]) == {"1", "5", "10"}
@@ -546,8 +560,11 @@ def test_a_fleet_is_served_without_keras() -> None:
         "for name in ('keras', 'tensorflow', 'jax'): sys.modules[name] = None\n"
         "import tinyfleet.server.training_run, tinyfleet.server.flower.strategies, tinyfleet.server.cli\n"
         "from tinyfleet.__main__ import main\n"
-        "sys.argv[1:] = ['meta-train', 'digits']\n"
+        "sys.argv[1:] = ['run', 'simulate', '--task', 'digits']\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: meta-training needs keras: pip install 'tinyfleet[keras]'\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: this needs keras, which is not installed: pip install 'tinyfleet[edge,keras,server]'\n",
+    )

@@ -1,39 +1,55 @@
-"""The `tinyfleet` command. Each folder brings its own commands, loaded only when one of them is called."""
+"""The `tinyfleet` command. Each folder brings its own commands, imported only when one of them is called."""
 
 from __future__ import annotations
 
 import importlib
 import signal
 import sys
-from typing import Any
+from typing import NamedTuple
 
 import click
 import typer
 
+import tinyfleet
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.options import Group, as_command
 
-#: command -> (module in this package, attribute: a typer app or a function, what it is for)
+
+class Entry(NamedTuple):
+    """Where a command is (its module's attribute is a typer app, or a function), and the extras it always needs."""
+
+    module: str
+    attribute: str
+    summary: str
+    extras: tuple[str, ...] = ()
+
+
 COMMANDS = {
-    "demo": ("server.demo", "demo", "Run a whole fleet on this machine: devices, server, graph, results."),
-    "server": ("server.cli", "server", "Run the fleet's server: broker, registry, knowledge graph, SPARQL endpoint."),
-    "run": ("server.cli", "run", "Run rounds of federated (meta-)learning on the devices that a query selects."),
-    "meta-train": ("server.cli", "meta_train", "Meta-train a start without devices, many simulated clients at once."),
-    "deploy": ("server.cli", "deploy", "Give a model to the devices that a query selects, over the air."),
-    "agent": ("edge.cli", "agent", "Run this machine as a device that learns (a Raspberry Pi, say)."),
-    "device": ("edge.cli", "device", "Run virtual devices: the microcontroller's C node and engine, natively."),
-    "gateway": ("firmware_tools.cli", "gateway", "Join a board on a serial line to the fleet's broker."),
-    "query": ("ontology.cli", "query", "Ask the fleet's knowledge graph a SPARQL question."),
-    "graph": ("ontology.graph_cli", "app", "Fill the knowledge graph: boards, descriptions from elsewhere."),
-    "model": ("firmware_tools.model_cli", "app", "Compile, plan and describe models."),
-    "firmware": ("firmware_tools.cli", "app", "Build, measure and run firmware for a board."),
+    "demo": Entry("server.cli", "demo", "Run a whole fleet on this machine.", ("edge", "firmware", "server")),
+    "server": Entry("server.cli", "server_app", "Run the fleet's server.", ("server",)),
+    "run": Entry("server.cli", "run_app", "Train a model with the fleet, or by simulation.", ("edge", "server")),
+    "deploy": Entry("server.cli", "deploy", "Send a model to the devices that a query selects.", ("server",)),
+    "agent": Entry("edge.cli", "agent_app", "Run this machine as a device that learns.", ("edge",)),
+    "device": Entry("edge.cli", "device_app", "Run virtual devices.", ("edge",)),
+    "gateway": Entry("firmware_tools.cli", "gateway_app", "Connect boards on serial lines to the fleet.", ("gateway",)),
+    "task": Entry("edge.cli", "task_app", "Show what a fleet can learn."),
+    "model": Entry("firmware_tools.model_cli", "app", "Compile, describe, export and match models."),
+    "firmware": Entry("firmware_tools.cli", "app", "Build firmware for a board, and emulate it.", ("firmware",)),
+    "graph": Entry("ontology.graph_cli", "app", "Fill the knowledge graph from files.", ("server",)),
+    "query": Entry("ontology.cli", "query", "Ask the knowledge graph a question.", ("server",)),
 }
 
+MODULE_EXTRAS = {
+    "edge": ("sklearn", "pooch", "PIL", "soundfile", "pandas", "river", "tflite_runtime", "ai_edge_litert"),
+    "gateway": ("serial", "cobs"),
+    "firmware": ("elftools", "tflite", "zcbor"),
+    "keras": ("keras", "tensorflow", "jax"),
+    "broker": ("amqtt",),
+}
+"""The extra that brings a module. What is in none of them comes with `server`."""
 
-#: folder -> the extras that bring what its commands need
-EXTRAS = {"edge": "edge", "server": "edge,server,firmware", "ontology": "server", "firmware_tools": "edge,firmware"}
 
-
-class Commands(click.Group):
+class Commands(Group):
     """The commands of COMMANDS, imported on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -42,47 +58,71 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, attribute, _ = COMMANDS[cmd_name]
-        return as_click(getattr(importlib.import_module(f"tinyfleet.{module}"), attribute), cmd_name)
+        entry = COMMANDS[cmd_name]
+        found = getattr(importlib.import_module(f"tinyfleet.{entry.module}"), entry.attribute)
+        command = typer.main.get_command(found) if isinstance(found, typer.Typer) else as_command(found, cmd_name)
+        command.name = cmd_name
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, help_) for name, (_, _, help_) in COMMANDS.items()])
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
 
 
-def as_click(command: Any, name: str) -> click.Command:
-    """A typer app, or a function with typer's annotations, as a click command of that name."""
-    if not isinstance(command, typer.Typer):
-        app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(name)(command)
-        command = app
-    result = typer.main.get_command(command)
-    result.name = name
-    return result
+def _print_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"tinyfleet {tinyfleet.__version__}")
+        ctx.exit()
 
 
 cli = Commands(
-    "tinyfleet",
-    help="Fleets of microcontrollers and Raspberry Pis that keep learning after they are deployed.\n\n"
-    "Begin with: tinyfleet demo. Every command has --help with examples.",
+    name="tinyfleet",
+    help="""Fleets of microcontrollers and Raspberry Pis that keep learning.
+
+Every command has --help with examples.
+
+Examples:
+  tinyfleet demo
+  tinyfleet server start
+  tinyfleet device simulate --devices 4 --task digits
+  tinyfleet run start --task digits --rounds 10
+""",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=_print_version,
+            help="Show the version and exit.",
+        )
+    ],
 )
+
+
+def missing_package(module: str, words: list[str]) -> str:
+    """The error for a module that is not installed: the extras that the command in `words` and the module need."""
+    module = module.split(".")[0]
+    extra = next((extra for extra, modules in MODULE_EXTRAS.items() if module in modules), "server")
+    command = next((word for word in words if word in COMMANDS), "")
+    extras = {extra, *COMMANDS[command].extras} if command else {extra}
+    return f"this needs {module}, which is not installed: pip install 'tinyfleet[{','.join(sorted(extras))}]'"
 
 
 def main() -> None:
     """Runs the command line; an error that is meant for the user is one line and exit code 2."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, as after Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, as Ctrl-C does
     try:
-        cli()
+        cli(prog_name="tinyfleet")
     except UserError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        needs = next((EXTRAS[COMMANDS[word][0].split(".")[0]] for word in sys.argv[1:] if word in COMMANDS), "dev")
-        if (error.name or "").split(".")[0] == "tinyfleet":
+        if (error.name or "tinyfleet").split(".")[0] == "tinyfleet":
             raise
-        click.echo(
-            f"error: this needs {error.name}, which is not installed: pip install 'tinyfleet[{needs}]'", err=True
-        )
+        click.echo(f"error: {missing_package(str(error.name), sys.argv[1:])}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# page.sh: builds the query page into ontology/http/page/dist, from npm's YASGUI. Without npm it says so and goes on.
+# page.sh: builds the query page into ontology/http/page/dist, from YASGUI (npm). Without npm it says so and goes on.
 set -eu
 cd "$(dirname "$0")/../ontology/http/page"
 command -v npm >/dev/null 2>&1 || {

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from html import escape
 from inspect import cleandoc
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -77,10 +78,10 @@ def python_page() -> str:
     lines += ["    import tinyfleet", ""]
     for name in sorted(getattr(tinyfleet, "__all__", ())):
         value = getattr(tinyfleet, name)
-        module = getattr(value, "__module__", None)
-        if module is None:  # a constant, such as the version
+        if isinstance(value, str):  # the version
             continue
-        lines += [f"::: {module}.{value.__qualname__}", ""]
+        path = value.__name__ if isinstance(value, ModuleType) else f"{value.__module__}.{value.__qualname__}"
+        lines += [f"::: {path}", "    options:", f"      heading: {name}", f"      toc_label: {name}", ""]
     return "\n".join(lines)
 
 
@@ -108,8 +109,8 @@ def queries_page() -> str:
     lines = [
         "# Query library",
         "",
-        "`tinyfleet query NAME --param name=value` asks one; leave a parameter out and it is free. A query with a column"
-        " `?id` also selects devices for `tinyfleet run start --select` and `tinyfleet deploy --select`.",
+        "`tinyfleet query NAME --param name=value` asks one; leave a parameter out and it is free. A query with a"
+        " column `?id` also selects devices for `tinyfleet run start --select` and `tinyfleet deploy --select`.",
         "",
     ]
     for path in sorted((ROOT / "ontology" / "queries").glob("*.rq")):

@@ -1,7 +1,7 @@
-"""What a fleet learns. One file a task; the agent, the simulator and the server read the same.
+"""Learning tasks: what a fleet learns, one file each. Devices, simulator and server use the same files.
 
-A file has a function `load()` that returns its Task; whole numbers in a task's name, as in omniglot-20, are given to
-it.
+A file has a function `load()` that returns its Task. Whole numbers in a task's name, as in omniglot-20, are its
+arguments.
 """
 
 from __future__ import annotations
@@ -28,12 +28,21 @@ NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 class ClientData:
     """The samples that one device holds, in the form that the C stream replays (see mote_stream.h).
 
-    features: [samples, size], rows sorted by class: uint8, of which each is worth `scale`, or float32 as they are.
-    starts: uint32 [classes + 1]; class c has rows starts[c] to starts[c + 1] - 1. Its last quarter is never learned
-    from: where time matters, rows of a class are in the order of time.
-    ways: how many classes make one task.
-    fixed: whether a class's number is its label, and all are one task; else every task labels its classes anew.
-    targets: of a regression, float32 [samples, outputs]; a class is then a function, and a task has one: ways is 1.
+    Attributes
+    ----------
+    features : [samples, size], rows sorted by class
+        uint8, each worth `scale`, or float32 as they are.
+    starts : uint32 [classes + 1]
+        Class c has rows starts[c] to starts[c + 1] - 1. The last quarter of a class is never learned from. If time
+        matters, the rows of a class are in time order.
+    scale : float
+        The value of one unit of a uint8 feature.
+    ways : int
+        The number of classes in one episode.
+    fixed : bool
+        Whether a class's number is its label in every episode. If not, every episode relabels its classes.
+    targets : float32 [samples, outputs], or None
+        For a regression: what to predict. A class is then a function, and an episode has one of them (`ways` is 1).
     """
 
     features: NDArray[np.uint8] | NDArray[np.float32]
@@ -53,14 +62,34 @@ class ClientData:
         fixed: bool = False,
         targets: Sequence[NDArray[np.float32]] | None = None,
     ) -> ClientData:
-        """From one array [samples, size] a class, uint8 or float32, and of a regression one [samples, outputs]."""
+        """Joins one array for each class.
+
+        Parameters
+        ----------
+        classes : uint8 or float32 [samples, size], one array for each class
+        scale, ways, fixed
+            As the attributes.
+        targets : float32 [samples, outputs], one array for each class
+            For a regression.
+
+        Examples
+        --------
+        >>> data = ClientData.of([np.zeros((3, 2), np.uint8), np.ones((4, 2), np.uint8)], scale=1 / 255, ways=2)
+        >>> data.starts.tolist()
+        [0, 3, 7]
+        """
         starts = np.cumsum([0, *(len(c) for c in classes)]).astype(np.uint32)
         joined = None if targets is None else np.ascontiguousarray(np.concatenate(targets), np.float32)
         return cls(np.ascontiguousarray(np.concatenate(classes)), starts, scale, ways, fixed, joined)
 
     def check_compatible(self, program: Program) -> None:
-        """Raises UserError unless this model can learn from these samples: their features, and their class or targets
-        for a target."""
+        """Checks that a model can learn from these samples: their number of features, and their classes or targets.
+
+        Raises
+        ------
+        UserError
+            If it cannot; the message says what differs.
+        """
         has, takes, gives = self.features.shape[1], math.prod(program.input_shape), math.prod(program.output_shape)
         if has != takes:
             raise UserError(
@@ -84,16 +113,16 @@ class ClientData:
 
 
 Split = Literal["training", "validation", "held_out"]
-"""What the fleet learns from, what rates and step counts are tuned on, and what is scored: they never share a class (or
-a speaker, a room, a span of time: whatever a new device would be new in)."""
+"""What the fleet learns from, what rates and step counts are tuned on, and what is scored. They never share a class (or
+a speaker, a room, a span of time: whatever is new about a new device)."""
 
 Targets = NDArray[np.int64] | NDArray[np.float32]
-"""Classes int64 [...] in 0 .. ways - 1, or of a regression float32 [..., outputs]."""
+"""Classes, int64 [...] in 0 .. ways - 1, or for a regression float32 [..., outputs]."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One few-shot task: float32 samples [n, size] and targets [n, ...]; no sample is in both halves."""
+    """One few-shot problem: float32 samples [n, size] and targets [n, ...]. No sample is in both support and query."""
 
     support_x: NDArray[np.float32]
     support_y: Targets
@@ -103,7 +132,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Few-shot tasks of one size, side by side: the arrays of an Episode under one more axis, the tasks."""
+    """Episodes of one size: the arrays of an Episode with one more axis in front, the episodes."""
 
     support_x: NDArray[np.float32]
     support_y: Targets
@@ -124,10 +153,14 @@ class Episodes:
 
 @dataclass(frozen=True)
 class Recording:
-    """What one device sees, in the order of time.
+    """What one device sees over time.
 
-    x: float32 [n, size]. y: int64 [n], or float32 [n, outputs]. drifts: the samples with which what is to be learned
-    changes; None where nobody knows.
+    Attributes
+    ----------
+    x : float32 [n, size]
+    y : int64 [n], or float32 [n, outputs]
+    drifts : tuple of int, or None
+        The samples at which the problem changes; None if that is unknown.
     """
 
     x: NDArray[np.float32]
@@ -136,43 +169,64 @@ class Recording:
 
 
 Draw = Callable[[Split, Sequence[int], int, int], Episodes]
-"""(split, seeds, shots, queries) -> one task a seed, of so many samples a class to learn from and to be asked about (of
-a regression: so many in all). The same seed gives the same task, whatever it is drawn with."""
+"""(split, seeds, shots, queries) -> one episode for each seed, with that many support and query samples of each class
+(for a regression: in total). The same seed always gives the same episode, whatever other seeds it is drawn with."""
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """How a device works in one round, and what the server makes of it. Tuned on validation tasks."""
+    """What a device does in one round, and how the server combines the results. Tuned on validation episodes."""
 
-    head_steps: int  # samples that fit the head alone, the rest frozen; 0: there is no local part
-    steps: int  # samples that train everything, one step each
-    rate: float  # of the device
-    alpha: float  # of the server, where the strategy has one
-    density: float  # share of the changes that is sent
+    head_steps: int  # samples that fit only the head, the rest frozen; 0: the head is shared
+    steps: int  # samples that train all layers, one step each
+    rate: float  # the device's learning rate
+    alpha: float  # the server's rate, if the strategy has one
+    density: float  # the share of the changes that a device sends
 
 
 @dataclass(frozen=True)
 class Task:
-    """A learning problem, split by class: what devices hold, what is tuned on and what is scored never share one."""
+    """A learning task: the data that devices hold, models, and how few-shot episodes are drawn."""
 
     name: str
     ways: int
     program: Program
-    #: (index, of) -> what device number `index` of a fleet of `of` holds.
+    #: (index, of) -> the data of device number `index` in a fleet of `of`.
     client: Callable[[int, int], ClientData]
     draw: Draw
-    #: what TinyMetaFed does with it, and what FedAvg does.
+    #: For TinyMetaFed and its relatives, and for FedAvg.
     meta: Hyperparameters
     fedavg: Hyperparameters
-    #: for a Raspberry Pi; takes the same samples as `program`, which trains on a Cortex-M4 with 256 KB of RAM.
+    #: For a Raspberry Pi; takes the same samples as `program`, which trains on a Cortex-M4 with 256 KB of RAM.
     large: Program
-    #: index -> what device number `index`, of those that are held out, sees as time goes by.
+    #: index -> what held-out device number `index` sees over time.
     stream: Callable[[int], Recording]
 
 
 def load(name: str) -> Task:
-    """The task of that name, or of that file, if it ends in .py. Raises UserError if there is none, or if its data
-    cannot be had."""
+    """Loads a learning task.
+
+    Parameters
+    ----------
+    name : str
+        A name in `NAMES`, with numbers after it if the task takes any (`omniglot-20`), or the path of a .py file that
+        has a function `load() -> Task`.
+
+    Returns
+    -------
+    Task
+
+    Raises
+    ------
+    UserError
+        If there is no such task, or if its data are missing and cannot be downloaded.
+
+    Examples
+    --------
+    >>> task = load("sine")
+    >>> task.program.input_shape, task.program.n_params
+    ((1,), 1153)
+    """
     if name.endswith(".py"):
         return _load_file(Path(name))
     module, *numbers = name.split("-")
@@ -182,10 +236,10 @@ def load(name: str) -> Task:
         )
     load_it: Callable[..., Task] = importlib.import_module(f"tinyfleet.edge.tasks.{module}").load
     try:
-        given = inspect.signature(load_it).bind(*map(int, numbers))
+        arguments = inspect.signature(load_it).bind(*map(int, numbers))
     except TypeError as error:
-        raise UserError(f"there is no task named '{name}': '{module}' takes no such numbers") from error
-    return load_it(*given.args)
+        raise UserError(f"there is no task named '{name}': '{module}' does not take these numbers") from error
+    return load_it(*arguments.args)
 
 
 def _load_file(path: Path) -> Task:
@@ -201,8 +255,10 @@ def _load_file(path: Path) -> Task:
 
 
 def hashed(seeds: Sequence[int] | NDArray[Any], salt: int, count: int) -> NDArray[np.float64]:
-    """[seeds, count] numbers in [0, 1), the same for the same seed and salt: SplitMix64 (Steele et al. 2014). A
-    generator for every seed would take 15 microseconds each."""
+    """[seeds, count] numbers in [0, 1), the same for the same seed and salt: SplitMix64 (Steele et al. 2014).
+
+    One NumPy generator for each seed would take 15 microseconds each.
+    """
     state = np.asarray(seeds, np.uint64)[:, None] * np.uint64(0xD1342543DE82EF95) + np.uint64(salt << 32)
     state = state + np.arange(1, count + 1, dtype=np.uint64)
     state = state * np.uint64(0x9E3779B97F4A7C15)
@@ -215,9 +271,20 @@ def hashed(seeds: Sequence[int] | NDArray[Any], salt: int, count: int) -> NDArra
 def draw_classes(
     pool: NDArray[np.uint8], scale: float, ways: int, seeds: Sequence[int], shots: int, queries: int
 ) -> Episodes:
-    """A task a seed, of `ways` of the classes [classes, samples, size] under a random labelling: many at once.
+    """Draws many episodes together: for each seed, `ways` of the classes under random labels.
 
-    Raises ValueError if a class has too few samples.
+    Parameters
+    ----------
+    pool : uint8 [classes, samples, size]
+    scale : float
+        The value of one unit of a feature.
+    shots, queries : int
+        Support and query samples of each class.
+
+    Raises
+    ------
+    ValueError
+        If a class has too few samples.
     """
     tasks, (classes, samples, _) = len(seeds), pool.shape
     if shots + queries > samples:
@@ -252,7 +319,7 @@ def draw_classes(
 
 
 def draw_episode(classes: list[NDArray[np.float32]], ways: int, seed: int, shots: int, queries: int) -> Episode:
-    """A task of `ways` of the classes (each an array [samples, size]) under a random labelling."""
+    """Draws one episode: `ways` of the classes (each an array [samples, size]) under random labels."""
     random = np.random.default_rng(seed)
     chosen = random.choice(len(classes), ways, replace=False)
     rows = [random.permutation(len(classes[c]))[: shots + queries] for c in chosen]

@@ -1,9 +1,9 @@
-"""Handwritten digits, 8x8 pixels, seen by cameras that are mounted at any angle: five-way few-shot classification.
+"""Handwritten digits, 8x8 pixels, seen by cameras at different angles: five-way few-shot classification.
 
 A class is a digit at one of eight mounts: turned by a multiple of 90 degrees, and perhaps mirrored. The digits 0 to 4
-train: every device holds its own share of them, at its own mount. Of the digits 5 to 9, one half of the samples, not
-mirrored, is for validation, and the other half, mirrored, is held out. A task has one mount. Data: the test part of the
-Optical Recognition of Handwritten Digits set, as it comes with scikit-learn.
+train: each device holds its own share of them, at its own mount. Half of the samples of the digits 5 to 9, not
+mirrored, are for validation; the other half, mirrored, are held out. An episode has one mount. Data: the test part of
+the Optical Recognition of Handwritten Digits set, which comes with scikit-learn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LARGE = p.build([p.Dense(128), p.ReLU(), p.Dense(64), p.ReLU(), p.Dense(WAYS)], 
 
 
 def load() -> Task:
-    package = find_spec("sklearn")  # it is not imported: that takes longer than all else that a device does at first
+    package = find_spec("sklearn")  # not imported: that takes longer than the rest of a device's start
     if package is None or not package.submodule_search_locations:
         raise UserError("the digits come with scikit-learn: pip install 'tinyfleet[edge]'")
     path = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
@@ -52,7 +52,7 @@ def load() -> Task:
         return Episodes.of(episode(split, seed, shots, queries) for seed in seeds)
 
     def stream(index: int) -> Recording:
-        """The digits 5 to 9 as they are, while the camera is turned by 90 degrees after every 200 of them."""
+        """The digits 5 to 9, not mirrored; the camera turns by 90 degrees after every 200 of them."""
         random = np.random.default_rng(index)
         parts, labels = [], []
         for mount in range(4):

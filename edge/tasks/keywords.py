@@ -1,14 +1,14 @@
 """Spoken words, heard by devices whose speakers differ: three-way few-shot classification of Speech Commands.
 
 Four of the ten words train (down, go, left, no), three are for validation (off, on, right) and three are held out
-(stop, up, yes), and so are the speakers: 32, 7 and 13 of 52. A device has one training speaker. A task is three words
-said by one speaker, or by as many as it takes to have so many samples: a speaker says a word about five times.
+(stop, up, yes). The speakers are split too: 32, 7 and 13 of 52. A device has one training speaker. An episode is three
+words of one speaker, or of several if one has too few recordings: a speaker says a word about five times.
 
-Features are those of mote_mel.h, computed by the C that a device runs: 49 frames of 20 bands, above their mean.
+Features are those of mote_mel.h, computed by the C code that a device runs: 49 frames of 20 bands, above their mean.
 
-The data is read from the folder audio/gsc_v2_speakers20_16k of TINYFLEET_DATA if there is one, else the test archive of
-Speech Commands v2 (Warden 2018) is downloaded once, and of it the speakers are taken that say each of the ten words,
-and at least 20 clips in all. Features are kept in the user's cache.
+The data come from the folder audio/gsc_v2_speakers20_16k of TINYFLEET_DATA if it exists. Otherwise the test archive of
+Speech Commands v2 (Warden 2018) is downloaded once, and the speakers with each of the ten words and at least 20 clips
+in total are kept. Features are stored in the user's cache.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ALL_WORDS = tuple(word for words in WORDS.values() for word in words)
 CLIP = features.RATE  # samples: a second
 SHAPE = (features.frames(CLIP), features.BANDS, 1)
 SCALE = 1 / 32  # four octaves above the mean are 1
-CLIPS = 20  # of a speaker, at least
+CLIPS = 20  # of each speaker, at least
 HOME = 4  # speakers, in a recording
 
 FOLDER = "audio/gsc_v2_speakers20_16k"
@@ -86,7 +86,7 @@ def load() -> Task:
     numbers = {split: np.searchsorted(names, some) for split, some in speakers.items()}
 
     def rows(split: Split, seed: int, shots: int, queries: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of one task: the clips to learn from and to be asked about, word by word."""
+        """The support and query clips of one episode, word by word."""
         random = np.random.default_rng(seed)
         words = [ALL_WORDS.index(WORDS[split][i]) for i in random.permutation(len(WORDS[split]))[:WAYS]]
         who = random.permutation(numbers[split])
@@ -114,7 +114,7 @@ def load() -> Task:
         )
 
     def stream(index: int) -> Recording:
-        """Three homes of four held-out speakers each, every clip twice; in each, the words are other commands."""
+        """Three homes of four held-out speakers each, every clip twice; in each, the words stand for other commands."""
         random = np.random.default_rng(index)
         who = random.permutation(len(speakers["held_out"]))
         xs, ys = [], []
@@ -157,7 +157,7 @@ def _spoken() -> Spoken:
     if not cached.exists():
         clips = list(read_archive(archive) if folder is None else read_folder(folder))
         kept = with_features(clips)
-        with suppress(OSError):  # full, or not for writing: then they are computed again
+        with suppress(OSError):  # disk full or read-only: they are computed again next time
             new = cached.with_suffix(".new.npz")
             np.savez(new, **{f"{who} {word}": rows for who, words in kept.items() for word, rows in words.items()})
             new.replace(cached)
@@ -171,7 +171,7 @@ def _spoken() -> Spoken:
 
 
 def with_features(clips: Sequence[Clip]) -> Spoken:
-    """The features of the clips of every speaker who says all words, and CLIPS in all; no clip twice."""
+    """The features of each speaker who has all words and at least CLIPS clips; no clip twice."""
     rows: dict[str, dict[str, dict[bytes, NDArray[np.int16]]]] = defaultdict(lambda: defaultdict(dict))
     for who, word, samples in clips:
         rows[who][word][samples.tobytes()] = samples
@@ -190,7 +190,7 @@ def _second(samples: NDArray[np.int16]) -> NDArray[np.int16]:
 
 
 def read_folder(folder: Path) -> Iterator[Clip]:
-    """Of one FLAC file a speaker, and index.csv, which says where a clip is in it."""
+    """Clips from one FLAC file for each speaker; index.csv says where each clip is."""
     soundfile = _soundfile()
     with (folder / "index.csv").open() as file:
         index = list(csv.DictReader(file))
@@ -205,7 +205,7 @@ def read_folder(folder: Path) -> Iterator[Clip]:
 
 
 def read_archive(path: Path) -> Iterator[Clip]:
-    """Of the authors' archive: word/speaker_nohash_number.wav."""
+    """Clips from the authors' archive: word/speaker_nohash_number.wav."""
     soundfile = _soundfile()
     with tarfile.open(path) as archive:
         for member in archive:

@@ -58,7 +58,7 @@ def program(ways: int, side: int) -> Program:
 
 def large(ways: int, side: int) -> Program:
     """Four convolutions of 64 filters, as Vinyals et al. (2016), in strides as in Nichol et al. (2018), without batch
-    normalisation, which learning from one sample after the other does not have."""
+    normalization, which training on single samples does not have."""
     strides = (2, 2, 2, 2) if side == 28 else (1, 2, 2, 2)
     layers = [layer for stride in strides for layer in _conv(64, stride)]
     return p.build([*layers, p.Flatten(), p.Dense(ways)], (side, side, 1), "softmax_cross_entropy")
@@ -90,7 +90,7 @@ def load(ways: int = 5, side: int = 14) -> Task:
         return draw_classes(images[split], scale, ways, seeds, shots, queries)
 
     def stream(index: int) -> Recording:
-        """The evaluation alphabets after one another, `ways` characters of each, in a random order from the index."""
+        """The evaluation alphabets in sequence, `ways` characters of each, in a random order from the index."""
         random = np.random.default_rng(index)
         order = random.permutation(np.unique(evaluation_alphabet))
         xs, ys = [], []
@@ -116,7 +116,7 @@ def load(ways: int = 5, side: int = 14) -> Task:
 
 
 def characters() -> dict[Split, tuple[Characters, Alphabets]]:
-    """Of each split, images of 28x28 pixels and the alphabets that they are of. Raises UserError without the data."""
+    """For each split, images of 28x28 pixels and their alphabets. Raises UserError without the data."""
     (background, alphabet), evaluation = data()
     for_validation = np.arange(len(background)) % 10 == 9
     return {

@@ -1,15 +1,15 @@
-"""Is somebody in the room? From CO2, humidity and temperature, in rooms that differ: two-way, with fixed labels.
+"""Is somebody in the room? From CO2, humidity and temperature, in different rooms: two-way, with fixed labels.
 
-A task is a room: K samples of each answer from the first six tenths of its time, and as many of each to be asked
-about from the rest. Rooms are split, so that what is scored is a new room and a later time. Labels are not
-drawn anew: 0 is empty, 1 is occupied. A device has a training room; its stream, too, keeps the later time for queries.
+An episode is a room: K support samples of each label from the first six tenths of its time, query samples from the
+rest. Rooms are split, so scores are for a new room at a later time. Labels are fixed: 0 is empty, 1 is occupied. A
+device has a training room, and its stream also keeps the later time for query samples.
 
-Light is left out, since who is in a room turns it on: a threshold on it is a baseline (see `baselines`), and so is the
-majority, which is right in one half of the queries.
+Light is left out, because a person who enters switches it on. A threshold on light is a baseline (see `baselines`), and
+so is the majority, which is correct for half of the query samples.
 
-Rooms, from the folder `occupancy` of TINYFLEET_DATA: of Berkeley's Sutardja Dai Hall the 24 with motion in at least 2 %
-of the minutes, which is the label; and two held-out rooms elsewhere where people were counted, of the UCI repository:
-Occupancy Detection (357) and Room Occupancy Estimation (864, which has no humidity).
+Rooms, from the folder `occupancy` of TINYFLEET_DATA: the 24 rooms of Berkeley's Sutardja Dai Hall with motion (the
+label) in at least 2 % of the minutes; and two held-out rooms from the UCI repository where people were counted:
+Occupancy Detection (357) and Room Occupancy Estimation (864, without humidity).
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ LARGE = p.build([p.Dense(128), p.ReLU(), p.Dense(128), p.ReLU(), p.Dense(2)], (F
 
 @dataclass(frozen=True)
 class Room:
-    """Minute by minute: x float32 [n, FEATURES], light float64 [n], y int64 [n]. early and late:
-    rows of the first share EARLY of the time, and behind it, the empty ones and the occupied ones."""
+    """A room, minute by minute: x float32 [n, FEATURES], light float64 [n], y int64 [n].
+
+    early, late: the rows of the first share EARLY of the time, and the rest; the empty ones and the occupied ones.
+    """
 
     name: str
     x: NDArray[np.float32]
@@ -81,7 +83,7 @@ def load() -> Task:
         )
 
     def stream(index: int) -> Recording:
-        """A held-out room as it was recorded."""
+        """A held-out room in time order."""
         room = rooms["held_out"][index % len(rooms["held_out"])]
         return Recording(room.x, room.y, None)
 
@@ -91,7 +93,7 @@ def load() -> Task:
         program=PROGRAM,
         client=client,
         draw=draw,
-        # The head is shared: labels are fixed, so that the fleet's is of use to a device that begins.
+        # The head is shared: labels are fixed, so the fleet's head is useful to a new device.
         meta=Hyperparameters(head_steps=0, steps=160, rate=0.05, alpha=1.0, density=0.1),
         fedavg=Hyperparameters(head_steps=0, steps=160, rate=0.05, alpha=1.0, density=1.0),
         large=LARGE,
@@ -100,8 +102,10 @@ def load() -> Task:
 
 
 def baselines(split: Split, seeds: Sequence[int], shots: int, queries: int) -> dict[str, NDArray[np.float64]]:
-    """Accuracies [tasks] on the very tasks that `draw` gives, of what needs no model: the majority of the samples to
-    learn from (as many of each: it says empty), and the threshold on light that is best on them."""
+    """Accuracies [episodes] without a model, on the episodes that `draw` gives.
+
+    The majority of the support samples (a tie, so it predicts empty), and the threshold on light that is best on them.
+    """
     rooms = split_rooms(read_rooms(_folder()))[split]
     chosen, support, query = _rows(rooms, seeds, shots, queries)
     seen, asked = np.arange(2).repeat(shots), np.arange(2).repeat(queries)
@@ -116,8 +120,7 @@ def baselines(split: Split, seeds: Sequence[int], shots: int, queries: int) -> d
 
 
 def split_rooms(rooms: Sequence[Room]) -> dict[Split, list[Room]]:
-    """Of Berkeley's rooms, in the order of their numbers, one half trains and a quarter each is for validation and held
-    out; so are the rooms that are elsewhere."""
+    """Half of Berkeley's rooms train, a quarter is for validation, a quarter and all other rooms are held out."""
     here = [room for room in rooms if room.name.startswith("berkeley")]
     elsewhere = [room for room in rooms if room not in here]
     return {"training": here[0::2], "validation": here[1::4], "held_out": here[3::4] + elsewhere}
@@ -126,7 +129,7 @@ def split_rooms(rooms: Sequence[Room]) -> dict[Split, list[Room]]:
 def _rows(
     rooms: Sequence[Room], seeds: Sequence[int], shots: int, queries: int
 ) -> tuple[list[int], list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Of every task: its room, and the rows to learn from and to be asked about, the empty ones first."""
+    """Each episode's room, and its support and query rows, the empty ones first."""
     chosen = (hashed(seeds, 1, 1)[:, 0] * len(rooms)).astype(int).tolist()
     support: list[NDArray[np.int64]] = []
     query: list[NDArray[np.int64]] = []
@@ -153,7 +156,7 @@ def _folder() -> Path:
 
 @cache
 def read_rooms(folder: Path) -> list[Room]:
-    """All rooms of these files. Raises UserError if one is missing or damaged."""
+    """All rooms of these files. Raises UserError if a file is missing or damaged."""
     try:
         import pandas as pd
     except ImportError as error:

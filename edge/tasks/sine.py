@@ -16,7 +16,7 @@ from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recordin
 
 WAVES, SAMPLES = 32, 40  # of one device: 10 KB
 CHANGES = 200  # samples in a recording until the wave changes
-#: What is hashed with a seed, so that no wave is in two of them.
+#: Hashed with a seed, so that the splits share no wave.
 SALTS: dict[Split, int] = {"training": 1, "validation": 2, "held_out": 3}
 DEVICES, RECORDED = 4, 5
 
@@ -41,7 +41,7 @@ def load() -> Task:
 def waves(
     seeds: Sequence[int] | NDArray[np.int64], salt: int, part: int, count: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The wave of each seed at `count` places, other ones for another part: x and y, [waves, count, 1]."""
+    """Each seed's wave at `count` random points (others for another part): x and y, [waves, count, 1]."""
     wave = hashed(seeds, salt, 2)
     amplitude, phase = 0.1 + 4.9 * wave[:, :1], 2 * math.pi * wave[:, 1:]
     x = 10 * hashed(seeds, 16 * part + salt, count) - 5
@@ -60,6 +60,6 @@ def client(index: int, of: int) -> ClientData:
 
 
 def stream(index: int) -> Recording:
-    """Five waves, one after the other."""
+    """Five waves in sequence."""
     x, y = waves(np.arange(index * 5, index * 5 + 5), RECORDED, 1, CHANGES)
     return Recording(x.reshape(-1, 1), y.reshape(-1, 1), tuple(range(CHANGES, 5 * CHANGES, CHANGES)))

@@ -55,7 +55,7 @@ class Build:
 
 
 @dataclass(frozen=True)
-class Target:
+class BoardTarget:
     """A board, how to build for it (None: nothing is built for it), and its QEMU machine (None: no emulator)."""
 
     board: Board
@@ -93,18 +93,18 @@ def board_ids() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def _names(wanted: Callable[[Target], bool]) -> str:
+def _names(wanted: Callable[[BoardTarget], bool]) -> str:
     return ", ".join(name for name in board_ids() if wanted(load_board(name)))
 
 
-def load_board(name: str) -> Target:
+def load_board(name: str) -> BoardTarget:
     """The board of that identifier. Raises UserError if there is none, or if its file is wrong."""
     if name not in board_ids():
         raise UserError(f"there is no board named '{name}'; known boards: {', '.join(board_ids())}")
     return read_board_file(FOLDER / f"{name}.toml")
 
 
-def read_board_file(path: Path) -> Target:
+def read_board_file(path: Path) -> BoardTarget:
     """Reads a board file. Raises UserError naming the entry that is missing or of the wrong type."""
     try:
         top = tomllib.loads(path.read_text())
@@ -114,7 +114,7 @@ def read_board_file(path: Path) -> Target:
     def entry(table: dict[str, Any], key: str, kind: type[T]) -> T:
         value = table.get(key)
         if not isinstance(value, kind):
-            raise UserError(f"{path.name}: '{key}' must be a {kind.__name__}, and is {value!r}; mend the board's file")
+            raise UserError(f"{path.name}: '{key}' must be a {kind.__name__}, and is {value!r}; correct the board file")
         return value
 
     def strings(table: dict[str, Any], key: str) -> tuple[str, ...]:
@@ -154,4 +154,4 @@ def read_board_file(path: Path) -> Target:
             uart=uart,
         )
     machine = entry(entry(top, "emulator", dict), "machine", str) if "emulator" in top else None
-    return Target(board, build, machine)
+    return BoardTarget(board, build, machine)

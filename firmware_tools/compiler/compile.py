@@ -94,6 +94,13 @@ class ModelPlan:
         What trains within the budget, if there is one.
     notes : tuple of str
         What cannot train, and why.
+
+    Examples
+    --------
+    >>> import keras
+    >>> plan = plan_model(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")]))
+    >>> plan.parameters, plan.macs, list(plan.train_from)
+    (15, 12, ['head'])
     """
 
     parameters: int
@@ -314,7 +321,7 @@ class _SourceModel:
             if grows or self.loss is not None or self.momentum or self.int8:
                 raise CompileError(
                     "classes, a loss, momentum and int8 training are for a model that trains; name a layer with "
-                    "--train-from, or give a --budget"
+                    "--train-from, or give a --ram-budget"
                 )
             return graph
         trained = transfer.train_from(

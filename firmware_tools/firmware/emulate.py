@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.firmware_tools.boards.catalogue import Target
+from tinyfleet.firmware_tools.boards.catalogue import BoardTarget
 
 #: QEMU's virtual time under `-icount shift=6`: every instruction takes 64 ns, whatever it does.
 NANOSECONDS_PER_INSTRUCTION = 64
@@ -26,7 +26,7 @@ def available() -> bool:
     return shutil.which("qemu-system-arm") is not None
 
 
-def _command(target: Target, elf: Path) -> list[str]:
+def _command(target: BoardTarget, elf: Path) -> list[str]:
     machine = target.emulated()
     if not available():
         raise UserError("QEMU for Arm is not installed; install it with: apt-get install qemu-system-arm")
@@ -35,7 +35,7 @@ def _command(target: Target, elf: Path) -> list[str]:
     return ["qemu-system-arm", "-M", machine, "-nographic", "-monitor", "none", "-kernel", str(elf)]
 
 
-def run_to_completion(target: Target, elf: Path, *, counting: bool = False, timeout: float = 60.0) -> str:
+def run_to_completion(target: BoardTarget, elf: Path, *, counting: bool = False, timeout: float = 60.0) -> str:
     """Runs a program that ends by itself through semihosting; returns what it printed.
 
     counting: virtual time runs by instructions, so that the board's clock counts them, the same on every run.
@@ -64,7 +64,7 @@ class Emulator:
     Use it as a context manager, or call `stop`. Raises UserError if QEMU or the firmware is missing.
     """
 
-    def __init__(self, target: Target, elf: Path) -> None:
+    def __init__(self, target: BoardTarget, elf: Path) -> None:
         command = _command(target, elf)
         if shutil.which("setpriv"):
             # The shell covers the moment before the signal was asked for: it looks whether this process still is there.
@@ -78,7 +78,7 @@ class Emulator:
             started: list[subprocess.Popen[str]] = []
             ready = threading.Event()
             errors: list[OSError] = []
-            self._said = ""
+            self._output = ""
 
             # The kernel signals a child when the thread that started it ends, so this one stays as long as the child.
             def watch() -> None:
@@ -97,7 +97,7 @@ class Emulator:
                     return
                 started.append(process)
                 ready.set()
-                _, self._said = process.communicate()
+                _, self._output = process.communicate()
 
             self._watcher = threading.Thread(target=watch, name=f"qemu {target.board.id}", daemon=True)
             self._watcher.start()
@@ -112,9 +112,9 @@ class Emulator:
         return self._process.poll() is None
 
     @property
-    def said(self) -> str:
-        """What the emulator complained of, once it has ended."""
-        return self._said.strip()
+    def output(self) -> str:
+        """What the emulator wrote to standard error, once it has ended."""
+        return self._output.strip()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until the emulator ends; False if it has not after `timeout` seconds."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from importlib import metadata
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import Literal, get_args
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.layers import Dense, Layer, ReLU
@@ -23,7 +24,8 @@ from tinyfleet.edge.mote.build_extension import MOTE, ROOT
 from tinyfleet.firmware_tools.firmware import kernel_table
 from tinyfleet.firmware_tools.firmware.build import ENGINE
 
-Kind = Literal["arduino", "cmake"]
+Format = Literal["arduino", "cmake"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 LIBRARY = Path(__file__).parent / "library"
 
 #: Arduino's boards choose the options; this one is in each file, so that the bits are those of every other target.
@@ -72,21 +74,28 @@ def model_header(program: Program) -> str:
     )
 
 
-def export(kind: Kind, out: Path, program: Program | None = None) -> list[Path]:
+def export(format: Format, out: Path, program: Program | None = None) -> list[Path]:
     """Writes the library to a new folder `out`; returns its files. Raises UserError if there is something already."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder with --out")
     kernels = kernel_table.source(kernel_table.whole() if program is None else kernel_table.needed([program.data]))
     model = first_model() if program is None else program
     learns_classes = model.loss == "softmax_cross_entropy"
-    if kind == "arduino":
+    if format == "arduino":
         _arduino(out, kernels, model_header(model), learns_classes)
     else:
         _cmake(out, kernels, model_header(model), learns_classes)
-    licence = ROOT / "LICENSE"
-    if licence.exists():  # an installed package keeps it elsewhere
-        shutil.copyfile(licence, out / "LICENSE")
+    (out / "LICENSE").write_text(_license())
     return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def _license() -> str:
+    checkout = ROOT / "LICENSE"
+    if checkout.exists():
+        return checkout.read_text()
+    installed = metadata.distribution("tinyfleet").read_text("licenses/LICENSE")
+    assert installed is not None, "the wheel has its licence"
+    return installed
 
 
 def _headers(sources: tuple[Path, ...]) -> list[Path]:

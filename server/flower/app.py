@@ -12,10 +12,10 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from tinyfleet.edge.cli import broker_address
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import load
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
+from tinyfleet.edge.wire.server_info import broker_address
 from tinyfleet.server.evaluate import baselines
 from tinyfleet.server.flower.composite_grid import CompositeGrid
 from tinyfleet.server.flower.grid import MqttGrid

@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from keras import ops
+from keras import ops  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.graph import Kind, Op, Shape3

@@ -1,5 +1,5 @@
 /* Learns a stream: samples on the standard input, each MODEL_INPUTS features and then a class. Predicts, then learns.
- * model.h, the program, is written by `tinyfleet firmware export --library cmake --model model.mote`. */
+ * model.h, the program, is written by `tinyfleet firmware export --format cmake --model model.mote`. */
 #include <stdio.h>
 
 #include "model.h"

@@ -1,7 +1,7 @@
 /* Learns to tell what moves a sensor, while it runs: hold the button of a class while you show it one.
  *
  * A window of readings of A0 is a sample; the buttons from pin 2 on say its class. Without a button it says which class
- * it takes the last window for. model.h holds the program: `tinyfleet firmware export --library arduino --model` writes
+ * it takes the last window for. model.h holds the program: `tinyfleet firmware export --format arduino --model` writes
  * it for yours. */
 #include <mote.h>
 

@@ -16,6 +16,12 @@ class FOMAML(Reptile):
     outer: samples, drawn after the `steps` that adapt, whose steps at outer_beta (default: beta) are the gradient: only
     what these changed is sent. A device that stores no samples takes them one after the other, so for more than one
     the weights move between them, by the order of outer_beta. alpha counts in units of outer_beta.
+
+    Examples
+    --------
+    >>> strategy = FOMAML(beta=0.05, steps=8, outer=4)
+    >>> [phase.steps for phase in strategy.phases]
+    [8, 4]
     """
 
     def __init__(

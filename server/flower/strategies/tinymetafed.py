@@ -21,6 +21,12 @@ class TinyMetaFed(Reptile):
     approaches. local: mask of the layers that stay on the devices (bit i: i-th layer that trains; 0: none), which
     keep their initial values on the server. local_steps, local_beta: of fitting those. top: fraction of the shared
     parameters that goes back; one that does not, counts as unchanged.
+
+    Examples
+    --------
+    >>> strategy = TinyMetaFed(rounds=100, alpha=1.0, density=0.1)
+    >>> strategy.rate(server_round=1), strategy.rate(server_round=51)
+    (1.0, 0.5)
     """
 
     def __init__(

@@ -12,6 +12,12 @@ class TinyReptile(Reptile):
     """One client a round; the arguments are those of Reptile, without `clients`.
 
     The device's part needs no word here: devices always learn online with a batch of one.
+
+    Examples
+    --------
+    >>> strategy = TinyReptile(alpha=0.5, steps=8)
+    >>> strategy.clients
+    1
     """
 
     def __init__(

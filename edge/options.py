@@ -1,0 +1,163 @@
+"""What the commands have in common: the form of their help, and the options that mean the same in several of them.
+
+A command module imports only this and what needs no extra; everything else is imported inside the command, so that
+`--help` is fast and works whatever is installed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+import typer.core
+from typer.utils import get_params_from_function
+
+
+def _write_parameters(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    parameters = command.get_params(ctx)
+    for title, kind in (("Arguments", click.Argument), ("Options", click.Option)):
+        records = [parameter.get_help_record(ctx) for parameter in parameters if isinstance(parameter, kind)]
+        # Typer escapes brackets for Rich, which doesn't format this help.
+        rows = [(record[0], record[1].replace("\\[", "[")) for record in records if record]
+        if rows:
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose docstring ends with a section `Examples:`, which is shown as it is, after the options."""
+
+    def __init__(self, name: str | None, *, help: str | None = None, **settings: Any) -> None:
+        about, _, self.examples = (help or "").partition("\n\nExamples:\n")
+        super().__init__(name, help=about, **settings)
+        declared = get_params_from_function(inspect.unwrap(settings["callback"]))
+        for parameter in self.params:  # an argument's help: click 8.5's constructor overwrites typer 0.20's
+            if isinstance(parameter, typer.core.TyperArgument):
+                parameter.help = declared[str(parameter.name)].default.help
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Nothing: they come with the options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_parameters(self, ctx, formatter)
+        formatter.write(f"\nExamples:\n{self.examples.rstrip()}\n")
+
+
+class Group(typer.core.TyperGroup):
+    """A group of commands, with the help of `Command`; the error for an unknown command names the nearest one."""
+
+    def __init__(self, *, help: str | None = None, **settings: Any) -> None:
+        about, _, self.examples = (help or "").partition("\n\nExamples:\n")
+        super().__init__(help=about, **settings)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        _write_parameters(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+        formatter.write(f"\nExamples:\n{self.examples.rstrip()}\n")
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, (command.help or "").split("\n")[0]) for name, command in commands.items() if command]
+            )
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-"):
+            nearest = difflib.get_close_matches(args[0], known, n=1)
+            hint = f"did you mean '{nearest[0]}'?" if nearest else f"choose one of {', '.join(known)}."
+            ctx.fail(f"there is no command '{args[0]}'; {hint}")
+        return click.Group.resolve_command(self, ctx, args)
+
+
+class CommandGroup(typer.Typer):
+    """The commands of one noun, such as `tinyfleet model`.
+
+    Parameters
+    ----------
+    help
+        A summary, and a section `Examples:`.
+    """
+
+    def __init__(self, help: str) -> None:
+        super().__init__(cls=Group, help=help, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+        self.callback()(lambda: None)  # else typer makes a group with one command into that command
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
+        """As typer's, with the help of `Command`."""
+        return super().command(name, cls=Command, **settings)
+
+
+def as_command(function: Callable[..., None], name: str) -> click.Command:
+    """A command that is in no group, from a function with typer's annotations."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(name, cls=Command)(function)
+    return typer.main.get_command(app)
+
+
+# Options. Where their type differs between commands, only the option itself is here.
+
+DATA = Path(".tinyfleet")
+
+BROKER = typer.Option(
+    "--broker", metavar="HOST:PORT", help="MQTT broker.", show_default="the running server's, else 127.0.0.1:1883"
+)
+FLEET = typer.Option("--fleet", metavar="NAME", help="Fleet name.", show_default="the running server's, else home")
+FLEET_SIZE = typer.Option(
+    "--fleet-size", metavar="N", min=1, help="Number of devices in the fleet, which share the task's samples."
+)
+DEVICE_ID = typer.Option("--device-id", metavar="ID", help="Device ID in the fleet.")
+BOARD = typer.Option("--board", metavar="ID", help="Board ID; see `tinyfleet firmware boards`.")
+MODEL = typer.Option("--model", metavar="MODEL", help="The model.")
+
+BrokerOption = Annotated[str | None, BROKER]
+FleetOption = Annotated[str | None, FLEET]
+DataOption = Annotated[Path, typer.Option("--data", metavar="DIR", help="Data folder of the server on this machine.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task", metavar="NAME", help="Learning task; see `tinyfleet task list`. Or the path of a Python file."
+    ),
+]
+ClientIndexOption = Annotated[
+    int,
+    typer.Option("--client-index", metavar="N", min=0, help="The device's number in the fleet: its share of samples."),
+]
+DevicesOption = Annotated[int, typer.Option("--devices", metavar="N", min=1, help="Number of virtual devices.")]
+SlotOption = Annotated[
+    int,
+    typer.Option("--model-slot-bytes", metavar="N", min=0, help="RAM for a model sent over the air; 0 accepts none."),
+]
+RoundsOption = Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Number of rounds.")]
+ClientsOption = Annotated[
+    int, typer.Option("--clients-per-round", metavar="N", min=1, help="Devices that take part in each round.")
+]
+StrategyOption = Annotated[str, typer.Option("--strategy", metavar="NAME", help="Strategy; the names are above.")]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", metavar="N", help="Random seed of initial parameters, tasks and selection."),
+]
+InitializationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--initialization", metavar="FILE.npz", help="Initial parameters, as --out writes.", show_default="random"
+    ),
+]
+SelectOption = Annotated[
+    str,
+    typer.Option("--select", metavar="QUERY", help="Devices: a SPARQL file with a column ?id, or a library query."),
+]
+
+
+def out_option(metavar: str) -> Any:
+    """The option --out of a command that writes such a file or folder."""
+    return typer.Option("--out", metavar=metavar, help="Where to write the result.")
