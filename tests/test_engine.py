@@ -142,10 +142,10 @@ def test_masks_teach_the_same_bits_as_outputs(graph: Graph, bias_only: bool, see
 
 def test_every_kind_of_relu_teaches_the_same_bits_with_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     program = MODELS["masked"]()
-    assert sum(record[1] & 32 > 0 for record in program._records) == 3
+    assert sum(record.flags & 32 > 0 for record in program._op_records) == 3
     monkeypatch.setattr("tinyfleet.edge.model.memory_plan.MASKED", ())
     whole = MODELS["masked"]()
-    assert not any(record[1] & 32 for record in whole._records)
+    assert not any(record.flags & 32 for record in whole._op_records)
     assert program.activation_bytes < whole.activation_bytes
     for seed in range(20):
         learns_the_same(program, whole, seed)
@@ -353,7 +353,7 @@ def test_each_wrong_program_has_its_error() -> None:
 
 
 def test_more_layers_than_a_mask_has_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(p, "MAX_LAYERS", 1000)
+    monkeypatch.setattr("tinyfleet.edge.model.assemble.MAX_LAYERS", 1000)
     assert load(p.build([p.Dense(1)] * 32, (1,), "mse").data) == lib.MOTE_OK
     assert load(p.build([p.Dense(1)] * 33, (1,), "mse").data) == lib.MOTE_ERR_FORMAT
 

@@ -197,9 +197,9 @@ def test_a_bad_graph_gets_an_error_that_says_why(case: str) -> None:
 
 def test_damaged_bytes_are_no_program() -> None:
     data = p.build([p.Dense(2)], (3,), "mse").data
-    with pytest.raises(ProgramError, match="no program"):
+    with pytest.raises(ProgramError, match="not a program"):
         Program.parse(b"")
-    with pytest.raises(ProgramError, match="no program"):
+    with pytest.raises(ProgramError, match="not a program"):
         Program.parse(b"X" + data[1:])
     with pytest.raises(ProgramError, match="damaged"):
         Program.parse(data[:-1])

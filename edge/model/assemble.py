@@ -16,6 +16,7 @@ from tinyfleet.edge.model.memory_plan import (
     TRAINED_INT8,
     WEIGHTED,
     Gradients,
+    MemoryPlan,
     constants_bytes,
     params_bytes,
     plan_memory,
@@ -41,16 +42,22 @@ from tinyfleet.edge.model.program_format import (
     UNSUMMED,
     VERSION,
     WEIGHTS,
+    Header,
 )
 
 
 def check(graph: Graph) -> None:
-    """Raises ProgramError, naming the op, for what the engine would refuse."""
+    """Raises ProgramError, naming the op, for what the engine would reject."""
     written = {op.output for op in graph.ops}
     for index, tensor in enumerate(graph.tensors):
         check_shape(tensor.shape, "a tensor")
         if index and tensor.view_of is None and index not in written:
             raise ProgramError(f"no op computes tensor {index} of the graph")
+    _check_output(graph)
+    _check_training(graph)
+
+
+def _check_output(graph: Graph) -> None:
     output = graph.tensors[graph.output]
     if graph.loss is not None and output.dtype != "float32":
         raise ProgramError("a loss needs a float32 output; put a DEQUANTIZE at the model's end")
@@ -60,6 +67,9 @@ def check(graph: Graph) -> None:
         raise ProgramError(f"only a flat output can grow; this one has the shape {output.shape}")
     if not 0 < graph.huber_delta < math.inf:
         raise ProgramError(f"the Huber loss's delta is {graph.huber_delta}; it must be more than 0")
+
+
+def _check_training(graph: Graph) -> None:
     training = [op for op in graph.ops if op.trains != "nothing"]
     if len(training) > MAX_LAYERS:
         raise ProgramError(
@@ -85,36 +95,56 @@ def assemble(graph: Graph, *, carry: bool = True) -> Program:
     training = [op for op in graph.ops if op.trains != "nothing"]
     carries = carry and bool(training) and all(op.weights is not None for op in training)
     where = plan_memory(graph)
-    initial, constants, records = [], [], []
+    constants, records = [], []
     params_size = sum(params_bytes(op, graph.tensors) for op in training)
-    if max(where.activations, params_size + sum(constants_bytes(op, graph.tensors) for op in graph.ops)) > MAX_BYTES:
+    constants_size = sum(constants_bytes(op, graph.tensors) for op in graph.ops)
+    if max(where.activations, params_size + constants_size) > MAX_BYTES:
         raise ProgramError(f"the model needs more than {MAX_BYTES} bytes; make it smaller")
     params_at, at, layer = 0, params_size if carries else 0, 0
     for op, gradients in zip(graph.ops, where.gradients, strict=True):
         trains = op.trains != "nothing"
-        if carries and trains:
-            initial.append(_initial(op, graph.tensors))
         records.append(_record(op, graph.tensors, gradients, layer if trains else 0, params_at if trains else 0, at))
         constants.append(_constants(op, graph.tensors))
         params_at += params_bytes(op, graph.tensors)
         layer += trains
         at += len(constants[-1])
+    initial = [_initial(op, graph.tensors) for op in training] if carries else []
     tensors = [
         TENSOR.pack(TYPES.index(t.dtype) + 1, t.zero_point, *t.shape, EXTERNAL if offset is None else offset, t.scale)
         for t, offset in zip(where.tensors, where.offsets, strict=True)
     ]
     body = b"".join([*tensors, *records, *initial, *constants])
-    int8 = any(op.kind in TRAINED_INT8 for op in training)
-    flags = CARRIES * carries | MOMENTUM * (graph.momentum and bool(training)) | INT8 * int8
-    classes = where.tensors[graph.output].size if graph.classes is None else graph.classes
-    header = HEADER.pack(
-        b"MOTE", VERSION, HEADER.size, HEADER.size + len(body), 0, len(tensors), len(records),
-        0 if graph.loss is None else LOSSES.index(graph.loss) + 1, flags, 0, graph.output, where.output,
-        NONE if where.dlogits is None else where.dlogits, classes, graph.huber_delta, params_size,
-        where.activations, at,
-    )  # fmt: skip
+    header = _header(graph, where, carries, len(body), params_size, at)
     summed = header[UNSUMMED:] + body
     return Program.parse(header[: UNSUMMED - 4] + struct.pack("<I", zlib.crc32(summed)) + summed)
+
+
+def _header(graph: Graph, where: MemoryPlan, carries: bool, body: int, params: int, constants: int) -> bytes:
+    """The header, its checksum still 0. body, params, constants: bytes of these."""
+    training = [op for op in graph.ops if op.trains != "nothing"]
+    int8 = any(op.kind in TRAINED_INT8 for op in training)
+    return HEADER.pack(
+        *Header(
+            magic=b"MOTE",
+            version=VERSION,
+            header_bytes=HEADER.size,
+            program_bytes=HEADER.size + body,
+            crc=0,
+            tensors=len(where.tensors),
+            ops=len(graph.ops),
+            loss=0 if graph.loss is None else LOSSES.index(graph.loss) + 1,
+            flags=CARRIES * carries | MOMENTUM * (graph.momentum and bool(training)) | INT8 * int8,
+            input=0,
+            logits=graph.output,
+            output=where.output,
+            dlogits=NONE if where.dlogits is None else where.dlogits,
+            classes=where.tensors[graph.output].size if graph.classes is None else graph.classes,
+            huber_delta=graph.huber_delta,
+            params_bytes=params,
+            activation_bytes=where.activations,
+            constants_bytes=constants,
+        )
+    )
 
 
 def _floats(op: Op, tensors: Sequence[Tensor]) -> tuple[bytes, bytes]:

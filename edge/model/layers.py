@@ -201,7 +201,7 @@ def network(
     momentum: bool = False,
     classes: int | None = None,
 ) -> Graph:
-    """The graph of a model of layers one behind the other: what `build` makes a program of.
+    """The graph of a model whose layers follow each other, from which `build` makes a program.
 
     input_shape: (features,) or (height, width, channels). loss: None for a model that only runs. trainable: which
     layers may train, counting layers with parameters from 0; None for all (none without a loss). weights: arrays by
@@ -256,7 +256,34 @@ def build(
     momentum: bool = False,
     classes: int | None = None,
 ) -> Program:
-    """The program of a model of layers one behind the other; see `network`. Raises ProgramError."""
+    """Build the program of a model whose layers follow each other.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        From the input to the output, without the loss's own softmax or sigmoid.
+    input_shape : sequence of int
+        (features,) or (height, width, channels).
+    loss : str, optional
+        One of `edge.model.graph.LOSSES`; None for a model that only runs.
+    trainable, weights, momentum, classes
+        As in `network`.
+
+    Returns
+    -------
+    Program
+
+    Raises
+    ------
+    ProgramError
+        If a layer does not fit its input, or the model is too large for the engine.
+
+    Examples
+    --------
+    >>> program = build([Dense(32), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")
+    >>> program.input_shape, program.output_shape
+    ((64,), (10,))
+    """
     return assemble(
         network(layers, input_shape, loss, trainable=trainable, weights=weights, momentum=momentum, classes=classes)
     )

@@ -61,11 +61,11 @@ class Learner(Protocol):
 _REASONS = {
     lib.MOTE_ERR_ARGUMENT: "the sample has a number that is not finite, or the rate is not from 0 to "
     f"{lib.MOTE_MAX_RATE:,}; check the source of the samples, and the rate",
-    lib.MOTE_ERR_FORMAT: "this program does not fit the engine; build it anew with edge.program.build",
+    lib.MOTE_ERR_FORMAT: "this program does not fit the engine; build it again with edge.model.layers.build",
     lib.MOTE_ERR_CRC: "this program is damaged; transfer it again",
     lib.MOTE_ERR_ARENA: "the arena is too small for this program",
     lib.MOTE_ERR_FROZEN: "this program was not planned for that: to train a layer of the mask, for momentum, for "
-    "another class, or to learn at all; build it anew with what is wanted",
+    "another class, or to learn at all; build it again with what is wanted",
     lib.MOTE_ERR_TARGET: "the target is no class of this model, or has a number that is not finite; check the labels",
     lib.MOTE_ERR_DIVERGED: "the loss, the output or a gradient is not finite: training has diverged; lower the rate "
     "and set the parameters again",
@@ -88,26 +88,41 @@ class MoteLearner:
     A model whose input is int8 takes int8 arrays, as they are; one whose output is int8 gives them. Of a program that
     trains int8 weights the parameters are the real numbers that these stand for, and setting them rounds.
 
+    Every step of `learn` takes ``g = dL/dw``, scaled to a norm of at most `clip_norm` over all that trains;
+    ``v = momentum * v + g + weight_decay * w``; ``w -= rate * v``.
+
+    Parameters
+    ----------
+    program : Program or bytes
+        What to run; the parameters are those that it carries, else 0.
+    momentum : float
+        Needs a program that was built for it.
+    weight_decay : float
+        0 for none.
+    clip_norm : float
+        0 leaves the gradient as it is.
+
+    Raises
+    ------
+    ProgramError
+        If the bytes are not a program.
+    LearnerError
+        If the engine cannot load it.
+
     Examples
     --------
     >>> from tinyfleet.edge.model.layers import Dense, build
-    >>> learner = MoteLearner(build([Dense(2)], (3,), "softmax_cross_entropy"))
-    >>> first = learner.learn([1.0, 0.0, 0.0], 1, rate=0.5)
-    >>> learner.loss([1.0, 0.0, 0.0], 1) < first
-    True
-    >>> int(learner.infer([1.0, 0.0, 0.0]).argmax())
-    1
+    >>> learner = MoteLearner(build([Dense(1)], (2,), "mse"))
+    >>> for _ in range(200):
+    ...     for x in ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]):
+    ...         loss = learner.learn(x, 2 * x[0] - x[1], rate=0.1)
+    >>> learner.infer([2.0, 1.0]).round(2).tolist()
+    [3.0]
     """
 
     def __init__(
         self, program: Program | bytes, *, momentum: float = 0.0, weight_decay: float = 0.0, clip_norm: float = 0.0
     ) -> None:
-        """Loads a program; parameters are those that it carries, else 0.
-
-        Every step of `learn` takes g = dL/dw, scaled to a norm of at most clip_norm over all that trains (0: as it is);
-        v = momentum * v + g + weight_decay * w; w -= rate * v. Momentum needs a program built for it.
-        Raises ProgramError or LearnerError.
-        """
         self.program = program if isinstance(program, Program) else Program.parse(program)
         data = self.program.data
         self._data = ffi.from_buffer(_aligned(data))
@@ -178,7 +193,7 @@ class MoteLearner:
         return vector
 
     def set_parameters(self, vector: ArrayLike) -> None:
-        """See Learner. Momentum begins anew."""
+        """See Learner. Momentum starts again from 0."""
         array = np.ascontiguousarray(vector, np.float32)
         if np.shape(vector) != (self._count,):
             raise LearnerError(f"the parameters have the shape {np.shape(vector)}; this model has ({self._count},)")

@@ -1,7 +1,6 @@
 """A program for the mote engine: the checked binary that a device reads in place, and what can be read from it.
 
-Its layout is described in docs/reference/program-format.md and `edge.model.program_format`; `edge.model.assemble`
-writes it.
+Its layout is in `edge.model.program_format`; `edge.model.assemble` writes it.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model.arrays import named_arrays, trained_shapes
-from tinyfleet.edge.model.graph import LOSSES, Kind, Loss, Op, Shape, Shape3, Tensor
+from tinyfleet.edge.model.graph import LOSSES, Kind, Loss, Op, Shape, Shape3, Tensor, Trains
 from tinyfleet.edge.model.memory_plan import (
     MASKED,
     TRAINED_INT8,
@@ -44,6 +43,9 @@ from tinyfleet.edge.model.program_format import (
     UNSUMMED,
     VERSION,
     WEIGHTS,
+    Header,
+    OpRecord,
+    TensorRecord,
 )
 
 Vector = NDArray[np.float32]
@@ -74,14 +76,23 @@ def short_shape(shape: Shape3) -> Shape:
 
 @dataclass(frozen=True)
 class Program:
-    """A model as the engine reads it: a checked block of bytes. Equal if the bytes are.
+    """A program for the engine: its bytes, and what they tell. Equal if the bytes are.
+
+    Made by `compile_model`, `edge.model.layers.build` or `Program.parse`.
+
+    Parameters
+    ----------
+    data : bytes
+        The bytes that a device reads in place.
 
     Examples
     --------
     >>> from tinyfleet.edge.model.layers import Dense, ReLU, build
-    >>> program = build([Dense(8), ReLU(), Dense(3)], (4,), "softmax_cross_entropy")
-    >>> program.input_shape, program.output_shape, program.n_params
-    ((4,), (3,), 67)
+    >>> program = build([Dense(32), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")
+    >>> program.n_params, program.arena_bytes
+    (2410, 9936)
+    >>> [layer.kind for layer in program.layers]
+    ['dense', 'relu', 'dense']
     >>> Program.parse(program.data) == program
     True
     """
@@ -90,81 +101,113 @@ class Program:
 
     @classmethod
     def parse(cls, data: bytes) -> Program:
-        """A program from its bytes. Raises ProgramError if they are none; the engine checks every op as it loads."""
-        header = HEADER.unpack_from(data) if len(data) >= HEADER.size else None
-        if header is None or header[0] != b"MOTE":
-            raise ProgramError("these bytes are no program for the engine; build one with edge.program.build")
-        if header[1:3] != (VERSION, HEADER.size):
-            raise ProgramError(f"this program has the format version {header[1]}; this engine reads version {VERSION}")
-        if header[3] != len(data) or header[4] != zlib.crc32(data[UNSUMMED:]):
+        """A program from its bytes.
+
+        Parameters
+        ----------
+        data : bytes
+            For example a .mote file's content.
+
+        Raises
+        ------
+        ProgramError
+            If they are not a program, are damaged, or are of another version of the format. The engine checks every
+            operation when it loads.
+        """
+        if len(data) < HEADER.size or data[:4] != b"MOTE":
+            raise ProgramError("these bytes are not a program for the engine; build one with edge.model.layers.build")
+        header = Header(*HEADER.unpack_from(data))
+        if (header.version, header.header_bytes) != (VERSION, HEADER.size):
+            raise ProgramError(
+                f"this program has the format version {header.version}; this engine reads version {VERSION}"
+            )
+        if header.program_bytes != len(data) or header.crc != zlib.crc32(data[UNSUMMED:]):
             raise ProgramError("this program is damaged (its length or checksum is wrong); transfer it again")
         program = cls(bytes(data))
-        if not program._consistent():
-            raise ProgramError("this program contradicts itself; build it anew with edge.program.build")
+        if not (program._sizes_agree() and program._records_agree() and program._ops_agree()):
+            raise ProgramError("this program contradicts itself; build it again with edge.model.layers.build")
         return program
 
-    def _consistent(self) -> bool:
+    def _sizes_agree(self) -> bool:
         h = self._header
-        n_tensors, n_ops, loss, flags, params, activations, constants = h[5], h[6], h[7], h[8], h[15], h[16], h[17]
-        size = HEADER.size + n_tensors * TENSOR.size + n_ops * OP.size + constants
-        if size != len(self.data) or not n_tensors or not n_ops or loss > len(LOSSES) or flags > 7:
+        size = HEADER.size + h.tensors * TENSOR.size + h.ops * OP.size + h.constants_bytes
+        if size != len(self.data) or not h.tensors or not h.ops or h.loss > len(LOSSES) or h.flags > 7:
             return False
-        if max(params, activations, constants) > MAX_BYTES or (flags & CARRIES and params > constants):
+        if max(h.params_bytes, h.activation_bytes, h.constants_bytes) > MAX_BYTES:
             return False
-        if max(h[9:12]) >= n_tensors:
+        return not h.flags & CARRIES or h.params_bytes <= h.constants_bytes
+
+    def _records_agree(self) -> bool:
+        h = self._header
+        if max(h.input, h.logits, h.output) >= h.tensors:
             return False
-        for type_, _, *shape, _, _ in self._places:
-            if type_ not in (1, 2) or not all(shape) or math.prod(shape) > MAX_BYTES // 4:
+        for t in self._tensor_records:
+            shape = (t.height, t.width, t.channels)
+            if t.type not in (1, 2) or not all(shape) or math.prod(shape) > MAX_BYTES // 4:
                 return False
         kinds = set(Kind)
-        for r in self._records:
-            if r[0] not in kinds or r[4] >= n_tensors or r[6] >= n_tensors:
+        return all(
+            r.kind in kinds
+            and max(r.input, r.output) < h.tensors
+            and (not r.flags & MASKS or (r.kind in MASKED and r.option < h.tensors))
+            for r in self._op_records
+        )
+
+    def _ops_agree(self) -> bool:
+        h, ops, tensors = self._header, self._ops, self._tensors
+        for op in ops:
+            if op.kind in WEIGHTED + TRAINED_INT8 and tensors[op.output].shape[2] < (op.trained or 0):
                 return False
-            if r[1] & MASKS and (r[0] not in MASKED or r[18] >= n_tensors):
+            if op.trains != "nothing" and not weight_counts(op, tensors)[0]:
                 return False
-        ops, tensors = self._ops, self._tensors
-        if any(op.kind in WEIGHTED + TRAINED_INT8 and tensors[op.output].shape[2] < (op.trained or 0) for op in ops):
-            return False
-        weighted = [op for op in ops if weight_counts(op, tensors)[0]]
-        if any(op.trains != "nothing" and op not in weighted for op in ops):
-            return False
+            if op.trains != "nothing" and op.kind in TRAINED_INT8 and not h.flags & INT8:
+                return False
         return (
-            sum(params_bytes(op, tensors) for op in ops) == params
-            and 1 <= h[13] <= tensors[h[10]].size
-            and all(op.kind not in TRAINED_INT8 or op.trains == "nothing" or flags & INT8 for op in ops)
+            sum(params_bytes(op, tensors) for op in ops) == h.params_bytes and 1 <= h.classes <= tensors[h.logits].size
         )
 
     @cached_property
-    def _header(self) -> tuple[Any, ...]:
-        return HEADER.unpack_from(self.data)
+    def _header(self) -> Header:
+        return Header(*HEADER.unpack_from(self.data))
 
     @cached_property
-    def _places(self) -> list[tuple[Any, ...]]:
-        return [TENSOR.unpack_from(self.data, HEADER.size + i * TENSOR.size) for i in range(self._header[5])]
+    def _tensor_records(self) -> list[TensorRecord]:
+        start = HEADER.size
+        return [
+            TensorRecord(*TENSOR.unpack_from(self.data, start + i * TENSOR.size)) for i in range(self._header.tensors)
+        ]
 
     @cached_property
-    def _records(self) -> list[tuple[int, ...]]:
-        start = HEADER.size + self._header[5] * TENSOR.size
-        return [OP.unpack_from(self.data, start + i * OP.size) for i in range(self._header[6])]
+    def _op_records(self) -> list[OpRecord]:
+        start = HEADER.size + self._header.tensors * TENSOR.size
+        return [OpRecord(*OP.unpack_from(self.data, start + i * OP.size)) for i in range(self._header.ops)]
 
     @cached_property
     def _tensors(self) -> tuple[Tensor, ...]:
-        return tuple(Tensor((h, w, c), TYPES[kind - 1], scale, zero) for kind, zero, h, w, c, _, scale in self._places)
+        return tuple(
+            Tensor((t.height, t.width, t.channels), TYPES[t.type - 1], t.scale, t.zero_point)
+            for t in self._tensor_records
+        )
 
     @cached_property
     def _ops(self) -> list[Op]:
         ops = []
-        for i, r in enumerate(self._records):
-            trains: Literal["nothing", "bias", "all"] = (
-                "all" if r[1] & WEIGHTS else "bias" if r[1] & BIAS else "nothing"
-            )
-            inputs = (r[4],) if r[5] == NONE else (r[4], r[5])
+        for i, r in enumerate(self._op_records):
+            trains: Trains = "all" if r.flags & WEIGHTS else "bias" if r.flags & BIAS else "nothing"
             ops.append(
                 Op(
-                    Kind(r[0]), f"op_{i}", inputs, r[6], kernel=(r[10], r[11]), pads=(r[12], r[13]),
-                    strides=(r[14], r[15]), dilation=(r[16], r[17]), trains=trains, trained=r[19] or None,
+                    Kind(r.kind),
+                    f"op_{i}",
+                    (r.input,) if r.input2 == NONE else (r.input, r.input2),
+                    r.output,
+                    kernel=(r.kernel_height, r.kernel_width),
+                    pads=(r.pad_top, r.pad_left),
+                    strides=(r.stride_height, r.stride_width),
+                    dilation=(r.dilation_height, r.dilation_width),
+                    trains=trains,
+                    trained=r.trained or None,
                 )
-            )  # fmt: skip
+            )
         return ops
 
     @cached_property
@@ -174,7 +217,7 @@ class Program:
         ops = tuple((op, self._tensors[op.inputs[0]], self._tensors[op.output]) for op in self._ops)
         follows = all(before[2].size == x.size for before, (_, x, _) in itertools.pairwise(ops))
         if not follows or any(len(op.inputs) > 1 for op, _, _ in ops):
-            raise ProgramError("this model branches; here it must be layers one behind the other")
+            raise ProgramError("this model branches; here its layers must follow each other in one sequence")
         return tuple((op, x.shape, y.shape) for op, x, y in ops)
 
     @cached_property
@@ -185,17 +228,17 @@ class Program:
     @property
     def loss(self) -> Loss | None:
         """What the model is trained to make small; None if it only runs."""
-        return LOSSES[self._header[7] - 1] if self._header[7] else None
+        return LOSSES[self._header.loss - 1] if self._header.loss else None
 
     @property
     def input(self) -> Tensor:
         """The model's input: its shape as [h][w][c], its type, and an int8 one's scale and zero point."""
-        return self._tensors[int(self._header[9])]
+        return self._tensors[self._header.input]
 
     @property
     def output(self) -> Tensor:
         """The same of its output."""
-        return self._tensors[int(self._header[11])]
+        return self._tensors[self._header.output]
 
     @property
     def input_shape(self) -> Shape:
@@ -210,12 +253,12 @@ class Program:
     @property
     def classes(self) -> int:
         """Outputs in use at first."""
-        return int(self._header[13])
+        return self._header.classes
 
     @property
     def trains_int8(self) -> bool:
         """Whether what trains are int8 weights."""
-        return bool(self._header[8] & INT8)
+        return bool(self._header.flags & INT8)
 
     @cached_property
     def n_params(self) -> int:
@@ -225,17 +268,17 @@ class Program:
     @property
     def params_bytes(self) -> int:
         """RAM of what trains, without its momentum."""
-        return int(self._header[15])
+        return self._header.params_bytes
 
     @property
     def momentum_bytes(self) -> int:
         """RAM of the optimiser's momentum."""
-        return self.params_bytes if self._header[8] & MOMENTUM else 0
+        return self.params_bytes if self._header.flags & MOMENTUM else 0
 
     @property
     def activation_bytes(self) -> int:
         """RAM of the planned values and gradients."""
-        return int(self._header[16])
+        return self._header.activation_bytes
 
     @property
     def arena_bytes(self) -> int:
@@ -289,9 +332,9 @@ class Program:
     @property
     def carried(self) -> Vector | None:
         """The initial values that the program carries, or None if it is an architecture alone, or trains int8."""
-        if not self._header[8] & CARRIES or self.trains_int8:
+        if not self._header.flags & CARRIES or self.trains_int8:
             return None
-        start = len(self.data) - self._header[17]
+        start = len(self.data) - self._header.constants_bytes
         return np.frombuffer(self.data, "<f4", self.n_params, start).astype(np.float32)
 
     def initial(self, seed: int) -> Vector:

@@ -334,17 +334,21 @@ class _SourceModel:
             bias_only=bias_only,
             fixed=self.fixed,
         )
+        self._check_keras(trained, train_from, loss_follows=grows)
+        return trained
+
+    def _check_keras(self, trained: Graph, train_from: str | None, *, loss_follows: bool) -> None:
+        """Raises CompileError if a Keras model cannot train so. loss_follows: new classes decide the loss."""
         if self.keras is None:
-            return trained
+            return
         norm = self.keras.untrainable(train_from)
         if norm is not None:
             raise norm.error(
                 "would have to train, and one sample has no batch to normalize by; make it trainable = False in Keras, "
                 "or train from a layer behind it with --train-from"
             )
-        if self.keras.loss_undecided and not grows and any(op.trains != "nothing" for op in trained.ops):
+        if self.keras.loss_undecided and not loss_follows and any(op.trains != "nothing" for op in trained.ops):
             raise CompileError(self.keras.loss_undecided)
-        return trained
 
     def run(self) -> MemoryUse:
         """To run only."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tinyfleet.edge.model.graph import Layer, Shape
-from tinyfleet.firmware_tools.readers.common import ReadError
+from tinyfleet.firmware_tools.readers.common import ReadError, windows
 from tinyfleet.firmware_tools.readers.keras_file import KerasDescription
 
 _MAX_DEPTH = 8
@@ -81,23 +81,22 @@ class _Walk:
             if kind in ("Sequential", "Functional"):
                 shape = self.model(entry, shape, trainable, depth + 1)
             else:
-                if shape is None:
-                    shape = _shape(entry.get("build_config", {}).get("input_shape"))
-                if self.input is None:
-                    self.input = shape
-                shape = self._layer(kind, about, shape, sources or [shape], trainable)
+                shape = self._layer(entry, shape, sources, trainable)
             outputs[about["name"]] = shape
         ends = config["config"].get("output_layers")
-        if ends and isinstance(ends[0], str):
-            return outputs.get(ends[0])
-        return outputs.get(ends[0][0]) if ends else shape
+        if not ends:
+            return shape
+        return outputs.get(ends[0] if isinstance(ends[0], str) else ends[0][0])
 
-    def _layer(
-        self, kind: str, about: Config, shape: Shape | None, sources: list[Shape | None], trainable: bool
-    ) -> Shape | None:
-        figures: _Figures | None = None
-        if kind in _KINDS and about.get("data_format", "channels_last") != "channels_first":
-            figures = _KINDS[kind](about, shape, sources) if shape is not None else None
+    def _layer(self, entry: Config, shape: Shape | None, sources: list[Shape | None], trainable: bool) -> Shape | None:
+        """Adds one layer; the shape of its output."""
+        kind, about = str(entry["class_name"]), entry["config"]
+        if shape is None:
+            shape = _shape(entry.get("build_config", {}).get("input_shape"))
+        if self.input is None:
+            self.input = shape
+        sources = sources or [shape]
+        figures = None if shape is None else _figures(kind, about, shape, sources)
         if figures is None:
             self.notes.append(f"the figures of {kind} are not known" + ("" if shape else ": the model is not built"))
         learned = figures is None or figures.parameters > 0
@@ -115,6 +114,13 @@ class _Walk:
             )
         )
         return figures.output if figures else None
+
+
+def _figures(kind: str, about: Config, shape: Shape, sources: list[Shape | None]) -> _Figures | None:
+    """A layer's figures; None if they are not known."""
+    if kind not in _KINDS or about.get("data_format", "channels_last") == "channels_first":
+        return None
+    return _KINDS[kind](about, shape, sources)
 
 
 def _shape(batch_shape: Any) -> Shape | None:
@@ -167,15 +173,11 @@ def _axes(value: Any, n: int) -> Shape:
 
 
 def _windows(about: Config, shape: Shape, size: Shape, strides: Shape, dilation: Shape) -> Shape:
-    """How many windows fit along each axis of space."""
-    reach = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
-    space = shape[:-1]
-    if about["padding"] == "valid":
-        out = tuple((n - r) // s + 1 for n, r, s in zip(space, reach, strides, strict=True))
-    else:
-        out = tuple(-(-n // s) for n, s in zip(space, strides, strict=True))
+    """How many places fit along each axis of space."""
+    sides = zip(shape[:-1], size, strides, dilation, strict=True)
+    out = tuple(windows(*side, about["padding"])[0] for side in sides)
     if min(out) < 1:
-        raise ValueError(f"a window of {size} over {space}")
+        raise ValueError(f"a window of {size} over {shape[:-1]}")
     return out
 
 
@@ -193,24 +195,24 @@ def _dense(about: Config, shape: Shape, _: list[Shape | None]) -> _Figures:
 
 
 def _conv(about: Config, shape: Shape, _: list[Shape | None]) -> _Figures:
-    kernel, windows, channels = _convolution(about, shape)
+    kernel, places, channels = _convolution(about, shape)
     filters, groups = _whole(about["filters"]), _whole(about.get("groups", 1))
     weights = math.prod(kernel) * (channels // groups) * filters
-    return _Figures((*windows, filters), weights + filters * bool(about["use_bias"]), math.prod(windows) * weights)
+    return _Figures((*places, filters), weights + filters * bool(about["use_bias"]), math.prod(places) * weights)
 
 
 def _depthwise(about: Config, shape: Shape, _: list[Shape | None]) -> _Figures:
-    kernel, windows, channels = _convolution(about, shape)
+    kernel, places, channels = _convolution(about, shape)
     filters = channels * _whole(about["depth_multiplier"])
     weights = math.prod(kernel) * filters
-    return _Figures((*windows, filters), weights + filters * bool(about["use_bias"]), math.prod(windows) * weights)
+    return _Figures((*places, filters), weights + filters * bool(about["use_bias"]), math.prod(places) * weights)
 
 
 def _separable(about: Config, shape: Shape, _: list[Shape | None]) -> _Figures:
-    kernel, windows, channels = _convolution(about, shape)
+    kernel, places, channels = _convolution(about, shape)
     between, filters = channels * _whole(about["depth_multiplier"]), _whole(about["filters"])
     weights = math.prod(kernel) * between + between * filters
-    return _Figures((*windows, filters), weights + filters * bool(about["use_bias"]), math.prod(windows) * weights)
+    return _Figures((*places, filters), weights + filters * bool(about["use_bias"]), math.prod(places) * weights)
 
 
 def _transposed(about: Config, shape: Shape, _: list[Shape | None]) -> _Figures | None:

@@ -29,6 +29,11 @@ _LOSS_NAMES: dict[str, Loss] = {
 _OWN_END = {CROSS_ENTROPY: Kind.SOFTMAX, BINARY: Kind.SIGMOID}
 _ENDS = {Kind.SOFTMAX: "in a softmax", Kind.SIGMOID: "in a sigmoid", None: "in no softmax and no sigmoid"}
 
+_CHOICE = (
+    f"choose the loss {CROSS_ENTROPY} (its outputs are scores of classes, one for each), {BINARY} (of yes or no, "
+    f"each), {MSE} or {HUBER} (values)"
+)
+
 
 @dataclass(frozen=True)
 class _End:
@@ -46,6 +51,11 @@ class _End:
         kinds = (Kind.SOFTMAX, Kind.SIGMOID) if flat else (Kind.SIGMOID,)
         return cls(last, last.kind if last is not None and last.kind in kinds else None, flat)
 
+    @property
+    def own_loss(self) -> Loss | None:
+        """The loss that the softmax or sigmoid belongs to."""
+        return next((loss for loss, kind in _OWN_END.items() if kind == self.kind), None)
+
     def goes_with(self, loss: Loss, logits: bool) -> bool:
         """logits: the outputs may be what the loss's own softmax or sigmoid is put behind."""
         if loss not in _OWN_END:
@@ -53,6 +63,13 @@ class _End:
         if loss == CROSS_ENTROPY and not self.flat:
             return False
         return self.kind == _OWN_END[loss] or (self.kind is None and logits)
+
+    def without_own(self, graph: Graph) -> Graph:
+        """The graph without the softmax or sigmoid at its end."""
+        if self.kind is None or self.last is None:
+            return graph
+        ops = tuple(op for op in graph.ops if op is not self.last)
+        return replace(graph, ops=ops, output=self.last.inputs[0])
 
 
 def resolve_loss(graph: Graph, loss: str | None, compiled: Mapping[str, Any]) -> tuple[Graph, str]:
@@ -85,21 +102,16 @@ def resolve_loss(graph: Graph, loss: str | None, compiled: Mapping[str, Any]) ->
         raise CompileError(f"unknown loss '{loss}'; supported: {', '.join(LOSSES)}")
     name, config = _compiled_loss(compiled.get("loss"))
     end = _End.of(graph)
-    at_end = next((own for own, kind in _OWN_END.items() if kind == end.kind), None)
-    resolved = wanted or (at_end if name is None else _LOSS_NAMES.get(name))
-    if resolved is None or not end.goes_with(resolved, logits=wanted is not None or bool(config.get("from_logits"))):
-        choice = (
-            f"choose the loss {CROSS_ENTROPY} (its outputs are scores of classes, one for each), {BINARY} (of yes or "
-            f"no, each), {MSE} or {HUBER} (values)"
-        )
+    resolved = wanted or (end.own_loss if name is None else _LOSS_NAMES.get(name))
+    logits = wanted is not None or bool(config.get("from_logits"))
+    if resolved is None or not end.goes_with(resolved, logits):
         if wanted is not None:
-            raise CompileError(f"the model ends {_ENDS[end.kind]}, which does not go with the loss {wanted}: {choice}")
+            raise CompileError(f"the model ends {_ENDS[end.kind]}, which does not go with the loss {wanted}: {_CHOICE}")
         history = "is not compiled with a loss" if name is None else f"is compiled with the loss {name}"
-        return graph, f"the model ends {_ENDS[end.kind]} and {history}; {choice}"
-    if resolved in _OWN_END and end.kind is not None and end.last is not None:
-        ops = tuple(op for op in graph.ops if op is not end.last)
-        graph = replace(graph, ops=ops, output=end.last.inputs[0])
-    delta = float(config.get("delta", 1.0)) if _LOSS_NAMES.get(name or "") == HUBER else 1.0
+        return graph, f"the model ends {_ENDS[end.kind]} and {history}; {_CHOICE}"
+    if resolved in _OWN_END:
+        graph = end.without_own(graph)
+    delta = float(config.get("delta", 1.0)) if name is not None and _LOSS_NAMES.get(name) == HUBER else 1.0
     return replace(graph, loss=resolved, huber_delta=delta), ""
 
 

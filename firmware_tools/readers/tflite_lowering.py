@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tflite  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape3, Tensor
 from tinyfleet.edge.model.quantized import (
     constants,
@@ -211,26 +212,33 @@ def _weights(operator: Operator, x: Tensor, shape: tuple[int, ...], channel_axis
         raise operator.error(f"has {weights.type} weights ({mixture}); supported are {wanted} weights")
     if len(weights.shape) != len(shape) or any(s not in (0, n) for s, n in zip(shape, weights.shape, strict=True)):
         raise operator.error(f"has weights of shape {list(weights.shape)}, which do not fit its input {list(x.shape)}")
-    fields: dict[str, Any] = {"weights": weights.array}
+    fields: dict[str, Any] = {"weights": weights.array, "bias": _bias(operator, channels, int8)}
     if int8:
-        if len(weights.scales) not in (1, channels):
-            raise weights.error(f"has {len(weights.scales)} scales; supported is one, or one for each output channel")
-        if len(weights.scales) > 1 and weights.axis != channel_axis:
-            raise weights.error(
-                f"has the quantised dimension {weights.axis}; supported is that of the output channels, {channel_axis}"
-            )
-        if any(weights.zero_points):
-            raise weights.error("has weights with a zero point other than 0; convert the model with symmetric weights")
-        fields["weight_scales"] = np.broadcast_to(np.array(weights.scales, np.float64), channels).copy()
-    bias = operator.inputs[2] if len(operator.inputs) > 2 else None
-    number = "INT32" if int8 else "FLOAT32"
-    if bias is None:
-        fields["bias"] = np.zeros(channels, np.int32 if int8 else np.float32)
-    elif bias.type != number or bias.size != channels:
-        raise operator.error(f"has a bias of {bias.type} {list(bias.shape)}; supported is {number} [{channels}]")
-    else:
-        fields["bias"] = bias.array.reshape(channels)
+        fields["weight_scales"] = _weight_scales(weights, channels, channel_axis)
     return fields
+
+
+def _weight_scales(weights: FileTensor, channels: int, channel_axis: int) -> NDArray[np.float64]:
+    """The scale of each output channel's int8 weights."""
+    if len(weights.scales) not in (1, channels):
+        raise weights.error(f"has {len(weights.scales)} scales; supported is one, or one for each output channel")
+    if len(weights.scales) > 1 and weights.axis != channel_axis:
+        raise weights.error(
+            f"has the quantised dimension {weights.axis}; supported is that of the output channels, {channel_axis}"
+        )
+    if any(weights.zero_points):
+        raise weights.error("has weights with a zero point other than 0; convert the model with symmetric weights")
+    return np.broadcast_to(np.array(weights.scales, np.float64), channels).copy()
+
+
+def _bias(operator: Operator, channels: int, int8: bool) -> NDArray[Any]:
+    bias = operator.inputs[2] if len(operator.inputs) > 2 else None
+    if bias is None:
+        return np.zeros(channels, np.int32 if int8 else np.float32)
+    number = "INT32" if int8 else "FLOAT32"
+    if bias.type != number or bias.size != channels:
+        raise operator.error(f"has a bias of {bias.type} {list(bias.shape)}; supported is {number} [{channels}]")
+    return bias.array.reshape(channels)
 
 
 def _window(operator: Operator, options: Any, x: Tensor, kernel: tuple[int, int], dilation: tuple[int, int]) -> Any:
