@@ -203,7 +203,7 @@ def main() -> int:
         table.add_row(*("" if c is None else f"{c:,}" if isinstance(c, int) else str(c) for c in cells))
     Console(width=200).print(table)
     if left_out:
-        print("left out, for want of TINYFLEET_DATA: " + "; ".join(left_out))
+        print("left out, because TINYFLEET_DATA is not set: " + "; ".join(left_out))
     return 0
 
 

@@ -351,7 +351,7 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
 
             observer.forget()
             observer.session.publish(TOPICS.command(ID), encode(Reboot(3)))
-            assert observer.wait(lambda: bool(observer.said(TOPICS.td(ID))))  # it has announced itself anew
+            assert observer.wait(lambda: bool(observer.said(TOPICS.td(ID))))  # it has announced itself again
             assert observer.wait(lambda: observer.online() is True)
             assert gateway.counters.damaged == gateway.counters.dropped == 0
         assert observer.wait(lambda: observer.online() is False)
@@ -669,9 +669,7 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
         assert line.recv(4096)  # greeted: what arrives before the gateway has opened its end of the line is lost
         for frame in (
             serial_frames.Frame(serial_frames.PUBLISH, TOPICS.reply(ID), b"before any session"),
-            serial_frames.Frame(
-                serial_frames.HELLO, "tinyfleet/test/devices/+/status", b"a will on a topic that is none"
-            ),
+            serial_frames.Frame(serial_frames.HELLO, "tinyfleet/test/devices/+/status", b"a will on an invalid topic"),
             serial_frames.Frame(serial_frames.HELLO, "somewhere", b"else"),
             serial_frames.Frame(serial_frames.HELLO, TOPICS.status(ID), b"its will"),
             serial_frames.Frame(serial_frames.PUBLISH_RETAINED, other, b"another device's"),

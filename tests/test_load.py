@@ -131,7 +131,7 @@ REFUSED: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [
     ("mlp", "a gradient of another size", [("op 1", {"dout": 9})]),
     ("branches", "a gradient in int8", [("op 1", {"dout": 1})]),
     ("mlp", "an input's gradient of another size", [("op 1", {"din": 9})]),
-    ("mlp", "a gradient of a second input that is none", [("op 1", {"din2": 13})]),
+    ("mlp", "a gradient of a second input that does not exist", [("op 1", {"din2": 13})]),
     ("mlp", "weights that train alone", [("op 0", {"flags": 1})]),
     ("mlp", "layers in another order", [("op 0", {"layer": 1})]),
     ("mlp", "a first layer that does not begin the parameters", [("op 0", {"params": 4})]),

@@ -1005,7 +1005,7 @@ ORDERS: list[Command] = [
     UpdateModel(9, b"12345678", len(HEAD_ONLY.data), 5),
     RebootOrder(10),
 ]
-# What the broker keeps for each order, and so brings to whoever subscribes.
+# What the broker keeps for each order, and so delivers to every new subscriber.
 RETAINED: list[list[tuple[str, bytes]]] = [
     [*broadcast(order), *(broadcast(order, HEAD_ONLY.initial(1)) if order.round == 3 else [])]
     if isinstance(order, TrainTask)

@@ -174,7 +174,7 @@ def test_a_query_for_their_graph_finds_the_same_in_the_import(
     with EmbeddedStore() as store:
         put_facts(store, imported.facts)
         ours = answers(store, QUERIES[name])
-    # Mended: what the board with the wrong IRI has, and how they spelt an operator.
+    # Corrected: what the board with the wrong IRI has, and how they spelt an operator.
     more = [row for row in ours if row not in theirs]
     assert [row for row in theirs if row not in ours] == []
     assert len(more) == (1 if name == "devices with their sensors" else 0), more

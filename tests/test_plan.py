@@ -221,7 +221,7 @@ class Replay:
                 content = self.names.sum(before[0], content)
             self.memory.write(content, dx)
             if number == 0 and len(results) == 2 and op.kind == Kind.ADD and results[1][0] != dx:
-                self.memory.read(dout, dy)  # the second is made of it
+                self.memory.read(dout, dy)  # the second is computed from it
 
 
 @given(graphs())
