@@ -140,7 +140,7 @@ def test_what_run_cannot_use_is_said_before_it_begins(
         assert "give a file that `tinyfleet run start --out` wrote" in run("--initialization", str(bad))
     assert "give a file of the same task" in run("--initialization", str(other))
     assert "there is no folder" in run("--out", str(tmp_path / "nowhere" / "initialization.npz"))
-    assert "reptile has no use for --proximal-mu: leave it out, or choose" in run(
+    assert "reptile does not use --proximal-mu: leave it out, or choose" in run(
         "--strategy", "reptile", "--proximal-mu", "0.1"
     )
     assert "tinyreptile has no use for --local-head/--no-local-head" in run(
