@@ -1,5 +1,5 @@
-"""What pyproject.toml cannot say: the version (the C library's header states it), the packages, the C extension, and the
-query page, which a wheel holds."""
+"""What pyproject.toml cannot say: the version (the C library's header states it), the packages, the C extension, and
+the query page, which a wheel holds."""
 
 import re
 import subprocess

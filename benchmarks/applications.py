@@ -23,6 +23,7 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import features
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build
+from tinyfleet.firmware_tools.firmware.size import read_size
 
 NAMES = ("sine", "digits", "omniglot", "omniglot-20", "omniglot-5-28", "keywords", "presence")
 FLEET = 14
@@ -56,7 +57,7 @@ def main(
     target = catalogue.load_board(board)
     with tempfile.TemporaryDirectory() as folder:
         elf = build.build_mel_benchmark(target, Path(folder) / "mel.elf", steps=100)
-        counted, taken = instructions(target, elf), build.read_size(elf)
+        counted, taken = instructions(target, elf), read_size(elf)
     each = counted["infer"]
     console.print(
         f"log-mel features on {target.board.title}: {each:,.0f} instructions a frame ({counted['infer_least']:,.0f} to "

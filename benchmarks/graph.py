@@ -47,8 +47,8 @@ from tinyfleet.firmware_tools.boards import catalogue as board_files
 from tinyfleet.ontology.ingest.describe import ModelDescription, board_facts, model_facts
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.columns import Range
-from tinyfleet.ontology.store.index import IndexedStore
 from tinyfleet.ontology.store.store import EmbeddedStore, Facts, RemoteStore, Store, Value, parameters, term, triples
 from tinyfleet.ontology.vocabulary.namespaces import (
     PROV,
@@ -194,8 +194,8 @@ class Fleet:
                 RDF.type: [TD.Thing, TF.Device], TD.title: f"Device no. {i}", TF.fleet: FLEET, TF.deviceId: name_of(i),
                 TF.board: board_iri(board.id), TF.engine: "mote", TF.engineVersion: f"0.{rng.randrange(6)}.0",
                 TF.arenaBytes: max(1, board.ram_bytes * rng.randint(1, 8) // 8), TF.model: model,
-                TF.online: rng.random() < 0.9, TF.currentModel: model, TF.samples: rng.randrange(100_000),
-                TF.malformed: 0, TF.stale: rng.randrange(3), TF.battery: rng.randrange(101) / 128,
+                TF.online: rng.random() < 0.9, TF.currentModel: model, TF.samplesLearned: rng.randrange(100_000),
+                TF.malformedMessages: 0, TF.staleMessages: rng.randrange(3), TF.battery: rng.randrange(101) / 128,
                 TF.drift: rng.randrange(1024) / 1024,
             }
         }  # fmt: skip
@@ -234,14 +234,15 @@ def check_fleet() -> None:
     (said,) = fleet.facts(i).values()
     td = thing_description(FLEET, name_of(i), fleet.board(i), "mote", said[TF.engineVersion], said[TF.arenaBytes],
                            bytes.fromhex(said[TF.model][-16:])) | {"title": said[TD.title]}  # fmt: skip
-    status = Status(True, bytes.fromhex(said[TF.model][-16:]), said[TF.samples], said[TF.malformed], said[TF.stale],
+    counters = said[TF.samplesLearned], said[TF.malformedMessages], said[TF.staleMessages]
+    status = Status(True, bytes.fromhex(said[TF.model][-16:]), *counters,
                     said[TF.battery], said[TF.drift])  # fmt: skip
     with EmbeddedStore() as written, EmbeddedStore() as made:
         registry, topics = Registry(written, FLEET), Topics(FLEET)
         for topic, payload in ((topics.td(name_of(i)), json.dumps(td).encode()),
                                (topics.status(name_of(i)), encode(status))):  # fmt: skip
-            if not registry.handle(topic, payload):
-                raise SystemExit(f"the benchmark's fleet is out of date: {registry.last_refusal}")
+            if not registry.ingest_one(topic, payload):
+                raise SystemExit(f"the benchmark's fleet is out of date: {registry.last_rejection}")
         made.write({device_iri(FLEET, name_of(i)): said | {TF.online: True}})
         ask = f"SELECT ?p ?o WHERE {{ <{device_iri(FLEET, name_of(i))}> ?p ?o }}"
         ours, theirs = ({str(row) for row in store.query(ask)} for store in (made, written))
@@ -479,7 +480,7 @@ def beside_a_long_query(store: IndexedStore, n: int) -> dict[str, Any]:
         began, slowest = time.perf_counter(), 0.0
         for i in range(0, count, 200):
             at = time.perf_counter()
-            registry.take(messages[i : i + 200])
+            registry.ingest(messages[i : i + 200])
             slowest = max(slowest, time.perf_counter() - at)
         rates[f"updates_per_s {name}"] = count / (time.perf_counter() - began)
         rates[f"slowest_batch_ms {name}"] = 1e3 * slowest
@@ -499,7 +500,7 @@ def descriptions(store: Store, n: int) -> dict[str, Any]:
         messages.append((topics.td(name_of(i)), json.dumps(td).encode()))
     began = time.perf_counter()
     for i in range(0, len(messages), 50):
-        registry.take(messages[i : i + 50])
+        registry.ingest(messages[i : i + 50])
     return {"descriptions_per_s": len(messages) / (time.perf_counter() - began)}
 
 
@@ -508,7 +509,7 @@ def remote_updates(store: Store, n: int) -> dict[str, Any]:
     messages = statuses(n, count, 1)
     began = time.perf_counter()
     for i in range(0, count, 200):
-        registry.take(messages[i : i + 200])
+        registry.ingest(messages[i : i + 200])
     return {"updates_per_s alone": count / (time.perf_counter() - began)}
 
 
@@ -570,7 +571,7 @@ def end_to_end(folder: Path, n: int) -> dict[str, Any]:
         return {"broker": server.broker_kind, "server_ready_s": ready, "all_offline_s": settled,
                 "end_to_end_first_per_s": rates[0], "end_to_end_per_s": max(rates[1:]), "end_to_end_runs": rates,
                 "cpu_us_per_first_status": used[0], "cpu_us_per_status": min(used[1:]),
-                "server_memory_mb": rss(), "refused": server.registry.refused}  # fmt: skip
+                "server_memory_mb": rss(), "refused": server.registry.rejected}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------- comparisons
@@ -594,7 +595,7 @@ def in_rdflib(n: int) -> dict[str, Any]:
         "devices by engine version, in SPARQL": VERSIONS,
     }
     found["questions"] = {name: repeat(partial(answers, graph.query, q)) for name, q in asked.items()}
-    samples = rdflib.URIRef(TF.samples)
+    samples = rdflib.URIRef(TF.samplesLearned)
     began = time.perf_counter()
     for i in range(1000):
         graph.set((rdflib.URIRef(device_iri(FLEET, name_of(i % n))), samples, rdflib.Literal(i)))

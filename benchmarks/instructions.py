@@ -32,6 +32,7 @@ from tinyfleet.edge.model.layers import Layer
 from tinyfleet.edge.model.program import Program
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
+from tinyfleet.firmware_tools.firmware.size import read_size
 
 HERE = Path(__file__).parent
 PROFILES: tuple[build.Profile, ...] = ("exact", "fast")
@@ -132,7 +133,7 @@ def measure(subject: Subject, board: str, profile: build.Profile) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         elf = build.build_benchmark(target, model, Path(folder) / "bench.elf", steps=subject.steps, profile=profile)
         row |= instructions(target, elf)
-        size = build.read_size(elf)
+        size = read_size(elf)
         if subject.plain is not None:
             sources = [build.SOURCES / "main_bench.c", build.SOURCES / "semihost.c", HERE / subject.plain]
             plain = Path(folder) / "plain.elf"

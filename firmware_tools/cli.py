@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from tinyfleet.edge.model.program import Program
     from tinyfleet.firmware_tools.boards.catalogue import BoardTarget
-    from tinyfleet.firmware_tools.firmware.build import FirmwareSize
+    from tinyfleet.firmware_tools.firmware.size import FirmwareSize
 
-app = CommandGroup("""Build firmware for a board, measure and emulate it.
+app = CommandGroup("""Build firmware for a board, and emulate it.
 
 Examples:
   tinyfleet firmware boards
@@ -75,8 +75,8 @@ def list_boards(
 
     targets = [catalogue.load_board(name) for name in catalogue.board_ids()]
     if add_to_graph:
-        from tinyfleet.ontology.cli import open_store
         from tinyfleet.ontology.ingest.describe import put_board
+        from tinyfleet.ontology.store.data_folder import open_store
 
         with open_store(data) as store:
             for target in targets:
@@ -208,8 +208,8 @@ def emulate_(
       tinyfleet firmware emulate build/firmware.elf --gateway
     """
     from tinyfleet.firmware_tools.boards import catalogue
-    from tinyfleet.firmware_tools.firmware.build import read_size
     from tinyfleet.firmware_tools.firmware.emulate import Emulator
+    from tinyfleet.firmware_tools.firmware.size import read_size
 
     board = read_size(elf).board
     with _stop_on_signals() as stop, Emulator(catalogue.load_board(board), elf) as emulator:
@@ -275,7 +275,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 
 def _show(elf: Path, as_json: bool) -> None:
-    from tinyfleet.firmware_tools.firmware.build import read_size
+    from tinyfleet.firmware_tools.firmware.size import read_size
 
     size = read_size(elf)
     if as_json:

@@ -1,9 +1,8 @@
-"""Joins a board on a serial line to the fleet's broker: COBS frames on one side, one MQTT session on the other.
+"""Connects a board on a serial line to the fleet's broker: COBS frames on one side, one MQTT session on the other.
 
-The board says who it is and what its last will is; the gateway opens a session with that will and from then on carries
-messages both ways (how they greet each other is told in edge/mote/include/mote_frame.h). A queue that is full drops, a
-damaged frame is dropped: the wire's protocol asks again. The gateway itself repeats only the greeting, since boards
-need no clock.
+The board sends its name and its last will; the gateway opens a session with that will, and from then on forwards
+messages both ways (edge/mote/include/mote_frame.h describes the greeting). A full queue drops messages, and so does a
+damaged frame: the wire's protocol asks again. The gateway itself repeats only the greeting, as boards need no clock.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from tinyfleet.edge.wire.chunks import MAX_CHUNKS
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 
-#: Messages that wait for the line: the chunks of the largest program, and what else may come meanwhile.
-QUEUE = 2 * MAX_CHUNKS
-#: Seconds between two greetings of a board that does not answer, or two attempts to open a line again.
-AGAIN = 1.0
+#: Messages that wait for the line: the chunks of the largest program, and what else may arrive meanwhile.
+QUEUE_SIZE = 2 * MAX_CHUNKS
+#: Seconds between two greetings of a board that does not answer, or two attempts to open a line.
+RETRY_SECONDS = 1.0
 #: Seconds after which a user is told that no board answers.
-SILENT = 5.0
-#: Bytes handed to the line at a time.
+SILENT_SECONDS = 5.0
+#: Bytes written to the line at a time.
 BLOCK = 1024
 
 _PUBLISHES = {serial_frames.PUBLISH, serial_frames.PUBLISH_RETAINED}
@@ -46,21 +45,40 @@ class SerialDisconnected(Exception):
 
 @dataclass
 class GatewayCounters:
-    """What passed, in messages, since the start. damaged: frames that did not decode. refused: frames that a board may
-    not send, such as one to another device's topic. dropped: messages that found the queue to the line full."""
+    """Messages since the start.
+
+    Attributes
+    ----------
+    up, down
+        Messages from the board, and to it.
+    damaged
+        Frames that did not decode.
+    rejected
+        Frames that a board may not send, such as one to another device's topic.
+    dropped
+        Messages for which the queue to the line, or the connection to the broker, had no place.
+    """
 
     up: int = 0
     down: int = 0
     damaged: int = 0
-    refused: int = 0
+    rejected: int = 0
     dropped: int = 0
 
 
 class Gateway:
     """One serial line, the board on it, and its MQTT session.
 
-    port: a device such as /dev/ttyUSB0, or socket://HOST:PORT (an emulator's). report: gets a line of text whenever
-    something happens that a user may want to know.
+    Parameters
+    ----------
+    port
+        A device such as /dev/ttyUSB0, or socket://HOST:PORT of an emulator.
+    broker
+        The broker's host and port.
+    baud
+        Bits per second of the serial line.
+    report
+        Called with a line of text whenever something happens that a user may want to know.
     """
 
     def __init__(
@@ -77,18 +95,19 @@ class Gateway:
         self.counters = GatewayCounters()
         #: Set while the board is part of the fleet and has announced itself.
         self.joined = threading.Event()
-        #: The board's name, once it has said it.
+        #: The board's device ID, once it has sent it.
         self.device = ""
         self._report = report
         self._session: Session | None = None
         self._was_joined = False
-        self._told = False  # the user, that the board is part of the fleet
+        self._greeted = 0.0  # when
+        self._reported = False  # that the board is part of the fleet
         self._new = threading.Event()  # the broker has a new session, to which the board must announce itself
         self._will: tuple[str, bytes] | None = None
         self._own: set[str] = set()  # topics that the board may publish to
         self._heard = _NOTHING  # filters that it may listen to
-        self._announcement: set[str] = set()  # what a board says when its session is new
-        self._awaited: set[str] = set()  # and has yet to say
+        self._announcement: set[str] = set()  # the topics of what a board sends when its session is new
+        self._awaited: set[str] = set()  # those that are still missing
         self._queue: deque[bytes] = deque()
         # The session's thread wakes the line's through this pair.
         self._woken, self._wake = socket.socketpair()
@@ -96,9 +115,12 @@ class Gateway:
         self._wake.setblocking(False)
 
     def run(self, stop: threading.Event) -> None:
-        """Carries messages until `stop` is set. A line that is lost is opened again, and so is the session.
+        """Forward messages until `stop` is set. A line that is lost is opened again, and so is the session.
 
-        Raises UserError if the line cannot be opened, or the broker not be reached, when first tried.
+        Raises
+        ------
+        UserError
+            If the line cannot be opened, or the broker cannot be reached, at the first attempt.
         """
         line = self._open()
         while True:
@@ -109,7 +131,7 @@ class Gateway:
             finally:
                 line.close()
                 self._leave()
-            while not stop.wait(AGAIN):
+            while not stop.wait(RETRY_SECONDS):
                 with contextlib.suppress(UserError):
                     line = self._open()
                     break
@@ -130,36 +152,45 @@ class Gateway:
         """Until `stop`, or SerialDisconnected."""
         reader = serial_frames.FrameReader()
         pending = b""
-        greeted = -AGAIN
+        self._greeted = -RETRY_SECONDS
         silent_since: float | None = time.monotonic()
-        here, woken = line.fileno(), self._woken.fileno()
         while not stop.is_set():
-            if self._new.is_set():
-                self._new.clear()
-                self.joined.clear()
-                self._awaited = set(self._announcement)
-                greeted = -AGAIN
-            if not self.joined.is_set() and time.monotonic() - greeted >= AGAIN:
-                self._greet()
-                greeted = time.monotonic()
-            if silent_since is not None and time.monotonic() - silent_since >= SILENT:
+            self._greet_if_due()
+            if silent_since is not None and time.monotonic() - silent_since >= SILENT_SECONDS:
                 self._report(f"{self.port}: no board answers; does it run a node's firmware, at {self.baud} baud?")
                 silent_since = None
             if not pending and self._queue:
                 pending = self._queue.popleft()
-            try:
-                readable, writable, _ = select.select([here, woken], [here] if pending else [], [], 0.2)
-                data = line.read(65536) if here in readable else b""
-                if writable:
-                    pending = pending[line.write(pending[:BLOCK]) or 0 :]
-            except (serial.SerialException, OSError) as error:
-                raise SerialDisconnected("the line is lost") from error
-            if woken in readable:
-                self._woken.recv(4096)
+            data, pending = self._exchange(line, pending)
             for frame in reader.feed(data):
                 silent_since = None
                 self._from_board(frame)
             self.counters.damaged = reader.dropped
+
+    def _exchange(self, line: serial.SerialBase, pending: bytes) -> tuple[bytes, bytes]:
+        """Waits until something can be read or written; returns the bytes read, and those still to be written."""
+        here, woken = line.fileno(), self._woken.fileno()
+        try:
+            readable, writable, _ = select.select([here, woken], [here] if pending else [], [], 0.2)
+            data = line.read(65536) if here in readable else b""
+            if writable:
+                pending = pending[line.write(pending[:BLOCK]) or 0 :]
+        except (serial.SerialException, OSError) as error:
+            raise SerialDisconnected("the line is lost") from error
+        if woken in readable:
+            self._woken.recv(4096)
+        return data, pending
+
+    def _greet_if_due(self) -> None:
+        """Greets a board that has not joined, and again one whose session is new."""
+        if self._new.is_set():
+            self._new.clear()
+            self.joined.clear()
+            self._awaited = set(self._announcement)
+            self._greeted = -RETRY_SECONDS
+        if not self.joined.is_set() and time.monotonic() - self._greeted >= RETRY_SECONDS:
+            self._send(serial_frames.HELLO if self._session is None else serial_frames.CONNECTED)
+            self._greeted = time.monotonic()
 
     # From the board; in the line's thread.
 
@@ -169,14 +200,14 @@ class Gateway:
             return
         session = self._session
         if session is None:
-            self.counters.refused += 1  # of a board that thinks it is connected; it is greeted in any case
+            self.counters.rejected += 1  # from a board that believes it is connected; it is greeted anyway
             return
         allowed = frame.topic in self._own if frame.kind in _PUBLISHES else self._heard.fullmatch(frame.topic)
         if frame.kind not in _KINDS or not allowed:
-            self.counters.refused += 1
+            self.counters.rejected += 1
             return
         if not session.connected:
-            self.counters.dropped += 1  # the board says it again when the session is new
+            self.counters.dropped += 1  # the board sends it again when the session is new
             return
         if frame.kind == serial_frames.SUBSCRIBE:
             session.subscribe(frame.topic)
@@ -188,18 +219,18 @@ class Gateway:
         self._awaited.discard(frame.topic)
         if not self._awaited and not self.joined.is_set():
             self.joined.set()
-            if not self._told:
+            if not self._reported:
                 self._report(f"{self.port}: {self.device} is part of the fleet")
-                self._told = True
+                self._reported = True
 
     def _join(self, topic: str, will: bytes) -> None:
-        """Opens the session of the board that has said this will."""
+        """Opens the session of the board that has sent this will."""
         found = _WILL.fullmatch(topic)
         if not found:
-            self.counters.refused += 1
+            self.counters.rejected += 1
             return
         if self._session is not None and self._will == (topic, will):
-            self._new.set()  # it has started anew, or heard the greeting twice: the session is still right
+            self._new.set()  # it has restarted, or received the greeting twice: the session is still valid
             return
         fleet, device = found.groups()
         topics = Topics(fleet)
@@ -228,13 +259,13 @@ class Gateway:
 
     def _end_session(self) -> None:
         session, self._session = self._session, None
-        self._told = False
+        self._reported = False
         self.joined.clear()
         if session is not None:
             session.close()
 
     def _leave(self) -> None:
-        """The board is not there any more: its will is done."""
+        """The board is gone: publishes its will."""
         if self._session is not None and self._will is not None and self._session.connected:
             self._session.publish(*self._will, retain=True)
             self._session.flush(2.0)
@@ -253,18 +284,15 @@ class Gateway:
 
     # To the board.
 
-    def _greet(self) -> None:
-        self._send(serial_frames.HELLO if self._session is None else serial_frames.CONNECTED)
-
     def _send(self, kind: int, topic: str = "", payload: bytes = b"") -> None:
         """Queues a frame; any thread."""
-        if len(self._queue) >= QUEUE:
+        if len(self._queue) >= QUEUE_SIZE:
             self.counters.dropped += 1
             return
         self._queue.append(serial_frames.encode(serial_frames.Frame(kind, topic, payload)))
         self._rouse()
 
     def _rouse(self) -> None:
-        """Ends the line's waiting; any thread."""
+        """Wakes the line's thread; any thread."""
         with contextlib.suppress(BlockingIOError):  # full: it is awake already
             self._wake.send(b"\0")

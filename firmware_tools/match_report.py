@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
-from tinyfleet.ontology.queries.match import TRAIN, UPDATE_MODEL, DeviceMatch, ModelMatch, UnmetRequirement
+from tinyfleet.ontology.queries.matching import TRAIN, UPDATE_MODEL, DeviceMatch, ModelMatch, UnmetRequirement
 from tinyfleet.ontology.store.store import printable
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
@@ -29,7 +29,7 @@ def devices(
     table = _table("device", "board", "online", "arena", "needs", "free", "trains")
     for match in matches:
         online = {True: "yes", False: "no", None: ""}[match.online]
-        numbers = (f"{n:,}" for n in (match.arena, match.required, match.room))
+        numbers = (f"{n:,}" for n in (match.arena, match.required, match.free))
         table.add_row(match.device, printable(match.board), online, *numbers, _trains(match.layers, match.biases))
     console = _console()
     if matches:
@@ -56,7 +56,7 @@ def models(device: str, matches: Sequence[ModelMatch], unmet: UnmetRequirements,
         parameters = "" if match.parameters is None else f"{match.parameters:,}"
         trains = _trains(match.layers, match.biases)
         table.add_row(
-            _id(match.model), printable(match.name), f"{match.required:,}", f"{match.room:,}", parameters, trains
+            _id(match.model), printable(match.name), f"{match.required:,}", f"{match.free:,}", parameters, trains
         )
     console = _console()
     if matches:

@@ -28,7 +28,8 @@ from tinyfleet.edge.options import (
 from tinyfleet.edge.wire.server_info import fleet_of
 
 if TYPE_CHECKING:
-    from tinyfleet.firmware_tools.compiler.compile import TrainingSelection
+    from rich.table import Table
+    from tinyfleet.firmware_tools.compiler.compile import ModelPlan, TrainingSelection
     from tinyfleet.firmware_tools.readers.model_file import ModelFile
     from tinyfleet.ontology.ingest.describe import ModelDescription
 
@@ -175,8 +176,6 @@ def plan(
       tinyfleet model plan kws.tflite --ram-budget 128KB --classes 4
       tinyfleet model plan kws.tflite --int8 --ram-budget 64KB
     """
-    from rich.console import Console
-    from rich.table import Table
     from tinyfleet.firmware_tools.compiler.compile import plan_model
 
     size = None if ram_budget is None else _bytes(ram_budget)
@@ -188,22 +187,30 @@ def plan(
     if as_json:
         print(json.dumps(asdict(takes), indent=2))
         return
-    table = Table(title=f"{model.name}: {takes.parameters:,} parameters, {takes.macs:,} MACs; bytes, exact")
-    table.add_column("", no_wrap=True)
-    for column in ("parameters\nthat train", "RAM", "least\npossible", "flash", "with initial\nweights"):
-        table.add_column(column, justify="right")
-    rows = {"run only": takes.run}
-    rows |= {f"train from '{name}'": row for name, row in takes.train_from.items()}
-    rows |= {f"biases from '{name}'": row for name, row in takes.bias_from.items()}
-    if takes.selection is not None and takes.selection.updates is not None:
-        rows["selected channels"] = takes.selection.memory
-    for name, row in rows.items():
-        figures = (row.parameters, row.ram_bytes, row.least_ram_bytes, row.flash_bytes, row.initial_bytes)
-        best = takes.selection is not None and row is takes.selection.memory
-        table.add_row(name, *(f"{number:,}" for number in figures), style="bold" if best else None)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(_plan_table(model.name, takes))
     if takes.selection is not None and size is not None:
         print(_selection_text(takes.selection, size))
+
+
+def _plan_table(name: str, plan: ModelPlan) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{name}: {plan.parameters:,} parameters, {plan.macs:,} MACs; bytes, exact")
+    table.add_column("", no_wrap=True)
+    for column in ("parameters\nthat train", "RAM", "least\npossible", "flash", "with initial\nvalues"):
+        table.add_column(column, justify="right")
+    rows = {"run only": plan.run}
+    rows |= {f"train from '{layer}'": row for layer, row in plan.train_from.items()}
+    rows |= {f"biases from '{layer}'": row for layer, row in plan.bias_from.items()}
+    best = None if plan.selection is None else plan.selection.memory
+    if plan.selection is not None and plan.selection.updates is not None:
+        rows["selected channels"] = plan.selection.memory
+    for title, row in rows.items():
+        figures = (row.parameters, row.ram_bytes, row.least_ram_bytes, row.flash_bytes, row.initial_bytes)
+        table.add_row(title, *(f"{number:,}" for number in figures), style="bold" if row is best else None)
+    return table
 
 
 def _selection_text(selected: TrainingSelection, budget: int) -> str:
@@ -306,8 +313,8 @@ def match(
       tinyfleet model match --model model.mote --device-id kitchen
     """
     from tinyfleet.firmware_tools import match_report as report
-    from tinyfleet.ontology.cli import open_store
-    from tinyfleet.ontology.queries import match as matches
+    from tinyfleet.ontology.queries import matching
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
 
     if model is None and device_id is None:
@@ -316,17 +323,17 @@ def match(
     with open_store(data) as store:
         iri = None
         if model is not None:
-            iri = matches.known_model(store, model) or matches.describe(store, description(Path(model)))
+            iri = matching.require_model(store, model) or matching.describe(store, description(Path(model)))
         if device_id is not None:
-            matches.known_device(store, device_id, name)
+            matching.require_device(store, device_id, name)
         both = iri is not None and device_id is not None
-        unmet = matches.unmet_requirements(store, name, model=iri, device=device_id) if explain or both else {}
+        unmet = matching.unmet_requirements(store, name, model=iri, device=device_id) if explain or both else {}
         if iri is not None:
-            found = [m for m in matches.match_devices(store, iri, name) if device_id in (None, m.device)]
+            found = [m for m in matching.match_devices(store, iri, name) if device_id in (None, m.device)]
             report.devices(iri, found, unmet, device_id, as_json)
         else:
             assert device_id is not None
-            report.models(device_id, matches.match_models(store, device_id, name), unmet, as_json)
+            report.models(device_id, matching.match_models(store, device_id, name), unmet, as_json)
 
 
 def description(file: Path) -> ModelDescription:

@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.options import DATA, DataOption, JsonOption
-from tinyfleet.edge.wire.server_info import find_server
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
 if TYPE_CHECKING:
-    from tinyfleet.ontology.store.store import Binding, Rows, Store, Value
-
-GRAPH = "graph"
-"""The folder of the graph in the data directory."""
+    from tinyfleet.ontology.store.store import Binding, Rows, Value
 
 
 def query(
@@ -57,11 +53,13 @@ def query(
         _print_library(as_json)
         return
     import pyoxigraph as ox
+    from tinyfleet.ontology.graph import with_prefixes
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.store.store import parameters, rows
 
     if (file is None) == (sparql is None):
         raise UserError("give a query: a file, the name of a library query (--list shows them), or --sparql TEXT")
-    text = _with_prefixes(sparql) if sparql is not None else read_query(str(file))
+    text = with_prefixes(sparql) if sparql is not None else read_query(str(file))
     bindings = dict(_parameter(p, parameters(text)) for p in param or ())
     with open_store(data, endpoint) as store:
         answer = store.evaluate(text, **bindings)
@@ -151,13 +149,6 @@ def read_query(file: str) -> str:
         raise UserError(f"{file} is not text; give a file with a SPARQL query") from None
 
 
-def _with_prefixes(sparql: str) -> str:
-    """The query with the known prefixes that it uses and does not declare, on a line before it."""
-    declared = {m[1] for m in re.finditer(r"\bPREFIX\s+([\w.-]*)\s*:", sparql, re.IGNORECASE)}
-    used = [p for p in PREFIXES if p not in declared and re.search(rf"(?<![\w:]){p}:", sparql)]
-    return " ".join(f"PREFIX {p}: <{PREFIXES[p]}>" for p in used) + "\n" * bool(used) + sparql
-
-
 def _parameter(text: str, known: list[str]) -> tuple[str, Binding]:
     name, equals, given = text.partition("=")
     if not equals:
@@ -189,26 +180,3 @@ def _value(text: str) -> Value:
         except ValueError:
             raise UserError(f"{text!r} is not a date and time; write 2026-01-31T12:00:00Z") from None
     return text
-
-
-def open_store(data: Path, endpoint: str | None = None) -> Store:
-    """The graph of the server that runs on a data directory (its owner may update it), or, if none does, on disk."""
-    from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Unreachable
-
-    if endpoint is not None:
-        return RemoteStore(endpoint)
-    graph = data / GRAPH
-    if server := find_server(data):
-        try:
-            remote = RemoteStore(server["endpoint"], server.get("token"))
-            remote.ask("ASK { }")
-            return remote
-        except Unreachable:  # the server has died and left its address behind; if it is only slow, it holds the graph
-            if not graph.is_dir():
-                raise
-    if not graph.is_dir():
-        raise UserError(
-            f"there is no graph in {data} and no server runs on it; run `tinyfleet server start`, or give another "
-            "folder with --data"
-        )
-    return EmbeddedStore(graph)

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.options import BOARD, DATA, CommandGroup, DataOption, JsonOption, out_option
-from tinyfleet.edge.wire.server_info import find_server
-from tinyfleet.ontology.cli import GRAPH, open_store
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
 if TYPE_CHECKING:
-    from tinyfleet.ontology.store.store import Facts, Store
+    from tinyfleet.ontology.store.store import Facts
 
 app = CommandGroup("""Fill the knowledge graph from files.
 
@@ -49,14 +47,14 @@ def build_catalogue(
     if as_json:
         typer.echo(
             json.dumps(
-                {"file": str(out), "boards": made.boards, "parts": made.parts, "triples": n, "rejected": made.refused},
+                {"file": str(out), "boards": made.boards, "parts": made.parts, "triples": n, "rejected": made.rejected},
                 indent=2,
             )
         )
         return
-    for board, reason in made.refused.items():
+    for board, reason in made.rejected.items():
         typer.echo(f"rejected: {board}: {reason}")
-    typer.echo(f"{out}: {made.boards:,} boards, {made.parts} parts, {n:,} triples; {len(made.refused)} rejected")
+    typer.echo(f"{out}: {made.boards:,} boards, {made.parts} parts, {n:,} triples; {len(made.rejected)} rejected")
 
 
 @app.command()
@@ -74,6 +72,7 @@ def load(
       tinyfleet graph load build/boards.ttl
     """
     from tinyfleet.ontology.ingest.describe import put_facts
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.store.store import triples
     from tinyfleet.ontology.vocabulary import shapes
 
@@ -84,18 +83,9 @@ def load(
                 facts.setdefault(subject, {}).setdefault(predicate, []).extend(objects)
     n = sum(len(objects) for said in facts.values() for objects in said.values())
     shapes.check(", ".join(map(str, files)), triples(facts))  # type: ignore[arg-type]
-    with _open_or_create(data) as store:
+    with open_store(data, create=True) as store:
         put_facts(store, facts)  # type: ignore[arg-type]
     typer.echo(json.dumps({"triples": n}) if as_json else f"{n:,} triples loaded")
-
-
-def _open_or_create(data: Path) -> Store:
-    """The graph of a data folder, which is created if there is none yet."""
-    from tinyfleet.ontology.store.store import EmbeddedStore
-
-    if find_server(data) or (data / GRAPH).is_dir():
-        return open_store(data)
-    return EmbeddedStore(data / GRAPH)
 
 
 def read_file(path: Path) -> dict[Iri, dict[Iri, list[object]]]:
@@ -162,9 +152,10 @@ def add_measurement(
       tinyfleet graph add-measurement 0123456789abcdef --board pico --latency 0.012
     """
     from tinyfleet.ontology.ingest.describe import put_measurement
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.vocabulary.namespaces import model_iri
 
-    with _open_or_create(data) as store:
+    with open_store(data, create=True) as store:
         iri = put_measurement(
             store,
             model_iri(model.removeprefix("urn:tinyfleet:model:")),
@@ -200,13 +191,14 @@ def import_selocml(
     from rich.table import Table
     from tinyfleet.ontology.ingest.describe import put_facts
     from tinyfleet.ontology.ingest.selocml import read_selocml
+    from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.store.store import term, triples
     from tinyfleet.ontology.vocabulary import shapes
 
     made = read_selocml(sorted(folder.glob("*.ttl")), fleet)
     shapes.check("the import", triples(made.facts))
     if out is None:
-        with _open_or_create(data) as store:
+        with open_store(data, create=True) as store:
             put_facts(store, made.facts)
     else:
         write_file(out, made.facts)

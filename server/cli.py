@@ -51,7 +51,7 @@ server_app = CommandGroup("""Run the fleet's server.
 Examples:
   tinyfleet server start
 """)
-run_app = CommandGroup("""Train a model with the fleet, or with simulated clients.
+run_app = CommandGroup("""Train a model with the fleet, or by simulation.
 
 Examples:
   tinyfleet run start --task digits --rounds 20

@@ -37,7 +37,7 @@ from tinyfleet.edge.wire.mqtt_session import Message, Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.describe import from_program
 from tinyfleet.ontology.ingest.lineage import Lineage
-from tinyfleet.ontology.queries import match as matching
+from tinyfleet.ontology.queries import matching
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
@@ -145,7 +145,7 @@ def plan_deployment(store: Store, program: Program, name: str, sparql: str, flee
         If no device is left.
     """
     model = matching.describe(store, from_program(program, name))
-    selected = set(matching.select(store, sparql, model, fleet))
+    selected = set(matching.select_devices(store, sparql, model, fleet))
     matches = {match.device: match for match in matching.match_devices(store, model, fleet)}
     unmet = matching.unmet_requirements(store, fleet, model=model)
     rows = store.query(

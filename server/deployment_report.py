@@ -25,7 +25,7 @@ def print_deployment_plan(console: Console, file: Path, program: Program, plan: 
     for column in ("target", "board", "runs now", "RAM left"):
         table.add_column(column, justify="right" if column == "RAM left" else "left", overflow="fold")
     for match in plan.targets[:MAX_ROWS]:
-        table.add_row(match.device, printable(match.board), plan.running[match.device], f"{match.room:,}")
+        table.add_row(match.device, printable(match.board), plan.running[match.device], f"{match.free:,}")
     console.print(table)
     _more(console, len(plan.targets))
     if plan.excluded:

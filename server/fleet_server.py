@@ -15,10 +15,10 @@ from pathlib import Path
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology.cli import GRAPH
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store import data_folder
+from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
 from tinyfleet.server.broker import Broker
@@ -81,9 +81,10 @@ class FleetServer:
         self.data = data
         self._on_log = on_log
         self._topics = Topics(fleet)
-        self._online: dict[str, bool] = {}
+        self._known: dict[str, str] = {}  # what was last reported about each device
         with ExitStack() as stack:
-            self.store = stack.enter_context(IndexedStore(data / GRAPH))
+            data_folder.prepare(data, on_log)
+            self.store = stack.enter_context(IndexedStore(data / data_folder.GRAPH))
             if broker is None:
                 started = stack.enter_context(Broker(port, data / "broker"))
                 self.broker = started.host, started.port
@@ -179,7 +180,7 @@ class FleetServer:
 
     def _take(self, batch: list[_Message]) -> None:
         try:
-            taken = self.registry.take([(topic, payload) for topic, payload, _ in batch])
+            taken = self.registry.ingest([(topic, payload) for topic, payload, _ in batch])
         except StoreError as error:
             if len(batch) > 1:  # one of them may be the cause
                 for message in batch:
@@ -192,10 +193,16 @@ class FleetServer:
         for one in taken:
             if one is None:
                 continue
-            if one.refusal is not None:
-                self._on_log(one.refusal)
-            elif one.kind == "td":
+            if one.rejection is not None:
+                self._on_log(one.rejection)
+                continue
+            if one.kind == "td":
                 self._on_log(f"{one.device}: {'described' if one.online else 'removed'}")
-            elif self._online.get(one.device) != one.online:
-                self._online[one.device] = one.online
-                self._on_log(f"{one.device}: {'online' if one.online else 'offline'}")
+                if one.incompatibility is None:
+                    continue
+            line = f"{one.device}: {'online' if one.online else 'offline'}"
+            if one.incompatibility is not None:
+                line = f"device {one.device} {one.incompatibility}"
+            if self._known.get(one.device) != line:
+                self._known[one.device] = line
+                self._on_log(line)

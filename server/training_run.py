@@ -19,7 +19,7 @@ from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_array
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.queries import library
-from tinyfleet.ontology.queries.match import select as select_devices
+from tinyfleet.ontology.queries.matching import select_devices
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 from tinyfleet.server.flower.grid import MqttGrid
@@ -91,7 +91,7 @@ def why_devices_cannot_train(store: Store, model: Iri, fleet: str) -> list[str]:
     """For every device of the fleet, why it may not be able to train the model, as far as the graph can tell."""
     rows = store.query(
         """PREFIX tf: <https://w3id.org/tinyfleet#>
-        SELECT ?id ?online ?current ?arena ?required WHERE {
+        SELECT ?id ?online ?current ?arena ?required ?incompatibility WHERE {
           VALUES ?model { UNDEF }
           VALUES ?fleet { UNDEF }
           ?device tf:deviceId ?id ; a tf:Device ; tf:fleet ?fleet .
@@ -99,6 +99,7 @@ def why_devices_cannot_train(store: Store, model: Iri, fleet: str) -> list[str]:
           OPTIONAL { ?device tf:online ?online }
           OPTIONAL { ?device tf:currentModel ?current }
           OPTIONAL { ?device tf:arenaBytes ?arena }
+          OPTIONAL { ?device tf:incompatibility ?incompatibility }
         } ORDER BY ?id""",
         model=model,
         fleet=fleet,
@@ -106,7 +107,9 @@ def why_devices_cannot_train(store: Store, model: Iri, fleet: str) -> list[str]:
     reasons = []
     for row in rows:
         arena, required = row.get("arena"), row.get("required")
-        if not row.get("online"):
+        if incompatibility := row.get("incompatibility"):
+            reason = str(incompatibility)
+        elif not row.get("online"):
             reason = "is offline"
         elif row.get("current") != model:
             reason = f"runs another model ({row.get('current', 'unknown')})"
@@ -213,7 +216,7 @@ class _Recorder:
             self._grid.run.run_id,
             server_round,
             ended.participations,
-            asked=ended.selected,
+            selected=ended.selected,
             started=self._began,
             ended=now,
             sha256=_sha256(self.parameters) if ended.participations else None,

@@ -15,7 +15,7 @@ import pytest
 from conftest import free_port
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.ontology.http.endpoint import Endpoint
-from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
 
 MODEL = bytes.fromhex("0123456789abcdef")

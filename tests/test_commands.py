@@ -1,7 +1,11 @@
-"""The commands as a user meets them: their help, their options, and what is said where something is wrong or missing."""
+"""The commands as a user meets them: their help, their options, and errors where something is wrong or missing."""
 
+import os
+import pty
+import re
 import subprocess
 import sys
+import tty
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from tinyfleet.edge.options import Command
+from tinyfleet.edge.wire import serial_frames
 
 from tinyfleet.__main__ import COMMANDS, cli
 
@@ -218,3 +223,23 @@ def test_the_package_runs_as_a_module() -> None:
         [sys.executable, "-m", "tinyfleet", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("tinyfleet ")
+
+
+def test_an_idle_gateway_takes_little_memory(broker: tuple[str, int]) -> None:
+    board, line = pty.openpty()
+    tty.setraw(line)
+    command = [sys.executable, "-m", "tinyfleet", "gateway", "start", "--port", os.ttyname(line)]
+    process = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        reader, kinds = serial_frames.FrameReader(), list[int]()
+        while serial_frames.CONNECTED not in kinds:  # it greets a board again and again
+            kinds += [frame.kind for frame in reader.feed(os.read(board, 4096))]
+            hello = serial_frames.Frame(serial_frames.HELLO, "tinyfleet/home/devices/board/status", b"its will")
+            os.write(board, serial_frames.encode(hello))
+        memory = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        assert memory is not None and int(memory[1]) <= 50_000
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+        os.close(board)
+        os.close(line)

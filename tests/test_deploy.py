@@ -119,10 +119,12 @@ def deploy(
 def announce(server: FleetServer, id: str, online: bool = True, **changes: object) -> None:
     """A device that only the graph knows."""
     topics = Topics("home")
-    assert server.registry.handle(topics.td(id), payload(description(id, **changes))), server.registry.last_refusal
-    assert server.registry.handle(topics.status(id), status(model=OLD.model_id))
+    assert server.registry.ingest_one(topics.td(id), payload(description(id, **changes))), (
+        server.registry.last_rejection
+    )
+    assert server.registry.ingest_one(topics.status(id), status(model=OLD.model_id))
     if not online:
-        assert server.registry.handle(topics.status(id), status(online=False))
+        assert server.registry.ingest_one(topics.status(id), status(online=False))
 
 
 def test_devices_get_the_model_and_the_graph_says_so(
@@ -262,15 +264,16 @@ def test_who_is_left_out_and_why(server: FleetServer) -> None:
     query = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { ?d tf:deviceId ?id FILTER(?id != "unwanted") }"""
     extra = query.replace("SELECT ?id {", 'SELECT ?id { { BIND("stranger" AS ?id) } UNION {') + "}"
-    room, takes = "room for a program over the air", f"{len(NEW.data):,}"
+    room, takes = "model slot", f"{len(NEW.data):,}"
     what = plan(server.store, query=extra)
     assert [fit.device for fit in what.targets] == ["fit"]
     assert dict(what.excluded) == {
         "asleep": "is offline",
-        "small": f"RAM to run: it takes {NEW.arena_bytes:,} B, 1 more than the {NEW.arena_bytes - 1:,} there",
-        "other": "engine: it is made for mote, and the device has litert",
-        "full": f"{room}: it takes {takes} B, 1 more than the {len(NEW.data) - 1:,} there",
-        "built-in": f"{room}: it takes {takes} B, {takes} more than the 0 there",
+        "small": f"RAM to run: the model requires {NEW.arena_bytes:,} B, 1 more than the {NEW.arena_bytes - 1:,} B of the "
+        "device",
+        "other": "engine: the model requires mote, and the device has litert",
+        "full": f"{room}: the model requires {takes} B, 1 more than the {len(NEW.data) - 1:,} B of the device",
+        "built-in": f"{room}: the model requires {takes} B, {takes} more than the 0 B of the device",
         "unwanted": "the query does not select it",
         "stranger": "the graph knows no such device",
     }
@@ -279,7 +282,7 @@ def test_who_is_left_out_and_why(server: FleetServer) -> None:
 def test_a_board_whose_flash_is_too_small_is_left_out(server: FleetServer) -> None:
     announce(server, "fit")
     server.store.write({board_iri("nano33ble"): {TF.flashBytes: len(NEW.data) - 10}})
-    with pytest.raises(UserError, match=r"no device is left to send it to: fit: flash: it takes .* 10 more than"):
+    with pytest.raises(UserError, match=r"no device is left to send it to: fit: flash: the model requires .* 10 more"):
         plan(server.store)
 
 
@@ -292,7 +295,7 @@ def test_nobody_is_one_clear_line(server: FleetServer) -> None:
         plan(server.store)
     with pytest.raises(UserError, match="a query that selects devices has a column"):
         plan(server.store, query="SELECT ?d { ?d ?p ?o }")
-    with pytest.raises(UserError, match="which is no device's id; take its tf:deviceId"):
+    with pytest.raises(UserError, match="which is not a device ID; use its tf:deviceId"):
         plan(server.store, query="SELECT (?d AS ?id) { ?d a <https://w3id.org/tinyfleet#Device> }")
 
 
@@ -316,7 +319,7 @@ def test_an_emulated_board_gets_the_model(
         thread.start()
         try:
             heard.until("board: described", "board: online")
-            with pytest.raises(UserError, match="board: RAM to run: it takes"):
+            with pytest.raises(UserError, match="board: RAM to run: the model requires"):
                 plan(server.store, large)
             ended = deploy(server, plan(server.store, second), second)
         finally:
@@ -416,7 +419,7 @@ def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
         ([tmp_path / "none.mote"], "cannot read"),
         ([__file__], "is not a program (these bytes are no program"),
         ([other], "not a program for a fleet"),
-        ([large], "no device is left to send it to: device-0: RAM to run: it takes"),
+        ([large], "no device is left to send it to: device-0: RAM to run: the model requires"),
         ([good, "--select", "nonesuch"], "nor is it a query of the library"),
         ([good, "--select", no_id], "has a column ?id"),
         ([good, "--fleet", "other"], "knows no device of the fleet 'other'"),

@@ -317,7 +317,7 @@ def test_something_else_than_a_broker_is_told_apart() -> None:
 
 def test_the_brokers_address(tmp_path: Path) -> None:
     assert broker_address(None, tmp_path) == ("127.0.0.1", 1883)
-    (tmp_path / "server.json").write_text('{"broker": "10.0.0.1:1999"}')
+    (tmp_path / "server.json").write_text('{"broker": "10.0.0.1:1999", "endpoint": "http://x/sparql"}')
     assert broker_address(None, tmp_path) == ("10.0.0.1", 1999)
     assert broker_address("[::1]:5", tmp_path) == ("::1", 5)
     (tmp_path / "server.json").write_text("{")

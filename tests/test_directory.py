@@ -25,8 +25,9 @@ from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.directory import PAGE
 from tinyfleet.ontology.http.directory import description as self_description
 from tinyfleet.ontology.http.endpoint import Endpoint
-from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry
-from tinyfleet.ontology.ingest.things import CONTEXT, REMEMBERED, DocumentChanges, ThingStore, difference, merged
+from tinyfleet.ontology.ingest.description_parser import MAX_BYTES
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.ingest.thing_store import CONTEXT, REMEMBERED, DocumentChanges, ThingStore, difference, merged
 from tinyfleet.ontology.store.store import EmbeddedStore
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri, device_iri
 from tinyfleet.server.fleet_server import FleetServer
@@ -94,7 +95,8 @@ class Here(Directory):
 
     def say(self, device: str, td: dict[str, Any] | None) -> None:
         """What a device says over MQTT; None: its retained description is cleared."""
-        assert self.registry.handle(TOPICS.td(device), b"" if td is None else payload(td)), self.registry.last_refusal
+        content = b"" if td is None else payload(td)
+        assert self.registry.ingest_one(TOPICS.td(device), content), self.registry.last_rejection
 
 
 def at(id: str) -> str:
@@ -363,7 +365,7 @@ mutations = st.recursive(
 def test_nothing_that_a_client_sends_breaks_the_directory(
     directory: Here, method: str, name: str, value: Any, raw: bytes | None
 ) -> None:
-    directory.registry.put(lamp())
+    directory.registry.put_description(lamp())
     body: Any = raw if raw is not None else (lamp() | {name: value} if method == "PUT" else {name: value})
     answer = directory(method, at("urn:example:lamp"), body, TD_JSON if method == "PUT" else PATCH)
     assert answer.status in (204, 400), answer
@@ -443,7 +445,7 @@ def test_a_page_as_a_collection(directory: Here) -> None:
 
 def test_a_page_is_never_longer_than_the_directory_can_bear(directory: Here) -> None:
     for i in range(PAGE + 1):
-        directory.registry.put(lamp(f"urn:example:{i:05}"))
+        directory.registry.put_description(lamp(f"urn:example:{i:05}"))
     for asked in ("", f"?limit={PAGE + 1}"):
         answer = directory("GET", f"/things{asked}")
         assert len(answer.json) == PAGE
@@ -464,13 +466,13 @@ def test_what_comes_over_mqtt_is_in_the_directory(directory: Here) -> None:
 def test_a_device_over_http_leaves_the_same_graph_as_over_mqtt(directory: Here) -> None:
     assert directory.put(description()) == 201
     with EmbeddedStore() as other:
-        assert Registry(other, "home").handle(TOPICS.td("dev-1"), payload(description()))
+        assert Registry(other, "home").ingest_one(TOPICS.td("dev-1"), payload(description()))
         assert everything(directory.store) == everything(other)
 
 
 def test_a_deleted_device_takes_its_state_along(directory: Here) -> None:
     directory.say("dev-1", description())
-    directory.registry.handle(TOPICS.status("dev-1"), status(samples=3))
+    directory.registry.ingest_one(TOPICS.status("dev-1"), status(samples=3))
     assert directory("DELETE", at("urn:tinyfleet:home:dev-1")).status == 204
     subjects = directory.store.query("SELECT DISTINCT ?s { ?s ?p ?o }").column("s")
     assert device_iri("home", "dev-1") not in subjects
@@ -478,9 +480,9 @@ def test_a_deleted_device_takes_its_state_along(directory: Here) -> None:
 
 def test_the_state_of_a_device_outlives_a_change_of_its_description(directory: Here) -> None:
     directory.say("dev-1", description())
-    directory.registry.handle(TOPICS.status("dev-1"), status(samples=3))
+    directory.registry.ingest_one(TOPICS.status("dev-1"), status(samples=3))
     assert directory("PATCH", at("urn:tinyfleet:home:dev-1"), {"tf:engineVersion": "0.2.0"}, PATCH).status == 204
-    (row,) = directory.store.query(f"SELECT ?v ?n {{ ?d <{TF.engineVersion}> ?v ; <{TF.samples}> ?n }}")
+    (row,) = directory.store.query(f"SELECT ?v ?n {{ ?d <{TF.engineVersion}> ?v ; <{TF.samplesLearned}> ?n }}")
     assert row == {"v": "0.2.0", "n": 3}
 
 
@@ -544,7 +546,7 @@ def test_an_update_behind_the_directorys_back_is_seen(directory: Here) -> None:
 
 def test_descriptions_are_there_after_a_restart(tmp_path: Path) -> None:
     with EmbeddedStore(tmp_path / "graph") as store:
-        Registry(store, "home").put(lamp())
+        Registry(store, "home").put_description(lamp())
         first = ThingStore(store).get(Iri("urn:example:lamp"))
         assert first is not None
     with EmbeddedStore(tmp_path / "graph") as store:
@@ -559,7 +561,7 @@ def test_the_list_is_right_whoever_writes_while_it_is_made(directory: Here) -> N
 
     def write(name: str) -> None:
         for i in range(40):
-            directory.registry.put(lamp(f"urn:example:{name}{i}"))
+            directory.registry.put_description(lamp(f"urn:example:{name}{i}"))
             if i % 3 == 0:
                 things.remove(Iri(f"urn:example:{name}{i}"))
 
@@ -738,7 +740,7 @@ def test_a_client_that_comes_back_gets_what_it_missed(directory: Here) -> None:
 
 def test_what_is_remembered_is_bounded(directory: Here) -> None:
     for i in range(REMEMBERED + 10):
-        directory.registry.put(lamp(title=str(i)))
+        directory.registry.put_description(lamp(title=str(i)))
     with Stream(directory, since="before") as stream:
         numbers = [int(stream.next()[2].rpartition(".")[2]) for _ in range(REMEMBERED)]
     assert numbers == list(range(11, REMEMBERED + 11))

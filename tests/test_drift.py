@@ -131,7 +131,8 @@ def test_a_paced_stream_gives_a_sample_when_it_is_due(monkeypatch: pytest.Monkey
 
 def test_who_does_not_learn_online_imports_no_river_and_nobody_tensorflow() -> None:
     """Both take seconds; a server's first round is over before."""
-    code = "import sys, tinyfleet.edge.cli, tinyfleet.server.training_run, tinyfleet.server.evaluate; print({'river', 'scipy', 'tensorflow'} & {*sys.modules})"
+    modules = "tinyfleet.edge.cli, tinyfleet.server.training_run, tinyfleet.server.evaluate"
+    code = f"import sys, {modules}; print({{'river', 'scipy', 'tensorflow'}} & {{*sys.modules}})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "set()"
 
@@ -169,7 +170,7 @@ def test_an_agents_drift_becomes_an_event_in_the_graph(broker: tuple[str, int], 
         registry = Registry(store, "test")
         while 1.0 not in drifts or drifts[-1] != 0.0:
             topic, payload = said.get(timeout=30)
-            registry.handle(topic, payload)
+            registry.ingest_one(topic, payload)
             if topic == TOPICS.status("pi"):
                 drifts.append(decode_status(payload).drift)
         events = store.query(library.text("drift-events"), fleet="test")

@@ -46,6 +46,7 @@ from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate, stack
+from tinyfleet.firmware_tools.firmware.size import FirmwareSize, read_size
 from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.server.fleet_server import FleetServer
 
@@ -92,7 +93,7 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("board", BOARDS)
 def test_firmware_fits_its_board_and_the_arena_is_the_planned_one(board: str, firmware: Callable[[str], Path]) -> None:
-    size = build.read_size(firmware(board))
+    size = read_size(firmware(board))
     target = catalogue.load_board(board).buildable()
     assert size.board == board
     assert size.arena == size.plan == mlp().arena_bytes
@@ -115,23 +116,23 @@ def test_an_image_holds_the_operators_that_its_program_needs(tmp_path: Path) -> 
     names = subprocess.run(["arm-none-eabi-nm", elf], capture_output=True, text=True, check=True).stdout
     assert "mote_dense_back" in names and "mote_relu" in names
     assert not {"mote_conv2d", "mote_int8_dense", "mote_tanh", "mote_huber"} & set(names.split())
-    size = build.read_size(elf)
+    size = read_size(elf)
     assert size.mote.keys() >= {"mote.c", "mote_load.c", "mote_dense.c"}
     assert sum(size.mote.values()) < size.text - len(net.data)
 
 
 def test_a_device_that_keeps_its_model_is_smaller(firmware: Callable[[str], Path], tmp_path: Path) -> None:
     kept = build.build("mps2-an386", mlp(), samples(), FLEET, ID, tmp_path, model_slot_bytes=0)
-    assert build.read_size(kept).text < build.read_size(firmware("mps2-an386")).text - 10_000
+    assert read_size(kept).text < read_size(firmware("mps2-an386")).text - 10_000
 
 
-def whole_image(board: str, profile: build.Profile, elf: Path) -> build.FirmwareSize:
+def whole_image(board: str, profile: build.Profile, elf: Path) -> FirmwareSize:
     """Of an image with all operators that the engine has."""
     sources = [build.SOURCES / "main_bench.c", build.SOURCES / "bench_mote.c", build.SOURCES / "semihost.c"]
     target, net = catalogue.load_board(board), mlp()
     defines = {"arena_bytes": net.arena_bytes, "inputs": 64, "outputs": 5, "steps": 1}
     build.link(target, elf, [*sources, *build.ENGINE], blobs={"program": net.data}, defines=defines, profile=profile)
-    return build.read_size(elf)
+    return read_size(elf)
 
 
 @pytest.mark.parametrize("board", ["microbit", "mps2-an385", "mps2-an386"])
@@ -151,7 +152,7 @@ def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_p
     it has (none) and the deepest of its calls take at most 512 bytes. That is all of the RAM but the bench's own."""
     net = MODELS[model]()
     elf = build.build_benchmark(catalogue.load_board("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
-    size = build.read_size(elf)
+    size = read_size(elf)
     assert size.arena == size.plan == net.arena_bytes
     symbols = subprocess.run(["arm-none-eabi-nm", "-S", elf], capture_output=True, text=True, check=True).stdout
     (state,) = (int(row[1], 16) for line in symbols.splitlines() if (row := line.split())[2:] == ["b", "m"])
@@ -503,7 +504,7 @@ def test_noise_on_the_line_costs_time_and_nothing_else(
             parts = observer.ask(work, again=1.0)
             assert [parts[i] for i in range(len(parts))] == host_reply(work)
             assert line.errors > 0
-            assert gateway.counters.refused == 0
+            assert gateway.counters.rejected == 0
         line.close()
     observer.session.close()
 
@@ -653,7 +654,7 @@ def test_what_is_not_firmware_is_refused(tmp_path: Path) -> None:
     text.write_text("hello")
     for path in (text, Path("/bin/sh"), tmp_path / "nothing.elf"):
         with pytest.raises(UserError, match=r"tinyfleet firmware build"):
-            build.read_size(path)
+            read_size(path)
 
 
 def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -> None:
@@ -684,7 +685,7 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
             line.sendall(serial_frames.encode(frame))
         assert observer.wait(lambda: observer.said(TOPICS.reply(ID)) == [b"last"])
         assert not observer.said(other)
-        assert gateway.counters.refused == 9
+        assert gateway.counters.rejected == 9
         line.close()
         assert observer.wait(lambda: observer.said(TOPICS.status(ID)) == [b"its will"])
         stop.set()

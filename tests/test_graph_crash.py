@@ -17,18 +17,18 @@ from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
 from tinyfleet.ontology.vocabulary.namespaces import TF, device_iri
 
 DEVICES = 40
 TOPICS = Topics("home")
-SAMPLES = f"SELECT ?d ?n WHERE {{ ?d <{TF.samples}> ?n }}"
+SAMPLES = f"SELECT ?d ?n WHERE {{ ?d <{TF.samplesLearned}> ?n }}"
 WRITER = """
 import sys
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology.store.index import IndexedStore
+from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.ingest.registry import Registry
 
 path, first, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -36,8 +36,8 @@ with IndexedStore(path) as store:
     registry, topics = Registry(store, "home"), Topics("home")
     for n in range(first, 1 << 30):
         # All devices in one transaction: whoever looks finds them at the same number.
-        taken = registry.take([(topics.status(f"d{i}"), encode(Status(True, bytes(8), n))) for i in range(devices)])
-        assert all(one.refusal is None for one in taken)
+        taken = registry.ingest([(topics.status(f"d{i}"), encode(Status(True, bytes(8), n))) for i in range(devices)])
+        assert all(one.rejection is None for one in taken)
         print(n, flush=True)
 """
 SERVER = """
@@ -147,7 +147,7 @@ def test_the_broker_is_told_when_the_message_is_safe_and_not_before(broker: tupl
 def test_a_long_query_holds_up_no_update_and_sees_none_of_it(tmp_path: Path) -> None:
     with IndexedStore(tmp_path / "graph") as store:
         registry = Registry(store, "home")
-        registry.take([(TOPICS.status(f"d{i}"), encode(Status(True, bytes(8), 0))) for i in range(150)])
+        registry.ingest([(TOPICS.status(f"d{i}"), encode(Status(True, bytes(8), 0))) for i in range(150)])
         began, ended = threading.Event(), threading.Event()
         answer: list[object] = []
 
@@ -155,8 +155,9 @@ def test_a_long_query_holds_up_no_update_and_sees_none_of_it(tmp_path: Path) -> 
             began.set()
             # 3 million solutions, which take a second at least.
             rows = store.query(
-                f"SELECT (SUM(?a * ?b * ?c) AS ?n) WHERE {{ ?x <{TF.samples}> ?a . ?y <{TF.samples}> ?b . "
-                f"?z <{TF.samples}> ?c }}"
+                f"SELECT (SUM(?a * ?b * ?c) AS ?n) WHERE {{ "
+                f"?x <{TF.samplesLearned}> ?a . ?y <{TF.samplesLearned}> ?b . "
+                f"?z <{TF.samplesLearned}> ?c }}"
             )
             answer.extend(rows.column("n"))
             ended.set()
@@ -167,7 +168,7 @@ def test_a_long_query_holds_up_no_update_and_sees_none_of_it(tmp_path: Path) -> 
         n = 0
         while not ended.is_set() and n < 10:
             n += 1
-            registry.take([(TOPICS.status(f"d{i}"), encode(Status(True, bytes(8), n))) for i in range(150)])
+            registry.ingest([(TOPICS.status(f"d{i}"), encode(Status(True, bytes(8), n))) for i in range(150)])
         assert n == 10, "the updates were over before the query was"
         assert set(samples(store).values()) == {10}
         asking.join()

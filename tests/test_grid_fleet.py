@@ -365,10 +365,10 @@ def announced(
 ) -> None:
     topics = Topics("test")
     td = thing_description("test", name, VIRTUAL, "mote", "0.1.0", arena, model)
-    assert server.registry.handle(topics.td(name), json.dumps(td).encode())
-    assert server.registry.handle(topics.status(name), encode(Status(True, model)))
+    assert server.registry.ingest_one(topics.td(name), json.dumps(td).encode())
+    assert server.registry.ingest_one(topics.status(name), encode(Status(True, model)))
     if not online:
-        assert server.registry.handle(topics.status(name), encode(Status(False, model)))
+        assert server.registry.ingest_one(topics.status(name), encode(Status(False, model)))
 
 
 def test_without_an_eligible_client_the_error_says_why(server: FleetServer) -> None:

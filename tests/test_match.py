@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from ontology_fixtures import description, payload, status
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology.cli import GRAPH
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.queries import library, match
+from tinyfleet.ontology.queries import library, matching
+from tinyfleet.ontology.store.data_folder import open_store
 from tinyfleet.ontology.store.store import Binding, EmbeddedStore, Store
 from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
 
@@ -170,7 +170,7 @@ def missed(model: Model, device: Device, board: Board) -> set[tuple[str, object,
         if takes is None or has is None or takes > has:
             needs.add((requirement, takes, has))
     if model.storage is not None and device.adopts is not None and model.storage > device.adopts:
-        needs |= {(match.UPDATE_MODEL, model.storage, device.adopts)} if model.engine == device.engine else set()
+        needs |= {(matching.UPDATE_MODEL, model.storage, device.adopts)} if model.engine == device.engine else set()
     return needs
 
 
@@ -195,7 +195,7 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
         runs = {
             pair
             for pair, missing in needs.items()
-            if {requirement for requirement, _, _ in missing} <= {match.TRAIN, match.UPDATE_MODEL}
+            if {requirement for requirement, _, _ in missing} <= {matching.TRAIN, matching.UPDATE_MODEL}
         }
         for n, model in enumerate(models):
             expected = []
@@ -205,13 +205,15 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
                     layers, biases = trained(model, room[i]) or (None, None)
                     left = room[i] - model.run
                     names = f"d{i}", f"b{device.board}", name_of(n)
-                    expected.append(match.DeviceMatch(*names, room[i], model.run, left, device.online, layers, biases))
+                    expected.append(
+                        matching.DeviceMatch(*names, room[i], model.run, left, device.online, layers, biases)
+                    )
             trains = store.query(library.text("trainable"), model=name_of(n), fleet="home")
             assert {str(row["id"]): (row["layers"], row["biases"]) for row in trains} == {
                 fit.device: (fit.layers, fit.biases) for fit in expected if fit.layers is not None
             }
-            key = lambda f: (f.layers is None, -(f.layers or 0), -(f.biases or 0), -f.room, f.device)  # noqa: E731
-            assert match.match_devices(store, name_of(n), "home") == sorted(expected, key=key)
+            key = lambda f: (f.layers is None, -(f.layers or 0), -(f.biases or 0), -f.free, f.device)  # noqa: E731
+            assert matching.match_devices(store, name_of(n), "home") == sorted(expected, key=key)
         for i in range(len(devices)):
             fits = []
             for n, model in enumerate(models):
@@ -219,20 +221,20 @@ def test_what_fits_is_what_a_plain_reference_says(fleet: Fleet) -> None:
                     assert model.run is not None
                     layers, biases = trained(model, room[i]) or (None, None)
                     fits.append(
-                        match.ModelMatch(
+                        matching.ModelMatch(
                             name_of(n), f"m{n}", len(model.inputs), model.run, room[i] - model.run, model.parameters,
                             layers, biases,
                         )
                     )  # fmt: skip
-            assert match.match_models(store, f"d{i}", "home") == sorted(
+            assert matching.match_models(store, f"d{i}", "home") == sorted(
                 fits,
                 key=lambda f: (not f.observed, -(f.layers or -1), -(f.biases or -1), -(f.parameters or -1), f.name),
             )
         said = {
             (int(device[1:]), int(model.rsplit(":", 1)[1], 16)): [
-                (miss.requirement, miss.takes, miss.has) for miss in misses
+                (miss.requirement, miss.required, miss.has) for miss in misses
             ]
-            for (device, model), misses in match.unmet_requirements(store, "home").items()
+            for (device, model), misses in matching.unmet_requirements(store, "home").items()
         }
         by_text = {pair: sorted(missing, key=str) for pair, missing in needs.items() if missing}
         assert {pair: sorted(missing, key=str) for pair, missing in said.items()} == by_text
@@ -247,12 +249,12 @@ LARGE = build([Dense(300), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A data folder with a graph of three devices and a described model that one cannot train and one cannot run."""
-    with EmbeddedStore(tmp_path / GRAPH) as store:
+    with open_store(tmp_path, create=True) as store:
         registry, topics = Registry(store, "home"), Topics("home")
         arenas: Mapping[str, int] = {"roomy": 65_536, "tight": PROGRAM.arena_bytes, "small": 2_000}
         for device, arena in arenas.items():
-            assert registry.handle(topics.td(device), payload(description(device, tf__arenaBytes=arena)))
-            assert registry.handle(topics.status(device), status(model=PROGRAM.model_id))
+            assert registry.ingest_one(topics.td(device), payload(description(device, tf__arenaBytes=arena)))
+            assert registry.ingest_one(topics.status(device), status(model=PROGRAM.model_id))
         model = describe.put_model(store, describe.from_program(PROGRAM, "digits"))
         option = Iri(f"{model}:train:1")
         store.write(
@@ -285,8 +287,16 @@ def test_the_devices_for_a_model_as_a_table(data: Path) -> None:
     assert lines[3].startswith("2 devices can run urn:tinyfleet:model:")
     short = f"{arena - 2_000:,}"
     because = [line.split(maxsplit=2) for line in lines[6:]]
-    assert ["small", "run", f"RAM to run: it takes {takes} B, {short} more than the 2,000 there"] in because
-    assert ["tight", "train", f"RAM to train: it takes {arena + 8:,} B, 8 more than the {takes} there"] in because
+    assert [
+        "small",
+        "run",
+        f"RAM to run: the model requires {takes} B, {short} more than the 2,000 B of the device",
+    ] in because
+    assert [
+        "tight",
+        "train",
+        f"RAM to train: the model requires {arena + 8:,} B, 8 more than the {takes} B of the device",
+    ] in because
 
 
 def test_the_devices_for_a_model_as_json(data: Path) -> None:
@@ -303,7 +313,7 @@ def test_a_file_is_described_and_matched(data: Path, tmp_path: Path) -> None:
     file.write_bytes(LARGE.data)
     done = tinyfleet("model", "match", "--model", file, "--device-id", "roomy", data=data)
     assert done.stdout.startswith(f"roomy cannot run urn:tinyfleet:model:{LARGE.model_id.hex()}")
-    assert f"RAM to run: it takes {LARGE.arena_bytes:,} B, {LARGE.arena_bytes - 65_536:,} more" in done.stdout
+    assert f"RAM to run: the model requires {LARGE.arena_bytes:,} B, {LARGE.arena_bytes - 65_536:,} more" in done.stdout
     again = tinyfleet("model", "match", "--model", LARGE.model_id.hex(), "--device-id", "small", "--json", data=data)
     assert [miss["requirement"] for miss in json.loads(again.stdout)["unmet"]["small"]] == [
         "RAM to run",
@@ -327,9 +337,9 @@ def test_what_is_described_already_stays_as_it_is(data: Path, tmp_path: Path) ->
     file = tmp_path / "digits.mote"
     file.write_bytes(PROGRAM.data)
     tinyfleet("model", "match", "--model", file, data=data)
-    with EmbeddedStore(data / GRAPH) as store:
+    with open_store(data) as store:
         rows = store.query(library.text("training-options"), model=model_iri(PROGRAM.model_id))
-    assert rows.column("takes") == [PROGRAM.arena_bytes + 8]
+    assert rows.column("required") == [PROGRAM.arena_bytes + 8]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +350,7 @@ def test_what_is_described_already_stays_as_it_is(data: Path, tmp_path: Path) ->
         (("--model", "nothing"), "nothing cannot be read: No such file or directory"),
         (("--model", __file__), "neither a .tflite nor a .keras file"),
         (("--device-id", "nobody"), "knows no device 'nobody' in the fleet 'home'"),
-        (("--device-id", "a b"), "'a b' is no device name"),
+        (("--device-id", "a b"), "'a b' is not a valid device name"),
         (("--device-id", "roomy", "--fleet", "other"), "knows no device 'roomy' in the fleet 'other'"),
     ],
 )

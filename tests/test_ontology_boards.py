@@ -34,7 +34,7 @@ def folder(path: Path, rows: str = ROW, core: object = None) -> Path:
 
 def test_files_become_a_graph(tmp_path: Path) -> None:
     made = board_catalogue.read_board_catalogue(folder(tmp_path))
-    assert (made.boards, made.parts, made.refused) == (2, 1, {})
+    assert (made.boards, made.parts, made.rejected) == (2, 1, {})
     one, two = made.facts[board_iri("one")], made.facts[board_iri("two")]
     assert (one[TF.ramBytes], one[TF.connectivity]) == ([65_536], ["bluetooth", "wifi"])
     assert TF.observes not in one
@@ -57,22 +57,22 @@ def test_what_cannot_be_right_is_refused_and_the_rest_taken(tmp_path: Path) -> N
     assert made.boards == 3
     assert made.facts[board_iri("two")][TF.ramBytes] == [262_144], "what more is known of takes the row's place"
     assert made.facts[board_iri("no-clock")][TF.clockHz] is None
-    assert set(made.refused) == {"one (again)", "doubtful", "no-ram", "bad name"}
-    assert "suspect: external RAM" in made.refused["doubtful"]
-    assert "tf:ramBytes" in made.refused["no-ram"]
+    assert set(made.rejected) == {"one (again)", "doubtful", "no-ram", "bad name"}
+    assert "suspect: external RAM" in made.rejected["doubtful"]
+    assert "tf:ramBytes" in made.rejected["no-ram"]
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sensor_parts\.csv cannot be read"):
         board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path, ROW.replace("65536", "64 KB"))
-    with pytest.raises(UserError, match="ram_bytes of one is no whole number"):
+    with pytest.raises(UserError, match="ram_bytes of one is not a whole number"):
         board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path, "one,Board\n")
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="incomplete row"):
         board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path, core=[{"id": "x"}])
-    with pytest.raises(UserError, match="is no list of boards"):
+    with pytest.raises(UserError, match="is not a list of boards"):
         board_catalogue.read_board_catalogue(tmp_path)
     folder(tmp_path)
     (tmp_path / "platformio_boards.csv").write_text("id,name\nx,y\n")
@@ -130,7 +130,7 @@ def test_the_public_catalogue(tmp_path: Path) -> None:
         pytest.skip("TINYFLEET_DATA has no boards/")
     made = board_catalogue.read_board_catalogue(path)
     assert made.boards == 1_131, "1,143 rows, two boards of which come twice with different figures, ten doubtful"
-    assert sum("suspect" in reason for reason in made.refused.values()) == 10
-    assert sum("(again)" in board for board in made.refused) == 2
+    assert sum("suspect" in reason for reason in made.rejected.values()) == 10
+    assert sum("(again)" in board for board in made.rejected) == 2
     sensing = [s for s, said in made.facts.items() if TF.observes in said]
     assert len(sensing) == 16

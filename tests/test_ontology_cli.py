@@ -11,9 +11,9 @@ from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology.cli import GRAPH
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.store.data_folder import open_store
 from tinyfleet.ontology.store.store import EmbeddedStore
 
 ROOT = Path(__file__).parents[1]
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[1]
 def fill(store: EmbeddedStore) -> None:
     registry = Registry(store, "home")
     for device in ("dev-1", "dev-2"):
-        registry.handle(Topics("home").td(device), payload(description(device)))
-        registry.handle(Topics("home").status(device), status())
+        registry.ingest_one(Topics("home").td(device), payload(description(device)))
+        registry.ingest_one(Topics("home").status(device), status())
 
 
 @pytest.fixture(params=["disk", "server"])
 def data(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    with EmbeddedStore(tmp_path / GRAPH) as store:
+    with open_store(tmp_path, create=True) as store:
         fill(store)
         if request.param == "server":
             with Endpoint(store) as endpoint:
@@ -70,7 +70,7 @@ def test_a_query_of_the_library_or_of_a_file_takes_parameters(data: Path, tmp_pa
 
 
 def test_the_other_forms_of_query(tmp_path: Path) -> None:
-    with EmbeddedStore(tmp_path / GRAPH) as store:
+    with open_store(tmp_path, create=True) as store:
         fill(store)
     assert query("--sparql", "ASK { ?d tf:online true }", data=tmp_path).stdout == "true\n"
     turtle = query("--sparql", "CONSTRUCT { ?d tf:online ?o } WHERE { ?d tf:online ?o }", data=tmp_path).stdout
@@ -80,8 +80,10 @@ def test_the_other_forms_of_query(tmp_path: Path) -> None:
 
 
 def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
-    with EmbeddedStore(tmp_path / GRAPH) as store:
-        Registry(store, "home").handle(Topics("home").td("d"), payload(description("d", title="\x1b]0;x\x07[red]\r")))
+    with open_store(tmp_path, create=True) as store:
+        Registry(store, "home").ingest_one(
+            Topics("home").td("d"), payload(description("d", title="\x1b]0;x\x07[red]\r"))
+        )
     shown = query("--sparql", "SELECT ?t { ?d a tf:Device ; td:title ?t }", data=tmp_path).stdout
     assert "[red]" in shown
     assert "\x1b" not in shown and "\x07" not in shown and "\r" not in shown
@@ -100,13 +102,13 @@ def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
         (("clients", "--param", "model"), "NAME=VALUE"),
         (("clients", "--param", "modle=urn:x"), "no parameter 'modle': it has model, fleet"),
         (("clients", "--param", "model=urn:x y"), "cannot be a term"),
-        (("clients", "--data", "nowhere"), "run `tinyfleet server start`"),
+        (("clients", "--data", "nowhere"), "start one with `tinyfleet server start`"),
         (("clients", "--endpoint", "http://127.0.0.1:9/sparql"), "is the server running?"),
-        (("clients", "--endpoint", "somewhere"), "begins with http"),
+        (("clients", "--endpoint", "somewhere"), "must begin with http"),
     ],
 )
 def test_a_mistake_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:
-    with EmbeddedStore(tmp_path / GRAPH):
+    with open_store(tmp_path, create=True):
         pass
     done = query(*arguments, data=None if "--data" in arguments else tmp_path)
     assert done.returncode == 2
@@ -116,7 +118,7 @@ def test_a_mistake_is_one_clear_line(tmp_path: Path, arguments: tuple[str, ...],
 
 
 def test_a_graph_that_another_process_has_open_is_said(tmp_path: Path) -> None:
-    with EmbeddedStore(tmp_path / GRAPH):
+    with open_store(tmp_path, create=True):
         done = query("clients", data=tmp_path)
     assert (done.returncode, "in use by another process" in done.stderr) == (2, True)
 
@@ -128,7 +130,7 @@ def test_a_damaged_server_file_is_said(tmp_path: Path) -> None:
 
 
 def test_the_address_of_a_server_that_has_died_is_passed_over(tmp_path: Path) -> None:
-    with EmbeddedStore(tmp_path / GRAPH) as store:
+    with open_store(tmp_path, create=True) as store:
         fill(store)
     (tmp_path / SERVER_FILE).write_text(json.dumps({"endpoint": f"http://127.0.0.1:{free_port()}/sparql"}))
     assert query("--sparql", "ASK { ?d tf:online true }", data=tmp_path).stdout == "true\n"

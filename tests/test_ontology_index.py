@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.columns import Columns, Range
-from tinyfleet.ontology.store.index import IndexedStore
 from tinyfleet.ontology.store.query_rewriting import COUNT_QUERIES, INDEX_QUERIES
 from tinyfleet.ontology.store.store import EmbeddedStore, Facts, RemoteStore, Rows, Store, parameters, rows, triples
 from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
@@ -38,7 +38,7 @@ state = st.fixed_dictionaries(
         TF.arenaBytes: small | st.none(),
         TF.online: st.booleans() | st.none(),
         TF.currentModel: st.sampled_from([*MODELS, None]),
-        TF.samples: small,
+        TF.samplesLearned: small,
         TF.battery: st.sampled_from([0.0, -0.0, 0.5, 1.0, None]),
         TF.drift: st.floats(allow_nan=False, allow_infinity=False, width=32) | st.none(),
         TD.title: st.sampled_from(TITLES) | st.sets(st.sampled_from(TITLES)).map(sorted) | st.none(),
@@ -86,7 +86,7 @@ subjects = st.one_of(
     st.dictionaries(st.sampled_from(MODELS), model_facts, max_size=3),
     st.dictionaries(st.sampled_from(BOARDS), board_facts, max_size=3),
     st.dictionaries(st.sampled_from(WAYS), way_facts, max_size=3),
-    st.dictionaries(st.just(ROUND), st.fixed_dictionaries({TF.samples: small}), max_size=1),
+    st.dictionaries(st.just(ROUND), st.fixed_dictionaries({TF.samplesLearned: small}), max_size=1),
     st.dictionaries(st.just(THING), st.fixed_dictionaries({TD.title: st.sampled_from(TITLES)}), max_size=1),
 )
 OTHERWISE = (
@@ -186,7 +186,7 @@ def fits_columns(store: Store) -> bool:
     )
 
 
-UNORDERED = ("fits", "why-not", "sensors")  # what is equal to them has no order
+UNORDERED = ("fits", "unmet-requirements", "sensors")  # what is equal to them has no order
 CHOICES: dict[str, tuple[Any, ...]] = {
     "fleet": (None, "home", ["home", "away"], []),
     "model": (None, MODELS[0], MODELS[:2]),
@@ -234,7 +234,7 @@ def agrees(store: IndexedStore) -> None:
         {TF.board: BOARDS[:2], TF.arenaBytes: Range(2, 5)},
         {TF.online: [True], TF.currentModel: [MODELS[0], Iri("urn:nowhere")]},
         {TF.battery: Range(high=0.5)},
-        {TF.samples: [1, 2, 3]},
+        {TF.samplesLearned: [1, 2, 3]},
     ):
         if store.indexed:
             assert found(store, where) == by_graph(store, where)
@@ -271,10 +271,12 @@ def test_it_is_saved_and_built_with_the_store(
             do(store, step)
         agrees(store)
     with EmbeddedStore(path) as other:  # which knows of no index
-        other.write({DEVICES[0]: {RDF.type: [TD.Thing, TF.Device], TF.fleet: "home", TF.engine: None, TF.samples: 99}})
+        other.write(
+            {DEVICES[0]: {RDF.type: [TD.Thing, TF.Device], TF.fleet: "home", TF.engine: None, TF.samplesLearned: 99}}
+        )
     with IndexedStore(path) as store:
         if store.wait():
-            assert "home:a" in found(store, {TF.samples: [99]})
+            assert "home:a" in found(store, {TF.samplesLearned: [99]})
         agrees(store)
 
 
@@ -318,12 +320,12 @@ def test_two_values_are_left_to_the_graph_until_one_of_them_is_gone() -> None:
     """Of whatever column; and a title that was written meanwhile is found once."""
     with IndexedStore() as store:
         store.write(FACTS)
-        store.add(triples({DEVICES[0]: {TF.samples: 1}}))
-        store.add(triples({DEVICES[0]: {TF.samples: 2}}))
+        store.add(triples({DEVICES[0]: {TF.samplesLearned: 1}}))
+        store.add(triples({DEVICES[0]: {TF.samplesLearned: 2}}))
         assert not store.wait() and not fits_columns(store)
         store.write({DEVICES[0]: {TD.title: "Lamp no. 1"}})
         agrees(store)
-        store.write({DEVICES[0]: {TF.samples: 2}})
+        store.write({DEVICES[0]: {TF.samplesLearned: 2}})
         assert store.wait() and fits_columns(store)
         agrees(store)
 
@@ -342,13 +344,15 @@ def test_a_damaged_file_is_built_anew(tmp_path: Path, damage: bytes | None) -> N
 
 
 def test_writes_while_it_is_built_are_not_missed(tmp_path: Path) -> None:
-    many = {device_iri("home", f"d{i}"): {RDF.type: TF.Device, TF.fleet: "home", TF.samples: i} for i in range(5_000)}
+    many = {
+        device_iri("home", f"d{i}"): {RDF.type: TF.Device, TF.fleet: "home", TF.samplesLearned: i} for i in range(5_000)
+    }
     with EmbeddedStore(tmp_path / "graph") as plain:
         plain.write(many)
     with IndexedStore(tmp_path / "graph") as store:
         for i in range(0, 5_000, 50):
-            store.write({device_iri("home", f"d{i}"): {TF.samples: 1_000_000 + i}})
+            store.write({device_iri("home", f"d{i}"): {TF.samplesLearned: 1_000_000 + i}})
         store.remove(device_iri("home", "d1"))
         assert store.wait()
-        assert found(store, {TF.samples: Range(1_000_000)}) == sorted(f"home:d{i}" for i in range(0, 5_000, 50))
+        assert found(store, {TF.samplesLearned: Range(1_000_000)}) == sorted(f"home:d{i}" for i in range(0, 5_000, 50))
         assert len(found(store, {})) == 4_999

@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import cbor2
 import pytest
 from ontology_fixtures import description, everything, open_store, payload, status
 from tinyfleet.edge.model.layers import Dense, ReLU, build
+from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
 from tinyfleet.ontology.ingest.registry import Registry
-from tinyfleet.ontology.queries import library
+from tinyfleet.ontology.queries import library, matching
 from tinyfleet.ontology.store.store import Store, Value
 from tinyfleet.ontology.vocabulary.namespaces import PROV, Iri, model_iri, run_iri, version_iri
 from tinyfleet.ontology.vocabulary.shapes import ShapeError
@@ -30,10 +32,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 def join(store: Store, device: str, fleet: str = "home", *, online: bool = True, model: bytes = PROGRAM.model_id,
          **td: object) -> None:  # fmt: skip
     registry, topics = Registry(store, fleet), Topics(fleet)
-    assert registry.handle(topics.td(device), payload(description(device, fleet, **td))), registry.last_refusal
-    assert registry.handle(topics.status(device), status(model=model))
+    assert registry.ingest_one(topics.td(device), payload(description(device, fleet, **td))), registry.last_rejection
+    assert registry.ingest_one(topics.status(device), status(model=model))
     if not online:
-        assert registry.handle(topics.status(device), status(online=False))
+        assert registry.ingest_one(topics.status(device), status(online=False))
 
 
 def fleet(store: Store) -> None:
@@ -57,19 +59,42 @@ def test_the_clients_of_a_round_are_those_that_can_train_now(store: Store) -> No
     assert clients(store, MODEL, "home") == ["fit", "tight"]
     assert clients(store, MODEL, "elsewhere") == ["fit"]
     assert clients(store, model_iri(bytes(8)), "home") == []
-    Registry(store, "home").handle(Topics("home").status("fit"), status(online=False))
+    Registry(store, "home").ingest_one(Topics("home").status("fit"), status(online=False))
     assert clients(store, MODEL, "home") == ["tight"]
+
+
+def test_an_incompatible_device_is_left_out_until_it_is_updated(store: Store) -> None:
+    fleet(store)
+    registry, topics = Registry(store, "home"), Topics("home")
+
+    def selected() -> list[bool]:
+        run = {"model": MODEL, "fleet": "home"}
+        found = [store.query(library.text(name), **run).column("id") for name in ("clients", "runnable", "trainable")]
+        found.append(list[Value](matching.select_devices(store, library.text("devices"), MODEL, "home")))
+        return ["fit" in ids for ids in found]
+
+    assert selected() == [True] * 4
+    assert registry.ingest_one(topics.status("fit"), cbor2.dumps([WIRE_VERSION + 1, True]))
+    assert selected() == [False] * 4
+    unmet = matching.unmet_requirements(store, "home", model=MODEL, device="fit")
+    assert [str(miss) for miss in unmet["fit", MODEL]] == [
+        "speaks wire version 3, this server speaks 2; update the server"
+    ]
+    assert registry.ingest_one(topics.status("fit"), status(model=PROGRAM.model_id, program_format=PROGRAM_FORMAT + 1))
+    assert selected() == [False] * 4
+    assert registry.ingest_one(topics.status("fit"), status(model=PROGRAM.model_id))
+    assert selected() == [True] * 4
 
 
 def test_the_devices_that_could_train_the_model(store: Store) -> None:
     fleet(store)
     rows = store.query(library.text("trainable"), model=MODEL, fleet="home")
     assert rows.column("id") == ["unknown-arena", "away", "fit", "other-model", "tight"]
-    assert rows[0]["room"] == 262_144 - PROGRAM.arena_bytes, "of the board's RAM"
-    assert rows[1]["room"] == 65_536 - PROGRAM.arena_bytes and rows[1]["online"] is False
+    assert rows[0]["free"] == 262_144 - PROGRAM.arena_bytes, "of the board's RAM"
+    assert rows[1]["free"] == 65_536 - PROGRAM.arena_bytes and rows[1]["online"] is False
     assert rows[-1] == {
         "id": "tight", "board": "nano33ble", "model": MODEL, "arena": PROGRAM.arena_bytes,
-        "takes": PROGRAM.arena_bytes, "room": 0, "online": True, "layers": 2, "biases": 0,
+        "required": PROGRAM.arena_bytes, "free": 0, "online": True, "layers": 2, "biases": 0,
     }  # fmt: skip
     everywhere = store.query(library.text("trainable"), model=MODEL)
     assert len(everywhere) == 6
@@ -86,7 +111,7 @@ def train(store: Store) -> Lineage:
     ):
         started = NOW + timedelta(minutes=number)
         lineage.round(
-            7, number, parts, asked=2, started=started, ended=started + timedelta(seconds=5), sha256=hash_,
+            7, number, parts, selected=2, started=started, ended=started + timedelta(seconds=5), sha256=hash_,
             bytes_up=sum(p.bytes_up or 0 for p in parts), bytes_down=9_000,
         )  # fmt: skip
     lineage.end(7, NOW + timedelta(hours=1))
@@ -153,14 +178,14 @@ def test_saying_a_round_twice_changes_nothing(store: Store) -> None:
 def test_what_cannot_be_right_is_not_written(store: Store) -> None:
     lineage = Lineage(store, "home")
     with pytest.raises(ShapeError, match="has not begun"):
-        lineage.round(1, 1, [], asked=0, started=NOW)
+        lineage.round(1, 1, [], selected=0, started=NOW)
     with pytest.raises(ShapeError, match="64 hexadecimal digits"):
         lineage.begin(1, MODEL, "Reptile", "no hash")
     assert everything(store) == []
     lineage.begin(1, MODEL, "Reptile", "0" * 64)
     before = everything(store)
     with pytest.raises(ShapeError, match="accuracy"):
-        lineage.round(1, 1, [Participation("d", accuracy=1.5)], asked=1, started=NOW, sha256="1" * 64)
+        lineage.round(1, 1, [Participation("d", accuracy=1.5)], selected=1, started=NOW, sha256="1" * 64)
     assert everything(store) == before
 
 

@@ -12,18 +12,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import cbor2
 import jsonschema_rs
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything, open_store, payload, status
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, host_board, thing_description
+from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue as boards
 from tinyfleet.ontology.ingest import describe
-from tinyfleet.ontology.ingest.registry import MAX_BYTES, Registry, RejectedMessage, parse_thing_description, to_triples
+from tinyfleet.ontology.ingest.description_parser import (
+    MAX_BYTES,
+    RejectedMessage,
+    parse_thing_description,
+    to_triples,
+)
+from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
-from tinyfleet.ontology.store.store import EmbeddedStore, Patch, Store, StoreError
+from tinyfleet.ontology.store.store import EmbeddedStore, GraphChange, Store, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import (
     BOARDS,
     PROPERTIES,
@@ -58,7 +66,7 @@ def about(store: Store, subject: str) -> dict[str, list[Any]]:
 
 
 def test_a_description_becomes_facts_on_the_device_and_on_its_board(store: Store, registry: Registry) -> None:
-    assert registry.handle(TD, payload(description()))
+    assert registry.ingest_one(TD, payload(description()))
     device = about(store, device_iri("home", "dev-1"))
     assert device["arenaBytes"] == [65_536]
     assert device["engine"] == ["mote"]
@@ -76,7 +84,7 @@ def test_a_description_becomes_facts_on_the_device_and_on_its_board(store: Store
 
 def test_what_the_devices_of_this_project_send_is_taken(store: Store, registry: Registry) -> None:
     td = thing_description("home", "dev-1", VIRTUAL, "mote", "0.1.0", 9_936, MODEL)
-    assert registry.handle(TD, payload(td)), registry.last_refusal
+    assert registry.ingest_one(TD, payload(td)), registry.last_rejection
 
 
 def test_what_the_devices_of_this_project_send_is_valid_for_the_w3c() -> None:
@@ -93,10 +101,10 @@ def test_what_the_devices_of_this_project_send_is_valid_for_the_w3c() -> None:
 
 
 def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> None:
-    registry.handle(TD, payload(description()))
+    registry.ingest_one(TD, payload(description()))
     one = len(everything(store))
     for i in range(2, 11):
-        assert registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
+        assert registry.ingest_one(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
     per_device = sum(map(len, about(store, device_iri("home", "dev-2")).values()))
     assert len(everything(store)) == one + 9 * per_device
     assert per_device <= 18, "with the seven of its state: 25 triples"
@@ -106,7 +114,7 @@ def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> 
 def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_that_later(
     store: Store, registry: Registry
 ) -> None:
-    assert registry.handle(TD, payload(description()))
+    assert registry.ingest_one(TD, payload(description()))
     query = """PREFIX ssn: <http://www.w3.org/ns/ssn/>
     SELECT ?system { VALUES ?device { UNDEF } ?device ssn:hasSubSystem ?system } ORDER BY ?system"""
 
@@ -123,24 +131,26 @@ def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_tha
 
 
 def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
-    adopted = bytes(8)
-    assert registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
-    assert registry.handle(TOPICS.status("dev-1"), status(model=adopted, samples=9, stale=1))
+    received = bytes(8)
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(model=received, samples=9, stale=1))
     state = about(store, device_iri("home", "dev-1"))
     assert state == {
         "online": [True],
-        "currentModel": [model_iri(adopted)],
-        "samples": [9],
-        "malformed": [0],
-        "stale": [1],
+        "currentModel": [model_iri(received)],
+        "samplesLearned": [9],
+        "malformedMessages": [0],
+        "staleMessages": [1],
+        "wireVersion": [WIRE_VERSION],
+        "programFormat": [PROGRAM_FORMAT],
     }
 
 
 def test_a_will_marks_a_device_offline_since_now_and_nothing_else(store: Store, registry: Registry) -> None:
-    registry.handle(TD, payload(description()))
-    registry.handle(TOPICS.status("dev-1"), status(samples=5))
+    registry.ingest_one(TD, payload(description()))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5))
     before = everything(store)
-    assert registry.handle(TOPICS.status("dev-1"), status(online=False, model=bytes(8)))
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(online=False, model=bytes(8)))
     changed = set(before) ^ set(everything(store))
     assert changed == {
         (device_iri("home", "dev-1"), TF.online, "True"),
@@ -161,7 +171,7 @@ def test_repeats_and_any_order_end_in_the_same_graph() -> None:
         with EmbeddedStore() as store:
             registry = Registry(store, "home", clock=lambda: NOW)
             for topic, data in (*order, *order[::-1], order[0]):
-                assert registry.handle(topic, data)
+                assert registry.ingest_one(topic, data)
             graphs.add(tuple(everything(store)))
     assert len(graphs) == 1
 
@@ -174,20 +184,20 @@ def test_a_device_is_offline_since_it_was_first_heard_to_be(store: Store) -> Non
         return about(store, device_iri("home", "dev-1")).get("offlineSince", [])
 
     for online, expected in ((True, []), (False, [1]), (False, [1]), (True, []), (False, [4])):
-        registry.handle(TOPICS.status("dev-1"), status(online=online))
+        registry.ingest_one(TOPICS.status("dev-1"), status(online=online))
         assert since() == [NOW + timedelta(hours=hour) for hour in expected]
 
 
 def test_a_drift_that_rises_is_one_event_until_it_has_settled(store: Store) -> None:
     times = iter(NOW + timedelta(hours=hour) for hour in range(99))
     registry = Registry(store, "home", clock=lambda: next(times))
-    registry.handle(TD, payload(description()))
+    registry.ingest_one(TD, payload(description()))
     #         0    1     2    3    4     5    6    7     8    9
     course = (0.1, 0.45, 0.5, 0.9, 0.41, 0.6, 0.6, 0.39, 0.2, 0.8)
     for drift in course:
-        assert registry.handle(TOPICS.status("dev-1"), status(drift=drift))
+        assert registry.ingest_one(TOPICS.status("dev-1"), status(drift=drift))
         registry = Registry(store, "home", clock=lambda: next(times))  # what it knows is in the graph
-    registry.handle(TOPICS.status("dev-1"), status(online=False))
+    registry.ingest_one(TOPICS.status("dev-1"), status(online=False))
     events = store.query(library.text("drift-events"), id="dev-1", fleet="home")
     assert [dict(row) for row in events] == [
         {"id": "dev-1", "drift": pytest.approx(0.8), "model": model_iri(MODEL), "time": NOW + timedelta(hours=9)},
@@ -208,38 +218,40 @@ def test_a_drift_that_rises_is_one_event_until_it_has_settled(store: Store) -> N
 def test_what_changes_within_one_batch_is_seen(store: Store, registry: Registry) -> None:
     states = [status(drift=drift) for drift in (0.75, 0.75, 0.25, 0.5)]
     messages = [(TD, payload(description())), *((TOPICS.status("dev-1"), s) for s in (*states, status(online=False)))]
-    assert all(taken is not None and taken.refusal is None for taken in registry.take(messages))
+    assert all(taken is not None and taken.rejection is None for taken in registry.ingest(messages))
     events = store.query(library.text("drift-events"), fleet="home")
     assert sorted((row["drift"], "ended" in row) for row in events) == [(0.5, False), (0.75, True)]
     assert about(store, device_iri("home", "dev-1"))["offlineSince"] == [NOW]
 
 
 def test_a_newer_description_takes_the_place_of_the_older(store: Store, registry: Registry) -> None:
-    registry.handle(TD, payload(description()))
-    assert registry.handle(TD, payload(description(tf__arenaBytes=None, tf__engineVersion="0.2.0", title="Renamed")))
+    registry.ingest_one(TD, payload(description()))
+    assert registry.ingest_one(
+        TD, payload(description(tf__arenaBytes=None, tf__engineVersion="0.2.0", title="Renamed"))
+    )
     device = about(store, device_iri("home", "dev-1"))
     assert device["engineVersion"] == ["0.2.0"]
     assert "arenaBytes" not in device
 
 
 def test_a_cleared_description_takes_the_device_away(store: Store, registry: Registry) -> None:
-    registry.handle(TD, payload(description()))
-    registry.handle(TOPICS.status("dev-1"), status())
-    assert registry.handle(TD, b"")
+    registry.ingest_one(TD, payload(description()))
+    registry.ingest_one(TOPICS.status("dev-1"), status())
+    assert registry.ingest_one(TD, b"")
     assert about(store, device_iri("home", "dev-1")) == {}
     assert about(store, board_iri("nano33ble")) != {}
 
 
 def test_a_known_board_stays_as_it_is_known(store: Store, registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
-    registry.handle(TD, payload(description()))
+    registry.ingest_one(TD, payload(description()))
     board = about(store, board_iri("nano33ble"))
     other = description("dev-2")
     other["tf:board"] |= {"tf:ramBytes": 1 << 20}
-    assert registry.handle(TOPICS.td("dev-2"), payload(other))
+    assert registry.ingest_one(TOPICS.td("dev-2"), payload(other))
     assert about(store, board_iri("nano33ble")) == board
-    assert "ramBytes of its board is 1048576" in caplog.text and "stays known with 262144" in caplog.text
+    assert "ramBytes of its board is 1048576" in caplog.text and "keeps 262144" in caplog.text
     linked = description("dev-3", tf__board={"@id": board_iri("nano33ble")})
-    assert registry.handle(TOPICS.td("dev-3"), payload(linked))
+    assert registry.ingest_one(TOPICS.td("dev-3"), payload(linked))
 
 
 def without_board(name: str) -> dict[str, Any]:
@@ -316,7 +328,7 @@ BAD = {
     ),
     "a context that redefines": (
         description(**{"@context": ["https://www.w3.org/2022/wot/td/v1.1", {"title": "https://w3id.org/tinyfleet#"}]}),
-        "another meaning",
+        "redefines",
     ),
     "a context within": (description(actions={"x": {"@context": REMOTE}}), "may not use '@context'"),
     "a reverse property": (description(**{"@reverse": {"tf:board": {"@id": "urn:x:y"}}}), "may not use '@reverse'"),
@@ -338,7 +350,7 @@ RAW = {
     "cut": (payload(description())[:-20], "not JSON"),
     "not UTF-8": (b'{"id": "\xff"}', "not UTF-8"),
     "CBOR": (status(), "not UTF-8"),
-    "not a number": (payload(description()).replace(b"65536", b"NaN"), "no JSON number"),
+    "not a number": (payload(description()).replace(b"65536", b"NaN"), "not a JSON number"),
     "an infinite number": (payload(description()).replace(b"65536", b"1e999"), "JSON-LD"),
     "a number of 5,000 digits": (payload(description()).replace(b"65536", b"9" * 5000), "not JSON"),
     "a number of 4,000 digits": (payload(description()).replace(b"65536", b"9" * 4000), ""),
@@ -357,21 +369,21 @@ def test_a_bad_description_is_refused_with_its_reason_and_leaves_no_trace(
     store: Store, registry: Registry, caplog: pytest.LogCaptureFixture, data: bytes, reason: str, known: bool
 ) -> None:
     if known:
-        registry.handle(TD, payload(description()))
+        registry.ingest_one(TD, payload(description()))
     before = everything(store)
     with caplog.at_level(logging.WARNING):
-        assert not registry.handle(TD, data)
+        assert not registry.ingest_one(TD, data)
     assert everything(store) == before
-    assert registry.refused == 1
-    assert registry.last_refusal is not None and reason in registry.last_refusal
-    assert registry.last_refusal in caplog.text
-    assert len(registry.last_refusal) < 2_000
+    assert registry.rejected == 1
+    assert registry.last_rejection is not None and reason in registry.last_rejection
+    assert registry.last_rejection in caplog.text
+    assert len(registry.last_rejection) < 2_000
 
 
 def test_what_a_device_says_cannot_steer_the_terminal_that_shows_why_it_is_refused(registry: Registry) -> None:
-    assert not registry.handle(TD, payload(description(tf__engine="\x1b]0;x\x07")))
-    assert registry.last_refusal is not None and "tf:engine" in registry.last_refusal
-    assert registry.last_refusal.isprintable()
+    assert not registry.ingest_one(TD, payload(description(tf__engine="\x1b]0;x\x07")))
+    assert registry.last_rejection is not None and "tf:engine" in registry.last_rejection
+    assert registry.last_rejection.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -380,10 +392,10 @@ def test_what_a_device_says_cannot_steer_the_terminal_that_shows_why_it_is_refus
     ids=["empty", "break", "JSON", "cut", "longer", "battery above 1", "drift not a number"],
 )
 def test_a_bad_status_is_refused_and_leaves_no_trace(store: Store, registry: Registry, data: bytes) -> None:
-    registry.handle(TOPICS.status("dev-1"), status(samples=5))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5))
     before = everything(store)
-    assert not registry.handle(TOPICS.status("dev-1"), data)
-    assert (registry.accepted, registry.refused) == (1, 1)
+    assert not registry.ingest_one(TOPICS.status("dev-1"), data)
+    assert (registry.accepted, registry.rejected) == (1, 1)
     assert everything(store) == before
 
 
@@ -398,8 +410,8 @@ def test_a_bad_status_is_refused_and_leaves_no_trace(store: Store, registry: Reg
     ],
 )
 def test_other_topics_are_none_of_its_business(store: Store, registry: Registry, topic: str) -> None:
-    assert not registry.handle(topic, payload(description()))
-    assert (registry.accepted, registry.refused, everything(store)) == (0, 0, [])
+    assert not registry.ingest_one(topic, payload(description()))
+    assert (registry.accepted, registry.rejected, everything(store)) == (0, 0, [])
 
 
 def test_nothing_is_fetched(store: Store, registry: Registry) -> None:
@@ -418,9 +430,9 @@ def test_nothing_is_fetched(store: Store, registry: Registry) -> None:
         known = "https://www.w3.org/2022/wot/td/v1.1"
         contexts = (url, [known, url], [known, {"@import": url}], [known, {"x": {"@id": "tf:x", "@context": url}}])
         for context in contexts:
-            assert not registry.handle(TD, payload(description(**{"@context": context})))
-        assert not registry.handle(TD, payload(description(actions={"x": {"@context": url}})))
-        assert registry.handle(TD, payload(description(links=[{"href": url}], support=url)))
+            assert not registry.ingest_one(TD, payload(description(**{"@context": context})))
+        assert not registry.ingest_one(TD, payload(description(actions={"x": {"@context": url}})))
+        assert registry.ingest_one(TD, payload(description(links=[{"href": url}], support=url)))
         server.shutdown()
     assert asked == []
 
@@ -447,8 +459,8 @@ def test_no_description_breaks_the_registry(path: tuple[str, ...], value: Any) -
     node[path[-1]] = value
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
-        taken = registry.handle(TD, json.dumps(td).encode())
-        assert (registry.accepted, registry.refused) == ((1, 0) if taken else (0, 1))
+        taken = registry.ingest_one(TD, json.dumps(td).encode())
+        assert (registry.accepted, registry.rejected) == ((1, 0) if taken else (0, 1))
         subjects = set(store.query("SELECT DISTINCT ?s WHERE { ?s ?p ?o }").column("s"))
         device = device_iri("home", "dev-1")
         boards = {str(s).partition("#")[0] for s in subjects if str(s).startswith(BOARDS)}
@@ -470,7 +482,7 @@ def test_no_bytes_break_the_reader_or_the_registry(data: bytes) -> None:
         assert str(reason)
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
-        assert registry.handle(TD, data) or everything(store) == []
+        assert registry.ingest_one(TD, data) or everything(store) == []
 
 
 def test_messages_taken_together_end_as_taken_one_by_one() -> None:
@@ -490,11 +502,11 @@ def test_messages_taken_together_end_as_taken_one_by_one() -> None:
         one, many = (
             Registry(store, "home", clock=lambda: datetime(2026, 1, 1, tzinfo=UTC)) for store in (apart, together)
         )
-        alone = [one.take([message])[0] for message in messages]
-        assert many.take(messages) == alone
+        alone = [one.ingest([message])[0] for message in messages]
+        assert many.ingest(messages) == alone
         assert everything(together) == everything(apart)
-        assert (many.accepted, many.refused) == (one.accepted, one.refused) == (7, 2)
-    assert [taken and (taken.kind, taken.device, taken.online, taken.refusal is None) for taken in alone] == [
+        assert (many.accepted, many.rejected) == (one.accepted, one.rejected) == (7, 2)
+    assert [taken and (taken.kind, taken.device, taken.online, taken.rejection is None) for taken in alone] == [
         ("td", "dev-1", True, True),
         ("status", "dev-1", True, True),
         ("td", "dev-2", True, True),
@@ -509,39 +521,85 @@ def test_messages_taken_together_end_as_taken_one_by_one() -> None:
 
 
 def test_a_status_writes_only_what_has_changed(store: Store, registry: Registry, tmp_path: Path) -> None:
-    registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
     if not isinstance(store, EmbeddedStore):
         pytest.skip("a remote server keeps no account of it")
-    written: list[Patch] = []
+    written: list[GraphChange] = []
     apply = store._apply
     store._apply = lambda patch: (written.append(patch), apply(patch))[1]  # type: ignore[method-assign]
-    registry.handle(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
-    registry.handle(TOPICS.status("dev-1"), status(samples=6, battery=0.5))
-    device, samples = device_iri("home", "dev-1"), TF.samples
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=6, battery=0.5))
+    device, samples = device_iri("home", "dev-1"), TF.samplesLearned
     integer = "<http://www.w3.org/2001/XMLSchema#integer>"
     assert written == [
-        Patch([], [], []),
-        Patch([], [f'<{device}> <{samples}> "5"^^{integer} .\n'], [f'<{device}> <{samples}> "6"^^{integer} .\n']),
+        GraphChange([], [], []),
+        GraphChange([], [f'<{device}> <{samples}> "5"^^{integer} .\n'], [f'<{device}> <{samples}> "6"^^{integer} .\n']),
     ]
 
 
 def test_nobody_is_online_until_it_says_so(store: Store, registry: Registry) -> None:
     away = Registry(store, "away")
     for i in range(3):
-        registry.handle(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
-        registry.handle(TOPICS.status(f"dev-{i}"), status(online=i > 0))
-    away.handle(Topics("away").td("dev-1"), payload(description("dev-1", "away")))
-    away.handle(Topics("away").status("dev-1"), status())
+        registry.ingest_one(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
+        registry.ingest_one(TOPICS.status(f"dev-{i}"), status(online=i > 0))
+    away.ingest_one(Topics("away").td("dev-1"), payload(description("dev-1", "away")))
+    away.ingest_one(Topics("away").status("dev-1"), status())
     registry.mark_all_offline()
     online = f"SELECT ?d WHERE {{ ?d <{TF.online}> true }}"
     assert store.query(online).column("d") == [device_iri("away", "dev-1")]
+
+
+def incompatibility(store: Store) -> object:
+    return about(store, device_iri("home", "dev-1")).get("incompatibility")
+
+
+def test_a_device_of_another_wire_version_is_named_and_left_out(store: Store, registry: Registry) -> None:
+    registry.ingest_one(TD, payload(description()))
+    registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
+    reason = "speaks wire version 3, this server speaks 2; update the server"
+    for _ in range(2):
+        (result,) = registry.ingest([(TOPICS.status("dev-1"), cbor2.dumps([3, True, "anything"]))])
+        assert result is not None and (result.online, result.rejection) == (False, None)
+        assert result.incompatibility == reason
+    device = about(store, device_iri("home", "dev-1"))
+    assert (device["online"], device["wireVersion"], device["incompatibility"]) == ([False], [3], [reason])
+    assert "battery" not in device and "samplesLearned" not in device and device["offlineSince"] == [NOW]
+    for fleet in (None, "home"):
+        rows = store.query(library.text("incompatible"), **({} if fleet is None else {"fleet": fleet}))
+        assert [(row["id"], row["reason"], row["wire"]) for row in rows] == [("dev-1", reason, 3)]
+    assert not store.query(library.text("incompatible"), fleet="away")
+
+    (result,) = registry.ingest([(TOPICS.status("dev-1"), status())])
+    assert result is not None and result.online and result.incompatibility is None
+    device = about(store, device_iri("home", "dev-1"))
+    assert (device["online"], device["wireVersion"]) == ([True], [WIRE_VERSION])
+    assert "incompatibility" not in device and "offlineSince" not in device
+
+
+def test_an_unsupported_program_format_is_named(store: Store, registry: Registry) -> None:
+    registry.ingest_one(TD, payload(description()))
+    (result,) = registry.ingest([(TD, payload(description(tf__wireVersion=2, tf__programFormat=1)))])
+    reason = f"reads program format 1, this server sends {PROGRAM_FORMAT}; update its firmware"
+    assert result is not None and result.incompatibility == reason and incompatibility(store) == [reason]
+    registry.ingest_one(TD, payload(description(tf__wireVersion=2, tf__programFormat=PROGRAM_FORMAT)))
+    assert incompatibility(store) is None
+
+
+def test_a_description_of_another_wire_version_is_named(store: Store, registry: Registry) -> None:
+    (result,) = registry.ingest([(TD, payload(description(tf__wireVersion=1)))])
+    reason = "speaks wire version 1, this server speaks 2; update its firmware"
+    assert result is not None and result.incompatibility == reason and incompatibility(store) == [reason]
+    registry.ingest_one(TD, payload(description()))
+    assert incompatibility(store) == [reason], "a description without a version says nothing about it"
+    registry.ingest_one(TD, payload(description(tf__wireVersion=WIRE_VERSION)))
+    assert incompatibility(store) is None
 
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=40))
 def test_no_status_breaks_the_registry(data: bytes) -> None:
     with EmbeddedStore() as store:
-        Registry(store, "home").handle(TOPICS.status("dev-1"), data)
+        Registry(store, "home").ingest_one(TOPICS.status("dev-1"), data)
 
 
 def test_a_store_that_fails_is_not_the_devices_fault() -> None:
@@ -549,16 +607,16 @@ def test_a_store_that_fails_is_not_the_devices_fault() -> None:
     registry = Registry(store, "home")
     store.close()
     with pytest.raises(StoreError):
-        registry.handle(TD, payload(description()))
-    assert registry.refused == 0
+        registry.ingest_one(TD, payload(description()))
+    assert registry.rejected == 0
 
 
 def test_the_registry_works_on_a_remote_store(tmp_path: Any) -> None:
     with open_store("remote", tmp_path) as remote, EmbeddedStore() as local:
         for store in (remote, local):
             registry = Registry(store, "home")
-            assert registry.handle(TD, payload(description()))
-            assert registry.handle(TOPICS.status("dev-1"), status(samples=5))
+            assert registry.ingest_one(TD, payload(description()))
+            assert registry.ingest_one(TOPICS.status("dev-1"), status(samples=5))
         assert everything(remote) == everything(local)
 
 
@@ -566,5 +624,5 @@ def test_boards_put_in_before_are_what_counts(store: Store, registry: Registry) 
     describe.put_board(store, VIRTUAL)
     td = thing_description("home", "dev-1", VIRTUAL, "mote", "0.1.0", 9_936, MODEL)
     td["tf:board"]["tf:flashBytes"] = 5
-    assert registry.handle(TD, payload(td))
+    assert registry.ingest_one(TD, payload(td))
     assert about(store, board_iri("virtual"))["flashBytes"] == [VIRTUAL.flash_bytes]

@@ -192,7 +192,9 @@ def test_a_query_for_their_graph_answers_on_ours(kind: str, catalogue: Any, tmp_
         registry = Registry(store, "home")
         for device, board in (("sense", "nano33ble"), ("lab", "nicla_vision"), ("bare", "pico")):
             td = description(device, tf__board={"@id": f"https://w3id.org/tinyfleet/board/{board}"})
-            assert registry.handle(Topics("home").td(device), payload(td | {"title": device})), registry.last_refusal
+            assert registry.ingest_one(Topics("home").td(device), payload(td | {"title": device})), (
+                registry.last_rejection
+            )
         for name in ("vww_96_int8", "kws_ref_model"):
             path = tmp_path / f"{name}.tflite"
             about = from_graph(read_model_file(path).model, find_model_card(path))
@@ -260,7 +262,7 @@ def test_devices_go_out_in_their_form_and_come_back(catalogue: Any, tmp_path: Pa
     with EmbeddedStore(tmp_path / "graph") as store:
         put_facts(store, few(catalogue))
         td = description("lab", tf__board={"@id": "https://w3id.org/tinyfleet/board/nicla_vision"}, title="lab")
-        assert Registry(store, "home").handle(Topics("home").td("lab"), payload(td))
+        assert Registry(store, "home").ingest_one(Topics("home").td("lab"), payload(td))
     cli = typer.Typer()
     cli.command()(query)
     done = CliRunner().invoke(cli, ["s3n", "--data", str(tmp_path), "--param", "fleet=home"])

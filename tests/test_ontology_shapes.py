@@ -14,8 +14,8 @@ from tinyfleet.ontology.ingest.describe import (
     model_facts,
     part_facts,
 )
+from tinyfleet.ontology.ingest.description_parser import to_triples
 from tinyfleet.ontology.ingest.model_card import MetricValue, ModelCard
-from tinyfleet.ontology.ingest.registry import to_triples
 from tinyfleet.ontology.store.store import EmbeddedStore, triples
 from tinyfleet.ontology.vocabulary import shapes
 from tinyfleet.ontology.vocabulary.namespaces import (
@@ -70,12 +70,12 @@ GOOD: dict[Iri, dict[Iri, Any]] = {
         PROV.startedAtTime: NOW,
     },
     ROUND: {
-        RDF.type: TF.Round, TF.inRun: RUN, TF.roundNumber: 1, TF.asked: 3, TF.loss: 0.5, TF.accuracy: 1.0,
+        RDF.type: TF.Round, TF.inRun: RUN, TF.roundNumber: 1, TF.selectedDevices: 3, TF.loss: 0.5, TF.accuracy: 1.0,
         TF.bytesUp: 0, TF.bytesDown: 9, PROV.startedAtTime: NOW, PROV.endedAtTime: NOW,
     },
     PART: {
         RDF.type: TF.Participation, TF.inRound: ROUND, TF.device: device_iri("home", "d"), TF.loss: 0.5,
-        TF.accuracy: 0.0, TF.samples: 4, TF.bytesUp: 0,
+        TF.accuracy: 0.0, TF.samplesLearned: 4, TF.bytesUp: 0,
     },
     VERSION: {RDF.type: TF.ModelVersion, TF.ofModel: M, TF.versionNumber: 0, TF.sha256: "cd" * 32},
     **part_facts("hts221", ["temperature"]),
@@ -135,7 +135,7 @@ RULES: list[tuple[Iri, Iri, list[Any]]] = [
     (RUN, PROV.startedAtTime, [None, "now", 5]),
     (ROUND, TF.inRun, [None, "text"]),
     (ROUND, TF.roundNumber, [None, 0, "one"]),
-    (ROUND, TF.asked, [None, -1]),
+    (ROUND, TF.selectedDevices, [None, -1]),
     (ROUND, TF.loss, [1, "x", [0.5, 0.6]]),
     (ROUND, TF.accuracy, [1.01, -0.01, "x"]),
     (ROUND, TF.bytesUp, [-1, 0.5]),
@@ -146,7 +146,7 @@ RULES: list[tuple[Iri, Iri, list[Any]]] = [
     (PART, TF.device, [None, "text"]),
     (PART, TF.loss, ["x"]),
     (PART, TF.accuracy, [2.5]),
-    (PART, TF.samples, [-1, 0.5]),
+    (PART, TF.samplesLearned, [-1, 0.5]),
     (PART, TF.bytesUp, [-1]),
     (VERSION, TF.ofModel, [None, "text"]),
     (VERSION, TF.versionNumber, [None, -1]),
@@ -155,7 +155,7 @@ RULES: list[tuple[Iri, Iri, list[Any]]] = [
     (B, TF.observes, ["temperature", Iri("https://example.org/temperature")]),
     (B, TF.core, ["", 5, ["a", "b"]]),
     (B, TF.connectivity, ["", 5]),
-    (B, TF.doubt, ["external RAM"]),
+    (B, TF.dataQualityNote, ["external RAM"]),
     (PARTS, TF.partName, [None, "HTS221", ["a", "b"]]),
     (PARTS, SOSA.observes, [None, "temperature", Iri("https://example.org/temperature")]),
     *((M, TF[name], [-1, 1.5, "2 KB", [1, 2]]) for name in ("quantizedRunRamBytes", "quantizedStorageBytes")),
@@ -266,7 +266,7 @@ def test_what_is_known_only_from_elsewhere_may_leave_more_open() -> None:
 def test_what_breaks_its_shape_is_not_written() -> None:
     with EmbeddedStore() as store:
         with pytest.raises(shapes.ShapeError) as error:
-            shapes.admit(store, "board 'b'", {B: GOOD[B] | {TF.ramBytes: 0}})
+            shapes.check_and_add(store, "board 'b'", {B: GOOD[B] | {TF.ramBytes: 0}})
         assert str(error.value).startswith("board 'b' cannot go into the graph: tf:ramBytes")
         assert error.value.violations == ("tf:ramBytes: one whole number of bytes from 1 (not 0)",)
         assert len(store) == 0

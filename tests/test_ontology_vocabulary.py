@@ -112,7 +112,7 @@ def test_every_term_of_others_that_we_align_to_exists() -> None:
     for path in (ONTOLOGY / "tinyfleet.ttl", ONTOLOGY / "catalogue.ttl"):
         for quad in load(path):
             used |= {n.value for n in (quad.subject, quad.predicate, quad.object) if isinstance(n, ox.NamedNode)}
-    rules = (ONTOLOGY / "implied.rq").read_text(encoding="utf-8")
+    rules = (ONTOLOGY / "entailment.rq").read_text(encoding="utf-8")
     prefixes = dict(re.findall(r"PREFIX ([\w-]+): <([^>]+)>", rules))
     used |= {prefixes[p] + name for p, name in re.findall(r"(?<![\w<:])([a-z][\w-]*):([A-Za-z]\w*)", rules)}
     found = {iri for iri in used if iri.startswith(tuple(namespace.iri for namespace in checked))}
@@ -125,13 +125,13 @@ def test_every_term_of_others_that_we_align_to_exists() -> None:
 
 def test_what_the_registry_writes_of_a_device_is_implied() -> None:
     from tinyfleet.ontology.ingest.registry import _TYPES
-    from tinyfleet.ontology.vocabulary.implied import axioms
+    from tinyfleet.ontology.vocabulary.entailment import axioms
 
     assert set(_TYPES) - {TF.Device} <= axioms()[TF.Device]
 
 
 def test_axioms_are_closed_and_hold_both_ways_where_they_are_equal() -> None:
-    from tinyfleet.ontology.vocabulary.implied import axioms
+    from tinyfleet.ontology.vocabulary.entailment import axioms
 
     assert TF.Model in axioms()[NNET.NeuralNetwork] and NNET.NeuralNetwork in axioms()[TF.Model]
     assert TF.target in axioms()[TF.confirmedBy]
@@ -162,7 +162,7 @@ def test_every_term_that_code_and_queries_use_is_defined() -> None:
         text = path.read_text(encoding="utf-8")
         used |= {term: path.name for term in re.findall(r"\bTF\.([a-zA-Z]\w*)", text) if term != "iri"}
         used |= dict.fromkeys(re.findall(r"\btf:([a-zA-Z]\w*)", text), path.name)
-    used |= dict.fromkeys(re.findall(r"\btf:([a-zA-Z]\w*)", (ONTOLOGY / "implied.rq").read_text()), "implied.rq")
+    used |= dict.fromkeys(re.findall(r"\btf:([a-zA-Z]\w*)", (ONTOLOGY / "entailment.rq").read_text()), "entailment.rq")
     for name in library.names():
         used |= dict.fromkeys(re.findall(r"\btf:([a-zA-Z]\w*)", library.text(name)), name)
     assert len(used) > 40

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
+import cbor2
 import pytest
 import rdflib
 from ontology_fixtures import description, open_store, payload, status
@@ -48,7 +49,7 @@ def fill(store: Store) -> None:
 
     def say(device: str, hours: float = 0, **state: object) -> None:
         clock[0] = at(hours)
-        assert registry.handle(topics.status(device), status(**{"model": DIGITS.model_id, **state}))  # type: ignore[arg-type]
+        assert registry.ingest_one(topics.status(device), status(**{"model": DIGITS.model_id, **state}))  # type: ignore[arg-type]
 
     pi = {
         "@id": board_iri(PI),
@@ -68,7 +69,7 @@ def fill(store: Store) -> None:
         "pi": {"tf__board": pi, "tf__engine": "litert", "tf__arenaBytes": None},
     }
     for device, td in joining.items():
-        assert registry.handle(topics.td(device), payload(description(device, **td))), registry.last_refusal
+        assert registry.ingest_one(topics.td(device), payload(description(device, **td))), registry.last_rejection
     say("fit", battery=0.125, drift=0.25)
     say("fit", 1, battery=0.125, drift=0.75)
     say("tight", 2, drift=0.625)
@@ -79,8 +80,11 @@ def fill(store: Store) -> None:
     say("away")
     say("away", 5, online=False)
     other = Registry(store, "elsewhere", clock=lambda: NOW)
-    assert other.handle(Topics("elsewhere").td("far"), payload(description("far", "elsewhere")))
-    assert other.handle(Topics("elsewhere").status("far"), status(model=DIGITS.model_id))
+    assert other.ingest_one(Topics("elsewhere").td("far"), payload(description("far", "elsewhere")))
+    assert other.ingest_one(Topics("elsewhere").status("far"), status(model=DIGITS.model_id))
+    assert Registry(store, "past").ingest_one(
+        Topics("past").status("old"), cbor2.dumps([True, bytes(8), 0, 0, 0, None, None])
+    )
 
     describe.put_model(store, describe.from_program(DIGITS, "digits"))
     describe.put_model(store, describe.from_program(WIDE, "wide"))
@@ -120,7 +124,7 @@ def fill(store: Store) -> None:
     lineage = Lineage(store, "home")
     lineage.begin(6, MODEL, "FedAvg", "6" * 64, at=at(-24))
     lineage.round(
-        6, 1, [Participation("away", 2.0, None, 8, 900)], asked=1, started=at(-23), ended=at(-22), sha256="a" * 64
+        6, 1, [Participation("away", 2.0, None, 8, 900)], selected=1, started=at(-23), ended=at(-22), sha256="a" * 64
     )
     lineage.begin(7, MODEL, "TinyMetaFed", "a" * 64, derived_from=version_iri("home", 6, 1), at=NOW)
     for number, hash_, lost, parts in (
@@ -130,7 +134,7 @@ def fill(store: Store) -> None:
         (3, "3" * 64, ["gone"], [Participation("fit", 0.25, None, 16, 200, "sparse f16", 3)]),
     ):  # fmt: skip
         lineage.round(
-            7, number, parts, asked=len(parts) + len(lost), started=at(number), ended=at(number + 0.5), sha256=hash_,
+            7, number, parts, selected=len(parts) + len(lost), started=at(number), ended=at(number + 0.5), sha256=hash_,
             bytes_up=sum(p.bytes_up or 0 for p in parts), bytes_down=9_000, lost=lost,
         )  # fmt: skip
     lineage.end(7, at(9))
@@ -265,7 +269,7 @@ CASES: Mapping[str, Sequence[Case]] = {
     "fits-after-quantisation": [
         (
             BIG,
-            ("id", "arena", "takes", "quantised", "storage", "quantisedStorage"),
+            ("id", "arena", "required", "quantised", "storage", "quantisedStorage"),
             [
                 ("away", 65_536, MORE, 20_000, len(WIDE.data), 9_000),
                 ("fit", 65_536, MORE, 20_000, len(WIDE.data), 9_000),
@@ -308,7 +312,7 @@ CASES: Mapping[str, Sequence[Case]] = {
     "models-for-device": [
         (
             {"fleet": "home", "id": "fit"},
-            ("name", "observed", "layers", "biases", "takes", "room"),
+            ("name", "observed", "layers", "biases", "required", "free"),
             [("digits", 1, 2, 3, RAM, 65_536 - RAM)],
         ),
         ({"fleet": "home", "id": "pi"}, ("name",), []),
@@ -329,7 +333,7 @@ CASES: Mapping[str, Sequence[Case]] = {
     "rounds": [
         (
             {"run": 7, "fleet": "home"},
-            ("round", "asked", "devices", "loss", "bytesUp", "bytesDown", "began", "ended"),
+            ("round", "selected", "devices", "loss", "bytesUp", "bytesDown", "began", "ended"),
             [
                 (1, 3, 2, 0.5, 810, 9_000, at(1), at(1.5)),
                 (2, 2, 0, None, 0, 9_000, at(2), at(2.5)),
@@ -340,7 +344,7 @@ CASES: Mapping[str, Sequence[Case]] = {
     "runnable": [
         (
             DIG,
-            ("id", "arena", "takes", "online"),
+            ("id", "arena", "required", "online"),
             [
                 ("odd", MORE - 1, RAM, True),
                 ("away", 65_536, RAM, False),
@@ -379,7 +383,7 @@ CASES: Mapping[str, Sequence[Case]] = {
     "trainable": [
         (
             DIG,
-            ("id", "layers", "biases", "takes", "room"),
+            ("id", "layers", "biases", "required", "free"),
             [
                 ("odd", 2, 3, RAM, MORE - 1 - RAM),
                 ("away", 2, 3, RAM, 65_536 - RAM),
@@ -408,7 +412,7 @@ CASES: Mapping[str, Sequence[Case]] = {
     "training-options": [
         (
             DIG,
-            ("name", "from", "layers", "biasOnly", "parameters", "takes", "devices"),
+            ("name", "from", "layers", "biasOnly", "parameters", "required", "devices"),
             [
                 ("digits", "layer 1", 1, False, 100, RAM, 4),
                 ("digits", "layer 2", 2, False, 200, RAM + 1_000, 3),
@@ -416,6 +420,14 @@ CASES: Mapping[str, Sequence[Case]] = {
             ],
         ),
         ({"model": MODEL, "fleet": "nowhere"}, ("layers", "devices"), [(1, 0), (2, 0), (3, 0)]),
+    ],
+    "incompatible": [
+        (
+            {"fleet": "past"},
+            ("id", "reason", "wire", "format"),
+            [("old", "speaks wire version 1, this server speaks 2; update its firmware", 1, None)],
+        ),
+        (HOME, ("id",), []),
     ],
     "troubled": [
         (HOME, ("id", "malformed", "stale", "engineVersion"), [("small", 3, 1, "0.0.9"), ("odd", 0, 2, "0.1.0")]),
@@ -436,18 +448,18 @@ CASES: Mapping[str, Sequence[Case]] = {
         ),
         ({"run": 6}, ("encoding", "total"), [(None, 900)]),
     ],
-    "why-not": [
+    "unmet-requirements": [
         (
             {"fleet": "home", "id": "small", "model": MODEL},
-            ("need", "takes", "has", "short"),
+            ("requirement", "required", "has", "shortfall"),
             [("RAM to run", RAM, 2_000, RAM - 2_000), ("RAM to train", RAM, 2_000, RAM - 2_000)],
         ),
         (
             {"fleet": "home", "id": "pi", "model": MODEL},
-            ("need", "takes", "has", "short"),
+            ("requirement", "required", "has", "shortfall"),
             [("engine", "mote", "litert", None), ("sensor", HEAT, None, None)],
         ),
-        ({"fleet": "home", "id": "fit", "model": MODEL}, ("need",), []),
+        ({"fleet": "home", "id": "fit", "model": MODEL}, ("requirement",), []),
     ],
 }
 

@@ -29,8 +29,8 @@ def served() -> Iterator[Endpoint]:
         registry = Registry(store, "home")
         for i in range(12):
             td = description(f"dev-{i:02}", title=f"Device {i}", tf__engineVersion=f"0.{1 + i % 2}.0")
-            assert registry.handle(TOPICS.td(f"dev-{i:02}"), payload(td))
-            assert registry.handle(TOPICS.status(f"dev-{i:02}"), status(online=i % 3 != 0))
+            assert registry.ingest_one(TOPICS.td(f"dev-{i:02}"), payload(td))
+            assert registry.ingest_one(TOPICS.status(f"dev-{i:02}"), status(online=i % 3 != 0))
         model = f"<urn:tinyfleet:model:{MODEL.hex()}>"
         store.update(
             "PREFIX tf: <https://w3id.org/tinyfleet#> INSERT DATA { "

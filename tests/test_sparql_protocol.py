@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ontology_fixtures import TOKEN
 from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.store.sparql_update import with_graphs
 from tinyfleet.ontology.store.store import BASE, EmbeddedStore, StoreError
-from tinyfleet.ontology.store.update import prepared
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 DATA = "http://kasei.us/2009/09/sparql/data/data{}.rdf"
@@ -359,14 +359,14 @@ def test_an_update_that_is_valid_stays_valid_with_graphs(operations: list[tuple[
     update = "PREFIX where: <urn:w:>\n" + " ;\n".join(parts)
     graph = Iri("urn:g")
     with EmbeddedStore() as store:
-        store.update(prepared(update, [graph], [graph]))
+        store.update(with_graphs(update, [graph], [graph]))
     looking = sum(kind in ("INSERT", "DELETE", "DELETE WHERE") for kind, _, _ in operations)
-    assert prepared(update, [graph], []).count("USING <urn:g>") == looking
+    assert with_graphs(update, [graph], []).count("USING <urn:g>") == looking
     if not any(kind in ("CLEAR", "DROP") for kind, _, _ in operations):
-        assert prepared(update, [], []) == update
+        assert with_graphs(update, [], []) == update
 
 
 @given(st.text(alphabet="{}<>\"'#?: \n\\WHERDLTINSUG", max_size=60))
 def test_no_text_breaks_the_reading_of_an_update(text: str) -> None:
     with contextlib.suppress(StoreError):
-        prepared(text, [Iri("urn:g")], [])
+        with_graphs(text, [Iri("urn:g")], [])

@@ -20,6 +20,7 @@ from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Success, TrainTask, 
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
+from tinyfleet.firmware_tools.firmware.size import read_size
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.named_strategies import make_strategy
 
@@ -110,7 +111,7 @@ def test_an_emulated_board_learns_what_the_virtual_microcontroller_learns(name: 
     """Over its serial line: numbers for features and targets (sine), numbers and fixed labels (presence)."""
     task = _load(name)
     elf = build.build("mps2-an386", task.program, task.client(2, 12), FLEET, ID, tmp_path)
-    assert build.read_size(elf).held["features"] == task.client(2, 12).features.nbytes
+    assert read_size(elf).held["features"] == task.client(2, 12).features.nbytes
     expected = replies(virtual(task, out_bytes=1024 + 128), task)
     with emulate.Emulator(catalogue.load_board("mps2-an386"), elf) as emulator:
         assert over_the_line(emulator.url, task, len(expected)) == expected

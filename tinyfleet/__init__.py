@@ -15,8 +15,8 @@ MqttGrid               the devices of a fleet as a Flower grid                  
 Reptile, TinyReptile,  Flower strategies for meta-learning
 TinyMetaFed, FOMAML,
 Asynchronous
-open_store             a fleet's knowledge graph, to be queried with SPARQL            server
-library                the library of queries                                          server
+open_graph, Graph      a fleet's knowledge graph, and the library of queries           server
+Iri                    an IRI in a query's parameters and results
 =====================  ==============================================================  ========
 """
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from tinyfleet.edge.model.program import Program
     from tinyfleet.edge.tasks import load as load_task
     from tinyfleet.firmware_tools.compiler.compile import ModelPlan, compile_model, plan_model
-    from tinyfleet.ontology.cli import open_store
-    from tinyfleet.ontology.queries import library
+    from tinyfleet.ontology.graph import Graph, open_graph
+    from tinyfleet.ontology.vocabulary.namespaces import Iri
     from tinyfleet.server.flower.grid import MqttGrid
     from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 
@@ -42,6 +42,8 @@ __path__ = extend_path(__path__, __name__)
 __all__ = [
     "FOMAML",
     "Asynchronous",
+    "Graph",
+    "Iri",
     "ModelPlan",
     "MoteLearner",
     "MqttGrid",
@@ -51,13 +53,12 @@ __all__ = [
     "TinyReptile",
     "__version__",
     "compile_model",
-    "library",
     "load_task",
-    "open_store",
+    "open_graph",
     "plan_model",
 ]
 
-#: Name -> its module, and its name there (none: the module itself).
+#: Name -> its module, and its name there.
 _PLACES = {
     "compile_model": ("firmware_tools.compiler.compile", "compile_model"),
     "plan_model": ("firmware_tools.compiler.compile", "plan_model"),
@@ -71,8 +72,9 @@ _PLACES = {
     "TinyMetaFed": ("server.flower.strategies", "TinyMetaFed"),
     "FOMAML": ("server.flower.strategies", "FOMAML"),
     "Asynchronous": ("server.flower.strategies", "Asynchronous"),
-    "open_store": ("ontology.cli", "open_store"),
-    "library": ("ontology.queries.library", ""),
+    "open_graph": ("ontology.graph", "open_graph"),
+    "Graph": ("ontology.graph", "Graph"),
+    "Iri": ("ontology.vocabulary.namespaces", "Iri"),
 }
 
 
@@ -81,9 +83,7 @@ def __getattr__(name: str) -> Any:
         value: Any = import_module("importlib.metadata").version(__name__)
     elif name in _PLACES:
         module, attribute = _PLACES[name]
-        value = import_module(f"{__name__}.{module}")
-        if attribute:
-            value = getattr(value, attribute)
+        value = getattr(import_module(f"{__name__}.{module}"), attribute)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

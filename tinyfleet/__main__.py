@@ -27,18 +27,14 @@ class Entry(NamedTuple):
 COMMANDS = {
     "demo": Entry("server.cli", "demo", "Run a whole fleet on this machine.", ("edge", "firmware", "server")),
     "server": Entry("server.cli", "server_app", "Run the fleet's server.", ("server",)),
-    "run": Entry(
-        "server.cli", "run_app", "Train a model with the fleet, or with simulated clients.", ("edge", "server")
-    ),
+    "run": Entry("server.cli", "run_app", "Train a model with the fleet, or by simulation.", ("edge", "server")),
     "deploy": Entry("server.cli", "deploy", "Send a model to the devices that a query selects.", ("server",)),
     "agent": Entry("edge.cli", "agent_app", "Run this machine as a device that learns.", ("edge",)),
     "device": Entry("edge.cli", "device_app", "Run virtual devices.", ("edge",)),
     "gateway": Entry("firmware_tools.cli", "gateway_app", "Connect boards on serial lines to the fleet.", ("gateway",)),
     "task": Entry("edge.cli", "task_app", "Show what a fleet can learn."),
     "model": Entry("firmware_tools.model_cli", "app", "Compile, describe, export and match models."),
-    "firmware": Entry(
-        "firmware_tools.cli", "app", "Build firmware for a board, measure and emulate it.", ("firmware",)
-    ),
+    "firmware": Entry("firmware_tools.cli", "app", "Build firmware for a board, and emulate it.", ("firmware",)),
     "graph": Entry("ontology.graph_cli", "app", "Fill the knowledge graph from files.", ("server",)),
     "query": Entry("ontology.cli", "query", "Ask the knowledge graph a question.", ("server",)),
 }

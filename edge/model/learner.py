@@ -87,6 +87,16 @@ class MoteLearner:
 
     A model whose input is int8 takes int8 arrays, as they are; one whose output is int8 gives them. Of a program that
     trains int8 weights the parameters are the real numbers that these stand for, and setting them rounds.
+
+    Examples
+    --------
+    >>> from tinyfleet.edge.model.layers import Dense, build
+    >>> learner = MoteLearner(build([Dense(2)], (3,), "softmax_cross_entropy"))
+    >>> first = learner.learn([1.0, 0.0, 0.0], 1, rate=0.5)
+    >>> learner.loss([1.0, 0.0, 0.0], 1) < first
+    True
+    >>> int(learner.infer([1.0, 0.0, 0.0]).argmax())
+    1
     """
 
     def __init__(

@@ -73,7 +73,17 @@ def short_shape(shape: Shape3) -> Shape:
 
 @dataclass(frozen=True)
 class Program:
-    """A program's bytes, and what they say. Equal if the bytes are."""
+    """A model as the engine reads it: a checked block of bytes. Equal if the bytes are.
+
+    Examples
+    --------
+    >>> from tinyfleet.edge.model.layers import Dense, ReLU, build
+    >>> program = build([Dense(8), ReLU(), Dense(3)], (4,), "softmax_cross_entropy")
+    >>> program.input_shape, program.output_shape, program.n_params
+    ((4,), (3,), 67)
+    >>> Program.parse(program.data) == program
+    True
+    """
 
     data: bytes
 

@@ -406,8 +406,8 @@ class Session:
 
     def _nobody(self, reason: str) -> str:
         return (
-            f"no MQTT broker answers at {self._where} ({reason}); start one with `tinyfleet server start`, or name another "
-            "with --broker HOST:PORT"
+            f"no MQTT broker answers at {self._where} ({reason}); start one with `tinyfleet server start`, or name "
+            "another with --broker HOST:PORT"
         )
 
     def _call(self, callback: Callable[..., None], *about: Any) -> None:

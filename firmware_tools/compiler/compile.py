@@ -94,6 +94,13 @@ class ModelPlan:
         What trains within the budget, if there is one.
     notes : tuple of str
         What cannot train, and why.
+
+    Examples
+    --------
+    >>> import keras
+    >>> plan = plan_model(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")]))
+    >>> plan.parameters, plan.macs, list(plan.train_from)
+    (15, 12, ['head'])
     """
 
     parameters: int

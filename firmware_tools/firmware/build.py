@@ -1,7 +1,7 @@
 """Firmware for a board: the engine, the node, start-up code and a device's own data, compiled into one ELF file.
 
 `build` makes a fleet device. `link` is the general part under it, for programs that only measure or check something.
-`read_size` reads from an ELF its flash, RAM and stack, and the arena of the model's memory plan.
+size.py reads the memory it needs from the ELF.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import SymbolTableSection
 from tinyfleet.edge.device.thing_description import thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
@@ -88,7 +85,7 @@ def _call(command: Sequence[str], what: str) -> None:
 
 
 class BuildError(Exception):
-    """The compiler or the linker refused our own sources; the message is theirs."""
+    """The compiler or the linker rejects our own sources; the message is theirs."""
 
 
 def link(
@@ -104,27 +101,102 @@ def link(
     programs: Iterable[bytes] | None = None,
     profile: Profile = "exact",
 ) -> Path:
-    """Compiles and links a program for a board; returns `elf`.
+    """Compile and link a program for a board.
 
-    sources: our C files, compiled with every warning an error; start-up code is added. foreign: others' C files.
-    blobs: constants for the flash, by name; the program finds `device_{name}` and DEVICE_{NAME}_BYTES in "device.h",
-    aligned to 4 bytes. defines: more constants of "device.h". note: kept in the ELF and
-    not loaded. programs: the image holds the operators that they need; None: all that the engine has.
-    Raises UserError if the compiler is missing or the program does not fit the board.
+    Parameters
+    ----------
+    target
+        The board.
+    elf
+        The file to write.
+    sources
+        Our C files, compiled with every warning an error; start-up code is added.
+    blobs
+        Constants for the flash, by name, aligned to 4 bytes: the program finds `device_{name}` and
+        DEVICE_{NAME}_BYTES in "device.h".
+    defines
+        More constants of "device.h".
+    foreign
+        C files of others, compiled without our warnings.
+    include
+        Folders of their headers.
+    note
+        Facts that are kept in the ELF and not loaded.
+    programs
+        The image has the operators that these programs need; None: all operators.
+    profile
+        How arithmetic is compiled.
+
+    Returns
+    -------
+    Path
+        `elf`.
+
+    Raises
+    ------
+    UserError
+        If the compiler is missing, or the program does not fit the board.
+    BuildError
+        If a source does not compile.
     """
-    build = target.buildable()
-    cpu = [*build.cpu, *(build.exact if profile == "exact" else ())]
-    compiler = _compiler()
+    compiler, kernels = _compiler(), kernel_table.whole() if programs is None else kernel_table.needed(programs)
     work = elf.parent / f"{elf.stem}.build"
+    _write_generated(work, target, kernels, blobs or {}, defines or {})
+    ours = [work / path.name if path.name == "mote_kernels.c" else path for path in sources]
+    strict = [*build_extension.STRICT, *(f"-isystem{folder}" for folder in include)]
+    jobs = [
+        (path, [*strict, *["-Os"] * (path.name in SMALL)]) for path in (*ours, SOURCES / "startup.c", work / "device.S")
+    ]
+    jobs += [(path, [f"-I{folder}" for folder in include]) for path in foreign]
+    objects = _compile([compiler, *_options(target, work, profile)], jobs, work)
+    map_ = work / "firmware.map"
+    command = [compiler, *_core(target, profile), *LINK, f"-Wl,-Map={map_}", "-T", str(work / "firmware.ld")]
+    try:
+        _call([*command, *map(str, objects), "-lm", "-lgcc", "-o", str(elf)], elf.name)
+    except BuildError as error:
+        raise _overflow(error, target) or error from None
+    engine = {object_.name: path.name for object_, path in objects.items() if _is_engine(path)}
+    facts = {
+        "board": target.board.id,
+        **(note or {}),
+        "profile": profile,
+        "mote": _by_file(map_, engine, "text|rodata"),
+        "static": sum(_by_file(map_, engine, "data|bss").values()),
+        "stack": asdict(stack_usage.usage(sorted(work.glob("*.ci")), kernels)) if engine else None,
+    }
+    (work / "note.json").write_text(json.dumps(facts))
+    _call([_objcopy(compiler), f"--add-section=.tinyfleet={work / 'note.json'}", str(elf)], elf.name)
+    return elf
+
+
+def _compile(command: Sequence[str], jobs: Sequence[tuple[Path, Sequence[str]]], work: Path) -> dict[Path, Path]:
+    """Compiles each source with its own options, many at once; returns object file -> source."""
+    objects = {work / f"{index}_{path.stem}.o": path for index, (path, _) in enumerate(jobs)}
+    with ThreadPoolExecutor() as pool:
+        calls = [
+            pool.submit(_call, [*command, *options, "-c", str(path), "-o", str(object_)], path.name)
+            for object_, (path, options) in zip(objects, jobs, strict=True)
+        ]
+    for call in calls:
+        call.result()
+    return objects
+
+
+def _write_generated(
+    work: Path,
+    target: BoardTarget,
+    kernels: Iterable[kernel_table.KernelEntry],
+    blobs: Mapping[str, Blob],
+    defines: Mapping[str, int | float | str],
+) -> None:
+    """Writes the sources and the linker script that are made for one program into a new folder."""
+    build = target.buildable()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-
-    kernels = kernel_table.whole() if programs is None else kernel_table.needed(programs)
     (work / "mote_kernels.c").write_text(kernel_table.source(kernels))
-    (work / "device.h").write_text(header(blobs or {}, defines or {}))
-    (work / "device.S").write_text(_assembly(work, blobs or {}))
-    script = work / "firmware.ld"
-    script.write_text(
+    (work / "device.h").write_text(header(blobs, defines))
+    (work / "device.S").write_text(_assembly(work, blobs))
+    (work / "firmware.ld").write_text(
         Template((SOURCES / "firmware.ld.in").read_text()).substitute(
             board=target.board.title,
             stack_bytes=build.stack_bytes,
@@ -134,9 +206,18 @@ def link(
             ram_bytes=build.ram.bytes,
         )
     )
-    common = [
-        compiler,
-        *cpu,
+
+
+def _core(target: BoardTarget, profile: Profile) -> list[str]:
+    """The compiler's options for the board's core."""
+    build = target.buildable()
+    return [*build.cpu, *(build.exact if profile == "exact" else ())]
+
+
+def _options(target: BoardTarget, work: Path, profile: Profile) -> list[str]:
+    """The compiler's options for every file."""
+    options = [
+        *_core(target, profile),
         *PROFILES[profile],
         *SPLIT,
         stack_usage.FLAG,
@@ -144,44 +225,13 @@ def link(
         f"-DBOARD_CLOCK_HZ={target.board.clock_hz}u",
         *(f"-I{folder}" for folder in (work, SOURCES, *build_extension.INCLUDES)),
     ]
-    if build.uart is not None:
-        common += [
-            f"-DBOARD_UART_BASE={build.uart.base:#x}u",
-            f"-DBOARD_UART_RX_IRQ={build.uart.rx_irq}u",
-            f"-DBOARD_UART_BAUD={build.uart.baud}u",
+    if uart := target.buildable().uart:
+        options += [
+            f"-DBOARD_UART_BASE={uart.base:#x}u",
+            f"-DBOARD_UART_RX_IRQ={uart.rx_irq}u",
+            f"-DBOARD_UART_BAUD={uart.baud}u",
         ]
-    ours = [work / path.name if path.name == "mote_kernels.c" else path for path in sources]
-    jobs = [
-        (path, [*build_extension.STRICT, *(f"-isystem{folder}" for folder in include), *["-Os"] * (path.name in SMALL)])
-        for path in (*ours, SOURCES / "startup.c", work / "device.S")
-    ]
-    jobs += [(path, [f"-I{folder}" for folder in include]) for path in foreign]
-    objects = [work / f"{index}_{path.stem}.o" for index, (path, _) in enumerate(jobs)]
-
-    def compile_one(index: int) -> None:
-        path, flags = jobs[index]
-        _call([*common, *flags, "-c", str(path), "-o", str(objects[index])], path.name)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(compile_one, range(len(jobs))))
-    map_ = work / "firmware.map"
-    command = [compiler, *cpu, *LINK, f"-Wl,-Map={map_}", "-T", str(script), *map(str, objects), "-lm", "-lgcc"]
-    try:
-        _call([*command, "-o", str(elf)], elf.name)
-    except BuildError as error:
-        raise _overflow(error, target) or error from None
-    engine = {object_.name: path.name for object_, (path, _) in zip(objects, jobs, strict=True) if _is_engine(path)}
-    noted = {
-        "board": target.board.id,
-        **(note or {}),
-        "profile": profile,
-        "mote": _by_file(map_, engine, "text|rodata"),
-        "static": sum(_by_file(map_, engine, "data|bss").values()),
-        "stack": asdict(stack_usage.usage(sorted(work.glob("*.ci")), kernels)) if engine else None,
-    }
-    (work / "note.json").write_text(json.dumps(noted))
-    _call([_objcopy(compiler), f"--add-section=.tinyfleet={work / 'note.json'}", str(elf)], elf.name)
-    return elf
+    return options
 
 
 def _is_engine(path: Path) -> bool:
@@ -422,94 +472,3 @@ def _shape(program: Program) -> dict[str, int | float | str]:
         "inputs": math.prod(program.input_shape),
         "outputs": math.prod(program.output_shape),
     }
-
-
-@dataclass(frozen=True)
-class FirmwareSize:
-    """What an ELF takes of its board, in bytes.
-
-    text: code, constants and the device's data, in flash. data: initialised variables, in RAM and, to start from, in
-    flash. bss: all other variables. stack: the RAM kept for it. held: the device's data in flash, by name. variables:
-    the larger ones in RAM, by name. plan: the arena as the model's program plans it, None without a model.
-    mote: the engine's share of the text, by source file. static: its share of data and bss. frames: the stack frame of
-    each of its functions. depths: the most stack that a call of the engine takes, and by which calls, but for the
-    compiler's own arithmetic and copying.
-    """
-
-    board: str
-    text: int
-    data: int
-    bss: int
-    stack: int
-    held: Mapping[str, int]
-    variables: Mapping[str, int]
-    plan: int | None
-    profile: str
-    mote: Mapping[str, int]
-    static: int
-    frames: Mapping[str, int]
-    depths: Mapping[str, stack_usage.Depth]
-
-    @property
-    def flash(self) -> int:
-        """Flash in all."""
-        return self.text + self.data
-
-    @property
-    def ram(self) -> int:
-        """RAM in all."""
-        return self.data + self.bss + self.stack
-
-    @property
-    def arena(self) -> int | None:
-        """The engine's arena; None in a program without one."""
-        return self.variables.get("mote_arena")
-
-
-def read_size(path: Path) -> FirmwareSize:
-    """Reads an ELF that `link` made. Raises UserError for anything else."""
-    try:
-        with path.open("rb") as file:
-            return _read_size(ELFFile(file))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); build it with: tinyfleet firmware build") from error
-    except (ELFError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not a fleet's firmware; build it with: tinyfleet firmware build") from error
-
-
-def _read_size(elf: ELFFile) -> FirmwareSize:
-    sections = {section.name: section for section in elf.iter_sections()}
-    note: dict[str, Any] = json.loads(sections[".tinyfleet"].data())
-    usage = note["stack"] or {"functions": {}, "depths": {}}
-    index = {section.name: number for number, section in enumerate(elf.iter_sections())}
-    table = sections[".symtab"]
-    assert isinstance(table, SymbolTableSection)
-    objects = [s for s in table.iter_symbols() if s["st_info"]["type"] == "STT_OBJECT" and s["st_size"] > 0]
-    text = [s for s in objects if s["st_shndx"] == index[".text"] and s.name.startswith("device_")]
-    ram = [s for s in objects if s["st_shndx"] in {index.get(".data"), index.get(".bss")} and s["st_size"] >= 64]
-    plan = None
-    for symbol in text:
-        if symbol.name == "device_program":
-            start = symbol["st_value"] - sections[".text"]["sh_addr"]
-            plan = Program.parse(sections[".text"].data()[start : start + symbol["st_size"]]).arena_bytes
-
-    def length(name: str) -> int:
-        return int(sections[name]["sh_size"]) if name in sections else 0
-
-    return FirmwareSize(
-        board=str(note["board"]),
-        text=length(".text") + length(".ARM.exidx"),
-        data=length(".data"),
-        bss=length(".bss"),
-        stack=length(".stack"),
-        held={s.name.removeprefix("device_"): int(s["st_size"]) for s in text},
-        variables={s.name: int(s["st_size"]) for s in sorted(ram, key=lambda s: -int(s["st_size"]))},
-        plan=plan,
-        profile=str(note["profile"]),
-        mote=note["mote"],
-        static=int(note["static"]),
-        frames=usage["functions"],
-        depths={
-            name: stack_usage.Depth(depth["bytes"], tuple(depth["calls"])) for name, depth in usage["depths"].items()
-        },
-    )

@@ -1,7 +1,7 @@
 """The fleet as a W3C Thing Description Directory (WoT Discovery, 7.3): create, retrieve, update, delete, list, events.
 
-Whatever comes in goes through the registry, as over MQTT, and what came over MQTT is here too. Reading is free; writing
-needs the token. Errors are Problem Details (RFC 7807).
+Descriptions that arrive here go through the registry, as those over MQTT do, and both are served here. Writing requires
+the token. Errors are Problem Details (RFC 7807).
 """
 
 import asyncio
@@ -16,20 +16,26 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.http import web
+from tinyfleet.ontology.http import request_handling
+from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
 from tinyfleet.ontology.http.sparql import Protocol
-from tinyfleet.ontology.http.web import HttpError, authorise, in_thread
-from tinyfleet.ontology.ingest.registry import MAX_BYTES, TD_CONTEXT, Registry, RejectedMessage, parse_thing_description
-from tinyfleet.ontology.ingest.things import CONTEXT, SORTED_BY, Thing, ThingEvent, merged
+from tinyfleet.ontology.ingest.description_parser import (
+    MAX_BYTES,
+    TD_CONTEXT,
+    RejectedMessage,
+    parse_thing_description,
+)
+from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.ingest.thing_store import CONTEXT, SORTED_BY, Thing, ThingEvent, merged
 from tinyfleet.ontology.store.store import StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 PAGE = 1000
-"""Descriptions in one answer at most."""
+"""Maximum number of descriptions in one response."""
 _ALIVE = 15.0
-"""Seconds after which a silent stream of events says that it is still there."""
+"""Seconds without events after which a stream sends a sign of life."""
 _BEHIND = 1000
-"""Events that a client may be behind; then its stream ends, and it may come back for the rest."""
+"""Events that a client may lag behind; then its stream ends, and it can reconnect for the rest."""
 
 _EVENTS = ("thing_created", "thing_updated", "thing_deleted")
 _JSON = ("", "application/td+json", "application/json", "application/ld+json")
@@ -37,7 +43,7 @@ _Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Directory:
-    """The handlers of the directory's requests. `deleted` gets the id of each thing that a client deletes."""
+    """The handlers of the directory's requests; `deleted` is called with the ID of each thing that a client deletes."""
 
     def __init__(
         self,
@@ -65,28 +71,28 @@ class Directory:
         ]
 
     def close(self) -> None:
-        """Ends the streams of events, which would never end by themselves. From any thread."""
+        """End the streams of events, which would not end by themselves. Any thread may call this."""
         for put in list(self._streams):
             put(None)
 
     async def _create(self, request: Request) -> Response:
         given = await self._given(request, _JSON)
         if "id" in given or "@id" in given:
-            raise HttpError(400, "a description that has an id is PUT to /things/{id}", violations=["id: none"])
+            raise HttpError(400, "to create a description with an id, PUT it to /things/{id}", violations=["id: none"])
         try:
             id = self._registry.name(given)
         except UserError as error:
             raise HttpError(400, str(error)) from None
-        await self._writing(lambda: self._registry.put(given | {"id": str(id)}))
+        await self._writing(lambda: self._registry.put_description(given | {"id": str(id)}))
         return Response(status_code=201, headers={"Location": _path(id)})
 
     async def _replace(self, request: Request) -> Response:
         given = await self._given(request, _JSON)
         id = request.path_params["id"]
         if given.get("id", given.get("@id")) != id:
-            what = f"the description's id must be the one that it is PUT to, {id}"
+            what = f"the description's id must be the one in the address, {id}"
             raise HttpError(400, what, violations=[f"id: {id}"])
-        created = await self._writing(lambda: self._registry.put(given))
+        created = await self._writing(lambda: self._registry.put_description(given))
         return Response(status_code=201 if created else 204, headers={"Location": _path(id)} if created else None)
 
     async def _update(self, request: Request) -> Response:
@@ -94,12 +100,12 @@ class Directory:
         id = Iri(request.path_params["id"])
 
         def change() -> bool:
-            with self._things.lock:  # nobody comes between reading and writing
+            with self._things.lock:  # held from reading to writing
                 thing = self._known(id)
                 changed = merged(thing.enriched(), patch)
                 if changed.get("id", changed.get("@id")) != thing.id:
                     raise HttpError(400, "the id cannot be changed", violations=[f"id: {thing.id}"])
-                return self._registry.put(changed)
+                return self._registry.put_description(changed)
 
         await self._writing(change)
         return Response(status_code=204)
@@ -127,18 +133,18 @@ class Directory:
         limit = min(PAGE, _number(asked.get("limit", str(PAGE)), "limit", 1))
         form, sort_by, order = asked.get("format", "array"), asked.get("sort_by", "id"), asked.get("sort_order", "asc")
         if form not in ("array", "collection"):
-            raise HttpError(400, "format is array or collection")
+            raise HttpError(400, "format must be array or collection")
         if sort_by not in SORTED_BY:
-            raise HttpError(501, f"sort_by is one of {', '.join(SORTED_BY)}")
+            raise HttpError(501, f"sort_by must be one of {', '.join(SORTED_BY)}")
         if order not in ("asc", "desc"):
-            raise HttpError(400, "sort_order is asc or desc")
+            raise HttpError(400, "sort_order must be asc or desc")
 
-        def look() -> tuple[list[Any], int]:
+        def read() -> tuple[list[Any], int]:
             now = datetime.now(UTC)
             page = self._things.page(offset, limit, sort_by, order == "desc")
             return [thing.enriched(now) for thing in page], self._things.count()
 
-        page, total = await in_thread(look)
+        page, total = await in_thread(read)
 
         def address(at: int) -> str:
             said: dict[str, str | int] = {"offset": at, "limit": limit}
@@ -161,7 +167,7 @@ class Directory:
             raise HttpError(404, f"the events are {', '.join(_EVENTS)}")
         whole = request.query_params.get("diff", "false")
         if whole not in ("true", "false"):
-            raise HttpError(400, "diff is true or false")
+            raise HttpError(400, "diff must be true or false")
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
         stream = self._stream(kind, whole == "true", request.headers.get("last-event-id"))
@@ -203,11 +209,11 @@ class Directory:
         return _json(description(str(request.base_url), self._registry.fleet), "application/td+json")
 
     async def _given(self, request: Request, kinds: tuple[str, ...]) -> dict[str, Any]:
-        """The JSON object that a client who may write has sent."""
+        """The JSON object sent by an authorised client."""
         authorise(request, self._token)
-        if web.media_type(request) not in kinds:
+        if request_handling.media_type(request) not in kinds:
             raise HttpError(415, f"the content must be {' or '.join(kind for kind in kinds if kind)}")
-        content = await web.body(request, MAX_BYTES)
+        content = await request_handling.body(request, MAX_BYTES)
         try:
             return parse_thing_description(content)
         except RejectedMessage as reason:
@@ -224,8 +230,8 @@ class Directory:
             raise HttpError(400, "the description is not valid", violations=[str(error)]) from None
 
     def _known(self, id: Iri) -> Thing:
-        """The description of that id. 404 if there is none."""
-        with suppress(StoreError):  # what is no IRI is no thing's
+        """The description with this ID. 404 if there is none."""
+        with suppress(StoreError):  # not an IRI, so not the ID of a thing
             thing = self._things.get(id)
             if thing is not None:
                 return thing
@@ -233,15 +239,15 @@ class Directory:
 
 
 def _answering(handler: _Handler) -> _Handler:
-    """The handler, with its errors as Problem Details."""
+    """Wrap a handler so that its errors become Problem Details."""
 
     async def answer(request: Request) -> Response:
         try:
             return await handler(request)
         except HttpError as error:
-            return web.problem(error)
+            return request_handling.problem(error)
         except StoreError as error:
-            return web.problem(HttpError(500, str(error)))
+            return request_handling.problem(HttpError(500, str(error)))
         except ClientDisconnect:
             return Response(status_code=400)
 
@@ -258,12 +264,12 @@ def _path(id: str) -> str:
 
 def _number(text: str, name: str, least: int) -> int:
     if not text.isascii() or not text.isdecimal() or len(text) > 9 or int(text) < least:
-        raise HttpError(400, f"{name} is a whole number from {least}")
+        raise HttpError(400, f"{name} must be a whole number from {least}")
     return int(text)
 
 
 def description(base: str, fleet: str) -> dict[str, Any]:
-    """The directory's own Thing Description, after the Thing Model of WoT Discovery (7.3.5)."""
+    """Return the directory's own Thing Description, which follows the Thing Model of WoT Discovery (7.3.5)."""
     problem = {"contentType": "application/problem+json", "success": False}
 
     def form(href: str, method: str, kind: str | None = None, op: str = "invokeaction") -> dict[str, Any]:

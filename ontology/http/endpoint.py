@@ -1,7 +1,7 @@
 """The graph over HTTP, on loopback: SPARQL at /sparql, the query page at /, the Thing Description Directory at /things,
 the vocabulary at /vocabulary.
 
-Everybody on this machine may read; who has the token may write.
+Any process on this machine may read; writing requires the token.
 """
 
 import asyncio
@@ -26,31 +26,31 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.http import web
+from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.directory import Directory
+from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.ontology.http.sparql import Protocol
-from tinyfleet.ontology.http.web import HttpError, in_thread
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary import page
-from tinyfleet.ontology.vocabulary.implied import VOCABULARY
+from tinyfleet.ontology.vocabulary.entailment import VOCABULARY
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, RDF, Iri
 
 PAGE = Path(__file__).with_name("page") / "dist"
 """The query page, as tools/page.sh builds it."""
-# The page runs its own scripts and talks to this server, and to nobody else. YASGUI sets styles in elements.
+# The page runs its own scripts and talks to this server only. YASGUI sets styles in elements.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_NOT_BUILT = "The query page is not built; `make page` builds it (it needs npm). The endpoint is at /sparql."
+_NOT_BUILT = "The query page is not built; build it with `make page` (requires npm). The endpoint is at /sparql."
 _PURGE = 60.0
-"""Seconds between looks for descriptions that have expired."""
+"""Seconds between removals of expired descriptions."""
 
 
 def _page(registry: Registry | None) -> list[BaseRoute]:
-    """The query page, and what it shows: the fleet's name, the library's queries, prefixes and terms to complete."""
+    """The query page and its data: the fleet's name, the library's queries, and prefixes and terms for completion."""
 
     async def index(request: Request) -> Response:
         if not (PAGE / "index.html").exists():
@@ -83,7 +83,7 @@ def _library() -> list[dict[str, Any]]:
 
 @cache
 def _vocabulary() -> dict[str, list[str]]:
-    """The vocabulary's classes and properties, to be completed while one types."""
+    """The vocabulary's classes and properties, for completion."""
     found: dict[str, list[str]] = {"classes": [], "properties": []}
     quads = ox.parse(path=str(VOCABULARY), format=ox.RdfFormat.TURTLE)
     for quad in quads:
@@ -95,11 +95,11 @@ def _vocabulary() -> dict[str, list[str]]:
 
 
 async def _terms(request: Request) -> Response:
-    """The vocabulary: a page for people, Turtle for who asks for it."""
+    """The vocabulary: a web page, or Turtle if the client prefers it."""
     try:
-        media = web.choose(request.headers.get("accept", "*/*"), ("text/html", "text/turtle"))
+        media = request_handling.choose(request.headers.get("accept", "*/*"), ("text/html", "text/turtle"))
     except HttpError as error:
-        return web.problem(error)
+        return request_handling.problem(error)
     headers = {"Vary": "Accept", "Content-Security-Policy": _POLICY}
     if media == "text/turtle":
         return Response(VOCABULARY.read_bytes(), headers=headers, media_type=media)
@@ -109,18 +109,43 @@ async def _terms(request: Request) -> Response:
 _vocabulary_page = cache(page.page)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    """What no route takes, as Problem Details."""
+async def _no_route(request: Request, error: Exception) -> Response:
+    """A request without a route, as Problem Details."""
     assert isinstance(error, HTTPException)
-    return web.problem(HttpError(error.status_code, f"{request.url.path}: {HTTPStatus(error.status_code).phrase}"))
+    return request_handling.problem(
+        HttpError(error.status_code, f"{request.url.path}: {HTTPStatus(error.status_code).phrase}")
+    )
 
 
 class Endpoint:
-    """Serves a graph from a thread of this process on loopback: with a registry, as a directory of things too.
+    """Serves a graph on loopback, from a thread of this process.
 
-    `url` is the address of SPARQL, `address` that of the rest; port 0 takes a free one. Without a token nobody may
-    write. A query may take `timeout` seconds, and `workers` may run at once. `deleted` gets the id of each thing that a
-    client deletes. Raises UserError if the port is taken.
+    Parameters
+    ----------
+    store
+        The graph.
+    token
+        Token for writing; without one, nothing can be written.
+    port
+        TCP port; 0 picks a free one.
+    registry
+        If given, its Thing Descriptions are served as a directory.
+    deleted
+        Called with the ID of each thing that a client deletes.
+    timeout
+        Maximum seconds for a query.
+    workers
+        Maximum number of queries at the same time.
+
+    Attributes
+    ----------
+    url, address : str
+        Address of SPARQL, and of everything else.
+
+    Raises
+    ------
+    UserError
+        If the port is in use.
     """
 
     def __init__(
@@ -138,11 +163,11 @@ class Endpoint:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind(("127.0.0.1", port))
-            self._socket.listen(128)  # requests wait here until the thread is up
+            self._socket.listen(128)  # requests wait here until the thread runs
         except OSError as error:
             self._socket.close()
             raise UserError(
-                f"port {port} for the SPARQL endpoint cannot be had ({error.strerror}); choose another, or 0 for any"
+                f"cannot use port {port} for the HTTP server ({error.strerror}); choose another, or 0 for a free one"
             ) from None
         self.address = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.url = f"{self.address}/sparql"
@@ -169,9 +194,9 @@ class Endpoint:
 
         application = Starlette(
             routes=routes,
-            # So that no web page can reach the endpoint by giving this machine another name.
+            # A web page must not reach the endpoint by giving this machine another name.
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
-            exception_handlers={HTTPException: _refused},
+            exception_handlers={HTTPException: _no_route},
             lifespan=purging,
         )
         self._server = uvicorn.Server(uvicorn.Config(application, log_level="warning", ws="none"))
@@ -181,7 +206,7 @@ class Endpoint:
         self._thread.start()
 
     def close(self) -> None:
-        """Answers what is under way, then stops."""
+        """Finish the current requests, then stop."""
         self._server.should_exit = True
         if self._directory is not None:
             self._directory.close()

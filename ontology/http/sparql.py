@@ -1,8 +1,8 @@
 """The SPARQL 1.1 Protocol and Service Description, as handlers of HTTP requests.
 
-GET and POST queries, POST updates with `Authorization: Bearer TOKEN`, on the graphs that the request names if it names
-any; results in the form that Accept asks for; GET without a query describes the service. A query has a limit of time
-and of bytes. SERVICE is refused: a query must not make this machine fetch from another.
+GET and POST for queries, POST for updates with `Authorization: Bearer TOKEN`, on the graphs that the request names, if
+any; results in the format that Accept prefers; GET without a query describes the service. Time and result size are
+limited. SERVICE is not allowed: a query must not make this machine fetch from another.
 """
 
 import asyncio
@@ -16,15 +16,15 @@ from urllib.parse import parse_qs
 import pyoxigraph as ox
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
-from tinyfleet.ontology.http import web
-from tinyfleet.ontology.http.web import HttpError, authorise, in_thread
+from tinyfleet.ontology.http import request_handling
+from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
 from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.store.sparql_update import with_graphs
 from tinyfleet.ontology.store.store import RECORDS, Dataset, Store, StoreError
-from tinyfleet.ontology.store.update import prepared
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 MAX_RESULT = 64 * 1024 * 1024
-"""Bytes of a result."""
+"""Maximum bytes of a result."""
 
 Formats = Mapping[str, ox.QueryResultsFormat | ox.RdfFormat]
 _ROWS: Formats = {
@@ -42,13 +42,13 @@ _GRAPH: Formats = {
     "application/ld+json": ox.RdfFormat.JSON_LD,
 }
 
-# SERVICE where a pattern may begin, which no variable, name or IRI is. Comments and texts are not left out: what reads
-# a query otherwise than Oxigraph does could be led past it.
+# SERVICE where a pattern may begin, which excludes variables, names and IRIs. Comments and texts are not excluded: code
+# that reads a query differently from Oxigraph could be tricked.
 _SERVICE = re.compile(r"(?:(?<![?$:/#_-])(?<![a-z])|(?<=true)|(?<=false))service(?![\w:-])", re.IGNORECASE)
 
 
 class _Output:
-    """Collects a result, and stops it where it gets too long or takes too long."""
+    """Collects a result, and stops it when it becomes too long or takes too long."""
 
     def __init__(self, deadline: float) -> None:
         self.data = bytearray()
@@ -63,17 +63,18 @@ class _Output:
         return len(part)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
 
-_TOO_LONG = "the query takes too long; make it narrower or add a LIMIT"
+_TOO_LONG = "the query takes too long; make it more selective or add a LIMIT"
 
 
 class Protocol:
-    """The SPARQL 1.1 Protocol on a store; with a registry, what that keeps of the store follows updates.
+    """The SPARQL 1.1 Protocol on a store; a registry is told of updates, so that it discards cached values.
 
-    A query may take `timeout` seconds, and `workers` may run at once. Oxigraph cannot be stopped before it gives a
-    first row: such a query goes on unheard, and while `workers` of them do, others are turned away.
+    A query may take `timeout` seconds, and `workers` queries may run at the same time. Oxigraph cannot be stopped
+    before its first row: such a query continues without a client, and while there are `workers` of them, others get an
+    error.
     """
 
     def __init__(
@@ -98,23 +99,23 @@ class Protocol:
         fields = _fields(request.url.query)
         if request.method in ("GET", "HEAD"):
             if "update" in fields:
-                raise HttpError(400, "an update comes by POST")
+                raise HttpError(400, "send updates by POST")
             if not request.url.query:
                 return self._describe(request, accept)
             return await self._query(_one(fields, "query"), fields, accept)
-        kind = web.media_type(request)
-        body = _text(await web.body(request))
+        kind = request_handling.media_type(request)
+        body = _text(await request_handling.body(request))
         if kind == "application/x-www-form-urlencoded":
             for name, values in _fields(body).items():
                 fields.setdefault(name, []).extend(values)
             if "query" in fields and "update" in fields:
-                raise HttpError(400, "a request holds a query or an update, not both")
+                raise HttpError(400, "send either a query or an update, not both")
             if "update" in fields:
                 return await self._update(request, _one(fields, "update"), fields)
             return await self._query(_one(fields, "query"), fields, accept)
         if kind in ("application/sparql-query", "application/sparql-update"):
             if "query" in fields or "update" in fields:
-                raise HttpError(400, "a request holds one query or update: in its address or in its content, not both")
+                raise HttpError(400, "send one query or update, either in the address or in the content")
             if kind == "application/sparql-query":
                 return await self._query(body, fields, accept)
             return await self._update(request, body, fields)
@@ -125,10 +126,10 @@ class Protocol:
         )
 
     async def search(self, request: Request) -> Response:
-        """The directory's SPARQL search (WoT Discovery, 7.3.4.3): queries alone, and JSON unless asked otherwise."""
+        """The directory's SPARQL search (WoT Discovery, 7.3.4.3): queries only, with JSON as the default format."""
         fields = _fields(request.url.query)
         if request.method == "POST":
-            kind, body = web.media_type(request), _text(await web.body(request))
+            kind, body = request_handling.media_type(request), _text(await request_handling.body(request))
             if kind == "application/x-www-form-urlencoded":
                 fields |= _fields(body)
             else:
@@ -147,7 +148,7 @@ class Protocol:
         graph: Formats = _GRAPH,
     ) -> Response:
         if _SERVICE.search(sparql):
-            raise HttpError(403, "SERVICE is not allowed here, nor its name in comments and texts")
+            raise HttpError(403, "SERVICE is not allowed, not even in comments and texts")
         default, named = _graphs(fields, "default-graph-uri", "named-graph-uri")
         dataset = Dataset(default, named) if default or named else None
         deadline = time.monotonic() + self._timeout
@@ -156,18 +157,18 @@ class Protocol:
             answer = self._store.evaluate(sparql, dataset)
             try:
                 offered = graph if isinstance(answer, ox.QueryTriples) else rows
-                media = web.choose(accept, offered)
+                media = request_handling.choose(accept, offered)
                 form = offered[media]
                 if isinstance(answer, ox.QueryBoolean) and form in (
                     ox.QueryResultsFormat.CSV,
                     ox.QueryResultsFormat.TSV,
                 ):
-                    raise HttpError(406, "a boolean comes as JSON or XML")
+                    raise HttpError(406, "a boolean is available as JSON or XML")
                 output = _Output(deadline)
                 answer.serialize(cast("IO[bytes]", output), form)  # type: ignore[arg-type]
                 return media, bytes(output.data)
             finally:
-                # An error's traceback would take it to another thread, and Oxigraph's answers may not go there.
+                # An error's traceback would carry it to another thread, where an Oxigraph answer must not go.
                 del answer
 
         if not self._free.acquire(blocking=False):
@@ -184,7 +185,7 @@ class Protocol:
         authorise(request, self._token)
         default, named = _graphs(fields, "using-graph-uri", "using-named-graph-uri")
         try:
-            await in_thread(lambda: self._store.update(prepared(sparql, default, named)))
+            await in_thread(lambda: self._store.update(with_graphs(sparql, default, named)))
         except StoreError as error:
             raise HttpError(400, str(error)) from None
         if self._registry is not None:
@@ -193,7 +194,7 @@ class Protocol:
 
     def _describe(self, request: Request, accept: str) -> Response:
         """The SPARQL 1.1 Service Description; for a browser, the query page."""
-        media = web.choose(accept, [*_GRAPH, "text/html"])
+        media = request_handling.choose(accept, [*_GRAPH, "text/html"])
         if media == "text/html":
             return RedirectResponse("/", 303)
         languages = ["SPARQL11Query"] if self._token is None else ["SPARQL11Query", "SPARQL11Update"]
@@ -230,18 +231,18 @@ def _fields(text: str) -> dict[str, list[str]]:
 def _one(fields: Mapping[str, list[str]], name: str) -> str:
     values = fields.get(name, [])
     if len(values) != 1:
-        raise HttpError(400, f"a request needs one {name!r}, not {len(values)}")
+        raise HttpError(400, f"the request must have one {name!r}, not {len(values)}")
     return values[0]
 
 
 def _graphs(fields: Mapping[str, list[str]], default: str, named: str) -> tuple[list[Iri], list[Iri]]:
-    """The graphs that the request names as those of the default graph and as named ones."""
+    """The default graphs and the named graphs of the request."""
     for name in fields:
         if name.endswith("graph-uri") and name not in (default, named):
-            raise HttpError(400, f"{name} is not for this; use {default} and {named}")
+            raise HttpError(400, f"{name} does not apply here; use {default} and {named}")
 
     def listed(name: str) -> list[Iri]:
-        # W3C's test query_multiple_dataset writes the & between two of these as %26; no graph is called that.
+        # W3C's test query_multiple_dataset encodes the & between two of these as %26; no graph has such a name.
         return [Iri(graph) for given in fields.get(name, []) for graph in given.split(f"&{name}=")]
 
     return listed(default), listed(named)

@@ -1,9 +1,9 @@
-"""The catalogue of boards as a graph, made from public board files: a build step, so that no list of boards is kept.
+"""The catalogue of boards as a graph, built from public board files, so that no list of boards has to be maintained.
 
 A folder holds `platformio_boards.csv` (a board a row: id, name, vendor, mcu, cpu, clock_hz, ram_bytes, flash_bytes,
-connectivity, source_repo, source_path, source_commit, ram_note), `core_boards.json` (boards that more is known of, such
-as their sensors; they take the place of the row of that id) and `sensor_parts.csv` (part, observed_properties).
-What does not conform to the shapes is left out and reported.
+connectivity, source_repo, source_path, source_commit, ram_note), `core_boards.json` (boards with more details, such as
+their sensors; they replace the row with the same ID) and `sensor_parts.csv` (part, observed_properties).
+A board that does not conform to the shapes is left out and reported.
 """
 
 import csv
@@ -24,7 +24,7 @@ Facts = dict[Iri, dict[Iri, Binding | None]]
 
 @dataclass(frozen=True)
 class CatalogueBoard:
-    """A board as the files describe it; `ontology.describe.BoardLike` and what is said of it besides."""
+    """A board as the files describe it, a `BoardLike`; `more` are its other facts."""
 
     id: str
     title: str
@@ -42,31 +42,31 @@ class CatalogueBoard:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """facts: about all parts and boards that conform, with what they imply. refused: board -> why it does not."""
+    """The facts about all parts and boards that conform, with what follows from them; and why others were rejected."""
 
     facts: Facts
     boards: int
     parts: int
-    refused: Mapping[str, str]
+    rejected: Mapping[str, str]
 
 
 def read_board_catalogue(folder: Path) -> Catalogue:
-    """Reads the files of a folder. Raises UserError if one is missing or of another form."""
+    """Read the files of a folder. Raises UserError if one is missing or does not have the expected form."""
     parts: Facts = {}
     for row in _rows(folder / "sensor_parts.csv", ("part", "observed_properties")):
         parts |= part_facts(row["part"].lower(), row["observed_properties"].split(";"))
     facts = dict(parts)
     shapes.check("the catalogue of parts", triples(parts))
     boards: dict[str, CatalogueBoard] = {}
-    refused: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     for board in _core(folder / "core_boards.json"):
         boards[board.id] = board
-    known_well = set(boards)
+    detailed = set(boards)
     for board in _platformio(folder / "platformio_boards.csv"):
-        if board.id in known_well:
+        if board.id in detailed:
             continue
         if board.id in boards and boards[board.id].figures != board.figures:
-            refused[f"{board.id} (again)"] = f"described before with other figures: {boards[board.id].figures}"
+            rejected[f"{board.id} (again)"] = f"described earlier with other figures: {boards[board.id].figures}"
             continue
         boards.setdefault(board.id, board)
     taken = 0
@@ -75,17 +75,17 @@ def read_board_catalogue(folder: Path) -> Catalogue:
             named = {sensor.lower() for sensor in board.sensors}
             about = board_facts(board, {s: p for s, p in parts.items() if p[TF.partName] in named}, board.more)
         except UserError as error:
-            refused[board.id] = str(error)
+            rejected[board.id] = str(error)
             continue
         wrong = shapes.violations(triples(about))
         if wrong:
-            doubt = board.more.get(TF.doubt)
-            refused[board.id] = "; ".join(wrong) + (f": {doubt}" if doubt else "")
+            doubt = board.more.get(TF.dataQualityNote)
+            rejected[board.id] = "; ".join(wrong) + (f": {doubt}" if doubt else "")
             continue
         for subject, said in about.items():
             facts.setdefault(subject, {}).update(said)
         taken += 1
-    return Catalogue(facts, taken, len(parts), refused)
+    return Catalogue(facts, taken, len(parts), rejected)
 
 
 def _platformio(path: Path) -> Iterator[CatalogueBoard]:
@@ -104,7 +104,7 @@ def _platformio(path: Path) -> Iterator[CatalogueBoard]:
                 SCHEMA.manufacturer: row["vendor"] or None,
                 TF.connectivity: sorted({one.lower() for one in row["connectivity"].split(";") if one}),
                 DCTERMS.source: "{}@{}:{}".format(*source) if all(source) else None,
-                TF.doubt: row["ram_note"] or None,
+                TF.dataQualityNote: row["ram_note"] or None,
             },
         )
 
@@ -131,7 +131,7 @@ def _core(path: Path) -> Iterator[CatalogueBoard]:
     except OSError as error:
         raise _missing(path, error) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no list of boards: {error!r}; take the file as it was published") from None
+        raise UserError(f"{path} is not a list of boards: {error!r}; use the file as published") from None
 
 
 def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -140,22 +140,22 @@ def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[dict[str, str]]:
             reader = csv.DictReader(file)
             lacking = [name for name in wanted if name not in (reader.fieldnames or ())]
             if lacking:
-                raise UserError(f"{path} has no column {', '.join(lacking)}; take the file as it was published")
+                raise UserError(f"{path} has no column {', '.join(lacking)}; use the file as published")
             for row in reader:
                 if any(row[name] is None for name in wanted):
-                    raise UserError(f"{path}, line {reader.line_num}: a row is cut short")
+                    raise UserError(f"{path}, line {reader.line_num}: an incomplete row")
                 yield row
     except OSError as error:
         raise _missing(path, error) from None
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no CSV file: {error}") from None
+        raise UserError(f"{path} is not a CSV file: {error}") from None
 
 
 def _number(path: Path, row: dict[str, Any], name: str) -> int:
     try:
         return int(row[name] or 0)
     except ValueError:
-        raise UserError(f"{path}: {name} of {row['id']} is no whole number: {row[name]!r}") from None
+        raise UserError(f"{path}: {name} of {row['id']} is not a whole number: {row[name]!r}") from None
 
 
 def _missing(path: Path, error: OSError) -> UserError:

@@ -18,7 +18,7 @@ from tinyfleet.edge.model.graph import Layer, ModelGraph, Shape
 from tinyfleet.edge.model.program import Program
 from tinyfleet.ontology.ingest.model_card import ModelCard
 from tinyfleet.ontology.store.store import Binding, Facts, Store, Value, bind, each, triples
-from tinyfleet.ontology.vocabulary import implied, shapes
+from tinyfleet.ontology.vocabulary import entailment, shapes
 from tinyfleet.ontology.vocabulary.namespaces import (
     DCTERMS,
     MLS,
@@ -179,7 +179,7 @@ def board_facts(
             **(more or {}),
         }
     }
-    return implied.with_entailments(flat, parts)
+    return entailment.with_entailments(flat, parts)
 
 
 def part_facts(part: str, observes: Sequence[str]) -> dict[Iri, dict[Iri, Binding | None]]:
@@ -401,7 +401,7 @@ def model_facts(model: ModelDescription) -> dict[Iri, dict[Iri, Binding | None]]
             }
     if model.card is not None:
         _put_card(facts, iri, model.card)
-    return implied.with_entailments(facts)
+    return entailment.with_entailments(facts)
 
 
 def _put_card(facts: dict[Iri, dict[Iri, Binding | None]], iri: Iri, card: ModelCard) -> None:
@@ -490,7 +490,7 @@ def put_measurement(
             SOSA.resultTime: at or datetime.now(UTC),
         }
     }
-    shapes.admit(store, f"the measurement on {board!r}", facts)
+    shapes.check_and_add(store, f"the measurement on {board!r}", facts)
     return iri
 
 

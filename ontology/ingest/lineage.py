@@ -1,7 +1,7 @@
-"""Runs, rounds, updates, model versions and deployments as PROV-O: who learned what from what, and with what result.
+"""Runs, rounds, updates, model versions and deployments as PROV-O: where each version of a model comes from.
 
-A run trains one model; each round takes the run's newest version and makes the next one out of its devices' replies.
-Also what is written when a device's state changes: since when it is offline, and events of drift.
+A run trains one model; each round makes the next version from the newest one and the devices' replies. This module also
+records when devices went offline, and drift events.
 """
 
 import math
@@ -29,17 +29,31 @@ from tinyfleet.ontology.vocabulary.namespaces import (
 )
 
 DRIFTED = 0.5
-"""A drift of so much is an event, once,"""
-SETTLED = 0.4
-"""until it has fallen below this: a drift that trembles about the threshold is one event, not many."""
+"""Drift at which an event begins."""
+FINAL = 0.4
+"""Drift below which the event ends. It is lower, so that a drift that hovers around the threshold is one event."""
 
 
 @dataclass(frozen=True)
 class Participation:
-    """One device's part in a round: what it reported, None where it reported nothing of the kind.
+    """One device's part in a round, with the results it reported; None for those it did not.
 
-    loss: mean over the samples learned from; accuracy: 0 to 1, on samples never learned from; bytes_up: payload sent;
-    encoding: the form of its update, such as "sparse f16"; staleness: how many versions others made meanwhile.
+    Attributes
+    ----------
+    device
+        ID of the device.
+    loss
+        Mean loss over the samples learned from.
+    accuracy
+        From 0 to 1, on held-out samples.
+    samples
+        Number of samples learned from.
+    bytes_up
+        Bytes of payload sent.
+    encoding
+        Encoding of its update, such as "sparse f16".
+    staleness
+        Number of versions that others made meanwhile.
     """
 
     device: str
@@ -52,7 +66,7 @@ class Participation:
 
 
 class Lineage:
-    """Writes one fleet's runs into the store. Saying the same thing twice changes nothing."""
+    """Writes the runs and deployments of one fleet to the graph. Writing the same twice changes nothing."""
 
     def __init__(self, store: Store, fleet: str) -> None:
         self._store = store
@@ -69,9 +83,23 @@ class Lineage:
         derived_from: Iri | None = None,
         at: datetime | None = None,
     ) -> Iri:
-        """A run begins, with parameters of this hash; derived_from is the version they come from, if from any.
+        """Record the start of a run.
 
-        The IRI of version 0.
+        Parameters
+        ----------
+        run, model, strategy, task
+            Number of the run, IRI of its model, and names of its strategy and learning task.
+        sha256
+            Hash of the initial parameters as float32.
+        derived_from
+            Version that these parameters come from, if any.
+        at
+            When it started. Default: now.
+
+        Returns
+        -------
+        Iri
+            Version 0 of the run.
         """
         about, version = run_iri(self._fleet, run), version_iri(self._fleet, run, 0)
         facts: dict[Iri, dict[Iri, Binding | None]] = {
@@ -87,7 +115,7 @@ class Lineage:
             },
             version: self._version(model, 0, sha256, about, derived_from),
         }
-        shapes.admit(self._store, f"run {run}", facts)
+        shapes.check_and_add(self._store, f"run {run}", facts)
         return version
 
     def round(
@@ -96,7 +124,7 @@ class Lineage:
         number: int,
         parts: Sequence[Participation],
         *,
-        asked: int,
+        selected: int,
         started: datetime,
         ended: datetime | None = None,
         sha256: str | None = None,
@@ -105,11 +133,31 @@ class Lineage:
         accuracy: float | None = None,
         lost: Iterable[str] = (),
     ) -> Iri | None:
-        """A round has ended: `asked` devices were asked, `parts` took part, and the parameters now have this hash; of
-        those asked, the devices in `lost` gave no usable reply.
+        """Record a round that has ended.
 
-        The IRI of the version that the round made, derived from the run's newest before it; None if it made none
-        (sha256 is None: nobody replied). The round's loss is the mean of its parts' losses.
+        Parameters
+        ----------
+        run, number
+            Numbers of the run and of the round.
+        parts
+            The devices that took part. The round's loss is the mean of their losses.
+        selected
+            How many devices were selected.
+        started, ended
+            When the round started and ended. Default for the end: now.
+        sha256
+            Hash of the new parameters; None if the round made no version, because no device replied.
+        bytes_up, bytes_down
+            Bytes of payload that the devices and the server sent.
+        accuracy
+            From 0 to 1, on held-out samples.
+        lost
+            IDs of selected devices that gave no usable reply.
+
+        Returns
+        -------
+        Iri or None
+            The version that the round made, derived from the run's newest version before it.
         """
         about = round_iri(self._fleet, run, number)
         losses = [p.loss for p in parts if p.loss is not None and math.isfinite(p.loss)]
@@ -120,7 +168,7 @@ class Lineage:
                 RDF.type: [TF.Round, PROV.Activity],
                 TF.inRun: run_iri(self._fleet, run),
                 TF.roundNumber: number,
-                TF.asked: asked,
+                TF.selectedDevices: selected,
                 TF.noReplyFrom: [device_iri(self._fleet, device) for device in lost],
                 TF.loss: sum(losses) / len(losses) if losses else None,
                 TF.accuracy: _finite(accuracy),
@@ -141,7 +189,7 @@ class Lineage:
                 PROV.agent: device,
                 TF.loss: _finite(p.loss),
                 TF.accuracy: _finite(p.accuracy),
-                TF.samples: p.samples,
+                TF.samplesLearned: p.samples,
                 TF.bytesUp: p.bytes_up,
             }
             facts[update_iri(self._fleet, run, number, p.device)] = {
@@ -156,11 +204,11 @@ class Lineage:
         if sha256 is not None:
             version = version_iri(self._fleet, run, number)
             facts[version] = self._version(model, number, sha256, about, before)
-        shapes.admit(self._store, f"round {number} of run {run}", facts)
+        shapes.check_and_add(self._store, f"round {number} of run {run}", facts)
         return version
 
     def end(self, run: int, at: datetime | None = None) -> None:
-        """A run has ended."""
+        """Record the end of a run."""
         self._store.write({run_iri(self._fleet, run): {PROV.endedAtTime: at or datetime.now(UTC)}})
 
     def deployment(
@@ -175,7 +223,7 @@ class Lineage:
         confirmed: Iterable[str] = (),
         failed: Iterable[str] = (),
     ) -> Iri:
-        """A model is given to devices: said when it begins, and again, with what came of it, when it has ended."""
+        """Record a deployment: when it begins, and again, with its results, when it has ended."""
 
         def iris(devices: Iterable[str]) -> list[Iri]:
             return [device_iri(self._fleet, device) for device in devices]
@@ -195,11 +243,11 @@ class Lineage:
                 PROV.endedAtTime: ended,
             }
         }
-        shapes.admit(self._store, f"deployment {number}", facts)
+        shapes.check_and_add(self._store, f"deployment {number}", facts)
         return about
 
     def _newest(self, run: int, number: int) -> tuple[Iri, Iri | None]:
-        """The model of the run, and its newest version before this round."""
+        """Return the model of the run, and its newest version before this round."""
         rows = self._store.query(
             """PREFIX tf: <https://w3id.org/tinyfleet#>
             PREFIX prov: <http://www.w3.org/ns/prov#>
@@ -234,62 +282,67 @@ class Lineage:
 
 
 class DeviceHistory:
-    """Since when devices are offline, and their drift events: what their new statuses change beside their state.
+    """When devices went offline, and their drift events: the facts that new statuses add beside the devices' state.
 
-    The graph is asked once for all the statuses that are to come; `changes` then follows what it has said itself. To be
-    used while nobody else writes.
+    The graph is asked once for all statuses of a batch; `changes` then keeps track of the facts that it has returned
+    itself. Nothing else may write to the graph meanwhile.
+
+    Parameters
+    ----------
+    store
+        The graph.
+    statuses
+        The devices and the statuses of the batch.
     """
 
     def __init__(self, store: Store, statuses: Iterable[tuple[Iri, Status]]) -> None:
-        """statuses: of which devices, and what is to be known of each."""
-        devices: dict[Iri, None] = {}
-        drifted: dict[Iri, None] = {}
-        settled: dict[Iri, None] = {}
+        devices: dict[Iri, set[str]] = {}
         for device, status in statuses:
-            devices[device] = None
-            if status.online and status.drift is not None:
-                if status.drift >= DRIFTED:
-                    drifted[device] = None
-                elif status.drift < SETTLED:
-                    settled[device] = None
-        # What a device's state is already needs no second look: who wrote that it is online took away since when it is
-        # not, and who wrote that its drift is small or large ended its event or began one, in the same transaction.
+            levels = devices.setdefault(device, set())
+            if status.online and (level := _drift_level(status.drift)):
+                levels.add(level)
+        drifting = [device for device, levels in devices.items() if levels]
+        # A device's state answers for most devices: whatever set it to online also removed tf:offlineSince, and
+        # whatever set its drift also began or ended the event, in the same transaction.
         online = store.values(list(devices), TF.online)
-        drift = store.values(list(drifted | settled), TF.drift)
+        drift = store.values(drifting, TF.drift)
         self._offline = set(store.values([d for d in devices if online.get(d) is not True], TF.offlineSince))
         self._events: dict[Iri, int] = {}
         self._under_way: dict[Iri, list[Iri]] = {}
-        asked = []
-        for device in drifted | settled:
-            known = drift.get(device)
-            if not isinstance(known, float) or (device in drifted and device in settled):
-                asked.append(device)
-            elif device in drifted and known >= DRIFTED:
-                self._under_way[device] = []  # one is, whichever
-            elif device in drifted or known >= SETTLED:
-                asked.append(device)
-        if asked:
-            for row in store.query(
-                f"""SELECT ?device ?event ?ended WHERE {{
-                      VALUES ?device {{ {" ".join(f"<{device}>" for device in asked)} }}
-                      ?event <{TF.device}> ?device ; a <{TF.DriftEvent}> .
-                      OPTIONAL {{ ?event <{PROV.endedAtTime}> ?ended }}
-                    }}"""
-            ):
-                device = Iri(str(row["device"]))
-                self._events[device] = self._events.get(device, 0) + 1
-                if "ended" not in row:
-                    self._under_way.setdefault(device, []).append(Iri(str(row["event"])))
+        unclear = []
+        for device in drifting:
+            before = drift.get(device)
+            level = _drift_level(before) if isinstance(before, float) else _BETWEEN
+            if devices[device] != {level}:
+                unclear.append(device)
+            elif level == _HIGH:
+                self._under_way[device] = []  # there is one; which one does not matter
+        if unclear:
+            self._read_events(store, unclear)
+
+    def _read_events(self, store: Store, devices: Iterable[Iri]) -> None:
+        rows = store.query(
+            f"""SELECT ?device ?event ?ended WHERE {{
+                  VALUES ?device {{ {" ".join(f"<{device}>" for device in devices)} }}
+                  ?event <{TF.device}> ?device ; a <{TF.DriftEvent}> .
+                  OPTIONAL {{ ?event <{PROV.endedAtTime}> ?ended }}
+                }}"""
+        )
+        for row in rows:
+            device = Iri(str(row["device"]))
+            self._events[device] = self._events.get(device, 0) + 1
+            if "ended" not in row:
+                self._under_way.setdefault(device, []).append(Iri(str(row["event"])))
 
     def removed(self, device: Iri) -> None:
-        """Everything that was said of the device has been taken out of the graph; its events have not."""
+        """Note that all facts about the device have been removed from the graph; its events stay."""
         self._offline.discard(device)
 
     def changes(self, device: Iri, status: Status, at: datetime) -> dict[Iri, dict[Iri, Binding | None]]:
-        """What a device's new status changes: since when it is offline, and, where its drift rises through DRIFTED, a
-        drift event, which ends when it falls below SETTLED. To be written with the state.
+        """Return the facts that a device's new status changes, to be written together with its state.
 
-        A status that comes twice makes no second event.
+        They are the time since which it is offline, and drift events: one begins where the drift rises to `DRIFTED`,
+        and ends where it falls below `FINAL`. A repeated status makes no second event.
         """
         if not status.online:
             if device in self._offline:
@@ -300,11 +353,10 @@ class DeviceHistory:
         if device in self._offline:
             self._offline.remove(device)
             facts[device] = {TF.offlineSince: None}
-        if status.drift is None:
-            return facts
-        if status.drift < SETTLED:
+        level = _drift_level(status.drift)
+        if level == _LOW:
             facts |= {event: {PROV.endedAtTime: at} for event in self._under_way.pop(device, ())}
-        elif status.drift >= DRIFTED and device not in self._under_way:
+        elif level == _HIGH and device not in self._under_way:
             number = self._events[device] = self._events.get(device, 0) + 1
             event = Iri(f"{device}:drift:{number}")
             self._under_way[device] = [event]
@@ -317,6 +369,16 @@ class DeviceHistory:
                 PROV.startedAtTime: at,
             }
         return facts
+
+
+_HIGH, _LOW, _BETWEEN = "high", "low", ""
+
+
+def _drift_level(drift: float | None) -> str:
+    """High if the drift begins an event, low if it ends one, neither in between or if it is not known."""
+    if drift is None or FINAL <= drift < DRIFTED:
+        return _BETWEEN
+    return _HIGH if drift >= DRIFTED else _LOW
 
 
 def _finite(number: float | None) -> float | None:

@@ -1,41 +1,45 @@
-"""Descriptions in, graph out: what devices say of themselves becomes facts, once it is checked.
+"""Thing Descriptions and statuses in, facts out.
 
-`Registry.take` takes MQTT topics and their payloads, as many as have arrived, and writes what they say in one
-transaction; `Registry.put` takes a description that came in another way. Neither touches the network. A Thing
-Description is read as JSON-LD with our own context, checked against the shapes, and written flat: facts about the
-device on the device, facts about its kind of board once on the board, by whoever says them first (`tinyfleet firmware
-boards --add-to-graph` says those that are known). The document itself is kept beside them (things.py). A thing
-that is no device of the fleet, which only `put` takes, is written with what it says flatly of itself. A status is a few
-flat facts. What cannot be right is refused, counted and logged with its reason, and leaves the graph as it was; what
-comes twice, late or in another order ends in the same graph.
+`Registry.ingest` takes the MQTT messages that have arrived, and writes their facts in one transaction;
+`Registry.put_description` takes a description that came another way. Neither touches the network.
+
+A Thing Description is read as JSON-LD with our own context, checked against the shapes, and written flat: facts about
+the device on the device, facts about its board once on the board, from whichever source describes the board first. The
+document itself is stored beside the facts (thing_store.py). A thing that is not a device of the fleet, which only
+`put_description` accepts, is stored with its own flat facts. A status is a few flat facts.
+
+A message that cannot be right is rejected, counted and logged with the reason, and changes nothing. Messages that are
+repeated, late or reordered lead to the same graph. A device of another wire version, or with an unsupported program
+format, is marked as incompatible, so that no run and no deployment selects it.
 """
 
-import json
 import logging
 import math
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jsonschema_rs
 import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
+from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.messages import Status, decode_status
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology import vocabulary
 from tinyfleet.ontology.ingest import lineage
 from tinyfleet.ontology.ingest.describe import known_parts
-from tinyfleet.ontology.ingest.things import Document, DocumentChanges, ThingStore, split
+from tinyfleet.ontology.ingest.description_parser import (
+    DescribedTriples,
+    RejectedMessage,
+    parse_thing_description,
+    to_triples,
+)
+from tinyfleet.ontology.ingest.thing_store import Document, DocumentChanges, ThingStore, split
 from tinyfleet.ontology.store.store import BASE, Binding, Store, StoreError, Value, each, printable, term, value
-from tinyfleet.ontology.vocabulary import shapes
-from tinyfleet.ontology.vocabulary.implied import with_entailments
+from tinyfleet.ontology.vocabulary.entailment import with_entailments
 from tinyfleet.ontology.vocabulary.namespaces import (
     BOARDS,
     RDF,
@@ -49,17 +53,7 @@ from tinyfleet.ontology.vocabulary.namespaces import (
     model_iri,
 )
 
-MAX_BYTES = 65_536
-"""A Thing Description may be so long."""
-MAX_DEPTH = 16
-"""Objects and arrays may nest so deep in it."""
-
-TD_CONTEXT = "https://www.w3.org/2022/wot/td/v1.1"
-_CONTEXT_FILE = Path(vocabulary.__file__).with_name("context.jsonld")
-
-_SCHEMA_FILE = Path(vocabulary.__file__).with_name("thing.schema.json")
-
-# What is taken from a description. All else that it says (affordances, forms) stays in the document.
+# The facts taken from a description. Everything else in it (affordances, forms) stays in the document.
 _DEVICE = (
     TD.title,
     TD.description,
@@ -73,127 +67,130 @@ _DEVICE = (
     TF.model,
 )
 _BOARD = (TD.title, TF.mcu, TF.clockHz, TF.ramBytes, TF.flashBytes, TF.sensor)
-# A fleet may have a million devices: of what a device's type implies, this is what queries of S3N's kind ask for.
+# A fleet may have a million devices: of the types that tf:Device entails, these are the ones that S3N's queries need.
 _TYPES = (TD.Thing, TF.Device, S3N.SmartSensor)
-_STATE = (TF.online, TF.currentModel, TF.samples, TF.malformed, TF.stale, TF.battery, TF.drift)
-
-# JSON-LD keywords with which a description could say things of other nodes, or change what its words mean.
-_KEYWORDS = {"@context", "@id", "@type"}
 
 log = logging.getLogger(__name__)
 
 
-class RejectedMessage(Exception):
-    """Why a message was not taken: `violations`, one line each."""
-
-    def __init__(self, *violations: str) -> None:
-        super().__init__("; ".join(violations))
-        self.violations = violations
-
-
 @dataclass(frozen=True, slots=True)
 class IngestResult:
-    """What became of a message: what it was, of which device, and why it was refused, if it was.
+    """What the registry did with a message.
 
-    online: what a status says; for a description, whether there is one (an empty one takes the device away).
+    Attributes
+    ----------
+    kind, device
+        What the message was, and the ID of its device.
+    online
+        Whether a status says that the device is online. For a description: whether there is one; an empty description
+        removes the device.
+    rejection
+        Why the message was rejected; None if it was accepted.
+    incompatibility
+        Why this server cannot talk to the device ("speaks wire version 1, ..."); None if it can.
     """
 
     kind: Literal["td", "status"]
     device: str
     online: bool = False
-    refusal: str | None = None
+    rejection: str | None = None
+    incompatibility: str | None = None
 
 
-@cache
-def _context() -> dict[str, Any]:
-    context: dict[str, Any] = json.loads(_CONTEXT_FILE.read_text(encoding="utf-8"))["@context"]
-    return context
+class PendingFacts(NamedTuple):
+    """Facts and documents that were read but are not yet written to the graph."""
 
+    facts: dict[Iri, dict[Iri, Binding | None]]
+    documents: DocumentChanges
 
-@cache
-def _schema() -> jsonschema_rs.Validator:
-    return jsonschema_rs.validator_for(json.loads(_SCHEMA_FILE.read_text(encoding="utf-8")))
+    def of(self, subject: Iri) -> dict[Iri, Binding | None]:
+        return self.facts.setdefault(subject, {})
 
 
 class Registry:
-    """Keeps one fleet's devices in the graph. `accepted` and `refused` count messages; `last_refusal` says why."""
+    """Keeps the devices of one fleet in the graph.
+
+    Parameters
+    ----------
+    store
+        The graph.
+    fleet
+        Name of the fleet.
+    clock
+        Returns the current time, for facts about when something happened.
+
+    Attributes
+    ----------
+    things : ThingStore
+        The documents.
+    accepted, rejected : int
+        How many messages were accepted and rejected.
+    last_rejection : str or None
+        Why the last rejected message was rejected.
+
+    Examples
+    --------
+    >>> from tinyfleet.ontology.store.store import EmbeddedStore
+    >>> registry = Registry(EmbeddedStore(), "home")
+    >>> registry.ingest_one("tinyfleet/home/devices/kitchen/td", b"not JSON")
+    False
+    >>> registry.rejected
+    1
+    """
 
     def __init__(self, store: Store, fleet: str, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        """clock: what time it is, for facts that say when."""
         self._store = store
         self._clock = clock
         self.fleet = fleet_name(fleet)
         self._topics = Topics(fleet)
         self.things = ThingStore(store)
         self.accepted = 0
-        self.refused = 0
-        self.last_refusal: str | None = None
+        self.rejected = 0
+        self.last_rejection: str | None = None
 
-    def handle(self, topic: str, payload: bytes) -> bool:
-        """Takes one message, as `take` does. True if it went into the graph; False if it was refused or is none of the
-        registry's."""
-        (taken,) = self.take([(topic, payload)])
-        return taken is not None and taken.refusal is None
+    def ingest_one(self, topic: str, payload: bytes) -> bool:
+        """Ingest one message, as `ingest` does. False if it was rejected or its topic is not one of the registry's."""
+        (result,) = self.ingest([(topic, payload)])
+        return result is not None and result.rejection is None
 
-    def take(self, messages: Sequence[tuple[str, bytes]]) -> list[IngestResult | None]:
-        """Takes messages in the order of their arrival; for each what became of it, None if it is none of the
-        registry's. When this returns they are in the graph.
+    def ingest(self, messages: Sequence[tuple[str, bytes]]) -> list[IngestResult | None]:
+        """Write the facts of messages to the graph.
 
-        An empty description (a cleared retained message) takes the device out of the graph. Raises StoreError if the
-        store fails: the messages can then be handed over again.
+        Parameters
+        ----------
+        messages
+            Topics and payloads, in the order of their arrival. An empty description (a cleared retained message)
+            removes the device from the graph.
+
+        Returns
+        -------
+        list
+            For each message the result; None for a topic that is not one of the registry's. By then the facts are in
+            the graph.
+
+        Raises
+        ------
+        StoreError
+            If the store fails: the same messages can then be ingested again.
         """
         with self.things.lock:
-            parse_thing_description = [self._read(topic, payload) for topic, payload in messages]
-            histories = lineage.DeviceHistory(
-                self._store,
-                (
-                    (device_iri(self.fleet, m.device), m.said)
-                    for m in parse_thing_description
-                    if m and isinstance(m.said, Status)
-                ),
-            )
-            taken: list[IngestResult | None] = []
-            facts, changes = PendingFacts(), DocumentChanges()
-            for message in parse_thing_description:
-                if message is None:
-                    taken.append(None)
-                    continue
-                kind, device, iri, said = message
-                try:
-                    if isinstance(said, RejectedMessage):
-                        raise said
-                    if isinstance(said, Status):
-                        self._state(iri, said, facts, histories)
-                        online = said.online
-                    elif said:
-                        self._description(iri, said, facts, changes)
-                        online = True
-                    else:
-                        self.things.write(facts, changes)
-                        facts, changes = PendingFacts(), DocumentChanges()
-                        self.things.remove(iri)
-                        histories.removed(iri)
-                        online = False
-                except StoreError:
-                    raise
-                except (RejectedMessage, UserError) as reason:
-                    what = "Thing Description" if kind == "td" else "status"
-                    refusal = printable(f"{what} of {device!r} refused: {reason}")
-                    log.warning("%s", refusal)
-                    taken.append(IngestResult(kind, device, refusal=refusal))
-                else:
-                    taken.append(IngestResult(kind, device, online))
-            self.things.write(facts, changes)
-            for one in taken:
-                if one is not None and one.refusal is None:
-                    self.accepted += 1
-                elif one is not None:
-                    self.refused += 1
-                    self.last_refusal = one.refusal
-            return taken
+            parsed = [self._parse(topic, payload) for topic, payload in messages]
+            statuses = ((m.iri, m.content) for m in parsed if m is not None and isinstance(m.content, Status))
+            foreign = ((m.iri, _OFFLINE) for m in parsed if m is not None and isinstance(m.content, WireVersionError))
+            history = lineage.DeviceHistory(self._store, [*statuses, *foreign])
+            pending = PendingFacts({}, {})
+            results = [None if message is None else self._ingest(message, pending, history) for message in parsed]
+            self.things.write(*pending)
+        for result in results:
+            if result is not None and result.rejection is not None:
+                self.rejected += 1
+                self.last_rejection = result.rejection
+            elif result is not None:
+                self.accepted += 1
+        return results
 
     def mark_all_offline(self) -> None:
-        """Takes it that every device is offline until it says otherwise. In many transactions, if they are many."""
+        """Mark every device as offline until it reports again. Many devices take more than one transaction."""
         answer = self._store.evaluate(
             """PREFIX tf: <https://w3id.org/tinyfleet#>
             SELECT ?device WHERE { VALUES ?fleet { UNDEF } ?device tf:online true ; tf:fleet ?fleet }""",
@@ -205,54 +202,111 @@ class Registry:
             now: dict[Iri, Binding | None] = {TF.online: False, TF.offlineSince: self._clock()}
             self._store.write({Iri(str(device)): now for device in some})
 
-    def _read(self, topic: str, payload: bytes) -> "_ParsedMessage | None":
-        """What a message says, or why it is refused; None if it is none of the registry's."""
+    def _parse(self, topic: str, payload: bytes) -> "_ParsedMessage | None":
         match self._topics.parse(topic):
             case "td", (device,):
                 return _ParsedMessage("td", device, device_iri(self.fleet, device), payload)
             case "status", (device,):
-                return _ParsedMessage("status", device, device_iri(self.fleet, device), _status(payload))
+                return _ParsedMessage("status", device, device_iri(self.fleet, device), _parse_status(payload))
         return None
 
-    def _state(self, iri: Iri, status: Status, pending: "PendingFacts", histories: lineage.DeviceHistory) -> None:
-        facts = pending.setdefault(iri, {})
+    def _ingest(self, message: "_ParsedMessage", pending: PendingFacts, history: lineage.DeviceHistory) -> IngestResult:
+        kind, device, iri, content = message
+        reason: str | None = None
+        online = True
+        try:
+            match content:
+                case RejectedMessage():
+                    raise content
+                case WireVersionError():
+                    online, reason = False, self._foreign_status(iri, content, pending, history)
+                case Status():
+                    online, reason = content.online, self._status(iri, content, pending, history)
+                case b"":
+                    self.things.write(*pending)
+                    pending.facts.clear()
+                    pending.documents.clear()
+                    self.things.remove(iri)
+                    history.removed(iri)
+                    online = False
+                case _:
+                    reason = self._description(iri, content, pending)
+        except StoreError:
+            raise
+        except (RejectedMessage, UserError) as error:
+            what = "Thing Description" if kind == "td" else "status"
+            rejection = printable(f"{what} of {device!r} rejected: {error}")
+            log.warning("%s", rejection)
+            return IngestResult(kind, device, rejection=rejection)
+        return IngestResult(kind, device, online, incompatibility=reason)
+
+    def _status(self, iri: Iri, status: Status, pending: PendingFacts, history: lineage.DeviceHistory) -> str | None:
+        facts = pending.of(iri)
         facts[TF.online] = status.online
-        if status.online:  # a will was written before the device did anything: it knows nothing else
+        facts[TF.wireVersion] = WIRE_VERSION
+        reason = None
+        if status.online:  # a will is written before the device has done anything, so the rest of it says nothing
+            reason = _incompatibility(WIRE_VERSION, status.program_format)
+            facts[TF.incompatibility] = reason
+            facts[TF.programFormat] = status.program_format
             facts[TF.currentModel] = model_iri(status.model)
-            facts[TF.samples] = status.samples
-            facts[TF.malformed] = status.malformed
-            facts[TF.stale] = status.stale
+            facts[TF.samplesLearned] = status.samples
+            facts[TF.malformedMessages] = status.malformed
+            facts[TF.staleMessages] = status.stale
             facts[TF.battery] = status.battery
             facts[TF.drift] = status.drift
-        for subject, said in histories.changes(iri, status, self._clock()).items():
-            pending.setdefault(subject, {}).update(said)
+        for subject, changes in history.changes(iri, status, self._clock()).items():
+            pending.of(subject).update(changes)
+        return reason
 
-    def _description(self, iri: Iri, payload: bytes, pending: "PendingFacts", changes: DocumentChanges) -> None:
+    def _foreign_status(
+        self, iri: Iri, error: WireVersionError, pending: PendingFacts, history: lineage.DeviceHistory
+    ) -> str | None:
+        """A status in another version of the wire: nothing in it can be read but the version."""
+        reason = _incompatibility(error.version, None)
+        pending.of(iri).update(
+            {TF.online: False, TF.wireVersion: error.version, TF.incompatibility: reason, **_NO_STATE}
+        )
+        for subject, changes in history.changes(iri, _OFFLINE, self._clock()).items():
+            pending.of(subject).update(changes)
+        return reason
+
+    def _description(self, iri: Iri, payload: bytes, pending: PendingFacts) -> str | None:
         document = parse_thing_description(payload)
         if document.get("id", document.get("@id")) != iri:
             raise RejectedMessage(f"its id must be {iri} on this topic, not {document.get('id')!r:.100}")
-        self._describe(document, pending, changes)
+        self._describe(document, pending)
+        reason = pending.of(iri).get(TF.incompatibility)
+        return None if reason is None else str(reason)
 
     def name(self, document: Mapping[str, Any]) -> Iri:
-        """An id for a description that has none: a device's own, or else a random one (UUID version 4)."""
+        """Return an ID for a description without one: the device's own, or else a random UUID (version 4)."""
         kinds, device = document.get("@type"), document.get("tf:deviceId")
         if isinstance(kinds, list) and "tf:Device" in kinds and isinstance(device, str):
             return device_iri(self.fleet, device)
         return Iri(uuid.uuid4().urn)
 
-    def put(self, given: Mapping[str, Any]) -> bool:
-        """Writes a description, in place of the one of the same id if there is one. True if there was none.
+    def put_description(self, document: Mapping[str, Any]) -> bool:
+        """Write a description to the graph, replacing the one with the same ID.
 
-        Raises Refused, or UserError, for what cannot be right.
+        Returns
+        -------
+        bool
+            True if there was no description with this ID.
+
+        Raises
+        ------
+        RejectedMessage, UserError
+            If the description is not valid.
         """
         with self.things.lock:
-            facts, changes = PendingFacts(), DocumentChanges()
-            new = self._describe(given, facts, changes)
-            self.things.write(facts, changes)
+            pending = PendingFacts({}, {})
+            new = self._describe(document, pending)
+            self.things.write(*pending)
             return new
 
-    def _describe(self, given: Mapping[str, Any], pending: "PendingFacts", changes: DocumentChanges) -> bool:
-        """Adds to what is to be written. True if there is no description of that id."""
+    def _describe(self, given: Mapping[str, Any], pending: PendingFacts) -> bool:
+        """Add a description to what will be written; True if there is none with its ID yet."""
         try:
             document, expires = split(given)
         except ValueError as error:
@@ -266,74 +320,78 @@ class Registry:
             self._device(own[2], id, document, pending)
         else:
             self._thing(id, document, pending)
-        return self.things.change(id, document, expires, changes)
+        return self.things.change(id, document, expires, pending.documents)
 
-    def _device(self, device: str, iri: Iri, document: Document, pending: "PendingFacts") -> None:
+    def _device(self, device: str, iri: Iri, document: Document, pending: PendingFacts) -> None:
+        description = self._check_device(device, iri, document)
+        facts = description.facts(iri)
+        board = Iri(str(facts[TF.board][0]))
+        known = _as_lists(pending.facts[board]) if board in pending.facts else self._about(board)
+        stated = {p: v for p, v in description.facts(board).items() if p in _BOARD}
+        _check_board(description, facts, board, known, stated)
+        if known:
+            _warn_about_differences(iri, board, known, stated)
+        else:
+            known = self._add_board(board, stated, pending)
+        new = pending.of(iri)
+        new.update((p, facts.get(p)) for p in _DEVICE)
+        new[RDF.type] = _TYPES
+        new[SSN.hasSubSystem] = known.get(SSN.hasSubSystem)
+        if new[TD.description] is None:
+            new[TD.description] = known.get(TD.title)
+        wire, program_format = (_number(facts.get(p)) for p in (TF.wireVersion, TF.programFormat))
+        if wire is not None:  # without a version it says nothing about compatibility, and a status may have
+            new[TF.wireVersion] = wire
+            new[TF.programFormat] = program_format
+            new[TF.incompatibility] = _incompatibility(wire, program_format)
+
+    def _check_device(self, device: str, iri: Iri, document: Document) -> "DescribedTriples":
         if iri != device_iri(self.fleet, device):
             raise RejectedMessage(f"id: {iri:.100} is not of the fleet {self.fleet!r}")
-        triples = to_triples(document)
-        thing = _facts(triples, iri)
-        if TF.Device not in thing.get(RDF.type, ()) or TD.Thing not in thing.get(RDF.type, ()):
+        description = DescribedTriples(to_triples(document))
+        types = description.facts(iri).get(RDF.type, [])
+        if TF.Device not in types or TD.Thing not in types:
             raise RejectedMessage('its @type must be ["Thing", "tf:Device"]')
-        for subject in _typed(triples, TF.Device):
+        for subject in description.of_type(TF.Device):
             if subject != iri:
                 raise RejectedMessage(f"it describes another device, {subject}")
-        _conforms(triples, document)
+        description.check(document)
+        facts = description.facts(iri)
         for predicate, expected in ((TF.fleet, self.fleet), (TF.deviceId, device)):
-            if thing[predicate] != [expected]:
+            if facts[predicate] != [expected]:
                 raise RejectedMessage(
-                    f"its {predicate.removeprefix(TF.iri)} must be {expected!r}, not {thing[predicate][0]!r}"
+                    f"its {predicate.removeprefix(TF.iri)} must be {expected!r}, not {facts[predicate][0]!r}"
                 )
-        board = Iri(str(thing[TF.board][0]))
-        said = {p: v for p, v in _facts(triples, board).items() if p in _BOARD}
-        if said and board not in _typed(triples, TF.Board):
-            raise RejectedMessage("what its tf:board points to must have the @type tf:Board")
-        known = _listed(pending[board]) if board in pending else self._about(board)
-        if not known and TF.ramBytes not in said:
-            raise RejectedMessage(f"its board {board} is not known and it does not describe it")
-        for predicate, stated in said.items():
-            if known and set(stated) != set(known.get(predicate, ())):
-                log.warning(
-                    "%s says that %s of its board is %s; %s stays known with %s",
-                    iri,
-                    predicate.split("#")[-1],
-                    _text(stated),
-                    board,
-                    _text(known.get(predicate, [])),
-                )
-        ram, arena = {**known, **said}.get(TF.ramBytes, [math.inf])[0], thing.get(TF.arenaBytes, [0])[0]
-        if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
-            raise RejectedMessage(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
-        facts = pending.setdefault(iri, {})
-        facts.update((p, thing.get(p)) for p in _DEVICE)
-        if not known:
-            flat = {board: {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **said}}
-            more = with_entailments(flat, known_parts(self._store, [str(name) for name in said.get(TF.sensor, ())]))
-            for subject, about in more.items():
-                pending.setdefault(subject, {}).update(about)
-            known = _listed(more[board])
-        facts[RDF.type] = _TYPES
-        facts[SSN.hasSubSystem] = known.get(SSN.hasSubSystem)
-        if facts[TD.description] is None:
-            facts[TD.description] = known.get(TD.title)
+        return description
 
-    def _thing(self, iri: Iri, document: Document, pending: "PendingFacts") -> None:
-        """What a thing that is no device says of itself flatly, in place of all that was said of it."""
+    def _add_board(
+        self, board: Iri, stated: Mapping[Iri, list[Value]], pending: PendingFacts
+    ) -> dict[Iri, list[Value]]:
+        """Add a new board, with what its facts entail, to what will be written; return its facts."""
+        flat = {board: {RDF.type: TF.Board, TF.boardId: board.removeprefix(BOARDS), **stated}}
+        parts = known_parts(self._store, [str(name) for name in stated.get(TF.sensor, ())])
+        entailed = with_entailments(flat, parts)
+        for subject, facts in entailed.items():
+            pending.of(subject).update(facts)
+        return _as_lists(entailed[board])
+
+    def _thing(self, iri: Iri, document: Document, pending: PendingFacts) -> None:
+        """The flat facts about a thing that is not a device, replacing all its earlier facts."""
         if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", iri) or iri.startswith(("urn:tinyfleet:", BASE)):
-            raise RejectedMessage(f"id: {iri:.100} cannot be a thing's; take an IRI of your own")
-        triples = to_triples(document)
-        for triple in triples:
+            raise RejectedMessage(f"id: {iri:.100} cannot be the ID of a thing; use an IRI of your own")
+        description = DescribedTriples(to_triples(document))
+        for triple in description.triples:
             if triple.predicate.value == RDF.type and str(triple.object).startswith(f"<{TF.iri}"):
-                raise RejectedMessage(f"@type: {triple.object} is for what is named urn:tinyfleet:{self.fleet}:…")
-        _conforms(triples, document)
-        said: dict[Iri, list[Value]] = {RDF.type: [TD.Thing]}
-        for triple in triples:
+                raise RejectedMessage(f"@type: {triple.object} is only for IDs urn:tinyfleet:{self.fleet}:…")
+        description.check(document)
+        facts: dict[Iri, list[Value]] = {RDF.type: [TD.Thing]}
+        for triple in description.triples:
             if triple.subject == ox.NamedNode(iri) and isinstance(triple.object, (ox.NamedNode, ox.Literal)):
-                said.setdefault(Iri(triple.predicate.value), []).append(value(triple.object))
-        pending[iri] = {**dict.fromkeys(self._about(iri)), **said}
+                facts.setdefault(Iri(triple.predicate.value), []).append(value(triple.object))
+        pending.facts[iri] = {**dict.fromkeys(self._about(iri)), **facts}
 
     def _about(self, subject: Iri) -> dict[Iri, list[Value]]:
-        """What the graph says of a subject."""
+        """The graph's facts about a subject."""
         rows = self._store.query("SELECT ?p ?o WHERE { VALUES ?s { UNDEF } ?s ?p ?o }", s=subject)
         facts: dict[Iri, list[Value]] = {}
         for row in rows:
@@ -341,35 +399,75 @@ class Registry:
         return facts
 
 
-def _conforms(triples: list[ox.Triple], document: Mapping[str, Any]) -> None:
-    """Raises Refused unless the description has the form of one and its triples conform to the shapes."""
-    form = [
-        f"{'.'.join(map(str, error.instance_path)) or '(root)'}: {error.message:.200}"
-        for error in _schema().iter_errors(dict(document))
-    ]
-    wrong = [*shapes.violations(triples), *form]
-    if wrong:
-        raise RejectedMessage(*wrong[:20])
+def _check_board(
+    description: DescribedTriples,
+    device: Mapping[Iri, list[Value]],
+    board: Iri,
+    known: Mapping[Iri, list[Value]],
+    stated: Mapping[Iri, list[Value]],
+) -> None:
+    """Raise RejectedMessage if the description does not describe a board that is not known, or the arena exceeds it."""
+    if stated and board not in description.of_type(TF.Board):
+        raise RejectedMessage("what its tf:board points to must have the @type tf:Board")
+    if not known and TF.ramBytes not in stated:
+        raise RejectedMessage(f"its board {board} is not known and it does not describe it")
+    ram, arena = {**known, **stated}.get(TF.ramBytes, [math.inf])[0], device.get(TF.arenaBytes, [0])[0]
+    if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
+        raise RejectedMessage(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
 
 
-PendingFacts = dict[Iri, dict[Iri, Binding | None]]
-"""What is to be written, of each subject."""
+def _warn_about_differences(
+    device: Iri, board: Iri, known: Mapping[Iri, list[Value]], stated: Mapping[Iri, list[Value]]
+) -> None:
+    for predicate, values in stated.items():
+        if set(values) != set(known.get(predicate, ())):
+            log.warning(
+                "%s says that %s of its board is %s; %s keeps %s",
+                device,
+                predicate.split("#")[-1],
+                _as_text(values),
+                board,
+                _as_text(known.get(predicate, [])),
+            )
+
+
+def _incompatibility(wire: int, program_format: int | None) -> str | None:
+    """Why this server cannot talk to a device with these versions; None if it can."""
+    if wire != WIRE_VERSION:
+        return f"speaks wire version {wire}, this server speaks {WIRE_VERSION}; {_update(wire < WIRE_VERSION)}"
+    if program_format is not None and program_format != PROGRAM_FORMAT:
+        older = program_format < PROGRAM_FORMAT
+        return f"reads program format {program_format}, this server sends {PROGRAM_FORMAT}; {_update(older)}"
+    return None
+
+
+def _update(device_is_older: bool) -> str:
+    return "update its firmware" if device_is_older else "update the server"
+
+
+_OFFLINE = Status(False, bytes(8))
+# What was known of a device's state before it turned out that its statuses cannot be read.
+_NO_STATE: dict[Iri, Binding | None] = dict.fromkeys(
+    (TF.programFormat, TF.samplesLearned, TF.malformedMessages, TF.staleMessages, TF.battery, TF.drift)
+)
 
 
 class _ParsedMessage(NamedTuple):
-    """A message of a device: a description as it came, a status that is in order, or why it is not."""
+    """A message of a device: a description's bytes, a valid status, or why there is none."""
 
     kind: Literal["td", "status"]
     device: str
     iri: Iri
-    said: bytes | Status | RejectedMessage
+    content: bytes | Status | WireVersionError | RejectedMessage
 
 
-def _status(payload: bytes) -> Status | RejectedMessage:
+def _parse_status(payload: bytes) -> Status | WireVersionError | RejectedMessage:
     if not payload:
         return RejectedMessage("it is empty")
     try:
         status = decode_status(payload)
+    except WireVersionError as error:
+        return error
     except ProtocolError as error:
         return RejectedMessage(str(error))
     if status.online and status.battery is not None and not 0 <= status.battery <= 1:
@@ -379,101 +477,13 @@ def _status(payload: bytes) -> Status | RejectedMessage:
     return status
 
 
-def _listed(facts: Mapping[Iri, Binding | None]) -> dict[Iri, list[Value]]:
+def _as_lists(facts: Mapping[Iri, Binding | None]) -> dict[Iri, list[Value]]:
     return {p: list(each(given)) for p, given in facts.items()}
 
 
-def _text(given: list[Value]) -> str:
-    return ", ".join(sorted(printable(str(v)) for v in given)) or "nothing"
+def _as_text(values: list[Value]) -> str:
+    return ", ".join(sorted(printable(str(v)) for v in values)) or "nothing"
 
 
-def _facts(triples: list[ox.Triple], subject: str) -> dict[Iri, list[Value]]:
-    facts: dict[Iri, list[Value]] = {}
-    for t in triples:
-        if isinstance(t.subject, ox.NamedNode) and t.subject.value == subject:
-            facts.setdefault(Iri(t.predicate.value), []).append(value(t.object))
-    return facts
-
-
-def _typed(triples: list[ox.Triple], kind: Iri) -> Iterator[str]:
-    for t in triples:
-        if t.predicate.value == RDF.type and isinstance(t.object, ox.NamedNode) and t.object.value == kind:
-            yield t.subject.value if isinstance(t.subject, ox.NamedNode) else str(t.subject)
-
-
-def parse_thing_description(payload: bytes) -> dict[str, Any]:
-    """The JSON object of a Thing Description. Raises Refused if it is too long, too deep or not one JSON object."""
-    if len(payload) > MAX_BYTES:
-        raise RejectedMessage(f"{len(payload)} bytes are more than the {MAX_BYTES} that a description may have")
-    try:
-        document = json.loads(payload.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
-    except UnicodeDecodeError as error:
-        raise RejectedMessage(f"it is not UTF-8 text: {error}") from None
-    except RecursionError:
-        raise RejectedMessage(f"it nests deeper than {MAX_DEPTH}") from None
-    except ValueError as error:
-        raise RejectedMessage(f"it is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise RejectedMessage("it is not a JSON object")
-    level: list[Any] = [document]
-    for _ in range(MAX_DEPTH):
-        level = [v for node in level for v in (node.values() if isinstance(node, dict) else node)]
-        level = [v for v in level if isinstance(v, (dict, list))]
-        if not level:
-            return document
-    raise RejectedMessage(f"it nests deeper than {MAX_DEPTH}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name comes twice in one object")
-    return result
-
-
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def to_triples(document: Mapping[str, Any]) -> list[ox.Triple]:
-    """A Thing Description's triples, read with our own context: nothing is fetched.
-
-    Its @context must be that of TD 1.1, and may add prefixes of its own, as objects of names and IRIs. Raises Refused
-    for any other context, for a context further in, and for keywords that speak of other nodes.
-    """
-    given = document.get("@context")
-    entries = given if isinstance(given, list) else [given]
-    if TD_CONTEXT not in entries:
-        raise RejectedMessage(f"its @context must hold {TD_CONTEXT}")
-    context = dict(_context())
-    for entry in entries:
-        if entry == TD_CONTEXT:
-            continue
-        if not isinstance(entry, dict):
-            raise RejectedMessage(
-                f"its @context names {entry!r:.100}; only {TD_CONTEXT} is known, and nothing is fetched"
-            )
-        for name, iri in entry.items():
-            if name.startswith("@") or not isinstance(iri, str) or not iri.endswith(("#", "/", ":")):
-                raise RejectedMessage(f"its @context may add prefixes only, such as tf; {name!r:.50} is none")
-            if context.get(name, iri) != iri:
-                raise RejectedMessage(f"its @context gives {name!r:.50} another meaning")
-            context[name] = iri
-    body = {name: v for name, v in document.items() if name != "@context"}
-    _no_keywords(body)
-    try:
-        quads = ox.parse(json.dumps({"@context": context, **body}), ox.RdfFormat.JSON_LD, without_named_graphs=True)
-        return [quad.triple for quad in quads]
-    except (SyntaxError, ValueError) as error:
-        raise RejectedMessage(f"it is not valid JSON-LD: {error}") from None
-
-
-def _no_keywords(node: object) -> None:
-    if isinstance(node, dict):
-        for name, inner in node.items():
-            if name.startswith("@") and (name not in _KEYWORDS or name == "@context"):
-                raise RejectedMessage(f"it may not use {name!r:.50} inside")
-            _no_keywords(inner)
-    elif isinstance(node, list):
-        for inner in node:
-            _no_keywords(inner)
+def _number(values: list[Value] | None) -> int | None:
+    return values[0] if values and isinstance(values[0], int) else None

@@ -1,21 +1,22 @@
-"""Reads the devices and models that the authors of SeLoC-ML describe, mends what is wrong with them, and says what.
+"""Imports the devices and models that the authors of SeLoC-ML describe, fixes known defects, and reports them.
 
-Their descriptions nest (S3N, and their network schema); here they become flat facts about devices, boards and models,
-under the names that they have there. The nested form is then implied (ontology.implied), as of all that is described,
-so that their queries find the same. Affordances are left out: they are a Thing Description's.
+Their descriptions nest (S3N, and their network schema). Here they become flat facts about devices, boards and models,
+under the same IRIs. The nested form is then entailed, as for all other descriptions (ontology.vocabulary.entailment),
+so that their queries give the same results. Affordances are left out: they belong to Thing Descriptions.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.ingest.describe import board_facts, put_list
 from tinyfleet.ontology.store.store import Binding, Value, value
-from tinyfleet.ontology.vocabulary.implied import CATALOGUE, with_entailments
+from tinyfleet.ontology.vocabulary.entailment import CATALOGUE, with_entailments
 from tinyfleet.ontology.vocabulary.namespaces import (
     MLS,
     NNET,
@@ -40,13 +41,13 @@ _SSN_EXTEND = "https://w3id.org/tinyml-schema/neural-network-schema/ssn_extend/"
 _SCHEMAS = (NNET.iri, SOSA_EXTEND.iri, S3N_EXTEND.iri, _SSN_EXTEND)
 _KILOBYTE = 1000
 """om:kilobyte, in bytes."""
-# Other spellings of what their schema defines, and of what it does not define and we say as text.
+# Other spellings of terms that their schema defines.
 _RENAMED = {NNET.AvgPool2D: NNET.AveragePool2D}
 
 
 @dataclass(frozen=True)
 class Defect:
-    """What is wrong, on what, how often, and what was made of it."""
+    """A defect of the files: its kind, where it is, how often it occurs, and how it was fixed."""
 
     kind: str
     what: str
@@ -92,7 +93,7 @@ class _Reader:
         self.found[kind, what, fix] += 1
 
     def _name(self, iri: str) -> str | None:
-        """The IRI, mended; None where there is nothing to mend it to."""
+        """The IRI, fixed if necessary; None if it cannot be fixed."""
         if re.match(r"[\w-]+(\.[\w-]+)+/", iri):
             self.note("no scheme", f"<{iri}>", f"read as https://{iri}")
             return f"https://{iri}"
@@ -116,7 +117,7 @@ class _Reader:
         return not self.defined or iri in self.defined
 
     def all(self, subject: Value | None, predicate: Iri) -> list[Value]:
-        """What the graph says: texts without the white space around them."""
+        """The values in the graph, texts without surrounding white space."""
         if not isinstance(subject, str):
             return []
         node = ox.NamedNode(subject) if isinstance(subject, Iri) else ox.BlankNode(subject.removeprefix("_:"))
@@ -144,19 +145,19 @@ class _Reader:
 
 
 def _parse(path: Path) -> Iterator[ox.Quad]:
-    # Lenient, for an IRI such as <None> is to be reported, not to end everything.
+    # Lenient: an IRI such as <None> is reported instead of ending the import.
     return ox.parse(path=str(path), format=ox.RdfFormat.TURTLE, lenient=True, rename_blank_nodes=True)
 
 
 def read_selocml(files: list[Path], fleet: str = "selocml") -> Imported:
-    """Reads .ttl files: schema_*.ttl say which terms are defined, the others describe. Raises UserError."""
+    """Read the devices and models that .ttl files describe; schema_*.ttl define the terms. Raises UserError."""
     reader = _Reader(files)
     facts: Facts = {}
     devices, models = reader.of_type(S3N.SmartSensor), reader.of_type(NNET.NeuralNetwork)
     for device in devices:
         _merge(facts, _device(reader, device, fleet_name(fleet)))
     for model in models:
-        _merge(facts, _model(reader, model))
+        _merge(facts, _ModelImport(reader, model).facts())
     if not devices and not models:
         raise UserError("there is neither an s3n:SmartSensor nor an nnet:NeuralNetwork in these files")
     defects = tuple(Defect(kind, what, n, fix) for (kind, what, fix), n in sorted(reader.found.items()))
@@ -198,7 +199,7 @@ def _device(reader: _Reader, device: Iri, fleet: str) -> Facts:
                 sensors.add(str(info) if info else re.split("[/#]", str(kind))[-1].lower())
     if forms := reader.all(device, TD.hasPropertyAffordance):
         for _ in forms:
-            reader.note("affordance", "td:hasPropertyAffordance", "left out: a Thing Description's")
+            reader.note("affordance", "td:hasPropertyAffordance", "left out: part of a Thing Description")
     ram, flash = memory.get(S3N_EXTEND.RAM), memory.get(S3N_EXTEND.Flash)
     if ram is None or flash is None:
         raise UserError(f"{device} does not say its RAM and flash")
@@ -229,108 +230,145 @@ def _bytes(kilobytes: Value | None) -> int | None:
     return round(kilobytes * _KILOBYTE) if isinstance(kilobytes, int | float) and kilobytes > 0 else None
 
 
-# What they say of a model in schema.org's terms, and we keep.
+# The facts about a model in schema.org's terms that are kept.
 _KEPT = ("name", "identifier", "description", "creator", "dateCreated", "citation", "codeRepository", "runtimePlatform")
+_METRICS = {NNET.Top_1_accuracy: "top-1 accuracy", NNET.Top_5_accuracy: "top-5 accuracy"}
 
 
-def _model(reader: _Reader, model: Iri) -> Facts:
-    about: dict[Iri, Binding | None] = {SCHEMA[name]: reader.all(model, SCHEMA[name]) for name in _KEPT}
-    facts: Facts = {model: about}
-    ends = [reader.all(model, predicate) for predicate in (NNET.inputLayer, NNET.outputLayer)]
-    middle = sorted(reader.all(model, NNET.middleLayer), key=lambda layer: _number(reader.one(layer, NNET.hasIndex)))
-    layers = [Iri(str(layer)) for layer in (*ends[0], *middle, *ends[1])]
-    if len({reader.one(layer, NNET.hasIndex) for layer in layers}) < len(layers):
-        reader.note("index twice", "nnet:hasIndex", "counted anew from 0, in the layers' order")
-    about |= {
-        RDF.type: TF.Model,
-        TF.format: "tflite",  # what TFLite Micro runs
-        TF.engine: "tflite-micro" if "TFLite Micro" in reader.all(model, SCHEMA.runtimePlatform) else None,
-        TF.macs: round(_number(reader.one(model, NNET.hasMultiplyAccumulateOps))) or None,
-        NNET.inputLayer: layers[:1],
-        NNET.middleLayer: layers[1:-1],
-        NNET.outputLayer: layers[-1:],
-        NNET.hasCategory: [c for c in reader.all(model, NNET.hasCategory) if reader.is_defined(str(c))],
-    }
-    types = set()
-    for i, layer in enumerate(layers):
-        types |= (quantization := set(_words(reader, layer, NNET.hasQuantization)))
-        facts[layer] = {
-            RDF.type: TF.Layer,
-            TF["index"]: i,
-            TF.kind: [str(kind).rpartition("#")[2] for kind in reader.all(layer, NNET.hasType)],
-            TF.quantization: sorted(quantization),
-            TF.activation: _words(reader, layer, NNET.hasActivation),
+class _ModelImport:
+    """The facts about one model, collected part by part."""
+
+    def __init__(self, reader: _Reader, model: Iri) -> None:
+        self._reader = reader
+        self._model = model
+        self._about: dict[Iri, Binding | None] = {SCHEMA[name]: reader.all(model, SCHEMA[name]) for name in _KEPT}
+        self._facts: Facts = {model: self._about}
+
+    def facts(self) -> Facts:
+        self._layers()
+        self._memory()
+        self._datasets()
+        self._scores()
+        self._inputs()
+        self._outputs()
+        return with_entailments(self._facts)
+
+    def _all(self, predicate: Iri) -> list[Value]:
+        return self._reader.all(self._model, predicate)
+
+    def _layers(self) -> None:
+        reader = self._reader
+        first, last = self._all(NNET.inputLayer), self._all(NNET.outputLayer)
+        middle = sorted(self._all(NNET.middleLayer), key=lambda layer: _number(reader.one(layer, NNET.hasIndex)))
+        layers = [Iri(str(layer)) for layer in (*first, *middle, *last)]
+        if len({reader.one(layer, NNET.hasIndex) for layer in layers}) < len(layers):
+            reader.note("index twice", "nnet:hasIndex", "numbered from 0 in the layers' order")
+        types = set()
+        for i, layer in enumerate(layers):
+            types |= (quantization := set(_words(reader, layer, NNET.hasQuantization)))
+            self._facts[layer] = {
+                RDF.type: TF.Layer,
+                TF["index"]: i,
+                TF.kind: [str(kind).rpartition("#")[2] for kind in reader.all(layer, NNET.hasType)],
+                TF.quantization: sorted(quantization),
+                TF.activation: _words(reader, layer, NNET.hasActivation),
+            }
+        self._about |= {
+            RDF.type: TF.Model,
+            TF.format: "tflite",  # what TFLite Micro runs
+            TF.engine: "tflite-micro" if "TFLite Micro" in self._all(SCHEMA.runtimePlatform) else None,
+            TF.macs: round(_number(reader.one(self._model, NNET.hasMultiplyAccumulateOps))) or None,
+            TF.quantization: sorted(types),
+            NNET.inputLayer: layers[:1],
+            NNET.middleLayer: layers[1:-1],
+            NNET.outputLayer: layers[-1:],
+            NNET.hasCategory: [c for c in self._all(NNET.hasCategory) if reader.is_defined(str(c))],
         }
-    about[TF.quantization] = sorted(types)
-    for layer, theirs, ours, name in (
-        (layers[0], NNET.shapeIn, TF.inputShape, f"{model}#input"),
-        (layers[-1], NNET.shapeOut, TF.outputShape, f"{model}#output"),
-    ):
-        for text in reader.all(layer, theirs):
-            reader.note("shape as text", f"nnet:{theirs.rpartition('#')[2]}", "read as a list, without the batch")
+        self._shape(layers[0], NNET.shapeIn, TF.inputShape, "input")
+        self._shape(layers[-1], NNET.shapeOut, TF.outputShape, "output")
+
+    def _shape(self, layer: Iri, theirs: Iri, ours: Iri, name: str) -> None:
+        for text in self._reader.all(layer, theirs):
+            self._reader.note(
+                "shape as text", f"nnet:{theirs.rpartition('#')[2]}", "read as a list, without the batch axis"
+            )
             sizes = [int(n) for n in re.findall(r"\d+", str(text))]
-            put_list(facts, model, ours, name, sizes[1:] if len(sizes) > 1 else sizes)
-    for feature in reader.all(model, S3N.hasProcedureFeature):
-        for condition in reader.all(feature, SSN_SYSTEM.inCondition):
-            kinds, least = reader.all(condition, RDF.type), _bytes(reader.one(condition, SCHEMA.minValue))
-            for kind, flat in ((S3N_EXTEND.RAM, TF.runRamBytes), (S3N_EXTEND.Flash, TF.storageBytes)):
-                if kind in kinds:
-                    about[flat] = least
-    about[TF.dataset] = datasets = [Iri(str(one)) for one in reader.all(model, NNET.trainingDataset)]
-    for dataset in datasets:
-        facts[dataset] = {RDF.type: MLS.Dataset, SCHEMA.name: str(dataset)}
-    _scores(reader, model, facts)
-    _input_and_output(reader, model, facts)
-    return with_entailments(facts)
+            put_list(self._facts, self._model, ours, f"{self._model}#{name}", sizes[1:] if len(sizes) > 1 else sizes)
+
+    def _memory(self) -> None:
+        reader = self._reader
+        for feature in self._all(S3N.hasProcedureFeature):
+            for condition in reader.all(feature, SSN_SYSTEM.inCondition):
+                kinds, least = reader.all(condition, RDF.type), _bytes(reader.one(condition, SCHEMA.minValue))
+                for kind, flat in ((S3N_EXTEND.RAM, TF.runRamBytes), (S3N_EXTEND.Flash, TF.storageBytes)):
+                    if kind in kinds:
+                        self._about[flat] = least
+
+    def _datasets(self) -> None:
+        self._about[TF.dataset] = datasets = [Iri(str(one)) for one in self._all(NNET.trainingDataset)]
+        for dataset in datasets:
+            self._facts[dataset] = {RDF.type: MLS.Dataset, SCHEMA.name: str(dataset)}
+
+    def _scores(self) -> None:
+        reader = self._reader
+        scores: list[Iri] = []
+        for metric in self._all(NNET.hasMetric):
+            number = _number(reader.one(metric, NNET.hasMetricValue))
+            if number == 0:
+                reader.note("0 for unknown", "nnet:hasMetricValue", "left out: not known")
+                continue
+            kinds = [kind for kind in reader.all(metric, RDF.type) if kind != NNET.Metric]
+            node = Iri(f"{self._model}#score-{len(scores)}")
+            name = _METRICS.get(Iri(str(kinds[0])), "other")
+            self._facts[node] = {RDF.type: TF.Score, TF.metricName: name, TF.metricValue: float(number)}
+            scores.append(node)
+        self._about[TF.metric] = scores
+
+    def _inputs(self) -> None:
+        reader = self._reader
+        properties: list[Iri] = []
+        for source in self._all(SSN.hasInput):
+            info = reader.one(source, NNET.hasInputInfo)
+            self._facts[Iri(f"{self._model}#network-input")] = {NNET.hasInputInfo: info}
+            for sensor in reader.subjects(Iri(_SSN_EXTEND + "provideInput"), source):
+                properties += self._sensor(sensor)
+        self._about[TF.inputProperty] = properties
+
+    def _sensor(self, sensor: Iri) -> list[Iri]:
+        """Add what a sensor that feeds the model is; return what it observes."""
+        infos = self._reader.all(sensor, SOSA_EXTEND.hasSensorInfo)
+        kinds = self._reader.all(sensor, RDF.type)
+        properties = [_observed()[str(kind)] for kind in kinds if str(kind) in _observed()]
+        for observed in properties:
+            node = Iri(f"{self._model}#source-{observed.rpartition('/')[2]}")
+            self._facts[node] = {SOSA_EXTEND.hasSensorInfo: [text for text in infos if text != "N.A."]}
+        if "N.A." in infos:
+            self._reader.note("N.A. for unknown", "sosa_extend:hasSensorInfo", "left out: not known")
+        return properties
+
+    def _outputs(self) -> None:
+        for result in self._all(SSN.hasOutput):
+            info = str(self._reader.one(result, NNET.hasOutputInfo) or "")
+            self._facts[Iri(f"{self._model}#network-output")] = {NNET.hasOutputInfo: info or None}
+            labels = re.findall(r"(\d+)\s*:\s*([^,]+)", info)
+            if labels and [int(n) for n, _ in labels] == list(range(len(labels))):
+                texts = [label.strip() for _, label in labels]
+                put_list(self._facts, self._model, TF.classLabels, f"{self._model}#label", texts)
 
 
-def _words(reader: _Reader, layer: Iri, predicate: Iri) -> list[str]:
-    """Their individuals as our texts: nnet:Int8 is int8."""
-    return [str(o).rpartition("#")[2].lower() for o in reader.all(layer, predicate)]
-
-
-def _scores(reader: _Reader, model: Iri, facts: Facts) -> None:
-    scores: list[Iri] = []
-    for metric in reader.all(model, NNET.hasMetric):
-        number = _number(reader.one(metric, NNET.hasMetricValue))
-        if number == 0:
-            reader.note("0 for unknown", "nnet:hasMetricValue", "left out: not known")
-            continue
-        kinds = [kind for kind in reader.all(metric, RDF.type) if kind != NNET.Metric]
-        node = Iri(f"{model}#score-{len(scores)}")
-        name = {NNET.Top_1_accuracy: "top-1 accuracy", NNET.Top_5_accuracy: "top-5 accuracy"}.get(Iri(str(kinds[0])))
-        facts[node] = {RDF.type: TF.Score, TF.metricName: name or "other", TF.metricValue: float(number)}
-        scores.append(node)
-    facts[model][TF.metric] = scores
-
-
-def _input_and_output(reader: _Reader, model: Iri, facts: Facts) -> None:
-    observed = {
+@cache
+def _observed() -> dict[str, Iri]:
+    """What each kind of sensor in the catalogue observes."""
+    return {
         quad.subject.value: Iri(quad.object.value)
         for quad in ox.parse(path=str(CATALOGUE), format=ox.RdfFormat.TURTLE)
         if quad.predicate.value == SOSA.observes
     }
-    properties = []
-    for source in reader.all(model, SSN.hasInput):
-        info = reader.one(source, NNET.hasInputInfo)
-        facts[Iri(f"{model}#network-input")] = {NNET.hasInputInfo: info}
-        for sensor in reader.subjects(Iri(_SSN_EXTEND + "provideInput"), source):
-            for kind in reader.all(sensor, RDF.type):
-                if str(kind) not in observed:
-                    continue
-                properties.append(observed[str(kind)])
-                about = [text for text in reader.all(sensor, SOSA_EXTEND.hasSensorInfo) if text != "N.A."]
-                node = Iri(f"{model}#source-{properties[-1].rpartition('/')[2]}")
-                facts[node] = {SOSA_EXTEND.hasSensorInfo: about}
-            if "N.A." in reader.all(sensor, SOSA_EXTEND.hasSensorInfo):
-                reader.note("N.A. for unknown", "sosa_extend:hasSensorInfo", "left out: not known")
-    facts[model][TF.inputProperty] = properties
-    for result in reader.all(model, SSN.hasOutput):
-        info = str(reader.one(result, NNET.hasOutputInfo) or "")
-        facts[Iri(f"{model}#network-output")] = {NNET.hasOutputInfo: info or None}
-        labels = re.findall(r"(\d+)\s*:\s*([^,]+)", info)
-        if labels and [int(n) for n, _ in labels] == list(range(len(labels))):
-            put_list(facts, model, TF.classLabels, f"{model}#label", [label.strip() for _, label in labels])
+
+
+def _words(reader: _Reader, layer: Iri, predicate: Iri) -> list[str]:
+    """The schema's individuals as words: nnet:Int8 is int8."""
+    return [str(o).rpartition("#")[2].lower() for o in reader.all(layer, predicate)]
 
 
 def _number(given: Value | None) -> float:

@@ -1,8 +1,8 @@
-"""The query library: every .rq file in queries, by its name. Each says in its head what it answers and what it takes.
+"""The query library: the .rq files in this folder, by name. The head of each describes the query and its parameters.
 
-A query takes parameters (`VALUES ?name { UNDEF }`). The same name means the same in all of them: ?model is the model
-in question, to be run, trained or deployed, ?running the one that a device runs now, ?id a device's id. A query with a
-column ?id selects devices, for `tinyfleet run start` and `tinyfleet deploy`.
+A parameter is declared as `VALUES ?name { UNDEF }`. A name means the same in all queries: ?model is the model to be
+run, trained or deployed, ?running the one that a device runs now, ?id a device ID. A query with a column ?id can select
+devices for `tinyfleet run start` and `tinyfleet deploy`.
 """
 
 import difflib
@@ -17,7 +17,7 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Query:
-    """A query of the library. parameters: what each is, by its name."""
+    """A query of the library; `parameters` are the descriptions of its parameters."""
 
     name: str
     about: str
@@ -26,25 +26,25 @@ class Query:
 
 
 def names() -> list[str]:
-    """The names of all queries."""
+    """Return the names of all queries."""
     return sorted(path.stem for path in _FOLDER.glob("*.rq"))
 
 
 def text(name: str) -> str:
-    """The SPARQL of a query. Raises UserError if there is none of that name."""
+    """Return the SPARQL of a query. Raises UserError if there is no query with this name."""
     if name not in names():
         raise UserError(f"there is no query {name!r} in the library{hint(name)}; `tinyfleet query --list` shows them")
     return (_FOLDER / f"{name}.rq").read_text(encoding="utf-8")
 
 
 def hint(name: str) -> str:
-    """What to say of a name that no query has: which one was meant, if one is like it."""
+    """Return a hint for a name that no query has: the most similar one, if any."""
     like = difflib.get_close_matches(name, names(), 1)
     return f", did you mean {like[0]!r}?" if like else ""
 
 
 def query(name: str) -> Query:
-    """A query with what its head says of it. Raises UserError if there is none of that name."""
+    """Return a query with the description in its head. Raises UserError if there is no query with this name."""
     sparql = text(name)
     about, _, rest = "\n".join(
         line.removeprefix("#").strip() for line in sparql.split("\n\n")[0].splitlines()

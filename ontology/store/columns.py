@@ -1,4 +1,4 @@
-"""What the devices of a graph say of themselves, as columns of numbers: a row a device, a column a predicate."""
+"""The facts about devices as columns of numbers: a row for each device, a column for each predicate."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ from tinyfleet.ontology.store.store import Binding, Value, each, term, value
 from tinyfleet.ontology.store.text_index import TitleIndex
 from tinyfleet.ontology.vocabulary.namespaces import RDF, TF, Iri
 
-FORM = 2
-"""Of the saved file: one of another form is built anew."""
+FORMAT = 3
+"""Version of the saved file; a file of another version is ignored and the columns are built from the graph."""
 _DOUBLE = re.compile(rb'"([-+.0-9eE]+)"\^\^<http://www\.w3\.org/2001/XMLSchema#double>')
-MOST_CODES = 1 << 20
+MAX_CODES = 1 << 20
 
 Numbers = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -26,27 +26,27 @@ log = logging.getLogger(__name__)
 
 
 class NotIndexable(Exception):
-    """The graph says what a column cannot hold."""
+    """The graph has a value that a column cannot hold."""
 
 
 class Range(NamedTuple):
-    """Numbers from `low` to `high`, both among them."""
+    """Numbers from `low` to `high`, inclusive."""
 
     low: float = -np.inf
     high: float = np.inf
 
 
 class Column:
-    """What one predicate says of each device, at most one value of one kind, as a number; `nothing` if it says none."""
+    """The values of one predicate, at most one for each device, as numbers; `missing` where there is none."""
 
     dtype: type[Any]
-    nothing: Any
+    missing: Any
 
     def __init__(self) -> None:
         self.numbers: Numbers = np.empty(0, self.dtype)
 
     def grow(self, size: int) -> None:
-        numbers = np.full(size, self.nothing, self.dtype)
+        numbers = np.full(size, self.missing, self.dtype)
         numbers[: len(self.numbers)] = self.numbers
         self.numbers = numbers
 
@@ -55,24 +55,24 @@ class Column:
         raise NotImplementedError
 
     def decode(self, number: Any) -> Value | None:
-        """The number as a value; None for `nothing`."""
+        """The number as a value; None for `missing`."""
         raise NotImplementedError
 
     def parse_terms(self, names: Sequence[bytes], texts: Sequence[bytes]) -> Numbers:
-        """Values of these devices as SPARQL's TSV writes them, as numbers. Raises NotIndexable."""
+        """Values of these devices, written as in SPARQL's TSV, as numbers. Raises NotIndexable."""
         known = {text: self.encode(_parsed(text)) for text in set(texts)}
         return np.array([known[text] for text in texts], self.dtype)
 
     def put(self, row: int, name: bytes, given: Binding | None) -> None:
-        """Makes this all that is said of the device of that name. Raises NotIndexable."""
+        """Replace the value of a device. Raises NotIndexable."""
         values = list(each(given))
         if len(values) > 1:
             raise NotIndexable(f"{len(values)} values")
-        self.numbers[row] = self.encode(values[0]) if values else self.nothing
+        self.numbers[row] = self.encode(values[0]) if values else self.missing
 
 
 def _parsed(text: bytes) -> Value:
-    """A value as SPARQL's TSV writes it: as Turtle does. Raises NotIndexable."""
+    """A value written as in SPARQL's TSV, which is Turtle's form. Raises NotIndexable."""
     try:
         (quad,) = ox.parse(b"<urn:s> <urn:p> " + text + b" .", ox.RdfFormat.TURTLE)
     except (SyntaxError, ValueError):
@@ -81,7 +81,7 @@ def _parsed(text: bytes) -> Value:
 
 
 def exact(node: Any, predicate: Iri | None = None) -> Value:
-    """The term as a value from which the same term comes again. Raises NotIndexable if none does, but of a type."""
+    """The term as a value that converts back to it. Raises NotIndexable if there is none, except for types."""
     found = value(node)
     if predicate != RDF.type and term(found) != node:
         raise NotIndexable(f"{node}")
@@ -89,10 +89,10 @@ def exact(node: Any, predicate: Iri | None = None) -> Value:
 
 
 class Codes(Column):
-    """Iris or texts that many devices have in common: each a number, from 0."""
+    """IRIs or texts that many devices share, numbered from 0."""
 
     dtype = np.int32
-    nothing = -1
+    missing = -1
 
     def __init__(self, kind: type[str]) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Codes(Column):
             raise NotIndexable(f"{given!r}")
         code = self.codes.get(given)
         if code is None:
-            if len(self.values) == MOST_CODES:
+            if len(self.values) == MAX_CODES:
                 raise NotIndexable("too many different values")
             code = self.codes[given] = len(self.values)
             self.values.append(given)
@@ -116,7 +116,7 @@ class Codes(Column):
 
 
 class Fleets(Codes):
-    """Fleets: a device's is that in its name."""
+    """Fleets; a device's must be the one in its name."""
 
     def put(self, row: int, name: bytes, given: Binding | None) -> None:
         super().put(row, name, given)
@@ -134,7 +134,7 @@ class Integers(Column):
     """Whole numbers from 0."""
 
     dtype = np.int64
-    nothing = -1
+    missing = -1
 
     def encode(self, given: Value) -> int:
         if type(given) is not int or not 0 <= given < 2**63:
@@ -154,7 +154,7 @@ class Floats(Column):
     """Numbers, as xsd:double."""
 
     dtype = np.float64
-    nothing = np.nan
+    missing = np.nan
 
     def encode(self, given: Value) -> float:
         if type(given) is not float or not np.isfinite(given):
@@ -176,7 +176,7 @@ class Flags(Column):
     """True or false."""
 
     dtype = np.int8
-    nothing = -1
+    missing = -1
 
     def encode(self, given: Value) -> int:
         if type(given) is not bool:
@@ -188,10 +188,10 @@ class Flags(Column):
 
 
 class Types(Column):
-    """Whether a subject is a tf:Device; what else it is, nobody asks here."""
+    """Whether a subject is a tf:Device. Its other types are not indexed."""
 
     dtype = np.int8
-    nothing = 0
+    missing = 0
 
     def put(self, row: int, name: bytes, given: Binding | None) -> None:
         self.numbers[row] = TF.Device in each(given)
@@ -201,10 +201,10 @@ class Types(Column):
 
 
 class Ids(Column):
-    """Whether the graph says a device's id: that must be the one in its name."""
+    """Whether the graph has the device's ID, which must be the one in its name."""
 
     dtype = np.int8
-    nothing = 0
+    missing = 0
 
     def put(self, row: int, name: bytes, given: Binding | None) -> None:
         values = list(each(given))
@@ -220,7 +220,7 @@ class Ids(Column):
 
 
 def id_of(name: bytes) -> str:
-    """The device's id, of its `{fleet}:{device}`."""
+    """The device's ID, from its `{fleet}:{device}`."""
     return name.partition(b":")[2].decode()
 
 
@@ -235,23 +235,26 @@ def _columns() -> dict[Iri, Column]:
         TF.arenaBytes: Integers(),
         TF.online: Flags(),
         TF.currentModel: Codes(Iri),
-        TF.samples: Integers(),
-        TF.malformed: Integers(),
-        TF.stale: Integers(),
+        TF.samplesLearned: Integers(),
+        TF.malformedMessages: Integers(),
+        TF.staleMessages: Integers(),
         TF.battery: Floats(),
         TF.drift: Floats(),
+        TF.wireVersion: Integers(),
+        TF.programFormat: Integers(),
+        TF.incompatibility: Codes(str),
     }
 
 
 class Groups:
-    """Rows that are alike in some columns are one group: groups are few where rows are many.
+    """Groups of rows with the same values in some columns. There are few groups, however many rows there are.
 
-    A row that changes is only marked; it is put into its group when somebody asks next. So a write costs next to
-    nothing, and an answer what has changed since the last one.
+    A row that changes is only marked, and assigned to its group by the next query. A write therefore costs almost
+    nothing, and a query pays for the changes since the last one.
     """
 
-    PIECE = 1 << 18
-    """Rows that are grouped at once, for memory."""
+    BLOCK = 1 << 18
+    """Rows that are grouped at a time, to limit memory."""
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self._columns = columns
@@ -260,9 +263,9 @@ class Groups:
         self.of: NDArray[np.int32] = np.empty(0, np.int32)
         """The group of each row."""
         self.keys: NDArray[np.int64] = np.empty((len(columns), 0), np.int64)
-        """[columns, groups]: what the rows of each have in the columns."""
+        """[columns, groups]: the values of each group."""
         self.counts: NDArray[np.int64] = np.empty(0, np.int64)
-        """How many rows each has."""
+        """[groups]: the number of rows."""
 
     def grow(self, size: int) -> None:
         more = size - len(self.of)
@@ -270,34 +273,33 @@ class Groups:
         self._stale = np.append(self._stale, np.ones(more, np.bool_))
 
     def mark(self, row: int) -> None:
-        """The row has changed in one of the columns, perhaps."""
+        """Note that the row may have changed in one of the columns."""
         self._stale[row] = True
 
-    def sort(self, size: int) -> None:
-        """Puts what has changed of the first rows into its groups."""
+    def refresh(self, size: int) -> None:
+        """Assign the changed rows among the first `size` to their groups."""
         rows = np.flatnonzero(self._stale[:size])
-        if len(rows) > size // 4:  # anew, without the groups that have no rows any more
+        if len(rows) > size // 4:  # start over, without the groups that have become empty
             rows = np.arange(size)
             self.of[:] = -1
             self._known, self.keys, self.counts = {}, self.keys[:, :0], self.counts[:0]
-        for piece in (rows[i : i + self.PIECE] for i in range(0, len(rows), self.PIECE)):
-            keys, places = alike([column.numbers[piece] for column in self._columns])
+        for block in (rows[i : i + self.BLOCK] for i in range(0, len(rows), self.BLOCK)):
+            keys, places = unique_rows([column.numbers[block] for column in self._columns])
             found = [self._known.setdefault(key, len(self._known)) for key in zip(*keys.tolist(), strict=True)]
             now = np.array(found, np.int32)[places]
-            before = self.of[piece]
+            before = self.of[block]
             if (more := len(self._known) - len(self.counts)) > 0:
                 new = [i for i, group in enumerate(found) if group >= len(self.counts)]
                 self.keys = np.concatenate([self.keys, keys[:, new]], axis=1)
                 self.counts = np.append(self.counts, np.zeros(more, np.int64))
             self.counts += np.bincount(now, minlength=len(self.counts))
             self.counts -= np.bincount(before[before >= 0], minlength=len(self.counts))
-            self.of[piece] = now
-            self._stale[piece] = False
+            self.of[block] = now
+            self._stale[block] = False
 
 
 class Columns:
-    """The devices' rows. A row is found by the device's `{fleet}:{device}`; one of a device that is gone stays, with
-    nothing in it."""
+    """The rows of all devices, found by the device's `{fleet}:{device}`. The row of a removed device stays, empty."""
 
     def __init__(self) -> None:
         self.columns = _columns()
@@ -305,31 +307,33 @@ class Columns:
         self._later: dict[bytes, int] = {}
         self.size = 0
         self.titles = TitleIndex()
-        by_kind = (RDF.type, TF.fleet, TF.board, TF.engine, TF.arenaBytes)
+        by_configuration = (RDF.type, TF.fleet, TF.board, TF.engine, TF.arenaBytes)
         by_model = (RDF.type, TF.fleet, TF.currentModel, TF.engine, TF.engineVersion, TF.online)
-        self.by_kind, self.by_model = (Groups([self.columns[p] for p in of]) for of in (by_kind, by_model))
+        self.by_configuration, self.by_model = (
+            Groups([self.columns[p] for p in of]) for of in (by_configuration, by_model)
+        )
         self._grouped: dict[Column, list[Groups]] = {column: [] for column in self.columns.values()}
-        for groups, of in ((self.by_kind, by_kind), (self.by_model, by_model)):
+        for groups, of in ((self.by_configuration, by_configuration), (self.by_model, by_model)):
             for predicate in of:
                 self._grouped[self.columns[predicate]].append(groups)
         self.odd: set[bytes] = set()
-        """Devices of which the graph says what the columns cannot hold."""
-        self.strangers: set[str] = set()
-        """Devices that are not named as devices are."""
+        """Devices with values in the graph that the columns cannot hold."""
+        self.misnamed: set[str] = set()
+        """Devices whose IRIs do not have the form of a device's."""
 
     def begin(self, names: NDArray[np.bytes_]) -> None:
-        """Rows for these, sorted, each once."""
+        """Make rows for these names, which are sorted and unique."""
         self._sorted, self.size = names, len(names)
         self._grow(self.size)
 
     def _grow(self, size: int) -> None:
         for column in self.columns.values():
             column.grow(size)
-        for groups in (self.by_kind, self.by_model):
+        for groups in (self.by_configuration, self.by_model):
             groups.grow(size)
 
     def rows(self, names: Sequence[bytes], make: bool) -> NDArray[np.int64]:
-        """The rows of these, -1 for those that have none, unless they are to be made."""
+        """The rows of these devices. Where there is none, -1, or a new one if `make` is set."""
         if not names:
             return np.empty(0, np.int64)
         wanted = np.array(names, "S")
@@ -349,18 +353,18 @@ class Columns:
         return found
 
     def put(self, column: Column, row: int, name: bytes, given: Binding | None) -> None:
-        """Makes this all that is said in a column of the device of that name. Raises NotIndexable."""
+        """Replace the value of a device in a column. Raises NotIndexable."""
         for groups in self._grouped[column]:
             groups.mark(row)
         column.put(row, name, given)
 
-    def replace(self, row: int, name: bytes, said: Mapping[Iri, Binding]) -> None:
-        """Makes this all that is said of the device of that name. Raises NotIndexable."""
+    def replace(self, row: int, name: bytes, facts: Mapping[Iri, Binding]) -> None:
+        """Replace all values of a device. Raises NotIndexable."""
         for column in self.columns.values():
-            column.numbers[row] = column.nothing
-        for groups in (self.by_kind, self.by_model):
+            column.numbers[row] = column.missing
+        for groups in (self.by_configuration, self.by_model):
             groups.mark(row)
-        for predicate, given in said.items():
+        for predicate, given in facts.items():
             self.columns[predicate].put(row, name, given)
 
     def numbers(self, predicate: Iri) -> Numbers:
@@ -372,7 +376,7 @@ class Columns:
         return column
 
     def raw_names(self, mask: Mask) -> NDArray[np.bytes_]:
-        """`{fleet}:{device}` of the rows that are meant."""
+        """`{fleet}:{device}` of the rows in the mask."""
         first = len(self._sorted)
         found = [self._sorted[mask[:first]]]
         if mask[first:].any():
@@ -381,30 +385,30 @@ class Columns:
         names: NDArray[np.bytes_] = np.concatenate(found)
         return names
 
-    def chosen(self, groups: Groups, fleets: Collection[Value] | None) -> NDArray[np.int64]:
-        """The groups, up to date, that have devices of these fleets; of None: of any. Both kinds of groups are by the
-        type first, then by the fleet."""
-        groups.sort(self.size)
+    def select_groups(self, groups: Groups, fleets: Collection[Value] | None) -> NDArray[np.int64]:
+        """The groups with devices of these fleets, or of any fleet for None. The first two keys of all groups are the
+        type and the fleet."""
+        groups.refresh(self.size)
         mask = (groups.keys[0] == 1) & (groups.counts > 0)
-        mask &= groups.keys[1] >= 0 if fleets is None else among(self.codes(TF.fleet), fleets)[groups.keys[1]]
+        mask &= groups.keys[1] >= 0 if fleets is None else is_in(self.codes(TF.fleet), fleets)[groups.keys[1]]
         return np.flatnonzero(mask)
 
     def save(self, path: Path, mark: str) -> None:
-        """Rows in the order of their names, without those of devices that are gone."""
+        """Save the rows in the order of their names, without those of removed devices."""
         later = sorted(self._later.items(), key=lambda item: item[1])
-        text, titled = self.titles.settled()
+        text, titled = self.titles.all_lines()
         names = np.concatenate([self._sorted, np.array([name for name, _ in later], "S")]) if later else self._sorted
         used = np.zeros(self.size, np.bool_)
         used[titled] = True
         for predicate, column in self.columns.items():
             numbers = self.numbers(predicate)
-            used |= ~np.isnan(numbers) if isinstance(column, Floats) else numbers != column.nothing
+            used |= ~np.isnan(numbers) if isinstance(column, Floats) else numbers != column.missing
         order = np.flatnonzero(used)
         order = order[np.argsort(names[order], kind="stable")]
         arrays = {str(i): self.numbers(p)[order] for i, p in enumerate(self.columns)}
         values = {p: column.values for p, column in self.columns.items() if isinstance(column, Codes)}
         others = {subject: text.decode() for subject, text in self.titles.others.items()}
-        head = json.dumps({"form": FORM, "mark": mark, "values": values, "titles": others})
+        head = json.dumps({"format": FORMAT, "mark": mark, "values": values, "titles": others})
         place = np.empty(self.size, np.int32)
         place[order] = np.arange(len(order))
         arrays |= {"titles": np.frombuffer(text, np.uint8), "titled": place[titled]}
@@ -413,11 +417,11 @@ class Columns:
 
     @classmethod
     def load(cls, path: Path, mark: str) -> "Columns | None":
-        """What was saved with this mark, if anything was."""
+        """Load the columns that were saved with this mark; None if there are none."""
         try:
             with np.load(path, allow_pickle=False) as saved:
                 head = json.loads(str(saved["head"]))
-                if head["form"] != FORM or head["mark"] != mark:
+                if head["format"] != FORMAT or head["mark"] != mark:
                     return None
                 found = cls()
                 found.begin(saved["names"])
@@ -430,20 +434,20 @@ class Columns:
                 found.titles.others = {subject: text.encode() for subject, text in head["titles"].items()}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             if not isinstance(error, FileNotFoundError):
-                log.warning("the index %s cannot be read (%s); it is built anew", path, error)
+                log.warning("the index %s cannot be read (%s); building it from the graph", path, error)
             return None
         return found
 
 
-def among(column: Codes, wanted: Collection[Value]) -> Mask:
-    """Of each code whether it is one of these values; the last is for -1, which is none."""
+def is_in(column: Codes, wanted: Collection[Value]) -> Mask:
+    """[codes + 1]: whether each code stands for one of these values; the last element is for -1, no value."""
     mask = np.zeros(len(column.values) + 1, np.bool_)
     mask[[column.codes[v] for v in wanted if type(v) is column.kind and v in column.codes]] = True
     return mask
 
 
 def distinct_of(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The different keys, rising, and of each key its place among them."""
+    """The distinct keys, ascending, and the position of each key among them."""
     most = int(keys.max(initial=0)) + 1
     if most > 1024 + 4 * len(keys):
         return np.unique(keys, return_inverse=True)
@@ -453,8 +457,8 @@ def distinct_of(keys: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.
     return distinct, places[keys]
 
 
-def alike(values: Sequence[Numbers]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[columns, different]: the different rows of these columns of whole numbers; and of each row its place there."""
+def unique_rows(values: Sequence[Numbers]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[columns, distinct]: the distinct rows of these columns of whole numbers; and the position of each row there."""
     places: NDArray[np.int64] = np.zeros(len(values[0]), np.int64)
     first = places[:1]
     for numbers in values:
@@ -467,19 +471,19 @@ def alike(values: Sequence[Numbers]) -> tuple[NDArray[np.int64], NDArray[np.int6
 
 
 def fill(columns: Columns, column: Column, names: Sequence[bytes], texts: Sequence[bytes]) -> None:
-    """Puts values that are to be the only ones of their devices into a column."""
+    """Put values, each the only one of its device, into a column."""
     found = columns.rows(names, make=True)
     try:
         numbers = column.parse_terms(names, texts)
     except NotIndexable:
-        numbers = np.full(len(texts), column.nothing, column.dtype)
+        numbers = np.full(len(texts), column.missing, column.dtype)
         for i, text in enumerate(texts):
             try:
                 numbers[i] = column.parse_terms([names[i]], [text])[0]
             except NotIndexable:
                 columns.odd.add(names[i])
     already = column.numbers[found]
-    twice = ~np.isnan(already) if isinstance(column, Floats) else already != column.nothing
+    twice = ~np.isnan(already) if isinstance(column, Floats) else already != column.missing
     columns.odd |= {names[i] for i in np.flatnonzero(twice).tolist()}
     distinct, places = np.unique(found, return_index=True)
     if len(distinct) < len(found):

@@ -1,9 +1,9 @@
-"""One interface over embedded Oxigraph and any SPARQL 1.1 endpoint.
+"""One interface to embedded Oxigraph and to any SPARQL 1.1 endpoint.
 
-Facts lie in the default graph; a named graph beside it keeps documents (ontology/ingest/things.py). A query takes
-parameters where its text says `VALUES ?name { UNDEF }`: the text is valid SPARQL as it stands (the parameter is then
-free), and binding puts terms in place of UNDEF, so the same text and the same values work on every store. Terms are
-written by Oxigraph's own serialiser: a value cannot end its literal.
+Facts are in the default graph; a named graph beside it holds documents (ontology/ingest/thing_store.py). A query
+declares a parameter as `VALUES ?name { UNDEF }`. The text is valid SPARQL as it stands, with the parameter unset;
+binding puts terms in place of UNDEF, so the same text and values work on every store. Terms are written by Oxigraph's
+serialiser, so a value cannot end its literal.
 """
 
 import json
@@ -27,37 +27,51 @@ Value = Iri | str | bool | int | float | datetime
 Binding = Value | Iterable[Value]
 Triple = tuple[Iri, Iri, Value]
 Facts = Mapping[Iri, Mapping[Iri, Binding | None]]
-"""What is said of each subject: for each predicate, its value or values."""
+"""For each subject and each predicate, the value or values; None for a predicate to be removed."""
 QueryResult = ox.QuerySolutions | ox.QueryBoolean | ox.QueryTriples
 Row = dict[str, Value]
 
 BASE = "https://w3id.org/tinyfleet/"
-"""What relative IRIs are relative to: no address of a server, for what is stored outlives it."""
+"""Base of relative IRIs. It is not the address of a server, because the graph outlives the server."""
 
 
 RECORDS = Iri("https://w3id.org/tinyfleet/things")
-"""The named graph of what is no fact of the fleet: documents, and when they came."""
+"""Named graph of documents and the times of their registration, which are not facts about the fleet."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The graphs that a query is asked of, whatever it names itself: those that make its default graph, and those that
-    GRAPH may name."""
+    """The graphs that a query uses, in place of those it names itself: those that make up its default graph, and those
+    that GRAPH may name."""
 
     default: Sequence[Iri] = ()
     named: Sequence[Iri] = ()
 
 
 class StoreError(UserError):
-    """The store did not answer, or refused the query or the update: the message says which and what to do."""
+    """The store did not answer, or did not accept a query or an update; the message says why."""
 
 
 class Unreachable(StoreError):
-    """Nothing answers at the store's address."""
+    """No server answers at the store's address."""
 
 
 class Rows(Sequence[Row]):
-    """The rows of a SELECT: `variables` in their order, each row a dict without the unbound ones."""
+    """The rows of a SELECT: a sequence of dicts.
+
+    A row has no entry for an unbound variable.
+
+    Attributes
+    ----------
+    variables : tuple of str
+        The variables, in the order of the SELECT.
+
+    Examples
+    --------
+    >>> rows = Rows(["id", "drift"], [{"id": "kitchen", "drift": 0.7}, {"id": "cellar"}])
+    >>> rows.column("id"), rows.column("drift"), len(rows)
+    (['kitchen', 'cellar'], [0.7], 2)
+    """
 
     def __init__(self, variables: Sequence[str], rows: list[Row]) -> None:
         self.variables = tuple(variables)
@@ -77,12 +91,12 @@ class Rows(Sequence[Row]):
         return f"Rows({self._rows!r})"
 
     def column(self, variable: str) -> list[Value]:
-        """The values of one variable, row by row, the unbound left out."""
+        """Return the values of one variable, row by row, without unbound ones."""
         return [row[variable] for row in self._rows if variable in row]
 
 
 def term(value: Value) -> ox.NamedNode | ox.Literal:
-    """A Python value as a term of the graph. StoreError for what no term can hold (a bad IRI, a lone surrogate)."""
+    """Convert a Python value to a term. StoreError if there is none (a bad IRI, a lone surrogate)."""
     try:
         if isinstance(value, Iri):
             return ox.NamedNode(value)
@@ -98,12 +112,12 @@ def term(value: Value) -> ox.NamedNode | ox.Literal:
 def _node(iri: Iri) -> ox.NamedNode:
     node = term(iri)
     if not isinstance(node, ox.NamedNode):
-        raise StoreError(f"{iri!r} is text; a subject or predicate is an Iri")
+        raise StoreError(f"{iri!r} is text; a subject or predicate must be an Iri")
     return node
 
 
 def rows(answer: ox.QuerySolutions) -> Rows:
-    """The answer to a SELECT as Python values."""
+    """Convert the answer to a SELECT to Python values."""
     names = [variable.value for variable in answer.variables]
     found: list[Row] = []
     for solution in answer:
@@ -123,7 +137,7 @@ _FLOATS = {XSD.decimal, XSD.double, XSD.float}
 
 
 def value(node: ox.NamedNode | ox.BlankNode | ox.Literal | ox.Triple) -> Value:
-    """A term of the graph as a Python value: Iri, int, float, bool, datetime, or else its text."""
+    """Convert a term to a Python value: Iri, int, float, bool, datetime, or else its text."""
     if isinstance(node, ox.NamedNode):
         return Iri(node.value)
     if not isinstance(node, ox.Literal):
@@ -139,12 +153,12 @@ def value(node: ox.NamedNode | ox.BlankNode | ox.Literal | ox.Triple) -> Value:
         if datatype == XSD.dateTime:
             return datetime.fromisoformat(text)
     except (ValueError, KeyError):
-        pass  # not of its own datatype: its text is all there is
+        pass  # not valid for its datatype: keep the text
     return text
 
 
 def printable(text: str) -> str:
-    """The text without control characters: what a device says of itself must not steer the terminal that shows it."""
+    """Return a text without control characters: a device's texts must not control the terminal that shows them."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", text)
 
 
@@ -156,7 +170,7 @@ OPAQUE = (
     r"|\"(?:[^\"\\\n\r]|\\.)*\""
     r"|'(?:[^'\\\n\r]|\\.)*'"
 )
-"""Matches SPARQL's comments, IRIs and strings: to be tried first, so that nothing is looked for inside them."""
+"""Matches SPARQL's comments, IRIs and strings. Try it first, so that nothing inside them matches."""
 
 _PARAMETER = re.compile(
     OPAQUE + r"|\bVALUES\s*[?$](?P<name>\w+)\s*\{\s*UNDEF\s*\}",
@@ -165,13 +179,15 @@ _PARAMETER = re.compile(
 
 
 def parameters(sparql: str) -> list[str]:
-    """The names of a query's parameters: where it says `VALUES ?name { UNDEF }`."""
+    """Return the names of a query's parameters, which it declares as `VALUES ?name { UNDEF }`."""
     return list(dict.fromkeys(m["name"] for m in _PARAMETER.finditer(sparql) if m["name"]))
 
 
 def parameter_pattern(sparql: str, values: str) -> str:
-    """A regular expression for the query with its parameters, bound or free: `values` is what each may hold, the same
-    wherever it stands, and a group of the parameter's name."""
+    """Return a regular expression for the query with its parameters set or not.
+
+    `values` matches what a parameter may hold, which is the same in all its places; a group has the parameter's name.
+    """
     parts: list[str] = []
     end = 0
     names = set()
@@ -185,10 +201,10 @@ def parameter_pattern(sparql: str, values: str) -> str:
 
 
 def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
-    """The query with its parameters bound; those not named stay free.
+    """Return the query with parameters set; the others stay unset.
 
-    A list binds the parameter to each of its values; an empty one lets nothing match. StoreError if the query has no
-    such parameter.
+    A list sets a parameter to each of its values; an empty list matches nothing. StoreError if the query has no such
+    parameter.
     """
     if not bindings:
         return sparql
@@ -208,43 +224,45 @@ def bind(sparql: str, bindings: Mapping[str, Binding]) -> str:
 
 
 class Store(ABC):
-    """A graph that is asked and changed in SPARQL 1.1. Every change is atomic; safe to share between threads."""
+    """A graph that is queried and changed in SPARQL 1.1. Changes are atomic; threads may share a store."""
 
     @abstractmethod
     def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> QueryResult:
-        """The raw answer to any query, as terms: solutions, a boolean or triples."""
+        """Run any query and return its answer as terms: solutions, a boolean or triples."""
 
     @abstractmethod
     def update(self, sparql: str) -> None:
-        """Runs a SPARQL update: all of it or, on an error, nothing."""
+        """Run a SPARQL update, completely or, on an error, not at all."""
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of the store; nothing may be asked afterwards."""
+        """Close the store; it cannot be used afterwards."""
 
     def query(self, sparql: str, **bindings: Binding) -> Rows:
-        """The rows of a SELECT, as Python values."""
+        """Run a SELECT and return its rows as Python values."""
         answer = self.evaluate(sparql, **bindings)
         if not isinstance(answer, ox.QuerySolutions):
-            raise StoreError("this query is not a SELECT; ask() takes an ASK and construct() a CONSTRUCT or DESCRIBE")
+            raise StoreError(
+                "this query is not a SELECT; use ask() for an ASK and construct() for a CONSTRUCT or DESCRIBE"
+            )
         return rows(answer)
 
     def ask(self, sparql: str, **bindings: Binding) -> bool:
-        """The answer to an ASK."""
+        """Run an ASK."""
         answer = self.evaluate(sparql, **bindings)
         if not isinstance(answer, ox.QueryBoolean):
             raise StoreError("this query is not an ASK")
         return bool(answer)
 
     def construct(self, sparql: str, **bindings: Binding) -> list[ox.Triple]:
-        """The triples of a CONSTRUCT or DESCRIBE, as terms."""
+        """Run a CONSTRUCT or DESCRIBE and return its triples as terms."""
         answer = self.evaluate(sparql, **bindings)
         if not isinstance(answer, ox.QueryTriples):
             raise StoreError("this query is not a CONSTRUCT or DESCRIBE")
         return list(answer)
 
     def values(self, subjects: Sequence[Iri], predicate: Iri) -> dict[Iri, Value]:
-        """What is said by this predicate of those of the subjects of which it is said; of many values, one."""
+        """Return the value of a predicate for those of the subjects that have it; one of them if there are several."""
         if not subjects:
             return {}
         wanted = " ".join(str(_node(subject)) for subject in subjects)
@@ -252,20 +270,20 @@ class Store(ABC):
         return {Iri(str(row["s"])): row["o"] for row in found}
 
     def add(self, triples: Iterable[Triple]) -> None:
-        """Adds triples; those that are there already stay as they are."""
+        """Add triples."""
         text = _data(triples)
         if text:
             self.update(f"INSERT DATA {{\n{text}}}")
 
     def write(self, facts: Facts, records: Facts | None = None) -> None:
-        """Makes these the only values of these predicates of these subjects; None takes a predicate away. Records go
-        into the graph RECORDS, in the same change."""
+        """Replace the values of these predicates of these subjects; None removes a predicate. Records go into the graph
+        RECORDS, in the same change."""
         text = " ;\n".join(part for part in (_writing(facts), _writing(records or {}, RECORDS)) if part)
         if text:
             self.update(text)
 
     def records(self, subjects: Sequence[Iri]) -> list[dict[Iri, Value]]:
-        """What the graph RECORDS says of each of the subjects, one value of a predicate; nothing where it says none."""
+        """Return the facts in the graph RECORDS about each of the subjects, one value for each predicate."""
         found: dict[Value, dict[Iri, Value]] = {subject: {} for subject in subjects}
         if subjects:
             # With VALUES outside of GRAPH, Oxigraph reads all records.
@@ -275,7 +293,7 @@ class Store(ABC):
         return [found[subject] for subject in subjects]
 
     def remove(self, subject: Iri) -> None:
-        """Takes away everything that is said of the subject, its records too."""
+        """Remove all facts about a subject, including its records."""
         said = f"{{ {_node(subject)} ?p ?o }}"
         self.update(f"DELETE WHERE {said} ; DELETE WHERE {{ GRAPH <{RECORDS}> {said} }}")
 
@@ -287,8 +305,7 @@ class Store(ABC):
 
 
 def _writing(facts: Facts, graph: Iri | None = None) -> str:
-    """The update that makes these the only values of these predicates of these subjects, in the default graph or in a
-    named one; empty if there is nothing to write."""
+    """The update that replaces these values in the default graph or a named one; empty if there is nothing to write."""
     pairs = " ".join(f"({_node(s)} {_node(p)})" for s, said in facts.items() for p in said)
     if not pairs:
         return ""
@@ -300,7 +317,7 @@ def _writing(facts: Facts, graph: Iri | None = None) -> str:
 
 
 def triples(facts: Facts) -> Iterator[Triple]:
-    """The triples of these facts."""
+    """Return the triples of these facts."""
     for subject, said in facts.items():
         for predicate, given in said.items():
             for o in each(given):
@@ -308,14 +325,14 @@ def triples(facts: Facts) -> Iterator[Triple]:
 
 
 def each(given: Binding | None) -> Iterable[Value]:
-    """The values that are given: none, one or many."""
+    """Return the values of a binding: none, one or many."""
     if given is None:
         return ()
     return (given,) if isinstance(given, (str, bool, int, float, datetime)) else given
 
 
 def _short(error: object) -> str:
-    """Oxigraph's message in one line, without the long list of what the grammar would have taken."""
+    """Oxigraph's message in one line, without the long list of expected tokens."""
     text = " ".join(str(error).partition(": expected one of ")[0].split())
     return text if len(text) <= 300 else text[:300] + "…"
 
@@ -326,29 +343,29 @@ def _data(given: Iterable[Triple]) -> str:
 
 _HERE = ox.DefaultGraph()
 UNFLUSHED = 200_000
-"""So many triples may change until RocksDB's buffers in memory are written to files."""
+"""Changed triples after which RocksDB's buffers in memory are written to files."""
 
 
-class Patch(NamedTuple):
-    """A change of the graph: triples that go, triples that come, and patterns for what else goes (before they come),
-    in SPARQL, which alone does it all in one transaction."""
+class GraphChange(NamedTuple):
+    """A change of the graph in SPARQL, which makes it one transaction: delete operations (`cleared`), then triples to
+    remove, then triples to add."""
 
-    emptied: list[str]
-    gone: list[str]
-    new: list[str]
+    cleared: list[str]
+    removed: list[str]
+    added: list[str]
 
-    def extend(self, more: "Patch") -> None:
-        """Adds the other change to this one."""
+    def extend(self, more: "GraphChange") -> None:
+        """Add another change to this one."""
         for all_, some in zip(self, more, strict=True):
             all_.extend(some)
 
 
 class EmbeddedStore(Store):
-    """Oxigraph in this process: on disk (RocksDB) in the folder `path`, made if need be, or in memory without one.
+    """Oxigraph in this process: on disk (RocksDB) in the folder `path`, which is created if needed, or in memory.
 
-    One writer at a time, any number of readers beside it: a query sees the graph as it was when it began, and holds up
-    no write. What a write has returned from is kept when the process is killed, for it is in RocksDB's log, in the
-    hands of the operating system; should the machine lose its power, the last seconds may be missing.
+    There is one writer at a time, and any number of readers: a query sees the graph as it was when it began, and blocks
+    no write. A completed write survives a kill of the process, since it is in RocksDB's log; after a power failure, the
+    last seconds may be missing.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -405,21 +422,21 @@ class EmbeddedStore(Store):
 
     def write(self, facts: Facts, records: Facts | None = None) -> None:
         with self._writing:
-            patch = self._difference(facts)
-            patch.extend(self._difference(records or {}, RECORDS))
-            self._apply(patch)
+            change = self._difference(facts)
+            change.extend(self._difference(records or {}, RECORDS))
+            self._apply(change)
 
-    def _difference(self, facts: Facts, graph: Iri | None = None) -> Patch:
-        """What must go and come so that `write` has written the facts into the default graph, or into a named one."""
-        patch = Patch([], [], [])
+    def _difference(self, facts: Facts, graph: Iri | None = None) -> GraphChange:
+        """The change by which `write` writes the facts into the default graph, or into a named one."""
+        change = GraphChange([], [], [])
         where = _HERE if graph is None else _node(graph)
         begin, end = ("", "") if graph is None else (f"GRAPH {where} {{ ", " }")
         wanted = {(_node(s), _node(p)): set(map(term, each(o))) for s, said in facts.items() for p, o in said.items()}
         if not wanted:
-            return patch
+            return change
         there: dict[tuple[ox.NamedNode, ox.NamedNode], set[Any]] = {pair: set() for pair in wanted}
         pairs = " ".join(f"({subject} {predicate})" for subject, predicate in wanted)
-        # One query for many costs half of what quads_for_pattern for each does.
+        # One query for all costs half of a quads_for_pattern for each.
         answer = EmbeddedStore.evaluate(self, f"SELECT * WHERE {{ {begin}VALUES (?s ?p) {{ {pairs} }} ?s ?p ?o{end} }}")
         assert isinstance(answer, ox.QuerySolutions)
         for solution in answer:
@@ -427,11 +444,11 @@ class EmbeddedStore(Store):
         for (subject, predicate), values in wanted.items():
             known = there[subject, predicate]
             if not all(isinstance(o, (ox.NamedNode, ox.Literal)) for o in known):
-                patch.emptied.append(f"DELETE WHERE {{ {begin}{subject} {predicate} ?o{end} }} ;\n")
+                change.cleared.append(f"DELETE WHERE {{ {begin}{subject} {predicate} ?o{end} }} ;\n")
                 known = set()
-            patch.gone.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in known - values)
-            patch.new.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in values - known)
-        return patch
+            change.removed.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in known - values)
+            change.added.extend(f"{begin}{subject} {predicate} {o} .{end}\n" for o in values - known)
+        return change
 
     def records(self, subjects: Sequence[Iri]) -> list[dict[Iri, Value]]:
         graph = _node(RECORDS)
@@ -443,45 +460,66 @@ class EmbeddedStore(Store):
             for subject in subjects
         ]
 
-    def _apply(self, patch: Patch) -> None:
-        if any(patch):
-            self._unflushed += len(patch.gone) + len(patch.new)
+    def _apply(self, change: GraphChange) -> None:
+        if any(change):
+            self._unflushed += len(change.removed) + len(change.added)
             if self._unflushed > UNFLUSHED:
                 self._unflushed = 0
                 self._open.flush()
             EmbeddedStore.update(
                 self,
-                f"{''.join(patch.emptied)}DELETE DATA {{\n{''.join(patch.gone)}}} ;\n"
-                f"INSERT DATA {{\n{''.join(patch.new)}}}",
+                f"{''.join(change.cleared)}DELETE DATA {{\n{''.join(change.removed)}}} ;\n"
+                f"INSERT DATA {{\n{''.join(change.added)}}}",
             )
 
     def __len__(self) -> int:
         return len(self._open)
 
+    def backup(self, folder: Path) -> None:
+        """Write a copy of the graph into a new folder, as hard links where the file system allows it."""
+        self._open.backup(str(folder))
+
+    def quads(self) -> Iterator[ox.Quad]:
+        """Return all quads of the graph."""
+        return iter(self._open)
+
+    def load(self, quads: Iterable[ox.Quad]) -> None:
+        """Add many quads, faster than `add` but not in one transaction: for a graph that is not in use yet."""
+        self._open.bulk_extend(quads)
+
     def close(self) -> None:
-        """Writes what is left and frees the folder for another process."""
+        """Write what is left and free the folder for another process."""
         if self._store is not None:
             self._store.flush()
             self._store = None
 
 
 class RemoteStore(Store):
-    """Any server of the SPARQL 1.1 Protocol. The token, if one is given, goes with every request as a bearer token.
+    """A server of the SPARQL 1.1 Protocol.
 
-    `update_url` is where updates go, if that is another address (Fuseki, oxigraph and GraphDB have two).
+    Parameters
+    ----------
+    url
+        Address for queries.
+    token
+        Sent with every request as a bearer token.
+    update_url
+        Address for updates, if it is another one (as with Fuseki, oxigraph and GraphDB).
+    timeout
+        Seconds to wait for an answer.
     """
 
     def __init__(
         self, url: str, token: str | None = None, *, update_url: str | None = None, timeout: float = 30.0
     ) -> None:
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise StoreError(f"{url!r} is no address of a SPARQL endpoint; it begins with http:// or https://")
+            raise StoreError(f"{url!r} is not the address of a SPARQL endpoint; it must begin with http:// or https://")
         self._url = url
         self._update_url = update_url or url
         self._token = token
         self._timeout = timeout
         host = urllib.parse.urlsplit(url).hostname or ""
-        # A proxy from the environment is never meant for this machine's own server.
+        # A proxy from the environment is not meant for a server on this machine.
         proxies: dict[str, str] | None = {} if host in ("localhost", "::1") or host.startswith("127.") else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
@@ -499,7 +537,7 @@ class RemoteStore(Store):
         except urllib.error.HTTPError as error:
             with error:
                 detail = error.read(2000).decode(errors="replace").strip() or error.reason
-            raise StoreError(f"{url} refused ({error.code}): {_short(detail)}") from None
+            raise StoreError(f"{url} did not accept the request ({error.code}): {_short(detail)}") from None
         except (OSError, urllib.error.URLError) as error:
             reason = getattr(error, "reason", error)
             raise Unreachable(f"no answer from {url} ({reason}); is the server running?") from None
@@ -512,12 +550,14 @@ class RemoteStore(Store):
         try:
             if kind == "application/sparql-results+json":
                 return ox.parse_query_results(body, ox.QueryResultsFormat.JSON)
-            # Oxigraph has no public way to make QueryTriples: let it read them as a graph of their own.
+            # Oxigraph has no public constructor for QueryTriples, so let it query a graph of them.
             own = ox.Store()
             own.load(body, ox.RdfFormat.N_TRIPLES)
             return own.query("CONSTRUCT { ?s ?p ?o } WHERE { ?s ?p ?o }")
         except (SyntaxError, ValueError, json.JSONDecodeError) as error:
-            raise StoreError(f"{self._url} answered what is no SPARQL result ({kind}): {error}") from None
+            raise StoreError(
+                f"{self._url} answered with something other than a SPARQL result ({kind}): {error}"
+            ) from None
 
     def update(self, sparql: str) -> None:
         self._post(self._update_url, {"update": sparql}, "*/*")

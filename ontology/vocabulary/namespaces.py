@@ -1,4 +1,4 @@
-"""The IRIs of the graph: namespaces, and how whatever is described is named.
+"""The IRIs of the graph: namespaces, and the naming of everything that is described.
 
 A name is made from what identifies the thing, so that describing it twice adds nothing.
 """
@@ -10,7 +10,13 @@ from tinyfleet.edge.errors import UserError
 
 
 class Iri(str):
-    """An IRI, where a plain str is text. Bind and store it as a node of the graph."""
+    """An IRI: a node of the graph, where a plain str is text.
+
+    Examples
+    --------
+    >>> Iri("urn:tinyfleet:home:kitchen")
+    'urn:tinyfleet:home:kitchen'
+    """
 
     __slots__ = ()
 
@@ -22,9 +28,9 @@ class Namespace:
         self.iri = iri
 
     def __getattr__(self, term: str) -> Iri:
-        if term.startswith("__"):  # what copying and the like ask every object for
+        if term.startswith("__"):  # looked up by copy and others on every object
             raise AttributeError(term)
-        iri = self.__dict__[term] = Iri(self.iri + term)  # found there the next time
+        iri = self.__dict__[term] = Iri(self.iri + term)  # found there next time
         return iri
 
     def __getitem__(self, term: str) -> Iri:
@@ -73,7 +79,7 @@ PREFIXES = {
     "tf": TF.iri,
     "xsd": XSD.iri,
 }
-"""What stands for a namespace where people write and read."""
+"""Prefixes of namespaces for people to read and write."""
 
 BOARDS = "https://w3id.org/tinyfleet/board/"
 PARTS = "https://w3id.org/tinyfleet/part/"
@@ -84,13 +90,13 @@ _MODEL = re.compile(r"[0-9a-f]{16}")
 
 def _name(kind: str, name: str, longest: int) -> str:
     if not _NAME.fullmatch(name) or len(name) > longest:
-        raise UserError(f"{name!r} is no {kind} name; use 1 to {longest} letters, digits, '.', '_' or '-'")
+        raise UserError(f"{name!r} is not a valid {kind} name; use 1 to {longest} letters, digits, '.', '_' or '-'")
     return name
 
 
 def fleet_name(name: str) -> str:
-    """The fleet's name, checked: 32 characters are what a topic takes (edge.protocol.Topics). `model` is taken:
-    urn:tinyfleet:model:… names the models of all fleets."""
+    """Check and return a fleet's name; topics allow 32 characters. `model` is reserved, because urn:tinyfleet:model:…
+    names the models of all fleets."""
     if name == "model":
         raise UserError("a fleet cannot be called 'model'; choose another name")
     return _name("fleet", name, 32)
@@ -120,7 +126,7 @@ def model_iri(model: bytes | str) -> Iri:
     """urn:tinyfleet:model:{hex16}, from the first 8 bytes of the SHA-256 of the model's file or their hex digits."""
     digits = model.hex() if isinstance(model, bytes) else model.lower()
     if not _MODEL.fullmatch(digits):
-        raise UserError(f"{digits!r} is no model id; it is the first 16 hexadecimal digits of the file's SHA-256")
+        raise UserError(f"{digits!r} is not a model ID; use the first 16 hexadecimal digits of the file's SHA-256")
     return Iri(f"urn:tinyfleet:model:{digits}")
 
 
@@ -135,12 +141,12 @@ def round_iri(fleet: str, run: int, number: int) -> Iri:
 
 
 def version_iri(fleet: str, run: int, number: int) -> Iri:
-    """urn:tinyfleet:{fleet}:run:{run}:version:{number}: the weights after that round; 0 are those it began with."""
+    """urn:tinyfleet:{fleet}:run:{run}:version:{number}: the parameters after that round; 0 is the initialization."""
     return Iri(f"{run_iri(fleet, run)}:version:{number:d}")
 
 
 def dataset_iri(name: str) -> Iri:
-    """A data set's address, or else urn:tinyfleet:dataset:{name}."""
+    """The data set's address, or urn:tinyfleet:dataset:{name}."""
     return Iri(name) if re.match(r"https?://", name) else Iri(f"urn:tinyfleet:dataset:{quote(name, safe='/')}")
 
 
@@ -165,7 +171,7 @@ def drift_iri(fleet: str, device: str, number: int) -> Iri:
 
 
 def measurement_iri(model: Iri, board: str, emulated: bool) -> Iri:
-    """{model}:on:{board} or {model}:on:{board}:emulated: what the model took on that kind of board."""
+    """{model}:on:{board} or {model}:on:{board}:emulated: a measurement of the model on that board."""
     return Iri(f"{model}:on:{_name('board', board, 64)}" + ":emulated" * emulated)
 
 

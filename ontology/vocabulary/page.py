@@ -1,10 +1,10 @@
-"""The vocabulary as a page for people: every term with its definition, made from the files that the graph works by."""
+"""The vocabulary as a web page: every term with its definition, generated from the vocabulary's files."""
 
 from collections.abc import Iterable, Iterator
 from html import escape
 
 import pyoxigraph as ox
-from tinyfleet.ontology.vocabulary.implied import CATALOGUE, VOCABULARY
+from tinyfleet.ontology.vocabulary.entailment import CATALOGUE, VOCABULARY
 from tinyfleet.ontology.vocabulary.namespaces import DCTERMS, OWL, RDF, RDFS, SH, SKOS, SOSA, TF, Iri, shorten
 from tinyfleet.ontology.vocabulary.shapes import SHAPES
 
@@ -26,7 +26,7 @@ _ROWS = (
     ("domain", RDFS.domain),
     ("range", RDFS.range),
     ("unit", Iri("http://qudt.org/schema/qudt/hasUnit")),
-    ("implied by", OWL.propertyChainAxiom),
+    ("entailed by", OWL.propertyChainAxiom),
     ("see also", RDFS.seeAlso),
 )
 Node = ox.NamedNode | ox.BlankNode | ox.Literal | ox.Triple
@@ -57,7 +57,7 @@ class _Graph:
         return sorted((n for n in nodes if n.value.startswith(namespace)), key=lambda n: n.value.lower())
 
     def link(self, node: Node) -> str:
-        """A term as a link; a list of terms (a union, a chain) as its links."""
+        """A link to a term, or the links of a list of terms (a union, a chain)."""
         if isinstance(node, ox.NamedNode):
             address = f"#{_anchor(node)}" if node.value.startswith(TF.iri) else node.value
             return f'<a href="{escape(address)}"><code>{escape(shorten(node.value))}</code></a>'
@@ -71,7 +71,7 @@ def _anchor(term: ox.NamedNode) -> str:
 
 
 def page() -> str:
-    """The page, complete in itself."""
+    """Return the page, complete in itself."""
     graph = _Graph()
     about = ox.NamedNode(TF.iri)
     classes = graph.of_type(OWL.Class, TF.iri)
@@ -89,8 +89,8 @@ def page() -> str:
 <dt>licence</dt><dd>{_links(graph, about, DCTERMS.license)}</dd></dl>
 <h2>Classes</h2><nav>{_index(classes)}</nav>{"".join(_term(graph, term) for term in classes)}
 <h2>Properties</h2><nav>{_index(properties)}</nav>{"".join(_term(graph, term) for term in properties)}
-<h2>What can be observed</h2>
-<p>The values of <code>tf:observes</code> and <code>tf:inputProperty</code>, and the words for them.</p>
+<h2>Observable properties</h2>
+<p>The values of <code>tf:observes</code> and <code>tf:inputProperty</code>, with the words that stand for them.</p>
 <dl>{"".join(_observable(graph, term) for term in observable)}</dl>
 </body></html>
 """
@@ -106,7 +106,7 @@ def _index(terms: Iterable[ox.NamedNode]) -> str:
 
 def _term(graph: _Graph, term: ox.NamedNode) -> str:
     rows = [(name, _links(graph, term, predicate)) for name, predicate in _ROWS]
-    rows.append(("conforms if", "<br>".join(_rules(graph, term))))
+    rows.append(("constraints", "<br>".join(_rules(graph, term))))
     table = "".join(f"<dt>{name}</dt><dd>{said}</dd>" for name, said in rows if said)
     return (
         f'<section id="{_anchor(term)}"><h3>tf:{_anchor(term)}<small>{graph.text(term, RDFS.label)}</small></h3>'
@@ -115,7 +115,7 @@ def _term(graph: _Graph, term: ox.NamedNode) -> str:
 
 
 def _rules(graph: _Graph, term: ox.NamedNode) -> Iterator[str]:
-    """What the shapes ask of what is of this class."""
+    """The constraints of the shapes on this class."""
     for quad in graph.store.quads_for_pattern(None, ox.NamedNode(SH.targetClass), term):
         messages = [graph.text(quad.subject, SH.message)]
         messages += [graph.text(rule, SH.message) for rule in graph.objects(quad.subject, SH.property)]

@@ -1,7 +1,7 @@
 """Checks triples against shapes.ttl (SHACL) before they are written.
 
-The engine is the `shacl` wheel (Rust); on the platforms that it has no wheel for, pySHACL, which is slower. Both give
-the same verdicts (tests/test_ontology_shapes.py).
+The engine is the `shacl` wheel (Rust) or, on platforms without that wheel, the slower pySHACL. Both give the same
+results (tests/test_ontology_shapes.py).
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,11 +16,11 @@ SHAPES = Path(__file__).with_name("shapes.ttl")
 
 
 class ShapeError(UserError):
-    """A description breaks its shape. `violations` are the shapes' messages, each with the value at fault."""
+    """A description violates its shape. `violations` are the shapes' messages, each with the wrong value."""
 
     def __init__(self, what: str, violations: Sequence[str]) -> None:
         self.violations = tuple(violations)
-        super().__init__(f"{what} cannot go into the graph: {'; '.join(violations)}")
+        super().__init__(f"{what} cannot be added to the graph: {'; '.join(violations)}")
 
 
 def _ntriples(given: Iterable[Triple | ox.Triple]) -> str:
@@ -30,7 +30,7 @@ def _ntriples(given: Iterable[Triple | ox.Triple]) -> str:
 
 
 def violations(given: Iterable[Triple | ox.Triple]) -> list[str]:
-    """What is wrong with these triples, one line each, sorted; nothing if they conform."""
+    """Return the violations of the shapes, one line each, sorted; empty if the triples conform."""
     text = _ntriples(given)
     try:
         import shacl  # noqa: F401
@@ -40,14 +40,14 @@ def violations(given: Iterable[Triple | ox.Triple]) -> list[str]:
 
 
 def check(what: str, given: Iterable[Triple | ox.Triple]) -> None:
-    """Raises ShapeError, which names `what`, unless the triples conform."""
+    """Raise ShapeError, which names `what`, unless the triples conform."""
     wrong = violations(given)
     if wrong:
         raise ShapeError(what, wrong)
 
 
-def admit(store: Store, what: str, facts: Facts) -> None:
-    """Checks the facts and writes them into the store. Raises ShapeError, having written nothing, if they are wrong."""
+def check_and_add(store: Store, what: str, facts: Facts) -> None:
+    """Check facts and write them to the store. Raises ShapeError, without writing, if they do not conform."""
     check(what, triples(facts))
     store.write(facts)
 
@@ -66,7 +66,7 @@ def _compiled() -> "shacl.Shapes":  # type: ignore[name-defined]  # noqa: F821
 
 
 def by_shacl(ntriples: str) -> list[str]:
-    """As `violations`, by the `shacl` wheel."""
+    """Do what `violations` does, with the `shacl` wheel."""
     report = _compiled().validate_text(ntriples, format="ntriples", max_results=20)
     return sorted({_line(r.message or r.component, r.value_plain) for r in report.results})
 
@@ -79,7 +79,7 @@ def _graph() -> "rdflib.Graph":  # type: ignore[name-defined]  # noqa: F821
 
 
 def by_pyshacl(ntriples: str) -> list[str]:
-    """As `violations`, by pySHACL."""
+    """Do what `violations` does, with pySHACL."""
     import pyshacl
     import rdflib
 

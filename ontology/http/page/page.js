@@ -2,7 +2,7 @@
 const { Yasgui } = window;
 const { Yasqe, Yasr } = Yasgui;
 
-/** A value that somebody typed, as a term of SPARQL: an IRI, a number, true or false, or else a text. */
+/** A typed value as a SPARQL term: an IRI, a number, true or false, or else a text. */
 function term(typed) {
   if (/^<[^<>\s]*>$/.test(typed) || /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(typed) || /^(true|false)$/.test(typed)) {
     return typed;
@@ -10,7 +10,7 @@ function term(typed) {
   return /^(urn:|https?:\/\/)[^<>"{}|\\^`\s]*$/.test(typed) ? `<${typed}>` : JSON.stringify(typed);
 }
 
-/** The query with a parameter bound, or free where nothing was typed. */
+/** The query with a parameter set, or unset where nothing was typed. */
 function bound(query, name, typed) {
   const values = new RegExp(`VALUES\\s*[?$]${name}\\s*\\{[^{}]*\\}`, "i");
   return query.replace(values, () => `VALUES ?${name} { ${typed === "" ? "UNDEF" : term(typed)} }`);
@@ -23,13 +23,13 @@ function element(name, properties, ...children) {
   return made;
 }
 
-/** Completes what lies in a fixed list, where YASQE would ask a server elsewhere. */
+/** Completes from a fixed list, where YASQE would ask a server on the Internet. */
 function completer(like, name, list) {
   Yasqe.forkAutocompleter(like, { name, bulk: true, persistenceId: null, get: () => Promise.resolve(list) }, false);
   return name;
 }
 
-/** Numbers, times, true and false are shown as they read; YASR adds their data types. */
+/** Shows numbers, times and booleans without the data types that YASR adds. */
 function showPlainly() {
   const table = Yasr.plugins.table.prototype;
   const { formatLiteral } = table;
@@ -41,7 +41,7 @@ function showPlainly() {
 }
 
 function firstQuery({ prefixes }) {
-  return `# The devices of the fleet, as they described themselves.
+  return `# The devices of the fleet, as they describe themselves.
 PREFIX tf: <${prefixes.tf}>
 PREFIX td: <${prefixes.td}>
 
@@ -60,7 +60,7 @@ LIMIT 100`;
 
 function start(about) {
   if (about.fleet) {
-    document.title = `TinyFleet: ask the fleet ${about.fleet}`;
+    document.title = `TinyFleet: query the fleet ${about.fleet}`;
     document.getElementById("fleet").textContent = `fleet ${about.fleet}`;
   }
   const prefixes = Object.entries(about.prefixes).map(([prefix, iri]) => `${prefix}: <${iri}>`);
@@ -98,7 +98,7 @@ function start(about) {
   for (const query of queries.values()) {
     const form = element("form", {});
     for (const parameter of query.parameters) {
-      const field = element("input", { name: parameter.name, placeholder: "free", spellcheck: false });
+      const field = element("input", { name: parameter.name, placeholder: "not set", spellcheck: false });
       field.addEventListener("input", () => {
         open(query);
         const tab = yasgui.getTab();

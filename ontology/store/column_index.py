@@ -1,9 +1,8 @@
 """A column index over the devices: counts and selections among a million of them in milliseconds.
 
-It says nothing that the graph does not say: it is built from the graph, kept up by the writes to the graph, and saved
-beside it when the store is closed, to be taken up again if nobody has opened the graph meanwhile. While it is being
-built, and if the graph says of a device what the columns cannot hold (two arenas, a battery in words), the graph itself
-is asked.
+The index is derived from the graph: built from it, updated by every write to it, and saved beside it when the store is
+closed. The saved index is used again if nothing else has opened the graph since. While the index is being built, and if
+a device has a value that the columns cannot hold (two arenas, a battery in words), the graph itself answers.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from typing import IO, Any, TypeVar, cast
 import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
-from tinyfleet.ontology.store.columns import Codes, Column, Columns, Ids, NotIndexable, Range, Types, among, exact, fill
+from tinyfleet.ontology.store.columns import Codes, Column, Columns, Ids, NotIndexable, Range, Types, exact, fill, is_in
 from tinyfleet.ontology.store.query_rewriting import answer_from_index, with_counts
 from tinyfleet.ontology.store.store import (
     RECORDS,
@@ -27,7 +26,7 @@ from tinyfleet.ontology.store.store import (
     Dataset,
     EmbeddedStore,
     Facts,
-    Patch,
+    GraphChange,
     QueryResult,
     Rows,
     Triple,
@@ -42,7 +41,7 @@ from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri
 _DEVICE = re.compile(r"urn:tinyfleet:(?!model:)([A-Za-z0-9._-]+:[A-Za-z0-9._-]+)")
 _LINE = re.compile(rb"<urn:tinyfleet:(?!model:)([A-Za-z0-9._-]+:[A-Za-z0-9._-]+)>\t([^\n]*)\n")
 _OTHER = re.compile(rb"<(?!urn:tinyfleet:(?!model:)[A-Za-z0-9._-]+:[A-Za-z0-9._-]+>)([^>\n]*)>\t([^\n]*)\n")
-# What the questions ask of models and boards (query_rewriting.py).
+# Predicates of models and boards that index_queries.py reads.
 _SHARED = {
     f"<{p}>"
     for p in (
@@ -58,11 +57,11 @@ log = logging.getLogger(__name__)
 
 
 class IndexedStore(EmbeddedStore):
-    """An EmbeddedStore with columns over its devices, from which it answers some of the library's queries
-    (query_rewriting.py), whoever asks them, and finds words in titles (text_index.py); and those of its own
-    methods that the graph alone would take seconds for.
+    """An EmbeddedStore with a column index of its devices.
 
-    The index of a folder is the file `{path}.index`.
+    It answers some of the library's queries from the index (query_rewriting.py), finds words in titles (text_index.py),
+    and speeds up its own methods that would take the graph alone seconds. The index of a folder is the file
+    `{path}.index`.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
@@ -72,9 +71,9 @@ class IndexedStore(EmbeddedStore):
         super().__init__(path)
         self._reading = threading.Lock()  # while the columns change or are read; taken within self._writing
         self._columns: Columns | None = None
-        self._changed: set[str] = set()  # devices that were written while the columns were being built
-        self._lost = False  # what was built meanwhile is of no use
-        self._edition = 0  # of all but the devices' own columns
+        self._changed: set[str] = set()  # subjects written while the columns were being built
+        self._lost = False  # what was built meanwhile is useless
+        self._edition = 0  # of everything but the devices' own columns
         self._kept: dict[Callable[[IndexedStore], Any], tuple[int, Any]] = {}
         self._closing = False
         self._builder: threading.Thread | None = None
@@ -88,16 +87,16 @@ class IndexedStore(EmbeddedStore):
 
     @property
     def indexed(self) -> bool:
-        """Whether the columns say all that the graph does. If not, the graph is asked."""
+        """Whether the columns are complete. If not, the graph answers."""
         return self._ready is not None
 
     @property
     def _ready(self) -> Columns | None:
         columns = self._columns
-        return None if columns is None or columns.odd or columns.strangers else columns
+        return None if columns is None or columns.odd or columns.misnamed else columns
 
     def wait(self) -> bool:
-        """Waits until the columns are built; False if they cannot hold this graph."""
+        """Wait until the columns are built; return False if they cannot hold this graph."""
         builder = self._builder
         if builder is not None:
             builder.join()
@@ -114,7 +113,7 @@ class IndexedStore(EmbeddedStore):
             if columns is not None and self._file is not None and self._folder is not None:
                 columns.save(self._file, _mark(self._folder))
 
-    # -------------------------------------------------------------------------------------------------------- writing
+    # Writing
 
     def write(self, facts: Facts, records: Facts | None = None) -> None:
         with self._writing:
@@ -122,59 +121,17 @@ class IndexedStore(EmbeddedStore):
                 super().write(facts, records)
                 self._note(facts)
                 return
-            columns, patch = self._columns, Patch([], [], [])
-            rest: dict[Iri, dict[Iri, Binding | None]] = {}
-            puts: list[tuple[Iri, int, Column, Binding | None]] = []
-            titled: list[tuple[Iri, int | None, Binding | None]] = []
-            named = [(s, name) for s in facts if (name := _name(s)) and name not in columns.odd]
-            found = columns.rows([name for _, name in named], make=True).tolist()
-            row_of = dict(zip((s for s, _ in named), found, strict=True))
-            for s, said in facts.items():
-                row = row_of.get(s)
-                for p, given in said.items():
-                    column = None if row is None else columns.columns.get(p)
-                    if row is None or column is None:
-                        rest.setdefault(s, {})[p] = given
-                        if p == TD.title and (row is not None or not _name(s)):  # of an odd device: `_note` reads it
-                            titled.append((s, row, given))
-                        continue
-                    if isinstance(column, (Types, Ids)):
-                        rest.setdefault(s, {})[p] = given = list(each(given))
-                        puts.append((s, row, column, given))
-                        continue
-                    there = column.decode(column.numbers[row])
-                    if type(there) is type(given) and there == given and (there or type(there) is not float):
-                        continue  # the common case; that 0.0 is not -0.0 is left to the terms
-                    values = list(each(given))
-                    wanted = {term(o) for o in values}
-                    was = set() if there is None else {term(there)}
-                    patch.gone.extend(f"<{s}> <{p}> {o} .\n" for o in was - wanted)
-                    patch.new.extend(f"<{s}> <{p}> {o} .\n" for o in wanted - was)
-                    puts.append((s, row, column, values))
-            more = self._difference(rest)
-            anew = bool(more.emptied) or any(_shared(line) for line in (*more.gone, *more.new))
-            patch.extend(more)
-            patch.extend(self._difference(records or {}, RECORDS))
-            self._apply(patch)
-            self._edition += anew
+            columns = self._columns
+            split = _SplitWrite(columns, facts)
+            rest = self._difference(split.rest)
+            shared = bool(rest.cleared) or any(_shared(line) for line in (*rest.removed, *rest.added))
+            split.change.extend(rest)
+            split.change.extend(self._difference(records or {}, RECORDS))
+            self._apply(split.change)
+            self._edition += shared
             with self._reading:
-                for s, row, column, given in puts:
-                    try:
-                        columns.put(column, row, _name(s), given)
-                    except NotIndexable:
-                        columns.odd.add(_name(s))
-                for s, row, given in titled:
-                    texts = [text_of(term(o)) for o in each(given)]
-                    if row is None:
-                        columns.titles.put_other(s, texts)
-                    else:
-                        columns.titles.put(row, texts)
-            self._note(
-                s
-                for s, said in facts.items()
-                if _name(s) in columns.odd
-                or (RDF.type in said and not _name(s) and (s in columns.strangers or TF.Device in each(said[RDF.type])))
-            )
+                split.put()
+            self._note(subject for subject, said in facts.items() if _to_be_read(columns, subject, said))
 
     def add(self, triples: Iterable[Triple]) -> None:
         triples = list(triples)
@@ -192,7 +149,7 @@ class IndexedStore(EmbeddedStore):
                 self._note(subjects)
 
     def _note(self, subjects: Iterable[str]) -> None:
-        """These subjects have been written. Called with self._writing."""
+        """Note that these subjects have been written. Called with self._writing."""
         written = set(subjects)
         self._edition += bool(written)
         if self._columns is None:
@@ -201,7 +158,7 @@ class IndexedStore(EmbeddedStore):
             self._refresh(self._columns, written)
 
     def _refresh(self, columns: Columns, subjects: Collection[str]) -> None:
-        """Reads these subjects from the graph."""
+        """Read these subjects from the graph."""
         for subject in subjects:
             terms: dict[Iri, list[Any]] = {}
             name = _name(subject)
@@ -212,9 +169,9 @@ class IndexedStore(EmbeddedStore):
             with self._reading:
                 if not name:
                     columns.titles.put_other(subject, titles)
-                    columns.strangers.discard(subject)
+                    columns.misnamed.discard(subject)
                     if ox.NamedNode(TF.Device) in terms.get(RDF.type, ()):
-                        columns.strangers.add(subject)
+                        columns.misnamed.add(subject)
                     continue
                 (row,) = columns.rows([name], make=bool(terms or titles)).tolist()
                 columns.odd.discard(name)
@@ -225,10 +182,10 @@ class IndexedStore(EmbeddedStore):
                     except NotIndexable:
                         columns.odd.add(name)
 
-    # ------------------------------------------------------------------------------------------------------- building
+    # Building
 
     def _rebuild(self) -> None:
-        """Has the columns built anew, in the background. Called with self._writing, but at first."""
+        """Rebuild the columns in the background. Called with self._writing, except by __init__."""
         self._columns = None
         self._edition += 1
         self._lost = True
@@ -249,17 +206,19 @@ class IndexedStore(EmbeddedStore):
                     if len(changed) <= 1000:
                         self._refresh(columns, changed)
                         self._columns, self._builder = columns, None
-                        if odd := len(columns.odd) + len(columns.strangers):
-                            log.warning("%d devices are not as their columns must be: no index", odd)
+                        if odd := len(columns.odd) + len(columns.misnamed):
+                            log.warning(
+                                "%d devices have values that the columns cannot hold; queries go to the graph", odd
+                            )
                         return
                 self._refresh(columns, changed)
 
     def _read(self) -> Columns | None:
-        """The columns from the graph, predicate by predicate; None if the store is being closed."""
+        """Read the columns from the graph, predicate by predicate; None if the store is being closed."""
         columns = Columns()
         ask = f"SELECT ?s ?o WHERE {{ VALUES ?o {{ <{TF.Device}> }} ?s a ?o }}"
         names = [np.empty(0, "S1")]
-        self._each(ask, lambda some, _: names.append(np.array(some, "S")), lambda one, _: columns.strangers.add(one))
+        self._each(ask, lambda some, _: names.append(np.array(some, "S")), lambda one, _: columns.misnamed.add(one))
         columns.begin(np.unique(np.concatenate(names)))
         for predicate, column in columns.columns.items():
             put = partial(fill, columns, column)
@@ -275,8 +234,8 @@ class IndexedStore(EmbeddedStore):
             return None
         columns.titles.fill([found for found, _ in titles], [text for _, text in titles])
         columns.titles.others = others
-        for groups in (columns.by_kind, columns.by_model):
-            groups.sort(columns.size)
+        for groups in (columns.by_configuration, columns.by_model):
+            groups.refresh(columns.size)
         return columns
 
     def _each(
@@ -285,10 +244,12 @@ class IndexedStore(EmbeddedStore):
         take: Callable[[Sequence[bytes], Sequence[bytes]], None],
         rest: Callable[[str, bytes], None] = lambda subject, text: None,
     ) -> bool:
-        """Hands over the devices of an answer, as `{fleet}:{device}`, and their values, in pieces; what other IRIs it
-        has, one by one, to `rest`. False if the store is being closed, or changes so that it is all in vain.
+        """Pass the devices of an answer, as `{fleet}:{device}`, and their values to `take`, in blocks.
 
-        As Oxigraph writes TSV faster than Python reads its solutions; a million of them need little memory so.
+        Other subjects go to `rest`, one by one. False if the store is being closed, or changes so that the read is
+        useless.
+
+        The answer is read as TSV: Oxigraph writes it faster than Python reads its solutions, and in little memory.
         """
         answer = EmbeddedStore.evaluate(self, query)
         assert isinstance(answer, ox.QuerySolutions)
@@ -299,10 +260,10 @@ class IndexedStore(EmbeddedStore):
         except _StaleRead:
             return False
         finally:
-            del answer  # an error's traceback would take it to another thread, and Oxigraph's answers may not go there
+            del answer  # an error's traceback would carry it to another thread, where an Oxigraph answer must not go
         return True
 
-    # ---------------------------------------------------------------------------------------------------------- asked
+    # Querying
 
     def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> QueryResult:
         text = bind(sparql, bindings)
@@ -329,14 +290,13 @@ class IndexedStore(EmbeddedStore):
         return super().query(text) if found is None else found.as_rows()
 
     def on_graph(self, sparql: str) -> ox.QuerySolutions:
-        """The answer to a SELECT, whatever the index knows."""
+        """The graph's answer to a SELECT, without the index."""
         answer = EmbeddedStore.evaluate(self, sparql)
         assert isinstance(answer, ox.QuerySolutions)
         return answer
 
     def kept(self, make: Callable[["IndexedStore"], T]) -> T:
-        """What `make` makes of the graph, made again after every change of what is said of anything but devices' own
-        states: of models and boards, say."""
+        """Return `make(self)`, which is computed again only after a change of models, boards or other shared facts."""
         edition = self._edition
         known = self._kept.get(make)
         if known is None or known[0] != edition:
@@ -345,7 +305,7 @@ class IndexedStore(EmbeddedStore):
 
     @contextmanager
     def reading(self) -> Iterator[Columns | None]:
-        """The columns, while they do not change; None if there is no index now: ask the graph."""
+        """The columns, locked against changes; None if there is no index now and the graph must be asked."""
         with self._reading:
             yield self._ready
 
@@ -360,8 +320,10 @@ class IndexedStore(EmbeddedStore):
             return [f"urn:tinyfleet:{name.decode()}" for name in columns.raw_names(mask).tolist()] + found[1]
 
     def select(self, where: Mapping[Iri, Range | Collection[Value]]) -> NDArray[np.str_] | None:
-        """The devices, as `{fleet}:{device}`, of which the graph says all this: for each predicate a number in a range,
-        or one of these values. None if there is no index now: ask the graph."""
+        """The devices, as `{fleet}:{device}`, that have for each predicate a number in the range or one of the values.
+
+        None if there is no index now and the graph must be asked.
+        """
         with self._reading:
             columns = self._ready
             if columns is None:
@@ -370,77 +332,147 @@ class IndexedStore(EmbeddedStore):
             for predicate, wanted in where.items():
                 column, numbers = columns.columns[predicate], columns.numbers(predicate)
                 if isinstance(wanted, Range):
-                    mask &= (numbers >= wanted.low) & (numbers <= wanted.high) & (numbers != column.nothing)
+                    mask &= (numbers >= wanted.low) & (numbers <= wanted.high) & (numbers != column.missing)
                 elif isinstance(column, Codes):
-                    mask &= among(column, wanted)[numbers]
+                    mask &= is_in(column, wanted)[numbers]
                 else:
                     mask &= np.isin(numbers, [column.encode(v) for v in wanted])
             return columns.raw_names(mask).astype("U")
 
 
+class _SplitWrite:
+    """The facts of a write, split into those that the columns hold and the rest.
+
+    For a value in a column, the change of the graph follows from the column: the graph need not be asked.
+    """
+
+    def __init__(self, columns: Columns, facts: Facts) -> None:
+        self.change = GraphChange([], [], [])
+        """Change of the graph for the facts in columns."""
+        self.rest: dict[Iri, dict[Iri, Binding | None]] = {}
+        """Facts whose change of the graph is found by asking it."""
+        self._columns = columns
+        self._values: list[tuple[bytes, int, Column, Binding | None]] = []
+        self._titles: list[tuple[Iri, int | None, Binding | None]] = []
+        names = {s: name for s in facts if (name := _name(s)) and name not in columns.odd}
+        rows = dict(zip(names, columns.rows(list(names.values()), make=True).tolist(), strict=True))
+        for subject, said in facts.items():
+            row = rows.get(subject)
+            for predicate, given in said.items():
+                column = None if row is None else columns.columns.get(predicate)
+                if row is None or column is None:
+                    self._leave(subject, row, predicate, given)
+                else:
+                    self._split(subject, names[subject], row, predicate, column, given)
+
+    def _leave(self, subject: Iri, row: int | None, predicate: Iri, given: Binding | None) -> None:
+        self.rest.setdefault(subject, {})[predicate] = given
+        if predicate == TD.title and (row is not None or not _name(subject)):  # an odd device's is read again anyway
+            self._titles.append((subject, row, given))
+
+    def _split(
+        self, subject: Iri, name: bytes, row: int, predicate: Iri, column: Column, given: Binding | None
+    ) -> None:
+        if isinstance(column, (Types, Ids)):
+            values = self.rest.setdefault(subject, {})[predicate] = list(each(given))
+            self._values.append((name, row, column, values))
+            return
+        there = column.decode(column.numbers[row])
+        if type(there) is type(given) and there == given and (there or type(there) is not float):
+            return  # the common case; 0.0 and -0.0 are told apart by their terms
+        values = list(each(given))
+        wanted = {term(o) for o in values}
+        was = set() if there is None else {term(there)}
+        self.change.removed.extend(f"<{subject}> <{predicate}> {o} .\n" for o in was - wanted)
+        self.change.added.extend(f"<{subject}> <{predicate}> {o} .\n" for o in wanted - was)
+        self._values.append((name, row, column, values))
+
+    def put(self) -> None:
+        """Put the values and titles into the columns."""
+        columns = self._columns
+        for name, row, column, given in self._values:
+            try:
+                columns.put(column, row, name, given)
+            except NotIndexable:
+                columns.odd.add(name)
+        for subject, titled, given in self._titles:
+            texts = [text_of(term(o)) for o in each(given)]
+            if titled is None:
+                columns.titles.put_other(subject, texts)
+            else:
+                columns.titles.put(titled, texts)
+
+
+def _to_be_read(columns: Columns, subject: Iri, said: Mapping[Iri, Binding | None]) -> bool:
+    """Whether a written subject must be read from the graph: an odd device, or a device with another kind of name."""
+    name = _name(subject)
+    if name or RDF.type not in said:
+        return name in columns.odd
+    return subject in columns.misnamed or TF.Device in each(said[RDF.type])
+
+
 class _StaleRead(Exception):
-    """What is being read is of no use any more."""
+    """The graph has changed so that what is being read is useless."""
 
 
 class _Sink:
-    """Takes TSV as it is written, and hands over its lines in large pieces."""
+    """A file that receives TSV and passes its lines on in large blocks."""
 
-    PIECE = 4 << 20
+    BLOCK = 4 << 20
 
     def __init__(
         self,
         take: Callable[[Sequence[bytes], Sequence[bytes]], None],
         rest: Callable[[str, bytes], None],
-        vain: Callable[[], bool],
+        useless: Callable[[], bool],
     ) -> None:
         self._take = take
         self._rest = rest
-        self._vain = vain
+        self._useless = useless
         self._text = bytearray()
 
     def write(self, part: bytes) -> int:
         self._text += part
-        if len(self._text) >= self.PIECE:
+        if len(self._text) >= self.BLOCK:
             self.take()
         return len(part)
 
     def flush(self) -> None:
-        """Nothing is held back but half lines."""
+        """Only incomplete lines are held back."""
 
     def take(self) -> None:
-        if self._vain():
+        if self._useless():
             raise _StaleRead
         end = self._text.rfind(b"\n") + 1
-        piece = bytes(self._text[:end])
+        block = bytes(self._text[:end])
         del self._text[:end]
-        if found := _LINE.findall(piece):
+        if found := _LINE.findall(block):
             names, texts = zip(*found, strict=True)
             self._take(names, texts)
-        for subject, text in _OTHER.findall(piece) if len(found) < piece.count(b"\n") else ():
+        for subject, text in _OTHER.findall(block) if len(found) < block.count(b"\n") else ():
             self._rest(subject.decode(), text)
 
 
 def _name(subject: str) -> bytes:
-    """`{fleet}:{device}` of a device's IRI; nothing if it is none."""
+    """`{fleet}:{device}` of a device's IRI; empty for any other IRI."""
     match = _DEVICE.fullmatch(subject)
     return b"" if match is None else match[1].encode()
 
 
 def _shared(line: str) -> bool:
-    """Whether a triple that changes may be one of those that `kept` holds: what devices say of themselves, and rounds
-    and events, are none, unless one of them is called a model."""
+    """Whether a changed triple may affect what `kept` holds: the facts of models and boards."""
     _, predicate, rest = line.split(" ", 2)
     return predicate in _SHARED and (predicate != f"<{RDF.type}>" or rest == _MODEL)
 
 
 def _mark(folder: Path) -> str:
-    """What a folder of RocksDB looks like from outside: whoever opens it to write changes that."""
+    """A hash of a RocksDB folder's file names, sizes and times: any process that opens it for writing changes it."""
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in folder.iterdir() if f.name != "LOCK")
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
-# An update that says plainly which subjects it changes: what Store.write, add and remove send, no more. No \\u in it,
-# which would stand for other characters than are seen.
+# An update whose subjects can be read off its text: exactly what Store.write, add and remove send. It must not contain
+# \\u, which stands for a character that is not visible in the text.
 _I = r"<[^<>\\\s]*>"
 _O = rf"(?:{_I}|\"(?:[^\"\\\n\r]|\\[^uU\n\r])*\"(?:\^\^{_I})?)"
 _DATA = rf"INSERT DATA \{{\n(?:{_I} {_I} {_O} \.\n)*\}}"
@@ -454,7 +486,7 @@ _SUBJECT = re.compile(rf"(?:^|\(|WHERE \{{ )<({_I[1:-1]})>", re.MULTILINE)
 
 
 def _subjects(update: str) -> set[str] | None:
-    """The subjects that an update changes, and perhaps others; None if it does not say so plainly."""
+    """The subjects that an update changes, and possibly others; None if they cannot be read off its text."""
     if _PLAIN.fullmatch(update) is None:
         return None
     subjects = set(_SUBJECT.findall(update))

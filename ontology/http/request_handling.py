@@ -1,4 +1,4 @@
-"""What the SPARQL endpoint and the Thing Description Directory share of HTTP: errors, content, tokens, threads."""
+"""HTTP helpers of the SPARQL endpoint and the Thing Description Directory: errors, content, tokens, threads."""
 
 import asyncio
 import contextlib
@@ -13,13 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 MAX_REQUEST = 16 * 1024 * 1024
-"""Bytes of a query or an update."""
+"""Maximum bytes of a query or an update."""
 
 _T = TypeVar("_T")
 
 
 class HttpError(Exception):
-    """A request that gets an error: its HTTP status and text; `violations` say what is wrong with what was sent."""
+    """An error response: its HTTP status and text; `violations` say what is wrong with the content."""
 
     def __init__(
         self, status: int, text: str, headers: dict[str, str] | None = None, violations: Sequence[str] = ()
@@ -29,7 +29,7 @@ class HttpError(Exception):
 
 
 def problem(error: HttpError) -> Response:
-    """The error as Problem Details (RFC 7807). A violation that begins with a name and a colon is of that field."""
+    """Return the error as Problem Details (RFC 7807). A violation may begin with its field's name and a colon."""
     said: dict[str, object] = {
         "title": HTTPStatus(error.status).phrase,
         "status": error.status,
@@ -45,16 +45,16 @@ def problem(error: HttpError) -> Response:
 
 
 def authorise(request: Request, token: str | None) -> None:
-    """Raises HttpError unless the request carries the token; without one nobody may change anything."""
+    """Raise HttpError unless the request carries the token. Without a token, the server accepts no changes."""
     if token is None:
-        raise HttpError(403, "this endpoint takes no updates")
+        raise HttpError(403, "this endpoint does not accept updates")
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
-        raise HttpError(401, "updates need the server's token", {"WWW-Authenticate": "Bearer"})
+        raise HttpError(401, "updates require the server's token", {"WWW-Authenticate": "Bearer"})
 
 
 def media_type(request: Request) -> str:
-    """The media type of the request's content, without parameters; empty if it has none. 415 unless it is UTF-8."""
+    """Return the media type of the content, without parameters; empty if it has none. 415 if it is not UTF-8."""
     media, *params = (part.strip().lower() for part in request.headers.get("content-type", "").split(";"))
     for param in params:
         name, _, value = param.partition("=")
@@ -64,7 +64,7 @@ def media_type(request: Request) -> str:
 
 
 async def body(request: Request, longest: int | None = None) -> bytes:
-    """The content of the request. 413 if it is longer than that."""
+    """Return the content of the request. 413 if it is longer than `longest`."""
     limit = MAX_REQUEST if longest is None else longest
     data = bytearray()
     async for part in request.stream():
@@ -75,7 +75,7 @@ async def body(request: Request, longest: int | None = None) -> bytes:
 
 
 def choose(accept: str, offered: Iterable[str]) -> str:
-    """The media type that Accept likes best (RFC 9110, 12.5.1), of equals the first offered. 406 if it likes none."""
+    """Return the media type that Accept prefers (RFC 9110, 12.5.1), the first of equals. 406 if it accepts none."""
     wanted: dict[str, float] = {}
     for entry in accept.split(","):
         kind, *params = (part.strip().lower() for part in entry.split(";"))
@@ -88,23 +88,23 @@ def choose(accept: str, offered: Iterable[str]) -> str:
                     quality = 0.0
         wanted[kind] = quality
 
-    def liked(media: str) -> float:
+    def quality_of(media: str) -> float:
         return wanted.get(media, wanted.get(media.split("/")[0] + "/*", wanted.get("*/*", 0.0)))
 
     media = list(offered)
-    best = max(media, key=liked)
-    if liked(best) <= 0:
-        raise HttpError(406, f"the result comes as {', '.join(media)}")
+    best = max(media, key=quality_of)
+    if quality_of(best) <= 0:
+        raise HttpError(406, f"the result is available as {', '.join(media)}")
     return best
 
 
 def in_thread(call: Callable[[], _T], ended: Callable[[], None] = lambda: None) -> asyncio.Future[_T]:
-    """What `call` returns or raises, from a thread that does not keep the process from ending. `ended` comes last."""
+    """Run `call` in a daemon thread; return a future of its result or exception. `ended` is called last."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
     def settle(result: _T | None, error: BaseException | None) -> None:
-        if future.done():  # nobody waits for it any more
+        if future.done():  # the request has been cancelled
             return
         if error is not None:
             future.set_exception(error)

@@ -1,9 +1,9 @@
-"""What the vocabulary implies of a description: it is written along with it, so that a query in the words of another
-vocabulary (S3N, SOSA, the authors' network schema) is answered without a reasoner.
+"""The facts that follow from a description by the vocabulary.
 
-The axioms of tinyfleet.ttl are computed once; what takes more than an axiom is implied.rq, run over one board or model
-and catalogue.ttl. Devices are not passed through here: a fleet has a million of them, and what of this they need, the
-registry says.
+They are written along with the description, so that queries in other vocabularies (S3N, SOSA, the network schema) are
+answered without a reasoner. The axioms of tinyfleet.ttl are computed once. The rules of entailment.rq go beyond axioms
+and run over one board or model and catalogue.ttl. Devices do not pass through here, since a fleet may have a million of
+them; the registry adds the few entailed facts that they need.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from tinyfleet.ontology.vocabulary.namespaces import OWL, RDF, RDFS, Iri
 
 VOCABULARY = Path(__file__).with_name("tinyfleet.ttl")
 CATALOGUE = Path(__file__).with_name("catalogue.ttl")
-_RULES = Path(__file__).with_name("implied.rq")
+_RULES = Path(__file__).with_name("entailment.rq")
 
 
 @cache
@@ -25,8 +25,8 @@ def _graph(path: Path) -> list[ox.Quad]:
 
 
 @cache
-def axioms() -> Mapping[Iri, frozenset[Iri]]:
-    """For each class and each property, those that it implies: what subject and object, or type, are then as well."""
+def entailment_rules() -> Mapping[Iri, frozenset[Iri]]:
+    """For each class and each property, the classes and properties that it entails."""
     steps: dict[Iri, set[Iri]] = {}
     for quad in _graph(VOCABULARY):
         if not isinstance(quad.subject, ox.NamedNode) or not isinstance(quad.object, ox.NamedNode):
@@ -49,7 +49,7 @@ def axioms() -> Mapping[Iri, frozenset[Iri]]:
 
 
 def with_entailments(facts: Facts, known: Facts | None = None) -> dict[Iri, dict[Iri, Binding | None]]:
-    """The facts about boards and models, and what they imply. known: facts about the parts that they name."""
+    """Return facts about boards and models with the facts that follow. known: facts about the parts that they name."""
     both: dict[Iri, dict[Iri, list[Value]]] = {}
 
     def say(subject: Iri, predicate: Iri, o: Value) -> None:
@@ -60,12 +60,12 @@ def with_entailments(facts: Facts, known: Facts | None = None) -> dict[Iri, dict
     def close() -> None:
         for subject, said in list(both.items()):
             for predicate, values in list(said.items()):
-                upper = axioms().get(predicate, frozenset())
+                upper = entailment_rules().get(predicate, frozenset())
                 for o in list(values):
                     for wider in upper:
                         say(subject, wider, o)
                     if predicate == RDF.type and isinstance(o, Iri):
-                        for wider in axioms().get(o, frozenset()):
+                        for wider in entailment_rules().get(o, frozenset()):
                             say(subject, RDF.type, wider)
 
     for s, p, o in triples(facts):
@@ -83,6 +83,6 @@ def with_entailments(facts: Facts, known: Facts | None = None) -> dict[Iri, dict
     result: dict[Iri, dict[Iri, Binding | None]] = {s: dict(said) for s, said in both.items()}
     for subject, given in facts.items():
         for predicate, o_ in given.items():
-            if o_ is None:  # what is taken away
+            if o_ is None:  # to be removed
                 result.setdefault(subject, {}).setdefault(predicate, None)
     return result

@@ -1,8 +1,8 @@
-"""The Thing Descriptions themselves, as they were given: what the fleet's directory hands out.
+"""The Thing Descriptions as documents, which the fleet's directory serves.
 
-Their facts are in the default graph (registry.py). The documents lie beside them in a named graph, each as one
-text with the times of its registration (W3C WoT Discovery, 7.2.2.1): one store owns both, one change writes both, and
-no query for facts comes across a document.
+Their facts are in the default graph (registry.py). The documents are in a named graph beside it, each as one text with
+the times of its registration (W3C WoT Discovery, 7.2.2.1). One store holds both, one change writes both, and queries
+for facts do not see documents.
 """
 
 import json
@@ -19,9 +19,9 @@ from tinyfleet.ontology.store.store import RECORDS, Facts, Store
 from tinyfleet.ontology.vocabulary.namespaces import SCHEMA, TD, TF, Iri
 
 CONTEXT = "https://www.w3.org/2022/wot/discovery"
-"""The @context of a description that says when it was registered."""
+"""The @context of a description with registration times."""
 REMEMBERED = 1000
-"""Events that a client that was away can still get."""
+"""Past events that a client can still get after it reconnects."""
 
 Document = dict[str, Any]
 _RECORD = (TF.document, SCHEMA.dateCreated, SCHEMA.dateModified, SCHEMA.expires)
@@ -36,7 +36,7 @@ SORTED_BY = tuple(_KEYS)
 
 @dataclass(frozen=True)
 class Thing:
-    """A description in the directory. `document` is what was given, but for what the directory says itself."""
+    """A description in the directory. `document` is the received one, without what the directory adds."""
 
     id: Iri
     document: Document
@@ -45,7 +45,7 @@ class Thing:
     expires: datetime | None
 
     def enriched(self, retrieved: datetime | None = None) -> Document:
-        """The description with its registration, as the directory hands it out (an Enriched TD)."""
+        """Return the description with its registration times, as the directory serves it (an Enriched TD)."""
         document = dict(self.document)
         given = document["@context"]
         document["@context"] = [*(given if isinstance(given, list) else [given]), CONTEXT]
@@ -58,8 +58,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class ThingEvent:
-    """What happened to a description: thing_created, thing_updated or thing_deleted. `change` is all of the new one, or
-    what is new in it as a JSON merge patch; events after this one's id can be asked for."""
+    """An event of a description: thing_created, thing_updated or thing_deleted.
+
+    `change` is the whole new description, or its changes as a JSON merge patch. A client can ask for the events after
+    this one.
+    """
 
     number: int
     kind: str
@@ -68,7 +71,7 @@ class ThingEvent:
 
 
 class DocumentChange(NamedTuple):
-    """A description that is to be written, and the one before it."""
+    """A description to be written, and the one that it replaces."""
 
     before: Thing | None
     after: Thing
@@ -78,31 +81,33 @@ DocumentChanges = dict[Iri, DocumentChange]
 
 
 class ThingStore:
-    """The documents in a store, and what happens to them. Safe to share between threads.
+    """The documents in a store, and their events. Threads may share it.
 
-    `edition` names the present set of documents: it changes when one comes or goes.
+    `edition` identifies the current set of documents: it changes when one is added or removed.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.lock = threading.RLock()
-        """To be held by who reads in order to write."""
-        self._ids: list[Iri] | None = None  # in order; read when the first list is asked for, then kept up
-        self._order: tuple[str, int, list[Iri]] | None = None  # another order, as it was after that event
+        """Hold it from reading a document to writing it back."""
+        self._ids: list[Iri] | None = None  # sorted; read for the first list, then kept up to date
+        self._order: tuple[str, int, list[Iri]] | None = None  # another order, as of that event
         self._events: deque[ThingEvent] = deque(maxlen=REMEMBERED)
         self._number = 0
         self._coming_and_going = 0
         self._listeners: list[Callable[[ThingEvent], None]] = []
         self.era = secrets.token_hex(4)
-        """Names this process: an event's number means something in it only."""
+        """Identifies this process: event numbers are only meaningful within it."""
 
     @property
     def edition(self) -> str:
         return f"{self.era}-{self._coming_and_going}"
 
     def change(self, id: Iri, document: Document, expires: datetime | None, changes: DocumentChanges) -> bool:
-        """Adds a description to what is to be written; what changes nothing is not. True if there is none of that id.
-        To be called, and what it adds written, with the lock held."""
+        """Add a description to the changes, unless it changes nothing. True if there is none with its ID yet.
+
+        Hold the lock from this call until the changes are written.
+        """
         now = datetime.now(UTC)
         ttl = document.get("registration", {}).get("ttl")
         if ttl is not None:
@@ -115,7 +120,7 @@ class ThingStore:
         return before is None
 
     def write(self, facts: Facts, changes: DocumentChanges) -> None:
-        """Writes descriptions and facts in one transaction, and tells what has happened."""
+        """Write descriptions and facts in one transaction, then notify the listeners."""
         self._store.write(
             facts,
             {
@@ -135,7 +140,7 @@ class ThingStore:
                 self._tell("thing_updated", id, {**difference(before.enriched(), thing.enriched()), "id": id})
 
     def remove(self, id: Iri) -> bool:
-        """Takes away a description and everything that is said of its thing. False if there was no description."""
+        """Remove a description and all facts about its thing. False if there was no description."""
         with self.lock:
             known = self.get(id) is not None
             self._store.remove(id)
@@ -144,7 +149,7 @@ class ThingStore:
             return known
 
     def purge(self) -> None:
-        """Takes away what has expired."""
+        """Remove expired descriptions."""
         rows = self._store.query(
             f"SELECT ?id WHERE {{ GRAPH <{RECORDS}> {{ ?id <{SCHEMA.expires}> ?at }} FILTER(?at <= NOW()) }}"
         )
@@ -152,11 +157,11 @@ class ThingStore:
             self.remove(Iri(str(id)))
 
     def get(self, id: Iri) -> Thing | None:
-        """The description of that id, or None."""
+        """Return the description with this ID, or None."""
         return next(iter(self._read([id])), None)
 
     def count(self) -> int:
-        """How many descriptions there are."""
+        """Return the number of descriptions."""
         with self.lock:
             if self._ids is not None:
                 return len(self._ids)
@@ -164,8 +169,11 @@ class ThingStore:
         return cast("int", row["count"])
 
     def page(self, offset: int, limit: int, sort_by: str = "id", descending: bool = False) -> list[Thing]:
-        """Descriptions in the order of their ids by Unicode code points, or of another one of SORTED_BY and then the
-        id; so many of them, after the first `offset`. The first page in an order takes a read of all ids."""
+        """Return at most `limit` descriptions, after the first `offset`.
+
+        They are ordered by ID (by Unicode code points), or by another key in SORTED_BY and then by ID. The first page
+        in an order requires reading all IDs.
+        """
         ids = self._sorted() if sort_by == "id" else self._sorted_by(sort_by)
         with self.lock:
             end = len(ids) - offset
@@ -173,15 +181,18 @@ class ThingStore:
         return self._read(wanted)
 
     def reread(self) -> None:
-        """The store was changed by others: whatever was kept of it is read again."""
+        """Discard cached values, because the store was changed by other means."""
         with self.lock:
             self._ids = None
             self._number += 1
             self._coming_and_going += 1
 
     def listen(self, listener: Callable[[ThingEvent], None], since: str | None = None) -> Callable[[], None]:
-        """Calls the listener with every event from now on, in whichever thread it comes; first with those remembered
-        after the event `since` (all, if that is of an era before this one). Returns what ends it."""
+        """Call the listener with every event from now on, in the thread where the event occurs.
+
+        It is called first with the remembered events after the event `since`, or with all of them if `since` is from an
+        earlier process. Call the returned function to stop.
+        """
         with self.lock:
             if since is not None:
                 era, _, number = since.partition(".")
@@ -208,7 +219,7 @@ class ThingStore:
             listener(event)
 
     def _sorted(self) -> list[Iri]:
-        """The ids in order. They are read without the lock: whoever writes need not wait for a million of them."""
+        """The sorted IDs. They are read without the lock, so that writers need not wait for a million of them."""
         while True:
             with self.lock:
                 if self._ids is not None:
@@ -246,7 +257,7 @@ class ThingStore:
 
 
 def _follow(ids: list[Iri], event: ThingEvent) -> None:
-    """Makes sorted ids what they are after the event."""
+    """Update the sorted IDs after an event."""
     place = bisect_left(ids, event.id)
     there = place < len(ids) and ids[place] == event.id
     if event.kind == "thing_created" and not there:
@@ -256,9 +267,9 @@ def _follow(ids: list[Iri], event: ThingEvent) -> None:
 
 
 def split(given: Mapping[str, Any]) -> tuple[Document, datetime | None]:
-    """What a client gave without what the directory adds by itself, and when it is to expire, if the client says so.
+    """Return a client's description without what the directory adds, and its expiry time if the client gives one.
 
-    Raises ValueError if its registration is not one (WoT Discovery, 7.2.2.1). Of that, the document keeps `ttl`.
+    Raises ValueError if its registration is not valid (WoT Discovery, 7.2.2.1). The document keeps the `ttl` of it.
     """
     document = dict(given)
     context = document.get("@context")
@@ -288,7 +299,7 @@ def split(given: Mapping[str, Any]) -> tuple[Document, datetime | None]:
 
 
 def merged(target: object, patch: object) -> Any:
-    """The target changed by a JSON merge patch (RFC 7396)."""
+    """Return the target with a JSON merge patch applied (RFC 7396)."""
     if not isinstance(patch, dict):
         return patch
     result = dict(target) if isinstance(target, dict) else {}
@@ -301,7 +312,7 @@ def merged(target: object, patch: object) -> Any:
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> Document:
-    """The JSON merge patch (RFC 7396) that makes the one into the other."""
+    """Return the JSON merge patch (RFC 7396) from one document to the other."""
     patch: Document = {name: None for name in before if name not in after}
     for name, value in after.items():
         old = before.get(name)
