@@ -143,7 +143,7 @@ def test_what_run_cannot_use_is_said_before_it_begins(
     assert "reptile does not use --proximal-mu: leave it out, or choose" in run(
         "--strategy", "reptile", "--proximal-mu", "0.1"
     )
-    assert "tinyreptile has no use for --local-head/--no-local-head" in run(
+    assert "tinyreptile does not use --local-head/--no-local-head" in run(
         "--strategy", "tinyreptile", "--no-local-head"
     )
     (tmp_path / "server.json").write_text(json.dumps({"endpoint": "http://127.0.0.1:9/sparql", "broker": "x:1"}))
