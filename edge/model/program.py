@@ -1,6 +1,7 @@
 """A program for the mote engine: the checked binary that a device reads in place, and what can be read from it.
 
-Its layout is described in docs/reference/program-format.md and `edge.model.program_format`; `edge.model.assemble` writes it.
+Its layout is described in docs/reference/program-format.md and `edge.model.program_format`; `edge.model.assemble`
+writes it.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class Program:
 
     @property
     def input(self) -> Tensor:
-        """The model's input: its shape as [h][w][c], its type, and an int8 one's scale and zero point."""
+        """The model's input: its shape as `[h][w][c]`, its type, and an int8 one's scale and zero point."""
         return self._tensors[int(self._header[9])]
 
     @property
