@@ -19,7 +19,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from tinyfleet.edge.model import program as p
+from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
 from tinyfleet.edge.wire.messages import Metrics, Sparse, Success, TrainTask, UpdateFormat, decode_reply, encode
 from tinyfleet.edge.wire.updates import apply_update
@@ -29,7 +30,7 @@ from tinyfleet.server.flower.internals import log_level, new_run
 from tinyfleet.server.flower.replies import ReplyParts, reply_content
 from tinyfleet.server.flower.strategies import Reptile
 
-Received = Callable[[bytes, SentParameters, p.Program, TrainTask], RecordDict]
+Received = Callable[[bytes, SentParameters, Program, TrainTask], RecordDict]
 
 
 class Nodes(RunGrid):
@@ -52,7 +53,7 @@ class Nodes(RunGrid):
         raise NotImplementedError
 
 
-def received_sparse(payload: bytes, sent: SentParameters, program: p.Program, task: TrainTask) -> RecordDict:
+def received_sparse(payload: bytes, sent: SentParameters, program: Program, task: TrainTask) -> RecordDict:
     """As the grid receives a reply."""
     success, parts = decode_reply(payload), ReplyParts()
     assert isinstance(success, Success)
@@ -60,7 +61,7 @@ def received_sparse(payload: bytes, sent: SentParameters, program: p.Program, ta
     return reply_content(parts, task, sent, program)
 
 
-def received_dense(payload: bytes, sent: SentParameters, program: p.Program, task: TrainTask) -> RecordDict:
+def received_dense(payload: bytes, sent: SentParameters, program: Program, task: TrainTask) -> RecordDict:
     """The same with the update made dense."""
     success = decode_reply(payload)
     assert isinstance(success, Success) and success.metrics is not None
@@ -71,7 +72,7 @@ def received_dense(payload: bytes, sent: SentParameters, program: p.Program, tas
 
 
 def aggregate(
-    received: Received, messages: Sequence[Message], payloads: Sequence[bytes], strategy: Reptile, program: p.Program
+    received: Received, messages: Sequence[Message], payloads: Sequence[bytes], strategy: Reptile, program: Program
 ) -> ArrayRecord:
     """One round, from the replies' bytes."""
     task = TrainTask(1, "train", 1, 1, program.model_id, 1, (), 0, UpdateFormat(density=0.5))

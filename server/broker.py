@@ -1,4 +1,4 @@
-"""A broker for one machine: mosquitto where it is installed, else amqtt inside this process."""
+"""An MQTT broker for one machine: mosquitto if it is installed, otherwise amqtt in this process."""
 
 import asyncio
 import contextlib
@@ -17,10 +17,21 @@ _PLACES = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin"
 
 
 class Broker:
-    """A running broker that takes anyone on this machine as a client; loopback only.
+    """A running broker that accepts any client on this machine; loopback only. Use it in a `with`, or stop it.
 
-    port: 0 means a free one. folder: for its configuration. kind: which of the two it must be. Raises UserError if the
-    port is taken, or if neither broker is installed. Use it in a `with`, or stop it.
+    Parameters
+    ----------
+    port
+        0 picks a free one.
+    folder
+        For its configuration.
+    kind
+        Which broker it must be. Default: mosquitto if it is installed.
+
+    Raises
+    ------
+    UserError
+        If the port is taken, or no broker is installed.
     """
 
     host = "127.0.0.1"
@@ -80,25 +91,25 @@ def _start_mosquitto(program: str, host: str, port: int, folder: Path) -> "subpr
     options = {
         "listener": f"{port} {host}",
         "allow_anonymous": "true",
-        "persistence": "false",  # devices publish again what is retained, as soon as they are back
-        "max_queued_messages": "0",  # no limits: a round's weights are many retained chunks at once
+        "persistence": "false",  # devices publish their retained messages again when they reconnect
+        "max_queued_messages": "0",  # no limits: a round's parameters are many retained chunks at once
         "max_inflight_messages": "0",
         "set_tcp_nodelay": "true",
     }
     config.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
     process = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if " running" in line:
             break
     else:
         process.wait()
-        if any("Address already in use" in line for line in said):
+        if any("Address already in use" in line for line in lines):
             raise _taken(host, port)
-        raise UserError(f"mosquitto did not start: {''.join(said).strip()}")
-    threading.Thread(target=process.stderr.read, name="mosquitto's words", daemon=True).start()  # keeps its pipe empty
+        raise UserError(f"mosquitto did not start: {''.join(lines).strip()}")
+    threading.Thread(target=process.stderr.read, name="mosquitto log", daemon=True).start()  # keeps its pipe empty
     return process
 
 
@@ -132,7 +143,7 @@ class _Amqtt:
         self._broker = asyncio.run_coroutine_threadsafe(begin(), self._loop).result()
 
     def stop(self) -> None:
-        with contextlib.suppress(Exception):  # it is stopped with its loop, whatever state it is in
+        with contextlib.suppress(Exception):  # its loop is stopped anyway
             asyncio.run_coroutine_threadsafe(self._broker.shutdown(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

@@ -1,4 +1,4 @@
-"""`tinyfleet demo`: a whole fleet on this machine, from devices that announce themselves to results.
+"""`tinyfleet demo`: a complete fleet on this machine, from devices that announce themselves to results.
 
 The devices are processes of their own, started with the commands that users start them with.
 """
@@ -98,16 +98,16 @@ def run_demo(*, task_name: str, rounds: int, clients: int, devices: int, board: 
             )
             for name, strategy in (("TinyMetaFed", "tinymetafed"), ("FedAvg", "fedavg"))
         }
-        starts = {
+        initializations = {
             "meta-learned (TinyMetaFed)": runs["TinyMetaFed"].parameters,
             "random weights": task.program.initial(seed),
-            "random weights, head at 0": runs["TinyMetaFed"].initialization,  # worth something at few shots
+            "random weights, head at 0": runs["TinyMetaFed"].initialization,  # better at few shots
             "FedAvg's global model": runs["FedAvg"].parameters,
         }
-        with console.status("adapting every start to held-out tasks"):
+        with console.status("adapting every initialization to held-out tasks"):
             results = {
-                name: [one_pass(task, start, shots=shots, seed=seed) for shots in SHOTS]
-                for name, start in starts.items()
+                name: [one_pass(task, parameters, shots=shots, seed=seed) for shots in SHOTS]
+                for name, parameters in initializations.items()
             }
         console.print()
         console.print(run_report.scores(results))
@@ -128,10 +128,10 @@ def run_demo(*, task_name: str, rounds: int, clients: int, devices: int, board: 
             ("Which ran the last round, and with what loss?", "last-round", {"run": number}),
             ("Where does the model come from?", "lineage", {"run": number}),
         )
-        for question, query, given in questions:
-            options = "".join(f" --param {name}={value}" for name, value in given.items())
+        for question, query, parameters in questions:
+            options = "".join(f" --param {name}={value}" for name, value in parameters.items())
             console.print(f"[bold]{question}[/]  tinyfleet query {query}{options} --data {data}", soft_wrap=True)
-            print_rows(server.store.query(library.text(query), **given), most=14)
+            print_rows(server.store.query(library.text(query), **parameters), most=14)
             console.print()
     console.print(f"done in {time.monotonic() - began:.0f} s")
 
@@ -143,7 +143,7 @@ def _clear(data: Path) -> None:
         raise UserError(f"{data} is not empty, and not of an earlier demo; name another folder with --data")
     shutil.rmtree(data, ignore_errors=True)
     data.mkdir(parents=True)
-    mark.write_text("What `tinyfleet demo` left here. The next one in this folder deletes it.\n")
+    mark.write_text("Written by `tinyfleet demo`. The next demo in this folder deletes it.\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- devices
@@ -151,7 +151,7 @@ def _clear(data: Path) -> None:
 
 @dataclass(frozen=True)
 class _Fleet:
-    """The processes of the demo's devices. Every device has its own number among all, and so its own samples."""
+    """The processes of the demo's devices. Every device has a client index of its own, and so its own samples."""
 
     task: Task
     virtual: int
@@ -173,7 +173,7 @@ class _Fleet:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Starts the devices, and ends them. What they say goes to files in the data folder."""
+        """Starts the devices, and stops them at the end. Their output goes to files in the data folder."""
         with ExitStack() as stack:
             for command in self.commands():
                 stack.enter_context(_process(command, self.data / f"{command[0]}.log"))
@@ -218,7 +218,7 @@ def _process(command: Sequence[str], log: Path) -> Iterator[None]:
 
 
 def why_no_board() -> str | None:
-    """What the emulated board lacks on this machine, and how to get it; None if nothing."""
+    """What is missing on this machine to emulate the board, and how to install it; None if nothing."""
     tools = {"arm-none-eabi-gcc": "gcc-arm-none-eabi libnewlib-arm-none-eabi", "qemu-system-arm": "qemu-system-arm"}
     missing = [tool for tool in tools if shutil.which(tool) is None]
     packages = " ".join(tools[tool] for tool in missing)
@@ -254,14 +254,14 @@ def _learn(
     seed: int,
     began: float | None,
 ) -> RunResult:
-    """began: when the demo was started, if this is its first run."""
+    """Trains with one strategy. `began`: when the demo was started, if this is its first run."""
     named_strategy = make_strategy(strategy, task, rounds=rounds, clients=clients, seed=seed)
-    with run_report.Rounds(console, named_strategy.name, rounds) as shown:
+    with run_report.Rounds(console, named_strategy.name, rounds) as progress:
 
-        def ended(this: Round) -> None:
-            if began is not None and this.number == 1:
+        def on_round(ended: Round) -> None:
+            if began is not None and ended.number == 1:
                 console.print(f"first round {time.monotonic() - began:.1f} s after the start")
-            shown(this)
+            progress(ended)
 
         return run(
             task,
@@ -272,7 +272,7 @@ def _learn(
             rounds=rounds,
             seed=seed,
             clients=clients,
-            on_round=ended,
+            on_round=on_round,
         )
 
 

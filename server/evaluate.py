@@ -1,8 +1,7 @@
-"""Few-shot evaluation: how well a start adapts to tasks that no device has trained on.
+"""Few-shot evaluation: how well an initialization adapts to tasks that no device has trained on.
 
-Of every held-out task the learner sees K samples a class (of a regression: K in all), learns from them as a device does
-(online, one sample a step, in C), and is scored on samples it has not seen: by its accuracy, or by its mean squared
-error.
+For every held-out task the learner gets K samples of each class (of a regression: K in all), learns from them as a
+device does (online, one sample a step, in C), and is scored on query samples: by accuracy, or by mean squared error.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,22 +16,30 @@ from tinyfleet.edge.tasks import Episode, Split, Task
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-"""That `one_pass` tries."""
-
+"""Learning rates that `one_pass` tries."""
 
 SHOTS = (1, 5, 10)
-"""That `baselines` scores."""
+"""Numbers of samples that `baselines` scores."""
 
 QUERIES = 10
-"""A class, of each of its tasks: with most of SHOTS, what a class of Omniglot has."""
+"""Query samples of each class: with the most SHOTS, as many samples as a class of Omniglot has."""
 
 Metric = Literal["accuracy", "mean squared error"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the metric came to on the queries of held-out tasks [episodes], after learning from `shots` samples a class
-    (of a regression: in all). Where training diverged it is the worst there is: 0 of accuracy, infinite error."""
+    """A metric on held-out tasks.
+
+    Parameters
+    ----------
+    shots
+        Support samples of each class (of a regression: in all).
+    values
+        The metric of each task, [episodes]. Where training diverged: accuracy 0, or an infinite error.
+    metric
+        Which metric.
+    """
 
     shots: int
     values: NDArray[np.float64]
@@ -40,21 +47,22 @@ class Score:
 
     @property
     def mean(self) -> float:
+        """Over the tasks."""
         return float(self.values.mean())
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the tasks; of the mean, it is this over the root of their number."""
+        """Standard deviation over the tasks."""
         return float(self.values.std(ddof=1)) if len(self.values) > 1 else 0.0
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval of the mean: 1.96 standard errors."""
+        """Half the width of the mean's 95 % interval: 1.96 standard errors."""
         return float(1.96 * self.spread / len(self.values) ** 0.5)
 
     @property
     def merit(self) -> float:
-        """The mean, so signed that more is better."""
+        """The mean, with the sign that makes more better."""
         return self.mean if self.metric == "accuracy" else -self.mean
 
 
@@ -69,11 +77,33 @@ def few_shot(
     seed: int = 0,
     split: Split = "held_out",
 ) -> Score:
-    """Adapts `start` (the program's parameter vector) to each of `episodes` tasks through the phases, and scores it.
+    """Adapts an initialization to each of many tasks, and scores the results.
 
-    A phase learns `steps` samples, going through the support set again and again, each time in a new order. queries: a
-    class. split: where tasks come from. The same seed gives the same tasks and orders, whatever the start and the
-    phases are, so that starts can be compared task by task.
+    The same seed gives the same tasks and orders, whatever the initialization and the phases are, so that
+    initializations can be compared task by task.
+
+    Parameters
+    ----------
+    task
+        The learning task.
+    initialization
+        Parameters [n_params].
+    phases
+        How a task is adapted to. A phase goes through the support samples again and again, each time in a new order.
+    shots
+        Support samples of each class (of a regression: in all).
+    episodes
+        How many tasks.
+    queries
+        Query samples of each class (of a regression: in all).
+    seed
+        Draws the tasks and the orders.
+    split
+        Where the tasks come from.
+
+    Returns
+    -------
+    Score
     """
     learner = MoteLearner(task.program)
     every_layer = learner.mask
@@ -101,10 +131,10 @@ def few_shot(
 
 
 def _score(learner: MoteLearner, episode: Episode) -> float:
-    answers = np.array([learner.infer(x) for x in episode.query_x], np.float64)
+    outputs = np.array([learner.infer(x) for x in episode.query_x], np.float64)
     if learner.program.loss == "softmax_cross_entropy":
-        return float(np.mean(answers.argmax(axis=1) == episode.query_y))
-    return float(np.mean((answers - episode.query_y) ** 2))
+        return float(np.mean(outputs.argmax(axis=1) == episode.query_y))
+    return float(np.mean((outputs - episode.query_y) ** 2))
 
 
 def one_pass(
@@ -117,8 +147,21 @@ def one_pass(
     seed: int = 0,
     layers: int = ALL_LAYERS,
 ) -> Score:
-    """Adapts once through the K samples a class, at the rate that is best for this start on validation tasks: what a
-    start is worth to a device that cannot keep its samples. layers: mask of those that learn."""
+    """Adapts with one pass through the K samples of each class: the value of an initialization to a device that cannot
+    store its samples.
+
+    Parameters
+    ----------
+    task, initialization, shots, episodes, queries, seed
+        As in `few_shot`.
+    layers
+        Mask of the layers that train.
+
+    Returns
+    -------
+    Score
+        On held-out tasks, at the learning rate of RATES that is best on validation tasks.
+    """
     steps = shots * (task.ways if task.program.loss == "softmax_cross_entropy" else 1)
 
     def at(rate: float, count: int, split: Split, seed: int) -> Score:
@@ -134,26 +177,43 @@ def one_pass(
 def baselines(
     task: Task, learned: NDArray[np.float32], *, shots: Sequence[int] = SHOTS, seed: int = 0
 ) -> dict[str, list[Score]]:
-    """What a learned start is worth (for FedAvg's this is FedAvg with local fine-tuning), beside what needs less of it:
-    its body under a head that alone learns (as TinyOL, Ren, Anicic and Runkler 2021), and training from scratch."""
-    starts = {
+    """The scores of learned parameters and of two baselines that need less.
+
+    Parameters
+    ----------
+    task
+        The learning task.
+    learned
+        Parameters [n_params]. For FedAvg's, adapting them is FedAvg with local fine-tuning.
+    shots
+        Numbers of support samples of each class.
+    seed
+        Draws the tasks.
+
+    Returns
+    -------
+    dict of str to list of Score
+        By baseline, a score for each of `shots`: the learned initialization; its body with only the head training, as
+        in TinyOL (Ren, Anicic and Runkler 2021); and training from scratch.
+    """
+    initializations = {
         "learned": (learned, ALL_LAYERS),
         "learned, head alone (TinyOL)": (learned, task.program.head),
         "from scratch": (task.program.initial(seed), ALL_LAYERS),
     }
     return {
         name: [one_pass(task, initialization, shots=k, seed=seed, layers=layers) for k in shots]
-        for name, (initialization, layers) in starts.items()
+        for name, (initialization, layers) in initializations.items()
     }
 
 
 def seeds_of(seed: int, episode: int) -> tuple[int, int]:
-    """Of the task, and of the order in which it is learned from."""
+    """The seeds of an episode: of the task, and of the order of its samples."""
     task, order = np.random.SeedSequence([seed, episode]).generate_state(2).tolist()
     return task, order
 
 
 def endless(count: int, random: np.random.Generator) -> Iterator[int]:
-    """0 .. count - 1 in random order, and again in another, without end."""
+    """0 to count - 1 in random order, then in another order, without end."""
     while True:
         yield from random.permutation(count).tolist()

@@ -1,5 +1,5 @@
-"""The fleet's server in one object: a broker, the graph on disk, the registry that fills it, and what answers over
-HTTP: SPARQL, the query page, the Thing Description Directory."""
+"""The fleet's server in one object: a broker, the graph on disk, the registry that fills it, and over HTTP SPARQL, the
+query page and the Thing Description Directory."""
 
 import json
 import logging
@@ -23,14 +23,14 @@ from tinyfleet.ontology.store.store import StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
 from tinyfleet.server.broker import Broker
 
-MOST = 1000
-"""So many messages are written in one transaction at most."""
-WAITING = 10_000
-"""So many may wait for it; after that, the broker is left waiting."""
-GATHERING = 0.005
-"""Seconds that the first message of a transaction waits for others: one of many costs each of them less."""
-SETTLING = 2.0
-"""Seconds that a new server waits at most until all are marked offline; with a million, that goes on behind it."""
+MAX_BATCH = 1000
+"""Messages written in one transaction at most."""
+QUEUE_SIZE = 10_000
+"""Messages that may wait to be written; beyond that, the broker waits."""
+BATCH_DELAY = 0.005
+"""Seconds that the first message of a transaction waits for others: a larger transaction costs less per message."""
+STARTUP_WAIT = 2.0
+"""Seconds that a new server waits for all devices to be marked offline; with a million, that continues afterwards."""
 
 _Message = tuple[str, bytes, Receipt | None]
 _NEW_SESSION: _Message = ("a new session", b"", None)
@@ -40,16 +40,31 @@ log = logging.getLogger(__name__)
 
 
 class FleetServer:
-    """Runs from its construction until it is closed (or use it in a `with`).
+    """Runs from its construction until it is closed; or use it in a `with`.
 
-    Messages are written as many at once as have arrived since the last were, and the broker is told that a message has
-    been received once it is in the graph: what the broker has been told is never lost, however the server ends.
+    Messages are written in batches of those that have arrived since the last batch. A message is acknowledged to the
+    broker once it is in the graph, so that no acknowledged message is lost, however the server ends.
 
-    data: the folder of the graph and of server.json, which tells other commands where the server is, and the token for
-    updates; only its owner can read that. broker: one that runs already, or None to start one on `port` (0: a free
-    one). endpoint_port: 0 for a free one. on_log: gets one line for whatever a device newly says of itself.
+    Parameters
+    ----------
+    data
+        Folder of the graph and of server.json, which tells other commands where the server is and the token for
+        updates; only its owner can read that file.
+    fleet
+        The fleet's name.
+    broker
+        Host and port of a running broker. Default: start one.
+    port
+        Port of the broker to start; 0 picks a free one.
+    endpoint_port
+        Port of the HTTP server; 0 picks a free one.
+    on_log
+        Called with one line for each change that a device reports.
 
-    Raises UserError if a port is taken, no broker is there or installed, or another server has the folder.
+    Raises
+    ------
+    UserError
+        If a port is taken, no broker is installed or listens there, or another server has the folder.
     """
 
     def __init__(
@@ -64,7 +79,7 @@ class FleetServer:
     ) -> None:
         self.fleet = fleet_name(fleet)
         self.data = data
-        self._on_news = on_log
+        self._on_log = on_log
         self._topics = Topics(fleet)
         self._known: dict[str, str] = {}  # what was last reported about each device
         with ExitStack() as stack:
@@ -84,8 +99,8 @@ class FleetServer:
             )
             self.address, self.endpoint = served.address, served.url
             self._arrived: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-            self._room = threading.Semaphore(WAITING)
-            self._settled = threading.Event()  # nobody is taken to be online any more because an earlier server said so
+            self._room = threading.Semaphore(QUEUE_SIZE)
+            self._settled = threading.Event()  # no device counts as online any longer because an earlier server saw it
             writer = threading.Thread(target=self._write, name="registry", daemon=True)
             writer.start()
             stack.callback(writer.join)
@@ -94,7 +109,7 @@ class FleetServer:
             self._session = Session(*self.broker, name, on_delivery=self._receive, on_connect=self._connected)
             stack.callback(self._session.close)
             self._connected()
-            self._settled.wait(SETTLING)
+            self._settled.wait(STARTUP_WAIT)
             self._publish_address(data / SERVER_FILE)
             stack.callback((data / SERVER_FILE).unlink, missing_ok=True)
             self._close = stack.pop_all()
@@ -110,8 +125,8 @@ class FleetServer:
         self._close.close()
 
     def _connected(self) -> None:
-        """Devices that are online have said so at the broker, or will; of all others, such as those whose wills died
-        with a broker, nothing is known. Called for every new session; for the first one, maybe twice."""
+        """Online devices have retained their status at the broker, or will; nothing is known about the others, as their
+        wills may have been lost with a broker. Called for every new session, for the first one perhaps twice."""
         if self._session is None:
             return
         self._arrived.put(_NEW_SESSION)
@@ -119,8 +134,8 @@ class FleetServer:
         self._session.subscribe(self._topics.status("+"))
 
     def _forget(self, thing: Iri) -> None:
-        """A client of the directory has deleted a thing: a device's description goes from the broker too, where it
-        would wait for the next server."""
+        """A client of the directory has deleted a thing: also remove a device's retained description from the broker,
+        which would add it again at the next start."""
         fleet = f"urn:tinyfleet:{self.fleet}:"
         if self._session is not None and thing.startswith(fleet):
             self._session.publish(self._topics.td(thing.removeprefix(fleet)), b"", retain=True)
@@ -140,24 +155,24 @@ class FleetServer:
         self._arrived.put((topic, payload, receipt))
 
     def _write(self) -> None:
-        """The writer's thread: takes all that has arrived, then what has arrived since."""
+        """The writer's thread: writes what has arrived, then what has arrived since."""
         batch: list[_Message] = []
         while True:
             message = self._arrived.get()
             special = message is _NEW_SESSION or message is _END
             if not special:
-                if not batch and self._arrived.qsize() < MOST:
-                    time.sleep(GATHERING)
+                if not batch and self._arrived.qsize() < MAX_BATCH:
+                    time.sleep(BATCH_DELAY)
                 batch.append(message)
             try:
-                if batch and (special or len(batch) == MOST or self._arrived.empty()):
+                if batch and (special or len(batch) == MAX_BATCH or self._arrived.empty()):
                     taken, batch = batch, []
                     self._room.release(len(taken))
                     self._take(taken)
                 if message is _NEW_SESSION:
                     self.registry.mark_all_offline()
-            except Exception:  # whatever one message sets off, the others are still to be heard
-                log.exception("messages could not be taken")
+            except Exception:  # one message must not stop the others
+                log.exception("messages could not be written")
             if message is _NEW_SESSION:
                 self._settled.set()
             elif message is _END:
@@ -170,7 +185,7 @@ class FleetServer:
             if len(batch) > 1:  # one of them may be the cause
                 for message in batch:
                     self._take([message])
-            else:  # the broker is not told: it brings the message again
+            else:  # not acknowledged: the broker delivers it again
                 log.error("a message could not be stored: %s", error)
             return
         if self._session is not None:
@@ -179,10 +194,10 @@ class FleetServer:
             if one is None:
                 continue
             if one.rejection is not None:
-                self._on_news(one.rejection)
+                self._on_log(one.rejection)
                 continue
             if one.kind == "td":
-                self._on_news(f"{one.device}: {'described' if one.online else 'removed'}")
+                self._on_log(f"{one.device}: {'described' if one.online else 'removed'}")
                 if one.incompatibility is None:
                     continue
             line = f"{one.device}: {'online' if one.online else 'offline'}"
@@ -190,4 +205,4 @@ class FleetServer:
                 line = f"device {one.device} {one.incompatibility}"
             if self._known.get(one.device) != line:
                 self._known[one.device] = line
-                self._on_news(line)
+                self._on_log(line)

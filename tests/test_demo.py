@@ -140,16 +140,16 @@ def test_what_run_cannot_use_is_said_before_it_begins(
         assert "give a file that `tinyfleet run start --out` wrote" in run("--initialization", str(bad))
     assert "give a file of the same task" in run("--initialization", str(other))
     assert "there is no folder" in run("--out", str(tmp_path / "nowhere" / "initialization.npz"))
-    assert "reptile has no use for --proximal-mu: leave it out, or choose" in run(
+    assert "reptile does not use --proximal-mu: leave it out, or choose" in run(
         "--strategy", "reptile", "--proximal-mu", "0.1"
     )
-    assert "tinyreptile has no use for --local-head/--no-local-head" in run(
+    assert "tinyreptile does not use --local-head/--no-local-head" in run(
         "--strategy", "tinyreptile", "--no-local-head"
     )
     (tmp_path / "server.json").write_text(json.dumps({"endpoint": "http://127.0.0.1:9/sparql", "broker": "x:1"}))
     assert "nor is it a query of the library" in run("--select", "no-such.rq")
     for name in ("a b", "x" * 33):
-        assert "is no fleet name; use 1 to 32 letters" in run("--fleet", name)
+        assert "is not a valid fleet name; use 1 to 32 letters" in run("--fleet", name)
     assert "no answer from http://127.0.0.1:9/sparql" in run()
 
 

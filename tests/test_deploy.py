@@ -269,8 +269,8 @@ def test_who_is_left_out_and_why(server: FleetServer) -> None:
     assert [fit.device for fit in what.targets] == ["fit"]
     assert dict(what.excluded) == {
         "asleep": "is offline",
-        "small": f"RAM to run: the model requires {NEW.arena_bytes:,} B, 1 more than the {NEW.arena_bytes - 1:,} B of the "
-        "device",
+        "small": f"RAM to run: the model requires {NEW.arena_bytes:,} B, 1 more than the {NEW.arena_bytes - 1:,} B of "
+        "the device",
         "other": "engine: the model requires mote, and the device has litert",
         "full": f"{room}: the model requires {takes} B, 1 more than the {len(NEW.data) - 1:,} B of the device",
         "built-in": f"{room}: the model requires {takes} B, {takes} more than the 0 B of the device",
@@ -418,7 +418,7 @@ def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
     for words, reason in (
         ([tmp_path / "none.mote"], "cannot read"),
         ([__file__], "is not a program (these bytes are no program"),
-        ([other], "no program for a fleet"),
+        ([other], "is not a program for a fleet"),
         ([large], "no device is left to send it to: device-0: RAM to run: the model requires"),
         ([good, "--select", "nonesuch"], "nor is it a query of the library"),
         ([good, "--select", no_id], "has a column ?id"),

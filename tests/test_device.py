@@ -323,3 +323,17 @@ def test_the_brokers_address(tmp_path: Path) -> None:
     (tmp_path / "server.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         broker_address(None, tmp_path)
+
+
+def test_an_idle_agent_imports_only_what_it_uses() -> None:
+    """Each of these takes megabytes, or a second: on a Raspberry Pi that waits for work, for nothing."""
+    code = """if True:
+        import sys
+        from tinyfleet.edge import cli, tasks
+        task = tasks.load("digits")
+        cli.Node("home", "one", {}, task.program, cli.DatasetStream(task.client(0, 16)))
+        unused = "cryptography fastapi flwr keras pandas pydantic pyoxigraph rdflib river scipy sklearn tensorflow"
+        print(sorted({*unused.split()} & {*sys.modules}))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -385,7 +385,7 @@ def test_without_an_eligible_client_the_error_says_why(server: FleetServer) -> N
     said = attempt()
     assert "selects none of the fleet's 3 devices" in said
     assert "asleep is offline" in said and "other runs another model" in said
-    assert f"small has an arena of 100 bytes, and training takes {PROGRAM.arena_bytes}" in said
+    assert f"small has an arena of 100 bytes, and training needs {PROGRAM.arena_bytes}" in said
     announced(server, "ghost")  # the graph says it is there, the broker knows nothing of it
     assert "selects ghost, but none of them is online at the broker" in attempt()
     assert "column ?id" in attempt(query="SELECT ?s { ?s ?p ?o }")

@@ -1,15 +1,18 @@
 """The grid, over a real broker, against a device that does what a test wants: replies lost, doubled, cut, forged."""
 
+import logging
 import queue
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cbor2
 import numpy as np
 import paho.mqtt.client as paho
 import pytest
@@ -402,6 +405,26 @@ def test_only_selected_devices_that_run_the_program_are_nodes(broker: tuple[str,
         assert grid.wait_for_nodes(1, 5) == [node_id("a")]
         selected.append("b")
         assert grid.wait_for_nodes(2, 5) == sorted([node_id("a"), node_id("b")])
+
+
+def test_a_device_of_another_wire_version_is_named_and_left_out(
+    grid: MqttGrid, puppet: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    device, other = puppet("older"), puppet("b")
+    assert grid.wait_for_nodes(2, 5) == sorted([node_id("older"), node_id("b")])
+    version_1 = cbor2.dumps([True, PROGRAM.model_id, 0, 0, 0, None, None])
+    logging.getLogger("flwr").addHandler(caplog.handler)
+    try:
+        device._client.publish(TOPICS.status("older"), version_1, qos=1, retain=True).wait_for_publish(15)
+        other.say(Status(True, PROGRAM.model_id, samples=1))
+        deadline = time.monotonic() + 10
+        while node_id("older") in grid.wait_for_nodes(1, 5) and time.monotonic() < deadline:
+            pass
+    finally:
+        logging.getLogger("flwr").removeHandler(caplog.handler)
+    assert grid.get_node_ids() == [node_id("b")]
+    assert "older is left out: the device speaks wire version 1, this server speaks 2" in caplog.text
+    assert grid.traffic.malformed == 0
 
 
 def test_what_no_device_can_be_asked_is_refused_before_anything_is_published(grid: MqttGrid, puppet: Start) -> None:

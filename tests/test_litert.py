@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,70 @@ def test_tflite_learns_what_the_engine_learns(models, name, runtime):
     assert apart.pop("start") == 0.0
     assert apart.pop("moved") > 0.1
     assert max(apart.values()) < 1e-5, apart
+
+
+def compare_nodes(folder: Path, name: str) -> float:
+    """Sends train tasks to two nodes, one of which learns with TFLite: the largest difference of what comes back."""
+    from tinyfleet.edge.device.node import Node, Publish
+    from tinyfleet.edge.device.sources import DatasetStream
+    from tinyfleet.edge.model.program import Program
+    from tinyfleet.edge.tasks import ClientData
+    from tinyfleet.edge.wire.chunks import chunks
+    from tinyfleet.edge.wire.messages import (
+        ALL_LAYERS,
+        Phase,
+        Success,
+        TrainTask,
+        UpdateFormat,
+        decode_reply,
+        encode,
+    )
+    from tinyfleet.edge.wire.topics import Topics
+    from tinyfleet.edge.wire.updates import apply_update
+
+    program, topics = Program.parse((folder / f"{name}.mote").read_bytes()), Topics("home")
+    random = np.random.default_rng(2)
+    classes = [random.normal(size=(8, int(np.prod(program.input_shape)))).astype(np.float32) for _ in range(4)]
+    targets = [random.normal(size=(8, 2)).astype(np.float32) for _ in classes] if name == "values" else None
+    data = ClientData.of(classes, 1.0, 1 if targets else 4, targets=targets)
+    start = MoteLearner(program).parameters
+    phases = (Phase(ALL_LAYERS, 20, 0.05, 0.5), Phase(1, 5, 0.05))
+    formats = (UpdateFormat(), UpdateFormat(clip=0.05), UpdateFormat(shared=2))
+    tasks = [TrainTask(i, "train", 1, i, program.model_id, 3, phases, 6, format) for i, format in enumerate(formats, 1)]
+    tasks.append(TrainTask(9, "train", 1, 9, program.model_id, 3, (*phases, phases[1]), 6, UpdateFormat(since=2)))
+    tasks[-1] = replace(tasks[-1], phases=tuple(replace(phase, proximal_mu=0.0) for phase in tasks[-1].phases))
+
+    def run(node: Node, task: TrainTask) -> tuple[Any, Any]:
+        node.receive(topics.command("one"), encode(task))
+        for i, chunk in enumerate(chunks(start.tobytes())):
+            node.receive(topics.weights(1, task.round, i), chunk)
+        while node.step():
+            pass
+        payloads = [out.payload for out in node.poll() if isinstance(out, Publish) and out.topic == topics.reply("one")]
+        parts = [reply for reply in map(decode_reply, payloads) if isinstance(reply, Success)]
+        return apply_update(start, parts), parts[0].metrics
+
+    nodes = [
+        Node("home", "one", {}, program, DatasetStream(data), learner=learner)
+        for learner in (None, lambda _: LiteRTLearner(folder / f"{name}.tflite"))
+    ]
+    apart = 0.0
+    for task in tasks:
+        (mote, counted), (tflite, measured) = (run(node, task) for node in nodes)
+        assert (counted.samples, counted.queried, counted.correct) == (
+            measured.samples, measured.queried, measured.correct,
+        )  # fmt: skip
+        losses = abs(counted.loss - measured.loss), abs(counted.query_loss - measured.query_loss)
+        apart = max(apart, *losses, float(np.abs(mote - tflite).max()))
+        assert np.abs(mote - start).max() > 1e-3
+    return apart
+
+
+@needs_runtime
+@pytest.mark.parametrize("name", ["images", "values"])
+def test_a_node_learns_with_tflite_what_it_learns_with_the_engine(models, name):
+    """With a proximal term, clipping, a part of the layers, and the changes of one phase."""
+    assert fresh(compare_nodes, models, name) < 1e-5
 
 
 def refusals(folder: Path) -> None:

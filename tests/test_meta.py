@@ -420,7 +420,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(tmp_path: Path, digits: 
     with pytest.raises(UserError, match="other settings"):
         meta.simulate(backend, source, how, start, rounds=5, seed=1, checkpoint=file)
     file.write_bytes(b"PK")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         meta.simulate(backend, source, how, start, rounds=5, checkpoint=file)
 
 

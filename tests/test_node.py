@@ -31,7 +31,7 @@ from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 from tinyfleet.edge.model.layers import Dense as DenseLayer
 from tinyfleet.edge.model.layers import ReLU, build
-from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.model.learner import LearnerError, MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.chunks import chunks
@@ -45,6 +45,7 @@ from tinyfleet.edge.wire.messages import (
     Phase,
     Reply,
     Sparse,
+    Status,
     Success,
     TrainTask,
     UpdateFormat,
@@ -708,6 +709,155 @@ def test_a_source_that_does_not_open_and_one_that_has_nothing_yet() -> None:
     ready = True
     (done,) = replies(deliver(node, []))
     assert isinstance(done, Success) and np.array_equal(dense([done]), expected(work())[0].parameters)
+
+
+class Broken(MoteLearner):
+    """Fails in one of its methods, with this error."""
+
+    at = ""
+    error: Exception = LearnerError("broken", -42)
+
+    def fail(self, at: str) -> None:
+        if at == self.at:
+            raise self.error
+
+    def set_parameters(self, vector: Any) -> None:
+        self.fail("set")
+        super().set_parameters(vector)
+
+    @property
+    def parameters(self) -> NDArray[np.float32]:
+        self.fail("get")
+        return super().parameters
+
+    def learn(self, x: Any, y: Any, rate: float) -> float:
+        self.fail("learn")
+        return super().learn(x, y, rate)
+
+    def loss(self, x: Any, y: Any) -> float:
+        self.fail("score")
+        return super().loss(x, y)
+
+
+@pytest.mark.parametrize("at", ["set", "get", "learn", "score"])
+@pytest.mark.parametrize(
+    ("error", "reply"),
+    [
+        (LearnerError("broken", -42), Failure(7, ErrorCode.ENGINE, -42)),
+        (LearnerError("diverged", lib.MOTE_ERR_DIVERGED), Failure(7, ErrorCode.DIVERGED)),
+        (LearnerError("no code"), Failure(7, ErrorCode.ENGINE, lib.MOTE_ERR_ARGUMENT)),
+    ],
+)
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+def test_a_learner_that_fails_is_told(
+    at: str, error: Exception, reply: Failure, mu: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Broken, "error", error)
+    node = Node(FLEET, ID, {}, PROGRAM, PythonStream(), learner=Broken)
+    order = work(phases=(Phase(3, 2, 0.1), Phase(3, 2, 0.1, mu)))
+    monkeypatch.setattr(Broken, "at", at)
+    do(node, order)
+    assert replies(deliver(node, broadcast(order))) == [reply]
+    monkeypatch.setattr(Broken, "at", "")
+    assert serve(node, replace(order, id=8)), "and the node goes on"
+
+
+def test_a_learner_may_fail_between_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Broken, "at", "get")
+    node = Node(FLEET, ID, {}, PROGRAM, PythonStream(), learner=Broken)
+    order = work(phases=(Phase(3, 2, 0.1), Phase(3, 2, 0.1)), update=UpdateFormat(since=1))
+    do(node, order)
+    assert replies(deliver(node, broadcast(order))) == [Failure(7, ErrorCode.ENGINE, -42)]
+
+
+def test_a_bug_in_a_learner_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Broken, "error", ZeroDivisionError("a bug"))
+    node = Node(FLEET, ID, {}, PROGRAM, PythonStream(), learner=Broken)
+    monkeypatch.setattr(Broken, "at", "learn")
+    do(node, work())
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        deliver(node, broadcast(work()))
+
+
+def test_a_learner_that_can_not_be_made_is_told_at_the_start() -> None:
+    def missing(_: Program) -> MoteLearner:
+        raise LearnerError("cannot read the model 'x.tflite'")
+
+    with pytest.raises(LearnerError, match="cannot read the model"):
+        Node(FLEET, ID, {}, PROGRAM, PythonStream(), learner=missing)
+
+
+def test_a_learner_that_loads_nothing_takes_no_program_over_the_air() -> None:
+    node = callbacks()
+    node._node.config.learner.load = ffi.NULL
+    update = UpdateModel(3, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data))
+    assert replies(do(node, update)) == [Failure(3, ErrorCode.CAPACITY)]
+    assert np.array_equal(dense(serve(node, work())), expected(work())[0].parameters)
+
+
+@pytest.mark.parametrize("name", ["set", "get", "score"])
+def test_a_learner_has_all_its_callbacks_or_none(name: str) -> None:
+    learner = ffi.new("mote_learner_t *", callbacks()._node.config.learner)
+    setattr(learner, name, ffi.NULL)
+    assert node_of(learner=learner[0])[0] == lib.MOTE_ERR_ARGUMENT
+
+
+@pytest.mark.parametrize(("features", "target"), [(5, 0.0), (6, np.zeros(2))])
+def test_a_sample_of_another_size_is_not_learned(features: int, target: Any) -> None:
+    class Odd(PythonStream):
+        def next(self, query: bool) -> Sample:
+            return np.zeros(features, np.float32), target
+
+    node = Node(FLEET, ID, {}, PROGRAM, Odd())
+    do(node, work())
+    (failed,) = replies(deliver(node, broadcast(work())))
+    assert isinstance(failed, Failure) and failed.error is ErrorCode.ENGINE and node.counters.samples == 0
+
+
+def test_a_stream_in_python_may_not_open_and_may_have_nothing_yet() -> None:
+    class Slow(PythonStream):
+        ready = False
+
+        def open(self, seed: int) -> None:
+            if seed == 1:
+                raise ValueError("no sensor")
+            super().open(seed)
+
+        def next(self, query: bool) -> Sample | None:  # type: ignore[override]
+            return super().next(query) if self.ready else None
+
+    stream = Slow()
+    node = Node(FLEET, ID, {}, PROGRAM, stream)
+    do(node, work(seed=1))
+    assert replies(deliver(node, broadcast(work()))) == [Failure(7, ErrorCode.SAMPLES, lib.MOTE_ERR_ARGUMENT)]
+    do(node, work(id=8))
+    assert replies(deliver(node, broadcast(work()))) == [] and not node.step()
+    stream.ready = True
+    assert np.array_equal(
+        dense([d for d in replies(deliver(node, [])) if isinstance(d, Success)]), expected(work())[0].parameters
+    )
+
+
+def statuses(node: Node) -> list[Status]:
+    return [decode_status(o.payload) for o in node.poll() if isinstance(o, Publish) and o.topic == TOPICS.status(ID)]
+
+
+def test_drift_is_reported_when_it_begins_and_ends() -> None:
+    node = mote()
+    node.connected()
+    (first,) = statuses(node)
+    assert first.drift is None and first.battery is None
+    node.set_drift(0.0)
+    node.set_battery(0.75)
+    assert statuses(node) == []
+    node.set_drift(1.0)
+    assert [(status.drift, status.battery) for status in statuses(node)] == [(1.0, 0.75)]
+    node.set_drift(0.5)
+    assert statuses(node) == []
+    node.set_drift(0.0)
+    assert [status.drift for status in statuses(node)] == [0.0]
+    node.set_drift(-1.0)
+    assert decode_status(node.will().payload).drift is None
 
 
 @both

@@ -102,7 +102,7 @@ def test_what_a_device_says_cannot_steer_the_terminal(tmp_path: Path) -> None:
         (("clients", "--param", "model"), "NAME=VALUE"),
         (("clients", "--param", "modle=urn:x"), "no parameter 'modle': it has model, fleet"),
         (("clients", "--param", "model=urn:x y"), "cannot be a term"),
-        (("clients", "--data", "nowhere"), "start one with `tinyfleet server start`"),
+        (("clients", "--data", "nowhere"), "run `tinyfleet server start`"),
         (("clients", "--endpoint", "http://127.0.0.1:9/sparql"), "is the server running?"),
         (("clients", "--endpoint", "somewhere"), "must begin with http"),
     ],

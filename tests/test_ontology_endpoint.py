@@ -13,7 +13,7 @@ import pyoxigraph as ox
 import pytest
 from ontology_fixtures import TOKEN, everything
 from tinyfleet.edge.errors import UserError
-from tinyfleet.ontology.http import sparql, web
+from tinyfleet.ontology.http import request_handling, sparql
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri
@@ -210,7 +210,7 @@ def test_an_update_with_the_token_is_done(client: Client, filled: EmbeddedStore)
 
 def test_without_a_token_nobody_updates() -> None:
     with EmbeddedStore() as store, Endpoint(store) as endpoint:
-        with pytest.raises(StoreError, match="takes no updates"):
+        with pytest.raises(StoreError, match="does not accept updates"):
             RemoteStore(endpoint.url, "any").update("CLEAR ALL")
         assert RemoteStore(endpoint.url).ask("ASK { }")
 
@@ -249,7 +249,7 @@ def test_a_result_that_is_too_long_is_cut_off(client: Client, monkeypatch: pytes
 
 
 def test_a_request_that_is_too_long_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "MAX_REQUEST", 1000)
+    monkeypatch.setattr(request_handling, "MAX_REQUEST", 1000)
     answer = client("POST", body="# " + "x" * 2000, Content_Type="application/sparql-query")
     assert answer.status == 413
 

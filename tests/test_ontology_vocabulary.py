@@ -125,20 +125,20 @@ def test_every_term_of_others_that_we_align_to_exists() -> None:
 
 def test_what_the_registry_writes_of_a_device_is_implied() -> None:
     from tinyfleet.ontology.ingest.registry import _TYPES
-    from tinyfleet.ontology.vocabulary.entailment import axioms
+    from tinyfleet.ontology.vocabulary.entailment import entailment_rules
 
-    assert set(_TYPES) - {TF.Device} <= axioms()[TF.Device]
+    assert set(_TYPES) - {TF.Device} <= entailment_rules()[TF.Device]
 
 
 def test_axioms_are_closed_and_hold_both_ways_where_they_are_equal() -> None:
-    from tinyfleet.ontology.vocabulary.entailment import axioms
+    from tinyfleet.ontology.vocabulary.entailment import entailment_rules
 
-    assert TF.Model in axioms()[NNET.NeuralNetwork] and NNET.NeuralNetwork in axioms()[TF.Model]
-    assert TF.target in axioms()[TF.confirmedBy]
-    for term, upper in axioms().items():
+    assert TF.Model in entailment_rules()[NNET.NeuralNetwork] and NNET.NeuralNetwork in entailment_rules()[TF.Model]
+    assert TF.target in entailment_rules()[TF.confirmedBy]
+    for term, upper in entailment_rules().items():
         assert term not in upper
         for wider in upper:
-            assert axioms().get(wider, frozenset()) - {term} <= upper
+            assert entailment_rules().get(wider, frozenset()) - {term} <= upper
 
 
 def test_every_term_that_the_shapes_use_is_defined() -> None:

@@ -100,7 +100,7 @@ class Device:
         return all(self.node.step() for _ in range(STEPS))
 
     def _send(self) -> bool:
-        """Sends what the node has to say. False if it wants to start anew."""
+        """Sends what the node has to say. False if it wants to reboot."""
         for out in self.node.poll():
             match out:
                 case Publish(topic, payload, True):

@@ -1,4 +1,4 @@
-"""Learning online from a stream that changes: noticing it, and starting anew from what was meta-learned.
+"""Learning online from a stream that changes: detecting it, and going back to the meta-learned initialization.
 
 Every sample is first answered and then learned from (prequential evaluation: Gama, Sebastiao and Rodrigues, "On
 evaluating stream learning algorithms", 2013). ADWIN (Bifet and Gavalda, "Learning from Time-Changing Data with Adaptive
@@ -37,9 +37,12 @@ class DriftResponse:
 
 
 def default_drift_response(task: Task) -> DriftResponse:
-    """For a task that nobody has tuned it for. At twice the rate that the task learns at, but of a regression, whose
-    errors have no bound: sine waves diverge then. From the start again where a head is fitted anew to each device: what
-    it stood for before the change is of no use after it."""
+    """The response for a task that nobody has tuned it for.
+
+    The rate is twice the task's; for a regression, whose errors have no bound, it is the task's: sine waves diverge at
+    twice that. Where each device fits a head of its own, it goes back to the initialization: what the head stood for
+    before the change is useless after it.
+    """
     rate = task.fedavg.rate * (1 if task.program.loss == "mse" else 2)
     return DriftResponse(rate=rate, restart=task.meta.head_steps > 0)
 
@@ -73,7 +76,7 @@ class OnlineLearner:
         self.set_initialization(start)
 
     def set_initialization(self, start: Vector) -> None:
-        """Begins anew from these parameters."""
+        """Begin again from these parameters."""
         self._start = np.array(start, np.float32)
         self._learner.set_parameters(self._start)
 
@@ -83,7 +86,7 @@ class OnlineLearner:
         return self._adapting / self._drift_response.steps if self._drift_response is not None else 0.0
 
     def learn(self, x: ArrayLike, y: ArrayLike) -> SampleResult:
-        """Answers one sample, and learns from it; where that diverges, it begins anew from its start. Raises
+        """Answers one sample, and learns from it; where that diverges, it begins again from its initialization. Raises
         LearnerError for what is no sample of the model."""
         error = self._error(x, y)
         drifted = self._detector is not None and math.isfinite(error) and _has_risen(self._detector, error)

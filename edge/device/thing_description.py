@@ -1,4 +1,4 @@
-"""What a device says of itself: a W3C Thing Description 1.1 with TinyFleet's terms."""
+"""How a device describes itself: a W3C Thing Description 1.1 with TinyFleet's terms."""
 
 from __future__ import annotations
 
@@ -9,10 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
+
 
 @dataclass(frozen=True)
 class Board:
-    """What all devices of one kind have in common. clock_hz None: not known."""
+    """What all devices of one kind have in common.
+
+    Parameters
+    ----------
+    id, title, mcu
+        Its names, and its processor's.
+    clock_hz
+        None: not known.
+    ram_bytes, flash_bytes
+        Of the whole board.
+    sensors
+        What they measure.
+    """
 
     id: str
     title: str
@@ -34,7 +48,7 @@ def host_board() -> Board:
     flash = disk.f_frsize * disk.f_blocks
     model = Path("/proc/device-tree/model")
     kind = model.read_text(errors="replace").strip("\0 \n") if model.exists() else ""
-    # The same model comes with more RAM or less, and what is said of a board holds for all that are called the same.
+    # The same model comes with more RAM or less, and a board's facts hold for all boards of one name.
     title = f"{kind or f'{platform.system()} {platform.machine()}'}, {-(-ram // 2**30)} GiB"
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     return Board(name[:64].strip("-") or "machine", title[:200], platform.machine() or "unknown", None, ram, flash)
@@ -50,10 +64,22 @@ def thing_description(
     model: bytes,
     model_slot_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """The description as JSON-LD. `arena_bytes` is the memory there is to learn in; `model` the built-in program's id;
-    `model_slot_bytes` the room for a program over the air, 0 if it adopts none.
+    """Describe a device of this software's versions, as JSON-LD. What is not known is left out, never 0.
 
-    What is not known is left out, never 0.
+    Parameters
+    ----------
+    fleet, id
+        As in the topics.
+    board
+        What it runs on.
+    engine, engine_version
+        What it learns with.
+    arena_bytes
+        The memory there is to learn in.
+    model
+        The built-in program's id, 8 bytes.
+    model_slot_bytes
+        The memory for a program over the air; 0: it takes none. None: not known.
     """
     described: dict[str, Any] = {
         "@id": f"https://w3id.org/tinyfleet/board/{board.id}",
@@ -78,6 +104,8 @@ def thing_description(
         "tf:board": {key: value for key, value in described.items() if value is not None},
         "tf:engine": engine,
         "tf:engineVersion": engine_version,
+        "tf:wireVersion": WIRE_VERSION,
+        "tf:programFormat": PROGRAM_FORMAT,
         "tf:arenaBytes": arena_bytes,
         **room,
         "tf:model": {"@id": f"urn:tinyfleet:model:{model.hex()}"},

@@ -1,4 +1,5 @@
-"""The layout of a program's bytes, as docs/reference/program-format.md and the engine's headers describe it: records, flags and limits."""
+"""The layout of a program's bytes, as docs/reference/program-format.md and the engine's headers describe it:
+records, flags and limits."""
 
 from __future__ import annotations
 

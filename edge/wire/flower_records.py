@@ -128,7 +128,7 @@ def npy_bytes(values: NDArray[Any]) -> bytes:
     return _npy_header(_name(values.dtype), values.shape) + values.tobytes()
 
 
-_name = cache(str)  # of a dtype: NumPy builds the string anew each time
+_name = cache(str)  # of a dtype: NumPy builds the string again each time
 
 
 @cache

@@ -171,7 +171,7 @@ class _Client(mqtt.Client):
 
 
 def _read_publish(head: int, content: bytes) -> tuple[str, bytes, int | None] | None:
-    """The topic, payload and, at QoS 1, number of a message; None if this is none, or not well formed. MQTT 3.1.1,
+    """The topic, payload and, at QoS 1, number of a message; None unless it is a message, well formed. MQTT 3.1.1,
     section 3.3."""
     qos = head >> 1 & 3
     at = 2 + int.from_bytes(content[:2], "big")
@@ -231,7 +231,7 @@ class Session:
         self._closing = threading.Event()
         self._retry_at, self._retry = 0.0, RETRY[0]
         self._number = 0  # of the session: a message's number means nothing in the next one
-        # Messages are written by whoever publishes, and read by one thread, which calls back. paho's own thread would
+        # Any thread publishes, so any may write; one thread reads, and calls back. paho's own thread would
         # do both, and every publish would wake it. The lock is for writing alone: a callback may wait for a publisher.
         self._lock = threading.Lock()
         self._pipe = socket.socketpair() if background else None  # one end wakes who waits at the other
@@ -351,7 +351,7 @@ class Session:
         if self._pipe is None or threading.current_thread() is self._thread or not self._connected.is_set():
             return
         self._write()
-        if self._client.wire.unsent:  # the socket is full: whoever reads it writes the rest
+        if self._client.wire.unsent:  # the socket is full: the reading thread writes the rest
             self._rouse()
 
     def _rouse(self) -> None:
@@ -411,7 +411,7 @@ class Session:
         )
 
     def _call(self, callback: Callable[..., None], *about: Any) -> None:
-        """In the background nobody is there to catch an error; paho would then handle the same message for ever."""
+        """In the background nobody is there to catch an error; paho would then handle the same message forever."""
         try:
             callback(*about)
         except Exception:

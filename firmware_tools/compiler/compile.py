@@ -99,8 +99,8 @@ class ModelPlan:
     --------
     >>> import keras
     >>> plan = plan_model(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")]))
-    >>> plan.parameters, plan.macs, list(plan.train_from)
-    (15, 12, ['head'])
+    >>> plan.parameters, plan.macs
+    (15, 12)
     """
 
     parameters: int

@@ -1,7 +1,7 @@
 """The Flower ServerApp: the same strategies on Flower's simulation engine, and with SuperLink and SuperNodes.
 
 Its settings are the run config in pyproject.toml, section [tool.flwr.app.config]; `flwr run . -c "rounds=10"` changes
-them. With a broker in them, the devices of that fleet take part beside the SuperNodes.
+them. If they name a broker, the devices of that fleet take part together with the SuperNodes.
 """
 
 import time
@@ -27,7 +27,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the rounds, and scores the start that they learned, and the one they began with, on held-out tasks."""
+    """Runs the rounds, and scores the learned initialization and the baselines on held-out tasks."""
     config = context.run_config
 
     def number(key: str) -> int:
@@ -35,21 +35,23 @@ def main(grid: Grid, context: Context) -> None:
 
     task = load(str(config["task"]))
     seed, rounds, clients = number("seed"), number("rounds"), number("clients")
-    how = make_strategy(str(config["strategy"]), task, rounds=rounds, clients=clients, query=number("query"), seed=seed)
-    initialization = initial_parameters(task.program, how, seed)
+    named_strategy = make_strategy(
+        str(config["strategy"]), task, rounds=rounds, clients=clients, query=number("query"), seed=seed
+    )
+    initialization = initial_parameters(task.program, named_strategy, seed)
     with ExitStack() as stack:
         if config["broker"]:
             host, port = broker_address(str(config["broker"]), Path())
             devices = stack.enter_context(MqttGrid(host, port, str(config["fleet"]), task.program))
             grid = CompositeGrid([grid, devices])
         nodes = wait_for_nodes(grid, clients, float(config["wait"]))
-        limit_clients(how.strategy, clients, len(nodes))
-        result = how.strategy.start(
+        limit_clients(named_strategy.strategy, clients, len(nodes))
+        result = named_strategy.strategy.start(
             grid,
             vector_to_arrays(initialization, task.program),
             rounds,
             float(config["timeout"]),
-            train_config=ConfigRecord(dict(how.train_config)),
+            train_config=ConfigRecord(dict(named_strategy.train_config)),
         )
     if not result.arrays:
         raise UserError("no client gave a usable reply in any round; see the log of the clients")
@@ -60,10 +62,10 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout: float) -> Sequence[int]:
-    """The nodes, once there are `count` or after so many seconds. Raises UserError if there is none then."""
+    """The nodes, once there are `count` of them or after `timeout` seconds. Raises UserError if there are none."""
     deadline = time.monotonic() + timeout
     while len(nodes := list(grid.get_node_ids())) < count and time.monotonic() < deadline:
-        time.sleep(0.2)  # Flower's grids can only be asked
+        time.sleep(0.2)  # Flower's grids can only be polled
     if not nodes:
         raise UserError(f"no client came within {timeout:g} s; start SuperNodes or devices, then run again")
     return nodes

@@ -22,6 +22,13 @@ class CompositeGrid(Grid):
     ------
     ValueError
         If there is no grid.
+
+    Examples
+    --------
+    ::
+
+        with MqttGrid("127.0.0.1", 1883, "home", program) as devices:
+            strategy.start(CompositeGrid([grid, devices]), initial_arrays)  # grid: as Flower's ServerApp gets it
     """
 
     def __init__(self, grids: Sequence[Grid]) -> None:

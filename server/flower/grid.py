@@ -9,12 +9,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from logging import WARNING
 from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.wire.errors import ProtocolError
+from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.flower_records import single_records
 from tinyfleet.edge.wire.messages import Failure, Kind, TrainTask, decode_reply, decode_status, encode, error_text
 from tinyfleet.edge.wire.mqtt_session import Message as MqttMessage
@@ -23,7 +24,7 @@ from tinyfleet.edge.wire.round_config import RoundConfig, parse_round_config
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.flower.broadcast import Broadcast, Broadcasts, SentParameters
 from tinyfleet.server.flower.devices import DeviceTable, node_id
-from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, Run, new_run, stamp
+from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, Run, log, new_run, stamp
 from tinyfleet.server.flower.replies import ReplyError, encoding, is_valid_part, reply_content
 from tinyfleet.server.flower.requests import Request, RequestScheduler, RoundEvent
 
@@ -116,10 +117,13 @@ class MqttGrid(RunGrid):
         with MqttGrid("127.0.0.1", 1883, "home", program) as grid:
             result = FedAvg(fraction_evaluate=0.0).start(grid, initial_arrays, num_rounds=10)
 
-    >>> MqttGrid("127.0.0.1", 1, "home", None)
+    Without a broker it says what to do:
+
+    >>> from tinyfleet.edge.model.layers import Dense, build
+    >>> MqttGrid("127.0.0.1", 1, "home", build([Dense(2)], (3,), "mse"))  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
     ...
-    tinyfleet.edge.errors.UserError: no broker
+    tinyfleet.edge.errors.UserError: no MQTT broker answers at 127.0.0.1:1 ...
 
     Notes
     -----
@@ -449,6 +453,9 @@ class MqttGrid(RunGrid):
     def _on_status(self, device: str, payload: bytes) -> None:
         try:
             status = decode_status(payload) if payload else None  # an empty one: the device was removed
+        except WireVersionError as error:
+            log(WARNING, "%s is left out: %s", device, error)
+            status = None
         except ProtocolError:
             with self._changed:
                 self.traffic.malformed += 1

@@ -1,7 +1,7 @@
-"""The names of Flower that are not in its public API, and nothing else of ours uses them.
+"""The only place that uses names of Flower outside its public API.
 
-Flower 1.41 lets a ``Message`` be made only in a process that knows its run, task and node, which is true of processes
-that Flower starts itself. Our server is a process of its own, so it says who it is here.
+Flower 1.41 makes a ``Message`` only in a process that knows its run, task and node, as the processes that Flower starts
+do. Our server is a process of its own, so it sets them here.
 """
 
 import logging
@@ -38,5 +38,5 @@ def stamp(message: Message) -> str:
 
 
 def log_level(level: int) -> None:
-    """Flower's strategies log a page a round at INFO; a command that shows its own progress sets WARNING."""
+    """Sets Flower's log level: its strategies log a page a round at INFO, and commands show their own progress."""
     logging.getLogger("flwr").setLevel(level)

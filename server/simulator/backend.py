@@ -137,7 +137,7 @@ class Backend:
         self, model: Program | Network, *, precision: Literal["float32", "mixed"] = "float32", exact: bool = False
     ) -> None:
         if exact and not isinstance(model, Program):
-            raise UserError("exact training takes a program for the engine; see tinyfleet.edge.model.program.build")
+            raise UserError("exact training takes a program for the engine; see tinyfleet.edge.model.layers.build")
         self.model = model
         self.network = network(model) if isinstance(model, Program) else model
         self.precision = precision

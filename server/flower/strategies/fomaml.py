@@ -1,8 +1,8 @@
-"""First-order MAML: the start moves along the gradient that a client sees once it has adapted.
+"""First-order MAML: the initialization moves along the gradient that a client sees once it has adapted.
 
 Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks" (2017), without its second
-derivatives: ``g -= alpha * mean(gradient at g_k)``, where g_k is what client k made of g, and the gradient is taken on
-samples that it had not adapted to.
+derivatives: ``g -= alpha * mean(gradient at g_k)``, where g_k are the parameters that client k has adapted to from g,
+and the gradient is taken on samples that it had not adapted to.
 """
 
 from tinyfleet.edge.errors import UserError
@@ -11,17 +11,33 @@ from tinyfleet.server.flower.strategies.reptile import Reptile
 
 
 class FOMAML(Reptile):
-    """A batch of clients a round, as Reptile, and:
+    """First-order MAML (Finn et al. 2017): devices send the changes of the steps after their adaptation.
 
-    outer: samples, drawn after the `steps` that adapt, whose steps at outer_beta (default: beta) are the gradient: only
-    what these changed is sent. A device that stores no samples takes them one after the other, so for more than one
-    the weights move between them, by the order of outer_beta. alpha counts in units of outer_beta.
+    Parameters
+    ----------
+    alpha
+        The server's learning rate, in units of `outer_beta`.
+    beta
+        The devices' learning rate as they adapt.
+    steps
+        Samples that each client adapts to, one a step; at least 2.
+    outer
+        Samples drawn after those, whose steps are the gradient. A device that stores no samples takes them one after
+        the other, so with more than one the parameters move between them, by an amount of the order of `outer_beta`.
+    outer_beta
+        The learning rate of the outer steps. Default: beta.
+    clients, query, half, seed
+        As in Reptile.
+
+    Raises
+    ------
+    UserError
+        If there are fewer than 2 steps, no outer steps or no clients.
 
     Examples
     --------
-    >>> strategy = FOMAML(beta=0.05, steps=8, outer=4)
-    >>> [phase.steps for phase in strategy.phases]
-    [8, 4]
+    >>> [phase.steps for phase in FOMAML(steps=12, outer=4).phases]
+    [12, 4]
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""TinyMetaFed: some layers stay on the device, and only the largest changes of the others travel.
+"""TinyMetaFed: some layers stay on the device, and only the largest changes of the others are sent.
 
 Ren, Li, Anicic and Runkler, "TinyMetaFed: Efficient Federated Meta-Learning for TinyML" (2023), in our implementation:
 - partial local reconstruction (after Singhal et al., "Federated Reconstruction", 2021): local layers are never sent;
   a client fits its own, from their initial values, with the shared ones frozen, and then learns all of them online;
-- top-P: of the shared parameters, the fraction `top` that changed most goes back, as (index, change);
+- top-P: of the shared parameters, the share `density` that changed most is sent back, as (index, change);
 - alpha is annealed along a half cosine (Loshchilov and Hutter, "SGDR", 2017, without restarts).
 """
 
@@ -15,18 +15,36 @@ from tinyfleet.server.flower.strategies.reptile import Reptile
 
 
 class TinyMetaFed(Reptile):
-    """A batch of clients a round, as Reptile, and:
+    """TinyMetaFed (Ren et al. 2023): partial local reconstruction, sparse updates and an annealed server rate.
 
-    rounds: how many are planned, for the annealing. alpha, alpha_end: the server's rate in the first round, and what it
-    approaches. local: mask of the layers that stay on the devices (bit i: i-th layer that trains; 0: none), which
-    keep their initial values on the server. local_steps, local_beta: of fitting those. top: fraction of the shared
-    parameters that goes back; one that does not, counts as unchanged.
+    Parameters
+    ----------
+    rounds
+        Rounds that the run will have, for the annealing.
+    alpha, alpha_end
+        The server's learning rate in the first round, and what it approaches.
+    beta, steps
+        The devices' learning rate, and samples that each client learns from with all layers, one a step.
+    local
+        Mask of the layers that stay on the devices; bit i is the i-th layer that trains. They keep their initial values
+        on the server.
+    local_steps, local_beta
+        Steps and learning rate of fitting the local layers first. The default rate is beta.
+    density
+        Share of the shared parameters that a device sends, in (0, 1]. The others count as unchanged.
+    clients, query, half, seed
+        As in Reptile; updates travel as float16 by default.
+
+    Raises
+    ------
+    UserError
+        If there are fewer than 2 steps or no clients, or the density is not in (0, 1].
 
     Examples
     --------
-    >>> strategy = TinyMetaFed(rounds=100, alpha=1.0, density=0.1)
-    >>> strategy.rate(server_round=1), strategy.rate(server_round=51)
-    (1.0, 0.5)
+    >>> strategy = TinyMetaFed(rounds=10, alpha=1.0, alpha_end=0.0, density=0.1)
+    >>> [round(strategy.rate(server_round), 2) for server_round in (1, 6, 11)]
+    [1.0, 0.5, 0.0]
     """
 
     def __init__(
@@ -48,7 +66,7 @@ class TinyMetaFed(Reptile):
     ) -> None:
         super().__init__(alpha=alpha, beta=beta, steps=steps, clients=clients, query=query, half=half, seed=seed)
         if not 0 < density <= 1:
-            raise UserError(f"top is the fraction of the parameters that is sent, in (0, 1]; got {density:g}")
+            raise UserError(f"density is the share of the parameters that is sent, in (0, 1]; got {density:g}")
         self.rounds = rounds
         self.alpha_end = alpha_end
         self.local = local

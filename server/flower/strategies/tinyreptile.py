@@ -9,14 +9,23 @@ from tinyfleet.server.flower.strategies.reptile import Reptile
 
 
 class TinyReptile(Reptile):
-    """One client a round; the arguments are those of Reptile, without `clients`.
+    """TinyReptile (Ren et al. 2023): one client a round.
 
-    The device's part needs no word here: devices always learn online with a batch of one.
+    Nothing is needed for the device's part: devices always learn online, one sample a step.
+
+    Parameters
+    ----------
+    alpha, beta, steps, query, half, seed
+        As in Reptile.
+
+    Raises
+    ------
+    UserError
+        If there are fewer than 2 steps.
 
     Examples
     --------
-    >>> strategy = TinyReptile(alpha=0.5, steps=8)
-    >>> strategy.clients
+    >>> TinyReptile(alpha=0.5, steps=16).clients
     1
     """
 

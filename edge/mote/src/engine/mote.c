@@ -170,7 +170,7 @@ void mote_begin_back(mote_t *m, const float *y, const float *target, float scale
 static int update_fits(const mote_t *m, const mote_op_t *op, float squared_norm)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in);
-    if (in->type != MOTE_FLOAT32) {
+    if (in->type != MOTE_FLOAT32 || !(op->flags & MOTE_TRAINS_WEIGHTS)) { /* a bias needs no input: it may be gone */
         return mote_finite(squared_norm);
     }
     if (in->offset == MOTE_EXTERNAL) {

@@ -31,19 +31,50 @@ static int is_chosen(const mote_stream_t *s, uint32_t count, uint32_t class)
     return 0;
 }
 
-int mote_stream_open(mote_stream_t *s, uint32_t seed)
+static int has_data(const mote_stream_t *s)
 {
-    if (s == NULL || (s->features == NULL) == (s->values == NULL) || s->starts == NULL || s->size == 0 ||
-        s->ways == 0 || s->ways > MOTE_STREAM_MAX_WAYS || s->classes < s->ways || !(s->scale - s->scale == 0.0f)) {
-        return MOTE_ERR_ARGUMENT;
-    }
-    if ((s->targets != NULL && s->outputs == 0) || (s->fixed && s->classes != s->ways)) {
-        return MOTE_ERR_ARGUMENT;
-    }
+    return (s->features == NULL) != (s->values == NULL) && s->starts != NULL && s->size > 0 &&
+           (s->targets == NULL || s->outputs > 0) && s->scale - s->scale == 0.0f;
+}
+
+static int has_ways(const mote_stream_t *s)
+{
+    return s->ways > 0 && s->ways <= MOTE_STREAM_MAX_WAYS && s->ways <= s->classes &&
+           (!s->fixed || s->ways == s->classes);
+}
+
+/* Every class has a sample to learn from and one to be scored by. */
+static int has_samples(const mote_stream_t *s)
+{
     for (uint32_t c = 0; c < s->classes; c++) {
         if (s->starts[c + 1] < s->starts[c] || s->starts[c + 1] - s->starts[c] < 2) {
-            return MOTE_ERR_ARGUMENT;
+            return 0;
         }
+    }
+    return 1;
+}
+
+/* A random subset without a list of all classes (Floyd, in Bentley 1987, "A sample of brilliance") in a random order
+ * (Fisher and Yates), since the order is the labelling. */
+static void choose_classes(mote_stream_t *s)
+{
+    for (uint32_t i = 0; i < s->ways; i++) {
+        uint32_t last = s->classes - s->ways + i;
+        uint32_t class = below(s, last + 1);
+        s->chosen[i] = is_chosen(s, i, class) ? last : class;
+    }
+    for (uint32_t i = s->ways - 1; i > 0; i--) {
+        uint32_t j = below(s, i + 1);
+        uint32_t class = s->chosen[i];
+        s->chosen[i] = s->chosen[j];
+        s->chosen[j] = class;
+    }
+}
+
+int mote_stream_open(mote_stream_t *s, uint32_t seed)
+{
+    if (s == NULL || !has_data(s) || !has_ways(s) || !has_samples(s)) {
+        return MOTE_ERR_ARGUMENT;
     }
     /* Neighbouring seeds must not give neighbouring states: the finaliser of MurmurHash3 (Appleby, public domain). */
     seed ^= seed >> 16;
@@ -56,21 +87,8 @@ int mote_stream_open(mote_stream_t *s, uint32_t seed)
         for (uint32_t i = 0; i < s->ways; i++) {
             s->chosen[i] = i;
         }
-        return MOTE_OK;
-    }
-
-    /* A random subset without a list of all classes (Floyd, in Bentley 1987, "A sample of brilliance") ... */
-    for (uint32_t i = 0; i < s->ways; i++) {
-        uint32_t last = s->classes - s->ways + i;
-        uint32_t class = below(s, last + 1);
-        s->chosen[i] = is_chosen(s, i, class) ? last : class;
-    }
-    /* ... in a random order (Fisher and Yates), since the order is the labelling. */
-    for (uint32_t i = s->ways - 1; i > 0; i--) {
-        uint32_t j = below(s, i + 1);
-        uint32_t class = s->chosen[i];
-        s->chosen[i] = s->chosen[j];
-        s->chosen[j] = class;
+    } else {
+        choose_classes(s);
     }
     return MOTE_OK;
 }
