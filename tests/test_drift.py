@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from test_grid_fleet import FEATURES, PROGRAM, START, WAYS, client
+
 from tinyfleet.edge.device.agent import AgentNode, OnlineLearning
 from tinyfleet.edge.device.device import Device
 from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner, PacedStream
