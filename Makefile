@@ -65,7 +65,7 @@ ontology/http/page/dist/index.html: tools/page.sh $(PAGE)
 docs: $(VENV)/.docs
 	@sh tools/mermaid.sh
 	@sh tools/types.sh
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/.docs: requirements-docs.lock $(VENV)/.demo
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-docs.lock

@@ -17,6 +17,7 @@ import typer
 from instructions import instructions
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.edge import tasks
 from tinyfleet.edge._mote import ffi
 from tinyfleet.edge.errors import UserError

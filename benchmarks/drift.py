@@ -26,6 +26,7 @@ from recipes import LocalGrid
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
+
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner, default_drift_response
 from tinyfleet.edge.model.learner import MoteLearner

@@ -39,6 +39,7 @@ import pyoxigraph as ox
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
 from tinyfleet.edge.device.thing_description import Board, thing_description
 from tinyfleet.edge.model.graph import Layer
 from tinyfleet.edge.wire.messages import Status, encode

@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.edge.model import layers
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.learner import LearnerError, LiteRTLearner, MoteLearner, learn_many
@@ -55,6 +56,7 @@ def tflite() -> bytes:
     """The model as a .tflite with training signatures. Needs TensorFlow, and a process that may import it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras  # type: ignore[import-untyped]
+
     from tinyfleet.firmware_tools.compiler.export import export_tflite
 
     layers = [

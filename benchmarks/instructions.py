@@ -25,6 +25,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers as nn
 from tinyfleet.edge.model.assemble import assemble

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.server.broker import Broker
 
 SETTLES = 2.0

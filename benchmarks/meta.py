@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.edge.tasks import sine
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
 
@@ -60,6 +61,7 @@ def fastest(work: Callable[[], object], seconds: float = 8.0) -> dict[str, float
 def backend() -> dict[str, Any]:
     """Keras's backend of this process."""
     from keras import ops  # type: ignore[import-untyped]
+
     from tinyfleet.server import simulator
     from tinyfleet.server.simulator.keras_backend import compile_function
 

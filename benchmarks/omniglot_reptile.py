@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omniglot_small import DRAWERS, SIDE, classifier, turned
+
 from tinyfleet.edge.tasks import Episodes, omniglot
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
 from tinyfleet.server import simulator

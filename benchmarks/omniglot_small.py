@@ -34,6 +34,7 @@ import numpy as np
 from instructions import instructions, small
 from keras import layers
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import omniglot

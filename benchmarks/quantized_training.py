@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 from numpy.typing import NDArray
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
+
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph
 from tinyfleet.edge.model.learner import MoteLearner

@@ -20,6 +20,7 @@ import typer
 from flwr.app import ConfigRecord, Message
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.flower_client import serve
 from tinyfleet.edge.tasks import Hyperparameters, Task

@@ -36,6 +36,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
 from tinyfleet.edge import tasks
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import Hyperparameters, Task
@@ -255,6 +256,7 @@ def device(name: str) -> dict[str, int]:
     """Of the application's model: bytes of the arena, the parameters and a sample as devices hold it; instructions of
     an inference and a step on the board."""
     import instructions as board_instructions
+
     from tinyfleet.firmware_tools.boards import catalogue
     from tinyfleet.firmware_tools.firmware import build
 

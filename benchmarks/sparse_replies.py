@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays

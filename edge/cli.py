@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.options import (
     DATA,

@@ -9,11 +9,10 @@ describes a model and the boards that firmware is built for in a graph in memory
     ...
 """
 
+from tinyfleet import load_task
 from tinyfleet.firmware_tools.boards.catalogue import board_ids, load_board
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.store.store import EmbeddedStore
-
-from tinyfleet import load_task
 
 QUESTION = """
 PREFIX tf: <https://w3id.org/tinyfleet#>

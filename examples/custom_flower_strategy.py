@@ -13,12 +13,12 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp.strategy import FedAvg
+
+from tinyfleet import MqttGrid, load_task
 from tinyfleet.edge.device.device import virtual_device
 from tinyfleet.edge.device.flower_client import vector_to_arrays
 from tinyfleet.server.broker import Broker
 from tinyfleet.server.flower.internals import log_level
-
-from tinyfleet import MqttGrid, load_task
 
 
 class TrustAccurate(FedAvg):

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import keras
+
+from tinyfleet import compile_model, load_task
 from tinyfleet.firmware_tools.boards.catalogue import load_board
 from tinyfleet.firmware_tools.firmware.build import build
 from tinyfleet.firmware_tools.firmware.emulate import Emulator
@@ -23,8 +25,6 @@ from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.named_strategies import make_strategy
 from tinyfleet.server.training_run import run
-
-from tinyfleet import compile_model, load_task
 
 BOARD = "mps2-an386"
 

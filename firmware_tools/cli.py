@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.options import (
     BOARD,
@@ -35,6 +36,7 @@ from tinyfleet.firmware_tools.firmware import MODEL_SLOT_BYTES
 
 if TYPE_CHECKING:
     from rich.table import Table
+
     from tinyfleet.edge.model.program import Program
     from tinyfleet.firmware_tools.boards.catalogue import BoardTarget
     from tinyfleet.firmware_tools.firmware.size import FirmwareSize
@@ -292,6 +294,7 @@ def _show(elf: Path, as_json: bool) -> None:
 
 def _memory_table(elf: Path, size: FirmwareSize) -> Table:
     from rich.table import Table
+
     from tinyfleet.firmware_tools.boards import catalogue
 
     board = catalogue.load_board(size.board).buildable()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import serial
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.chunks import MAX_CHUNKS

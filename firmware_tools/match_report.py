@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.ontology.queries.matching import TRAIN, UPDATE_MODEL, DeviceMatch, ModelMatch, UnmetRequirement
 from tinyfleet.ontology.store.store import printable
 from tinyfleet.ontology.vocabulary.namespaces import Iri

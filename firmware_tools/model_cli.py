@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.options import (
     DATA,
@@ -29,6 +30,7 @@ from tinyfleet.edge.wire.server_info import fleet_of
 
 if TYPE_CHECKING:
     from rich.table import Table
+
     from tinyfleet.firmware_tools.compiler.compile import ModelPlan, TrainingSelection
     from tinyfleet.firmware_tools.readers.model_file import ModelFile
     from tinyfleet.ontology.ingest.describe import ModelDescription
@@ -270,6 +272,7 @@ def describe(
       tinyfleet model describe model.keras
     """
     import pyoxigraph
+
     from tinyfleet.ontology.ingest.describe import put_model
     from tinyfleet.ontology.store.store import EmbeddedStore
     from tinyfleet.ontology.vocabulary.namespaces import PREFIXES

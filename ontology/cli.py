@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.options import DATA, DataOption, JsonOption
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
@@ -53,6 +54,7 @@ def query(
         _print_library(as_json)
         return
     import pyoxigraph as ox
+
     from tinyfleet.ontology.graph import with_prefixes
     from tinyfleet.ontology.store.data_folder import open_store
     from tinyfleet.ontology.store.store import parameters, rows

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.options import BOARD, DATA, CommandGroup, DataOption, JsonOption, out_option
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
@@ -91,6 +92,7 @@ def load(
 def read_file(path: Path) -> dict[Iri, dict[Iri, list[object]]]:
     """The facts of a Turtle or N-Triples file. Raises UserError if it is invalid, or has a blank node."""
     import pyoxigraph as ox
+
     from tinyfleet.ontology.store.store import value
 
     form = {".ttl": ox.RdfFormat.TURTLE, ".nt": ox.RdfFormat.N_TRIPLES}.get(path.suffix)
@@ -113,6 +115,7 @@ def read_file(path: Path) -> dict[Iri, dict[Iri, list[object]]]:
 def write_file(path: Path, facts: Facts) -> int:
     """Writes facts as Turtle or N-Triples, sorted; returns the number of triples."""
     import pyoxigraph as ox
+
     from tinyfleet.ontology.store.store import term, triples
 
     unique = sorted({(str(term(s)), str(term(p)), str(term(o))): (s, p, o) for s, p, o in triples(facts)}.items())
@@ -189,6 +192,7 @@ def import_selocml(
     """
     from rich.console import Console
     from rich.table import Table
+
     from tinyfleet.ontology.ingest.describe import put_facts
     from tinyfleet.ontology.ingest.selocml import read_selocml
     from tinyfleet.ontology.store.data_folder import open_store

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from zipfile import BadZipFile
 
 import typer
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.options import (
     DATA,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from rich.console import Console
+
     from tinyfleet.edge.model.program import Program
     from tinyfleet.server.evaluate import Score
     from tinyfleet.server.simulator import SimulationResult
@@ -203,6 +205,7 @@ def start_run(
     """
     import numpy as np
     from rich.console import Console
+
     from tinyfleet.edge import tasks
     from tinyfleet.ontology.cli import read_query
     from tinyfleet.ontology.store.store import RemoteStore
@@ -315,6 +318,7 @@ def simulate(
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
     import numpy as np
     from rich.console import Console
+
     from tinyfleet.edge import tasks
     from tinyfleet.server import run_report, simulator
     from tinyfleet.server.evaluate import QUERIES, SHOTS, Score
@@ -408,6 +412,7 @@ def _check_folders(*files: Path | None) -> None:
 
 def _parameters(path: Path, program: Program) -> NDArray[np.float32]:
     import numpy as np
+
     from tinyfleet.edge.errors import ProgramError
 
     try:
@@ -477,6 +482,7 @@ def deploy(
       tinyfleet deploy model.mote --select my-devices.rq --yes --json
     """
     from rich.console import Console
+
     from tinyfleet.ontology.cli import read_query
     from tinyfleet.ontology.queries import library
     from tinyfleet.ontology.store.store import RemoteStore

@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
+
 from tinyfleet.edge import tasks
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import Task

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.edge.model.program import Program
 from tinyfleet.ontology.store.store import printable
 from tinyfleet.server.deployment import DeploymentPlan, DeploymentResult, TargetResult, TargetStatus

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
 from tinyfleet.edge.tasks import Episode, Split, Task

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Hyperparameters, Task

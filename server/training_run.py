@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import Task
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays

@@ -29,6 +29,7 @@ import test_engine_native as native
 from nets import int8_operations
 from rich.console import Console
 from rich.table import Table
+
 from tinyfleet.edge.mote import build_extension, codegen
 
 ROOT = Path(__file__).parents[1]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import small_models
+
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.mote.build_extension import INCLUDES, sources
 from tinyfleet.edge.mote.codegen import generate

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble

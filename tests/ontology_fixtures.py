@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port
+
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.column_index import IndexedStore

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.graph import Graph, Kind, Op
 from tinyfleet.edge.model.memory_plan import INT8_WEIGHTED, TRAINED_INT8, root
 from tinyfleet.edge.model.quantized import quantize_multiplier

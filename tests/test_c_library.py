@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import small_models
 from numpy.typing import NDArray
+
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.errors import error_name
 from tinyfleet.edge.model import layers as p

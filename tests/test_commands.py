@@ -13,10 +13,10 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from tinyfleet.edge.options import Command
-from tinyfleet.edge.wire import serial_frames
 
 from tinyfleet.__main__ import COMMANDS, cli
+from tinyfleet.edge.options import Command
+from tinyfleet.edge.wire import serial_frames
 
 ROOT = Path(__file__).parents[1]
 TREE = {

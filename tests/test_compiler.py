@@ -13,6 +13,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.graph import LOSSES
 from tinyfleet.edge.model.learner import MoteLearner
@@ -21,7 +23,6 @@ from tinyfleet.firmware_tools import model_cli
 from tinyfleet.firmware_tools.compiler import compile as compiler
 from tinyfleet.firmware_tools.readers import keras_reader
 from tinyfleet.firmware_tools.readers.common import CompileError
-from typer.testing import CliRunner
 
 pytest.importorskip("tensorflow", reason="reads Keras models, and Keras computes with TensorFlow, not installed here")
 keras = pytest.importorskip("keras")

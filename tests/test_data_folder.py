@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store import data_folder

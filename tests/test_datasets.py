@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+
+from tinyfleet.__main__ import main
 from tinyfleet.edge import tasks
 from tinyfleet.ontology.ingest.lineage import Participation
 from tinyfleet.server.demo import why_no_board
 from tinyfleet.server.evaluate import Score
 from tinyfleet.server.run_report import plot
 from tinyfleet.server.training_run import Round
-
-from tinyfleet.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 

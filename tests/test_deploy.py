@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ontology_fixtures import description, payload, status
+
 from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import free_port, start_mosquitto
+
+from tinyfleet.__main__ import main
 from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
@@ -47,8 +49,6 @@ from tinyfleet.edge.wire.messages import (
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.server_info import broker_address
 from tinyfleet.edge.wire.topics import Topics
-
-from tinyfleet.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 TOPICS = Topics("home")

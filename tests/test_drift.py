@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 from test_grid_fleet import FEATURES, PROGRAM, START, WAYS, client
+
 from tinyfleet.edge.device.agent import AgentNode, OnlineLearning
 from tinyfleet.edge.device.device import Device
 from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner, PacedStream
@@ -131,7 +132,8 @@ def test_a_paced_stream_gives_a_sample_when_it_is_due(monkeypatch: pytest.Monkey
 
 def test_who_does_not_learn_online_imports_no_river_and_nobody_tensorflow() -> None:
     """Both take seconds; a server's first round is over before."""
-    code = "import sys, edge.cli, server.run, server.evaluate; print({'river', 'scipy', 'tensorflow'} & {*sys.modules})"
+    modules = "tinyfleet.edge.cli, tinyfleet.server.training_run, tinyfleet.server.evaluate"
+    code = f"import sys, {modules}; print({{'river', 'scipy', 'tensorflow'}} & {{*sys.modules}})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "set()"
 

@@ -12,6 +12,7 @@ from nets import HEADER, TENSOR, Net, forward, gradient, graphs, hostile, nets, 
 from nets import loss as reference_loss
 from numpy.typing import NDArray
 from small_models import MODELS
+
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.errors import ProgramError, UserError
 from tinyfleet.edge.model import layers as p

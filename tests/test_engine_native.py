@@ -14,6 +14,7 @@ import small_models
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from nets import int8_operations, nets, random_weights, spoilt
+
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT, sources
 

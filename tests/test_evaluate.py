@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tinyfleet.edge import tasks
 from tinyfleet.edge.model.layers import Dense, build
 from tinyfleet.edge.tasks import Episode, Episodes, Split

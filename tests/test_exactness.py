@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_models
+
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.learner import MoteLearner

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import small_models
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.mote.build_extension import MOTE

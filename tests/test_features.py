@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
+
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.model import features
 from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT

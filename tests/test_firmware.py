@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import free_port, start_mosquitto
 from small_models import MODELS
+
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import free_port
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import virtual_device
 from tinyfleet.edge.device.flower_client import app

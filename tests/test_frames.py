@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.serial_frames import Frame, FrameReader

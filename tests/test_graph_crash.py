@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from conftest import free_port, start_mosquitto
+
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.topics import Topics

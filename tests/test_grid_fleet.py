@@ -18,6 +18,7 @@ from conftest import free_port, start_mosquitto
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
 from numpy.typing import NDArray
+
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.sources import DatasetStream

@@ -19,6 +19,7 @@ import pytest
 from conftest import free_port, start_mosquitto
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.wire.chunks import decode_chunk

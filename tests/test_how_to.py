@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.tasks import Task, load

@@ -10,6 +10,7 @@ import small_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.graph import LOSSES, Loss

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tinyfleet.edge.model.learner import LearnerError, LiteRTLearner, MoteLearner
 
 RUNTIMES = [name for name in ("tflite_runtime", "ai_edge_litert") if find_spec(name)]
@@ -36,6 +37,7 @@ def export(folder: Path) -> None:
     """Models, each as a program and as a .tflite file that starts from the same weights."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras
+
     from tinyfleet.firmware_tools.compiler.compile import compile_model
     from tinyfleet.firmware_tools.compiler.export import export_tflite
 
@@ -103,6 +105,7 @@ def refused(train_from: str) -> str:
     """The error for a model whose backward pass needs what TFLite does not have."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras
+
     from tinyfleet.edge.errors import UserError
     from tinyfleet.firmware_tools.compiler.export import export_tflite
 

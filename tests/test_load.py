@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small_models
 from nets import HEADER, OP, TENSOR, records_end, sealed
+
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble

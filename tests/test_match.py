@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import description, payload, status
+
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import describe

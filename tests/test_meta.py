@@ -18,6 +18,8 @@ from click.testing import CliRunner
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
 from test_grid_fleet import Start, devices  # noqa: F401
+
+from tinyfleet.__main__ import cli
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.flower_client import serve
 from tinyfleet.edge.device.node import Node, Publish
@@ -47,8 +49,6 @@ from tinyfleet.server.flower.internals import new_run, stamp
 from tinyfleet.server.flower.strategies import Reptile, TinyMetaFed, TinyReptile
 from tinyfleet.server.flower.strategies.reptile import task_seed
 from tinyfleet.server.named_strategies import StrategyOptions, limit_clients, make_strategy
-
-from tinyfleet.__main__ import cli
 
 meta = pytest.importorskip(
     "tinyfleet.server.simulator", reason="meta-training needs Keras: pip install 'tinyfleet[keras]'"

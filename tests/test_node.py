@@ -14,6 +14,7 @@ import small_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from tinyfleet.edge import versions
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.node import (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fuzzing import CLANG
+
 from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT, sources
 from tinyfleet.edge.mote.codegen import generate
 from tinyfleet.firmware_tools.firmware.build import ENGINE

@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.graph_cli import app
 from tinyfleet.ontology.ingest import board_catalogue
 from tinyfleet.ontology.store.store import EmbeddedStore, triples
 from tinyfleet.ontology.vocabulary import shapes
 from tinyfleet.ontology.vocabulary.namespaces import TF, board_iri, property_iri
-from typer.testing import CliRunner
 
 PARTS = "part,observed_properties\nhts221,temperature;relative-humidity\n"
 HEAD = "id,name,vendor,mcu,cpu,clock_hz,ram_bytes,flash_bytes,connectivity,ram_note\n"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tinyfleet.edge.model.graph import Layer
 from tinyfleet.ontology.ingest import describe, model_card
 from tinyfleet.ontology.ingest.describe import ModelDescription

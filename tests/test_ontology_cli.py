@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
+
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.endpoint import Endpoint

@@ -14,6 +14,7 @@ import pyoxigraph as ox
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tinyfleet.edge.device.thing_description import VIRTUAL
 from tinyfleet.edge.model.graph import Layer
 from tinyfleet.edge.model.layers import Dense, ReLU, build
@@ -249,9 +250,10 @@ def test_training_options_become_facts_and_stay_when_a_later_description_has_non
 
 
 def test_what_describe_prints_can_be_loaded(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
     from tinyfleet.firmware_tools.model_cli import app as model_app
     from tinyfleet.ontology.graph_cli import app as graph_app
-    from typer.testing import CliRunner
 
     path = tmp_path / "digits.mote"
     path.write_bytes(mlp().data)

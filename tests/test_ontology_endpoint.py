@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pyoxigraph as ox
 import pytest
 from ontology_fixtures import TOKEN, everything
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import request_handling, sparql
 from tinyfleet.ontology.http.endpoint import Endpoint

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.column_index import IndexedStore

@@ -7,6 +7,7 @@ from pathlib import Path
 import cbor2
 import pytest
 from ontology_fixtures import description, everything, open_store, payload, status
+
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.topics import Topics

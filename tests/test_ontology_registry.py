@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything, open_store, payload, status
+
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, host_board, thing_description
 from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.topics import Topics

@@ -11,6 +11,8 @@ import pyoxigraph as ox
 import pytest
 import typer
 from ontology_fixtures import description, open_store, payload
+from typer.testing import CliRunner
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.readers.model_file import read_model_file
@@ -24,7 +26,6 @@ from tinyfleet.ontology.ingest.selocml import Imported, read_selocml
 from tinyfleet.ontology.store.store import EmbeddedStore, Store, each, rows, triples
 from tinyfleet.ontology.vocabulary import shapes
 from tinyfleet.ontology.vocabulary.namespaces import TF, board_iri, device_iri
-from typer.testing import CliRunner
 
 PREFIXES = """PREFIX nnet: <https://w3id.org/tinyml-schema/neural-network-schema#>
 PREFIX om: <http://www.ontology-of-units-of-measure.org/resource/om-2/>

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from ontology_fixtures import description
+
 from tinyfleet.edge.device.thing_description import VIRTUAL
 from tinyfleet.edge.model.graph import Layer
 from tinyfleet.ontology.ingest.describe import (

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import everything, open_store
+
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store, StoreError, Value, bind, parameters
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyoxigraph as ox
 import pytest
+
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.vocabulary.namespaces import (
     MLS,

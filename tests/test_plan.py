@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import HEADER, Net, graphs, nets, with_weights
 from small_models import MODELS
+
 from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import hostile, random_weights, sealed, with_weights
+
 from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble

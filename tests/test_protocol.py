@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
 from tinyfleet.edge.mote.codegen import generate
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks, decode_chunk
 from tinyfleet.edge.wire.errors import ProtocolError

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nets import spoilt
 from quantised_nets import Reference, digits, int8_tflite, keras_digits, quantised
 from test_engine_native import CLANG, ENGINE, INCLUDE, ROOT, compiler, corpus, run
+
 from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor

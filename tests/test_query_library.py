@@ -8,6 +8,7 @@ import cbor2
 import pytest
 import rdflib
 from ontology_fixtures import description, open_store, payload, status
+
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import describe

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from ontology_fixtures import MODEL, TOKEN, description, payload, status
+
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http import endpoint as endpoint_module
 from tinyfleet.ontology.http.endpoint import PAGE, Endpoint

@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 from test_grid_fleet import PROGRAM, START, TASK, Start, client, devices, learn, quiet, replayed, server  # noqa: F401
+
 from tinyfleet.edge.device.device import Device
 from tinyfleet.edge.device.node import Node, Out, Publish
 from tinyfleet.edge.device.sources import DatasetStream

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tinyfleet.edge.wire.mqtt_session import Message, Receipt, Session
 
 Broker = tuple[str, int]

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ontology_fixtures import TOKEN
+
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.sparql_update import with_graphs
 from tinyfleet.ontology.store.store import BASE, EmbeddedStore, StoreError

@@ -9,6 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp.strategy import FedAvg, FedMedian
 from numpy.typing import NDArray
 from test_strategies import Nodes
+
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.wire.flower_records import SparseArrayRecord, vector_to_arrays
 from tinyfleet.edge.wire.messages import Metrics, Sparse, Success, TrainTask, UpdateFormat, decode_reply, encode

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
 from tinyfleet.edge.tasks import ClientData, Recording

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord
+
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.device import virtual_device
 from tinyfleet.edge.device.node import Node, Publish

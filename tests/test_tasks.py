@@ -12,6 +12,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 from PIL import Image
+
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError

@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from tinyfleet.edge.versions import ENGINE_VERSION
 
 import tinyfleet
+from tinyfleet.edge.versions import ENGINE_VERSION
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
+
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import virtual_device
 from tinyfleet.server.fleet_server import FleetServer

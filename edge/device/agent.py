@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner
 from tinyfleet.edge.device.node import MaskedLearner, Node
 from tinyfleet.edge.device.sources import Stream

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.device.sources import Sample, Stream
 from tinyfleet.edge.model.learner import Learner, LearnerError

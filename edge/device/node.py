@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.sources import DatasetStream, Stream
 from tinyfleet.edge.errors import ProgramError, UserError, error_name

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.tasks import ClientData, Recording
 

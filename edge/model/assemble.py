@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
+
 from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model import quantized
 from tinyfleet.edge.model.arrays import check_shape, weights_shape

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge._mote import ffi, lib
 
 BANDS: int = lib.MOTE_MEL_BANDS

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model.arrays import check_shape, named_arrays
 from tinyfleet.edge.model.assemble import assemble

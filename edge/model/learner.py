@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.errors import UserError, error_name
 from tinyfleet.edge.model.program import Program

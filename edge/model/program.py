@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import ProgramError
 from tinyfleet.edge.model.arrays import named_arrays, trained_shapes
 from tinyfleet.edge.model.graph import LOSSES, Kind, Loss, Op, Shape, Shape3, Tensor, Trains
@@ -232,7 +233,7 @@ class Program:
 
     @property
     def input(self) -> Tensor:
-        """The model's input: its shape as [h][w][c], its type, and an int8 one's scale and zero point."""
+        """The model's input: its shape as `[h][w][c]`, its type, and an int8 one's scale and zero point."""
         return self._tensors[self._header.input]
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.graph import Kind, Op, Tensor
 
 #: By how much an addition widens its inputs before it scales them.

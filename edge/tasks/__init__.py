@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.tasks import ClientData, Episode, Episodes, Hyperparameters, Recording, Split, Task, draw_episode

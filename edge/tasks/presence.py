@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers as p

@@ -7,6 +7,7 @@ import struct
 from typing import Any
 
 import cbor2
+
 from tinyfleet.edge.wire.errors import ProtocolError
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import cbor2
+
 from tinyfleet.edge.wire.cbor import array, loads, octets, uint32
 from tinyfleet.edge.wire.errors import ProtocolError
 

@@ -12,6 +12,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SType
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.messages import Kind, Metrics
 

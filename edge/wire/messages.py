@@ -14,6 +14,7 @@ from typing import Any, Literal
 import cbor2
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import error_name
 from tinyfleet.edge.versions import ENGINE_VERSION, PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.cbor import Float32, array, boolean, dumps, int32, loads, octets, real, text, uint32

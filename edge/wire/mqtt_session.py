@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
+
 from tinyfleet.edge.errors import UserError
 
 KEEPALIVE = 30

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.wire.messages import Dense, Sparse, Success
 
 HEAD_BYTES = 72

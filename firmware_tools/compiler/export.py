@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from tinyfleet.edge.model.graph import Graph, Kind, Op
 from tinyfleet.edge.model.memory_plan import WEIGHTED, plan_memory, root
 from tinyfleet.firmware_tools.compiler.compile import training_graph

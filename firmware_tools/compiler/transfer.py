@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.graph import Graph, Kind, Loss, Op, Tensor, Trains
 from tinyfleet.edge.model.memory_plan import WEIGHTED, root
 from tinyfleet.edge.model.quantized import leaky_relu_table, logistic_table, relu_table, requantize_table, tanh_table

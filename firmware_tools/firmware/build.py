@@ -20,6 +20,7 @@ from string import Template
 from typing import Literal
 
 import numpy as np
+
 from tinyfleet.edge.device.thing_description import thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program

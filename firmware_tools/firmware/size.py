@@ -12,6 +12,7 @@ from typing import Any
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import Section, Symbol, SymbolTableSection
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.firmware_tools.firmware.stack import Depth

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape
 from tinyfleet.firmware_tools.readers.common import CompileError, compact
 from tinyfleet.firmware_tools.readers.keras_loss import resolve_loss

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape, Shape3, Tensor
 from tinyfleet.firmware_tools.readers.common import CompileError, simplify, windows
 from tinyfleet.firmware_tools.readers.keras_file import KerasDescription, histories, model_ends

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.arrays import named_arrays
 from tinyfleet.edge.model.graph import Graph, ModelGraph
 from tinyfleet.firmware_tools.readers.common import CompileError

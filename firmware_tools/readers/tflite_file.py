@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tflite  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.graph import Shape, Shape3
 from tinyfleet.firmware_tools.readers.common import CompileError, ReadError
 

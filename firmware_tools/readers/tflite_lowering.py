@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tflite  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape3, Tensor
 from tinyfleet.edge.model.quantized import (
     constants,

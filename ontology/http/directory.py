@@ -15,6 +15,7 @@ from urllib.parse import quote, urlencode
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread

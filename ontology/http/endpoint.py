@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.directory import Directory

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs
 import pyoxigraph as ox
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
+
 from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
 from tinyfleet.ontology.ingest.registry import Registry

@@ -8,6 +8,7 @@ from typing import Any
 
 import jsonschema_rs
 import pyoxigraph as ox
+
 from tinyfleet.ontology import vocabulary
 from tinyfleet.ontology.store.store import Value, value
 from tinyfleet.ontology.vocabulary import shapes

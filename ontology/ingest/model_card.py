@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.vocabulary.namespaces import property_iri
 

@@ -24,6 +24,7 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import pyoxigraph as ox
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError

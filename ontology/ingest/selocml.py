@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pyoxigraph as ox
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.ingest.describe import board_facts, put_list
 from tinyfleet.ontology.store.store import Binding, Value, value

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar, cast
 import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
+
 from tinyfleet.ontology.store.columns import Codes, Column, Columns, Ids, NotIndexable, Range, Types, exact, fill, is_in
 from tinyfleet.ontology.store.query_rewriting import answer_from_index, with_counts
 from tinyfleet.ontology.store.store import (

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
+
 from tinyfleet.ontology.store.store import Binding, Value, each, term, value
 from tinyfleet.ontology.store.text_index import TitleIndex
 from tinyfleet.ontology.vocabulary.namespaces import RDF, TF, Iri

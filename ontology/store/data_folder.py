@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyoxigraph as ox
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.server_info import find_server
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store, Unreachable

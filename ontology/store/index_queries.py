@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.columns import Columns, NotIndexable, exact, id_of, unique_rows
 from tinyfleet.ontology.store.store import Row, Value, bind, term

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.columns import Columns, is_in
 from tinyfleet.ontology.store.index_queries import INDEX_QUERIES, Requirements, requirements

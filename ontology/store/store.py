@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
 import pyoxigraph as ox
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.vocabulary.namespaces import XSD, Iri
 

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import IO, cast
 
 import pyoxigraph as ox
+
 from tinyfleet.ontology.store.store import Rows, Value, term
 
 BLOCK = 10_000

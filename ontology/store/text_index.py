@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
+
 from tinyfleet.ontology.store.store import OPAQUE
 from tinyfleet.ontology.vocabulary.namespaces import TD
 

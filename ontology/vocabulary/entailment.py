@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pyoxigraph as ox
+
 from tinyfleet.ontology.store.store import Binding, Facts, Value, term, triples, value
 from tinyfleet.ontology.vocabulary.namespaces import OWL, RDF, RDFS, Iri
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from html import escape
 
 import pyoxigraph as ox
+
 from tinyfleet.ontology.vocabulary.entailment import CATALOGUE, VOCABULARY
 from tinyfleet.ontology.vocabulary.namespaces import DCTERMS, OWL, RDF, RDFS, SH, SKOS, SOSA, TF, Iri, shorten
 from tinyfleet.ontology.vocabulary.shapes import SHAPES

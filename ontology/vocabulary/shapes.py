@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pyoxigraph as ox
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.store.store import Facts, Store, Triple, term, triples
 

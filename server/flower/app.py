@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import load
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays

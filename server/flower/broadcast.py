@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from flwr.app import ArrayRecord
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, parameter_keys

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
+
 from tinyfleet.server.flower.internals import Run
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.flower_records import single_records

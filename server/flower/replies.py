@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 from numpy.typing import NDArray
+
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.flower_records import SparseArrayRecord, to_metrics, vector_to_arrays
 from tinyfleet.edge.wire.messages import Dense, Sparse, Success, TrainTask

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flwr.app import Error, Message, MetricRecord, RecordDict
+
 from tinyfleet.edge.wire.messages import TrainTask
 from tinyfleet.server.flower.broadcast import Broadcast
 from tinyfleet.server.flower.devices import StatusChange

@@ -14,6 +14,7 @@ import keras  # type: ignore[import-untyped]
 import numpy as np
 from keras import ops
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner, learn_many
 from tinyfleet.edge.model.program import Program

@@ -9,6 +9,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.server.simulator.backend import Moments
 from tinyfleet.server.simulator.results import Round, SimulationResult

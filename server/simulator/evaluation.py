@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.tasks import Draw, Split
 from tinyfleet.edge.wire.messages import Phase
 from tinyfleet.server.evaluate import endless, seeds_of

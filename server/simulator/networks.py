@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from keras import ops  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.graph import Kind, Op, Shape3
 from tinyfleet.edge.model.program import Program

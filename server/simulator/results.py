@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.server.simulator.backend import Moments
 
 Vector = NDArray[np.float32]

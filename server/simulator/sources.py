@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.tasks import Task
 

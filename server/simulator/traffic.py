@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tinyfleet.edge.device.node import OUT_BYTES
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.messages import (

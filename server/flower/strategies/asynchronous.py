@@ -15,6 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.flower_records import records_of_type
 from tinyfleet.server.flower.grid import MqttGrid

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
+
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.flower_records import SparseArrayRecord, from_numpy, records_of_type, to_numpy
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat

@@ -126,9 +126,28 @@ const mote_loss_t *mote_loss_of(const mote_header_t *h)
     return l;
 }
 
-MOTE_APART float mote_squares(const float *x, size_t n)
+/* The sum of n squares, n > 0. */
+static MOTE_APART float squares(const float *x, uint32_t n)
 {
-    return mote_dot(x, x, (uint32_t)n);
+    return mote_dot(x, x, n);
+}
+
+#define NEAR 0x1p50f
+
+/* 1 if the squared norm of x is surely below NEAR; quick to tell. Elements are below 2^17 if no exponent, whose bias is
+ * 127, reaches 144: if none has its highest bit set and one of the next three. */
+static MOTE_APART int is_near(const float *x, uint32_t n)
+{
+#if MOTE_HAS_VLDM || MOTE_HAS_LANES
+    return squares(x, n) < NEAR;
+#else
+    uint32_t large = n >> 16;
+    for (; n > 0; n--) {
+        uint32_t bits = mote_bits(*x++);
+        large |= (bits << 1 | bits << 2 | bits << 3) & bits & 0x40000000u;
+    }
+    return large == 0;
+#endif
 }
 
 int mote_all_finite(const float *x, size_t n)
@@ -165,18 +184,27 @@ void mote_begin_back(mote_t *m, const float *y, const float *target, float scale
 }
 
 /* 1 if an op's update stays within the range of floats. The norms of the gradient and of the input bound every element
- * of it: if their product is finite, an update is at most MOTE_MAX_RATE * 2^64 or a little more, which added to any
- * float gives no infinite one. The little more is what an op without weights makes of a gradient. */
-static int update_fits(const mote_t *m, const mote_op_t *op, float squared_norm)
+ * of it: if their product is finite, an update is at most MOTE_MAX_RATE * 2^64, which added to any float gives no
+ * infinite one. */
+static MOTE_APART int update_fits(const mote_t *m, const mote_op_t *op)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in);
-    if (in->type != MOTE_FLOAT32 || !(op->flags & MOTE_TRAINS_WEIGHTS)) { /* a bias needs no input: it may be gone */
-        return mote_finite(squared_norm);
+    float squared = squares(mote_read(m, op->dout), mote_size(mote_tensor(m, op->out)));
+    if (in->type == MOTE_FLOAT32 && op->flags & MOTE_TRAINS_WEIGHTS) { /* a bias needs no input: it may be gone */
+        squared *= 1.0f + squares(mote_read(m, op->in), mote_size(in));
     }
+    return mote_finite(squared);
+}
+
+/* The same, if all gradients so far were near: an input that is near, too, settles it. */
+static int surely_fits(const mote_t *m, const mote_op_t *op)
+{
+    const mote_tensor_t *in = mote_tensor(m, op->in);
     if (in->offset == MOTE_EXTERNAL) {
-        return !m->is_far && mote_finite(squared_norm);
+        return !m->is_far;
     }
-    return mote_finite(squared_norm * (1.0f + mote_squares(mote_read(m, op->in), mote_size(in))));
+    return in->type != MOTE_FLOAT32 || !(op->flags & MOTE_TRAINS_WEIGHTS) ||
+           is_near(mote_read(m, op->in), mote_size(in));
 }
 
 /* 1 if the op's input gradient can be any number of times its output's: it is multiplied by weights. */
@@ -187,20 +215,18 @@ static int has_weights(const mote_op_t *op)
 
 int mote_go_back(mote_t *m, float loss)
 {
-    const mote_header_t *h = mote_header(m);
-    const mote_op_t *first = mote_ops(m) + m->first, *op = mote_ops(m) + h->ops;
-    /* At most, of all gradients so far: the cross-entropies' own is no more than 2, the others' no more than 4 * loss. */
-    float squared_norm = h->loss == MOTE_CROSS_ENTROPY || h->loss == MOTE_BINARY_CROSS_ENTROPY ? 2.0f : 4.0f * loss;
+    const mote_op_t *first = mote_ops(m) + m->first, *op = mote_ops(m) + mote_header(m)->ops;
+    int near = loss < NEAR / 4.0f; /* the squared norm of its gradient is at most 2 or, of some losses, 4 * loss */
     while (op-- > first) {
         if (op->dout == MOTE_NO_TENSOR) {
             continue;
         }
-        if (op->trained != 0 && (m->mask >> op->layer & 1u) && !update_fits(m, op, squared_norm)) {
+        if (op->trained != 0 && (m->mask >> op->layer & 1u) && !(near && surely_fits(m, op)) && !update_fits(m, op)) {
             return MOTE_ERR_DIVERGED;
         }
         mote_kernel_of(op)->backward(m, op);
-        if (op != first && op->din != MOTE_NO_TENSOR && has_weights(op)) {
-            squared_norm += mote_squares(mote_read(m, op->din), mote_size(mote_tensor(m, op->din)));
+        if (near && op != first && op->din != MOTE_NO_TENSOR && has_weights(op)) {
+            near = is_near(mote_read(m, op->din), mote_size(mote_tensor(m, op->din)));
         }
     }
     return MOTE_OK;
@@ -212,7 +238,7 @@ static int input_fits(mote_t *m, const void *x)
         return 0;
     }
     const mote_tensor_t *in = mote_tensor(m, mote_header(m)->input);
-    m->is_far = in->type == MOTE_FLOAT32 && !mote_finite(mote_squares(x, mote_size(in)));
+    m->is_far = in->type == MOTE_FLOAT32 && !is_near(x, mote_size(in));
     return !m->is_far || mote_all_finite(x, mote_size(in));
 }
 

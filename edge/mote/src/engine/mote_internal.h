@@ -315,16 +315,27 @@ static inline uint32_t mote_rows(const mote_t *m, const mote_op_t *op)
     return op->out == mote_header(m)->logits ? m->outputs : mote_tensor(m, op->out)->c;
 }
 
+/* A float's bits. Comparing them is quick even without a floating-point unit. */
+static inline uint32_t mote_bits(float v)
+{
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits;
+}
+
+/* v < 0 */
+static inline int mote_negative(float v)
+{
+    return mote_bits(v) - 0x80000001u < 0x7f800000u;
+}
+
 /* 1 unless infinite or not a number. */
 static inline int mote_finite(float v)
 {
-    return v - v == 0.0f;
+    return (mote_bits(v) & 0x7f800000u) != 0x7f800000u;
 }
 
 int mote_all_finite(const float *x, size_t n);
-
-/* The sum of n squares, n > 0. */
-float mote_squares(const float *x, size_t n);
 
 static inline int mote_is_rate(float rate)
 {

@@ -3,10 +3,16 @@
 #include "mote_kernel_list.h"
 #include "mote_window.h"
 
-/* Whether a ReLU's output passes the gradient. */
-static uint32_t passes(const mote_op_t *op, float y)
+/* Whether a ReLU's output passes the gradient: it is above 0 and, of ReLU6, below 6. `most` is what most_passing gives. */
+static uint32_t passes(float y, uint32_t most)
 {
-    return y > 0.0f && (op->kind != MOTE_RELU6 || y < 6.0f);
+    return mote_bits(y) - 1u < most;
+}
+
+/* The bits of the largest output that passes: infinity, or the float below 6. */
+static uint32_t most_passing(const mote_op_t *op)
+{
+    return op->kind == MOTE_RELU6 ? 0x40bfffffu : 0x7f800000u;
 }
 
 /* Keeps of a ReLU's output where it passes the gradient, if the plan wants that instead of the output. */
@@ -17,9 +23,9 @@ static void keep_mask(const mote_t *m, const mote_op_t *op)
     }
     const float *y = mote_read(m, op->out);
     uint8_t *mask = mote_write(m, op->option);
-    uint32_t n = mote_size(mote_tensor(m, op->out)), bits = 0;
+    uint32_t n = mote_size(mote_tensor(m, op->out)), most = most_passing(op), bits = 0;
     for (uint32_t i = 0; i < n; i++) {
-        bits |= passes(op, y[i]) << (i & 7u);
+        bits |= passes(y[i], most) << (i & 7u);
         mask[i >> 3] = (uint8_t)bits;
         bits = (i & 7u) == 7u ? 0 : bits;
     }
@@ -32,11 +38,14 @@ static void relu_back(mote_t *m, const mote_op_t *op, float leak)
     const float *y = mote_read(m, op->out), *dy = mote_read(m, op->dout);
     float *dx = mote_din(m, op);
     int adds = op->flags & MOTE_ADDS_DIN, leaks = op->kind == MOTE_LEAKY_RELU;
-    uint32_t n = dx == NULL ? 0 : mote_size(mote_tensor(m, op->out));
-    for (uint32_t i = 0; i < n; i++, dx++) {
-        uint32_t bit = mask != NULL ? mask[i >> 3] >> (i & 7u) & 1u : passes(op, y[i]);
-        float d = dy[i], g = bit != 0 ? d : leaks ? leak * d : 0.0f;
-        *dx = adds ? *dx + g : g;
+    uint32_t n = dx == NULL ? 0 : mote_size(mote_tensor(m, op->out)), most = most_passing(op);
+    for (uint32_t i = 0; i < n; i++) {
+        float d = dy[i];
+        uint32_t bit = mask != NULL ? mask[i >> 3] >> (i & 7u) & 1u : passes(y[i], most);
+        if (bit == 0) {
+            d = leaks ? leak * d : 0.0f;
+        }
+        dx[i] = adds ? dx[i] + d : d;
     }
 }
 
@@ -51,7 +60,7 @@ void mote_relu(const mote_t *m, const mote_op_t *op)
     const float *x = mote_read(m, op->in);
     float *y = mote_write(m, op->out);
     for (uint32_t n = mote_size(mote_tensor(m, op->out)); n > 0; n--, x++) {
-        *y++ = *x < 0.0f ? 0.0f : *x;
+        *y++ = mote_negative(*x) ? 0.0f : *x;
     }
     keep_mask(m, op);
 }
@@ -71,7 +80,7 @@ void mote_relu6(const mote_t *m, const mote_op_t *op)
     const float *x = mote_read(m, op->in);
     float *y = mote_write(m, op->out);
     for (uint32_t n = mote_size(mote_tensor(m, op->out)); n > 0; n--, x++) {
-        *y++ = *x < 0.0f ? 0.0f : *x > 6.0f ? 6.0f : *x;
+        *y++ = mote_negative(*x) ? 0.0f : *x > 6.0f ? 6.0f : *x;
     }
     keep_mask(m, op);
 }
@@ -98,7 +107,7 @@ void mote_leaky_relu(const mote_t *m, const mote_op_t *op)
     const float *x = mote_read(m, op->in), a = slope(m, op);
     float *y = mote_write(m, op->out);
     for (uint32_t n = mote_size(mote_tensor(m, op->out)); n > 0; n--, x++) {
-        *y++ = *x < 0.0f ? a * *x : *x;
+        *y++ = mote_negative(*x) ? a * *x : *x;
     }
     keep_mask(m, op);
 }
