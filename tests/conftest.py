@@ -1,4 +1,4 @@
-"""What many tests share: a real broker on a free loopback port."""
+"""What many tests share: which of them are thorough, and a real broker on a free loopback port."""
 
 import contextlib
 import shutil
@@ -17,6 +17,23 @@ with contextlib.suppress(ImportError):
 
 settings.register_profile("tinyfleet", deadline=None)  # a busy machine is no error
 settings.load_profile("tinyfleet")
+
+#: The files whose tests compile, emulate, or start TensorFlow, brokers or servers. `make test-fast` leaves them out.
+THOROUGH = frozenset(
+    f"test_{name}"
+    for name in (
+        "c_library compiler data_folder demo deploy docs engine_native exactness examples export_library firmware "
+        "flower_transports fuzz gradients graph_crash grid_fleet how_to house litert match meta node_native "
+        "ontology_boards ontology_describe ontology_index ontology_shapes plan quantized_training query_page robust "
+        "session task_devices tflite_models wheel"
+    ).split()
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in THOROUGH:
+            item.add_marker("thorough")
 
 
 def free_port() -> int:
