@@ -21,12 +21,7 @@ settings.load_profile("tinyfleet")
 #: The files whose tests compile, emulate, or start TensorFlow, brokers or servers. `make test-fast` leaves them out.
 THOROUGH = frozenset(
     f"test_{name}"
-    for name in (
-        "c_library compiler data_folder demo deploy docs engine_native exactness examples export_library firmware "
-        "flower_transports fuzz gradients graph_crash grid_fleet how_to house litert match meta node_native "
-        "ontology_boards ontology_describe ontology_index ontology_shapes plan quantized_training query_page robust "
-        "session task_devices tflite_models wheel"
-    ).split()
+    for name in ["c_library", "compiler", "data_folder", "demo", "deploy", "docs", "engine_native", "exactness", "examples", "export_library", "firmware", "flower_transports", "fuzz", "gradients", "graph_crash", "grid_fleet", "how_to", "house", "litert", "match", "meta", "node_native", "ontology_boards", "ontology_describe", "ontology_index", "ontology_shapes", "plan", "quantized_training", "query_page", "robust", "session", "task_devices", "tflite_models", "wheel"]
 )
 
 
