@@ -4,11 +4,11 @@ from tinyfleet.edge._mote import ffi, lib
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong and what to do; no traceback is shown."""
+    """An error that the user can correct. The message says what is wrong and what to do; no traceback is shown."""
 
 
 class ProgramError(UserError):
-    """A model that the engine cannot run, or bytes that are no program."""
+    """A model that the engine cannot run, or bytes that are not a valid program."""
 
 
 def error_name(code: int) -> str:

@@ -215,7 +215,7 @@ def test_the_same_samples_give_the_same_bits() -> None:
 
 
 def pinned(program: Program) -> str:
-    """The checksum of all parameters after 500 steps, from samples and initial parameters that need no arithmetic to make."""
+    """Checksum of all parameters after 500 steps; making the samples and initial parameters needs no arithmetic."""
     random = np.random.default_rng(2)
     learner = MoteLearner(program)
     learner.set_parameters(random.integers(-200, 200, program.n_params) / 1024)
