@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ THOROUGH = [
     "test_examples",
     "test_export_library",
     "test_firmware",
+    "test_firmware_fleet",
     "test_flower_transports",
     "test_fuzz",
     "test_gradients",
@@ -110,3 +111,18 @@ def directory() -> Iterator["Here"]:
 
     with open_directory() as here:
         yield here
+
+
+@pytest.fixture(scope="session")
+def firmware(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The firmware of one device for a board, built once in each process."""
+    from firmware_fixtures import build_firmware
+
+    built: dict[str, Path] = {}
+
+    def get(board: str) -> Path:
+        if board not in built:
+            built[board] = build_firmware(board, tmp_path_factory.mktemp(board))
+        return built[board]
+
+    return get
