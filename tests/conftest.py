@@ -19,6 +19,24 @@ settings.register_profile("tinyfleet", deadline=None)  # a busy machine is no er
 settings.load_profile("tinyfleet")
 
 
+#: These compile, emulate or start many processes: `make test-fast` leaves them out.
+THOROUGH = {
+    *("c_library", "demo", "deploy", "engine_native", "exactness", "examples", "export_library", "firmware", "fuzz"),
+    *("flower_transports", "gradients", "graph_crash", "grid_fleet", "how_to", "litert", "meta", "node_native"),
+    *("quantized_training", "query_page", "task_devices", "tflite_models", "wheel"),
+}
+#: The longest of all, which must not be what a worker begins last.
+LONGEST = "test_no_program_and_no_message_makes_it_read_or_write_outside"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.removeprefix("test_") in THOROUGH:
+            item.add_marker("thorough")
+    items.sort(key=lambda item: item.name != LONGEST)
+
+
 def free_port() -> int:
     """A TCP port on loopback that nothing listens on now."""
     with socket.socket() as probe:
