@@ -15,7 +15,7 @@ import small_models
 from numpy.typing import NDArray
 
 from tinyfleet.edge._mote import lib
-from tinyfleet.edge.errors import error_name
+from tinyfleet.edge.engine_errors import error_name
 from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.graph import Loss
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
