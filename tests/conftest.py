@@ -1,4 +1,4 @@
-"""What many tests share: a real broker on a free loopback port."""
+"""What many tests share: which of them are thorough, and a real broker on a free loopback port."""
 
 import contextlib
 import shutil
@@ -18,21 +18,23 @@ with contextlib.suppress(ImportError):
 settings.register_profile("tinyfleet", deadline=None)  # a busy machine is no error
 settings.load_profile("tinyfleet")
 
-
-#: These compile, emulate or start many processes: `make test-fast` leaves them out.
+#: The files whose tests compile, emulate, or start TensorFlow, brokers or servers. `make test-fast` leaves them out.
 THOROUGH = {
-    *("c_library", "demo", "deploy", "engine_native", "exactness", "examples", "export_library", "firmware", "fuzz"),
-    *("flower_transports", "gradients", "graph_crash", "grid_fleet", "how_to", "litert", "meta", "node_native"),
-    *("quantized_training", "query_page", "task_devices", "tflite_models", "wheel"),
-}
-#: The longest of all, which must not be what a worker begins last.
+    "test_c_library", "test_compiler", "test_data_folder", "test_demo", "test_deploy", "test_docs",
+    "test_engine_native", "test_exactness", "test_examples", "test_export_library", "test_firmware",
+    "test_flower_transports", "test_fuzz", "test_gradients", "test_graph_crash", "test_grid_fleet", "test_how_to",
+    "test_house", "test_litert", "test_match", "test_meta", "test_node_native", "test_ontology_boards",
+    "test_ontology_describe", "test_ontology_index", "test_ontology_shapes", "test_plan", "test_quantized_training",
+    "test_query_page", "test_robust", "test_session", "test_task_devices", "test_tflite_models", "test_wheel",
+}  # fmt: skip
+#: The longest test of all: it comes first, or else one worker is still busy with it when the others have finished.
 LONGEST = "test_no_program_and_no_message_makes_it_read_or_write_outside"
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem.removeprefix("test_") in THOROUGH:
+        if item.path.stem in THOROUGH:
             item.add_marker("thorough")
     items.sort(key=lambda item: item.name != LONGEST)
 
