@@ -1,4 +1,4 @@
-"""What many tests share: which of them are thorough, and a real broker on a free loopback port."""
+"""What many tests share: which of them are thorough, a real broker on a free loopback port, and more fixtures."""
 
 import contextlib
 import shutil
@@ -7,9 +7,13 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from directory_fixtures import Here
 
 # tflite-runtime only opens an interpreter in a process that imported it before tensorflow, whichever test comes first.
 with contextlib.suppress(ImportError):
@@ -73,3 +77,12 @@ def broker(tmp_path: Path) -> Iterator[tuple[str, int]]:
     yield "127.0.0.1", port
     process.terminate()
     process.wait()
+
+
+@pytest.fixture
+def directory() -> Iterator["Here"]:
+    """A Thing Description Directory that is served in this process, and a client of it."""
+    from directory_fixtures import open_directory  # only here: it needs the graph's packages
+
+    with open_directory() as here:
+        yield here
