@@ -217,7 +217,7 @@ def test_two_of_one_name_are_warned(server: Server, broker: Broker, caplog: pyte
     end = time.monotonic() + 30
     while not caplog.messages and time.monotonic() < end:
         server.status("one", online=True)
-    assert "is another one called tinyfleet-home-one?" in caplog.messages[0]
+    assert "does another client use the name tinyfleet-home-one?" in caplog.messages[0]
     for one in devices:
         one.stop()
     assert all(one.join(10) for one in devices)
