@@ -301,7 +301,7 @@ def _memory_table(elf: Path, size: FirmwareSize) -> Table:
     engine, data = sum(size.mote.values()), sum(size.held.values())
     code = size.text - engine - data
     other = size.data + size.bss - sum(size.variables.values())
-    plan = "" if size.plan is None else f"the plan says {size.plan:,}"
+    plan = "" if size.planned_arena is None else f"the plan says {size.planned_arena:,}"
     flash: list[tuple[str, int, str]] = [("  mote", engine, "")] if engine else []
     flash += [("  other code and constants", code, "")]
     flash += [(f"  {name}", length, "") for name, length in size.held.items()]

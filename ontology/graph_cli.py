@@ -215,7 +215,7 @@ def import_selocml(
     for column in ("defect", "where", "times", "fix"):
         table.add_column(column, justify="right" if column == "times" else "left", overflow="fold")
     for defect in made.defects:
-        table.add_row(defect.kind, shorten(defect.what), str(defect.times), shorten(defect.fix))
+        table.add_row(defect.kind, shorten(defect.subject), str(defect.times), shorten(defect.fix))
     console = Console(markup=False, highlight=False)
     console.print(table)
     console.print(

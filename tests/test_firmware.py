@@ -97,7 +97,7 @@ def test_firmware_fits_its_board_and_the_arena_is_the_planned_one(board: str, fi
     size = read_size(firmware(board))
     target = catalogue.load_board(board).buildable()
     assert size.board == board
-    assert size.arena == size.plan == mlp().arena_bytes
+    assert size.arena == size.planned_arena == mlp().arena_bytes
     assert size.held["program"] == len(mlp().data)
     assert size.held["features"] == 60 * 64
     assert 10_000 < size.flash < target.flash.bytes
@@ -154,7 +154,7 @@ def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_p
     net = MODELS[model]()
     elf = build.build_benchmark(catalogue.load_board("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
     size = read_size(elf)
-    assert size.arena == size.plan == net.arena_bytes
+    assert size.arena == size.planned_arena == net.arena_bytes
     symbols = subprocess.run(["arm-none-eabi-nm", "-S", elf], capture_output=True, text=True, check=True).stdout
     (state,) = (int(row[1], 16) for line in symbols.splitlines() if (row := line.split())[2:] == ["b", "m"])
     assert 0 < state <= STATE

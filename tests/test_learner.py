@@ -314,8 +314,8 @@ CASES += [(small_models.int8_with_head(), name) for name in ("plain", "clipped")
     ids=[f"{program.loss}, {program.input.dtype}, {name}" for program, name in CASES],
 )
 def test_what_is_not_a_number_is_an_error_and_leaves_no_trace(program: Program, optimiser: str) -> None:
-    """Whoever is given such samples, targets and rates between the good ones learns, bit by bit, what one learns who is
-    not: weights, momentum and the generator that rounds are as they were."""
+    """Such samples, targets and rates between good ones change nothing, bit by bit: weights, momentum and the
+    generator that rounds are as they were."""
     clean, tried = (MoteLearner(program, **OPTIMISERS[optimiser]) for _ in range(2))
     random = np.random.default_rng(0)
     if not program.data[21] & 1:  # carries no initial values

@@ -138,7 +138,7 @@ def test_the_known_defects_are_found_and_mended(imported: Imported) -> None:
     assert times["0 for unknown"] == 12
     assert times["shape as text"] == 2 * 23
     assert times["wrong IRI"] == 1
-    undefined = {defect.what for defect in imported.defects if defect.kind == "undefined term"}
+    undefined = {defect.subject for defect in imported.defects if defect.kind == "undefined term"}
     assert len(undefined) == 10
     assert all(defect.fix for defect in imported.defects)
 
