@@ -330,8 +330,9 @@ def test_an_idle_agent_imports_only_what_it_uses() -> None:
     code = """if True:
         import sys
         from tinyfleet.edge import cli, tasks
+        from tinyfleet.edge.device import agent, device, node, sources
         task = tasks.load("digits")
-        cli.Node("home", "one", {}, task.program, cli.DatasetStream(task.client(0, 16)))
+        node.Node("home", "one", {}, task.program, sources.DatasetStream(task.client(0, 16)))
         unused = "cryptography fastapi flwr keras pandas pydantic pyoxigraph rdflib river scipy sklearn tensorflow"
         print(sorted({*unused.split()} & {*sys.modules}))
     """
