@@ -330,8 +330,11 @@ def test_an_idle_agent_imports_only_what_it_uses() -> None:
     code = """if True:
         import sys
         from tinyfleet.edge import cli, tasks
+        from tinyfleet.edge.device.node import Node
+        from tinyfleet.edge.device import agent, device
+        from tinyfleet.edge.device.sources import DatasetStream
         task = tasks.load("digits")
-        cli.Node("home", "one", {}, task.program, cli.DatasetStream(task.client(0, 16)))
+        Node("home", "one", {}, task.program, DatasetStream(task.client(0, 16)))
         unused = "cryptography fastapi flwr keras pandas pydantic pyoxigraph rdflib river scipy sklearn tensorflow"
         print(sorted({*unused.split()} & {*sys.modules}))
     """
