@@ -8,13 +8,19 @@ NATIVE = $(shell find edge/mote -name '*.[ch]' -o -name '*.py') edge/wire/protoc
 TOOLS = mosquitto qemu-system-arm gcc-arm-none-eabi clang cmake qemu-user gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf chromedriver
 PAGE = $(addprefix ontology/http/page/,package.json package-lock.json index.html page.css page.js icon.svg)
 
-.PHONY: demo test test-slow fuzz coverage instructions boards vocabulary check page docs screenshots lock clean tools-demo tools-test
+.PHONY: demo test test-fast test-slow fuzz coverage instructions boards vocabulary check page docs screenshots lock clean tools-demo tools-test
 
 demo: $(VENV)/.demo
 	$(BIN)/tinyfleet demo $(ARGS)
 
 test: $(VENV)/.test page check
 	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
+
+# The loop while editing: under a minute.
+test-fast: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/python tests/language.py
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not thorough" $(ARGS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -m slow $(ARGS)
@@ -23,9 +29,13 @@ test-slow: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzzing.py $(ARGS)
 
-# Branches of the C engine that the tests take; fails under 95 %.
+# Branches that the tests take: of the C engine, at least 95 %, and of the Python code, at least 90 %.
 coverage: $(VENV)/.test
 	$(BIN)/python tests/branch_coverage.py $(ARGS)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -n auto --dist worksteal
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --fail-under=90
 
 # Instructions and bytes of the engine's models on emulated cores.
 instructions: $(VENV)/.test
@@ -43,6 +53,7 @@ vocabulary: $(VENV)/.demo
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/language.py
 	@sh tools/types.sh
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks

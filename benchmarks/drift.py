@@ -43,7 +43,7 @@ SMOOTH = 100  # samples that a point of the plot is the mean of
 
 
 def meta_learn(task: Task, seed: int, rounds: int = 60, clients: int = 5) -> Vector:
-    """A start from TinyMetaFed on the training devices, with the task's own recipe."""
+    """An initialization from TinyMetaFed on the training devices, with the task's own hyperparameters."""
     how = make_strategy("tinymetafed", task, rounds=rounds, clients=clients, query=0, seed=seed)
     start = vector_to_arrays(initial_parameters(task.program, how, seed), task.program)
     return arrays_to_vector(how.strategy.start(LocalGrid(task), start, rounds).arrays, task.program)
@@ -72,7 +72,7 @@ def methods(rate: float, drift_response: DriftResponse) -> dict[str, tuple[float
         "no learning": (0.0, None),
         "online learning": (rate, None),
         "and notices drift": (rate, replace(drift_response, restart=False)),
-        "and starts anew": (rate, replace(drift_response, restart=True)),
+        "and restarts": (rate, replace(drift_response, restart=True)),
     }
 
 

@@ -160,7 +160,7 @@ def main() -> int:
         for name, file in INT8.items():
             inferences[name] = inference(folder / f"mlperf_tiny__{file}.tflite", arguments.seconds)
     except (ImportError, KeyError) as missing:
-        print(f"no inference, for want of {missing}", file=sys.stderr)
+        print(f"no inference: {missing} is missing", file=sys.stderr)
     scaling = steps["learn_many, 2 threads"]["steps a second"] / steps["learn_many, 1 thread"]["steps a second"]
     if arguments.json:
         print(json.dumps({"training": steps, "scaling": scaling, "inference": inferences}, indent=2))

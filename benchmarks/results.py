@@ -1,4 +1,4 @@
-"""What each method comes to on the four applications: score against shots, rounds, bytes, memory and instructions.
+"""The results of every strategy on the four learning tasks: score by shots, rounds, bytes, memory and instructions.
 
     python benchmarks/results.py sine presence          # runs what has not been run, then prints
     python benchmarks/results.py omniglot --seeds 2 --tasks 50
@@ -206,12 +206,12 @@ class Bench:
         )  # fmt: skip
 
     def goodness(self, scores: NDArray[np.float64]) -> float:
-        """More is better; an error that is no number is the worst."""
+        """More is better; an error that is not a number is the worst."""
         mean = float(np.mean(scores))
         return -math.inf if not math.isfinite(mean) else -mean if self.is_regression else mean
 
     def tune(self, method: Method) -> tuple[Trial, float, list[dict[str, float]]]:
-        """The best trial, the best rate to adapt by, and what all trials came to on validation tasks."""
+        """The best trial, the best rate to adapt by, and the scores of all trials on validation tasks."""
         found: list[tuple[float, Trial, float]] = []
         for given in method.trials:
             trial = replace(given, rate=given.rate * self.scale)
@@ -390,7 +390,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Where what has been run is kept.")] = Path("build/results"),
     plots: Annotated[Path | None, typer.Option(help="A folder for plots.")] = None,
 ) -> None:
-    """Run the methods on the applications, and print what they came to."""
+    """Run the strategies on the learning tasks, and print their results."""
     console = Console(width=170, highlight=False)
     for name in applications or []:
         bench: Callable[[], Bench] = cache(lambda name=name: Bench(name, Budget(rounds, tuning_rounds, seeds, count)))

@@ -1,4 +1,4 @@
-"""Where data sets come from: a folder of one's own, or their authors' address, with a checksum either way."""
+"""Where data sets come from: your own folder, or their authors' address, with a checksum either way."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def digest(paths: Iterable[Path]) -> str:
     return sha.hexdigest()
 
 
-def check(paths: Iterable[Path], sha256: str, what: str) -> None:
+def check(paths: Iterable[Path], sha256: str, name: str) -> None:
     """Raises UserError unless the files, one after the other, have this SHA-256."""
     paths = list(paths)
     if digest(paths) != sha256:
         raise UserError(
-            f"{what} in {paths[0].parent} is not as it was published (its SHA-256 is another); copy it there again"
+            f"{name} in {paths[0].parent} is not as it was published (its SHA-256 is another); copy it there again"
         )
 
 
-def download(url: str, sha256: str, what: str, instead: str) -> Path:
-    """The file at that address, from the user's cache if it was had before. `instead`: what TINYFLEET_DATA may hold in
-    its place. Raises UserError."""
+def download(url: str, sha256: str, name: str, instead: str) -> Path:
+    """The file at that address, from the user's cache if it was downloaded before. `instead`: what TINYFLEET_DATA may
+    hold in its place. Raises UserError."""
     try:
         import pooch
 
         return Path(pooch.retrieve(url, f"sha256:{sha256}"))
     except ImportError as error:
-        raise UserError(f"downloading {what} needs pooch: pip install 'tinyfleet[edge]'") from error
+        raise UserError(f"downloading {name} needs pooch: pip install 'tinyfleet[edge]'") from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{what} could not be downloaded from {url} ({error}); try again, or set TINYFLEET_DATA to a folder "
+            f"{name} could not be downloaded from {url} ({error}); try again, or set TINYFLEET_DATA to a folder "
             f"that has {instead}"
         ) from error
 

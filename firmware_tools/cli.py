@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import (
+from tinyfleet.command_line import (
     BOARD,
     DATA,
     DEVICE_ID,
@@ -31,6 +30,7 @@ from tinyfleet.edge.options import (
     TaskOption,
     out_option,
 )
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.server_info import broker_address, fleet_of
 from tinyfleet.firmware_tools.firmware import MODEL_SLOT_BYTES
 
@@ -301,7 +301,7 @@ def _memory_table(elf: Path, size: FirmwareSize) -> Table:
     engine, data = sum(size.mote.values()), sum(size.held.values())
     code = size.text - engine - data
     other = size.data + size.bss - sum(size.variables.values())
-    plan = "" if size.plan is None else f"the plan says {size.plan:,}"
+    plan = "" if size.planned_arena is None else f"the plan says {size.planned_arena:,}"
     flash: list[tuple[str, int, str]] = [("  mote", engine, "")] if engine else []
     flash += [("  other code and constants", code, "")]
     flash += [(f"  {name}", length, "") for name, length in size.held.items()]

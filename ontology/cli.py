@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tinyfleet.command_line import DATA, DataOption, JsonOption
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import DATA, DataOption, JsonOption
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
 if TYPE_CHECKING:
@@ -77,24 +77,24 @@ def query(
                 print_rows(found)
 
 
-def print_rows(found: Rows, most: int | None = None) -> None:
+def print_rows(rows: Rows, most: int | None = None) -> None:
     """The rows, or the first of them, as a table, with known namespaces as prefixes."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for variable in found.variables:
-        numeric = all(isinstance(v, (int, float)) for v in found.column(variable))
-        table.add_column(variable, justify="right" if numeric and len(found) else "left", overflow="fold")
-    shown = found[:most]
+    for variable in rows.variables:
+        numeric = all(isinstance(v, (int, float)) for v in rows.column(variable))
+        table.add_column(variable, justify="right" if numeric and len(rows) else "left", overflow="fold")
+    shown = rows[:most]
     for row in shown:
-        table.add_row(*(_cell(row.get(variable)) for variable in found.variables))
+        table.add_row(*(_cell(row.get(variable)) for variable in rows.variables))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = 200  # nothing is gained by folding what no screen limits
     console.print(table)
-    first = "" if len(shown) == len(found) else f"the first {len(shown)} of "
-    console.print(f"{first}{len(found)} row{'' if len(found) == 1 else 's'}")
+    first = "" if len(shown) == len(rows) else f"the first {len(shown)} of "
+    console.print(f"{first}{len(rows)} row{'' if len(rows) == 1 else 's'}")
 
 
 def _cell(value: Value | None) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tinyfleet.command_line import BOARD, DATA, CommandGroup, DataOption, JsonOption, out_option
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import BOARD, DATA, CommandGroup, DataOption, JsonOption, out_option
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def import_selocml(
     for column in ("defect", "where", "times", "fix"):
         table.add_column(column, justify="right" if column == "times" else "left", overflow="fold")
     for defect in made.defects:
-        table.add_row(defect.kind, shorten(defect.what), str(defect.times), shorten(defect.fix))
+        table.add_row(defect.kind, shorten(defect.subject), str(defect.times), shorten(defect.fix))
     console = Console(markup=False, highlight=False)
     console.print(table)
     console.print(

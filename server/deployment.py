@@ -206,7 +206,7 @@ def _no_targets_message(fleet: str, selected: set[str], excluded: Mapping[str, s
 def deploy(
     store: Store,
     program: Program,
-    plan: DeploymentPlan,
+    deployment_plan: DeploymentPlan,
     *,
     broker: tuple[str, int],
     fleet: str,
@@ -222,7 +222,7 @@ def deploy(
         The graph.
     program
         The model.
-    plan
+    deployment_plan
         From `plan_deployment`.
     broker
         Host and port of the MQTT broker.
@@ -244,10 +244,10 @@ def deploy(
     UserError
         If no broker listens there.
     """
-    targets = [match.device for match in plan.targets]
+    targets = [match.device for match in deployment_plan.targets]
     lineage, number, began = Lineage(store, fleet), secrets.randbits(32), datetime.now(UTC)
     with _Rollout(broker, fleet, program, targets, timeout) as rollout:
-        about = lineage.deployment(number, plan.model, targets, selected_by=selected_by, started=began)
+        about = lineage.deployment(number, deployment_plan.model, targets, selected_by=selected_by, started=began)
         try:
             for result in rollout.run():
                 on_result(result)
@@ -255,7 +255,7 @@ def deploy(
             ended = DeploymentResult(about, rollout.results)
             lineage.deployment(
                 number,
-                plan.model,
+                deployment_plan.model,
                 targets,
                 selected_by=selected_by,
                 started=began,

@@ -16,7 +16,7 @@ MAX_ROWS = 20
 """Of a table; --json has them all."""
 
 
-def print_deployment_plan(console: Console, file: Path, program: Program, plan: DeploymentPlan) -> None:
+def print_deployment_plan(console: Console, file: Path, program: Program, deployment_plan: DeploymentPlan) -> None:
     """The model, its targets and the excluded devices."""
     console.print(
         f"{file}: model {program.model_id.hex()}, {len(program.data):,} B, {program.arena_bytes:,} B of RAM",
@@ -25,19 +25,19 @@ def print_deployment_plan(console: Console, file: Path, program: Program, plan: 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("target", "board", "runs now", "RAM left"):
         table.add_column(column, justify="right" if column == "RAM left" else "left", overflow="fold")
-    for match in plan.targets[:MAX_ROWS]:
-        table.add_row(match.device, printable(match.board), plan.running[match.device], f"{match.free:,}")
+    for match in deployment_plan.targets[:MAX_ROWS]:
+        table.add_row(match.device, printable(match.board), deployment_plan.running[match.device], f"{match.free:,}")
     console.print(table)
-    _more(console, len(plan.targets))
-    if plan.excluded:
+    _more(console, len(deployment_plan.targets))
+    if deployment_plan.excluded:
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("excluded")
         table.add_column("because")
-        for device, reason in list(plan.excluded.items())[:MAX_ROWS]:
+        for device, reason in list(deployment_plan.excluded.items())[:MAX_ROWS]:
             table.add_row(printable(device), printable(reason))
         console.print(table)
-        _more(console, len(plan.excluded))
-    console.print(f"{len(plan.targets)} to get it, {len(plan.excluded)} excluded")
+        _more(console, len(deployment_plan.excluded))
+    console.print(f"{len(deployment_plan.targets)} to get it, {len(deployment_plan.excluded)} excluded")
 
 
 def _more(console: Console, count: int) -> None:

@@ -1,4 +1,4 @@
-"""What many tests share: a real broker on a free loopback port."""
+"""What many tests share: which of them are thorough, and a real broker on a free loopback port."""
 
 import contextlib
 import shutil
@@ -17,6 +17,21 @@ with contextlib.suppress(ImportError):
 
 settings.register_profile("tinyfleet", deadline=None)  # a busy machine is no error
 settings.load_profile("tinyfleet")
+
+#: The files whose tests compile, emulate, or start TensorFlow, brokers or servers. `make test-fast` leaves them out.
+THOROUGH = {
+    "test_c_library", "test_compiler", "test_data_folder", "test_demo", "test_deploy", "test_docs", "test_engine_native", "test_exactness",
+    "test_examples", "test_export_library", "test_firmware", "test_flower_transports", "test_fuzz", "test_gradients", "test_graph_crash",
+    "test_grid_fleet", "test_how_to", "test_house", "test_litert", "test_match", "test_meta", "test_node_native", "test_ontology_boards",
+    "test_ontology_describe", "test_ontology_index", "test_ontology_shapes", "test_plan", "test_quantized_training", "test_query_page",
+    "test_robust", "test_session", "test_task_devices", "test_tflite_models", "test_wheel",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in THOROUGH:
+            item.add_marker("thorough")
 
 
 def free_port() -> int:

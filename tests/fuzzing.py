@@ -1,7 +1,7 @@
 """Fuzzers of what a device reads from others: programs (c/fuzz_load.c) and messages (c/fuzz_node.c).
 
     python tests/fuzzing.py [--seconds 600] [--keep]    both at once; what fails is left in build/fuzz
-    python tests/fuzzing.py --seeds                     makes the first inputs in corpus/ anew
+    python tests/fuzzing.py --seeds                     makes the first inputs in corpus/ again
 
 Under AddressSanitizer and UBSan. --keep adds the inputs that reached new code to corpus/, as few as will do.
 """

@@ -141,24 +141,32 @@ def _is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("command" in ast.dump(decorator) for decorator in node.decorator_list)
 
 
-def python_names(source: str) -> Iterator[tuple[int, str]]:
-    """Names that others call: classes, functions, parameters, fields, constants and aliases of modules."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
+def _public(body: list[ast.stmt]) -> Iterator[tuple[int, str]]:
+    """What a module or a class defines for others; not what a function keeps to itself or an underscore marks."""
+    for node in body:
+        yield from ((node.lineno, name) for name in _targets(node))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield node.lineno, node.name
-            for statement in node.body:
-                yield from ((statement.lineno, name) for name in _targets(statement))
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _public(node.body)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not _is_private(node.name):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             names = [argument.arg for argument in arguments]
-            if not (_is_command(node) or (node.name == "read" and names[1:] == ["size"])):
+            if _is_command(node):
+                continue  # `tinyfleet model plan`, and options such as --explain
+            if not (node.name == "read" and names[1:] == ["size"]):
                 yield node.lineno, node.name
             yield from ((argument.lineno, argument.arg) for argument in arguments)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             yield from ((node.lineno, alias.asname) for alias in node.names if alias.asname)
-    for statement in tree.body:
-        yield from ((statement.lineno, name) for name in _targets(statement))
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+def python_names(source: str) -> Iterator[tuple[int, str]]:
+    """Public names: classes, functions, parameters, fields, constants and aliases of modules."""
+    yield from _public(ast.parse(source).body)
 
 
 def other_names(name: str, source: str) -> Iterator[tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""Downloads that go wrong: one line says what and whence, and nothing half is taken for whole."""
+"""Downloads that fail: one line names the file and its address, and no incomplete file is used."""
 
 import hashlib
 import threading

@@ -95,7 +95,7 @@ class Server:
                 return message
 
     def online(self, *ids: str) -> None:
-        """Waits until all of them are, whoever is first."""
+        """Waits until all of them are, in any order."""
         absent = {TOPICS.status(id) for id in ids}
         while absent:
             name, payload = self._messages.get(timeout=60)

@@ -97,7 +97,7 @@ def test_firmware_fits_its_board_and_the_arena_is_the_planned_one(board: str, fi
     size = read_size(firmware(board))
     target = catalogue.load_board(board).buildable()
     assert size.board == board
-    assert size.arena == size.plan == mlp().arena_bytes
+    assert size.arena == size.planned_arena == mlp().arena_bytes
     assert size.held["program"] == len(mlp().data)
     assert size.held["features"] == 60 * 64
     assert 10_000 < size.flash < target.flash.bytes
@@ -154,7 +154,7 @@ def test_an_image_takes_the_planned_arena_and_little_beside_it(model: str, tmp_p
     net = MODELS[model]()
     elf = build.build_benchmark(catalogue.load_board("mps2-an386"), net, tmp_path / "bench.elf", steps=1)
     size = read_size(elf)
-    assert size.arena == size.plan == net.arena_bytes
+    assert size.arena == size.planned_arena == net.arena_bytes
     symbols = subprocess.run(["arm-none-eabi-nm", "-S", elf], capture_output=True, text=True, check=True).stdout
     (state,) = (int(row[1], 16) for line in symbols.splitlines() if (row := line.split())[2:] == ["b", "m"])
     assert 0 < state <= STATE
@@ -352,7 +352,7 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
 
             observer.forget()
             observer.session.publish(TOPICS.command(ID), encode(Reboot(3)))
-            assert observer.wait(lambda: bool(observer.said(TOPICS.td(ID))))  # it has announced itself anew
+            assert observer.wait(lambda: bool(observer.said(TOPICS.td(ID))))  # it has announced itself again
             assert observer.wait(lambda: observer.online() is True)
             assert gateway.counters.damaged == gateway.counters.dropped == 0
         assert observer.wait(lambda: observer.online() is False)
@@ -670,9 +670,7 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
         assert line.recv(4096)  # greeted: what arrives before the gateway has opened its end of the line is lost
         for frame in (
             serial_frames.Frame(serial_frames.PUBLISH, TOPICS.reply(ID), b"before any session"),
-            serial_frames.Frame(
-                serial_frames.HELLO, "tinyfleet/test/devices/+/status", b"a will on a topic that is none"
-            ),
+            serial_frames.Frame(serial_frames.HELLO, "tinyfleet/test/devices/+/status", b"a will on an invalid topic"),
             serial_frames.Frame(serial_frames.HELLO, "somewhere", b"else"),
             serial_frames.Frame(serial_frames.HELLO, TOPICS.status(ID), b"its will"),
             serial_frames.Frame(serial_frames.PUBLISH_RETAINED, other, b"another device's"),

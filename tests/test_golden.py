@@ -1,4 +1,4 @@
-"""Bytes that devices in the field speak and run: whoever changes one of these changes the version.
+"""Bytes that devices in the field speak and run: a change of one of these is a change of the version.
 
 Messages of wire version 2, programs of format 2, and how a device of wire version 1 is told.
 """

@@ -1,5 +1,5 @@
-"""Killed in mid-write, the graph keeps all that was acknowledged, whole, and answers again at once; and whoever asks
-holds up no writer."""
+"""Killed in mid-write, the graph keeps all that was acknowledged, whole, and answers again at once; and a reader
+does not block the writer."""
 
 import json
 import os
@@ -36,7 +36,7 @@ path, first, devices = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 with IndexedStore(path) as store:
     registry, topics = Registry(store, "home"), Topics("home")
     for n in range(first, 1 << 30):
-        # All devices in one transaction: whoever looks finds them at the same number.
+        # All devices in one transaction: a reader finds them at the same number.
         taken = registry.ingest([(topics.status(f"d{i}"), encode(Status(True, bytes(8), n))) for i in range(devices)])
         assert all(one.rejection is None for one in taken)
         print(n, flush=True)
@@ -75,7 +75,7 @@ def test_what_was_written_before_the_kill_is_there_and_whole(tmp_path: Path) -> 
         writer = start(WRITER, tmp_path / "graph", last + 1, DEVICES)
         for _ in range(rng.randint(1, 40)):
             said = int(line(writer))
-        os.kill(writer.pid, signal.SIGKILL)  # from outside, at no point of the writer's choice
+        os.kill(writer.pid, signal.SIGKILL)  # from outside, at an arbitrary point
         assert writer.stdout is not None
         said = max([said, *map(int, writer.stdout.read().split())])
         writer.wait()

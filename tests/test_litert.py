@@ -102,7 +102,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(train_from: str) -> str:
-    """What is said of a model in whose backward pass there is what TFLite cannot do."""
+    """The error for a model whose backward pass needs what TFLite does not have."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import keras
 

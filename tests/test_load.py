@@ -12,9 +12,9 @@ import small_models
 from nets import HEADER, OP, TENSOR, records_end, sealed
 
 from tinyfleet.edge._mote import ffi, lib
-from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+from tinyfleet.edge.model.layers import Dense, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 
@@ -78,9 +78,7 @@ def floats(kind: Kind, **fields: Any) -> Program:
 MODELS: dict[str, Program] = {name: make() for name, make in small_models.MODELS.items()} | {
     "leaky": floats(Kind.LEAKY_RELU, slope=0.5),
     "softmax": floats(Kind.SOFTMAX),
-    "frozen": p.build(
-        [p.Dense(3)], (4,), None, weights={"dense_0/weights": np.ones((3, 4)), "dense_0/bias": np.ones(3)}
-    ),
+    "frozen": build([Dense(3)], (4,), None, weights={"dense_0/weights": np.ones((3, 4)), "dense_0/bias": np.ones(3)}),
 }
 PLACE, SLICE = 7, 2  # of "branches"
 REFUSED: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [
@@ -132,7 +130,7 @@ REFUSED: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [
     ("mlp", "a gradient of another size", [("op 1", {"dout": 9})]),
     ("branches", "a gradient in int8", [("op 1", {"dout": 1})]),
     ("mlp", "an input's gradient of another size", [("op 1", {"din": 9})]),
-    ("mlp", "a gradient of a second input that is none", [("op 1", {"din2": 13})]),
+    ("mlp", "a gradient of a second input that does not exist", [("op 1", {"din2": 13})]),
     ("mlp", "weights that train alone", [("op 0", {"flags": 1})]),
     ("mlp", "layers in another order", [("op 0", {"layer": 1})]),
     ("mlp", "a first layer that does not begin the parameters", [("op 0", {"params": 4})]),

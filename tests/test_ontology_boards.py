@@ -1,4 +1,4 @@
-"""The catalogue of boards: what becomes of public board files, and what is refused."""
+"""The catalogue of boards: how public board files are read, and which are rejected."""
 
 import json
 import os

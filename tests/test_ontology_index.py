@@ -248,7 +248,7 @@ def test_it_says_what_the_graph_says_after_any_writes(steps: list[tuple[str, Any
         for step in steps:
             do(store, step)
             do(plain, step)
-            agrees(store)  # even while it is being built anew
+            agrees(store)  # even while it is being rebuilt
         assert key(store.query("SELECT ?s ?p ?o { ?s ?p ?o }")) == key(plain.query("SELECT ?s ?p ?o { ?s ?p ?o }"))
         assert store.wait() is fits_columns(plain)
         agrees(store)
@@ -302,7 +302,7 @@ def test_whoever_asks_the_librarys_query_is_answered_by_it() -> None:
             {"model": MODELS[0], "name": "m", "devices": 1, "training": 0}
         ]
         remote.write({DEVICES[0]: {TF.arenaBytes: 6}})
-        assert store.indexed, "a write that says what it changes is no reason to build anew"
+        assert store.indexed, "a write that says what it changes is no reason to rebuild"
         assert remote.query(library.text("fits"))[0]["training"] == 1
         (row,) = remote.query(library.text("devices-by-model"))
         assert (row["running"], row["devices"], row["online"]) == (MODELS[0], 1, 1)

@@ -314,7 +314,7 @@ BAD = {
     "no engine version": (description(tf__engineVersion=None), "tf:engineVersion"),
     "an arena of 0 for unknown": (description(tf__arenaBytes=0), "tf:arenaBytes"),
     "an arena larger than the RAM": (description(tf__arenaBytes=262_145), "larger than the 262144 bytes"),
-    "a model that is none": (description(tf__model={"@id": "urn:x:y"}), "tf:model"),
+    "an invalid model": (description(tf__model={"@id": "urn:x:y"}), "tf:model"),
     "not a device": (description(**{"@type": "Thing"}), "@type"),
     "not a thing": (description(**{"@type": "tf:Device"}), "@type"),
     "no context": (description(**{"@context": None}), "its @context must hold"),

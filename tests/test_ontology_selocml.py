@@ -138,7 +138,7 @@ def test_the_known_defects_are_found_and_mended(imported: Imported) -> None:
     assert times["0 for unknown"] == 12
     assert times["shape as text"] == 2 * 23
     assert times["wrong IRI"] == 1
-    undefined = {defect.what for defect in imported.defects if defect.kind == "undefined term"}
+    undefined = {defect.subject for defect in imported.defects if defect.kind == "undefined term"}
     assert len(undefined) == 10
     assert all(defect.fix for defect in imported.defects)
 
@@ -175,7 +175,7 @@ def test_a_query_for_their_graph_finds_the_same_in_the_import(
     with EmbeddedStore() as store:
         put_facts(store, imported.facts)
         ours = answers(store, QUERIES[name])
-    # Mended: what the board with the wrong IRI has, and how they spelt an operator.
+    # Corrected: what the board with the wrong IRI has, and how they spelt an operator.
     more = [row for row in ours if row not in theirs]
     assert [row for row in theirs if row not in ours] == []
     assert len(more) == (1 if name == "devices with their sensors" else 0), more

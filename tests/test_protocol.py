@@ -1,4 +1,4 @@
-"""The wire: Python and the generated C read and write the same bytes; what is no message is refused."""
+"""The wire: Python and the generated C read and write the same bytes; anything else is rejected."""
 
 from __future__ import annotations
 

@@ -373,7 +373,7 @@ def test_a_hostile_program_is_refused():
         "a kernel that is too large": (conv + 16, struct.pack("<H", 60000)),
         "a shift out of range": (constants + 4 + 8, struct.pack("<i", 40)),
         "a scale that is 0": (constants + 4 + 12 * 4, struct.pack("<f", 0.0)),
-        "a scale that is no number": (constants + 4 + 12 * 4 + 4, struct.pack("<f", float("nan"))),
+        "a scale that is not a number": (constants + 4 + 12 * 4 + 4, struct.pack("<f", float("nan"))),
         "no flag that int8 trains": (21, bytes([data[21] & ~4])),
     }
 

@@ -243,7 +243,7 @@ def test_a_stale_update_counts_less_and_too_old_a_one_not_at_all() -> None:
     assert ages == [0, 1, 1, 3]
     weights = [1.0, 1 / 2, 1 / 2, 1 / 4]
     assert firsts == pytest.approx([1.0 + sum(weights[:n]) for n in range(5)])
-    assert grid.given[10] == pytest.approx([1.0, 2.0, 3.0]), "whoever replied works on the newest version"
+    assert grid.given[10] == pytest.approx([1.0, 2.0, 3.0]), "a client that replied works on the newest version"
     strict = Asynchronous(Reptile(alpha=3.0, clients=3), max_staleness=2)
     later = strict.start(Inbox([10, 11, 12], [10, 11, 10, 12, 10]), record(START), num_rounds=4)
     assert [m["staleness"] for m in later.train_metrics_clientapp.values()] == [0, 1, 1, 0], "the one of 3 is left out"

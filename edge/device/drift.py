@@ -49,7 +49,7 @@ def default_drift_response(task: Task) -> DriftResponse:
 
 
 class SampleResult(NamedTuple):
-    """What one sample came to. error: before it was learned from; 0 or 1 where the model tells classes, else the
+    """The result of one sample. error: before it was learned from; 0 or 1 where the model tells classes, else the
     squared error. drifted: whether drift was noticed with it."""
 
     error: float
@@ -88,7 +88,7 @@ class OnlineLearner:
 
     def learn(self, x: ArrayLike, y: ArrayLike) -> SampleResult:
         """Answers one sample, and learns from it; where that diverges, it begins again from its initialization. Raises
-        LearnerError for what is no sample of the model."""
+        LearnerError for an invalid sample."""
         error = self._error(x, y)
         drifted = self._detector is not None and math.isfinite(error) and _has_risen(self._detector, error)
         if drifted:

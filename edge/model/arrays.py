@@ -11,10 +11,10 @@ from tinyfleet.edge.model.memory_plan import TRAINED_INT8, weight_counts
 from tinyfleet.edge.model.program_format import MAX_BYTES
 
 
-def check_shape(shape: Sequence[int], what: str) -> None:
+def check_shape(shape: Sequence[int], name: str) -> None:
     if not all(isinstance(v, int) and 1 <= v <= 0xFFFF for v in shape) or math.prod(shape) > MAX_BYTES // 4:
         raise ProgramError(
-            f"{what} has the shape {tuple(shape)}; every dimension must be a whole number from 1 to 65535"
+            f"{name} has the shape {tuple(shape)}; every dimension must be a whole number from 1 to 65535"
         )
 
 

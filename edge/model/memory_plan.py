@@ -272,7 +272,7 @@ class _Planner:
 
     def _blocks_for_gradients(self, i: int, op: Op, new: Sequence[int]) -> list[int]:
         """Of an op's inputs: in place of the output's gradient, or of max pooling's input, where that dies now; both of
-        an addition in one place where they can share it; else anew."""
+        an addition in one place where they can share it; else in a new block."""
         t = 2 * self.n - i
         own = self.place[self.gradient[self.root(op.output)]]
         blocks: list[int] = []

@@ -52,8 +52,9 @@ PROFILES: dict[Profile, list[str]] = {
 }
 #: Files whose time matters little, since they run seldom, only call kernels or do next to nothing: small, not quick.
 SMALL = (
-    "mote.c", "mote_load.c", "mote_sgd.c", "mote_relu.c", "mote_loss.c", "mote_node.c", "mote_node_receive.c",
-    "mote_node_reply.c", "mote_node_topics.c", "mote_node_train.c", "mote_update.c", "mote_frame.c", "mote_stream.c",
+    "mote.c", "mote_load.c", "mote_sgd.c", "mote_dense.c", "mote_math.c", "mote_loss.c", "mote_node.c",
+    "mote_node_receive.c", "mote_node_reply.c", "mote_node_topics.c", "mote_node_train.c", "mote_update.c",
+    "mote_frame.c", "mote_stream.c",
 )  # fmt: skip
 
 Blob = bytes | bytearray

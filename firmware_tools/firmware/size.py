@@ -38,7 +38,7 @@ class FirmwareSize:
         The device's data in flash, by name.
     variables
         The larger variables in RAM, by name.
-    plan
+    planned_arena
         The arena in the memory plan of the model's program; None without a model.
     profile
         How the arithmetic was compiled: exact or fast.
@@ -60,7 +60,7 @@ class FirmwareSize:
     stack: int
     held: Mapping[str, int]
     variables: Mapping[str, int]
-    plan: int | None
+    planned_arena: int | None
     profile: str
     mote: Mapping[str, int]
     static: int
@@ -121,7 +121,7 @@ def _read_size(elf: ELFFile) -> FirmwareSize:
         stack=length.get(".stack", 0),
         held={symbol.name.removeprefix("device_"): int(symbol["st_size"]) for symbol in held},
         variables={s.name: int(s["st_size"]) for s in sorted(variables, key=lambda s: -int(s["st_size"]))},
-        plan=_planned_arena(sections[".text"], held),
+        planned_arena=_planned_arena(sections[".text"], held),
         profile=str(note["profile"]),
         mote=note["mote"],
         static=int(note["static"]),

@@ -77,7 +77,7 @@ class ModelDescription:
     """What is known of a model, whatever the form of its file.
 
     run_ram_bytes and train_ram_bytes are bytes of arena, parameters included; storage_bytes of flash on a device. They
-    come from whoever plans the model for an engine, and are None until then.
+    come from the code that plans the model for an engine, and are None until then.
     """
 
     name: str

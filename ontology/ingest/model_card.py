@@ -9,7 +9,7 @@ a block of our own:
       labels: [wing, ring, slope, negative]        # what each output means, in their order
       description, creator, citation, created      # texts
 
-What it does not say stays unknown: nothing is 0 or empty for want of a card.
+What it does not say stays unknown: nothing is 0 or empty because the card is missing.
 """
 
 import math

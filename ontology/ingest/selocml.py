@@ -51,7 +51,7 @@ class Defect:
     """A defect of the files: its kind, where it is, how often it occurs, and how it was fixed."""
 
     kind: str
-    what: str
+    subject: str
     times: int
     fix: str
 
@@ -90,8 +90,8 @@ class _Reader:
                     o = ox.NamedNode(fix)
                 self.graph.add(ox.Quad(s, p, o))
 
-    def note(self, kind: str, what: str, fix: str) -> None:
-        self.found[kind, what, fix] += 1
+    def note(self, kind: str, subject: str, fix: str) -> None:
+        self.found[kind, subject, fix] += 1
 
     def _name(self, iri: str) -> str | None:
         """The IRI, fixed if necessary; None if it cannot be fixed."""
@@ -161,7 +161,7 @@ def read_selocml(files: list[Path], fleet: str = "selocml") -> Imported:
         _merge(facts, _ModelImport(reader, model).facts())
     if not devices and not models:
         raise UserError("there is neither an s3n:SmartSensor nor an nnet:NeuralNetwork in these files")
-    defects = tuple(Defect(kind, what, n, fix) for (kind, what, fix), n in sorted(reader.found.items()))
+    defects = tuple(Defect(kind, subject, n, fix) for (kind, subject, fix), n in sorted(reader.found.items()))
     return Imported(facts, len(devices), len(models), reader.read, defects)
 
 

@@ -19,9 +19,9 @@ SHAPES = Path(__file__).with_name("shapes.ttl")
 class ShapeError(UserError):
     """A description violates its shape. `violations` are the shapes' messages, each with the wrong value."""
 
-    def __init__(self, what: str, violations: Sequence[str]) -> None:
+    def __init__(self, name: str, violations: Sequence[str]) -> None:
         self.violations = tuple(violations)
-        super().__init__(f"{what} cannot be added to the graph: {'; '.join(violations)}")
+        super().__init__(f"{name} cannot be added to the graph: {'; '.join(violations)}")
 
 
 def _ntriples(given: Iterable[Triple | ox.Triple]) -> str:
@@ -40,16 +40,16 @@ def violations(given: Iterable[Triple | ox.Triple]) -> list[str]:
     return by_shacl(text)
 
 
-def check(what: str, given: Iterable[Triple | ox.Triple]) -> None:
-    """Raise ShapeError, which names `what`, unless the triples conform."""
+def check(name: str, given: Iterable[Triple | ox.Triple]) -> None:
+    """Raise ShapeError, which names it as `name`, unless the triples conform."""
     wrong = violations(given)
     if wrong:
-        raise ShapeError(what, wrong)
+        raise ShapeError(name, wrong)
 
 
-def check_and_add(store: Store, what: str, facts: Facts) -> None:
+def check_and_add(store: Store, name: str, facts: Facts) -> None:
     """Check facts and write them to the store. Raises ShapeError, without writing, if they do not conform."""
-    check(what, triples(facts))
+    check(name, triples(facts))
     store.write(facts)
 
 

@@ -282,7 +282,7 @@ class MqttGrid(RunGrid):
             Each reply once. A device that failed, stays offline or ran out of time has an error for a reply.
         """
         self._transmit()
-        replies, over = self._requests.pull(message_ids)
+        replies, over = self._requests.collect_replies(message_ids)
         for broadcast in over:
             self._end_broadcast(broadcast)
         self._requests.deliver_events(self._on_event)

@@ -183,7 +183,7 @@ class RequestScheduler:
         request.reply, request.ended = reply, event
         self.changed.notify_all()
 
-    def pull(self, message_ids: Iterable[str]) -> tuple[list[Message], list[Broadcast]]:
+    def collect_replies(self, message_ids: Iterable[str]) -> tuple[list[Message], list[Broadcast]]:
         """The replies that are there, each handed out once, and the broadcasts that nothing needs any longer."""
         replies, over = [], []
         with self.changed:

@@ -121,7 +121,7 @@ typedef struct {
 /* As mote_learn, with momentum, weight decay and gradient clipping by norm. MOTE_ERR_FROZEN if the program keeps no
  * room for the momentum, or trains int8 weights, which have neither of the three. With momentum, or with a limit of the
  * norm, every parameter is as it was after any error. */
-int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sgd_t *how, float *loss);
+int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sgd_t *options, float *loss);
 
 /* CRC-32 (IEEE 802.3, reflected), as zlib.crc32: pass 0 to begin, the last result to go on. */
 uint32_t mote_crc32(uint32_t crc, const void *bytes, size_t size);

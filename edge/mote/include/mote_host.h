@@ -18,7 +18,7 @@ void mote_learn_many(mote_t *const *devices, size_t count, size_t steps, const v
  * q * input scale * weight scale. Returns how many there are; writes nothing to NULL. */
 size_t mote_get_real(const mote_t *m, float *values);
 
-/* The same back: rounded to the nearest, saturated. The values are finite. Momentum begins anew. */
+/* The same back: rounded to the nearest, saturated. The values are finite. Momentum is cleared. */
 void mote_set_real(mote_t *m, const float *values);
 
 #ifdef __cplusplus

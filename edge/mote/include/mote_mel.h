@@ -23,7 +23,7 @@ extern "C" {
 typedef struct {
     int16_t samples[MOTE_MEL_WINDOW]; /* of the frame to come */
     uint32_t filled;
-    int32_t work[MOTE_MEL_WINDOW];
+    int32_t buffer[MOTE_MEL_WINDOW];
 } mote_mel_t;
 
 /* Begins with no samples. */

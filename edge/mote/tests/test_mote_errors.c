@@ -74,7 +74,7 @@ static void a_step_that_fails_changes_nothing(void)
     x[3] = NAN;
     CHECK(mote_learn(&m, x, &label, 0.1f, &loss) == MOTE_ERR_ARGUMENT);
     CHECK(mote_infer(&m, x, &y) == MOTE_ERR_ARGUMENT);
-    x[3] = 3e38f; /* finite, but what becomes of it is not */
+    x[3] = 3e38f; /* finite, but the outputs are not */
     CHECK(mote_learn(&m, x, &label, 0.1f, &loss) == MOTE_ERR_DIVERGED);
     CHECK(memcmp(before, parameters, count * sizeof *parameters) == 0);
     x[3] = 1.0f;

@@ -1,4 +1,4 @@
-/* The loop around a node: it announces itself, subscribes, drops what is no message, and has nothing to do then. */
+/* The loop around a node: it announces itself, subscribes, drops invalid messages, and has nothing to do then. */
 #include <string.h>
 
 #include "check.h"

@@ -126,20 +126,44 @@ const mote_loss_t *mote_loss_of(const mote_header_t *h)
     return l;
 }
 
-/* The sum of n squares, n > 0. */
-static MOTE_APART float squares(const float *x, uint32_t n)
+float mote_squares(const float *x, uint32_t n)
 {
-    return mote_dot(x, x, n);
+    float sum = 0.0f;
+#if MOTE_HAS_VLDM
+    for (; n >= 8; n -= 8) {
+        __asm__("vldmia %[x]!, {s8-s15}\n\t"
+                "vmla.f32 %[sum], s8, s8\n\t"
+                "vmla.f32 %[sum], s9, s9\n\t"
+                "vmla.f32 %[sum], s10, s10\n\t"
+                "vmla.f32 %[sum], s11, s11\n\t"
+                "vmla.f32 %[sum], s12, s12\n\t"
+                "vmla.f32 %[sum], s13, s13\n\t"
+                "vmla.f32 %[sum], s14, s14\n\t"
+                "vmla.f32 %[sum], s15, s15"
+                : [x] "+r"(x), [sum] "+t"(sum)
+                :
+                : "s8", "s9", "s10", "s11", "s12", "s13", "s14", "s15", "memory");
+    }
+#endif
+    for (; n > 0; n--, x++) {
+        sum += *x * *x;
+    }
+    return sum;
 }
 
 #define NEAR 0x1p50f
 
-/* 1 if the squared norm of x is surely below NEAR; quick to tell. Elements are below 2^17 if no exponent, whose bias is
- * 127, reaches 144: if none has its highest bit set and one of the next three. */
-static MOTE_APART int is_near(const float *x, uint32_t n)
+/* 1 if the squared norm of a tensor of floats is surely below NEAR: quick to tell, other than the norm itself. Without
+ * a floating-point unit elements are below 2^17, since no exponent, whose bias is 127, reaches 144: none has its highest
+ * bit set and one of the next three. */
+static MOTE_APART int is_near(const mote_t *m, uint32_t tensor)
 {
-#if MOTE_HAS_VLDM || MOTE_HAS_LANES
-    return squares(x, n) < NEAR;
+    const float *x = mote_read(m, tensor);
+    uint32_t n = mote_size(mote_tensor(m, tensor));
+#if MOTE_HAS_LANES
+    return mote_dot(x, x, n) < NEAR;
+#elif MOTE_HAS_VLDM
+    return mote_squares(x, n) < NEAR;
 #else
     uint32_t large = n >> 16;
     for (; n > 0; n--) {
@@ -160,10 +184,9 @@ int mote_all_finite(const float *x, size_t n)
 }
 
 /* All ops; the output is not made of the logits yet. */
-static void forward(mote_t *m, const void *x)
+static void forward(mote_t *m)
 {
     const mote_op_t *op = mote_ops(m), *end = op + mote_header(m)->ops;
-    m->x = x;
     for (; op < end; op++) {
         mote_kernel_of(op)->forward(m, op);
     }
@@ -183,28 +206,27 @@ void mote_begin_back(mote_t *m, const float *y, const float *target, float scale
     }
 }
 
-/* 1 if an op's update stays within the range of floats. The norms of the gradient and of the input bound every element
- * of it: if their product is finite, an update is at most MOTE_MAX_RATE * 2^64, which added to any float gives no
- * infinite one. */
-static MOTE_APART int update_fits(const mote_t *m, const mote_op_t *op)
+static float squared_norm(const mote_t *m, uint32_t tensor)
 {
-    const mote_tensor_t *in = mote_tensor(m, op->in);
-    float squared = squares(mote_read(m, op->dout), mote_size(mote_tensor(m, op->out)));
-    if (in->type == MOTE_FLOAT32 && op->flags & MOTE_TRAINS_WEIGHTS) { /* a bias needs no input: it may be gone */
-        squared *= 1.0f + squares(mote_read(m, op->in), mote_size(in));
-    }
-    return mote_finite(squared);
+    return mote_squares(mote_read(m, tensor), mote_size(mote_tensor(m, tensor)));
 }
 
-/* The same, if all gradients so far were near: an input that is near, too, settles it. */
-static int surely_fits(const mote_t *m, const mote_op_t *op)
+/* 1 if an op's update stays within the range of floats. The norms of the gradient and of the input bound every element
+ * of it: if their product is finite, an update is at most MOTE_MAX_RATE * 2^64, which added to any float gives no
+ * infinite one. It is, without computing them, if both are near. */
+static int update_fits(const mote_t *m, const mote_op_t *op, int near)
 {
     const mote_tensor_t *in = mote_tensor(m, op->in);
-    if (in->offset == MOTE_EXTERNAL) {
-        return !m->is_far;
+    /* A bias needs no input, which may be gone. */
+    int takes_input = in->type == MOTE_FLOAT32 && op->flags & MOTE_TRAINS_WEIGHTS;
+    if (near && (!takes_input || (in->offset == MOTE_EXTERNAL ? !m->is_far : is_near(m, op->in)))) {
+        return 1;
     }
-    return in->type != MOTE_FLOAT32 || !(op->flags & MOTE_TRAINS_WEIGHTS) ||
-           is_near(mote_read(m, op->in), mote_size(in));
+    float product = squared_norm(m, op->dout);
+    if (takes_input) {
+        product *= 1.0f + squared_norm(m, op->in);
+    }
+    return mote_finite(product);
 }
 
 /* 1 if the op's input gradient can be any number of times its output's: it is multiplied by weights. */
@@ -221,12 +243,12 @@ int mote_go_back(mote_t *m, float loss)
         if (op->dout == MOTE_NO_TENSOR) {
             continue;
         }
-        if (op->trained != 0 && (m->mask >> op->layer & 1u) && !(near && surely_fits(m, op)) && !update_fits(m, op)) {
+        if (op->trained != 0 && (m->mask >> op->layer & 1u) && !update_fits(m, op, near)) {
             return MOTE_ERR_DIVERGED;
         }
         mote_kernel_of(op)->backward(m, op);
         if (near && op != first && op->din != MOTE_NO_TENSOR && has_weights(op)) {
-            near = is_near(mote_read(m, op->din), mote_size(mote_tensor(m, op->din)));
+            near = is_near(m, op->din);
         }
     }
     return MOTE_OK;
@@ -238,7 +260,8 @@ static int input_fits(mote_t *m, const void *x)
         return 0;
     }
     const mote_tensor_t *in = mote_tensor(m, mote_header(m)->input);
-    m->is_far = in->type == MOTE_FLOAT32 && !is_near(x, mote_size(in));
+    m->x = x;
+    m->is_far = in->type == MOTE_FLOAT32 && !is_near(m, mote_header(m)->input);
     return !m->is_far || mote_all_finite(x, mote_size(in));
 }
 
@@ -248,7 +271,7 @@ int mote_infer(mote_t *m, const void *x, const void **y)
         return MOTE_ERR_ARGUMENT;
     }
     const mote_header_t *h = mote_header(m);
-    forward(m, x);
+    forward(m);
     if (h->loss != MOTE_NO_LOSS) {
         mote_loss_of(h)->forward(m, m->outputs, mote_read(m, h->logits), NULL, mote_write(m, h->output));
     }
@@ -275,7 +298,7 @@ int mote_loss(mote_t *m, const void *x, const float *target, float *loss, const 
     if (error != MOTE_OK) {
         return error;
     }
-    forward(m, x);
+    forward(m);
     const mote_header_t *h = mote_header(m);
     *y = mote_read(m, h->output);
     *loss = mote_loss_of(h)->forward(m, m->outputs, mote_read(m, h->logits), target, mote_write(m, h->output));

@@ -32,33 +32,22 @@ void mote_dense_back(mote_t *m, const mote_op_t *op)
     mote_weights_t p = mote_weights(m, op, in * mote_tensor(m, op->out)->c, 0);
     const float *x = mote_read(m, op->in), *dy = mote_write(m, op->dout);
     float *dx = mote_begun_din(m, op);
+    int updates = p.dw != NULL, goes_on = dx != NULL;
     for (uint32_t o = 0; o < rows; o++) {
-        float d = dy[o];
+        float d = dy[o], step = m->step * d;
+        uint32_t row = o * in;
         if (d == 0.0f) {
             continue; /* as behind a ReLU that is off */
         }
-        float step = m->step * d;
-        uint32_t row = o * in;
-        if (dx != NULL && p.dw != NULL) {
+        if (updates && goes_on) {
             mote_add_scaled_both(dx, d, p.w + row, p.dw + row, step, x, in);
-        } else if (p.dw != NULL) {
-            mote_add_scaled(p.dw + row, step, x, in);
-        } else if (dx != NULL) {
-            mote_add_scaled(dx, d, p.w + row, in);
+        } else if (updates || goes_on) {
+            mote_add_scaled(updates ? p.dw + row : dx, updates ? step : d, updates ? x : p.w + row, in);
         }
         if (p.db != NULL) {
             p.db[o] += step;
         }
     }
-}
-
-static float squares(const float *x, uint32_t n)
-{
-    float sum = 0.0f;
-    for (uint32_t j = 0; j < n; j++) {
-        sum += x[j] * x[j];
-    }
-    return sum;
 }
 
 /* The gradient is the outer product of dy and x, and dy. */
@@ -67,5 +56,5 @@ float mote_dense_norm(const mote_t *m, const mote_op_t *op)
     uint32_t in = inputs(m, op);
     const float *x = mote_read(m, op->in), *dy = mote_read(m, op->dout);
     mote_weights_t p = mote_weights(m, op, in * mote_tensor(m, op->out)->c, 0);
-    return squares(dy, mote_rows(m, op)) * ((p.dw != NULL ? squares(x, in) : 0.0f) + 1.0f);
+    return mote_squares(dy, mote_rows(m, op)) * ((p.dw != NULL ? mote_squares(x, in) : 0.0f) + 1.0f);
 }

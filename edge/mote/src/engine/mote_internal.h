@@ -337,6 +337,9 @@ static inline int mote_finite(float v)
 
 int mote_all_finite(const float *x, size_t n);
 
+/* The sum of n squares, in this order. */
+float mote_squares(const float *x, uint32_t n);
+
 static inline int mote_is_rate(float rate)
 {
     return rate >= 0.0f && rate <= (float)MOTE_MAX_RATE;

@@ -59,40 +59,40 @@ static MOTE_APART int clip(mote_t *m, const float *y, const float *target, float
 }
 
 /* What comes before the backward pass, and behind it, so that it is an update with momentum and decay. */
-static MOTE_APART void begin_update(mote_t *m, const mote_sgd_t *how)
+static MOTE_APART void begin_update(mote_t *m, const mote_sgd_t *options)
 {
     float *w = (float *)(void *)m->arena, *v = w + mote_header(m)->params / sizeof(float);
-    if (how->momentum > 0.0f) {
-        blend(m, v, how->momentum, w, how->weight_decay);
+    if (options->momentum > 0.0f) {
+        blend(m, v, options->momentum, w, options->weight_decay);
         m->step = 1.0f;
         m->to_momentum = 1;
     } else { /* kept * w - rate * g = kept * (w - rate / kept * g): the input's gradient is of the whole w */
-        m->step = -how->rate / (1.0f - how->rate * how->weight_decay);
+        m->step = -options->rate / (1.0f - options->rate * options->weight_decay);
     }
 }
 
-static MOTE_APART void end_update(mote_t *m, const mote_sgd_t *how)
+static MOTE_APART void end_update(mote_t *m, const mote_sgd_t *options)
 {
     float *w = (float *)(void *)m->arena, *v = w + mote_header(m)->params / sizeof(float);
-    float kept = 1.0f - how->rate * how->weight_decay;
-    if (how->momentum > 0.0f) {
-        blend(m, w, 1.0f, v, -how->rate);
+    float kept = 1.0f - options->rate * options->weight_decay;
+    if (options->momentum > 0.0f) {
+        blend(m, w, 1.0f, v, -options->rate);
     } else if (kept != 1.0f) {
         blend(m, w, 0.0f, w, kept);
     }
 }
 
-static MOTE_APART int fits(const mote_sgd_t *how)
+static MOTE_APART int fits(const mote_sgd_t *options)
 {
-    return how != NULL && mote_is_rate(how->rate) && how->momentum >= 0.0f && how->momentum < 1.0f &&
-           how->weight_decay >= 0.0f && how->rate * how->weight_decay < 1.0f &&
-           mote_is_rate(how->rate / (1.0f - how->rate * how->weight_decay)) && how->clip_norm >= 0.0f;
+    return options != NULL && mote_is_rate(options->rate) && options->momentum >= 0.0f && options->momentum < 1.0f &&
+           options->weight_decay >= 0.0f && options->rate * options->weight_decay < 1.0f &&
+           mote_is_rate(options->rate / (1.0f - options->rate * options->weight_decay)) && options->clip_norm >= 0.0f;
 }
 
-int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sgd_t *how, float *loss)
+int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sgd_t *options, float *loss)
 {
     const void *y;
-    if (!fits(how)) {
+    if (!fits(options)) {
         return MOTE_ERR_ARGUMENT;
     }
     int error = mote_loss(m, x, target, loss, &y);
@@ -100,25 +100,25 @@ int mote_learn_with(mote_t *m, const void *x, const float *target, const mote_sg
         return error;
     }
     const mote_header_t *h = mote_header(m);
-    if (h->flags & MOTE_TRAINS_INT8 || (how->momentum > 0.0f && !(h->flags & MOTE_HAS_MOMENTUM))) {
+    if (h->flags & MOTE_TRAINS_INT8 || (options->momentum > 0.0f && !(h->flags & MOTE_HAS_MOMENTUM))) {
         return MOTE_ERR_FROZEN;
     }
     if (m->mask == 0) {
         return MOTE_OK;
     }
     m->step = 1.0f;
-    if (how->clip_norm > 0.0f) {
-        if (!clip(m, y, target, how->clip_norm)) {
+    if (options->clip_norm > 0.0f) {
+        if (!clip(m, y, target, options->clip_norm)) {
             return MOTE_ERR_DIVERGED;
         }
         (void)mote_loss(m, x, target, loss, &y); /* gradients lie where values were */
     }
     mote_begin_back(m, y, target, m->step);
-    begin_update(m, how);
+    begin_update(m, options);
     error = mote_go_back(m, *loss);
     m->to_momentum = 0;
     if (error == MOTE_OK) {
-        end_update(m, how);
+        end_update(m, options);
     }
     return error;
 }

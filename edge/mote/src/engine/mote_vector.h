@@ -50,11 +50,18 @@ static inline float mote_dot(const float *a, const float *b, uint32_t n)
         }
         return s;
     }
-    float s0 = a[0] * b[0], s1 = a[1] * b[1], s2 = a[2] * b[2], s3 = a[3] * b[3];
-    n -= 4;
-    a += 4;
-    b += 4;
 #if MOTE_HAS_VLDM
+    float s0, s1, s2, s3;
+    __asm__("vldmia %[a]!, {s8-s11}\n\t"
+            "vldmia %[b]!, {s16-s19}\n\t"
+            "vmul.f32 %[s0], s8, s16\n\t"
+            "vmul.f32 %[s1], s9, s17\n\t"
+            "vmul.f32 %[s2], s10, s18\n\t"
+            "vmul.f32 %[s3], s11, s19"
+            : [a] "+r"(a), [b] "+r"(b), [s0] "=&t"(s0), [s1] "=&t"(s1), [s2] "=&t"(s2), [s3] "=&t"(s3)
+            :
+            : "s8", "s9", "s10", "s11", "s16", "s17", "s18", "s19", "memory");
+    n -= 4;
     if (n >= 8) {
         uint32_t eights = n >> 3;
         __asm__("1:\n\t"
@@ -77,7 +84,24 @@ static inline float mote_dot(const float *a, const float *b, uint32_t n)
                   "s23", "cc", "memory");
         n &= 7;
     }
-#elif MOTE_HAS_LANES
+    if (n >= 4) {
+        __asm__("vldmia %[a]!, {s8-s11}\n\t"
+                "vldmia %[b]!, {s16-s19}\n\t"
+                "vmla.f32 %[s0], s8, s16\n\t"
+                "vmla.f32 %[s1], s9, s17\n\t"
+                "vmla.f32 %[s2], s10, s18\n\t"
+                "vmla.f32 %[s3], s11, s19"
+                : [a] "+r"(a), [b] "+r"(b), [s0] "+t"(s0), [s1] "+t"(s1), [s2] "+t"(s2), [s3] "+t"(s3)
+                :
+                : "s8", "s9", "s10", "s11", "s16", "s17", "s18", "s19", "memory");
+        n -= 4;
+    }
+#else
+    float s0 = a[0] * b[0], s1 = a[1] * b[1], s2 = a[2] * b[2], s3 = a[3] * b[3];
+    n -= 4;
+    a += 4;
+    b += 4;
+#if MOTE_HAS_LANES
     mote_lanes_t s = {s0, s1, s2, s3};
     for (; n >= 4; n -= 4, a += 4, b += 4) {
         s += mote_load_lanes(a) * mote_load_lanes(b);
@@ -86,14 +110,14 @@ static inline float mote_dot(const float *a, const float *b, uint32_t n)
     s1 = s[1];
     s2 = s[2];
     s3 = s[3];
-#endif
-#if !MOTE_HAS_LANES
+#else
     for (; n >= 4; n -= 4, a += 4, b += 4) {
         s0 += a[0] * b[0];
         s1 += a[1] * b[1];
         s2 += a[2] * b[2];
         s3 += a[3] * b[3];
     }
+#endif
 #endif
     if (n > 0) {
         s0 += a[0] * b[0];

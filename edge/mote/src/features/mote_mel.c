@@ -98,8 +98,8 @@ static void frame(mote_mel_t *m, uint8_t *bands)
 {
     uint64_t rising = 0, falling = 0; /* into the band that ends next, and into the one behind it */
     uint32_t band = 0;
-    window(m->samples, m->work);
-    fft(m->work);
+    window(m->samples, m->buffer);
+    fft(m->buffer);
     for (uint32_t k = 1; k < HALF; k++) {
         if (mel_band[k] > MOTE_MEL_BANDS) {
             continue;
@@ -111,7 +111,7 @@ static void frame(mote_mel_t *m, uint8_t *bands)
             falling = rising;
             rising = 0;
         }
-        uint64_t p = power(m->work, k);
+        uint64_t p = power(m->buffer, k);
         rising += p * mel_weight[k];
         falling += p * (255u - mel_weight[k]);
     }
