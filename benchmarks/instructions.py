@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import layers as nn
 from tinyfleet.edge.model.assemble import assemble
-from tinyfleet.edge.model.layers import Layer
+from tinyfleet.edge.model.layers import Conv2D, Dense, Flatten, Layer, MaxPool2D, ReLU
+from tinyfleet.edge.model.layers import build as build_program
 from tinyfleet.edge.model.program import Program
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
@@ -41,17 +41,17 @@ PROFILES: tuple[build.Profile, ...] = ("exact", "fast")
 
 def small(layers: list[Layer], shape: tuple[int, ...]) -> Program:
     """A classifier with random weights."""
-    blank = nn.build(layers, shape, "softmax_cross_entropy")
-    return nn.build(layers, shape, "softmax_cross_entropy", weights=blank.split(blank.initial(3)))
+    blank = build_program(layers, shape, "softmax_cross_entropy")
+    return build_program(layers, shape, "softmax_cross_entropy", weights=blank.split(blank.initial(3)))
 
 
 def mlp() -> Program:
-    return small([nn.Dense(32), nn.ReLU(), nn.Dense(10)], (64,))
+    return small([Dense(32), ReLU(), Dense(10)], (64,))
 
 
 def cnn() -> Program:
-    body: list[Layer] = [nn.Conv2D(8, 3), nn.ReLU(), nn.MaxPool2D(2), nn.Flatten()]
-    return small([*body, nn.Dense(10)], (12, 12, 1))
+    body: list[Layer] = [Conv2D(8, 3), ReLU(), MaxPool2D(2), Flatten()]
+    return small([*body, Dense(10)], (12, 12, 1))
 
 
 def tflite(name: str) -> Callable[[], Program]:

@@ -35,7 +35,8 @@ from instructions import instructions, small
 from keras import layers
 from numpy.typing import NDArray
 
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import Conv2D, Dense, Flatten, Layer, ReLU
+from tinyfleet.edge.model.layers import build as build_program
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import omniglot
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
@@ -54,9 +55,9 @@ Body = list[tuple[layers.Conv2D, layers.BatchNormalization]]
 """Convolutions, and the normalisation of each."""
 
 
-def device_layers() -> list[p.Layer]:
-    convs = [layer for f in FILTERS for layer in (p.Conv2D(f, (3, 3), strides=2, padding="same"), p.ReLU())]
-    return [*convs, p.Flatten(), p.Dense(WAYS)]
+def device_layers() -> list[Layer]:
+    convs = [layer for f in FILTERS for layer in (Conv2D(f, (3, 3), strides=2, padding="same"), ReLU())]
+    return [*convs, Flatten(), Dense(WAYS)]
 
 
 def turned(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    device = p.build(device_layers(), (SIDE, SIDE, 1), "softmax_cross_entropy")
+    device = build_program(device_layers(), (SIDE, SIDE, 1), "softmax_cross_entropy")
     task, backend = replace(omniglot.load(WAYS, SIDE), program=device), simulator.Backend(device)
     print(f"{device.n_params} parameters, trains in {device.arena_bytes} bytes", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""Results of every strategy on the four learning tasks: score against shots, rounds, bytes, memory, instructions.
+"""The results of every strategy on the four learning tasks: score by shots, rounds, bytes, memory and instructions.
 
     python benchmarks/results.py sine presence          # runs what has not been run, then prints
     python benchmarks/results.py omniglot --seeds 2 --tasks 50

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
 from tinyfleet.edge.wire.messages import Metrics, Sparse, Success, TrainTask, UpdateFormat, decode_reply, encode
@@ -115,7 +115,7 @@ def main() -> None:
     log_level(40)
     table = Table("parameters", "us a reply, sparse", "us a reply, dense", "sparse / dense")
     for width in (32, 256, 2048):
-        program = p.build([p.Dense(width), p.ReLU(), p.Dense(10)], (64,), "softmax_cross_entropy")
+        program = build([Dense(width), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")
         random = np.random.default_rng(0)
         vector: NDArray[np.float32] = program.initial(0)
         strategy = Reptile(clients=args.clients)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import (
+from tinyfleet.command_line import (
     DATA,
     DEVICE_ID,
     FLEET_SIZE,
@@ -26,6 +25,7 @@ from tinyfleet.edge.options import (
     JsonOption,
     TaskOption,
 )
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.server_info import broker_address, fleet_of
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import (
+from tinyfleet.command_line import (
     BOARD,
     DATA,
     DEVICE_ID,
@@ -31,6 +30,7 @@ from tinyfleet.edge.options import (
     TaskOption,
     out_option,
 )
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.server_info import broker_address, fleet_of
 from tinyfleet.firmware_tools.firmware import MODEL_SLOT_BYTES
 

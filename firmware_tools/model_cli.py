@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import (
+from tinyfleet.command_line import (
     DATA,
     DEVICE_ID,
     MODEL,
@@ -26,6 +25,7 @@ from tinyfleet.edge.options import (
     JsonOption,
     out_option,
 )
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.server_info import fleet_of
 
 if TYPE_CHECKING:

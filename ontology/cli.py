@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tinyfleet.command_line import DATA, DataOption, JsonOption
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import DATA, DataOption, JsonOption
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
 if TYPE_CHECKING:

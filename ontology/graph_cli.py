@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tinyfleet.command_line import BOARD, DATA, CommandGroup, DataOption, JsonOption, out_option
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import BOARD, DATA, CommandGroup, DataOption, JsonOption, out_option
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
 if TYPE_CHECKING:

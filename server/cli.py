@@ -17,8 +17,7 @@ from zipfile import BadZipFile
 
 import typer
 
-from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import (
+from tinyfleet.command_line import (
     DATA,
     FLEET_SIZE,
     BrokerOption,
@@ -36,6 +35,7 @@ from tinyfleet.edge.options import (
     TaskOption,
     out_option,
 )
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.server_info import DEFAULT_FLEET, broker_address, fleet_of, require_server
 
 if TYPE_CHECKING:

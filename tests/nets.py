@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import ProgramError
-from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import LOSSES, Graph, Kind, Loss, Op, Shape3, Tensor, Trains
+from tinyfleet.edge.model.layers import AvgPool2D, Conv2D, Dense, Flatten, Layer, MaxPool2D, ReLU, Tanh
+from tinyfleet.edge.model.layers import build as build_program
 from tinyfleet.edge.model.memory_plan import WEIGHTED
 from tinyfleet.edge.model.program import Program
 
@@ -22,17 +23,17 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Net:
-    layers: tuple[p.Layer, ...]
+    layers: tuple[Layer, ...]
     input_shape: tuple[int, ...]
     loss: Loss
     trainable: frozenset[int] | None = None
 
     def build(self, weights: dict[str, NDArray[np.float32]] | None = None) -> Program:
-        return p.build(self.layers, self.input_shape, self.loss, trainable=self.trainable, weights=weights)
+        return build_program(self.layers, self.input_shape, self.loss, trainable=self.trainable, weights=weights)
 
     def whole(self) -> Program:
         """The same model with every layer trainable."""
-        return p.build(self.layers, self.input_shape, self.loss)
+        return build_program(self.layers, self.input_shape, self.loss)
 
 
 @st.composite
@@ -44,38 +45,38 @@ def nets(draw: st.DrawFn) -> Net:
     shape = draw(st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3)))
     flat = draw(st.booleans())
     input_shape: tuple[int, ...] = (shape[0] * shape[1],) if flat else shape
-    layers: list[p.Layer] = []
+    layers: list[Layer] = []
     if not flat:
         for _ in range(draw(st.integers(0, 5))):
             window = [
-                p.Conv2D(draw(side), draw(pair), draw(pair), draw(padding)),
-                p.AvgPool2D(draw(pair), draw(st.none() | pair), draw(padding)),
-                p.MaxPool2D(draw(pair), draw(st.none() | pair), draw(padding)),
-                p.ReLU(),
-                p.Tanh(),
+                Conv2D(draw(side), draw(pair), draw(pair), draw(padding)),
+                AvgPool2D(draw(pair), draw(st.none() | pair), draw(padding)),
+                MaxPool2D(draw(pair), draw(st.none() | pair), draw(padding)),
+                ReLU(),
+                Tanh(),
             ]
             layers.append(draw(st.sampled_from(window)))
-        layers.append(p.Flatten())
+        layers.append(Flatten())
     for _ in range(draw(st.integers(0, 4))):
-        layers.append(draw(st.sampled_from([p.Dense(draw(st.integers(1, 7))), p.ReLU(), p.Tanh(), p.Flatten()])))
+        layers.append(draw(st.sampled_from([Dense(draw(st.integers(1, 7))), ReLU(), Tanh(), Flatten()])))
     if draw(st.booleans()):
-        layers.append(p.Dense(draw(st.integers(2, 4))))
+        layers.append(Dense(draw(st.integers(2, 4))))
     layers = _fitting(layers, input_shape)
-    count = sum(isinstance(layer, p.Dense | p.Conv2D) for layer in layers)
+    count = sum(isinstance(layer, Dense | Conv2D) for layer in layers)
     trainable = draw(st.none() | st.frozensets(st.integers(0, count - 1))) if count else frozenset[int]()
     return Net(tuple(layers), input_shape, draw(st.sampled_from(LOSSES)), trainable)
 
 
-def _fitting(layers: Sequence[p.Layer], input_shape: tuple[int, ...]) -> list[p.Layer]:
+def _fitting(layers: Sequence[Layer], input_shape: tuple[int, ...]) -> list[Layer]:
     """The layers that the input reaches with every window inside; at least one that computes something."""
-    kept: list[p.Layer] = []
+    kept: list[Layer] = []
     for layer in layers:
         try:
-            p.build([*kept, layer, p.Flatten(), p.Dense(1)], input_shape, "mse")
+            build_program([*kept, layer, Flatten(), Dense(1)], input_shape, "mse")
         except ProgramError:
             continue
         kept.append(layer)
-    return kept if any(not isinstance(layer, p.Flatten) for layer in kept) else [*kept, p.Tanh()]
+    return kept if any(not isinstance(layer, Flatten) for layer in kept) else [*kept, Tanh()]
 
 
 def random_weights(program: Program, seed: int) -> dict[str, NDArray[np.float32]]:
@@ -96,20 +97,20 @@ def forward(net: Net, weights: dict[str, Array], x: Array) -> Array:
     arrays = iter(weights.values())
     value = x.reshape(net.input_shape)
     for layer in net.layers:
-        if isinstance(layer, p.Dense):
+        if isinstance(layer, Dense):
             w, b = next(arrays), next(arrays)
             value = w @ value + b
-        elif isinstance(layer, p.Conv2D):
+        elif isinstance(layer, Conv2D):
             w, b = next(arrays), next(arrays)
             kernel: tuple[int, int] = w.shape[1:3]
             value = _windows(value, kernel, layer.strides, layer.padding, 0.0, lambda v, w=w, b=b: _filter(v, w, b))
-        elif isinstance(layer, p.AvgPool2D):
+        elif isinstance(layer, AvgPool2D):
             value = _windows(value, layer.size, layer.strides, layer.padding, np.nan, lambda v: np.nanmean(v, (0, 1)))
-        elif isinstance(layer, p.MaxPool2D):
+        elif isinstance(layer, MaxPool2D):
             value = _windows(value, layer.size, layer.strides, layer.padding, -np.inf, lambda v: v.max((0, 1)))
-        elif isinstance(layer, p.Flatten):
+        elif isinstance(layer, Flatten):
             value = value.ravel()
-        elif isinstance(layer, p.ReLU):
+        elif isinstance(layer, ReLU):
             value = np.maximum(value, 0)
         else:
             value = np.tanh(value)

@@ -7,53 +7,69 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Loss, Op, Shape3, Tensor, Trains
+from tinyfleet.edge.model.layers import (
+    AvgPool2D,
+    Conv2D,
+    Dense,
+    DepthwiseConv2D,
+    Flatten,
+    GlobalAvgPool2D,
+    Layer,
+    LayerNorm,
+    LeakyReLU,
+    MaxPool2D,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    Tanh,
+    build,
+)
 from tinyfleet.edge.model.program import Program
 
 
-def initialised(layers: list[p.Layer], shape: tuple[int, ...], loss: Loss, *, momentum: bool = False) -> Program:
+def initialised(layers: list[Layer], shape: tuple[int, ...], loss: Loss, *, momentum: bool = False) -> Program:
     """Carries random weights, a few of them denormal: what takes those for 0 computes other bits."""
-    blank = p.build(layers, shape, loss, momentum=momentum)
+    blank = build(layers, shape, loss, momentum=momentum)
     vector = blank.initial(3)
     vector[::17] = np.float32(1e-39)
-    return p.build(layers, shape, loss, weights=blank.split(vector), momentum=momentum)
+    return build(layers, shape, loss, weights=blank.split(vector), momentum=momentum)
 
 
 def mlp() -> Program:
-    layers: list[p.Layer] = [p.Dense(12), p.ReLU(), p.Dense(8), p.Tanh(), p.LayerNorm(), p.Dense(5)]
+    layers: list[Layer] = [Dense(12), ReLU(), Dense(8), Tanh(), LayerNorm(), Dense(5)]
     return initialised(layers, (8,), "softmax_cross_entropy", momentum=True)
 
 
 def cnn() -> Program:
-    layers: list[p.Layer] = [
-        p.Conv2D(4, 3, padding="same"),
-        p.Tanh(),
-        p.MaxPool2D(2),
-        p.Conv2D(4, 2),
-        p.LeakyReLU(0.1),
-        p.AvgPool2D(3),
-        p.Flatten(),
-        p.Dense(16),
-        p.ReLU(),
-        p.Dense(5),
+    layers: list[Layer] = [
+        Conv2D(4, 3, padding="same"),
+        Tanh(),
+        MaxPool2D(2),
+        Conv2D(4, 2),
+        LeakyReLU(0.1),
+        AvgPool2D(3),
+        Flatten(),
+        Dense(16),
+        ReLU(),
+        Dense(5),
     ]
     return initialised(layers, (8, 8, 1), "softmax_cross_entropy")
 
 
 def separable(loss: Loss = "softmax_cross_entropy") -> Program:
     """A depthwise-separable network in float32, of which all trains."""
-    layers: list[p.Layer] = [
-        p.Conv2D(6, 3, 2, "same"),
-        p.ReLU6(),
-        p.DepthwiseConv2D(3, padding="same"),
-        p.ReLU6(),
-        p.Conv2D(8, 1),
-        p.Sigmoid(),
-        p.GlobalAvgPool2D(),
-        p.Flatten(),
-        p.Dense(4),
+    layers: list[Layer] = [
+        Conv2D(6, 3, 2, "same"),
+        ReLU6(),
+        DepthwiseConv2D(3, padding="same"),
+        ReLU6(),
+        Conv2D(8, 1),
+        Sigmoid(),
+        GlobalAvgPool2D(),
+        Flatten(),
+        Dense(4),
     ]
     return initialised(layers, (8, 8, 1), loss)
 

@@ -15,9 +15,10 @@ import small_models
 from numpy.typing import NDArray
 
 from tinyfleet.edge._mote import lib
-from tinyfleet.edge.errors import error_name
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.engine_errors import error_name
 from tinyfleet.edge.model.graph import Loss
+from tinyfleet.edge.model.layers import Dense, Tanh
+from tinyfleet.edge.model.layers import build as build_program
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.mote.build_extension import HEADERS, INCLUDES, MOTE, sources
@@ -156,7 +157,7 @@ def test_the_sketch_stops_after_a_load_error(damaged: bool, said: str, tmp_path:
 
 
 def deep(loss: Loss = "softmax_cross_entropy", momentum: bool = False) -> Program:
-    return p.build([p.Dense(4), p.Tanh(), p.Dense(3), p.Dense(3)], (2,), loss, momentum=momentum)
+    return build_program([Dense(4), Tanh(), Dense(3), Dense(3)], (2,), loss, momentum=momentum)
 
 
 def split(program: Program, vector: NDArray[np.float32]) -> list[NDArray[np.float32]]:

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from tinyfleet.__main__ import COMMANDS, cli
-from tinyfleet.edge.options import Command
+from tinyfleet.command_line import Command
 from tinyfleet.edge.wire import serial_frames
 
 ROOT = Path(__file__).parents[1]

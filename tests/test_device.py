@@ -217,7 +217,7 @@ def test_two_of_one_name_are_warned(server: Server, broker: Broker, caplog: pyte
     end = time.monotonic() + 30
     while not caplog.messages and time.monotonic() < end:
         server.status("one", online=True)
-    assert "is another one called tinyfleet-home-one?" in caplog.messages[0]
+    assert "does another client use the name tinyfleet-home-one?" in caplog.messages[0]
     for one in devices:
         one.stop()
     assert all(one.join(10) for one in devices)
@@ -330,8 +330,9 @@ def test_an_idle_agent_imports_only_what_it_uses() -> None:
     code = """if True:
         import sys
         from tinyfleet.edge import cli, tasks
+        from tinyfleet.edge.device import agent, device, node, sources
         task = tasks.load("digits")
-        cli.Node("home", "one", {}, task.program, cli.DatasetStream(task.client(0, 16)))
+        node.Node("home", "one", {}, task.program, sources.DatasetStream(task.client(0, 16)))
         unused = "cryptography fastapi flwr keras pandas pydantic pyoxigraph rdflib river scipy sklearn tensorflow"
         print(sorted({*unused.split()} & {*sys.modules}))
     """

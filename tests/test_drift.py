@@ -32,7 +32,7 @@ from tinyfleet.server.flower.grid import MqttGrid
 TOPICS = Topics("test")
 
 Vector = NDArray[np.float32]
-REACTION = DriftResponse(delta=0.002, steps=50, rate=0.1, restart=True)
+RESPONSE = DriftResponse(delta=0.002, steps=50, rate=0.1, restart=True)
 
 
 class Changing:
@@ -66,7 +66,7 @@ def follow(
 
 @pytest.mark.parametrize("seed", range(5))
 def test_drift_is_noticed_soon_and_adapted_to(seed: int) -> None:
-    right, alarms = follow(Changing(seed, at=600), 1200, REACTION)
+    right, alarms = follow(Changing(seed, at=600), 1200, RESPONSE)
     blind, none = follow(Changing(seed, at=600), 1200, None)
     assert len(alarms) == 1 and 600 <= alarms[0] < 680 and none == []
     assert right[400:600].mean() > 0.9 and right[-200:].mean() > 0.9
@@ -74,7 +74,7 @@ def test_drift_is_noticed_soon_and_adapted_to(seed: int) -> None:
 
 
 def test_there_are_no_false_alarms_where_nothing_changes() -> None:
-    assert [follow(Changing(seed, at=9999), 1500, REACTION)[1] for seed in range(8)] == [[]] * 8
+    assert [follow(Changing(seed, at=9999), 1500, RESPONSE)[1] for seed in range(8)] == [[]] * 8
 
 
 def test_learning_is_no_drift() -> None:
@@ -86,16 +86,16 @@ def test_learning_is_no_drift() -> None:
 
 def test_after_an_alarm_it_goes_on_from_its_start() -> None:
     stream = Changing(1, at=600)
-    learner = OnlineLearner(mote := MoteLearner(PROGRAM), PROGRAM, START, 0.02, REACTION)
+    learner = OnlineLearner(mote := MoteLearner(PROGRAM), PROGRAM, START, 0.02, RESPONSE)
     while not learner.learn(*(sample := stream.next(query=False))).drifted:
         assert learner.drift == 0
     assert learner.drift == 1
     again = MoteLearner(PROGRAM)
     again.set_parameters(START)
-    again.learn(*sample, REACTION.rate)
+    again.learn(*sample, RESPONSE.rate)
     assert np.array_equal(mote.parameters, again.parameters)
-    drifts = [learner.drift for _ in range(REACTION.steps) if learner.learn(*stream.next(query=False))]
-    assert drifts == [i / REACTION.steps for i in reversed(range(REACTION.steps))]
+    drifts = [learner.drift for _ in range(RESPONSE.steps) if learner.learn(*stream.next(query=False))]
+    assert drifts == [i / RESPONSE.steps for i in reversed(range(RESPONSE.steps))]
 
 
 def test_the_error_of_a_regression_is_the_squared_error() -> None:
@@ -145,7 +145,7 @@ def test_who_does_not_learn_online_imports_no_river_and_nobody_tensorflow() -> N
 def agent(broker: tuple[str, int]) -> Iterator[Any]:
     def node() -> AgentNode:
         td = thing_description("test", "pi", VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
-        online = OnlineLearning(Changing(1, at=600), 0.02, REACTION)
+        online = OnlineLearning(Changing(1, at=600), 0.02, RESPONSE)
         return AgentNode("test", "pi", td, PROGRAM, DatasetStream(client(0, 1)), online=online)
 
     device = Device(node, *broker, "test")

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from nets import int8_operations, nets, random_weights, spoilt
 
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import AvgPool2D, Conv2D, Dense, Flatten, MaxPool2D, ReLU, Tanh, build
 from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT, sources
 
 ROOT = Path(__file__).parents[1]
@@ -93,13 +93,13 @@ def good() -> list[bytes]:
 
 
 SPOILT = [
-    p.build([p.AvgPool2D(1), p.Tanh()], (2, 2, 2), "mse"),
-    p.build([p.Tanh(), p.AvgPool2D(2), p.Flatten(), p.Dense(9)], (2, 2, 1), "mse"),
-    p.build([p.AvgPool2D(2), p.MaxPool2D(1)], (2, 2, 2), "softmax_cross_entropy"),
-    p.build([p.Dense(3), p.Tanh(), p.Dense(3)], (4,), "softmax_cross_entropy"),
-    p.build([p.Conv2D(2, 2, 1, "same"), p.Tanh(), p.MaxPool2D(2), p.Flatten(), p.Tanh()], (4, 4, 1), "mse"),
-    p.build(
-        [p.Conv2D(1, 3, 2, "same"), p.AvgPool2D(2, 1), p.Conv2D(1, 1), p.MaxPool2D(2, 1), p.ReLU(), p.Flatten()],
+    build([AvgPool2D(1), Tanh()], (2, 2, 2), "mse"),
+    build([Tanh(), AvgPool2D(2), Flatten(), Dense(9)], (2, 2, 1), "mse"),
+    build([AvgPool2D(2), MaxPool2D(1)], (2, 2, 2), "softmax_cross_entropy"),
+    build([Dense(3), Tanh(), Dense(3)], (4,), "softmax_cross_entropy"),
+    build([Conv2D(2, 2, 1, "same"), Tanh(), MaxPool2D(2), Flatten(), Tanh()], (4, 4, 1), "mse"),
+    build(
+        [Conv2D(1, 3, 2, "same"), AvgPool2D(2, 1), Conv2D(1, 1), MaxPool2D(2, 1), ReLU(), Flatten()],
         (6, 6, 1),
         "mse",
         trainable={1},

@@ -26,6 +26,7 @@ STATE = 40  # bytes of mote_t on a 32-bit target
 
 pytestmark = NEEDS_TOOLS
 
+
 @pytest.mark.parametrize("board", BOARDS)
 def test_firmware_fits_its_board_and_the_arena_is_the_planned_one(board: str, firmware: Callable[[str], Path]) -> None:
     size = read_size(firmware(board))

@@ -24,7 +24,7 @@ from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_episode
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
@@ -47,7 +47,7 @@ from tinyfleet.server.training_run import Round, RunResult, run
 Vector = NDArray[np.float32]
 
 WAYS, FEATURES = 3, 12
-PROGRAM = p.build([p.Dense(16), p.ReLU(), p.Dense(WAYS)], (FEATURES,), "softmax_cross_entropy")
+PROGRAM = build([Dense(16), ReLU(), Dense(WAYS)], (FEATURES,), "softmax_cross_entropy")
 START = PROGRAM.initial(3)
 LIMIT = 600  # seconds; a hang is an error, a busy machine is not
 

@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Rec
 from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model import layers
 from tinyfleet.edge.wire.chunks import decode_chunk
 from tinyfleet.edge.wire.messages import (
     Dense,
@@ -41,7 +41,7 @@ from tinyfleet.server.flower.devices import node_id
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.requests import RoundEvent
 
-PROGRAM = p.build([p.Dense(16), p.ReLU(), p.Dense(3)], (20,), "softmax_cross_entropy")
+PROGRAM = layers.build([layers.Dense(16), layers.ReLU(), layers.Dense(3)], (20,), "softmax_cross_entropy")
 SIZE = PROGRAM.n_params
 TOPICS = Topics("test")
 METRICS = Metrics(samples=8, loss=0.5, queried=4, correct=3, query_loss=0.25, arena_bytes=PROGRAM.arena_bytes)

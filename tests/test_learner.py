@@ -12,18 +12,33 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tinyfleet.edge._mote import lib
-from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.graph import LOSSES, Loss
+from tinyfleet.edge.model.layers import (
+    AvgPool2D,
+    Conv2D,
+    Dense,
+    DepthwiseConv2D,
+    Flatten,
+    Layer,
+    LayerNorm,
+    LeakyReLU,
+    MaxPool2D,
+    ReLU6,
+    Sigmoid,
+    Softmax,
+    Tanh,
+    build,
+)
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner, learn_many
 from tinyfleet.edge.model.program import Program
 
 Vector = NDArray[np.float32]
-LAYERS: list[p.Layer] = [p.Dense(5), p.Tanh(), p.Dense(3)]
-MLP = p.build(LAYERS, (4,), "softmax_cross_entropy")
+LAYERS: list[Layer] = [Dense(5), Tanh(), Dense(3)]
+MLP = build(LAYERS, (4,), "softmax_cross_entropy")
 
 
 def heavy(loss: Loss = "softmax_cross_entropy") -> Program:
-    return p.build(LAYERS, (4,), loss, momentum=True)
+    return build(LAYERS, (4,), loss, momentum=True)
 
 
 def gradient(program: Program, parameters: Vector, x: Vector, y: int) -> NDArray[np.float64]:
@@ -121,7 +136,7 @@ def test_an_optimiser_that_cannot_be_is_refused(program: Program, settings_: dic
 
 
 def test_a_head_grows_a_class_and_learns_it() -> None:
-    program = p.build([p.Dense(4)], (8,), "softmax_cross_entropy", classes=2)
+    program = build([Dense(4)], (8,), "softmax_cross_entropy", classes=2)
     learner = MoteLearner(program)
     random = np.random.default_rng(0)
     patterns = random.normal(size=(4, 8))
@@ -144,8 +159,8 @@ def test_a_head_grows_a_class_and_learns_it() -> None:
 
 def test_a_small_head_is_to_the_bit_a_grown_one_less_a_class() -> None:
     """A program that keeps room behaves as one built for just the classes in use."""
-    whole = MoteLearner(p.build([p.Dense(3)], (8,), "mse", classes=2))
-    small = MoteLearner(p.build([p.Dense(2)], (8,), "mse"))
+    whole = MoteLearner(build([Dense(3)], (8,), "mse", classes=2))
+    small = MoteLearner(build([Dense(2)], (8,), "mse"))
     random = np.random.default_rng(1)
     for _ in range(20):
         x, y = random.normal(size=8), random.normal(size=2)
@@ -235,7 +250,7 @@ def test_many_devices_of_int8_and_of_several_targets() -> None:
     xs = np.random.default_rng(0).integers(-128, 128, (2, 3, *program.input_shape)).astype(np.int8)
     assert learn_many(learners, xs, [[0, 1, 2], [3, 2, 1]], 0.1).shape == (2, 3)
     assert not np.array_equal(learners[0].parameters, learners[1].parameters)
-    regression = MoteLearner(p.build(LAYERS, (4,), "mse"))
+    regression = MoteLearner(build(LAYERS, (4,), "mse"))
     assert learn_many([regression], np.ones((1, 2, 4)), np.ones((1, 2, 3)), 0.1)[0, 1] < 1.0
 
 
@@ -248,7 +263,7 @@ def test_what_many_devices_cannot_learn_is_refused_and_the_others_learn() -> Non
     with pytest.raises(LearnerError, match="twice"):
         learn_many([learners[0]] * 2, xs, ys, 0.1)
     with pytest.raises(LearnerError, match="differ"):
-        learn_many([learners[0], MoteLearner(p.build([p.Dense(3)], (5,), "softmax_cross_entropy"))], xs, ys, 0.1)
+        learn_many([learners[0], MoteLearner(build([Dense(3)], (5,), "softmax_cross_entropy"))], xs, ys, 0.1)
     with pytest.raises(LearnerError, match="at least one"):
         learn_many([], xs, ys, 0.1)
     before = [learner.parameters for learner in learners]
@@ -264,23 +279,23 @@ def test_what_many_devices_cannot_learn_is_refused_and_the_others_learn() -> Non
 
 def everything(loss: Loss) -> Program:
     """A model of every kind of float32 layer, with room for the momentum."""
-    layers: list[p.Layer] = [
-        p.Conv2D(3, 2, padding="same"),
-        p.LeakyReLU(0.1),
-        p.DepthwiseConv2D(2),
-        p.Sigmoid(),
-        p.MaxPool2D(2, 1),
-        p.LayerNorm(),
-        p.AvgPool2D(2, 1, "same"),
-        p.Flatten(),
-        p.Dense(5),
-        p.Softmax(),
-        p.Dense(4),
-        p.ReLU6(),
-        p.Dense(3),
-        p.Tanh(),
+    layers: list[Layer] = [
+        Conv2D(3, 2, padding="same"),
+        LeakyReLU(0.1),
+        DepthwiseConv2D(2),
+        Sigmoid(),
+        MaxPool2D(2, 1),
+        LayerNorm(),
+        AvgPool2D(2, 1, "same"),
+        Flatten(),
+        Dense(5),
+        Softmax(),
+        Dense(4),
+        ReLU6(),
+        Dense(3),
+        Tanh(),
     ]
-    return p.build(layers, (4, 4, 2), loss, momentum=True)
+    return build(layers, (4, 4, 2), loss, momentum=True)
 
 
 OPTIMISERS: dict[str, dict[str, float]] = {
@@ -337,7 +352,7 @@ def test_what_is_not_a_number_is_an_error_and_leaves_no_trace(program: Program, 
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_a_loss_that_is_not_finite_leaves_weights_and_momentum(loss: Loss, optimiser: str) -> None:
     """Weights so large that the logits, or their squares, are not finite."""
-    learner = MoteLearner(p.build([p.Dense(4), p.Dense(3)], (2,), loss, momentum=True), **OPTIMISERS[optimiser])
+    learner = MoteLearner(build([Dense(4), Dense(3)], (2,), loss, momentum=True), **OPTIMISERS[optimiser])
     learner.set_parameters(np.full(27, 1e30, np.float32))
     before = learner._arena[: 2 * 27 * 4].tobytes()
     y = 1 if loss == "softmax_cross_entropy" else [1.0, 0.0, 1.0]
@@ -363,7 +378,7 @@ def test_inputs_and_weights_at_the_small_end_learn_finite_numbers(loss: Loss) ->
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("size", [1e4, 1e20, 1e38])
 def test_large_logits_give_a_loss_or_an_error_and_never_spoil_the_weights(loss: Loss, size: float) -> None:
-    learner = MoteLearner(p.build([p.Dense(3)], (2,), loss))
+    learner = MoteLearner(build([Dense(3)], (2,), loss))
     learner.set_parameters([size, -size, -size, size, size, size, 0, 0, 0])
     before = learner.parameters
     y = 1 if loss == "softmax_cross_entropy" else [1.0, 0.0, 1.0]
@@ -379,7 +394,7 @@ def test_large_logits_give_a_loss_or_an_error_and_never_spoil_the_weights(loss: 
 
 
 def test_the_binary_loss_is_right_where_the_output_has_rounded_to_0_or_1() -> None:
-    learner = MoteLearner(p.build([p.Dense(1)], (1,), "binary_cross_entropy"))
+    learner = MoteLearner(build([Dense(1)], (1,), "binary_cross_entropy"))
     for z in (-80.0, -20.0, -5.0, -1e-3, 0.0, 1e-3, 5.0, 20.0, 80.0):
         learner.set_parameters([z, 0.0])
         for t in (0.0, 0.25, 1.0):
@@ -393,7 +408,7 @@ def test_the_binary_loss_is_right_where_the_output_has_rounded_to_0_or_1() -> No
 def test_denormal_numbers_count() -> None:
     """A device that took them for 0 would learn other bits than one that does not."""
     tiny = np.float32(1e-39)
-    learner = MoteLearner(p.build([p.Dense(1)], (4,), "mse"))
+    learner = MoteLearner(build([Dense(1)], (4,), "mse"))
     learner.set_parameters([tiny, 2 * tiny, 3 * tiny, 4 * tiny, 0.0])
     assert learner.infer(np.ones(4))[0] == np.float32(tiny + 3 * tiny) + np.float32(2 * tiny + 4 * tiny) > 0
     learner.set_parameters(np.zeros(5))
@@ -402,7 +417,7 @@ def test_denormal_numbers_count() -> None:
 
 
 def test_a_gradient_too_large_for_its_norm_is_an_error_and_teaches_nothing() -> None:
-    learner = MoteLearner(p.build([p.Dense(1)], (4,), "mse"), clip_norm=1.0)
+    learner = MoteLearner(build([Dense(1)], (4,), "mse"), clip_norm=1.0)
     x = np.full(4, 1e18, np.float32)
     with pytest.raises(LearnerError) as error:
         learner.learn(x, [1e18], 0.1)

@@ -12,9 +12,9 @@ import small_models
 from nets import HEADER, OP, TENSOR, records_end, sealed
 
 from tinyfleet.edge._mote import ffi, lib
-from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+from tinyfleet.edge.model.layers import Dense, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 
@@ -78,9 +78,7 @@ def floats(kind: Kind, **fields: Any) -> Program:
 MODELS: dict[str, Program] = {name: make() for name, make in small_models.MODELS.items()} | {
     "leaky": floats(Kind.LEAKY_RELU, slope=0.5),
     "softmax": floats(Kind.SOFTMAX),
-    "frozen": p.build(
-        [p.Dense(3)], (4,), None, weights={"dense_0/weights": np.ones((3, 4)), "dense_0/bias": np.ones(3)}
-    ),
+    "frozen": build([Dense(3)], (4,), None, weights={"dense_0/weights": np.ones((3, 4)), "dense_0/bias": np.ones(3)}),
 }
 PLACE, SLICE = 7, 2  # of "branches"
 REFUSED: list[tuple[str, str, list[tuple[str, dict[str, Any]]]]] = [

@@ -25,7 +25,20 @@ from tinyfleet.edge.device.flower_client import serve
 from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import (
+    AvgPool2D,
+    Conv2D,
+    Dense,
+    DepthwiseConv2D,
+    Flatten,
+    LayerNorm,
+    MaxPool2D,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    Tanh,
+    build,
+)
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Episodes, omniglot
@@ -56,16 +69,16 @@ meta = pytest.importorskip(
 
 DIGITS = tasks.load("digits")
 FLEET = 12
-CONV = p.build(
+CONV = build(
     [
-        p.Conv2D(4, 3, padding="same"), p.ReLU(), p.MaxPool2D(2),
-        p.DepthwiseConv2D(3, 2, padding="same", multiplier=2), p.ReLU6(), p.AvgPool2D(3, 2, padding="same"),
-        p.Conv2D(3, (2, 1)), p.Sigmoid(), p.Flatten(), p.Dense(5),
+        Conv2D(4, 3, padding="same"), ReLU(), MaxPool2D(2),
+        DepthwiseConv2D(3, 2, padding="same", multiplier=2), ReLU6(), AvgPool2D(3, 2, padding="same"),
+        Conv2D(3, (2, 1)), Sigmoid(), Flatten(), Dense(5),
     ],
     (12, 10, 2),
     "softmax_cross_entropy",
 )  # fmt: skip
-SINE = p.build([p.Dense(16), p.Tanh(), p.Dense(16), p.Tanh(), p.Dense(1)], (1,), "mse")
+SINE = build([Dense(16), Tanh(), Dense(16), Tanh(), Dense(1)], (1,), "mse")
 ALONE = meta.Backend(SINE, exact=True)
 PHASES = [Phase(2, 3, 0.05), Phase(ALL_LAYERS, 8, 0.02)]
 
@@ -439,7 +452,7 @@ def test_clients_that_diverge_are_left_out() -> None:
     source = meta.ClientSource(2, lambda nodes, seeds, count: (x[list(nodes)], y[list(nodes)]), stores_samples=False)
     phases = (Phase(ALL_LAYERS, 4, 0.05),)
     how = meta.MethodSettings("reptile", phases, phases, clients=2)
-    backend, start = meta.Backend(p.build([p.Dense(1)], (1,), "mse")), np.zeros(2, np.float32)
+    backend, start = meta.Backend(build([Dense(1)], (1,), "mse")), np.zeros(2, np.float32)
     outcome = meta.simulate(backend, source, how, start, rounds=1)
     assert (outcome.rounds[0].clients, outcome.rounds[0].diverged) == (2, 1)
     assert np.isfinite(outcome.parameters).all() and np.isfinite(outcome.rounds[0].loss)
@@ -455,7 +468,7 @@ def test_what_does_not_fit_is_told() -> None:
     with pytest.raises(UserError, match="the order has the shape"):
         backend.adapt(SINE.initial(0), x, y, PHASES, order=np.zeros((2, 3, 1), int))
     with pytest.raises(UserError, match="layernorm"):
-        meta.Backend(p.build([p.Dense(2), p.LayerNorm(), p.Dense(1)], (1,), "mse"))
+        meta.Backend(build([Dense(2), LayerNorm(), Dense(1)], (1,), "mse"))
     with pytest.raises(UserError, match="one sample a step"):
         meta.Backend(SINE, exact=True).adapt(SINE.initial(0), x, y, PHASES, batch=2)
 

@@ -13,9 +13,9 @@ from nets import HEADER, Net, graphs, nets, with_weights
 from small_models import MODELS
 
 from tinyfleet.edge.errors import ProgramError
-from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import LOSSES, Graph, Kind, Op, Shape3, Tensor
+from tinyfleet.edge.model.layers import Conv2D, Dense, DepthwiseConv2D, Flatten, GlobalAvgPool2D, Layer, ReLU, network
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.memory_plan import (
     MASKED,
@@ -243,7 +243,7 @@ def test_nor_is_it_when_biases_or_only_the_last_layers_train_or_nothing_does(gra
 @given(nets())
 @settings(max_examples=100, deadline=None)
 def test_nor_is_it_in_a_model_of_layers(net: Net) -> None:
-    graph = p.network(net.layers, net.input_shape, net.loss)
+    graph = network(net.layers, net.input_shape, net.loss)
     Replay(graph, plan_memory(graph))
 
 
@@ -360,20 +360,20 @@ def test_a_plan_of_a_few_blocks_is_the_best_that_there_is(blocks: Sequence[Block
 # The four models of MLPerf Tiny, by their layers; their files are in test_tflite_models.py.
 
 
-def _separable(filters: int, strides: int = 1) -> list[p.Layer]:
-    relu = p.ReLU()
-    return [p.DepthwiseConv2D(3, strides, "same"), relu, p.Conv2D(filters, 1, padding="same"), relu]
+def _separable(filters: int, strides: int = 1) -> list[Layer]:
+    relu = ReLU()
+    return [DepthwiseConv2D(3, strides, "same"), relu, Conv2D(filters, 1, padding="same"), relu]
 
 
 def keyword_spotting() -> Graph:
-    layers: list[p.Layer] = [p.Conv2D(64, (10, 4), 2, "same"), p.ReLU()]
+    layers: list[Layer] = [Conv2D(64, (10, 4), 2, "same"), ReLU()]
     layers += [layer for _ in range(4) for layer in _separable(64)]
-    layers += [p.GlobalAvgPool2D(), p.Flatten(), p.Dense(12)]
-    return p.network(layers, (49, 10, 1), "softmax_cross_entropy")
+    layers += [GlobalAvgPool2D(), Flatten(), Dense(12)]
+    return network(layers, (49, 10, 1), "softmax_cross_entropy")
 
 
 def visual_wake_words() -> Graph:
-    layers: list[p.Layer] = [p.Conv2D(8, 3, 2, "same"), p.ReLU()]
+    layers: list[Layer] = [Conv2D(8, 3, 2, "same"), ReLU()]
     for filters, strides in [
         (16, 1),
         (32, 2),
@@ -386,15 +386,15 @@ def visual_wake_words() -> Graph:
         (256, 1),
     ]:
         layers += _separable(filters, strides)
-    layers += [p.GlobalAvgPool2D(), p.Flatten(), p.Dense(2)]
-    return p.network(layers, (96, 96, 3), "softmax_cross_entropy")
+    layers += [GlobalAvgPool2D(), Flatten(), Dense(2)]
+    return network(layers, (96, 96, 3), "softmax_cross_entropy")
 
 
 def anomaly_detection() -> Graph:
-    layers: list[p.Layer] = []
+    layers: list[Layer] = []
     for units in (128, 128, 128, 128, 8, 128, 128, 128, 128):
-        layers += [p.Dense(units), p.ReLU()]
-    return p.network([*layers, p.Dense(640)], (640,), "mse")
+        layers += [Dense(units), ReLU()]
+    return network([*layers, Dense(640)], (640,), "mse")
 
 
 class Branched:

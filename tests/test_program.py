@@ -10,24 +10,38 @@ from hypothesis import strategies as st
 from nets import hostile, random_weights, sealed, with_weights
 
 from tinyfleet.edge.errors import ProgramError
-from tinyfleet.edge.model import layers as p
 from tinyfleet.edge.model.assemble import assemble
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+from tinyfleet.edge.model.layers import (
+    AvgPool2D,
+    Conv2D,
+    Dense,
+    DepthwiseConv2D,
+    Flatten,
+    LayerNorm,
+    MaxPool2D,
+    ReLU,
+    ReLU6,
+    Softmax,
+    Tanh,
+    build,
+    network,
+)
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.memory_plan import with_training
 from tinyfleet.edge.model.program import Program
 
 
 def test_the_plan_of_a_small_mlp_takes_two_hidden_vectors_and_one_output() -> None:
-    program = p.build([p.Dense(32), p.ReLU(), p.Dense(10)], (64,), "softmax_cross_entropy")
+    program = build([Dense(32), ReLU(), Dense(10)], (64,), "softmax_cross_entropy")
     assert program.activation_bytes == 4 * (32 + 32 + 10) == 296
     assert program.arena_bytes == 296 + 4 * (64 * 32 + 32 + 32 * 10 + 10)
 
 
 def test_a_frozen_backbone_needs_no_gradients() -> None:
-    layers = [p.Conv2D(8), p.ReLU(), p.MaxPool2D(), p.Flatten(), p.Dense(10)]
-    whole = p.build(layers, (12, 12, 1), "softmax_cross_entropy")
-    head = p.build(layers, (12, 12, 1), "softmax_cross_entropy", trainable={1}, weights=only(whole, "conv2d_0"))
+    layers = [Conv2D(8), ReLU(), MaxPool2D(), Flatten(), Dense(10)]
+    whole = build(layers, (12, 12, 1), "softmax_cross_entropy")
+    head = build(layers, (12, 12, 1), "softmax_cross_entropy", trainable={1}, weights=only(whole, "conv2d_0"))
     assert head.activation_bytes == 4 * (800 + 200)  # the convolution's output, then the pool's; the rest fits under it
     assert whole.activation_bytes == 4 * (800 + 200 + 10 + 200)
     assert head.n_params == 200 * 10 + 10
@@ -39,8 +53,8 @@ def only(program: Program, layer: str) -> dict[str, np.ndarray]:
 
 
 def test_a_program_says_what_was_built() -> None:
-    layers = [p.Conv2D(4, (3, 2), 2, "same"), p.Tanh(), p.AvgPool2D(2), p.Flatten(), p.Dense(5)]
-    program = Program.parse(p.build(layers, (8, 6, 2), "mse").data)
+    layers = [Conv2D(4, (3, 2), 2, "same"), Tanh(), AvgPool2D(2), Flatten(), Dense(5)]
+    program = Program.parse(build(layers, (8, 6, 2), "mse").data)
     assert program.input_shape == (8, 6, 2) and program.output_shape == (5,) and program.loss == "mse"
     conv, tanh, pool, dense = program.layers
     assert (conv.name, conv.out_shape, conv.params, conv.macs) == ("conv2d_0", (4, 3, 4), 52, 4 * 3 * 48)
@@ -57,14 +71,14 @@ def test_a_program_says_what_was_built() -> None:
 
 
 def test_a_model_id_names_the_architecture() -> None:
-    layers = [p.Dense(4)]
-    one, two = p.build(layers, (3,), "mse"), p.build(layers, (3,), "mse")
+    layers = [Dense(4)]
+    one, two = build(layers, (3,), "mse"), build(layers, (3,), "mse")
     assert one == two and one.model_id == two.model_id and len(one.model_id) == 8
-    assert p.build(layers, (3,), "softmax_cross_entropy").model_id != one.model_id
+    assert build(layers, (3,), "softmax_cross_entropy").model_id != one.model_id
 
 
 def test_split_and_join_are_inverse() -> None:
-    program = p.build([p.Dense(4), p.ReLU(), p.Dense(2)], (3,), "mse")
+    program = build([Dense(4), ReLU(), Dense(2)], (3,), "mse")
     vector = program.initial(7)
     assert np.array_equal(program.join(program.split(vector)), vector)
     with pytest.raises(ProgramError, match=r"needs \(26,\)"):
@@ -74,7 +88,7 @@ def test_split_and_join_are_inverse() -> None:
 
 
 def test_initial_parameters_are_glorot_uniform_with_zero_biases() -> None:
-    program = p.build([p.Dense(100)], (50,), "mse")
+    program = build([Dense(100)], (50,), "mse")
     arrays = program.split(program.initial(3))
     limit = np.sqrt(6 / 150)
     assert np.abs(arrays["dense_0/weights"]).max() <= limit
@@ -85,42 +99,42 @@ def test_initial_parameters_are_glorot_uniform_with_zero_biases() -> None:
 
 
 def test_a_program_carries_initial_values_if_it_is_given_them() -> None:
-    bare = p.build([p.Dense(2), p.Tanh(), p.Dense(2)], (3,), "mse")
+    bare = build([Dense(2), Tanh(), Dense(2)], (3,), "mse")
     weights = random_weights(bare, 5)
-    full = p.build([p.Dense(2), p.Tanh(), p.Dense(2)], (3,), "mse", weights=weights)
+    full = build([Dense(2), Tanh(), Dense(2)], (3,), "mse", weights=weights)
     assert bare.carried is None and full.carried is not None
     assert np.array_equal(full.carried, bare.join(weights))
 
 
 def test_relu_is_moved_behind_max_pooling() -> None:
-    after = p.build([p.Conv2D(2), p.MaxPool2D(), p.ReLU(), p.Flatten(), p.Dense(2)], (6, 6, 1), "mse")
-    before = p.build([p.Conv2D(2), p.ReLU(), p.MaxPool2D(), p.Flatten(), p.Dense(2)], (6, 6, 1), "mse")
+    after = build([Conv2D(2), MaxPool2D(), ReLU(), Flatten(), Dense(2)], (6, 6, 1), "mse")
+    before = build([Conv2D(2), ReLU(), MaxPool2D(), Flatten(), Dense(2)], (6, 6, 1), "mse")
     assert before == after
 
 
 BAD_MODELS = {
     "no layers": ([], (4,), "mse", {}, "computes something"),
-    "only a flatten": ([p.Flatten()], (2, 2, 1), "mse", {}, "computes something"),
-    "a loss that is not there": ([p.Dense(1)], (4,), "hinge", {}, "hinge"),
-    "an input of two dimensions": ([p.Dense(1)], (4, 4), "mse", {}, "height, width, channels"),
-    "an empty input": ([p.Dense(1)], (0,), "mse", {}, "65535"),
-    "too large an input": ([p.Dense(1)], (65536,), "mse", {}, "65535"),
-    "too large a flatten": ([p.Flatten()], (256, 256, 1), "mse", {}, "65535"),
-    "a dense layer on an image": ([p.Dense(1)], (4, 4, 1), "mse", {}, "Flatten"),
-    "no units": ([p.Dense(0)], (4,), "mse", {}, "65535"),
-    "more parameters than a field can count": ([p.Dense(65535)] * 3, (65535,), "mse", {}, "smaller"),
-    "a kernel larger than its input": ([p.Conv2D(1, 5)], (4, 4, 1), "mse", {}, "padding='same'"),
-    "a stride of 0": ([p.Conv2D(1, 3, 0)], (4, 4, 1), "mse", {}, "1 to 255"),
-    "a padding that is not there": ([p.MaxPool2D(2, 2, "full")], (4, 4, 1), "mse", {}, "'valid' or 'same'"),  # type: ignore[arg-type]
-    "a layer of another kind": ([p.Dense(2), "softmax"], (4,), "mse", {}, "softmax"),
-    "too many layers with parameters": ([p.Dense(1)] * 33, (4,), "mse", {}, "32"),
-    "a trainable layer that is not there": ([p.Dense(1)], (4,), "mse", {"trainable": {1}}, "layer 1"),
-    "a frozen layer without weights": ([p.Dense(1)], (4,), "mse", {"trainable": ()}, "frozen"),
-    "weights of no layer": ([p.Dense(1)], (4,), "mse", {"weights": {"dense_9/bias": np.zeros(1)}}, "dense_9"),
-    "weights for half of a model": ([p.Dense(1)], (4,), "mse", {"weights": {"dense_0/bias": np.zeros(1)}}, "pass them"),
-    "weights of another shape": ([p.Dense(1)], (4,), "mse", {"weights": {"dense_0/weights": np.zeros(4)}}, r"\(1, 4\)"),
+    "only a flatten": ([Flatten()], (2, 2, 1), "mse", {}, "computes something"),
+    "a loss that is not there": ([Dense(1)], (4,), "hinge", {}, "hinge"),
+    "an input of two dimensions": ([Dense(1)], (4, 4), "mse", {}, "height, width, channels"),
+    "an empty input": ([Dense(1)], (0,), "mse", {}, "65535"),
+    "too large an input": ([Dense(1)], (65536,), "mse", {}, "65535"),
+    "too large a flatten": ([Flatten()], (256, 256, 1), "mse", {}, "65535"),
+    "a dense layer on an image": ([Dense(1)], (4, 4, 1), "mse", {}, "Flatten"),
+    "no units": ([Dense(0)], (4,), "mse", {}, "65535"),
+    "more parameters than a field can count": ([Dense(65535)] * 3, (65535,), "mse", {}, "smaller"),
+    "a kernel larger than its input": ([Conv2D(1, 5)], (4, 4, 1), "mse", {}, "padding='same'"),
+    "a stride of 0": ([Conv2D(1, 3, 0)], (4, 4, 1), "mse", {}, "1 to 255"),
+    "a padding that is not there": ([MaxPool2D(2, 2, "full")], (4, 4, 1), "mse", {}, "'valid' or 'same'"),  # type: ignore[arg-type]
+    "a layer of another kind": ([Dense(2), "softmax"], (4,), "mse", {}, "softmax"),
+    "too many layers with parameters": ([Dense(1)] * 33, (4,), "mse", {}, "32"),
+    "a trainable layer that is not there": ([Dense(1)], (4,), "mse", {"trainable": {1}}, "layer 1"),
+    "a frozen layer without weights": ([Dense(1)], (4,), "mse", {"trainable": ()}, "frozen"),
+    "weights of no layer": ([Dense(1)], (4,), "mse", {"weights": {"dense_9/bias": np.zeros(1)}}, "dense_9"),
+    "weights for half of a model": ([Dense(1)], (4,), "mse", {"weights": {"dense_0/bias": np.zeros(1)}}, "pass them"),
+    "weights of another shape": ([Dense(1)], (4,), "mse", {"weights": {"dense_0/weights": np.zeros(4)}}, r"\(1, 4\)"),
     "weights that are not finite": (
-        [p.Dense(1)],
+        [Dense(1)],
         (4,),
         "mse",
         {"weights": {"dense_0/weights": np.full((1, 4), np.nan), "dense_0/bias": np.zeros(1)}},
@@ -133,12 +147,12 @@ BAD_MODELS = {
 def test_a_bad_model_gets_an_error_that_says_why(case: str) -> None:
     layers, shape, loss, options, reason = BAD_MODELS[case]
     with pytest.raises(ProgramError, match=reason):
-        p.build(layers, shape, loss, **options)  # type: ignore[arg-type]
+        build(layers, shape, loss, **options)  # type: ignore[arg-type]
 
 
 def test_a_program_says_how_it_trains() -> None:
-    layers = [p.Conv2D(4, 3, dilation=2), p.ReLU6(), p.DepthwiseConv2D(3, multiplier=2), p.LayerNorm(), p.Flatten()]
-    program = p.build([*layers, p.Dense(6)], (9, 9, 1), "huber", momentum=True, classes=2)
+    layers = [Conv2D(4, 3, dilation=2), ReLU6(), DepthwiseConv2D(3, multiplier=2), LayerNorm(), Flatten()]
+    program = build([*layers, Dense(6)], (9, 9, 1), "huber", momentum=True, classes=2)
     assert [layer.kind for layer in program.layers] == ["conv2d", "relu6", "depthwise", "layernorm", "dense"]
     assert [layer.out_shape for layer in program.layers] == [(5, 5, 4), (5, 5, 4), (3, 3, 8), (3, 3, 8), (6,)]
     assert [layer.macs for layer in program.layers] == [25 * 36, 0, 9 * 9 * 8, 0, 72 * 6]
@@ -149,7 +163,7 @@ def test_a_program_says_how_it_trains() -> None:
 
 
 def test_of_an_op_only_the_bias_can_train() -> None:
-    net = p.network([p.Dense(3), p.Tanh(), p.Dense(2)], (4,), "mse")
+    net = network([Dense(3), Tanh(), Dense(2)], (4,), "mse")
     graph = with_training(with_weights(net, np.random.default_rng(0)), 0, bias_only=True)
     program = assemble(graph)
     assert program.parameters == (("dense_0/bias", (3,)), ("dense_1/bias", (2,)))
@@ -159,8 +173,8 @@ def test_of_an_op_only_the_bias_can_train() -> None:
 
 
 def test_a_model_that_only_runs_has_nothing_that_trains() -> None:
-    net = p.network(
-        [p.Dense(3), p.Softmax()], (4,), None, weights={"dense_0/weights": np.ones((3, 4)), "dense_0/bias": np.zeros(3)}
+    net = network(
+        [Dense(3), Softmax()], (4,), None, weights={"dense_0/weights": np.ones((3, 4)), "dense_0/bias": np.zeros(3)}
     )
     program = assemble(net)
     assert program.loss is None and program.n_params == 0 and program.arena_bytes == program.activation_bytes == 12
@@ -169,7 +183,7 @@ def test_a_model_that_only_runs_has_nothing_that_trains() -> None:
 
 def dense(**changes: object) -> Graph:
     """One dense layer."""
-    graph = with_weights(p.network([p.Dense(3)], (4,), "mse"), np.random.default_rng(0))
+    graph = with_weights(network([Dense(3)], (4,), "mse"), np.random.default_rng(0))
     of_op = {k: v for k, v in changes.items() if k in Op.__dataclass_fields__}
     of_graph = {k: v for k, v in changes.items() if k not in of_op}
     return replace(graph, ops=(replace(graph.ops[0], **of_op),), **of_graph)  # type: ignore[arg-type]
@@ -197,7 +211,7 @@ def test_a_bad_graph_gets_an_error_that_says_why(case: str) -> None:
 
 
 def test_damaged_bytes_are_no_program() -> None:
-    data = p.build([p.Dense(2)], (3,), "mse").data
+    data = build([Dense(2)], (3,), "mse").data
     with pytest.raises(ProgramError, match="not a program"):
         Program.parse(b"")
     with pytest.raises(ProgramError, match="not a program"):
@@ -223,8 +237,8 @@ def test_parsing_anything_gives_a_program_or_a_program_error(data: st.DataObject
 
 
 def test_a_mask_says_which_parameters_belong_to_its_layers() -> None:
-    layers = [p.Conv2D(3), p.ReLU(), p.Flatten(), p.Dense(4), p.ReLU(), p.Dense(2)]
-    program = p.build(layers, (5, 5, 1), "softmax_cross_entropy")
+    layers = [Conv2D(3), ReLU(), Flatten(), Dense(4), ReLU(), Dense(2)]
+    program = build(layers, (5, 5, 1), "softmax_cross_entropy")
     names = [name.partition("/")[0] for name, shape in program.parameters for _ in range(math.prod(shape))]
     trained = list(dict.fromkeys(names))
     for mask in range(8):

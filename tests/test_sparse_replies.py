@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import FedAvg, FedMedian
 from numpy.typing import NDArray
 from test_strategies import Nodes
 
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.wire.flower_records import SparseArrayRecord, vector_to_arrays
 from tinyfleet.edge.wire.messages import Metrics, Sparse, Success, TrainTask, UpdateFormat, decode_reply, encode
 from tinyfleet.edge.wire.updates import apply_update
@@ -19,7 +19,7 @@ from tinyfleet.server.flower.replies import ReplyParts, reply_content
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 from tinyfleet.server.flower.strategies.reptile import SentArrays
 
-PROGRAM = p.build([p.Dense(16), p.ReLU(), p.Dense(3)], (20,), "softmax_cross_entropy")
+PROGRAM = build([Dense(16), ReLU(), Dense(3)], (20,), "softmax_cross_entropy")
 SIZE = PROGRAM.n_params
 TASK = TrainTask(1, "train", 1, 1, PROGRAM.model_id, 1, (), 0, UpdateFormat(density=0.1))
 METRICS = Metrics(samples=8, loss=0.5, queried=4, correct=3, query_loss=0.25, arena_bytes=PROGRAM.arena_bytes)

@@ -11,8 +11,8 @@ import click
 import typer
 
 import tinyfleet
+from tinyfleet.command_line import Group, as_command
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.options import Group, as_command
 
 
 class Entry(NamedTuple):

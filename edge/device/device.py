@@ -23,7 +23,7 @@ from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.wire.mqtt_session import Message, Session
 
 STEPS = 64
-"""Samples learned from between two looks at the network."""
+"""Samples learned from between two checks of the network."""
 IDLE = 0.5
 """Seconds to wait for a message, and so at most until `stop` is seen."""
 GOODBYE = 5.0
@@ -31,23 +31,36 @@ GOODBYE = 5.0
 
 
 class Device:
-    """Runs a node against a broker: announces it, serves what it is asked, reconnects, and says goodbye."""
+    """Runs a node against a broker: announces it, carries out commands, reconnects, and publishes its will at the end.
 
-    def __init__(self, make: Callable[[], Node], host: str, port: int, fleet: str) -> None:
-        """`make` gives the node as it starts, and again after a reboot. Connects; raises UserError if there is no
-        broker."""
-        self._make = make
+    Parameters
+    ----------
+    make_node
+        Called for the node at the start, and again after each reboot.
+    host, port
+        The broker.
+    fleet
+        The fleet's name.
+
+    Raises
+    ------
+    UserError
+        If no broker answers.
+    """
+
+    def __init__(self, make_node: Callable[[], Node], host: str, port: int, fleet: str) -> None:
+        self._make_node = make_node
         self._where = (host, port)
         self._fleet = fleet
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self.node = make()
+        self.node = make_node()
         self._session = self._open()
 
     def run(self) -> None:
-        """Serves until `stop` is called, from another thread or a signal's handler."""
+        """Serve until `stop` is called, from another thread or a signal handler."""
         while self._serve():
-            self.node = self._make()
+            self.node = self._make_node()
             while not self._stopping.is_set():
                 try:
                     self._session = self._open()
@@ -56,16 +69,27 @@ class Device:
                     self._stopping.wait(IDLE)
 
     def start(self) -> None:
-        """Runs in a thread of its own."""
+        """Run in a new thread."""
         self._thread = threading.Thread(target=self.run, name=self.node.id, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends `run`; safe to call anywhere and more than once."""
+        """End `run`. Any thread may call it, more than once."""
         self._stopping.set()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Waits until it has ended; False if it has not in so many seconds."""
+        """Wait until `run` has ended.
+
+        Parameters
+        ----------
+        timeout
+            Seconds to wait at most; None waits indefinitely.
+
+        Returns
+        -------
+        bool
+            Whether it has ended.
+        """
         if self._thread is not None:
             self._thread.join(timeout)
         return self._thread is None or not self._thread.is_alive()
@@ -82,11 +106,11 @@ class Device:
         )
 
     def _serve(self) -> bool:
-        """One life of the node. True if it asks for a reboot."""
+        """Serve until `stop` or a reboot. True if the node asks for a reboot."""
         busy, alive = False, self._send()
         while alive and not self._stopping.is_set():
             self._session.pump(0.0 if busy else IDLE)
-            busy = self._work()
+            busy = self._learn()
             alive = self._send()
         goodbye = self.node.will()
         self._session.publish(goodbye.topic, goodbye.payload, retain=True)
@@ -95,12 +119,12 @@ class Device:
         self._session.close()
         return not alive
 
-    def _work(self) -> bool:
-        """True if there is more to do at once."""
+    def _learn(self) -> bool:
+        """Learn from some samples. True if there are more to learn from now."""
         return all(self.node.step() for _ in range(STEPS))
 
     def _send(self) -> bool:
-        """Sends what the node has to say. False if it wants to reboot."""
+        """Send the node's messages. False if it wants to reboot."""
         for out in self.node.poll():
             match out:
                 case Publish(topic, payload, True):
@@ -119,9 +143,31 @@ class Device:
 def virtual_device(
     host: str, port: int, fleet: str, id: str, program: Program, data: ClientData, board: Board = VIRTUAL
 ) -> Device:
-    """A microcontroller's node and engine in this process, which learns from `data`. Connects, and runs once started.
+    """Make a virtual device: a microcontroller's node and engine in this process. It connects, and runs once started.
 
-    Raises UserError if there is no broker, or if the samples or the memory do not fit the model.
+    Parameters
+    ----------
+    host, port
+        The broker.
+    fleet, id
+        Names of the fleet and the device.
+    program
+        The built-in model.
+    data
+        The samples that it learns from.
+    board
+        The board that it describes itself as.
+
+    Returns
+    -------
+    Device
+
+    Raises
+    ------
+    UserError
+        If no broker answers, or the samples or the memory do not fit the model.
+    ProtocolError
+        If a name is not valid.
     """
     arena = max(ARENA_BYTES, program.arena_bytes)
     td = thing_description(fleet, id, board, "mote", ENGINE_VERSION, arena, program.model_id, PROGRAM_BYTES)

@@ -3,7 +3,7 @@
 Every sample is first answered and then learned from (prequential evaluation: Gama, Sebastiao and Rodrigues, "On
 evaluating stream learning algorithms", 2013). ADWIN (Bifet and Gavalda, "Learning from Time-Changing Data with Adaptive
 Windowing", 2007), in the library river, watches the errors. Where they have risen, the device learns at a higher rate
-for some samples; if it is to restart, it first goes back to its meta-learned start.
+for some samples; if it is to restart, it first goes back to its meta-learned initialization.
 """
 
 from __future__ import annotations
@@ -27,9 +27,21 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DriftResponse:
-    """delta: how sure ADWIN must be, the bound on a false alarm at each look. steps: samples that adapt to what is new,
-    at this rate; restart: from the start, not from what was learned since. Tuned on the digits' validation streams
-    (benchmarks/drift.py --tune)."""
+    """What an online learner does when it detects drift.
+
+    The defaults were tuned on the digits' validation streams (benchmarks/drift.py --tune).
+
+    Parameters
+    ----------
+    delta
+        ADWIN's bound on the probability of a false alarm, each time it looks.
+    steps
+        Samples that adapt to the change.
+    rate
+        The learning rate of these samples.
+    restart
+        Whether to adapt from the initialization, not from what was learned since.
+    """
 
     delta: float = 0.02
     steps: int = 80
@@ -49,52 +61,88 @@ def default_drift_response(task: Task) -> DriftResponse:
 
 
 class SampleResult(NamedTuple):
-    """The result of one sample. error: before it was learned from; 0 or 1 where the model tells classes, else the
-    squared error. drifted: whether drift was noticed with it."""
+    """The error on one sample, and whether it revealed drift.
+
+    Parameters
+    ----------
+    error
+        Before the sample was learned from: 0 or 1 for a classifier, otherwise the mean squared error.
+    drifted
+        Whether drift was detected with this sample.
+    """
 
     error: float
     drifted: bool
 
 
 class OnlineLearner:
-    """A learner on a stream of its own. Not for two threads at once."""
+    """Learns from a stream, one sample after the other, and detects drift. Not for two threads at once.
+
+    Parameters
+    ----------
+    learner
+        The engine.
+    program
+        The learner's model.
+    initialization
+        Parameters to begin with, and to go back to, shape (n_params,).
+    rate
+        The learning rate while nothing drifts; 0 learns only from drift.
+    drift_response
+        What to do about drift. None detects none.
+    """
 
     def __init__(
         self,
         learner: Learner,
         program: Program,
-        start: Vector,
+        initialization: Vector,
         rate: float,
         drift_response: DriftResponse | None = None,
     ) -> None:
-        """start: parameters to begin with, and to go back to. rate: at all other times; 0: none."""
         self._learner = learner
         self._classes = program.loss == "softmax_cross_entropy"
         self._rate = rate
         self._drift_response = drift_response
         self._detector = None if drift_response is None else _adwin(drift_response.delta)
         self._adapting = 0
-        self.set_initialization(start)
+        self.set_initialization(initialization)
 
-    def set_initialization(self, start: Vector) -> None:
-        """Begin again from these parameters."""
-        self._start = np.array(start, np.float32)
-        self._learner.set_parameters(self._start)
+    def set_initialization(self, initialization: Vector) -> None:
+        """Begin again from these parameters, shape (n_params,)."""
+        self._initialization = np.array(initialization, np.float32)
+        self._learner.set_parameters(self._initialization)
 
     @property
     def drift(self) -> float:
-        """1 when drift has just been noticed, falling to 0 as the samples come that adapt to it."""
+        """1 when drift has just been detected, falling to 0 over the samples that adapt to it."""
         return self._adapting / self._drift_response.steps if self._drift_response is not None else 0.0
 
     def learn(self, x: ArrayLike, y: ArrayLike) -> SampleResult:
-        """Answers one sample, and learns from it; where that diverges, it begins again from its initialization. Raises
-        LearnerError for an invalid sample."""
+        """Predict one sample, then learn from it. If learning diverges, begin again from the initialization.
+
+        Parameters
+        ----------
+        x
+            Features.
+        y
+            The class, or the targets.
+
+        Returns
+        -------
+        SampleResult
+
+        Raises
+        ------
+        LearnerError
+            If the model cannot take this sample.
+        """
         error = self._error(x, y)
         drifted = self._detector is not None and math.isfinite(error) and _has_risen(self._detector, error)
         if drifted:
             assert self._drift_response is not None
             if self._drift_response.restart:
-                self._learner.set_parameters(self._start)
+                self._learner.set_parameters(self._initialization)
             self._adapting = self._drift_response.steps
         rate = self._rate
         if self._adapting:
@@ -107,7 +155,7 @@ class OnlineLearner:
             except LearnerError as reason:
                 if reason.code != lib.MOTE_ERR_DIVERGED:
                     raise
-                self._learner.set_parameters(self._start)
+                self._learner.set_parameters(self._initialization)
         return SampleResult(error, drifted)
 
     def _error(self, x: ArrayLike, y: ArrayLike) -> float:
@@ -118,7 +166,7 @@ class OnlineLearner:
 
 
 def _adwin(delta: float) -> Any:
-    from river.drift import ADWIN  # takes a second, and who does not learn online needs none of it
+    from river.drift import ADWIN  # takes a second, and is needed only to learn online
 
     return ADWIN(delta=delta)  # type: ignore[no-untyped-call]
 
@@ -131,8 +179,17 @@ def _has_risen(detector: Any, error: float) -> bool:
 
 
 class PacedStream(Stream):
-    """A stream of recorded samples, replayed as a sensor would give them: one every `interval` seconds. Those that
-    nobody has asked for in time are not made up for later, but for one."""
+    """Recorded samples, replayed at the pace of a sensor.
+
+    At most one sample waits: a reader that is late misses the others.
+
+    Parameters
+    ----------
+    stream
+        The recording.
+    interval
+        Seconds between two samples.
+    """
 
     def __init__(self, stream: Stream, interval: float) -> None:
         self._stream = stream

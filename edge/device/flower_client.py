@@ -37,13 +37,13 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Trains as the message's config says, and replies with parameters and metrics."""
+    """Train as the message's config says, and reply with parameters and metrics."""
     return _serve(message, context, "train")
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluates as the message's config says, and replies with metrics."""
+    """Evaluate as the message's config says, and reply with metrics."""
     return _serve(message, context, "evaluate")
 
 
@@ -77,9 +77,9 @@ def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int)
         If the node fails. Flower then sends the server an error.
     """
     arrays, config = single_records(message)
-    start = arrays_to_vector(arrays, task.program)
-    plan = parse_round_config(config, kind, index)
-    train_task = TrainTask(1, kind, 1, 1, task.program.model_id, plan.seed, plan.phases, plan.query, plan.update)
+    parameters = arrays_to_vector(arrays, task.program)
+    asked = parse_round_config(config, kind, index)
+    train_task = TrainTask(1, kind, 1, 1, task.program.model_id, asked.seed, asked.phases, asked.query, asked.update)
     node = Node(
         "flower",
         "node",
@@ -89,13 +89,13 @@ def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int)
         arena_bytes=task.program.arena_bytes,
         model_slot_bytes=0,
     )
-    parts = _run(node, train_task, start)
+    parts = _run(node, train_task, parameters)
     metrics = parts[0].metrics
     assert metrics is not None  # the node's first part has them
     content = RecordDict()
     size = 0
     if kind == "train":
-        content["arrays"] = reply = vector_to_arrays(apply_update(start, parts), task.program, arrays)
+        content["arrays"] = reply = vector_to_arrays(apply_update(parameters, parts), task.program, arrays)
         size = sum(len(array.data) for array in reply.values())  # Flower's own transport is always dense
     content["metrics"] = to_metrics(metrics, kind, size, task.program)
     return Message(content, reply_to=message)
@@ -104,12 +104,12 @@ def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int)
 _task = lru_cache(tasks.load)  # a process serves many messages
 
 
-def _run(node: Node, train_task: TrainTask, start: Vector) -> list[Success]:
-    """Passes one command to the node, and returns the parts of its reply."""
+def _run(node: Node, train_task: TrainTask, parameters: Vector) -> list[Success]:
+    """Pass one command and the round's parameters to the node, and return the parts of its reply."""
     topics = Topics("flower")
     node.receive(topics.command(node.id), encode(train_task))
     list(node.poll())
-    for n, chunk in enumerate(chunks(start.astype("<f4").tobytes())):
+    for n, chunk in enumerate(chunks(parameters.astype("<f4").tobytes())):
         node.receive(topics.weights(train_task.run, train_task.round, n), chunk)
     while node.step():
         pass

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.sources import DatasetStream, Stream
-from tinyfleet.edge.errors import ProgramError, UserError, error_name
+from tinyfleet.edge.engine_errors import error_name
+from tinyfleet.edge.errors import ProgramError, UserError
 from tinyfleet.edge.model.learner import Learner, LearnerError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS

@@ -14,7 +14,7 @@ from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 
 @dataclass(frozen=True)
 class Board:
-    """What all devices of one kind have in common.
+    """A kind of board: what all devices of it have in common.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def thing_description(
         "tf:flashBytes": board.flash_bytes,
         "tf:sensor": list(board.sensors) or None,
     }
-    room = {} if model_slot_bytes is None else {"tf:modelSlotBytes": model_slot_bytes}
+    slot = {} if model_slot_bytes is None else {"tf:modelSlotBytes": model_slot_bytes}
     return {
         "@context": ["https://www.w3.org/2022/wot/td/v1.1", {"tf": "https://w3id.org/tinyfleet#"}],
         "id": f"urn:tinyfleet:{fleet}:{id}",
@@ -107,6 +107,6 @@ def thing_description(
         "tf:wireVersion": WIRE_VERSION,
         "tf:programFormat": PROGRAM_FORMAT,
         "tf:arenaBytes": arena_bytes,
-        **room,
+        **slot,
         "tf:model": {"@id": f"urn:tinyfleet:model:{model.hex()}"},
     }

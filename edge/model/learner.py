@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tinyfleet.edge._mote import ffi, lib
-from tinyfleet.edge.errors import UserError, error_name
+from tinyfleet.edge.engine_errors import error_name
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 
 Vector = NDArray[np.float32]

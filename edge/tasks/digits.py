@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.tasks import ClientData, Episode, Episodes, Hyperparameters, Recording, Split, Task, draw_episode
 
 WAYS = 5
@@ -24,8 +24,8 @@ MOUNTS = 8  # four turns, then the same mirrored
 TRAINING, UNSEEN = range(5), range(5, 10)
 SCALE = 1 / 16  # a pixel is 0 to 16
 
-PROGRAM = p.build([p.Dense(32), p.ReLU(), p.Dense(WAYS)], (64,), "softmax_cross_entropy")
-LARGE = p.build([p.Dense(128), p.ReLU(), p.Dense(64), p.ReLU(), p.Dense(WAYS)], (64,), "softmax_cross_entropy")
+PROGRAM = build([Dense(32), ReLU(), Dense(WAYS)], (64,), "softmax_cross_entropy")
+LARGE = build([Dense(128), ReLU(), Dense(64), ReLU(), Dense(WAYS)], (64,), "softmax_cross_entropy")
 
 
 def load() -> Task:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import features
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import Conv2D, Dense, Flatten, Layer, ReLU, build
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, hashed
 
@@ -57,10 +57,10 @@ Spoken = dict[str, dict[str, NDArray[np.uint8]]]  # speaker -> word -> [clips, f
 
 
 def _network(*filters: int) -> Program:
-    layers: list[p.Layer] = []
+    layers: list[Layer] = []
     for count in filters:
-        layers += [p.Conv2D(count, (3, 3), strides=2, padding="same"), p.ReLU()]
-    return p.build([*layers, p.Flatten(), p.Dense(WAYS)], SHAPE, "softmax_cross_entropy")
+        layers += [Conv2D(count, (3, 3), strides=2, padding="same"), ReLU()]
+    return build([*layers, Flatten(), Dense(WAYS)], SHAPE, "softmax_cross_entropy")
 
 
 PROGRAM = _network(16, 24, 32)

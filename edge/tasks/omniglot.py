@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import Conv2D, Dense, Flatten, Layer, MaxPool2D, ReLU, build
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_classes
 
@@ -46,15 +46,15 @@ Characters = NDArray[np.uint8]  # [characters, drawers, 28 * 28], ink 0 to 15
 Alphabets = NDArray[np.int64]  # [characters]
 
 
-def _conv(filters: int, stride: int = 1) -> list[p.Layer]:
-    return [p.Conv2D(filters, (3, 3), strides=stride, padding="same"), p.ReLU()]
+def _conv(filters: int, stride: int = 1) -> list[Layer]:
+    return [Conv2D(filters, (3, 3), strides=stride, padding="same"), ReLU()]
 
 
 def program(ways: int, side: int) -> Program:
     """Trains on a Cortex-M4 with 256 KB of RAM."""
-    first = [*_conv(8), p.MaxPool2D(2)] if side == 14 else [*_conv(8, 2), *_conv(16), p.MaxPool2D(2)]
-    layers = [*first, *_conv(16), p.MaxPool2D(2), p.Flatten(), p.Dense(ways)]
-    return p.build(layers, (side, side, 1), "softmax_cross_entropy")
+    first = [*_conv(8), MaxPool2D(2)] if side == 14 else [*_conv(8, 2), *_conv(16), MaxPool2D(2)]
+    layers = [*first, *_conv(16), MaxPool2D(2), Flatten(), Dense(ways)]
+    return build(layers, (side, side, 1), "softmax_cross_entropy")
 
 
 def large(ways: int, side: int) -> Program:
@@ -62,7 +62,7 @@ def large(ways: int, side: int) -> Program:
     normalization, which training on single samples does not have."""
     strides = (2, 2, 2, 2) if side == 28 else (1, 2, 2, 2)
     layers = [layer for stride in strides for layer in _conv(64, stride)]
-    return p.build([*layers, p.Flatten(), p.Dense(ways)], (side, side, 1), "softmax_cross_entropy")
+    return build([*layers, Flatten(), Dense(ways)], (side, side, 1), "softmax_cross_entropy")
 
 
 def load(ways: int = 5, side: int = 14) -> Task:

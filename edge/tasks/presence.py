@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge import datasets
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, hashed
 
 MOTION = 0.02  # share of the minutes, at least
@@ -39,8 +39,8 @@ FILES = {
     "uci_room_occupancy_estimation.csv.gz": "e85f07857ecca659c74e6a37d7d89eb844a9ac6dc83a1f16b41500c4f5293ba2",
 }
 
-PROGRAM = p.build([p.Dense(32), p.ReLU(), p.Dense(32), p.ReLU(), p.Dense(2)], (FEATURES,), "softmax_cross_entropy")
-LARGE = p.build([p.Dense(128), p.ReLU(), p.Dense(128), p.ReLU(), p.Dense(2)], (FEATURES,), "softmax_cross_entropy")
+PROGRAM = build([Dense(32), ReLU(), Dense(32), ReLU(), Dense(2)], (FEATURES,), "softmax_cross_entropy")
+LARGE = build([Dense(128), ReLU(), Dense(128), ReLU(), Dense(2)], (FEATURES,), "softmax_cross_entropy")
 
 
 @dataclass(frozen=True)

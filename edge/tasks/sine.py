@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyfleet.edge.model import layers as p
+from tinyfleet.edge.model.layers import Dense, Tanh, build
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, hashed
 
 WAVES, SAMPLES = 32, 40  # of one device: 10 KB
@@ -21,8 +21,8 @@ CHANGES = 200  # samples in a recording until the wave changes
 SALTS: dict[Split, int] = {"training": 1, "validation": 2, "held_out": 3}
 DEVICES, RECORDED = 4, 5
 
-PROGRAM = p.build([p.Dense(32), p.Tanh(), p.Dense(32), p.Tanh(), p.Dense(1)], (1,), "mse")
-LARGE = p.build([p.Dense(64), p.Tanh(), p.Dense(64), p.Tanh(), p.Dense(1)], (1,), "mse")
+PROGRAM = build([Dense(32), Tanh(), Dense(32), Tanh(), Dense(1)], (1,), "mse")
+LARGE = build([Dense(64), Tanh(), Dense(64), Tanh(), Dense(1)], (1,), "mse")
 
 
 def load() -> Task:

@@ -15,7 +15,7 @@ import cbor2
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyfleet.edge.errors import error_name
+from tinyfleet.edge.engine_errors import error_name
 from tinyfleet.edge.versions import ENGINE_VERSION, PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.cbor import Float32, array, boolean, dumps, int32, loads, octets, real, text, uint32
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError

@@ -1,4 +1,4 @@
-"""One session with an MQTT 3.1.1 broker, kept up: the only place that knows paho."""
+"""A session with an MQTT 3.1.1 broker that reconnects by itself. The only module that uses paho."""
 
 from __future__ import annotations
 
@@ -19,29 +19,27 @@ from paho.mqtt.reasoncodes import ReasonCode
 from tinyfleet.edge.errors import UserError
 
 KEEPALIVE = 30
-"""Seconds of silence after which each side asks whether the other is still there; 1.5 times that, and the broker
-publishes the will."""
+"""Seconds of silence after which the client pings the broker. After 1.5 times that the broker publishes the will."""
 CONNECT_TIMEOUT = 10.0
 RETRY = (1, 10)
 """Seconds between attempts to reconnect: at first, and at most."""
 SHORT = 5.0
-"""Seconds: a session that ends sooner is suspicious. Two clients of one name end each other's."""
-
+"""Seconds: sessions that end sooner are suspicious, as two clients with one name end each other's session."""
 READ = 65_536
-"""Bytes to read at once, at most."""
+"""The most bytes to read at a time."""
 
 log = logging.getLogger(__name__)
 
 
 class Receipt(NamedTuple):
-    """What `Session.received` tells the broker of a message by: its number in one session."""
+    """Identifies a received message, for `Session.received`: its number in one session."""
 
     session: int
     number: int
 
 
 class Message(NamedTuple):
-    """What is to be published."""
+    """A message to publish."""
 
     topic: str
     payload: bytes
@@ -49,14 +47,14 @@ class Message(NamedTuple):
 
 
 class _Wire:
-    """The socket that paho has. paho reads byte by byte and writes message by message, a system call each; this reads
-    what is there, and gathers what is written until it is flushed."""
+    """The socket that paho uses. paho reads byte by byte and writes message by message, each with a system call; this
+    class reads all that has arrived, and collects what paho writes until it is flushed."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._lock = threading.Lock()  # one thread may write while another, who reads, sees that it is over and closes
+        self._lock = threading.Lock()  # one thread may write while another one, which reads, sees the end and closes
         self._read = b""
-        self._at, self._end = 0, 0  # what paho may take of it; what comes before is done with
+        self._at, self._end = 0, 0  # the part that paho may read; what comes before is done
         self._over = False
         self.unsent = bytearray()
 
@@ -68,13 +66,15 @@ class _Wire:
 
     @property
     def unread(self) -> bool:
-        """Whether a packet was read that nobody has taken: an error in a callback came before."""
+        """Whether a complete packet is left: an error in a callback can interrupt `packets`."""
         return _packet(self._read, self._end) is not None
 
     def packets(self) -> Iterator[tuple[int, bytes]]:
-        """Reads what is there. For each packet that is complete: the first byte of its fixed header and what follows
-        that header. Until the next one is asked for, `recv` gives the whole of it once more; after the last, the end of
-        the connection, if that is what there was to read."""
+        """Read what has arrived. Yields, for each complete packet, the first byte of its fixed header and its content.
+
+        While the caller holds a packet, `recv` returns that packet's bytes. If the connection has ended, the last item
+        is (0, b""), and `recv` then returns the end of the stream.
+        """
         self._at = self._end
         try:
             data = self._sock.recv(READ)
@@ -102,7 +102,7 @@ class _Wire:
         return len(data)
 
     def flush(self) -> None:
-        """Sends as much as the system takes now. A connection that is lost is noticed by reading."""
+        """Send as much as the system accepts now. A lost connection shows when reading."""
         with self._lock:
             self._flush()
 
@@ -122,8 +122,10 @@ class _Wire:
 
 
 def _packet(data: bytes, first: int) -> tuple[int, int] | None:
-    """Where the content of the packet that begins here begins, and where it ends; None if it is not complete. MQTT
-    3.1.1, section 2.2; a length of more than four bytes, which paho refuses, is a packet without content."""
+    """The first and the last byte (exclusive) of the content of the packet at `first`; None if it is incomplete.
+
+    See MQTT 3.1.1, section 2.2. A length of more than four bytes counts as a packet without content; paho rejects it.
+    """
     length = 0
     for at in range(first + 1, min(first + 6, len(data))):
         length |= (data[at] & 0x7F) << 7 * (at - first - 1)
@@ -135,14 +137,14 @@ def _packet(data: bytes, first: int) -> tuple[int, int] | None:
 
 
 class _Client(mqtt.Client):
-    """paho's client on a _Wire. Messages, which are nearly all that travels, are read and written here, as many at once
-    as there are; all else is paho's."""
+    """paho's client on a _Wire. PUBLISH and PUBACK packets, nearly all of the traffic, are read and written here, many
+    at a time; paho handles all others."""
 
     deliver: Callable[[str, bytes, int | None], None]
-    """Gets each message: topic, payload, and its number if it is of QoS 1."""
+    """Called with each message: topic, payload, and its number if it has QoS 1."""
 
     def receive(self) -> None:
-        """Handles what has arrived."""
+        """Handle what has arrived."""
         for head, content in self.wire.packets():
             if self.socket() is None:  # a callback has ended it
                 return
@@ -159,21 +161,23 @@ class _Client(mqtt.Client):
         return self.wire
 
     def acknowledge(self, numbers: Iterable[int]) -> None:
-        """Says of messages of QoS 1 that they have been received."""
+        """Acknowledge messages of QoS 1."""
         self._enqueue(struct.pack("!BBH", mqtt.PUBACK, 2, number) for number in numbers)
 
     def publish_all(self, messages: Iterable[Message]) -> None:
-        """Publishes at QoS 0."""
+        """Publish at QoS 0."""
         self._enqueue(_publish_packet(topic.encode(), payload, retain) for topic, payload, retain in messages)
 
     def _enqueue(self, packets: Iterable[bytes]) -> None:
-        """One packet as far as paho is concerned, and none that it waits for an answer to, or tells anyone of."""
+        """Queue packets as one that paho expects no answer to and reports to no callback."""
         self._packet_queue(mqtt.PUBACK, b"".join(packets), 0, 1)
 
 
 def _read_publish(head: int, content: bytes) -> tuple[str, bytes, int | None] | None:
-    """The topic, payload and, at QoS 1, number of a message; None unless it is a message, well formed. MQTT 3.1.1,
-    section 3.3."""
+    """The topic, payload and, at QoS 1, number of a message; None if the packet is not a well-formed message.
+
+    See MQTT 3.1.1, section 3.3.
+    """
     qos = head >> 1 & 3
     at = 2 + int.from_bytes(content[:2], "big")
     if head & 0xF0 != mqtt.PUBLISH or qos > 1 or at + 2 * qos > len(content):
@@ -183,7 +187,7 @@ def _read_publish(head: int, content: bytes) -> tuple[str, bytes, int | None] | 
 
 
 def _publish_packet(topic: bytes, payload: bytes, retain: bool) -> bytes:
-    """MQTT 3.1.1, section 3.3, at QoS 0."""
+    """A PUBLISH packet at QoS 0: MQTT 3.1.1, section 3.3."""
     left, length = 2 + len(topic) + len(payload), bytearray()
     while left > 0x7F:
         length.append(left & 0x7F | 0x80)
@@ -193,16 +197,32 @@ def _publish_packet(topic: bytes, payload: bytes, retain: bool) -> bytes:
 
 
 class Session:
-    """Connects on construction, and again whenever the broker is lost, until closed.
+    """Connects when it is created, and reconnects whenever the connection is lost, until it is closed.
 
-    on_message(topic, payload) gets every message, and the broker is told so when it returns. With on_delivery(topic,
-    payload, receipt) in its place, the broker is told when `received` is given the receipt: once the message is safe.
-    on_connect() is called whenever the session is new, the first time too: nothing is subscribed to then. Without
-    on_connect, what was subscribed to is subscribed to again.
-    will: (topic, payload) that the broker publishes, retained, should this session break.
+    Parameters
+    ----------
+    host, port
+        The broker.
+    client_id
+        The client's name at the broker.
+    on_message
+        Called with the topic and payload of each message, which is acknowledged when it returns.
+    on_delivery
+        In place of `on_message`: called with topic, payload and receipt. The message is acknowledged when `received`
+        gets the receipt.
+    on_connect
+        Called whenever the session is new, also the first time; it must subscribe to everything again. Without it, the
+        session renews its subscriptions.
+    will
+        Topic and payload that the broker publishes, retained, if the session breaks.
+    background
+        Whether a thread of the session listens and calls back. If a callback raises there, the error is logged and the
+        message counts as handled. Otherwise `pump` does so in the caller's thread, and the error is the caller's.
 
-    With `background`, a thread of its own listens and calls back; without, `pump` does, in the caller's thread. That
-    thread goes on when a callback raises: the error is logged, and the message counts as one that has been handled.
+    Raises
+    ------
+    UserError
+        If no broker answers, or if it rejects the session.
     """
 
     def __init__(
@@ -217,7 +237,6 @@ class Session:
         will: tuple[str, bytes] | None = None,
         background: bool = True,
     ) -> None:
-        """Raises UserError if no broker answers there, or if it refuses."""
         self._where = f"{host}:{port}"
         self._client_id = client_id
         self._on_connect = on_connect
@@ -260,7 +279,7 @@ class Session:
         try:
             self._client.connect(host, port, KEEPALIVE)
         except (OSError, ValueError) as error:
-            raise UserError(self._nobody(str(error))) from error
+            raise UserError(self._no_broker(str(error))) from error
         self._wait_until_accepted()
         if background:
             self._thread = threading.Thread(target=self._run, name=client_id, daemon=True)
@@ -268,43 +287,58 @@ class Session:
 
     @property
     def connected(self) -> bool:
-        """Whether the broker is there now. If not, what is published waits for it."""
+        """Whether there is a connection now. Otherwise, what is published waits for one."""
         return self._connected.is_set()
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
-        """Publishes at QoS 1. Does not wait."""
+        """Publish at QoS 1, without waiting for the acknowledgement."""
         self._last = self._client.publish(topic, payload, qos=1, retain=retain)
         self._leave()
 
     def send(self, messages: Iterable[Message]) -> None:
-        """Publishes all of these at QoS 0, in their order and at once: many messages at the cost of one. What finds no
-        connection, or is lost with one, stays lost: `on_connect` may send it again."""
+        """Publish messages at QoS 0, in their order, with one write.
+
+        Without a connection they are dropped, and those that a connection loses are not repeated; `on_connect` may send
+        them again.
+        """
         if self._connected.is_set():
             self._client.publish_all(messages)
             self._leave()
 
     def subscribe(self, filter: str) -> None:
-        """Subscribes at QoS 1. Doing so again brings the retained messages again."""
+        """Subscribe at QoS 1. The broker sends the retained messages, also if the filter is known already."""
         self._filters[filter] = None
         self._client.subscribe(filter, qos=1)
         self._leave()
 
     def unsubscribe(self, filter: str) -> None:
+        """Unsubscribe from a filter."""
         self._filters.pop(filter, None)
         self._client.unsubscribe(filter)
         self._leave()
 
     def received(self, receipts: Iterable[Receipt | None]) -> None:
-        """Tells the broker that these messages have been received, in whatever thread. Those of QoS 0 have no receipt,
-        and those of a session that has ended come again."""
+        """Acknowledge messages; any thread may.
+
+        Parameters
+        ----------
+        receipts
+            Those that `on_delivery` got. None, of a message with QoS 0, is ignored, and so is the receipt of an earlier
+            session: the broker sends that message again.
+        """
         numbers = [receipt.number for receipt in receipts if receipt is not None and receipt.session == self._number]
         if numbers:
             self._client.acknowledge(numbers)
             self._leave()
 
     def pump(self, timeout: float) -> None:
-        """Sends and receives, waiting for at most so many seconds; reconnects when it is time to. Not for a session
-        in the background."""
+        """Send and receive, and reconnect when that is due. Only without `background`.
+
+        Parameters
+        ----------
+        timeout
+            Seconds to wait at most for something to receive.
+        """
         if self._client.socket() is None:
             now = time.monotonic()
             if now < self._retry_at:
@@ -318,7 +352,7 @@ class Session:
         self._loop(timeout)
 
     def _loop(self, timeout: float) -> None:
-        """Waits until there is something to read, or room to write what is left, and does so."""
+        """Wait until the socket can be read, or written if something is left to send; then read and write."""
         self._write()
         wire = self._client.wire
         waiting = select.poll()
@@ -347,8 +381,10 @@ class Session:
             self.pump(1.0)
 
     def _leave(self) -> None:
-        """Sends what is queued, in the background: without, `pump` does, and while the listening thread calls back, or
-        there is no connection, that thread will."""
+        """Send what is queued, if the session runs in the background.
+
+        Otherwise `pump` sends it; so does the listening thread after a callback or once there is a connection.
+        """
         if self._pipe is None or threading.current_thread() is self._thread or not self._connected.is_set():
             return
         self._write()
@@ -357,12 +393,22 @@ class Session:
 
     def _rouse(self) -> None:
         if self._pipe is not None:
-            with suppress(OSError):  # it is full, so that the thread will wake; or closed, as the session is
+            with suppress(OSError):  # full, so the thread will wake; or closed with the session
                 self._pipe[1].send(b"!")
 
     def flush(self, timeout: float) -> bool:
-        """Waits until all that was sent has left, and the broker has what was published last. False if that is not so
-        in so many seconds."""
+        """Wait until everything is sent and the broker has acknowledged the last message that was published.
+
+        Parameters
+        ----------
+        timeout
+            Seconds to wait at most.
+
+        Returns
+        -------
+        bool
+            False if that took longer, or if there is no connection.
+        """
         end = time.monotonic() + timeout
         self._write()
         try:
@@ -381,7 +427,7 @@ class Session:
         return True
 
     def close(self) -> None:
-        """Says goodbye: the broker drops the will. Does not wait for what was published: flush does."""
+        """Disconnect, so that the broker drops the will. What is still queued may be lost: call `flush` first."""
         self._closing.set()
         inside = self._thread is threading.current_thread()
         if self._thread is not None and not inside:
@@ -398,33 +444,33 @@ class Session:
         while not self._known and self._refusal is None:  # it may be lost again by now
             left = end - time.monotonic()
             if left <= 0:
-                self._refusal = self._nobody("something is there, and stays silent")
+                self._refusal = self._no_broker("it accepts connections, but sends nothing")
             else:
                 self._loop(min(left, 0.05))
         if self._refusal is not None:
             self.close()
             raise UserError(self._refusal)
 
-    def _nobody(self, reason: str) -> str:
+    def _no_broker(self, reason: str) -> str:
         return (
             f"no MQTT broker answers at {self._where} ({reason}); start one with `tinyfleet server start`, or name "
             "another with --broker HOST:PORT"
         )
 
     def _call(self, callback: Callable[..., None], *about: Any) -> None:
-        """In the background nobody is there to catch an error; paho would then handle the same message forever."""
+        """Call back. In the background nothing would catch an error, and paho would handle the same message forever."""
         try:
             callback(*about)
         except Exception:
             if not self._background:
                 raise
-            log.exception("an error while a message of %s was handled: %.200r", self._client_id, about)
+            log.exception("an error while handling a message of %s: %.200r", self._client_id, about)
 
     # Called by paho.
 
     def _accepted(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if reason.is_failure:
-            self._refusal = f"the MQTT broker at {self._where} refuses this session: {reason}"
+            self._refusal = f"the MQTT broker at {self._where} rejects this session: {reason}"
             return
         self._known = True
         self._since = time.monotonic()
@@ -440,14 +486,14 @@ class Session:
         self._number += 1
         self._connected.clear()
         if not self._known and self._refusal is None:
-            self._refusal = self._nobody("something else than a broker is there")
+            self._refusal = self._no_broker("another program is there")
         if time.monotonic() - self._since > SHORT:
             self._retry_at, self._retry, self._short = 0.0, RETRY[0], 0
         elif not self._closing.is_set():
             self._short += 1
             if self._short == 3:
                 log.warning(
-                    "the broker at %s ends this session soon after it begins; is another one called %s? Trying on",
+                    "the broker at %s keeps ending this session; does another client use the name %s? It keeps trying",
                     self._where,
                     self._client_id,
                 )

@@ -9,8 +9,7 @@ from typing import NamedTuple
 from cobs import cobs  # type: ignore[import-untyped]
 
 MAX_FRAME = 65_536
-"""Bytes of the largest frame that a reader takes; longer ones are dropped."""
-
+"""Bytes of the largest frame that a reader accepts; longer ones are dropped."""
 
 # What a frame carries. A device sends the first five; a gateway HELLO, CONNECTED and MESSAGE.
 PUBLISH, PUBLISH_RETAINED, SUBSCRIBE, UNSUBSCRIBE = 1, 2, 3, 4
@@ -18,13 +17,46 @@ HELLO, CONNECTED, MESSAGE = 16, 17, 18
 
 
 class Frame(NamedTuple):
+    """One message on the line.
+
+    Parameters
+    ----------
+    kind
+        PUBLISH, SUBSCRIBE, ...
+    topic
+        Its topic, or the filter to subscribe to; a gateway's greeting has none.
+    payload
+        What is published.
+    """
+
     kind: int
     topic: str = ""
     payload: bytes = b""
 
 
 def encode(frame: Frame) -> bytes:
-    """The frame's bytes, delimiters included. Raises ValueError if the topic is longer than 255 bytes."""
+    """Encode a frame.
+
+    Parameters
+    ----------
+    frame
+        The message.
+
+    Returns
+    -------
+    bytes
+        The frame between two zero bytes, its delimiters.
+
+    Raises
+    ------
+    ValueError
+        If the topic is longer than 255 bytes.
+
+    Examples
+    --------
+    >>> list(FrameReader().feed(encode(Frame(SUBSCRIBE, "tinyfleet/home/devices/kitchen/command"))))
+    [Frame(kind=3, topic='tinyfleet/home/devices/kitchen/command', payload=b'')]
+    """
     name = frame.topic.encode()
     if len(name) > 255:
         raise ValueError(f"a topic of {len(name)} bytes does not fit a frame; 255 do")
@@ -34,16 +66,33 @@ def encode(frame: Frame) -> bytes:
 
 
 class FrameReader:
-    """Finds the frames in what a serial line brings, in pieces of any size. `dropped` counts the damaged ones."""
+    """Finds the frames in the bytes from a serial line, which come in pieces of any size.
+
+    Parameters
+    ----------
+    max_frame
+        Bytes of the largest frame; longer ones are dropped.
+
+    Attributes
+    ----------
+    dropped
+        Frames so far that were damaged or too long.
+    """
 
     def __init__(self, max_frame: int = MAX_FRAME) -> None:
-        self._max = max_frame + max_frame // 254 + 1  # as long as it is before decoding
+        self._max = max_frame + max_frame // 254 + 1  # encoded
         self._begun = bytearray()
         self._skipping = False
         self.dropped = 0
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """The frames that are whole now."""
+        """Take the next bytes from the line.
+
+        Yields
+        ------
+        Frame
+            Each frame that is complete now.
+        """
         *ended, rest = data.split(b"\0")
         for piece in ended:
             self._add(piece)
