@@ -15,6 +15,9 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from directory_fixtures import Here
 
+    from tinyfleet.ontology.ingest.registry import Registry
+    from tinyfleet.ontology.store.store import Store
+
 # tflite-runtime only opens an interpreter in a process that imported it before tensorflow, whichever test comes first.
 with contextlib.suppress(ImportError):
     import tflite_runtime.interpreter  # noqa: F401
@@ -102,3 +105,22 @@ def firmware(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return built[board]
 
     return get
+
+
+@pytest.fixture(params=["memory", "indexed", "oxigraph"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator["Store"]:
+    """A fresh store of the graph, of each kind that keeps it in a way of its own."""
+    from ontology_fixtures import open_store
+
+    with open_store(request.param, tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def registry(store: "Store") -> "Registry":
+    """The registry of fleet "home" on that store, at a fixed time."""
+    from ontology_fixtures import NOW
+
+    from tinyfleet.ontology.ingest.registry import Registry
+
+    return Registry(store, "home", clock=lambda: NOW)
