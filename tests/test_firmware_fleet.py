@@ -377,7 +377,7 @@ def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp
         cwd=ROOT,
     )
     size = json.loads(built.stdout)
-    assert size["arena"] == size["plan"]
+    assert size["arena"] == size["planned_arena"]
     assert size["flash"] == size["text"] + size["data"]
     observer = Observer(broker)
     start = [*command, "emulate", size["elf"], "--gateway", "--broker", f"{broker[0]}:{broker[1]}"]
