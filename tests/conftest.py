@@ -1,4 +1,4 @@
-"""What many tests share: which of them are thorough, and a real broker on a free loopback port."""
+"""What many tests share: which of them are thorough, a real broker on a free loopback port, and more fixtures."""
 
 import contextlib
 import shutil
@@ -7,9 +7,13 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from directory_fixtures import Here
 
 # tflite-runtime only opens an interpreter in a process that imported it before tensorflow, whichever test comes first.
 with contextlib.suppress(ImportError):
@@ -27,12 +31,16 @@ THOROUGH = {
     "test_ontology_describe", "test_ontology_index", "test_ontology_shapes", "test_plan", "test_quantized_training",
     "test_query_page", "test_robust", "test_session", "test_task_devices", "test_tflite_models", "test_wheel",
 }  # fmt: skip
+#: The longest test of all: it comes first, or else one worker is still busy with it when the others have finished.
+LONGEST = "test_no_program_and_no_message_makes_it_read_or_write_outside"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in THOROUGH:
             item.add_marker("thorough")
+    items.sort(key=lambda item: item.name != LONGEST)
 
 
 def free_port() -> int:
@@ -69,3 +77,12 @@ def broker(tmp_path: Path) -> Iterator[tuple[str, int]]:
     yield "127.0.0.1", port
     process.terminate()
     process.wait()
+
+
+@pytest.fixture
+def directory() -> Iterator["Here"]:
+    """A Thing Description Directory that is served in this process, and a client of it."""
+    from directory_fixtures import open_directory  # only here: it needs the graph's packages
+
+    with open_directory() as here:
+        yield here

@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, what `edge` does without, what the lock files may not say."""
+"""Rules for the code: which package imports which, size and complexity, words to avoid, contents of the lock files."""
 
 import ast
 import re
@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import language
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -84,3 +85,33 @@ def test_a_lock_file_has_hashes_and_no_index_address(lock: Path) -> None:
     assert not re.search(r"://|--index-url|--extra-index-url|--find-links", text)
     pins = re.findall(r"^[A-Za-z0-9._-]+==.*$", text, re.MULTILINE)
     assert pins and all(pin.endswith("\\") for pin in pins)
+
+
+SOURCES = [
+    path
+    for folder in ("edge", "firmware_tools", "ontology", "server", "tinyfleet")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".c", ".h") and "node_modules" not in path.parts
+]
+
+
+def test_no_file_is_longer_than_600_lines() -> None:
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {name: count for name, count in lines.items() if count > 600} == {}
+
+
+def test_functions_are_simple() -> None:
+    """Cyclomatic complexity: at most 25, and more than 15 in at most 14 functions."""
+    lizard = pytest.importorskip("lizard")
+    complexity = {
+        f"{file.filename}:{function.start_line} {function.name}": function.cyclomatic_complexity
+        for file in lizard.analyze_files([str(path) for path in SOURCES], threads=1)
+        for function in file.function_list
+    }
+    assert complexity
+    complex_functions = {name: value for name, value in complexity.items() if value > 15}
+    assert max(complexity.values()) <= 25 and len(complex_functions) <= 14, complex_functions
+
+
+def test_texts_and_names_use_the_glossarys_words() -> None:
+    assert [str(hit) for hit in language.check(language.files())] == []

@@ -268,7 +268,7 @@ def test_devices_go_out_in_their_form_and_come_back(catalogue: Any, tmp_path: Pa
     cli.command()(query)
     done = CliRunner().invoke(cli, ["s3n", "--data", str(tmp_path), "--param", "fleet=home"])
     assert done.exit_code == 0, done.output
-    (tmp_path / "out.ttl").write_text(done.output, encoding="utf-8")
+    (tmp_path / "out.ttl").write_text(done.stdout, encoding="utf-8")
     back = read_selocml([tmp_path / "out.ttl"], "back")
     board = back.facts[board_iri("seloc-lab")]
     assert board[TF.ramBytes] == 523_624 or board[TF.ramBytes] == [523_624]

@@ -268,6 +268,6 @@ def test_what_breaks_its_shape_is_not_written() -> None:
     with EmbeddedStore() as store:
         with pytest.raises(shapes.ShapeError) as error:
             shapes.check_and_add(store, "board 'b'", {B: GOOD[B] | {TF.ramBytes: 0}})
-        assert str(error.value).startswith("board 'b' cannot go into the graph: tf:ramBytes")
+        assert str(error.value).startswith("board 'b' cannot be added to the graph: tf:ramBytes")
         assert error.value.violations == ("tf:ramBytes: one whole number of bytes from 1 (not 0)",)
         assert len(store) == 0

@@ -50,9 +50,11 @@ PROFILES: dict[Profile, list[str]] = {
     "exact": build_extension.FLAGS,
     "fast": ["-std=c99", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-DMOTE_FAST"],
 }
-#: Files whose time matters little, since they run seldom, only call kernels or do next to nothing: small, not quick.
+#: Files that are compiled small, not quick: they run seldom, only call kernels, do next to nothing, or have their loops
+#: in assembler.
 SMALL = (
-    "mote.c", "mote_load.c", "mote_sgd.c", "mote_dense.c", "mote_math.c", "mote_loss.c", "mote_node.c",
+    "mote.c", "mote_load.c", "mote_sgd.c", "mote_dense.c", "mote_relu.c", "mote_loss.c", "mote_math.c",
+    "mote_node.c",
     "mote_node_receive.c", "mote_node_reply.c", "mote_node_topics.c", "mote_node_train.c", "mote_update.c",
     "mote_frame.c", "mote_stream.c",
 )  # fmt: skip
