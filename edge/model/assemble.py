@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,7 +49,18 @@ from tinyfleet.edge.model.program_format import (
 
 
 def check(graph: Graph) -> None:
-    """Raises ProgramError, naming the op, for what the engine would reject."""
+    """Check that the engine can run and train a graph, without assembling it.
+
+    Parameters
+    ----------
+    graph
+        The model.
+
+    Raises
+    ------
+    ProgramError
+        For what the engine would reject; names the op.
+    """
     written = {op.output for op in graph.ops}
     for index, tensor in enumerate(graph.tensors):
         check_shape(tensor.shape, "a tensor")
@@ -88,36 +100,65 @@ def _check_training(graph: Graph) -> None:
 
 
 def assemble(graph: Graph, *, carry: bool = True) -> Program:
-    """The program of a graph. carry: with the initial values of what trains, if the graph has them all.
+    """Assemble the program of a graph.
 
-    Raises ProgramError if the engine cannot run it, or if it lacks the weights of a frozen op.
+    Parameters
+    ----------
+    graph
+        The model.
+    carry
+        Whether the program carries the initial values of what trains, if the graph has them all.
+
+    Returns
+    -------
+    Program
+
+    Raises
+    ------
+    ProgramError
+        If the engine cannot run the graph, or if a frozen op has no weights.
     """
     check(graph)
     training = [op for op in graph.ops if op.trains != "nothing"]
     carries = carry and bool(training) and all(op.weights is not None for op in training)
     where = plan_memory(graph)
-    constants, records = [], []
     params_size = sum(params_bytes(op, graph.tensors) for op in training)
     constants_size = sum(constants_bytes(op, graph.tensors) for op in graph.ops)
     if max(where.activations, params_size + constants_size) > MAX_BYTES:
         raise ProgramError(f"the model needs more than {MAX_BYTES} bytes; make it smaller")
-    params_at, at, layer = 0, params_size if carries else 0, 0
-    for op, gradients in zip(graph.ops, where.gradients, strict=True):
-        trains = op.trains != "nothing"
-        records.append(_record(op, graph.tensors, gradients, layer if trains else 0, params_at if trains else 0, at))
-        constants.append(_constants(op, graph.tensors))
-        params_at += params_bytes(op, graph.tensors)
-        layer += trains
-        at += len(constants[-1])
+    initial_size = params_size if carries else 0
+    records = [
+        _record(op, graph.tensors, gradients, place)
+        for op, gradients, place in zip(graph.ops, where.gradients, _places(graph, initial_size), strict=True)
+    ]
+    constants = [_constants(op, graph.tensors) for op in graph.ops]
     initial = [_initial(op, graph.tensors) for op in training] if carries else []
     tensors = [
         TENSOR.pack(TYPES.index(t.dtype) + 1, t.zero_point, *t.shape, EXTERNAL if offset is None else offset, t.scale)
         for t, offset in zip(where.tensors, where.offsets, strict=True)
     ]
     body = b"".join([*tensors, *records, *initial, *constants])
-    header = _header(graph, where, carries, len(body), params_size, at)
+    header = _header(graph, where, carries, len(body), params_size, initial_size + constants_size)
     summed = header[UNSUMMED:] + body
     return Program.parse(header[: UNSUMMED - 4] + struct.pack("<I", zlib.crc32(summed)) + summed)
+
+
+class _Place(NamedTuple):
+    """Which layer of a mask an op is, and the offsets of what trains of it and of its constants, in bytes."""
+
+    layer: int
+    params: int
+    constants: int
+
+
+def _places(graph: Graph, first_constant: int) -> Iterator[_Place]:
+    layer, params, constants = 0, 0, first_constant
+    for op in graph.ops:
+        trains = op.trains != "nothing"
+        yield _Place(layer, params, constants) if trains else _Place(0, 0, constants)
+        layer += trains
+        params += params_bytes(op, graph.tensors)
+        constants += constants_bytes(op, graph.tensors)
 
 
 def _header(graph: Graph, where: MemoryPlan, carries: bool, body: int, params: int, constants: int) -> bytes:
@@ -196,7 +237,7 @@ def _initial(op: Op, tensors: Sequence[Tensor]) -> bytes:
     return data + bytes(-len(data) % 4) + np.ascontiguousarray(biases[: op.trained], "<i4").tobytes()
 
 
-def _record(op: Op, tensors: Sequence[Tensor], g: Gradients, layer: int, params: int, constants: int) -> bytes:
+def _record(op: Op, tensors: Sequence[Tensor], g: Gradients, place: _Place) -> bytes:
     flags = {"nothing": 0, "bias": BIAS, "all": WEIGHTS | BIAS}[op.trains]
     flags |= ADDS * g.adds | ADDS2 * g.adds2 | FILLS * op.fills | MASKS * (g.mask is not None)
     channels = tensors[op.output].shape[2]
@@ -206,8 +247,8 @@ def _record(op: Op, tensors: Sequence[Tensor], g: Gradients, layer: int, params:
     pads, option = (op.offsets[:2], op.offsets[2]) if op.kind == Kind.PLACE else (op.pads, g.mask or 0)
     try:
         return OP.pack(
-            op.kind, flags, layer, 0, *inputs, op.output, *around, *op.kernel, *pads, *op.strides, *op.dilation,
-            option, trained, params, constants,
+            op.kind, flags, place.layer, 0, *inputs, op.output, *around, *op.kernel, *pads, *op.strides, *op.dilation,
+            option, trained, place.params, place.constants,
         )  # fmt: skip
     except struct.error as error:
         raise ProgramError(f"'{op.name}' has a kernel, stride, dilation or padding that is too large") from error

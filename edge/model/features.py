@@ -1,4 +1,4 @@
-"""What a microphone's samples become before a model sees them: mote_mel.c, the same as on a device."""
+"""Features of speech: the log-mel energies that mote_mel.c computes, here as on a device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VERSION: int = lib.MOTE_MEL_VERSION
 
 
 def frames(samples: int) -> int:
-    """Frames in so many samples."""
+    """Number of frames in a recording of that many samples."""
     return max(0, (samples - WINDOW) // HOP + 1)
 
 
@@ -32,7 +32,7 @@ def log_mel(samples: NDArray[np.int16]) -> NDArray[np.uint8]:
 
 
 def level(bands: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """What lies above their mean, of the same shape; below it, 0."""
+    """Subtract the mean of all energies; what lies below it becomes 0. Same shape."""
     above = np.array(bands, np.uint8, order="C")
     lib.mote_mel_level(ffi.from_buffer("uint8_t[]", above), above.size)
     return above

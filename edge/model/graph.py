@@ -24,7 +24,7 @@ LOSSES: tuple[Loss, ...] = ("softmax_cross_entropy", "mse", "binary_cross_entrop
 
 
 class Kind(IntEnum):
-    """What an operation computes; the numbers are those of mote_internal.h, which says more of each."""
+    """What an operation computes; mote_internal.h has the same numbers, and defines each operation."""
 
     DENSE = 1
     CONV2D = 2
@@ -60,10 +60,19 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A value in the graph. scale and zero_point: of int8, real = scale * (q - zero_point).
+    """A value in the graph.
 
-    view_of: the index of the tensor whose memory this is, under another shape of as many elements (a reshape, a
-    flatten, a dropout); such a tensor is never an op's output.
+    Parameters
+    ----------
+    shape
+        Height, width and channels.
+    dtype
+        The type of its elements.
+    scale, zero_point
+        Of int8: the real number is scale * (q - zero_point).
+    view_of
+        The index of the tensor whose memory this one shares, in another shape with as many elements (a reshape, a
+        flatten, a dropout). Such a tensor is never an op's output.
     """
 
     shape: Shape3
@@ -74,27 +83,52 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Bytes, without what aligns the next."""
+        """Bytes, without padding."""
         return self.size * (4 if self.dtype == "float32" else 1)
 
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. Only the fields that its kind has mean something; see mote_internal.h.
+    """One operation. Which of the fields have a meaning depends on its kind; see mote_internal.h.
 
-    name: the model's own name of the layer that it came from; ops of one layer share it.
-    inputs: one or two tensors; output: the tensor that it writes. Every tensor is written by one op, but for those that
-    several PLACE ops fill together.
-    weights: float32 (or int8 in an INT8 kind), in the engine's layout: [out][in], [out][kh][kw][in], [kh][kw][out], or
-    gamma [c]. None: the architecture alone. bias: float32, beta, or int32 as in TFLite (not folded).
-    weight_scales: float64 [out], of int8 weights. low, high: what an int8 output is clamped to.
-    offsets: a PLACE's first row, column and channel. begin, steps: a SLICE's. beta: a softmax's, 1 in float32.
-    table: an INT8_TABLE's 256 bytes. trained: how many output channels train, the first ones; all unless int8.
+    Parameters
+    ----------
+    kind
+        What it computes.
+    name
+        The model's name of the layer that it came from; ops of one layer share it.
+    inputs
+        Indices of one or two tensors.
+    output
+        Index of the tensor that it writes. One op writes each tensor, or several PLACE ops together.
+    kernel, strides, dilation, pads
+        Of a window: rows and columns; `pads` are those before the first element.
+    weights
+        float32, or int8 in an INT8 kind, in the engine's layout: [out][in], [out][kh][kw][in], [kh][kw][out], or gamma
+        [c]. None: the architecture alone.
+    bias
+        float32, a layer norm's beta, or int32 as in TFLite (not folded).
+    weight_scales
+        Of int8 weights, float64 [out].
+    low, high
+        The range that an int8 output is clamped to.
+    slope, epsilon, beta
+        Of a leaky ReLU, a layer norm and a softmax (1 in float32).
+    offsets, fills
+        A PLACE's first row, column and channel, and whether it first fills its output with zeros.
+    begin, steps
+        A SLICE's first element and steps.
+    table
+        An INT8_TABLE's 256 bytes.
+    trains
+        What of it trains.
+    trained
+        How many output channels train, the first ones; None: all. Only int8 weights train in part.
     """
 
     kind: Kind
@@ -124,9 +158,25 @@ class Op:
 
 @dataclass(frozen=True)
 class Graph:
-    """tensors[0] is the model's input. output: the tensor that the ops compute in the end (logits under a
-    cross-entropy). loss: None for a model that only runs. classes: outputs in use at first; None: all.
-    momentum: keep room for the optimiser's. huber_delta: where a Huber loss becomes linear."""
+    """What the engine computes, and what of it trains.
+
+    Parameters
+    ----------
+    tensors
+        All values; the first one is the model's input.
+    ops
+        The operations, in the order of execution.
+    output
+        Index of the tensor with the result; the logits, if the loss is a cross-entropy.
+    loss
+        None for a model that only runs.
+    classes
+        Outputs in use at first; None: all.
+    momentum
+        Whether to reserve memory for the optimizer's momentum.
+    huber_delta
+        The error at which a Huber loss becomes linear.
+    """
 
     tensors: tuple[Tensor, ...]
     ops: tuple[Op, ...]

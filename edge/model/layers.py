@@ -202,31 +202,44 @@ def network(
     momentum: bool = False,
     classes: int | None = None,
 ) -> Graph:
-    """The graph of a model whose layers follow each other, from which `build` makes a program.
+    """Make the graph of a model whose layers follow each other.
 
-    input_shape: (features,) or (height, width, channels). loss: None for a model that only runs. trainable: which
-    layers may train, counting layers with parameters from 0; None for all (none without a loss). weights: arrays by
-    the names of `Program.all_parameters`; a frozen layer needs its own; if trainable layers have theirs, the program
-    carries them as initial values (then all must), else it is the architecture alone. momentum: keep room for the
-    optimiser's. classes: outputs in use at first, if fewer than the last layer has.
+    ReLU before max pooling becomes max pooling before ReLU: the same numbers, with less memory and work.
 
-    ReLU before max pooling is built as max pooling before ReLU: the same numbers, with less memory and work.
+    Parameters
+    ----------
+    layers
+        From the input to the output, without the loss's own softmax or sigmoid.
+    input_shape
+        (features,) or (height, width, channels).
+    loss
+        One of `edge.model.graph.LOSSES`; None for a model that only runs.
+    trainable
+        Which layers may train, counting the layers with parameters from 0. None: all, or none without a loss.
+    weights
+        Arrays by the names of `Program.all_parameters`. A frozen layer needs its own. Trainable layers have either all
+        theirs, which the program then carries as initial values, or none.
+    momentum
+        Whether to reserve memory for the optimizer's momentum.
+    classes
+        Outputs in use at first, if fewer than the last layer has.
 
-    Raises ProgramError.
+    Returns
+    -------
+    Graph
+        What `build` assembles.
+
+    Raises
+    ------
+    ProgramError
+        If a layer does not fit its input, or the weights do not fit the layers.
     """
     if loss is not None and loss not in LOSSES:
         raise ProgramError(f"the loss is {loss!r}; the engine has {', '.join(LOSSES)}")
-    layers = list(layers)
-    for i in range(len(layers) - 1, 0, -1):
-        for j in range(i, len(layers)):
-            if not (isinstance(layers[j - 1], ReLU) and isinstance(layers[j], MaxPool2D)):
-                break
-            layers[j - 1], layers[j] = layers[j], layers[j - 1]
-
     shape = _full(tuple(int(v) for v in input_shape))
     check_shape(shape, "the input")
     tensors, ops = [Tensor(shape)], list[Op]()
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(_pool_before_relu(layers)):
         source = len(tensors) - 1
         if isinstance(layer, Flatten):
             tensors.append(Tensor((1, 1, tensors[source].size), view_of=source))
@@ -237,14 +250,25 @@ def network(
         check_shape(tensors[-1].shape, f"the output of layer {i} ({type(layer).__name__})")
     if not ops:
         raise ProgramError("a model needs at least one layer that computes something")
-    numbers = [i for i, op in enumerate(ops) if op.kind in WEIGHTED]
-    chosen = (range(len(numbers)) if loss is not None else ()) if trainable is None else trainable
-    for number in chosen:
-        if not 0 <= number < len(numbers):
-            raise ProgramError(f"layer {number} cannot train: the model has {len(numbers)} layers with parameters")
-        ops[numbers[number]] = replace(ops[numbers[number]], trains="all")
+    weighted = [i for i, op in enumerate(ops) if op.kind in WEIGHTED]
+    if trainable is None:
+        trainable = range(len(weighted)) if loss is not None else ()
+    for number in trainable:
+        if not 0 <= number < len(weighted):
+            raise ProgramError(f"layer {number} cannot train: the model has {len(weighted)} layers with parameters")
+        ops[weighted[number]] = replace(ops[weighted[number]], trains="all")
     graph = Graph(tuple(tensors), tuple(ops), len(tensors) - 1, loss, classes, momentum)
     return _with_weights(graph, weights or {})
+
+
+def _pool_before_relu(layers: Sequence[Layer]) -> list[Layer]:
+    layers = list(layers)
+    for i in range(len(layers) - 1, 0, -1):
+        for j in range(i, len(layers)):
+            if not (isinstance(layers[j - 1], ReLU) and isinstance(layers[j], MaxPool2D)):
+                break
+            layers[j - 1], layers[j] = layers[j], layers[j - 1]
+    return layers
 
 
 def build(

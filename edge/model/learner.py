@@ -37,25 +37,44 @@ class Learner(Protocol):
     """Learns online, one sample a step. Not for two threads at once."""
 
     def learn(self, x: ArrayLike, y: ArrayLike, rate: float) -> float:
-        """One step of gradient descent on one sample: x the features, y the class or the targets. Returns the loss
-        before the step. Raises LearnerError, and then has learned nothing."""
+        """Take one step of gradient descent on one sample.
+
+        Parameters
+        ----------
+        x
+            Features.
+        y
+            The class, or the targets.
+        rate
+            The learning rate.
+
+        Returns
+        -------
+        float
+            The loss before the step.
+
+        Raises
+        ------
+        LearnerError
+            If the learner cannot take the sample, or has diverged; then it has learned nothing.
+        """
         ...
 
     def infer(self, x: ArrayLike) -> Vector:
-        """The model's output for one sample, as a vector: class probabilities, or predictions."""
+        """Compute the model's output for one sample: class probabilities or predictions, shape (outputs,)."""
         ...
 
     def loss(self, x: ArrayLike, y: ArrayLike) -> float:
-        """The loss on one sample; learns nothing."""
+        """Compute the loss on one sample, without learning."""
         ...
 
     @property
     def parameters(self) -> Vector:
-        """A copy of all that can train, as one vector."""
+        """A copy of the parameters, shape (n_params,)."""
         ...
 
     def set_parameters(self, vector: ArrayLike) -> None:
-        """Replaces them. Raises LearnerError on another length or on a number that is not finite."""
+        """Replace the parameters. Raises LearnerError if the length is wrong or a number is not finite."""
         ...
 
 
@@ -87,18 +106,18 @@ def _check(code: int) -> None:
 class MoteLearner:
     """The C engine: the same bits as on a microcontroller.
 
-    A model whose input is int8 takes int8 arrays, as they are; one whose output is int8 gives them. Of a program that
-    trains int8 weights the parameters are the real numbers that these stand for, and setting them rounds.
+    If the model's input is int8, samples are int8 arrays; if its output is int8, so is the result. If the program
+    trains int8 weights, the parameters are the real numbers that these represent, and setting them rounds.
 
-    Every step of `learn` takes ``g = dL/dw``, scaled to a norm of at most `clip_norm` over all that trains;
+    Every step of `learn` computes ``g = dL/dw``, scaled to a norm of at most `clip_norm` over all that trains;
     ``v = momentum * v + g + weight_decay * w``; ``w -= rate * v``.
 
     Parameters
     ----------
     program : Program or bytes
-        What to run; the parameters are those that it carries, else 0.
+        The model; its parameters are those that it carries, otherwise 0.
     momentum : float
-        Needs a program that was built for it.
+        Needs a program with memory for it; 0 for none.
     weight_decay : float
         0 for none.
     clip_norm : float
@@ -227,8 +246,18 @@ class MoteLearner:
         return self._outputs
 
     def grow(self) -> int:
-        """Takes one more class into use, with the parameters that the program keeps for it; returns how many there are
-        now. Raises LearnerError if the program keeps no room for another."""
+        """Add a class, with the parameters that the program has for it.
+
+        Returns
+        -------
+        int
+            The number of outputs now.
+
+        Raises
+        ------
+        LearnerError
+            If the program reserves no memory for another class.
+        """
         _check(lib.mote_grow(self._mote))
         self._size_outputs()
         return self._outputs
@@ -244,7 +273,7 @@ def _dtype(code: int) -> np.dtype[Any]:
 
 
 def _input(x: ArrayLike, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """x as the engine reads it. Raises LearnerError for other numbers than int8 where the model takes these."""
+    """x as the engine reads it. Raises LearnerError if the model takes int8 and x is something else."""
     if dtype == np.int8 and np.asarray(x).dtype != np.int8:
         raise LearnerError(
             f"this model takes int8 and the sample is {np.asarray(x).dtype}; quantise it with the input's scale and "
@@ -266,28 +295,33 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def learn_many(
     learners: Sequence[MoteLearner], xs: ArrayLike, ys: ArrayLike, rate: float, *, threads: int | None = None
 ) -> Vector:
-    """Plain gradient descent on many devices at once: learner i takes a step on each of xs[i], in order.
+    """Train many learners at once: learner i takes a plain step of gradient descent on each sample of xs[i], in order.
 
-    xs: [learners, steps, ...features], of the models' input type; ys: [learners, steps], or [learners, steps, targets].
-    threads: how many work on it, each on its share of the devices; as many as there are cores unless given.
-    Returns the losses before each step, [learners, steps]: the same numbers as one after the other. Raises
-    LearnerError, for the first device that failed; the others have learned.
+    Parameters
+    ----------
+    learners
+        Different ones, whose models have the same input and targets.
+    xs
+        Samples of the models' input type, shape (learners, steps, ...).
+    ys
+        Classes, shape (learners, steps), or targets, shape (learners, steps, targets).
+    rate
+        The learning rate.
+    threads
+        How many threads share the learners. None: as many as there are cores.
+
+    Returns
+    -------
+    ndarray of float32, shape (learners, steps)
+        The losses before each step: the same numbers as `learn` gives, one learner after the other.
+
+    Raises
+    ------
+    LearnerError
+        If the arguments do not fit each other, or a learner fails; the others have then learned.
     """
-    if not learners:
-        raise LearnerError("there is no learner; give at least one")
-    first = learners[0]
-    x, y = _input(xs, first._input_type), np.ascontiguousarray(ys, np.float32)
-    count, steps, targets = len(learners), x.shape[1] if x.ndim > 1 else 0, first._targets
-    kinds = {(learner._inputs, learner._input_type, learner._targets) for learner in learners}
-    if len(kinds) > 1:
-        raise LearnerError("the learners differ in their inputs or targets; call learn_many for each kind of them")
-    if len(set(map(id, learners))) < count:
-        raise LearnerError("a learner is in the list twice; each can only take one step at a time")
-    if x.size != count * steps * first._inputs or y.size != count * steps * targets or x.shape[:2] != y.shape[:2]:
-        raise LearnerError(
-            f"the samples have the shape {x.shape} and the targets {y.shape}; {count} learners take ({count}, steps, "
-            f"{first._inputs}) and ({count}, steps{f', {targets}' if targets > 1 else ''})"
-        )
+    x, y = _check_samples(learners, xs, ys)
+    count, steps = x.shape[:2]
     losses: Vector = np.zeros((count, steps), np.float32)
     errors = np.zeros(count, np.int32)
     motes = ffi.new("mote_t *[]", [learner._mote for learner in learners])
@@ -312,6 +346,26 @@ def learn_many(
     for error in errors:
         _check(int(error))
     return losses
+
+
+def _check_samples(learners: Sequence[MoteLearner], xs: ArrayLike, ys: ArrayLike) -> tuple[NDArray[Any], Vector]:
+    """The samples and targets of `learn_many` as the engine reads them. Raises LearnerError."""
+    if not learners:
+        raise LearnerError("there is no learner; give at least one")
+    kinds = {(learner._inputs, learner._input_type, learner._targets) for learner in learners}
+    if len(kinds) > 1:
+        raise LearnerError("the learners differ in their inputs or targets; call learn_many for each kind of them")
+    if len(set(map(id, learners))) < len(learners):
+        raise LearnerError("a learner is in the list twice; each can only take one step at a time")
+    ((inputs, input_type, targets),) = kinds
+    x, y = _input(xs, input_type), np.ascontiguousarray(ys, np.float32)
+    count, steps = len(learners), x.shape[1] if x.ndim > 1 else 0
+    if x.size != count * steps * inputs or y.size != count * steps * targets or x.shape[:2] != y.shape[:2]:
+        raise LearnerError(
+            f"the samples have the shape {x.shape} and the targets {y.shape}; {count} learners take ({count}, steps, "
+            f"{inputs}) and ({count}, steps{f', {targets}' if targets > 1 else ''})"
+        )
+    return x, y
 
 
 def _interpreter(model: bytes, threads: int) -> Any:
@@ -341,12 +395,23 @@ def _interpreter(model: bytes, threads: int) -> Any:
 class LiteRTLearner:
     """A .tflite model with training signatures (firmware_tools/compiler/export.py lists them), in TFLite's interpreter.
 
-    The parameters are the same vector as a MoteLearner's of the same model, so both can be in one fleet; the numbers
-    agree to rounding, not to the bit.
+    The parameters are the same vector as those of a MoteLearner with the same model, so both can be in one fleet; their
+    numbers agree up to rounding, not to the bit.
+
+    Parameters
+    ----------
+    model
+        The content of a .tflite file, or its path.
+    threads
+        Threads of the interpreter.
+
+    Raises
+    ------
+    LearnerError
+        If the file cannot be read, is not a .tflite model or has no training signatures, or without an interpreter.
     """
 
     def __init__(self, model: bytes | Path | str, threads: int = 1) -> None:
-        """Opens a model: its bytes, or its file. Raises LearnerError."""
         if not isinstance(model, bytes):
             path = Path(model)
             try:

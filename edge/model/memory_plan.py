@@ -46,7 +46,15 @@ _TRIES = 200  # orders of placement that are tried to come nearer to the lower b
 
 @dataclass
 class Block:
-    """Memory that is wanted from the step `birth` to the step `death`, both included."""
+    """A block of memory with a lifetime.
+
+    Parameters
+    ----------
+    bytes
+        Its size.
+    birth, death
+        The first and the last step in which it is in use.
+    """
 
     bytes: int
     birth: int
@@ -55,8 +63,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradient tensors of an op, as indices of `Plan.tensors`: None where there is none. adds: add to what is
-    there, for another op has written it. mask: the tensor of the bits that a ReLU keeps instead of its output."""
+    """The tensors of one op's backward pass, as indices of `MemoryPlan.tensors`; None where there is none.
+
+    Parameters
+    ----------
+    dout
+        The gradient of the output.
+    din, din2
+        The gradients of the two inputs.
+    adds, adds2
+        Whether these are added to what is there, because another op wrote it.
+    mask
+        The bits that a ReLU keeps instead of its output.
+    """
 
     dout: int | None = None
     din: int | None = None
@@ -68,8 +87,23 @@ class Gradients:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """tensors: the graph's, then masks, the loss's output where it is one of its own, and gradients; offsets: bytes in
-    the activations, None for what lies in the model's input. lower_bound: the most bytes that are alive at one step."""
+    """Where every tensor of a graph lies in the arena.
+
+    Parameters
+    ----------
+    tensors
+        The graph's tensors, then masks, the loss's output if it is a tensor of its own, and gradients.
+    offsets
+        Of each tensor in the activations, in bytes; None if it lies in the model's input.
+    gradients
+        Of each op.
+    output, dlogits
+        The tensors of the model's output and of the gradient of its logits.
+    activations
+        Bytes of all activations and gradients.
+    lower_bound
+        The most bytes that are alive at one step: no plan needs less.
+    """
 
     tensors: tuple[Tensor, ...]
     offsets: tuple[int | None, ...]
@@ -123,14 +157,14 @@ def aligned(size: int) -> int:
 
 
 def root(tensors: Sequence[Tensor], index: int) -> int:
-    """The tensor whose memory this one is."""
+    """The tensor whose memory this one shares; itself unless it is a view."""
     while (under := tensors[index].view_of) is not None:
         index = under
     return index
 
 
 class _Planner:
-    """The blocks of memory as they come up, and which tensor lies in which."""
+    """Collects the blocks of memory that a graph needs, and in which one each tensor lies."""
 
     def __init__(self, graph: Graph, masked: bool) -> None:
         self.graph, self.n = graph, len(graph.ops)
@@ -183,7 +217,20 @@ class _Planner:
         return op.trains == "all"
 
     def values(self) -> None:
-        """Places for what the ops compute."""
+        """Assign blocks to the outputs of the ops."""
+        deaths = self._last_reads()
+        self._mask_or_keep(deaths)
+        for i, op in enumerate(self.graph.ops):
+            y = self.root(op.output)
+            if y in self.place:
+                continue
+            blocks = [self.place.get(self.root(x)) for x in op.inputs if op.kind in _IN_PLACE]
+            spare = next((b for b in blocks if b is not None and self.blocks[b].death == i), None)
+            self.place[y] = self.new(self.tensors[y].bytes, i, i) if spare is None else spare
+            self.blocks[self.place[y]].death = deaths[y]
+
+    def _last_reads(self) -> dict[int, int]:
+        """The last step that reads each op's output; for outputs of MASKED ops, the last step of the forward pass."""
         n, ops = self.n, self.graph.ops
         deaths = {t: max([*self.readers.get(t, []), *w]) for t, w in self.writers.items()}
         deaths[self.root(self.graph.output)] = n
@@ -195,21 +242,17 @@ class _Planner:
                 deaths[x] = max(deaths[x], 2 * n - i)
             if op.kind in _READ_OUTPUT_AGAIN and op.kind not in MASKED:
                 deaths[y] = max(deaths[y], 2 * n - i)
-        for i, op in enumerate(ops):
+        return deaths
+
+    def _mask_or_keep(self, deaths: dict[int, int]) -> None:
+        """Add a mask for each MASKED op whose output the backward pass does not read; keep the others' outputs."""
+        for i, op in enumerate(self.graph.ops):
             y = self.root(op.output)
             if op.kind in MASKED and self.active[i]:
-                if self.masked and deaths[y] <= n:
+                if self.masked and deaths[y] <= self.n:
                     self._add_mask(i, self.tensors[y].size)
                 else:
-                    deaths[y] = max(deaths[y], 2 * n - i)
-        for i, op in enumerate(ops):
-            y = self.root(op.output)
-            if y in self.place:
-                continue
-            blocks = [self.place.get(self.root(x)) for x in op.inputs if op.kind in _IN_PLACE]
-            spare = next((b for b in blocks if b is not None and self.blocks[b].death == i), None)
-            self.place[y] = self.new(self.tensors[y].bytes, i, i) if spare is None else spare
-            self.blocks[self.place[y]].death = deaths[y]
+                    deaths[y] = max(deaths[y], 2 * self.n - i)
 
     def _add_mask(self, i: int, elements: int) -> None:
         size = -(-elements // 8)
@@ -220,7 +263,7 @@ class _Planner:
         self.place[self.masks[i]] = self.new(mask.bytes, i, 2 * self.n - i)
 
     def loss(self) -> tuple[int, int | None]:
-        """The output's tensor, and that of the logits' gradient."""
+        """Assign blocks to the loss's tensors: returns the output's tensor and that of the logits' gradient."""
         n, graph = self.n, self.graph
         logits = self.root(graph.output)
         block = self.place[logits]
@@ -246,29 +289,29 @@ class _Planner:
         return self.gradient[of]
 
     def gradients(self) -> list[Gradients]:
-        """Gradient tensors of every op, and places for them."""
-        found = [Gradients()] * self.n
+        """Assign blocks to the gradients: returns the gradient tensors of every op."""
+        gradients = [Gradients()] * self.n
         for i in reversed(range(self.n)):
-            op = self.graph.ops[i]
-            y = self.root(op.output)
-            if not self.active[i]:
-                continue
-            inputs = [x if x in self.back else None for x in map(self.root, op.inputs)]
-            new = [x for x in dict.fromkeys(inputs) if x is not None and x not in self.gradient]
-            if any(x is not None for x in inputs) and op.kind not in BACKWARD:
-                raise ProgramError(
-                    f"'{op.name}' ({op.kind.name.lower()}) lets no gradient through to what would train before it; "
-                    "train from a layer behind it"
-                )
-            for x, block in zip(new, self._blocks_for_gradients(i, op, new), strict=True):
-                self._add_gradient(x, block)
-            made: list[tuple[int | None, bool]] = []
-            for place, wanted in enumerate(inputs):
-                adds = wanted is not None and (wanted not in new or wanted in inputs[:place])
-                made.append((None if wanted is None else self.gradient[wanted], adds))
-            (din, adds), (din2, adds2) = [*made, (None, False)][:2]
-            found[i] = Gradients(self.gradient[y], din, din2, adds, adds2, self.masks.get(i))
-        return found
+            if self.active[i]:
+                gradients[i] = self._op_gradients(i, self.graph.ops[i])
+        return gradients
+
+    def _op_gradients(self, i: int, op: Op) -> Gradients:
+        inputs = [x if x in self.back else None for x in map(self.root, op.inputs)]
+        new = [x for x in dict.fromkeys(inputs) if x is not None and x not in self.gradient]
+        if any(x is not None for x in inputs) and op.kind not in BACKWARD:
+            raise ProgramError(
+                f"'{op.name}' ({op.kind.name.lower()}) lets no gradient through to what would train before it; "
+                "train from a layer behind it"
+            )
+        for x, block in zip(new, self._blocks_for_gradients(i, op, new), strict=True):
+            self._add_gradient(x, block)
+        made: list[tuple[int | None, bool]] = []
+        for place, wanted in enumerate(inputs):
+            adds = wanted is not None and (wanted not in new or wanted in inputs[:place])
+            made.append((None if wanted is None else self.gradient[wanted], adds))
+        (din, adds), (din2, adds2) = [*made, (None, False)][:2]
+        return Gradients(self.gradient[self.root(op.output)], din, din2, adds, adds2, self.masks.get(i))
 
     def _blocks_for_gradients(self, i: int, op: Op, new: Sequence[int]) -> list[int]:
         """Of an op's inputs: in place of the output's gradient, or of max pooling's input, where that dies now; both of
@@ -305,9 +348,21 @@ class _Planner:
 
 
 def plan_memory(graph: Graph) -> MemoryPlan:
-    """The plan of a graph: exact, and the same at every run.
+    """Plan the memory of a graph: exact, and the same at every run.
 
-    Raises ProgramError if what would train cannot: the output does not depend on it, or no gradient gets there.
+    Parameters
+    ----------
+    graph
+        The model, with what of it trains.
+
+    Returns
+    -------
+    MemoryPlan
+
+    Raises
+    ------
+    ProgramError
+        If something cannot train: the output does not depend on it, or no gradient reaches it.
     """
     whole = _plan_memory(_Planner(graph, masked=False))
     planner = _Planner(graph, masked=True)
@@ -335,11 +390,24 @@ def _plan_memory(planner: _Planner) -> MemoryPlan:
 
 
 def pack(blocks: Sequence[Block]) -> tuple[list[int], int, int]:
-    """Offsets such that blocks that live together do not overlap, the bytes that all need, and the most bytes that are
-    alive at one step, which no plan can beat.
+    """Find offsets such that blocks that live at the same time do not overlap.
 
-    Greedy best fit by size, by birth and by length of life (after Pisarchyk and Lee 2020, "Efficient memory management
-    for deep neural net inference"); where none of them comes down to the bound, orders nearby are tried.
+    Greedy best fit by size, by birth and by lifetime (after Pisarchyk and Lee 2020, "Efficient memory management for
+    deep neural net inference"). If none of these orders reaches the lower bound, similar orders are tried.
+
+    Parameters
+    ----------
+    blocks
+        The blocks to place.
+
+    Returns
+    -------
+    offsets : list of int
+        Of each block, in bytes.
+    size : int
+        Bytes that all blocks need.
+    bound : int
+        The lower bound.
     """
     bound = lower_bound(blocks)
     keys: list[Callable[[int], tuple[int, ...]]] = [
@@ -364,7 +432,7 @@ def pack(blocks: Sequence[Block]) -> tuple[list[int], int, int]:
 
 
 def lower_bound(blocks: Iterable[Block]) -> int:
-    """The most bytes alive at one step."""
+    """The most bytes that are alive at one step."""
     changes: dict[int, int] = {}
     for block in blocks:
         changes[block.birth] = changes.get(block.birth, 0) + block.bytes
@@ -398,11 +466,21 @@ def _best_fit(blocks: Sequence[Block], order: Sequence[int]) -> tuple[list[int],
     return offsets, total
 
 
-# What a choice of what trains takes
+# What training takes, depending on what of a graph trains
 
 
 def with_training(graph: Graph, first: int | None, *, bias_only: bool = False) -> Graph:
-    """The graph with its float32 ops with weights from op `first` on training, and nothing before; None: nothing."""
+    """Let the float32 weights from one op to the end train.
+
+    Parameters
+    ----------
+    graph
+        The model.
+    first
+        Index of the first op that trains; None: nothing trains.
+    bias_only
+        Whether only their biases train.
+    """
     ops = [
         replace(op, trains="nothing" if first is None or i < first else "bias" if bias_only else "all")
         if op.kind in WEIGHTED
@@ -434,8 +512,19 @@ _CONSTANTS = {
 
 @dataclass(frozen=True)
 class ResourceUse:
-    """Bytes. RAM: what trains, its momentum, activations and gradients, and the least that these could take. Flash: the
-    program with the initial values of what trains. numbers: how many numbers train."""
+    """The bytes that a graph needs.
+
+    Parameters
+    ----------
+    numbers
+        How many numbers train.
+    params, momentum
+        RAM of what trains, and of the optimizer's momentum.
+    activations, lower_bound
+        RAM of activations and gradients, and the least that any plan could take for them.
+    program
+        Flash of the program with the initial values of what trains.
+    """
 
     numbers: int
     params: int
@@ -451,11 +540,26 @@ class ResourceUse:
 
 
 def resource_use(graph: Graph) -> ResourceUse:
-    """What running a graph, and training what of it trains, takes: to the byte what its program has. No weights are
-    needed. Raises ProgramError if what would train cannot."""
-    found = plan_memory(graph)
+    """Compute the bytes that a graph needs to run and to train, exactly those of its program. Needs no weights.
+
+    Parameters
+    ----------
+    graph
+        The model, with what of it trains.
+
+    Returns
+    -------
+    ResourceUse
+
+    Raises
+    ------
+    ProgramError
+        If something cannot train; see `plan_memory`.
+    """
+    memory = plan_memory(graph)
     params = sum(params_bytes(op, graph.tensors) for op in graph.ops)
     constants = params + sum(constants_bytes(op, graph.tensors) for op in graph.ops)
-    program = HEADER_BYTES + TENSOR_BYTES * len(found.tensors) + OP_BYTES * len(graph.ops) + constants
+    program = HEADER_BYTES + TENSOR_BYTES * len(memory.tensors) + OP_BYTES * len(graph.ops) + constants
     numbers = sum(sum(trained_counts(op, graph.tensors)) for op in graph.ops)
-    return ResourceUse(numbers, params, params if graph.momentum else 0, found.activations, found.lower_bound, program)
+    momentum = params if graph.momentum else 0
+    return ResourceUse(numbers, params, momentum, memory.activations, memory.lower_bound, program)

@@ -54,8 +54,19 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One operation of a program. Shapes are (h, w, c) or (n,); macs: multiply-adds of an
-    inference; params: numbers that it has; trained: those of them that train."""
+    """One operation of a program.
+
+    Parameters
+    ----------
+    name, kind
+        Such as ``dense_0`` and ``dense``.
+    in_shape, out_shape
+        (h, w, c) or (n,).
+    macs
+        Multiply-accumulates of one inference.
+    params, trained
+        Its parameters, and how many of them train.
+    """
 
     name: str
     kind: str
@@ -72,6 +83,7 @@ class LayerInfo:
 
 
 def short_shape(shape: Shape3) -> Shape:
+    """(n,) for (1, 1, n); other shapes as they are."""
     return shape[2:] if shape[:2] == (1, 1) else shape
 
 
@@ -223,22 +235,22 @@ class Program:
 
     @cached_property
     def model_id(self) -> bytes:
-        """The first 8 bytes of the SHA-256: how a fleet calls this model."""
+        """The first 8 bytes of the SHA-256: the ID of this model in a fleet."""
         return hashlib.sha256(self.data).digest()[:8]
 
     @property
     def loss(self) -> Loss | None:
-        """What the model is trained to make small; None if it only runs."""
+        """The loss that it trains with; None if it only runs."""
         return LOSSES[self._header.loss - 1] if self._header.loss else None
 
     @property
     def input(self) -> Tensor:
-        """The model's input: its shape as `[h][w][c]`, its type, and an int8 one's scale and zero point."""
+        """The model's input: its shape (h, w, c), its type and, if that is int8, its scale and zero point."""
         return self._tensors[self._header.input]
 
     @property
     def output(self) -> Tensor:
-        """The same of its output."""
+        """The model's output, in the same form."""
         return self._tensors[self._header.output]
 
     @property
@@ -248,7 +260,7 @@ class Program:
 
     @property
     def output_shape(self) -> Shape:
-        """The same of the output: class probabilities under a cross-entropy."""
+        """Shape of the output, in the same form; class probabilities if the loss is a cross-entropy."""
         return short_shape(self.output.shape)
 
     @property
@@ -258,7 +270,7 @@ class Program:
 
     @property
     def trains_int8(self) -> bool:
-        """Whether what trains are int8 weights."""
+        """Whether int8 weights train."""
         return bool(self._header.flags & INT8)
 
     @cached_property
@@ -273,17 +285,17 @@ class Program:
 
     @property
     def momentum_bytes(self) -> int:
-        """RAM of the optimiser's momentum."""
+        """RAM of the optimizer's momentum."""
         return self.params_bytes if self._header.flags & MOMENTUM else 0
 
     @property
     def activation_bytes(self) -> int:
-        """RAM of the planned values and gradients."""
+        """RAM of activations and gradients, as planned."""
         return self._header.activation_bytes
 
     @property
     def arena_bytes(self) -> int:
-        """RAM that the engine needs for it, in all: what trains, momentum, values and gradients."""
+        """RAM that the engine needs in all: what trains, momentum, activations and gradients."""
         return self.params_bytes + self.momentum_bytes + self.activation_bytes
 
     @property

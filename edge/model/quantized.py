@@ -28,8 +28,23 @@ _TRAINED = {
 
 
 def quantize_multiplier(real: float) -> tuple[int, int]:
-    """(multiplier, shift) with real = multiplier * 2^(shift - 31), 2^30 <= multiplier < 2^31, or (0, 0) if real is 0 or
-    too small. Raises ValueError unless 0 <= real < 2^30."""
+    """Convert a scale to TFLite's fixed-point form.
+
+    Parameters
+    ----------
+    real
+        In [0, 2^30).
+
+    Returns
+    -------
+    multiplier, shift : int
+        real = multiplier * 2^(shift - 31) with 2^30 <= multiplier < 2^31; both 0 if `real` is 0 or too small.
+
+    Raises
+    ------
+    ValueError
+        If `real` is out of range.
+    """
     if not 0.0 <= real < 2.0**30:
         raise ValueError(f"a scale of {real} is not one that int8 can have")
     fraction, shift = math.frexp(real)
