@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,9 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from directory_fixtures import Here
+
+    from tinyfleet.ontology.ingest.registry import Registry
+    from tinyfleet.ontology.store.store import Store
 
 # tflite-runtime only opens an interpreter in a process that imported it before tensorflow, whichever test comes first.
 with contextlib.suppress(ImportError):
@@ -26,10 +29,11 @@ settings.load_profile("tinyfleet")
 THOROUGH = {
     "test_c_library", "test_compiler", "test_data_folder", "test_demo", "test_deploy", "test_docs",
     "test_engine_native", "test_exactness", "test_examples", "test_export_library", "test_firmware",
-    "test_flower_transports", "test_fuzz", "test_gradients", "test_graph_crash", "test_grid_fleet", "test_how_to",
-    "test_house", "test_litert", "test_match", "test_meta", "test_node_native", "test_ontology_boards",
-    "test_ontology_describe", "test_ontology_index", "test_ontology_shapes", "test_plan", "test_quantized_training",
-    "test_query_page", "test_robust", "test_session", "test_task_devices", "test_tflite_models", "test_wheel",
+    "test_firmware_fleet", "test_flower_transports", "test_fuzz", "test_gradients", "test_graph_crash",
+    "test_grid_fleet", "test_house", "test_how_to", "test_litert", "test_match", "test_meta", "test_node_native",
+    "test_ontology_boards", "test_ontology_describe", "test_ontology_index", "test_ontology_shapes", "test_plan",
+    "test_quantized_training", "test_query_page", "test_robust", "test_session", "test_task_devices",
+    "test_tflite_models", "test_wheel",
 }  # fmt: skip
 #: The longest test of all: it comes first, or else one worker is still busy with it when the others have finished.
 LONGEST = "test_no_program_and_no_message_makes_it_read_or_write_outside"
@@ -86,3 +90,37 @@ def directory() -> Iterator["Here"]:
 
     with open_directory() as here:
         yield here
+
+
+@pytest.fixture(scope="session")
+def firmware(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The firmware of one device for a board, built once in each process."""
+    from firmware_fixtures import build_firmware
+
+    built: dict[str, Path] = {}
+
+    def get(board: str) -> Path:
+        if board not in built:
+            built[board] = build_firmware(board, tmp_path_factory.mktemp(board))
+        return built[board]
+
+    return get
+
+
+@pytest.fixture(params=["memory", "indexed", "oxigraph"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator["Store"]:
+    """A fresh store of the graph, of each kind that keeps it in a way of its own."""
+    from ontology_fixtures import open_store
+
+    with open_store(request.param, tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def registry(store: "Store") -> "Registry":
+    """The registry of fleet "home" on that store, at a fixed time."""
+    from ontology_fixtures import NOW
+
+    from tinyfleet.ontology.ingest.registry import Registry
+
+    return Registry(store, "home", clock=lambda: NOW)

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ import pytest
 from conftest import free_port
 
 from tinyfleet.edge.wire.messages import Status, encode
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
 
 MODEL = bytes.fromhex("0123456789abcdef")
 TOKEN = "a token"
+TOPICS = Topics("home")
+TD = TOPICS.td("dev-1")
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
 @cache

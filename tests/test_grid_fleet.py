@@ -411,7 +411,7 @@ def test_the_server_writes_where_it_is_for_its_owner_only(tmp_path: Path, broker
 def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path, broker: tuple[str, int]) -> None:
     with pytest.raises(UserError, match=f"port {broker[1]} on 127.0.0.1 is taken"):
         FleetServer(tmp_path / "a", "test", port=broker[1])
-    with pytest.raises(UserError, match=f"port {broker[1]} for the SPARQL endpoint"):
+    with pytest.raises(UserError, match=f"port {broker[1]} for the HTTP server"):
         FleetServer(tmp_path / "b", "test", broker=broker, endpoint_port=broker[1])
     EmbeddedStore(tmp_path / "a" / "graph").close()  # nothing was left open
 
@@ -486,7 +486,7 @@ def test_what_the_server_refuses_is_news(broker: tuple[str, int], tmp_path: Path
         said = heard.get(timeout=10)
         session.close()
         assert not other.store.query(library.text("clients"))
-    assert said.startswith("Thing Description of 'one' refused: tf:arenaBytes: one whole number of bytes from 1")
+    assert said.startswith("Thing Description of 'one' rejected: tf:arenaBytes: one whole number of bytes from 1")
 
 
 def test_server_device_and_run_as_commands(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_closed_store_says_so() -> None:
 def test_a_server_that_is_not_there_or_is_none_is_said(free_port_number: int) -> None:
     with pytest.raises(StoreError, match="is the server running"):
         RemoteStore(f"http://127.0.0.1:{free_port_number}/sparql").ask("ASK { }")
-    with pytest.raises(StoreError, match="begins with http"):
+    with pytest.raises(StoreError, match="must begin with http"):
         RemoteStore("file:///etc/passwd")
 
 

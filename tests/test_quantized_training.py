@@ -309,14 +309,18 @@ def test_a_gradient_that_comes_by_several_ways_is_their_sum(one, other):
 
 
 def test_a_bias_that_would_leave_32_bits_stays_at_their_end():
-    learner = MoteLearner(assemble(two_ways(None)))
-    unit = learner.parameters[-4:].copy()
-    x = np.full(6, 100, np.int8)
-    for rate in (1e30, -1e30):
+    graph = two_ways(None)
+    learner = MoteLearner(assemble(graph))
+    ends = np.float32(2**31 - 1) * graph.ops[0].weight_scales / 64  # of the biases: the input's scale is 1/64
+    for sign in (1, -1):
         for label in range(4):
-            learner.learn(x, label, rate)
-            assert np.isfinite(learner.parameters).all()
-    assert (learner.parameters[-4:] != unit).any()
+            parameters = learner.parameters
+            parameters[-4:] = sign * ends
+            learner.set_parameters(parameters)
+            learner.learn(np.full(6, 100, np.int8), label, 1e6)
+            biases = learner.parameters[-4:]
+            assert (abs(biases) <= ends * (1 + 1e-6)).all()
+            assert np.isclose(biases, sign * ends, rtol=1e-2).all()  # none has wrapped round
 
 
 # Programs
