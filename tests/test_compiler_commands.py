@@ -34,13 +34,18 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path):
     text = tmp_path / "text.keras"
     text.write_text("not a model")
     description = json.loads(zipfile.ZipFile(good).read("config.json"))
+    description["config"]["layers"][1]["config"]["units"] = -8
+    negative = json.dumps(description)
     del description["config"]["layers"][1]["config"]["units"]
+    compiled = json.loads(zipfile.ZipFile(good).read("config.json")) | {"compile_config": "x"}
     cases = {
         tmp_path / "absent.keras": "there is no file",
         text: "not a .keras file",
         rewrite(good, tmp_path / "old.keras", metadata='{"keras_version": "2.15.0"}'): "Keras 2.15.0",
         rewrite(good, tmp_path / "json.keras", config="{"): "not a .keras file",
         rewrite(good, tmp_path / "units.keras", config=json.dumps(description)): "units",
+        rewrite(good, tmp_path / "negative.keras", config=negative): "has weights of the shape",
+        rewrite(good, tmp_path / "compiled.keras", config=json.dumps(compiled)): "not as Keras 3 writes it",
         rewrite(good, tmp_path / "list.keras", config="[]"): "not as Keras 3 writes it",
         rewrite(good, tmp_path / "weights.keras", model="gone"): "Keras cannot load",
     }
