@@ -35,7 +35,7 @@ class TrustAccurate(FedAvg):
 
 def main() -> None:
     task = load_task("digits")
-    log_level(30)  # Flower's own log: warnings only
+    log_level(40)  # Flower's own log: errors only
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         broker = stack.enter_context(Broker(0, Path(folder)))

@@ -23,6 +23,7 @@ from tinyfleet.firmware_tools.firmware.build import build
 from tinyfleet.firmware_tools.firmware.emulate import Emulator
 from tinyfleet.firmware_tools.gateway import Gateway
 from tinyfleet.server.fleet_server import FleetServer
+from tinyfleet.server.flower.internals import log_level
 from tinyfleet.server.named_strategies import make_strategy
 from tinyfleet.server.training_run import run
 
@@ -30,6 +31,7 @@ BOARD = "mps2-an386"
 
 
 def main() -> None:
+    log_level(40)  # Flower's own log: errors only
     layers = [keras.Input((64,)), keras.layers.Dense(24, "relu"), keras.layers.Dense(5, "softmax")]
     program = compile_model(keras.Sequential(layers))
     task = replace(load_task("digits"), name="keras-digits", program=program)
