@@ -229,10 +229,18 @@ static int update_fits(const mote_t *m, const mote_op_t *op, int near)
     return mote_finite(product);
 }
 
-/* 1 if the op's input gradient can be any number of times its output's: it is multiplied by weights. */
-static int has_weights(const mote_op_t *op)
+/* 1 if the op's input gradient can be any number of times its output's: it is multiplied by weights or a slope, or added
+ * to what another op left there. */
+static int has_gain(const mote_op_t *op)
 {
-    return op->kind <= MOTE_DEPTHWISE || op->kind == MOTE_LAYERNORM || op->kind >= MOTE_INT8_DENSE;
+    return op->kind <= MOTE_DEPTHWISE || op->kind == MOTE_LAYERNORM || op->kind == MOTE_LEAKY_RELU ||
+           op->kind >= MOTE_INT8_DENSE || (op->flags & (MOTE_ADDS_DIN | MOTE_ADDS_DIN2)) != 0;
+}
+
+/* 1 if the gradient that the op has left there is near, or if it has left none. */
+static int left_near(const mote_t *m, const mote_op_t *op)
+{
+    return (op->din == MOTE_NO_TENSOR || is_near(m, op->din)) && (op->din2 == MOTE_NO_TENSOR || is_near(m, op->din2));
 }
 
 int mote_go_back(mote_t *m, float loss)
@@ -247,8 +255,8 @@ int mote_go_back(mote_t *m, float loss)
             return MOTE_ERR_DIVERGED;
         }
         mote_kernel_of(op)->backward(m, op);
-        if (near && op != first && op->din != MOTE_NO_TENSOR && has_weights(op)) {
-            near = is_near(m, op->din);
+        if (near && op != first && has_gain(op)) {
+            near = left_near(m, op);
         }
     }
     return MOTE_OK;
