@@ -153,9 +153,9 @@ float mote_squares(const float *x, uint32_t n)
 
 #define NEAR 0x1p50f
 
-/* 1 if the squared norm of a tensor of floats is surely below NEAR: quick to tell, other than the norm itself. Without
- * a floating-point unit elements are below 2^17, since no exponent, whose bias is 127, reaches 144: none has its highest
- * bit set and one of the next three. */
+/* 1 if the squared norm of a tensor of floats is surely below NEAR. Cheaper than the norm without a floating-point
+ * unit: there every element is below 2^17 if no exponent, whose bias is 127, reaches 144, that is, if none has its
+ * highest bit set and one of the next three. */
 static MOTE_APART int is_near(const mote_t *m, uint32_t tensor)
 {
     const float *x = mote_read(m, tensor);
@@ -284,7 +284,8 @@ int mote_infer(mote_t *m, const void *x, const void **y)
         mote_loss_of(h)->forward(m, m->outputs, mote_read(m, h->logits), NULL, mote_write(m, h->output));
     }
     *y = mote_read(m, h->output);
-    return mote_tensor(m, h->output)->type != MOTE_FLOAT32 || mote_all_finite(*y, m->outputs) ? MOTE_OK : MOTE_ERR_DIVERGED;
+    int is_float = mote_tensor(m, h->output)->type == MOTE_FLOAT32;
+    return is_float && !mote_all_finite(*y, m->outputs) ? MOTE_ERR_DIVERGED : MOTE_OK;
 }
 
 /* Whether a loss can be computed: MOTE_OK if so. */

@@ -3,7 +3,7 @@
 #include "mote_kernel_list.h"
 #include "mote_window.h"
 
-/* Whether a ReLU's output passes the gradient: it is above 0 and, of ReLU6, below 6. `most` is what most_passing gives. */
+/* Whether a ReLU's output passes the gradient: it is above 0 and, of ReLU6, below 6. `most` is most_passing's. */
 static uint32_t passes(float y, uint32_t most)
 {
     return mote_bits(y) - 1u < most;
