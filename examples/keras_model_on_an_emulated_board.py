@@ -27,8 +27,6 @@ from tinyfleet.server.flower.internals import log_level
 from tinyfleet.server.named_strategies import make_strategy
 from tinyfleet.server.training_run import run
 
-BOARD = "mps2-an386"
-
 
 def main() -> None:
     log_level(40)  # Flower's own log: errors only
@@ -38,9 +36,9 @@ def main() -> None:
     print(f"{program.n_params} parameters train in {program.arena_bytes:,} B of RAM")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        elf = build(BOARD, program, samples, "home", "board-01", folder / "firmware")
+        elf = build("mps2-an386", program, samples, "home", "board-01", folder / "firmware")
         server = stack.enter_context(FleetServer(folder / "data", "home", port=0))
-        board = stack.enter_context(Emulator(load_board(BOARD), elf))
+        board = stack.enter_context(Emulator(load_board("mps2-an386"), elf))
         stop, gateway = threading.Event(), Gateway(board.url, server.broker)
         threading.Thread(target=gateway.run, args=(stop,)).start()
         stack.callback(stop.set)

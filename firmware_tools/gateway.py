@@ -238,8 +238,8 @@ class Gateway:
         self._end_session()
         self.device = device
         root = re.escape(f"tinyfleet/{fleet}")
-        do = re.escape(topics.command(device))
-        self._heard = re.compile(rf"{do}|{root}/runs/[0-9]+/[0-9]+/\+|{root}/models/[0-9a-f]{{16}}/\+")
+        command = re.escape(topics.command(device))
+        self._heard = re.compile(rf"{command}|{root}/runs/[0-9]+/[0-9]+/\+|{root}/models/[0-9a-f]{{16}}/\+")
         self._own = {topics.td(device), topics.status(device), topics.reply(device)}
         self._announcement = {topics.td(device), topics.status(device), topics.command(device)}
         self._will = topic, will

@@ -181,19 +181,19 @@ def plan(
     from tinyfleet.firmware_tools.compiler.compile import plan_model
 
     size = None if ram_budget is None else _bytes(ram_budget)
-    takes = plan_model(
+    model_plan = plan_model(
         model, budget=size, int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
     )
-    for note in takes.notes:
+    for note in model_plan.notes:
         print(f"note: {note}", file=sys.stderr)
     if as_json:
-        print(json.dumps(asdict(takes), indent=2))
+        print(json.dumps(asdict(model_plan), indent=2))
         return
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120).print(_plan_table(model.name, takes))
-    if takes.selection is not None and size is not None:
-        print(_selection_text(takes.selection, size))
+    Console(width=None if sys.stdout.isatty() else 120).print(_plan_table(model.name, model_plan))
+    if model_plan.selection is not None and size is not None:
+        print(_selection_text(model_plan.selection, size))
 
 
 def _plan_table(name: str, plan: ModelPlan) -> Table:
@@ -340,10 +340,15 @@ def match(
 
 
 def description(file: Path) -> ModelDescription:
-    """What a model's file and the card beside it say, and, if the engine can run it, the exact memory that it takes to
-    run and to train from each of its layers on.
+    """Describe a model from its file and the model card beside it.
 
-    Raises UserError if it is no model's file.
+    If the engine can run the model, the description has the exact memory that it needs to run, and to train from each
+    of its layers on.
+
+    Raises
+    ------
+    UserError
+        If the file is not a model.
     """
     from tinyfleet.edge.model.program import Program
     from tinyfleet.firmware_tools.readers.model_file import read_model_file
@@ -369,20 +374,20 @@ def _planned(file: ModelFile) -> dict[str, Any]:
     from tinyfleet.firmware_tools.compiler.compile import plan_model
     from tinyfleet.ontology.ingest.describe import TrainingOption
 
-    takes = plan_model(file)
+    model_plan = plan_model(file)
     options = [
         # From where one can train, one can from every layer behind it: the rows' places count the layers that train.
         TrainingOption(layer, len(rows) - place, bias_only, memory.ram_bytes, memory.parameters)
-        for bias_only, rows in ((False, takes.train_from), (True, takes.bias_from))
+        for bias_only, rows in ((False, model_plan.train_from), (True, model_plan.bias_from))
         for place, (layer, memory) in enumerate(rows.items())
     ]
-    training = takes.trainable
+    training = model_plan.trainable
     return {
-        "run_ram_bytes": takes.run.ram_bytes,
+        "run_ram_bytes": model_plan.run.ram_bytes,
         "train_ram_bytes": None if training is None else training.ram_bytes,
-        "storage_bytes": (training or takes.run).initial_bytes,
+        "storage_bytes": (training or model_plan.run).initial_bytes,
         "training_options": tuple(options),
-        "notes": takes.notes,
+        "notes": model_plan.notes,
     }
 
 

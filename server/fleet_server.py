@@ -16,7 +16,7 @@ from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.endpoint import Endpoint
-from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.ingest.registry import IngestResult, Registry
 from tinyfleet.ontology.store import data_folder
 from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import StoreError
@@ -166,9 +166,9 @@ class FleetServer:
                 batch.append(message)
             try:
                 if batch and (special or len(batch) == MAX_BATCH or self._arrived.empty()):
-                    taken, batch = batch, []
-                    self._room.release(len(taken))
-                    self._take(taken)
+                    written, batch = batch, []
+                    self._room.release(len(written))
+                    self._ingest(written)
                 if message is _NEW_SESSION:
                     self.registry.mark_all_offline()
             except Exception:  # one message must not stop the others
@@ -178,31 +178,33 @@ class FleetServer:
             elif message is _END:
                 return
 
-    def _take(self, batch: list[_Message]) -> None:
+    def _ingest(self, batch: list[_Message]) -> None:
         try:
-            taken = self.registry.ingest([(topic, payload) for topic, payload, _ in batch])
+            results = self.registry.ingest([(topic, payload) for topic, payload, _ in batch])
         except StoreError as error:
             if len(batch) > 1:  # one of them may be the cause
                 for message in batch:
-                    self._take([message])
+                    self._ingest([message])
             else:  # not acknowledged: the broker delivers it again
                 log.error("a message could not be stored: %s", error)
             return
         if self._session is not None:
             self._session.received(receipt for _, _, receipt in batch)
-        for one in taken:
-            if one is None:
-                continue
-            if one.rejection is not None:
-                self._on_log(one.rejection)
-                continue
-            if one.kind == "td":
-                self._on_log(f"{one.device}: {'described' if one.online else 'removed'}")
-                if one.incompatibility is None:
-                    continue
-            line = f"{one.device}: {'online' if one.online else 'offline'}"
-            if one.incompatibility is not None:
-                line = f"device {one.device} {one.incompatibility}"
-            if self._known.get(one.device) != line:
-                self._known[one.device] = line
-                self._on_log(line)
+        for result in filter(None, results):
+            self._report(result)
+
+    def _report(self, result: IngestResult) -> None:
+        """Log what changed. A state that was reported last for the device is not repeated."""
+        if result.rejection is not None:
+            self._on_log(result.rejection)
+            return
+        if result.kind == "td":
+            self._on_log(f"{result.device}: {'described' if result.online else 'removed'}")
+            if result.incompatibility is None:
+                return
+        line = f"{result.device}: {'online' if result.online else 'offline'}"
+        if result.incompatibility is not None:
+            line = f"device {result.device} {result.incompatibility}"
+        if self._known.get(result.device) != line:
+            self._known[result.device] = line
+            self._on_log(line)

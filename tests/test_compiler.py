@@ -2,165 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from keras_nets import (
+    L,
+    branchy,
+    cnn,
+    flat,
+    image,
+    keras,
+    mlp,
+    nested,
+    normalised,
+    randomise,
+    regression,
+    sample,
+    scores,
+    sequence,
+    soft_values,
+    values,
+    yes_or_no,
+)
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.graph import LOSSES
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.model.program import Program
-from tinyfleet.firmware_tools import model_cli
 from tinyfleet.firmware_tools.compiler import compile as compiler
 from tinyfleet.firmware_tools.readers import keras_reader
 from tinyfleet.firmware_tools.readers.common import CompileError
-
-pytest.importorskip("tensorflow", reason="reads Keras models, and Keras computes with TensorFlow, not installed here")
-keras = pytest.importorskip("keras")
-L = keras.layers
-
-
-def mlp():
-    return keras.Sequential(
-        [keras.Input((64,)), L.Dense(32, "relu", name="hidden"), L.Dense(10, "softmax", name="head")]
-    )
-
-
-def cnn():
-    return keras.Sequential(
-        [
-            keras.Input((13, 11, 2)),
-            L.Conv2D(5, 3, strides=(2, 1), padding="same", activation="relu"),
-            L.MaxPooling2D(),
-            L.Conv2D(4, (2, 3), activation="tanh"),
-            L.AveragePooling2D((2, 1), strides=1, padding="same"),
-            L.Flatten(),
-            L.Dense(7),
-            L.ReLU(),
-            L.Dense(3),
-            L.Softmax(),
-        ]
-    )
-
-
-def nested():
-    backbone = keras.Sequential(
-        [keras.Input((8, 8, 1)), L.Conv2D(3, 3, name="conv"), L.Activation("tanh"), L.MaxPooling2D(3, 2)],
-        name="backbone",
-    )
-    backbone.trainable = False
-    inputs = keras.Input((8, 8, 1))
-    outputs = L.Dense(4, "softmax", name="head")(L.Flatten()(backbone(inputs)))
-    return keras.Model(inputs, outputs)
-
-
-def regression():
-    model = keras.Sequential([keras.Input((5, 3)), L.Flatten(), L.Dense(6, "tanh"), L.Dense(2)])
-    model.compile(loss="mse")
-    return model
-
-
-def scores():
-    model = keras.Sequential([keras.Input((6,)), L.Dense(5)])
-    model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    return model
-
-
-def branchy():
-    """A residual block, a concatenation, depthwise and dilated convolutions: every layer with weights has a bias."""
-    x = inputs = keras.Input((9, 8, 3))
-    x = short = L.Conv2D(6, 3, padding="same", activation="relu6", name="stem")(x)
-    x = L.DepthwiseConv2D(3, padding="same", depth_multiplier=1, name="deep")(x)
-    x = L.LeakyReLU(negative_slope=0.1)(x)
-    x = L.Add()([L.Conv2D(6, 1, name="point")(x), short])
-    left = L.AveragePooling2D(2)(L.Activation("relu")(x))
-    right = L.Conv2D(4, 3, strides=2, padding="same", activation="tanh", name="side")(x)
-    wide = L.Conv2D(4, 2, dilation_rate=2, padding="same", name="wide")(L.ZeroPadding2D(((0, 0), (1, 0)))(left))
-    x = L.Concatenate()([L.GlobalAveragePooling2D()(right), L.GlobalMaxPooling2D()(wide)])
-    return keras.Model(inputs, L.Dense(3, "softmax", name="head")(L.Dropout(0.3)(x)))
-
-
-def sequence():
-    return keras.Sequential(
-        [
-            keras.Input((20, 3)),
-            L.Conv1D(5, 3, padding="causal", dilation_rate=2, activation="relu", name="first"),
-            L.LayerNormalization(name="norm"),
-            L.MaxPooling1D(2),
-            L.SeparableConv1D(6, 3, depth_multiplier=2, activation="sigmoid", name="second"),
-            L.Dense(4, name="places"),
-            L.Flatten(),
-            L.Dense(2, "sigmoid", name="head"),
-        ]
-    )
-
-
-def normalised():
-    """Batch normalizations that fold into what is before them, and one that stands alone; all frozen."""
-    model = keras.Sequential(
-        [
-            keras.Input((8, 8, 3)),
-            L.Rescaling(1 / 64, offset=-1.0),
-            L.Conv2D(4, 3, use_bias=False, name="conv"),
-            L.BatchNormalization(name="folded"),
-            L.ReLU(6),
-            L.BatchNormalization(scale=False, name="alone"),
-            L.DepthwiseConv2D(3, strides=2, depth_multiplier=2, name="deep"),
-            L.BatchNormalization(center=False),
-            L.Activation("leaky_relu"),
-            L.GlobalAveragePooling2D(),
-            L.Dense(3, "softmax", name="head"),
-        ]
-    )
-    for layer in model.layers:
-        layer.trainable = not isinstance(layer, L.BatchNormalization)
-    return model
-
-
-def values():
-    inputs = keras.Input((6,))
-    x = L.Dense(8, name="hidden")(inputs)
-    x = L.LayerNormalization(epsilon=1e-5, name="norm")(x)
-    model = keras.Model(inputs, L.Dense(3, name="head")(L.Activation("tanh")(x)))
-    model.compile(loss=keras.losses.Huber(delta=1.0))
-    return model
-
-
-def yes_or_no():
-    model = keras.Sequential([keras.Input((6,)), L.Dense(8, "relu", name="hidden"), L.Dense(3, name="head")])
-    model.compile(loss=keras.losses.BinaryCrossentropy(from_logits=True))
-    return model
-
-
-def soft_values():
-    """A softmax under the squared error, which is an operation of the model."""
-    model = flat(L.Dense(5, "tanh"))
-    model.compile(loss="mse")
-    return model
-
-
-def randomise(model, seed=0):
-    """Biases that are not 0 either; variances above 0."""
-    random = np.random.default_rng(seed)
-    positive = {id(layer.moving_variance) for layer in model.layers if isinstance(layer, L.BatchNormalization)}
-    for variable in model.weights:
-        new = random.normal(0, 0.3, variable.shape)
-        variable.assign(0.5 + np.abs(new) if id(variable) in positive else new)
-    return model
-
-
-def sample(model, seed=1):
-    return np.random.default_rng(seed).normal(size=model.input_shape[1:]).astype(np.float32)
-
 
 SIMPLE = [mlp, cnn, nested, regression, scores]
 
@@ -371,14 +240,6 @@ def test_what_a_device_learned_goes_back_into_keras():
     np.testing.assert_allclose(model(x[None])[0], learner.infer(x), rtol=0, atol=1e-6)
 
 
-def image(*layers):
-    return keras.Sequential([keras.Input((8, 8, 2)), *layers, L.Flatten(), L.Dense(3, "softmax")])
-
-
-def flat(*layers):
-    return keras.Sequential([keras.Input((8,)), *layers, L.Dense(3, "softmax")])
-
-
 def branching():
     inputs = keras.Input((8,))
     return keras.Model(inputs, L.Dense(3, "softmax")(L.Add()([L.Dense(4)(inputs), L.Dense(4)(inputs)])))
@@ -494,172 +355,3 @@ def test_a_chosen_loss_settles_what_the_model_leaves_open():
         compiler.compile_model(model, loss="hinge")
     with pytest.raises(CompileError, match="ends in a softmax"):
         compiler.compile_model(mlp(), loss="binary_cross_entropy")
-
-
-def rewrite(source: Path, target: Path, **members: str) -> Path:
-    """A .keras file with some of its members replaced."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, members.get(name.partition(".")[0], old.read(name)))
-    return target
-
-
-def test_a_bad_file_is_refused_in_one_line(tmp_path):
-    good = tmp_path / "good.keras"
-    mlp().save(good)
-    text = tmp_path / "text.keras"
-    text.write_text("not a model")
-    description = json.loads(zipfile.ZipFile(good).read("config.json"))
-    del description["config"]["layers"][1]["config"]["units"]
-    cases = {
-        tmp_path / "absent.keras": "there is no file",
-        text: "not a .keras file",
-        rewrite(good, tmp_path / "old.keras", metadata='{"keras_version": "2.15.0"}'): "Keras 2.15.0",
-        rewrite(good, tmp_path / "json.keras", config="{"): "not a .keras file",
-        rewrite(good, tmp_path / "units.keras", config=json.dumps(description)): "units",
-        rewrite(good, tmp_path / "list.keras", config="[]"): "not as Keras 3 writes it",
-        rewrite(good, tmp_path / "weights.keras", model="gone"): "Keras cannot load",
-    }
-    for path, words in cases.items():
-        with pytest.raises(CompileError, match=words) as refusal:
-            compiler.compile_model(path)
-        assert "\n" not in str(refusal.value)
-
-
-def test_the_commands(tmp_path):
-    path, out = tmp_path / "model.keras", tmp_path / "model.mote"
-    randomise(mlp()).save(path)
-    run = CliRunner()
-    compiled = run.invoke(model_cli.app, ["compile", str(path), "--out", str(out), "--train-from", "head", "--json"])
-    facts = json.loads(compiled.stdout)
-    program = Program.parse(out.read_bytes())
-    assert facts["model"] == program.model_id.hex()
-    assert facts["trainable_parameters"] == program.n_params == 330
-    table = run.invoke(model_cli.app, ["plan", str(path), "--ram-budget", "8KB"]).stdout
-    assert "train from 'hidden'" in table
-    assert "biases from 'hidden'" in table
-    assert "2,410" in table
-    assert "train all layers from 'head' on" in table
-    chosen = run.invoke(model_cli.app, ["compile", str(path), "--out", str(out), "--ram-budget", "8KB"])
-    assert "train all layers from 'head' on" in chosen.stdout
-    assert Program.parse(out.read_bytes()).n_params == 330
-    for loss in LOSSES:
-        assert loss in run.invoke(model_cli.app, ["compile", "--help"], env={"COLUMNS": "200"}).stdout
-    refused = run.invoke(model_cli.app, ["compile", str(path), "--out", str(tmp_path)])
-    assert "cannot write" in str(refused.exception)
-
-
-def test_a_description_says_what_the_engine_needs(tmp_path, capsys):
-    path, program = tmp_path / "model.keras", tmp_path / "model.mote"
-    model = randomise(mlp())
-    model.save(path)
-    program.write_bytes(compiler.compile_model(model).data)
-    run = CliRunner()
-    takes = compiler.plan_model(path)
-    about = json.loads(run.invoke(model_cli.app, ["describe", str(path), "--json"]).stdout)
-    assert (about["engine"], about["run_ram_bytes"], about["train_ram_bytes"], about["storage_bytes"]) == (
-        "mote",
-        takes.run.ram_bytes,
-        takes.trainable.ram_bytes,
-        takes.trainable.initial_bytes,
-    )
-    assert (
-        f"tf:trainRamBytes {takes.trainable.ram_bytes} ;" in run.invoke(model_cli.app, ["describe", str(path)]).stdout
-    )
-    assert json.loads(run.invoke(model_cli.app, ["describe", str(program), "--json"]).stdout)["parameters"] == 2410
-
-    flat(L.Dense(4, "gelu", name="g")).save(path)  # not for the engine: described all the same, without its memory
-    model_cli.describe(path, as_json=True)
-    described = capsys.readouterr()
-    assert json.loads(described.out)["run_ram_bytes"] is None
-    assert "note: the engine cannot run it: layer 'g' (Dense)" in described.err
-
-
-def test_a_plan_needs_neither_keras_nor_tensorflow(tmp_path):
-    path = tmp_path / "model.keras"
-    mlp().save(path)
-    code = (
-        "import sys\n"
-        "from tinyfleet.__main__ import cli\n"
-        "try: cli(['model', 'plan', sys.argv[1], '--json'])\n"
-        "finally: assert not {'tensorflow', 'keras'} & set(sys.modules)\n"
-    )
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=root, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["train_from"]["hidden"]["parameters"] == 2410
-
-
-def test_a_tflite_file_is_planned_and_cut_from_the_command_line(tmp_path):
-    """What the plan says of a cut is what the compiled program takes; a budget chooses the most that fits."""
-    folder = os.environ.get("TINYFLEET_DATA")
-    if not folder or not (Path(folder) / "tflite").is_dir():
-        pytest.skip("TINYFLEET_DATA has no folder tflite")
-    model = Path(folder) / "tflite" / "mlperf_tiny__kws_ref_model.tflite"
-
-    def say(*words):
-        command = [sys.executable, "-m", "tinyfleet", "model", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    plan = json.loads(say("plan", model, "--ram-budget", "64KB", "--json").stdout)
-    assert (plan["selection"]["train_from"], plan["selection"]["bias_only"]) == ("dense", False)
-    assert plan["selection"]["memory"] == plan["train_from"]["dense"]
-    assert plan["bias_from"]["conv2d_4"]["ram_bytes"] < 65536 < plan["train_from"]["conv2d_4"]["ram_bytes"]
-    done = say("compile", model, "--train-from", "dense", "--classes", 12, "--out", tmp_path / "a.mote", "--json")
-    assert json.loads(done.stdout)["ram_bytes"] == plan["train_from"]["dense"]["ram_bytes"]
-    done = say("compile", model, "--train-from", "conv2d_4", "--bias-only", "--out", tmp_path / "b.mote", "--json")
-    assert json.loads(done.stdout)["ram_bytes"] == plan["bias_from"]["conv2d_4"]["ram_bytes"]
-    done = say("compile", model, "--ram-budget", "64KB", "--out", tmp_path / "c.mote", "--json")
-    assert json.loads(done.stdout)["selection"] == plan["selection"]
-    assert Program.parse((tmp_path / "c.mote").read_bytes()).arena_bytes == plan["selection"]["memory"]["ram_bytes"]
-    assert "too few" in say("plan", model, "--ram-budget", "1KB").stderr
-    assert "no layer is named 'nope'" in say("compile", model, "--train-from", "nope").stderr
-    assert "name a layer with --train-from, or give a --ram-budget" in say("compile", model, "--classes", 4).stderr
-
-
-def test_the_sparse_update_is_planned_and_compiled_from_the_command_line(tmp_path):
-    folder = os.environ.get("TINYFLEET_DATA")
-    if not folder or not (Path(folder) / "tflite").is_dir():
-        pytest.skip("TINYFLEET_DATA has no folder tflite")
-    model, floats = (Path(folder) / "tflite" / f"mlperf_tiny__{n}.tflite" for n in ("kws_ref_model", "ad01_fp32"))
-    run = CliRunner()
-
-    def say(*words):
-        return run.invoke(model_cli.app, [*map(str, words)])
-
-    out = tmp_path / "sparse.mote"
-    options = ["--int8", "--ram-budget", "90KB", "--classes", 4]
-    chosen = json.loads(say("plan", model, *options, "--json").stdout)["selection"]
-    compiled = json.loads(say("compile", model, *options, "--out", out, "--json").stdout)
-    program = Program.parse(out.read_bytes())
-    assert compiled["selection"] == chosen
-    assert program.arena_bytes == chosen["memory"]["ram_bytes"] <= 90 * 1024
-    assert program.trains_int8
-    assert program.output_shape == (4,)
-    trained = {name: update["channels"] for name, update in chosen["updates"].items()}
-    assert trained["dense"] == 4
-    assert [shape[-1] for name, shape in program.parameters if name.endswith("/bias")] == list(trained.values())
-    words = say("plan", model, *options).stdout
-    assert "train in int8" in words
-    assert "dense: 4 channels" in words
-
-    rows = json.loads(say("plan", model, "--int8", "--json").stdout)
-    say("compile", model, "--int8", "--train-from", "conv2d_4", "--out", out)
-    assert Program.parse(out.read_bytes()).arena_bytes == rows["train_from"]["conv2d_4"]["ram_bytes"]
-    say("compile", model, "--int8", "--train-from", "conv2d_4", "--bias-only", "--out", out)
-    assert Program.parse(out.read_bytes()).arena_bytes == rows["bias_from"]["conv2d_4"]["ram_bytes"]
-
-    keras_file = tmp_path / "m.keras"
-    mlp().save(keras_file)
-    refusals = {
-        "no int8 layers": ["plan", floats, "--int8"],
-        "leave --int8 out": ["compile", keras_file, "--int8", "--ram-budget", "64KB"],
-        "is too small": ["plan", model, "--int8", "--ram-budget", "1KB"],
-        "without momentum": ["compile", model, "--int8", "--ram-budget", "64KB", "--momentum"],
-        "leave out --train-from and --bias-only": ["compile", model, "--ram-budget", "64KB", "--train-from", "dense"],
-        "is not a size": ["plan", model, "--ram-budget", "much"],
-    }
-    for words, command in refusals.items():
-        refused = say(*command)
-        assert refused.exit_code == 1
-        assert words in str(refused.exception)
-        assert "\n" not in str(refused.exception)

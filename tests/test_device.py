@@ -34,6 +34,8 @@ from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
     Dense,
+    ErrorCode,
+    Failure,
     Phase,
     Reboot,
     Reply,
@@ -323,6 +325,25 @@ def test_the_brokers_address(tmp_path: Path) -> None:
     (tmp_path / "server.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         broker_address(None, tmp_path)
+
+
+def test_a_device_survives_a_bug_in_its_learner(broker: Broker, server: Server) -> None:
+    class Buggy(MoteLearner):
+        def learn(self, x: Any, y: Any, rate: float) -> float:
+            raise ZeroDivisionError("a bug")
+
+    def node() -> Node:
+        return Node("home", "one", {"title": "one"}, PROGRAM, DatasetStream(samples()), learner=Buggy)
+
+    device = Device(node, *broker, "home")
+    device.start()
+    server.online("one")
+    server.broadcast(1, 1)
+    for id in (1, 2):
+        server.ask("one", TrainTask(id, "train", 1, 1, PROGRAM.model_id, 0, (Phase(ALL_LAYERS, 3, 0.1),), 0, None))
+        assert server.result("one", id) == [Failure(id, ErrorCode.ENGINE, -1)]
+    device.stop()
+    assert device.join(30)
 
 
 def test_an_idle_agent_imports_only_what_it_uses() -> None:

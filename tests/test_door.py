@@ -22,6 +22,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
         "assert {'tinyfleet'} == {name for name in sys.modules if name.startswith('tinyfleet')}, sys.modules\n"
         "assert not before & {'numpy', 'flwr', 'pyoxigraph', 'tensorflow', 'typer'}\n"
         "assert set(tinyfleet.__all__) <= set(dir(tinyfleet))\n"
+        "assert not [name for name in set(dir(tinyfleet)) - set(tinyfleet.__all__) if name[:2] != '__']\n"
         "tinyfleet.MoteLearner, tinyfleet.Program\n"
         "assert not {name.split('.')[0] for name in sys.modules} & {'flwr', 'pyoxigraph', 'tensorflow', 'sklearn'}\n"
     )

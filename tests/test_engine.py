@@ -16,7 +16,7 @@ from small_models import MODELS
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.errors import ProgramError, UserError
 from tinyfleet.edge.model.assemble import assemble
-from tinyfleet.edge.model.graph import Graph, Kind
+from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
 from tinyfleet.edge.model.layers import AvgPool2D, Conv2D, Dense, Flatten, Layer, MaxPool2D, ReLU, Tanh, build
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
 from tinyfleet.edge.model.memory_plan import with_training
@@ -290,6 +290,35 @@ def test_a_diverged_loss_is_an_error_and_leaves_the_parameters() -> None:
     with pytest.raises(UserError, match="lower the rate"):
         learner.learn(x, y, 0.1)
     assert (learner.parameters == np.float32(1e30)).all()
+
+
+def steep(slope: float, ops: int) -> Graph:
+    """Two dense layers, between them as many leaky ReLUs."""
+    tensors = [Tensor((1, 1, 2)), *(Tensor((1, 1, 2)) for _ in range(ops + 1)), Tensor((1, 1, 1))]
+    between = [Op(Kind.LEAKY_RELU, f"r{i}", (i + 1,), i + 2, slope=slope) for i in range(ops)]
+    first = Op(Kind.DENSE, "first", (0,), 1, trains="all")
+    last = Op(Kind.DENSE, "last", (ops + 1,), ops + 2, trains="all")
+    return Graph(tuple(tensors), (first, *between, last), ops + 2, "mse")
+
+
+def doubled(ops: int) -> Graph:
+    """Two dense layers, and between them a value that is added to itself as often."""
+    tensors = [Tensor((1, 1, 2)), *(Tensor((1, 1, 2)) for _ in range(ops + 1)), Tensor((1, 1, 1))]
+    between = [Op(Kind.ADD, f"a{i}", (i + 1, i + 1), i + 2) for i in range(ops)]
+    first = Op(Kind.DENSE, "first", (0,), 1, trains="all")
+    last = Op(Kind.DENSE, "last", (ops + 1,), ops + 2, trains="all")
+    return Graph(tuple(tensors), (first, *between, last), ops + 2, "mse")
+
+
+@pytest.mark.parametrize("graph", [steep(1e10, 4), steep(1e20, 2), doubled(140)])
+def test_a_gradient_that_grows_on_its_way_back_makes_no_parameter_infinite(graph: Graph) -> None:
+    """All values are small: only the way back overflows."""
+    program = assemble(graph)
+    learner = MoteLearner(program)
+    learner.set_parameters(np.array([1e-42] * 6 + [1, 1, 0], np.float32))
+    with pytest.raises(LearnerError, match="diverged"):
+        learner.learn([-1, -1], [1.0], 1.0)
+    assert np.isfinite(learner.parameters).all()
 
 
 @pytest.mark.parametrize("label", [-1, 10, 0.5, 1e20])

@@ -38,7 +38,7 @@ LINUX = {
     "aarch64": ("aarch64-linux-gnu-gcc", ["-static", "-O3"], ["qemu-aarch64"]),
     "armhf": ("arm-linux-gnueabihf-gcc", ["-static", "-O3"], ["qemu-arm"]),
 }
-COURSES = {
+CASES = {
     "mlp": build.TrainingCase(small_models.mlp(), 0.02, momentum=0.9, weight_decay=0.01, clip_norm=0.5),
     "cnn": build.TrainingCase(small_models.cnn(), 0.05),
     "separable": build.TrainingCase(small_models.separable(), 0.05),
@@ -69,32 +69,32 @@ def samples(program: Program, seed: int) -> Callable[[], tuple[bytes, float]]:
     return draw
 
 
-def learn_here(course: build.TrainingCase) -> str:
+def learn_here(case: build.TrainingCase) -> str:
     """What the extension in this process learns: `bytes CRC-32 loss-bits`, as the C program prints it."""
-    program = course.program
+    program = case.program
     data = ffi.new("uint32_t[]", len(program.data) // 4)
     ffi.memmove(data, program.data, len(program.data))
     arena, m, loss = ffi.new("uint32_t[]", program.arena_bytes // 4), ffi.new("mote_t *"), ffi.new("float *")
     assert lib.mote_load(m, data, len(program.data), arena, program.arena_bytes) == lib.MOTE_OK
     before = bytes(ffi.buffer(arena, program.params_bytes))
-    how = ffi.new("mote_sgd_t *", [course.rate, course.momentum, course.weight_decay, course.clip_norm])
-    draw, target = samples(program, course.seed), ffi.new("float *")
-    for _ in range(course.steps):
+    how = ffi.new("mote_sgd_t *", [case.rate, case.momentum, case.weight_decay, case.clip_norm])
+    draw, target = samples(program, case.seed), ffi.new("float *")
+    for _ in range(case.steps):
         x, target[0] = draw()
-        if course.momentum > 0:
+        if case.momentum > 0:
             assert lib.mote_learn_with(m, x, target, how, loss) == lib.MOTE_OK
         else:
-            assert lib.mote_learn(m, x, target, course.rate, loss) == lib.MOTE_OK
+            assert lib.mote_learn(m, x, target, case.rate, loss) == lib.MOTE_OK
     learned = bytes(ffi.buffer(arena, program.params_bytes))
     assert learned != before
     return f"{len(learned):x} {zlib.crc32(learned):x} {int(np.float32(loss[0]).view(np.uint32)):x}"
 
 
-def infer_here(course: build.TrainingCase) -> str:
+def infer_here(case: build.TrainingCase) -> str:
     """What the extension in this process infers: `bytes CRC-32 0`, as the C program prints it."""
-    learner, state, crc, count = MoteLearner(course.program), course.seed, 0, 0
-    for step in range(course.steps):
-        x = np.full(course.program.input.size, 127, np.int8)
+    learner, state, crc, count = MoteLearner(case.program), case.seed, 0, 0
+    for step in range(case.steps):
+        x = np.full(case.program.input.size, 127, np.int8)
         for i in range(x.size if step > 0 else 0):
             state ^= state << 13 & 0xFFFFFFFF
             state ^= state >> 17
@@ -109,8 +109,8 @@ def infer_here(course: build.TrainingCase) -> str:
 def expected() -> list[str]:
     """What this process learns of every model, in 500 steps: an MLP, a CNN, a depthwise-separable network in float32,
     one in int8 under a float32 head, and one whose int8 weights learn."""
-    assert all(course.steps == 500 for course in COURSES.values())
-    return [learn_here(course) for course in COURSES.values()]
+    assert all(case.steps == 500 for case in CASES.values())
+    return [learn_here(case) for case in CASES.values()]
 
 
 @pytest.mark.parametrize("core", BOARDS)
@@ -118,32 +118,32 @@ def test_a_core_learns_the_same_bits(core: str, expected: list[str], tmp_path: P
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
     target = catalogue.load_board(BOARDS[core])
-    elf = build.build_exactness_check(target, list(COURSES.values()), tmp_path / "exact.elf")
-    assert dict(zip(COURSES, emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines(), strict=True)) == dict(
-        zip(COURSES, expected, strict=True)
+    elf = build.build_exactness_check(target, list(CASES.values()), tmp_path / "exact.elf")
+    assert dict(zip(CASES, emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines(), strict=True)) == dict(
+        zip(CASES, expected, strict=True)
     )
 
 
 @pytest.mark.parametrize("architecture", LINUX)
 def test_an_architecture_learns_the_same_bits(architecture: str, expected: list[str], tmp_path: Path) -> None:
-    said = run_on_linux(architecture, list(COURSES.values()), tmp_path)
-    assert dict(zip(COURSES, said, strict=True)) == dict(zip(COURSES, expected, strict=True))
+    said = run_on_linux(architecture, list(CASES.values()), tmp_path)
+    assert dict(zip(CASES, said, strict=True)) == dict(zip(CASES, expected, strict=True))
 
 
-def run_on_linux(architecture: str, courses: list[build.TrainingCase], tmp_path: Path) -> list[str]:
+def run_on_linux(architecture: str, cases: list[build.TrainingCase], tmp_path: Path) -> list[str]:
     """What the C program prints, compiled for a Linux of another kind; skips if its tools are not here."""
     cc, flags, runner = LINUX[architecture]
     for tool in (cc, *runner):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
-    data = b"".join(course.data for course in courses)
+    data = b"".join(case.data for case in cases)
     words = ",".join(str(word) for word in np.frombuffer(data, "<u4"))
     (tmp_path / "device.h").write_text(
-        build.header({}, build.training_case_defines(courses))
-        + f"static const uint32_t device_courses[] = {{{words}}};\n#define DEVICE_COURSES_BYTES {len(data)}u\n"
+        build.header({}, build.training_case_defines(cases))
+        + f"static const uint32_t device_cases[] = {{{words}}};\n#define DEVICE_CASES_BYTES {len(data)}u\n"
     )
     (tmp_path / "mote_kernels.c").write_text(
-        kernel_table.source(kernel_table.needed(course.program.data for course in courses))
+        kernel_table.source(kernel_table.needed(case.program.data for case in cases))
     )
     folders = [f"-I{folder}" for folder in (tmp_path, build.SOURCES, *INCLUDES)]
     sources = [path for path in build.ENGINE if path.name != "mote_kernels.c"]
@@ -155,16 +155,16 @@ def run_on_linux(architecture: str, courses: list[build.TrainingCase], tmp_path:
 
 
 @pytest.fixture(scope="module")
-def int8_courses() -> dict[str, build.TrainingCase]:
+def int8_cases() -> dict[str, build.TrainingCase]:
     """Single int8 operations of many shapes, three samples of each."""
     programs = {f"{number} {name}": program for number, (name, program) in enumerate(small_models.int8_operations(11))}
     return {name: build.TrainingCase(program, steps=3) for name, program in programs.items()}
 
 
 @pytest.fixture(scope="module")
-def int8_expected(int8_courses: dict[str, build.TrainingCase]) -> dict[str, str]:
+def int8_expected(int8_cases: dict[str, build.TrainingCase]) -> dict[str, str]:
     """What this process infers; tests/test_int8_kernels.py compares that with TFLite."""
-    return {name: infer_here(course) for name, course in int8_courses.items()}
+    return {name: infer_here(case) for name, case in int8_cases.items()}
 
 
 @pytest.mark.parametrize(
@@ -181,24 +181,24 @@ def int8_expected(int8_courses: dict[str, build.TrainingCase]) -> dict[str, str]
 def test_a_core_infers_the_same_int8(
     core: str,
     profile: build.Profile,
-    int8_courses: dict[str, build.TrainingCase],
+    int8_cases: dict[str, build.TrainingCase],
     int8_expected: dict[str, str],
     tmp_path: Path,
 ) -> None:
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
     target = catalogue.load_board(BOARDS[core])
-    elf = build.build_exactness_check(target, list(int8_courses.values()), tmp_path / "exact.elf", profile=profile)
+    elf = build.build_exactness_check(target, list(int8_cases.values()), tmp_path / "exact.elf", profile=profile)
     said = emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines()
-    assert dict(zip(int8_courses, said, strict=True)) == int8_expected
+    assert dict(zip(int8_cases, said, strict=True)) == int8_expected
 
 
 @pytest.mark.parametrize("architecture", LINUX)
 def test_an_architecture_infers_the_same_int8(
-    architecture: str, int8_courses: dict[str, build.TrainingCase], int8_expected: dict[str, str], tmp_path: Path
+    architecture: str, int8_cases: dict[str, build.TrainingCase], int8_expected: dict[str, str], tmp_path: Path
 ) -> None:
-    said = run_on_linux(architecture, list(int8_courses.values()), tmp_path)
-    assert dict(zip(int8_courses, said, strict=True)) == int8_expected
+    said = run_on_linux(architecture, list(int8_cases.values()), tmp_path)
+    assert dict(zip(int8_cases, said, strict=True)) == int8_expected
 
 
 @pytest.mark.skipif("TINYFLEET_DATA" not in os.environ, reason="needs MLPerf Tiny's models in $TINYFLEET_DATA")
@@ -208,9 +208,9 @@ def test_a_core_infers_the_same_of_mlperf_tiny(core: str, model: str, tmp_path: 
     if not build.available() or not emulate.available():
         pytest.skip("needs gcc-arm-none-eabi, libnewlib-arm-none-eabi and qemu-system-arm")
     file = Path(os.environ["TINYFLEET_DATA"]) / "tflite" / f"mlperf_tiny__{model}.tflite"
-    course, target = (
+    case, target = (
         build.TrainingCase(assemble(tflite_reader.read_tflite(file)), steps=2),
         catalogue.load_board(BOARDS[core]),
     )
-    elf = build.build_exactness_check(target, [course], tmp_path / "exact.elf")
-    assert emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines() == [infer_here(course)]
+    elf = build.build_exactness_check(target, [case], tmp_path / "exact.elf")
+    assert emulate.run_to_completion(target, elf, timeout=LIMIT).splitlines() == [infer_here(case)]

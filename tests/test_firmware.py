@@ -169,7 +169,7 @@ def test_a_board_without_firmware_is_refused(tmp_path: Path) -> None:
         UserError, match=r"no driver for that of board 'microbit'; boards with one: mps2-an385, mps2-an3"
     ):
         build.build("microbit", mlp(), samples(), FLEET, ID, tmp_path)
-    with pytest.raises(UserError, match=r"no emulator stands in for board 'raspberry-pi-4'"):
+    with pytest.raises(UserError, match=r"there is no emulator for board 'raspberry-pi-4'"):
         emulate.Emulator(catalogue.load_board("raspberry-pi-4"), tmp_path / "none.elf")
 
 

@@ -52,7 +52,7 @@ START = PROGRAM.initial(3)
 LIMIT = 600  # seconds; a hang is an error, a busy machine is not
 
 
-def client(index: int, of: int) -> ClientData:
+def client(index: int, fleet_size: int) -> ClientData:
     """Four noisy patterns, seen by every device in its own way."""
     random = np.random.default_rng([7, index])
     patterns = np.random.default_rng(7).integers(0, 256, (4, 1, FEATURES))

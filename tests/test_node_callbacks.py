@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +31,7 @@ from node_fixtures import (
 from numpy.typing import NDArray
 
 from tinyfleet.edge._mote import ffi, lib
-from tinyfleet.edge.device.node import Node
+from tinyfleet.edge.device.node import Node, Out
 from tinyfleet.edge.device.sources import Sample
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.layers import Dense as DenseLayer
@@ -172,6 +174,67 @@ def test_a_learner_that_fails_is_told(
     assert replies(deliver(node, broadcast(order))) == [reply]
     monkeypatch.setattr(Broken, "at", "")
     assert serve(node, replace(order, id=8)), "and the node goes on"
+
+
+@pytest.mark.parametrize("at", ["learn", "score"])
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, 3e38])
+def test_a_learner_whose_loss_is_no_finite_number_has_diverged(at: str, loss: float) -> None:
+    """Also where only their sum is not finite: a reply with such a number is refused."""
+
+    class Odd(MoteLearner):
+        def learn(self, x: Any, y: Any, rate: float) -> float:
+            return loss if at == "learn" else super().learn(x, y, rate)
+
+        def loss(self, x: Any, y: Any) -> float:
+            return loss if at == "score" else super().loss(x, y)
+
+    node = Node(FLEET, ID, {}, PROGRAM, PythonStream(), learner=Odd)
+    do(node, work())
+    assert replies(deliver(node, broadcast(work()))) == [Failure(7, ErrorCode.DIVERGED)]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (PROGRAM.n_params - 1,), (PROGRAM.n_params + 1,)])
+def test_a_learner_with_other_parameters_than_its_program_is_told(shape: tuple[int, ...]) -> None:
+    class Odd(MoteLearner):
+        @property
+        def parameters(self) -> NDArray[np.float32]:
+            return np.zeros(shape, np.float32)
+
+    node = Node(FLEET, ID, {}, PROGRAM, PythonStream(), learner=Odd)
+    do(node, work())
+    assert replies(deliver(node, broadcast(work()))) == [Failure(7, ErrorCode.ENGINE, lib.MOTE_ERR_ARGUMENT)]
+
+
+@pytest.mark.parametrize("error", [LearnerError("no sensor", -42), ZeroDivisionError("a bug")])
+def test_a_source_that_fails_between_samples_ends_the_task(error: Exception) -> None:
+    class Odd(PythonStream):
+        left = 5
+
+        def next(self, query: bool) -> Sample:
+            self.left -= 1
+            if self.left < 0:
+                raise error
+            return super().next(query)
+
+    node = Node(FLEET, ID, {}, PROGRAM, Odd())
+    do(node, work())
+    said: list[Out] = []
+    with suppress(ZeroDivisionError):
+        said = deliver(node, broadcast(work()))
+    code = -42 if isinstance(error, LearnerError) else lib.MOTE_ERR_ARGUMENT
+    assert replies(said or list(node.poll())) == [Failure(7, ErrorCode.SAMPLES, code)]
+    assert node.counters.samples == 5
+
+
+def test_ctrl_c_in_a_callback_gets_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(MoteLearner):
+        def learn(self, x: Any, y: Any, rate: float) -> float:
+            raise KeyboardInterrupt
+
+    node = Node(FLEET, ID, {}, PROGRAM, PythonStream(), learner=Slow)
+    do(node, work())
+    with pytest.raises(KeyboardInterrupt):
+        deliver(node, broadcast(work()))
 
 
 def test_a_learner_may_fail_between_phases(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,11 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 RUN, ROUND, PART, VERSION = (run_iri("home", 1), *(Iri(f"{run_iri('home', 1)}:{n}") for n in ("round:1", "part", "v")))
 M, B, LAYER = model_iri("ab" * 8), board_iri("virtual"), Iri(f"{model_iri('ab' * 8)}#layer-0")
 OPTION, SCORE, PARTS = option_iri(M, 1, True), Iri(f"{M}#score-0"), part_iri("hts221")
-UPDATE, DEPLOYMENT, DRIFT = update_iri("home", 1, 1, "d"), deployment_iri("home", 1), drift_iri("home", "d", 1)
+UPDATE, DEPLOYMENT, DRIFT = (
+    update_iri("home", 1, 1, "d"),
+    deployment_iri("home", 1),
+    drift_iri(device_iri("home", "d"), 1),
+)
 MEASUREMENT = measurement_iri(M, "virtual", True)
 DEVICE = device_iri("home", "d")
 GOOD: dict[Iri, dict[Iri, Any]] = {

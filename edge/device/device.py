@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tinyfleet.edge.device.node import (
     ARENA_BYTES,
@@ -21,6 +23,8 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.wire.mqtt_session import Message, Session
+
+log = logging.getLogger(__name__)
 
 STEPS = 64
 """Samples learned from between two checks of the network."""
@@ -99,7 +103,7 @@ class Device:
         return Session(
             *self._where,
             f"tinyfleet-{self._fleet}-{self.node.id}",
-            on_message=self.node.receive,
+            on_message=self._receive,
             on_connect=self.node.connected,
             will=(will.topic, will.payload),
             background=False,
@@ -119,9 +123,23 @@ class Device:
         self._session.close()
         return not alive
 
+    @contextmanager
+    def _logging_bugs(self) -> Iterator[None]:
+        """Log what the source or the learner raises: the node has replied with an error, and goes on."""
+        try:
+            yield
+        except Exception:
+            log.exception("an error in the source or the learner of %s", self.node.id)
+
+    def _receive(self, topic: str, payload: bytes) -> None:
+        with self._logging_bugs():
+            self.node.receive(topic, payload)
+
     def _learn(self) -> bool:
         """Learn from some samples. True if there are more to learn from now."""
-        return all(self.node.step() for _ in range(STEPS))
+        with self._logging_bugs():
+            return all(self.node.step() for _ in range(STEPS))
+        return False
 
     def _send(self) -> bool:
         """Send the node's messages. False if it wants to reboot."""

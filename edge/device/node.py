@@ -289,7 +289,7 @@ class _Callbacks:
         self._learner: MaskedLearner
         self._classes = False
         self.learner_error: LearnerError | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._handle = ffi.new_handle(self)
 
     def fill(self, config: Any) -> None:
@@ -310,7 +310,7 @@ class _Callbacks:
         if error is not None:
             raise error
 
-    def failed(self, error: Exception) -> int:
+    def failed(self, error: BaseException) -> int:
         """The C node's error code for it."""
         if isinstance(error, LearnerError):
             self.learner_error = error
@@ -343,7 +343,10 @@ class _Callbacks:
         self._learner.set_parameters(parameters)
 
     def get(self, parameters: Vector) -> None:
-        parameters[:] = self._learner.parameters
+        values = self._learner.parameters
+        if np.shape(values) != parameters.shape:
+            raise LearnerError(f"the learner has {np.size(values)} parameters; its program has {parameters.size}")
+        parameters[:] = values
 
     def learn(self, rate: float, layers: int) -> float:
         self._learner.mask = layers
@@ -361,7 +364,7 @@ def _callback(function: Callable[..., int]) -> None:
         callbacks: _Callbacks = ffi.from_handle(context)
         try:
             return function(callbacks, *arguments)
-        except Exception as error:
+        except BaseException as error:  # C code can't pass one on, not even Ctrl-C
             return callbacks.failed(error)
 
     ffi.def_extern(name=f"mote_python{function.__name__}")(call)

@@ -192,7 +192,7 @@ class Task:
     name: str
     ways: int
     program: Program
-    #: (index, of) -> the data of device number `index` in a fleet of `of`.
+    #: (client index, fleet size) -> the data of that device.
     client: Callable[[int, int], ClientData]
     draw: Draw
     #: For TinyMetaFed and its relatives, and for FedAvg.
@@ -200,7 +200,7 @@ class Task:
     fedavg: Hyperparameters
     #: For a Raspberry Pi; takes the same samples as `program`, which trains on a Cortex-M4 with 256 KB of RAM.
     large: Program
-    #: index -> what held-out device number `index` sees over time.
+    #: client index -> what that held-out device records over time.
     stream: Callable[[int], Recording]
 
 

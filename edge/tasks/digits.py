@@ -36,8 +36,8 @@ def load() -> Task:
     table = np.loadtxt(path, np.uint8, delimiter=",")
     images = [table[table[:, -1] == d, :-1].reshape(-1, 8, 8) for d in range(10)]
 
-    def client(index: int, of: int) -> ClientData:
-        shares = [_mounted(images[d][index::of], index % MOUNTS) for d in TRAINING]
+    def client(index: int, fleet_size: int) -> ClientData:
+        shares = [_mounted(images[d][index::fleet_size], index % MOUNTS) for d in TRAINING]
         return ClientData.of(shares, SCALE, WAYS)
 
     def episode(split: Split, seed: int, shots: int, queries: int) -> Episode:

@@ -76,7 +76,7 @@ def load() -> Task:
         "training": [name for i, name in enumerate(names) if i % 4 != 3 and i % 8 != 1],
     }
 
-    def client(index: int, of: int) -> ClientData:
+    def client(index: int, fleet_size: int) -> ClientData:
         own = spoken[speakers["training"][index % len(speakers["training"])]]
         return ClientData.of([own[word] for word in WORDS["training"] if len(own[word]) > 1], SCALE, WAYS)
 

@@ -79,9 +79,9 @@ def load(ways: int = 5, side: int = 14) -> Task:
     alphabets = [np.flatnonzero(alphabet == a) for a in np.unique(alphabet)]
     alphabets = [own for own in alphabets if len(own) >= ways]
 
-    def client(index: int, of: int) -> ClientData:
+    def client(index: int, fleet_size: int) -> ClientData:
         turn, which = divmod(index, len(alphabets))
-        sharing = -(-(of - which) // len(alphabets))  # devices that have this alphabet
+        sharing = -(-(fleet_size - which) // len(alphabets))  # devices that have this alphabet
         count = max(FEW, DRAWERS // sharing)
         drawers = (turn * count + np.arange(count)) % DRAWERS
         own = alphabets[which][:CHARACTERS]

@@ -61,7 +61,7 @@ class Room:
 def load() -> Task:
     rooms = split_rooms(read_rooms(_folder()))
 
-    def client(index: int, of: int) -> ClientData:
+    def client(index: int, fleet_size: int) -> ClientData:
         turn, which = divmod(index, len(rooms["training"]))
         room = rooms["training"][which]
         classes = []

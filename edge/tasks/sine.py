@@ -55,7 +55,7 @@ def draw(split: Split, seeds: Sequence[int], shots: int, queries: int) -> Episod
     return Episodes(*waves(seeds, salt, 1, shots), *waves(seeds, salt, 2, queries))
 
 
-def client(index: int, of: int) -> ClientData:
+def client(index: int, fleet_size: int) -> ClientData:
     x, y = waves(np.arange(index * WAVES, (index + 1) * WAVES), DEVICES, 1, SAMPLES)
     return ClientData.of(list(x), 1.0, 1, targets=list(y))
 

@@ -1,7 +1,7 @@
-"""The boards that firmware is built for, read from boards/*.toml.
+"""The known boards, read from boards/*.toml.
 
-A board file says what everyone may know of a board (the part that goes into a Thing Description) and, where firmware
-is built for it, how: compiler flags, memory map, serial port, and the emulated machine that stands in for it.
+A board file has the board's public facts, which go into a Thing Description. If firmware can be built for the board, it
+also has the compiler flags, the memory map, the serial port and the machine that emulates the board.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Region:
-    """A stretch of memory: first address and length in bytes."""
+    """A region of memory: its first address, and its length in bytes."""
 
     origin: int
     bytes: int
@@ -30,7 +30,17 @@ class Region:
 
 @dataclass(frozen=True)
 class Uart:
-    """The serial port that carries the fleet's messages. driver names src/uart_{driver}.c; baud is 8N1."""
+    """The serial port that carries the fleet's messages.
+
+    Parameters
+    ----------
+    driver
+        The firmware's file is src/uart_{driver}.c.
+    base, rx_irq
+        Its registers' address, and the interrupt of a received byte.
+    baud
+        Bits per second, 8N1.
+    """
 
     driver: str
     base: int
@@ -40,10 +50,20 @@ class Uart:
 
 @dataclass(frozen=True)
 class Build:
-    """How firmware is made for a board: compiler flags for its core, and where things lie.
+    """How to build firmware for a board.
 
-    exact: flags for the profile that computes the same bits everywhere, behind those of the core.
-    uart None: there is no driver for its serial port, so that no node runs on it, only programs that measure or check.
+    Parameters
+    ----------
+    cpu
+        Compiler flags for its core.
+    exact
+        More flags for the profile that computes the same bits on every target.
+    stack_bytes
+        RAM to reserve for the stack.
+    flash, ram
+        Its memory.
+    uart
+        None without a driver: then no node can run on it, only programs that measure or check something.
     """
 
     cpu: tuple[str, ...]
@@ -56,40 +76,50 @@ class Build:
 
 @dataclass(frozen=True)
 class BoardTarget:
-    """A board, how to build for it (None: nothing is built for it), and its QEMU machine (None: no emulator)."""
+    """A board as a target for firmware.
+
+    Parameters
+    ----------
+    board
+        Its public facts.
+    build
+        How to build firmware for it; None if that is not possible.
+    machine
+        The QEMU machine that emulates it; None if there is none.
+    """
 
     board: Board
     build: Build | None
     machine: str | None
 
     def buildable(self) -> Build:
-        """The build part. Raises UserError if firmware is not built for this board."""
+        """How to build for it. Raises UserError if no firmware can be built for this board."""
         if self.build is None:
             names = _names(lambda target: target.build is not None)
             raise UserError(f"no firmware is built for board '{self.board.id}'; boards with firmware: {names}")
         return self.build
 
     def serial(self) -> Uart:
-        """The serial port of a node. Raises UserError if there is no driver for one, or no firmware at all."""
+        """The serial port of a node. Raises UserError if there is no driver for it, or no firmware at all."""
         uart = self.buildable().uart
         if uart is None:
             names = _names(lambda target: target.build is not None and target.build.uart is not None)
             raise UserError(
-                f"a fleet's node speaks through a serial port, and there is no driver for that of board "
-                f"'{self.board.id}'; boards with one: {names}"
+                f"a node needs a serial port, and there is no driver for that of board '{self.board.id}'; "
+                f"boards with one: {names}"
             )
         return uart
 
     def emulated(self) -> str:
-        """The QEMU machine. Raises UserError if none stands in for this board."""
+        """The QEMU machine. Raises UserError if none emulates this board."""
         if self.machine is None:
             names = _names(lambda target: target.machine is not None)
-            raise UserError(f"no emulator stands in for board '{self.board.id}'; boards with one: {names}")
+            raise UserError(f"there is no emulator for board '{self.board.id}'; boards with one: {names}")
         return self.machine
 
 
 def board_ids() -> list[str]:
-    """The identifiers of all boards."""
+    """The IDs of all boards, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
@@ -98,14 +128,25 @@ def _names(wanted: Callable[[BoardTarget], bool]) -> str:
 
 
 def load_board(name: str) -> BoardTarget:
-    """The board of that identifier. Raises UserError if there is none, or if its file is wrong."""
+    """Load a board.
+
+    Parameters
+    ----------
+    name
+        Its ID; see `board_ids`.
+
+    Raises
+    ------
+    UserError
+        If there is no such board, or its file has an error.
+    """
     if name not in board_ids():
         raise UserError(f"there is no board named '{name}'; known boards: {', '.join(board_ids())}")
     return read_board_file(FOLDER / f"{name}.toml")
 
 
 def read_board_file(path: Path) -> BoardTarget:
-    """Reads a board file. Raises UserError naming the entry that is missing or of the wrong type."""
+    """Read a board file. Raises UserError, which names the entry, if one is missing or has the wrong type."""
     try:
         top = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:

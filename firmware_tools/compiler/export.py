@@ -1,9 +1,9 @@
-"""Keras models out as .tflite files that learn: training signatures made of TFLite's builtin operators only.
+"""Exports Keras models as .tflite files that train, with TFLite's builtin operators only.
 
-TFLite has no gradients, and TensorFlow's own need operators outside of the builtin set, so every operation's backward
-pass is written here with forward operators: a filter's gradient is a convolution of transposed tensors, a pool's is a
-mask laid over its windows. One sample a step, as in the C engine, and the same parameters in the same order, so that a
-Raspberry Pi that trains in TFLite and a microcontroller exchange the same vector.
+TFLite has no gradients, and TensorFlow's gradients need operators outside of the builtin set. So every operation's
+backward pass is written here with forward operators: a filter's gradient is a convolution of transposed tensors, a
+pool's is a mask over its windows. As in the C engine, a step takes one sample, and the parameters have the same order:
+a Raspberry Pi that trains in TFLite and a microcontroller exchange the same vector.
 
 Signatures (float32; shapes are those of the program, with a batch of 1 in front of x and the output):
 
@@ -37,15 +37,46 @@ Backward = Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]
 
 
 def export_tflite(model: Any, *, train_from: str | None = None, loss: str | None = None) -> bytes:
-    """A Keras model (object, or path of a .keras file) as a .tflite file with training signatures.
+    """Export a Keras model as a .tflite file with training signatures.
 
-    train_from, loss: as in `compile_model`. Raises CompileError, also for a layer that TFLite cannot train.
+    Parameters
+    ----------
+    model : keras.Model, str or Path
+        A Keras 3 model, or the path of a .keras file.
+    train_from, loss
+        As in `compile_model`.
+
+    Returns
+    -------
+    bytes
+        The .tflite file.
+
+    Raises
+    ------
+    CompileError
+        If the engine or TFLite cannot train the model.
     """
     return export_graph(training_graph(model, train_from=train_from, loss=loss))
 
 
 def export_graph(graph: Graph) -> bytes:
-    """A float32 graph with its weights as a .tflite file; what trains in the graph trains in it."""
+    """Export a float32 graph with its weights as a .tflite file, in which the same layers train.
+
+    Parameters
+    ----------
+    graph
+        The model.
+
+    Returns
+    -------
+    bytes
+        The .tflite file.
+
+    Raises
+    ------
+    CompileError
+        If nothing trains, or TFLite cannot train a layer that does.
+    """
     try:
         import tensorflow as tf  # type: ignore[import-untyped]
     except ImportError as e:

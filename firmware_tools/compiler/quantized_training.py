@@ -1,13 +1,13 @@
-"""Training of int8 models as they are: int8 weights that learn in place, and the choice of those under a memory budget.
+"""Training int8 models in place: which int8 weights train, selected under a memory budget.
 
-After "On-Device Training Under 256KB Memory" (Lin et al. 2022): quantisation-aware scaling, which is the engine's (see
-edge/mote/src/int8/mote_trained_int8.c), and the sparse update, which is chosen here: of which layers the biases learn,
-and of how many output channels the weights do too.
+After "On-Device Training Under 256KB Memory" (Lin et al. 2022). The engine does the quantization-aware scaling (see
+edge/mote/src/int8/mote_trained_int8.c). This module selects the sparse update: the layers whose biases train, and the
+number of output channels whose weights train, too.
 
-Rates: a step is that of gradient descent on the real weights, so what suits the float32 model suits this one, within
-limits. With a weight's step far below 1 / 2^24 of its scale nothing happens; with steps beyond some tenths of it the
-rounding is noise as large as the weights' own resolution. 0.001 to 0.05 for one sample at a time is a good range; begin
-with half of what trains the float32 model, and let it fall.
+Rates: a step is that of gradient descent on the real weights, so rates for the float32 model work, within limits. A
+step far below 1 / 2^24 of a weight's scale changes nothing; with steps beyond some tenths of the scale, the rounding
+noise is as large as the weights' resolution. For one sample at a time, 0.001 to 0.05 is a good range; begin with half
+the rate of the float32 model, and let it fall.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tinyfleet.edge.model.quantized import logistic_table
 from tinyfleet.firmware_tools.compiler.transfer import train_from
 from tinyfleet.firmware_tools.readers.common import CompileError, compact
 
-#: How much of a layer's output channels the choice considers.
+#: The shares of a layer's output channels that the selection considers.
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 1.0)
 
-_HEAD_RATE = 0.01  # of a new head, as the others' gradients are about to be measured
+_HEAD_RATE = 0.01  # of a new head, before the other layers' gradients are measured
 _TRAINED = dict(zip(INT8_WEIGHTED, TRAINED_INT8, strict=True))
 _POOLS = (Kind.INT8_AVGPOOL, Kind.INT8_MAXPOOL, Kind.INT8_MEAN)
 _OPAQUE = (Kind.SLICE, Kind.QUANTIZE, Kind.INT8_MUL, Kind.INT8_SOFTMAX, Kind.INT8_TABLE)
-# What a loss does by itself, so that a model's end of it goes.
+# The last operations of a model that a loss computes itself.
 _ENDS: dict[Loss, tuple[Kind, ...]] = {
     "softmax_cross_entropy": (Kind.DEQUANTIZE, Kind.QUANTIZE, Kind.SOFTMAX, Kind.INT8_SOFTMAX),
     "binary_cross_entropy": (Kind.DEQUANTIZE, Kind.QUANTIZE, Kind.SIGMOID),
@@ -47,7 +47,15 @@ _ENDS: dict[Loss, tuple[Kind, ...]] = {
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What of a layer trains: of its first `channels` output channels the bias, or "all", weights and bias."""
+    """What of a layer trains.
+
+    Parameters
+    ----------
+    trains
+        Only the biases, or weights and biases ("all").
+    channels
+        Of how many output channels, the first ones.
+    """
 
     trains: Literal["bias", "all"]
     channels: int
@@ -59,13 +67,19 @@ Selection = Mapping[str, LayerUpdate]
 
 @dataclass(frozen=True)
 class Importance:
-    """What training a layer is worth, by output channel, of any unit that can be added: [channels] each."""
+    """What training a layer contributes, by output channel, in any additive unit.
+
+    Parameters
+    ----------
+    bias, weights
+        Of each channel's bias and weights, shape (channels,).
+    """
 
     bias: NDArray[np.float64]
     weights: NDArray[np.float64]
 
     def of(self, update: LayerUpdate) -> float:
-        """What an update is worth."""
+        """The importance of an update: the sum over what it trains."""
         parts = (self.bias, self.weights) if update.trains == "all" else (self.bias,)
         return float(sum(part[: update.channels].sum() for part in parts))
 
@@ -73,16 +87,32 @@ class Importance:
 def train_int8(
     graph: Graph, selection: Selection | str, *, classes: int | None = None, loss: Loss = "softmax_cross_entropy"
 ) -> Graph:
-    """A model that runs in int8 as one that trains in int8.
+    """Turn a model that runs in int8 into one that trains in int8.
 
-    selection: what trains; a layer's name: all from it on. The loss's part of the model's end (softmax, or a logistic
-    function under binary cross-entropy) goes, and the outputs are dequantised: the new model's are float32.
+    What the loss computes itself (softmax, or a logistic function with binary cross-entropy) is removed from the
+    model's end, and the outputs become float32.
 
-    classes: a new last layer for so many, in int8, in place of the old one. Its weights begin at 0. Their scale is the
-    largest of the old layer's, so that they can become as large as the old ones; the outputs' scale is the old one with
-    the zero point 0: a softmax cares for differences, and those have the old range then.
+    Parameters
+    ----------
+    graph
+        An int8 model.
+    selection
+        What trains; or the name of a layer, from which on everything does.
+    classes
+        A new last layer in int8 with so many outputs. Its weights begin at 0; their scale is the largest one of the old
+        layer, so that they can grow as large. The outputs keep their scale, with zero point 0: a softmax depends only
+        on differences, whose range stays the same.
+    loss
+        The loss to train with.
 
-    Raises CompileError if a layer is not there, is not int8, or no gradient gets to it.
+    Returns
+    -------
+    Graph
+
+    Raises
+    ------
+    CompileError
+        If a layer does not exist, is not int8, or no gradient reaches it.
     """
     graph = _with_loss(graph, classes, loss)
     if isinstance(selection, str):
@@ -91,7 +121,7 @@ def train_int8(
 
 
 def select_all_from(graph: Graph, layer: str, *, bias_only: bool = False) -> Selection:
-    """The selection of all of the int8 layers from one on, or of their biases, in the order of execution."""
+    """Select the int8 layers from one to the end, or only their biases. Raises CompileError without such a layer."""
     names = [op.name for op in graph.ops if op.kind in INT8_WEIGHTED]
     if layer not in names:
         raise _unknown(layer, names)
@@ -104,8 +134,8 @@ def select_all_from(graph: Graph, layer: str, *, bias_only: bool = False) -> Sel
 
 
 def default_loss(graph: Graph, *, classes: int | None = None) -> Loss:
-    """The loss that goes with a model's end: softmax or logistic function; without these, the squared error, or softmax
-    cross-entropy if there are new classes."""
+    """The loss that fits a model's end: softmax or logistic function. Without these, softmax cross-entropy if there are
+    new classes, otherwise the squared error."""
     at = root(graph.tensors, graph.output)
     while (end := _writer(graph.ops, at)) is not None:
         if end.kind not in (Kind.QUANTIZE, Kind.DEQUANTIZE):
@@ -131,40 +161,48 @@ def _channels(graph: Graph, op: Op) -> int:
 
 
 def _trained(graph: Graph, selection: Selection) -> Graph:
-    """The graph of a loss with the kinds of op that pass gradients down to what trains."""
+    """The graph with the kinds of op that train, or pass gradients to what trains. The graph has its loss."""
     known = [op.name for op in graph.ops if _has_weights(op)]
     for name in selection:
         if name not in known:
             raise _unknown(name, known)
-    moves: set[int] = set()  # tensors that depend on what trains
+    learned: set[int] = set()  # tensors that depend on what trains
     ops = []
     for op in graph.ops:
-        passes = any(root(graph.tensors, i) in moves for i in op.inputs)
+        passes = any(root(graph.tensors, i) in learned for i in op.inputs)
         update = selection.get(op.name) if _has_weights(op) else None
-        if passes and (op.kind in _OPAQUE or (op.kind in _POOLS and (op.low, op.high) != (-128, 127))):
-            what = f"{op.kind.name}{' with an activation' if op.kind in _POOLS else ''}"
-            raise CompileError(
-                f"layer '{op.name}' ({what}) passes no gradient on to the layers before it; train from a later one"
-            )
+        if passes:
+            _check_gradient_passes(op)
         if passes or update is not None:
-            moves.add(root(graph.tensors, op.output))
-        if update is not None:
-            if not 1 <= update.channels <= _channels(graph, op):
-                raise CompileError(
-                    f"layer '{op.name}' has {_channels(graph, op)} channels; {update.channels} cannot train"
-                )
-            op = replace(op, trains=update.trains, trained=update.channels)
-        if (passes or update is not None) and op.kind in INT8_WEIGHTED:
-            bias = np.zeros(_channels(graph, op), np.int32) if op.bias is None else op.bias
-            op = replace(op, kind=_TRAINED[op.kind], bias=bias)
+            learned.add(root(graph.tensors, op.output))
+            op = _in_training(op, update, _channels(graph, op))
         ops.append(op)
-    if root(graph.tensors, graph.output) not in moves:
+    if root(graph.tensors, graph.output) not in learned:
         raise CompileError("nothing trains that the model's output depends on")
     return replace(graph, ops=tuple(ops))
 
 
+def _check_gradient_passes(op: Op) -> None:
+    if op.kind in _OPAQUE or (op.kind in _POOLS and (op.low, op.high) != (-128, 127)):
+        kind = f"{op.kind.name}{' with an activation' if op.kind in _POOLS else ''}"
+        raise CompileError(
+            f"layer '{op.name}' ({kind}) passes no gradient on to the layers before it; train from a later one"
+        )
+
+
+def _in_training(op: Op, update: LayerUpdate | None, channels: int) -> Op:
+    """The op as it takes part in training: what `update` says of it trains, and nothing with None."""
+    if update is not None:
+        if not 1 <= update.channels <= channels:
+            raise CompileError(f"layer '{op.name}' has {channels} channels; {update.channels} cannot train")
+        op = replace(op, trains=update.trains, trained=update.channels)
+    if op.kind not in INT8_WEIGHTED:
+        return op
+    return replace(op, kind=_TRAINED[op.kind], bias=np.zeros(channels, np.int32) if op.bias is None else op.bias)
+
+
 def _with_loss(graph: Graph, classes: int | None, loss: Loss) -> Graph:
-    """The graph with its outputs as float32 before the loss, nothing of which trains yet."""
+    """The graph with the loss, and with float32 outputs; nothing of it trains yet."""
     tensors, ops = list(graph.tensors), list(graph.ops)
     at = root(tensors, graph.output)
     while (end := _writer(ops, at)) is not None and _is_end(end, tensors, loss):
@@ -184,7 +222,7 @@ def _with_loss(graph: Graph, classes: int | None, loss: Loss) -> Graph:
 
 
 def _writer(ops: Iterable[Op], tensor: int) -> Op | None:
-    """The op that writes a tensor, if it is one."""
+    """The op that writes a tensor; None if several do, or none."""
     writers = [op for op in ops if op.output == tensor]
     return writers[0] if len(writers) == 1 else None
 
@@ -207,7 +245,7 @@ def _new_head(head: Op, classes: int) -> Op:
     )
 
 
-# The choice
+# The selection under a budget
 
 
 def select_update(
@@ -218,16 +256,32 @@ def select_update(
     classes: int | None = None,
     loss: Loss = "softmax_cross_entropy",
 ) -> Selection:
-    """What to train of an int8 model in an arena of at most budget_bytes; classes and loss as in `train_int8`.
+    """Select what to train of an int8 model within a RAM budget.
 
-    importance: of layers, by name, as `measure_importance` finds it with samples; default: `estimate_importance`.
+    For every first layer that trains, the search starts with the biases of all layers from it on and adds channels of
+    weights, the most important for their bytes first, with several limits on the bytes of one layer. The best of these
+    selections that fits is returned: not always the best of all, but never worse with more memory, and the same at
+    every call. Its arena is planned to the byte.
 
-    The arena of a choice is the planner's, to the byte. Searched are, for every lowest layer that learns, the biases of
-    all layers from it on, then more and more channels of weights, the most worth for its bytes first, with several
-    limits on what one layer may take. The best of these that fits is chosen: not necessarily the best of all choices,
-    but no less with more memory, and the same at every call.
+    Parameters
+    ----------
+    graph
+        An int8 model.
+    budget_bytes
+        The largest arena.
+    importance
+        Of layers, by name, as `measure_importance` returns it. None: `estimate_importance`.
+    classes, loss
+        As in `train_int8`.
 
-    Raises CompileError if not even the least fits; the message says what that takes.
+    Returns
+    -------
+    Selection
+
+    Raises
+    ------
+    CompileError
+        If not even the smallest selection fits; the message has the bytes that it needs.
     """
     graph = _with_loss(graph, classes, loss)
     worth = estimate_importance(graph) if importance is None else importance
@@ -235,7 +289,7 @@ def select_update(
 
 
 def _reachable(graph: Graph) -> list[Op]:
-    """The layers that a gradient gets to, in order; the last ones, if more than a program can train."""
+    """The layers that a gradient reaches, in order; only the last ones if a program cannot train so many."""
     found = []
     for op in filter(_has_weights, graph.ops):
         try:
@@ -249,12 +303,22 @@ def _reachable(graph: Graph) -> list[Op]:
 
 
 def estimate_importance(graph: Graph) -> dict[str, Importance]:
-    """What layers are worth if nothing is known but the graph.
+    """Estimate the importance of layers from the graph alone.
 
-    Lin et al. found by training: later layers are worth more than earlier ones, pointwise convolutions more than
-    depthwise ones, biases alone little, and more channels ever less. Here a layer at depth d (up to 1 at the end) has
-    d^2 for its weights, half of it if it is depthwise, of which a fraction f of its channels gets the square root of f;
-    and a tenth of d^2 for its biases.
+    Lin et al. measured: later layers contribute more than earlier ones, pointwise convolutions more than depthwise
+    ones, biases alone little, and each further channel less. Here the weights of a layer at depth d (1 at the end)
+    count d^2, or half of that if it is depthwise; a share f of its channels gets sqrt(f) of it. The biases count
+    d^2 / 10.
+
+    Parameters
+    ----------
+    graph
+        An int8 model.
+
+    Returns
+    -------
+    dict of str to Importance
+        By the layers' names.
     """
     layers = [op for op in graph.ops if _has_weights(op)]
     found = {}
@@ -266,7 +330,7 @@ def estimate_importance(graph: Graph) -> dict[str, Importance]:
     return found
 
 
-#: For the layers that train, from the lowest on: of how many channels the weights do, too; 0: the biases alone.
+#: For each layer from the first one that trains: of how many channels the weights train; 0: only the biases.
 _Levels = tuple[int, ...]
 
 
@@ -278,11 +342,29 @@ def measure_importance(
     classes: int | None = None,
     loss: Loss = "softmax_cross_entropy",
 ) -> dict[str, Importance]:
-    """What layers are worth on samples of what is to be learned: the sum of the squared gradients of each channel, in
-    the dequantised model. To first order that is what a small step on these parameters takes off the loss.
+    """Measure the importance of layers on samples: the sum of the squared gradients of each channel.
 
-    Some 100 samples do. A new head learns alone first, for as long as its weights are 0 no gradient gets below it.
-    Raises CompileError if a layer has no float32 form.
+    To first order this is how much a small step on these parameters lowers the loss. The gradients are those of the
+    dequantized model. A new head learns alone first: while its weights are 0, no gradient passes it.
+
+    Parameters
+    ----------
+    graph
+        An int8 model.
+    samples, targets
+        Some 100 samples of what is to be learned.
+    classes, loss
+        As in `train_int8`.
+
+    Returns
+    -------
+    dict of str to Importance
+        By the layers' names.
+
+    Raises
+    ------
+    CompileError
+        If a layer has no float32 form.
     """
     layers = _reachable(_with_loss(graph, classes, loss))
     in_float = train_from(graph, layers[0].name, classes=classes, loss=loss, float_input=False)
@@ -294,12 +376,12 @@ def measure_importance(
         for x, y in pairs:
             learner.learn(x, y, _HEAD_RATE)
         learner.mask = everything
-    start = learner.parameters
-    total = np.zeros(start.size)
+    before = learner.parameters
+    total = np.zeros(before.size)
     for x, y in pairs:
-        learner.set_parameters(start)
+        learner.set_parameters(before)
         learner.learn(x, y, 1.0)
-        total += (start - learner.parameters).astype(np.float64) ** 2
+        total += (before - learner.parameters).astype(np.float64) ** 2
     found, at = {}, 0
     for op in in_float.ops:
         if op.trains == "nothing":
@@ -315,7 +397,7 @@ def measure_importance(
 
 
 class _Search:
-    """The choices between layers, and what they take. new_head: the last layer's weights are 0, and always train."""
+    """The candidates for a selection and their bytes. new_head: the last layer's weights are 0, and always train."""
 
     def __init__(self, graph: Graph, worth: Mapping[str, Importance], *, new_head: bool) -> None:
         self.graph, self.new_head = graph, new_head
@@ -333,7 +415,7 @@ class _Search:
         self.activations: dict[tuple[bool, ...], int] = {}
 
     def best(self, budget: int) -> Selection:
-        """The selection of most worth that fits."""
+        """The most important selection that fits."""
         candidates = set(self.candidates())
         for levels in sorted(candidates, key=lambda levels: (-self.value(levels), self.params(levels), levels)):
             if self.params(levels) < budget and self.arena(levels) <= budget:
@@ -348,8 +430,8 @@ class _Search:
                 yield from self.path(lowest, largest >> shift)
 
     def path(self, lowest: int, limit: int) -> Iterator[_Levels]:
-        """Choices, each with more channels than the one before, the most worth for its bytes first, where no layer's
-        weights take more than the limit."""
+        """Candidates, each with more channels than the one before, the most important for their bytes first; no layer's
+        weights take more bytes than the limit."""
         levels = [0] * (len(self.layers) - lowest)
         if self.new_head:
             levels[-1] = self.channels[-1]
@@ -368,7 +450,7 @@ class _Search:
             yield tuple(levels)
 
     def cost(self, i: int, before: int, after: int) -> int:
-        """About how many bytes of RAM more: parameters, and the input if it must be kept for the backward pass now."""
+        """About how many more bytes of RAM: parameters, and the input if the backward pass now needs it."""
         kept = self.graph.tensors[self.layers[i].inputs[0]].bytes if before == 0 else 0
         return (self.weights[i] + 4) * (after - before) + kept
 
@@ -384,7 +466,7 @@ class _Search:
         return sum(aligned(self.weights[i] * n) + 4 * n if n else 4 * self.channels[i] for i, n in numbered)
 
     def arena(self, levels: _Levels) -> int:
-        """To the byte. How many of a layer's channels train makes no difference to the activations."""
+        """The arena in bytes, exactly. The number of a layer's channels makes no difference to the activations."""
         weights = tuple(n > 0 for n in levels)
         if weights not in self.activations:
             self.activations[weights] = resource_use(_trained(self.graph, self.selection(levels))).activations

@@ -1,7 +1,7 @@
 """A trainable float32 head on a frozen backbone: a model cut at a layer, after TinyOL (Ren et al. 2021).
 
-What comes before the layer stays as it is, int8 or float32, in flash. The layer and all that follow become float32 and
-train; each int8 tensor that they read is dequantised once.
+The layers before the cut stay as they are, int8 or float32, in flash. The layers behind it become float32 and train;
+each int8 tensor that they read is dequantized once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FLOAT = {
     Kind.INT8_MEAN: Kind.AVGPOOL,
     Kind.INT8_SOFTMAX: Kind.SOFTMAX,
 }
-# A loss that takes logits brings along what a model ends in.
+# The last operation of a model that a loss on logits computes itself.
 _LAST: dict[Kind, Loss] = {Kind.SOFTMAX: "softmax_cross_entropy", Kind.SIGMOID: "binary_cross_entropy"}
 
 
@@ -43,15 +43,41 @@ def train_from(
     float_input: bool = True,
     fixed: Collection[str] = (),
 ) -> Graph:
-    """The model with the layers from `layer` to the end in float32 and trainable, and those before it frozen.
+    """Let the layers from one to the end train in float32, and freeze those before it.
 
-    layer: None leaves it at what trains in the graph. fixed: layers whose weights never train.
-    classes: a new last layer with so many outputs, its weights 0; None: the old one. max_classes: room for so many,
-    which a device takes into use one by one. With either, the last layer's weights train, bias_only or not.
-    loss: of a graph that has none. None takes it from the model's end: softmax or logistic function; without these, the
-    squared error, or softmax cross-entropy if classes are given. What the loss computes itself is taken off the end.
-    float_input: a model that takes int8 takes float32, and quantises it.
-    Raises CompileError if there is no such layer, or it or one behind it has no float32 form or nothing that trains.
+    A softmax or logistic function at the model's end is removed if the loss computes it.
+
+    Parameters
+    ----------
+    graph
+        The model.
+    layer
+        The name of the first layer that trains; None: what trains in the graph.
+    classes
+        A new last layer with this many outputs at first, its weights 0. None keeps the old one.
+    max_classes
+        Memory for so many classes, which a device adds one by one. With `classes` or this, the last layer's weights
+        train also with `bias_only`.
+    loss
+        For a graph that has none. None: by the model's end, softmax or logistic function; without these, softmax
+        cross-entropy if the classes are new, otherwise the squared error.
+    momentum
+        Whether to reserve memory for the optimizer's momentum.
+    bias_only
+        Whether only the biases train.
+    float_input
+        Whether a model with int8 input takes float32 instead, and quantizes it.
+    fixed
+        Layers whose weights never train.
+
+    Returns
+    -------
+    Graph
+
+    Raises
+    ------
+    CompileError
+        If there is no such layer, or a layer from there on has no float32 form, or none has weights.
     """
     cut = len(graph.ops) if layer is None else _find(graph, layer)
     if layer is not None and all(op.bias is None or op.name in fixed for op in graph.ops[cut:]):
@@ -74,7 +100,7 @@ def train_from(
 
 
 def with_float_input(graph: Graph) -> Graph:
-    """The same model, but for float32 input that it quantises itself; itself if it takes float32."""
+    """The model with float32 input, which it quantizes; unchanged if its input is float32."""
     x = graph.tensors[0]
     if x.dtype == "float32":
         return graph
@@ -96,7 +122,7 @@ def _find(graph: Graph, layer: str) -> int:
 
 @dataclass
 class _Head:
-    """Collects the float32 ops behind a cut. values: the float32 tensor for each tensor of the whole model so far."""
+    """Collects the float32 ops behind a cut. `values` maps the model's tensors to float32 tensors."""
 
     graph: Graph
     tensors: list[Tensor]
@@ -108,7 +134,7 @@ class _Head:
         return len(self.tensors) - 1
 
     def value(self, index: int) -> int:
-        """The float32 tensor with the numbers of one of the model's: the same one, or dequantised once."""
+        """The float32 tensor for one of the model's: the same one, or dequantized (once)."""
         if index in self.values:
             return self.values[index]
         tensor, source = self.graph.tensors[index], root(self.graph.tensors, index)
@@ -133,7 +159,7 @@ class _Head:
         return self.values[op.output]
 
     def add(self, op: Op, trains: Trains) -> None:
-        """The op in float32, as it trains."""
+        """Add an op in float32, which trains as given."""
         x, y = self.graph.tensors[op.inputs[0]], self.graph.tensors[op.output]
         inputs = tuple(self.value(i) for i in op.inputs)
         kind = _FLOAT.get(op.kind, op.kind)

@@ -316,13 +316,34 @@ def build(
     *,
     model_slot_bytes: int = MODEL_SLOT_BYTES,
 ) -> Path:
-    """A fleet device's firmware: returns {out}/firmware.elf.
+    """Build the firmware of a fleet device.
 
-    It learns `program` from the samples of `data`, which lie in flash. model_slot_bytes: RAM for a program received
-    over the air (its arena must fit that of `program`), for which the image holds all operators; 0: it holds those of
-    `program`.
-    Raises UserError for an unknown board, one without a serial port, a name that cannot be in a topic, a missing
-    compiler, samples that are not the model's, and if it does not fit the board.
+    Parameters
+    ----------
+    board
+        The board's ID.
+    program
+        The model that it learns.
+    data
+        The samples that it learns from; they lie in flash.
+    fleet, device_id
+        Names of the fleet and the device.
+    out
+        The folder to write firmware.elf to.
+    model_slot_bytes
+        RAM for a program sent over the air, which may need no larger arena than `program`. The image then has all
+        operators; with 0 it has those of `program`.
+
+    Returns
+    -------
+    Path
+        The firmware.
+
+    Raises
+    ------
+    UserError
+        If the board is unknown or has no serial port, a name cannot be in a topic, the compiler is missing, the samples
+        do not fit the model, or the program does not fit the board.
     """
     target = load_board(board)
     uart = target.serial()
@@ -406,8 +427,19 @@ def build_mel_check(target: BoardTarget, elf: Path) -> Path:
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """What src/main_exactness.c does with a program: `steps` steps on made-up samples, with this optimiser; or as many
-    inferences of int8, if nothing trains."""
+    """What src/main_exactness.c does with a program: train it on generated samples.
+
+    Parameters
+    ----------
+    program
+        The model. If nothing of it trains, it only runs, in int8.
+    rate, momentum, weight_decay, clip_norm
+        The optimizer; see MoteLearner.
+    steps
+        Number of steps, or of inferences.
+    seed
+        Of the samples.
+    """
 
     program: Program
     rate: float = 0.0
@@ -419,30 +451,30 @@ class TrainingCase:
 
     @property
     def data(self) -> bytes:
-        """Its course_t, and the program."""
-        how = (self.rate, self.momentum, self.weight_decay, self.clip_norm)
-        return struct.pack("<III4f", len(self.program.data), self.steps, self.seed, *how) + self.program.data
+        """Its training_case_t, and the program."""
+        sgd = (self.rate, self.momentum, self.weight_decay, self.clip_norm)
+        return struct.pack("<III4f", len(self.program.data), self.steps, self.seed, *sgd) + self.program.data
 
 
-def training_case_defines(courses: Sequence[TrainingCase]) -> dict[str, int | float | str]:
+def training_case_defines(cases: Sequence[TrainingCase]) -> dict[str, int | float | str]:
     """The constants of "device.h" with which src/main_exactness.c is compiled."""
     return {
-        "arena_bytes": max(course.program.arena_bytes for course in courses),
-        "inputs": max(course.program.input.size for course in courses),
+        "arena_bytes": max(case.program.arena_bytes for case in cases),
+        "inputs": max(case.program.input.size for case in cases),
     }
 
 
 def build_exactness_check(
-    target: BoardTarget, courses: Sequence[TrainingCase], elf: Path, *, profile: Profile = "exact"
+    target: BoardTarget, cases: Sequence[TrainingCase], elf: Path, *, profile: Profile = "exact"
 ) -> Path:
     """The program that learns and prints a checksum of what it has learned (see src/main_exactness.c)."""
     return link(
         target,
         elf,
         [SOURCES / "main_exactness.c", SOURCES / "semihost.c", *ENGINE],
-        blobs={"courses": b"".join(course.data for course in courses)},
-        defines=training_case_defines(courses),
-        programs=[course.program.data for course in courses],
+        blobs={"cases": b"".join(case.data for case in cases)},
+        defines=training_case_defines(cases),
+        programs=[case.program.data for case in cases],
         profile=profile,
     )
 

@@ -1,7 +1,7 @@
 """Boards in QEMU: programs that print and end, and nodes whose serial port is a socket of this computer.
 
-Nothing is left behind: a node's emulator ends with `stop`, with the program that started it, and where that one is
-killed, with it (by the kernel's parent-death signal, where util-linux' `setpriv` is there to ask for it).
+An emulator ends with `stop`, and with the process that started it, even if that process is killed: util-linux'
+`setpriv`, where it is installed, asks the kernel for that (the parent-death signal).
 """
 
 from __future__ import annotations
@@ -36,10 +36,32 @@ def _command(target: BoardTarget, elf: Path) -> list[str]:
 
 
 def run_to_completion(target: BoardTarget, elf: Path, *, counting: bool = False, timeout: float = 60.0) -> str:
-    """Runs a program that ends by itself through semihosting; returns what it printed.
+    """Run a program that ends by itself through semihosting.
 
-    counting: virtual time runs by instructions, so that the board's clock counts them, the same on every run.
-    Raises RuntimeError with the output if the program fails, and subprocess.TimeoutExpired if it does not end.
+    Parameters
+    ----------
+    target
+        The board that it was built for.
+    elf
+        The program.
+    counting
+        Whether virtual time advances with the instructions, so that the board's clock counts them.
+    timeout
+        Seconds after which it is stopped.
+
+    Returns
+    -------
+    str
+        What it printed.
+
+    Raises
+    ------
+    UserError
+        If there is no emulator, or no such file.
+    RuntimeError
+        If the program fails; with its output.
+    subprocess.TimeoutExpired
+        If it does not end in time.
     """
     command = [*_command(target, elf), "-serial", "none", "-semihosting-config", "enable=on,target=native"]
     if counting:
@@ -59,15 +81,30 @@ def run_to_completion(target: BoardTarget, elf: Path, *, counting: bool = False,
 
 
 class Emulator:
-    """A board that runs until it is stopped. `url` is its serial port: socket://127.0.0.1:PORT, open at once.
+    """An emulated board that runs until it is stopped. Use it as a context manager, or call `stop`.
 
-    Use it as a context manager, or call `stop`. Raises UserError if QEMU or the firmware is missing.
+    Parameters
+    ----------
+    target
+        The board.
+    elf
+        Its firmware.
+
+    Attributes
+    ----------
+    url
+        Its serial port, socket://127.0.0.1:PORT, which accepts connections already.
+
+    Raises
+    ------
+    UserError
+        If QEMU or the firmware is missing.
     """
 
     def __init__(self, target: BoardTarget, elf: Path) -> None:
         command = _command(target, elf)
         if shutil.which("setpriv"):
-            # The shell covers the moment before the signal was asked for: it looks whether this process still is there.
+            # The shell covers the moment before setpriv asks for the signal: it checks that this process still runs.
             guard = ["setpriv", "--pdeathsig", "KILL", "sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
             command = [*guard, *command]
         # The port is bound here and handed over: no other process can take it in between.
@@ -80,7 +117,7 @@ class Emulator:
             errors: list[OSError] = []
             self._output = ""
 
-            # The kernel signals a child when the thread that started it ends, so this one stays as long as the child.
+            # The kernel signals a child when the thread that started it ends, so this thread waits for the child.
             def watch() -> None:
                 try:
                     process = subprocess.Popen(
@@ -108,7 +145,7 @@ class Emulator:
 
     @property
     def running(self) -> bool:
-        """Whether the emulator has not ended."""
+        """Whether the emulator is still running."""
         return self._process.poll() is None
 
     @property
@@ -117,12 +154,23 @@ class Emulator:
         return self._output.strip()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until the emulator ends; False if it has not after `timeout` seconds."""
+        """Wait until the emulator ends.
+
+        Parameters
+        ----------
+        timeout
+            Seconds to wait at most; None waits indefinitely.
+
+        Returns
+        -------
+        bool
+            Whether it has ended.
+        """
         self._watcher.join(timeout)
         return not self._watcher.is_alive()
 
     def stop(self) -> None:
-        """Ends the emulator, at once; harmless if it has ended."""
+        """End the emulator; does nothing if it has ended already."""
         self._process.terminate()
         if not self.wait(5.0):
             self._process.kill()

@@ -1,9 +1,9 @@
-"""The engine as a library for projects of others: an Arduino library, or a CMake target.
+"""Exports the engine as a library for other projects: an Arduino library or a CMake project.
 
-Both hold the engine's C as it is, a model's program as a C array (model.h), and, if the model learns classes, an
-example that learns them from a stream. With a model, the library holds the operators that the model needs; else all,
-and model.h is a small network to begin with. The CMake library is edge/mote with the wire's code already generated, so
-that a node can be built without Python; the Arduino library is the engine, all in one folder.
+Both have the engine's C sources unchanged, a model's program as a C array (model.h) and, if the model learns classes,
+an example that learns them from a stream. With a model, the library has the operators that the model needs. Without
+one it has all operators, and model.h is a small network. The CMake project is edge/mote with the wire's code already
+generated, so that it builds a node without Python; the Arduino library is the engine, in one folder.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ Format = Literal["arduino", "cmake"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 LIBRARY = Path(__file__).parent / "library"
 
-#: Arduino's boards choose the options; this one is in each file, so that the bits are those of every other target.
+#: Arduino sets the compiler's options for a board. This one is in each file, for the same bits as on every target.
 _EXACT_PRAGMA = '#pragma GCC optimize("fp-contract=off")\n'
 
 
 def version() -> str:
-    """The engine's version, of mote.h."""
+    """The engine's version, from mote.h."""
     found = re.search(r'#define MOTE_VERSION "([^"]+)"', (MOTE / "include" / "mote.h").read_text())
     assert found is not None
     return found[1]
 
 
 def first_model() -> Program:
-    """A small network with random weights, to begin with: 16 readings, 3 classes."""
+    """A small network with random weights, as an example: 16 readings, 3 classes."""
     layers: list[Layer] = [Dense(12), ReLU(), Dense(3)]
     blank = build_program(layers, (16,), "softmax_cross_entropy")
     return build_program(layers, (16,), "softmax_cross_entropy", weights=blank.split(blank.initial(1)))
 
 
 def model_header(program: Program) -> str:
-    """model.h: the program as a C array, aligned as mote_load wants it, and the sizes that a caller needs."""
+    """The text of model.h: the program as a C array, aligned as mote_load needs it, and the sizes that callers need."""
     data = program.data
     words = [f"0x{int.from_bytes(data[i : i + 4], 'little'):08x}" for i in range(0, len(data), 4)]
     lines = [", ".join(words[i : i + 10]) + "," for i in range(0, len(words), 10)]
@@ -75,7 +75,27 @@ def model_header(program: Program) -> str:
 
 
 def export(format: Format, out: Path, program: Program | None = None) -> list[Path]:
-    """Writes the library to a new folder `out`; returns its files. Raises UserError if there is something already."""
+    """Write the library to a folder.
+
+    Parameters
+    ----------
+    format
+        "arduino" or "cmake".
+    out
+        The folder, new or empty.
+    program
+        The model that it comes with; None for an example.
+
+    Returns
+    -------
+    list of Path
+        The files.
+
+    Raises
+    ------
+    UserError
+        If the folder is not empty.
+    """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; choose another folder with --out")
     kernels = kernel_table.source(kernel_table.whole() if program is None else kernel_table.needed([program.data]))
@@ -94,7 +114,7 @@ def _license() -> str:
     if checkout.exists():
         return checkout.read_text()
     installed = metadata.distribution("tinyfleet").read_text("licenses/LICENSE")
-    assert installed is not None, "the wheel has its licence"
+    assert installed is not None, "the wheel has no licence"
     return installed
 
 

@@ -51,7 +51,7 @@ def lower(description: KerasDescription) -> KerasGraph:
     try:
         builder = _Builder()
         output = builder.whole(description.config)
-        compiled = description.config.get("compile_config") or {}
+        compiled = {**(description.config.get("compile_config") or {})}
     except (KeyError, TypeError, IndexError, AttributeError) as e:
         raise CompileError(f"the model's description is not as Keras 3 writes it ({e!r}); save the model again") from e
     ops, sources = _fold(builder, output)
@@ -205,6 +205,8 @@ class _Builder:
         **fields: Any,
     ) -> _Value:
         """One more operation with weights of this shape and a bias, all 0 until they are read."""
+        if min(weights) < 1:
+            raise source.layer.error(f"has weights of the shape {weights}; save the model again")
         y = self.op(
             kind,
             source.layer,

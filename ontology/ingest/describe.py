@@ -41,7 +41,7 @@ from tinyfleet.ontology.vocabulary.namespaces import (
 
 
 class BoardLike(Protocol):
-    """What everyone may know of a kind of board: `edge.thing.Board`."""
+    """The public facts of a kind of board: `edge.device.thing_description.Board`."""
 
     @property
     def id(self) -> str: ...

@@ -20,6 +20,7 @@ from tinyfleet.ontology.vocabulary.namespaces import (
     Iri,
     deployment_iri,
     device_iri,
+    drift_iri,
     fleet_name,
     model_iri,
     round_iri,
@@ -358,7 +359,7 @@ class DeviceHistory:
             facts |= {event: {PROV.endedAtTime: at} for event in self._under_way.pop(device, ())}
         elif level == _HIGH and device not in self._under_way:
             number = self._events[device] = self._events.get(device, 0) + 1
-            event = Iri(f"{device}:drift:{number}")
+            event = drift_iri(device, number)
             self._under_way[device] = [event]
             facts[event] = {
                 RDF.type: [TF.DriftEvent, SOSA.Observation, PROV.Activity],

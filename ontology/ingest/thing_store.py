@@ -24,7 +24,6 @@ REMEMBERED = 1000
 """Past events that a client can still get after it reconnects."""
 
 Document = dict[str, Any]
-_RECORD = (TF.document, SCHEMA.dateCreated, SCHEMA.dateModified, SCHEMA.expires)
 _KEYS = {
     "id": f"GRAPH <{RECORDS}> {{ ?id <{TF.document}> ?document }}",
     "title": f"?id a <{TD.Thing}> ; <{TD.title}> ?key",

@@ -165,9 +165,9 @@ def deployment_iri(fleet: str, number: int) -> Iri:
     return Iri(f"urn:tinyfleet:{fleet_name(fleet)}:deployment:{number:d}")
 
 
-def drift_iri(fleet: str, device: str, number: int) -> Iri:
-    """urn:tinyfleet:{fleet}:{device}:drift:{number}"""
-    return Iri(f"{device_iri(fleet, device)}:drift:{number:d}")
+def drift_iri(device: Iri, number: int) -> Iri:
+    """{device}:drift:{number}: a drift that the device reported."""
+    return Iri(f"{device}:drift:{number:d}")
 
 
 def measurement_iri(model: Iri, board: str, emulated: bool) -> Iri:

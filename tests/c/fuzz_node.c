@@ -1,5 +1,7 @@
 /* Drives a node with whatever messages the fuzzer makes up, under AddressSanitizer and UBSan.
  *
+ * Every input is taken twice: by a node whose own engine learns, and by one with a learner that fails now and then.
+ *
  * The input is a list of actions: one byte that says what, and for messages two bytes of size and the bytes. A chunk's
  * CRC is computed here, so that the fuzzer gets behind it. Everything that the node sends is read, byte by byte. */
 #include <stdlib.h>
@@ -36,12 +38,93 @@ static int next_sample(void *context, int query, float *x, float *y)
     return state >> 16 & 31 ? 1 : 0;
 }
 
+/* A learner of its own memory, which fails or gives garbage now and then; zeroed while no program is loaded. */
+static mote_t learner;
+static uint8_t *learner_arena;
+
+static uint32_t fails(uint32_t once_in)
+{
+    state = state * 1664525u + 1013904223u;
+    return (state >> 8) % once_in == 0;
+}
+
+static int learner_load(void *context, const void *bytes, size_t size)
+{
+    (void)context;
+    memset(&learner, 0, sizeof learner);
+    return fails(8) ? -77 : mote_load(&learner, bytes, size, learner_arena, ARENA);
+}
+
+static int learner_set(void *context, const float *parameters, size_t count)
+{
+    size_t own = 0;
+    float *w = mote_parameters(&learner, &own);
+    (void)context;
+    if (fails(16) || own != count) {
+        return MOTE_ERR_ARGUMENT;
+    }
+    memcpy(w, parameters, count * sizeof *w);
+    return MOTE_OK;
+}
+
+static int learner_get(void *context, float *parameters, size_t count)
+{
+    size_t own = 0;
+    const float *w = mote_parameters(&learner, &own);
+    (void)context;
+    if (fails(16) || own != count) {
+        return MOTE_ERR_ARGUMENT;
+    }
+    memcpy(parameters, w, count * sizeof *w);
+    if (fails(16)) {
+        memset(parameters, 0xff, count * sizeof *w); /* none is a number */
+    }
+    return MOTE_OK;
+}
+
+static int learner_learn(void *context, const float *x, const float *y, float rate, uint32_t layers, float *loss)
+{
+    int error = mote_train_mask(&learner, layers, 0);
+    (void)context;
+    if (fails(64)) {
+        memset(loss, 0xff, sizeof *loss);
+        return MOTE_OK;
+    }
+    return error == MOTE_OK ? mote_learn(&learner, x, y, rate, loss) : error;
+}
+
+static int learner_score(void *context, const float *x, const float *y, float *loss, int *correct)
+{
+    const void *output;
+    (void)context;
+    *correct = (int)(state >> 4) - 1000;
+    return fails(32) ? (int)(state >> 3) : mote_loss(&learner, x, y, loss, &output);
+}
+
 static volatile uint32_t seen;
 
 static void look(const void *bytes, size_t size)
 {
     for (size_t i = 0; i < size; i++) {
         seen += ((const uint8_t *)bytes)[i];
+    }
+}
+
+/* What a server refuses must not be sent. */
+static void check_reply(const uint8_t *payload, size_t size)
+{
+    struct reply_r reply;
+    size_t read = 0;
+    if (cbor_decode_reply(payload, size, &reply, &read) != ZCBOR_SUCCESS || read != size) {
+        abort();
+    }
+    const struct success *success = &reply.reply_success_m;
+    if (reply.reply_choice == reply_success_m_c && success->success_measured_choice == success_measured_metrics_m_c) {
+        const struct metrics *m = &success->success_measured_metrics_m;
+        if (m->metrics_correct > m->metrics_queried || m->metrics_loss - m->metrics_loss != 0.0f ||
+            m->metrics_query_loss - m->metrics_query_loss != 0.0f) {
+            abort();
+        }
     }
 }
 
@@ -55,6 +138,9 @@ static void send_all(mote_node_t *n)
         look(out.topic, strlen(out.topic));
         if (out.payload != NULL) {
             look(out.payload, out.size);
+        }
+        if (strcmp(out.topic, "tinyfleet/home/devices/one/reply") == 0) {
+            check_reply(out.payload, out.size);
         }
     }
     abort(); /* it talks without end */
@@ -112,9 +198,7 @@ static void read_frames(const uint8_t *data, size_t size)
     free(buffer);
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+static void run(const uint8_t *data, size_t size, int has_learner)
 {
     mote_node_config_t config;
     memset(&config, 0, sizeof config);
@@ -137,11 +221,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     config.out_size = MOTE_OUT;
     config.source.open = open_source;
     config.source.next = next_sample;
-    mote_node_t *n = room(sizeof *n);
-    if (mote_node_init(n, &config) != MOTE_OK) {
-        abort();
+    if (has_learner) {
+        mote_learner_t callbacks = {NULL, learner_load, learner_set, learner_get, learner_learn, learner_score};
+        config.learner = callbacks;
     }
-    read_frames(data, size);
+    learner_arena = room(ARENA);
+    mote_node_t *n = room(sizeof *n);
+    while (mote_node_init(n, &config) != MOTE_OK) {
+        if (!has_learner) {
+            abort();
+        }
+    }
     while (size > 0) {
         uint8_t what = *data++;
         size_t length = 0;
@@ -189,6 +279,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     free(config.sample);
     free(config.model_slot);
     free(config.out);
+    free(learner_arena);
     free(n);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    state = mote_crc32(0, data, size);
+    run(data, size, 0);
+    run(data, size, 1);
+    read_frames(data, size);
     return 0;
 }

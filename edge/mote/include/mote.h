@@ -58,7 +58,7 @@ typedef struct {
     uint16_t first;         /* the first op of the backward pass in progress: it needs no input gradient */
     uint8_t layers;         /* how many layers may train */
     uint8_t to_momentum;    /* updates go to the momentum, not to the parameters, in the step in progress */
-    uint8_t is_far;         /* the input of the step in progress may have a large squared norm: updates are checked for it */
+    uint8_t is_far;         /* the input of the step in progress may be too large to skip the exact check */
 } mote_t;
 
 /* Bytes of arena that a program needs, read from its header. 0 if it is not a program. */

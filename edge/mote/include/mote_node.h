@@ -23,8 +23,8 @@ extern "C" {
 #define MOTE_RECENT 8u /* commands remembered, so that a late repetition of one is known */
 
 /* Where samples come from. open starts the task of this seed (a sensor may ignore it); next fills x and y (mote_inputs
- * and mote_targets floats) and returns 1, or returns 0 if no sample is there yet. query asks for samples that are never
- * learned from. */
+ * and mote_targets floats) and returns 1, or returns 0 if no sample is there yet, or an error, which ends
+ * the task. query asks for samples that are never learned from. */
 typedef struct {
     void *context;
     int (*open)(void *context, uint32_t seed); /* MOTE_OK or an error */

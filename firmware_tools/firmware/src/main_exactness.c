@@ -1,9 +1,9 @@
 /* Learns made-up samples and prints a checksum of all that it has learned, so that targets can be compared to the bit;
  * of a program in which nothing trains, a checksum of all that it infers.
  *
- * Every target runs this file on the same programs, which lie in `device_courses`, each behind its course_t: boards
- * through semihosting, others with a semihost.h of their own. Prints, for every program, `bytes CRC-32 loss-bits` of
- * what trains (or of outputs) and of the last loss, in base 16, and ends.
+ * Every target runs this file on the same programs, which lie in `device_cases`, each behind its training_case_t:
+ * boards through semihosting, others with a semihost.h of their own. Prints, for every program, `bytes CRC-32
+ * loss-bits` of what trains (or of outputs) and of the last loss, in base 16, and ends.
  */
 #include <string.h>
 
@@ -15,8 +15,8 @@ typedef struct {
     uint32_t size; /* of the program */
     uint32_t steps;
     uint32_t seed;
-    mote_sgd_t how;
-} course_t;
+    mote_sgd_t sgd;
+} training_case_t;
 
 uint32_t mote_arena[DEVICE_ARENA_BYTES / sizeof(uint32_t)];
 static union {
@@ -68,12 +68,12 @@ static void line(uint32_t bytes, uint32_t crc, uint32_t bits)
 }
 
 /* Bytes of all values; the first sample has the greatest alone. */
-static void infer(mote_t *m, const course_t *course)
+static void infer(mote_t *m, const training_case_t *training)
 {
     const uint32_t bytes = (uint32_t)mote_outputs(m) * (mote_output_type(m) == MOTE_INT8 ? 1u : 4u);
     uint32_t crc = 0;
-    state = course->seed;
-    for (uint32_t step = 0; step < course->steps; step++) {
+    state = training->seed;
+    for (uint32_t step = 0; step < training->steps; step++) {
         const void *y;
         for (uint32_t i = 0; i < mote_inputs(m); i++) {
             x.quantized[i] = step == 0 ? INT8_MAX : (int8_t)(next_random() >> 24);
@@ -81,29 +81,29 @@ static void infer(mote_t *m, const course_t *course)
         check(mote_infer(m, &x, &y));
         crc = mote_crc32(crc, y, bytes);
     }
-    line(course->steps * bytes, crc, 0);
+    line(training->steps * bytes, crc, 0);
 }
 
-static void run(const course_t *course)
+static void run(const training_case_t *training)
 {
     mote_t m;
     float loss = 0.0f;
     uint32_t bits;
-    check(mote_load(&m, course + 1, course->size, mote_arena, sizeof mote_arena));
+    check(mote_load(&m, training + 1, training->size, mote_arena, sizeof mote_arena));
     if (m.trainable == 0) {
-        infer(&m, course);
+        infer(&m, training);
         return;
     }
     const uint32_t classes = (uint32_t)mote_outputs(&m);
-    state = course->seed;
-    for (uint32_t step = 0; step < course->steps; step++) {
+    state = training->seed;
+    for (uint32_t step = 0; step < training->steps; step++) {
         const uint32_t class = (next_random() >> 8) % classes;
         const float target = (float)class;
         make_sample(&m, class, classes);
-        if (course->how.momentum > 0.0f) {
-            check(mote_learn_with(&m, &x, &target, &course->how, &loss));
+        if (training->sgd.momentum > 0.0f) {
+            check(mote_learn_with(&m, &x, &target, &training->sgd, &loss));
         } else {
-            check(mote_learn(&m, &x, &target, course->how.rate, &loss));
+            check(mote_learn(&m, &x, &target, training->sgd.rate, &loss));
         }
     }
     memcpy(&bits, &loss, sizeof bits);
@@ -112,11 +112,11 @@ static void run(const course_t *course)
 
 int main(void)
 {
-    const uint8_t *at = (const uint8_t *)device_courses, *end = at + DEVICE_COURSES_BYTES;
+    const uint8_t *at = (const uint8_t *)device_cases, *end = at + DEVICE_CASES_BYTES;
     while (at < end) {
-        const course_t *course = (const course_t *)(const void *)at; /* aligned by the build */
-        run(course);
-        at += sizeof *course + course->size;
+        const training_case_t *training = (const training_case_t *)(const void *)at; /* aligned by the build */
+        run(training);
+        at += sizeof *training + training->size;
     }
     semihost_exit(0);
 }

@@ -153,9 +153,9 @@ float mote_squares(const float *x, uint32_t n)
 
 #define NEAR 0x1p50f
 
-/* 1 if the squared norm of a tensor of floats is surely below NEAR: quick to tell, other than the norm itself. Without
- * a floating-point unit elements are below 2^17, since no exponent, whose bias is 127, reaches 144: none has its highest
- * bit set and one of the next three. */
+/* 1 if the squared norm of a tensor of floats is surely below NEAR. Cheaper than the norm without a floating-point
+ * unit: there every element is below 2^17 if no exponent, whose bias is 127, reaches 144, that is, if none has its
+ * highest bit set and one of the next three. */
 static MOTE_APART int is_near(const mote_t *m, uint32_t tensor)
 {
     const float *x = mote_read(m, tensor);
@@ -229,10 +229,18 @@ static int update_fits(const mote_t *m, const mote_op_t *op, int near)
     return mote_finite(product);
 }
 
-/* 1 if the op's input gradient can be any number of times its output's: it is multiplied by weights. */
-static int has_weights(const mote_op_t *op)
+/* 1 if the op's input gradient can be any number of times its output's: it is multiplied by weights or a slope, or added
+ * to what another op left there. */
+static int has_gain(const mote_op_t *op)
 {
-    return op->kind <= MOTE_DEPTHWISE || op->kind == MOTE_LAYERNORM || op->kind >= MOTE_INT8_DENSE;
+    return op->kind <= MOTE_DEPTHWISE || op->kind == MOTE_LAYERNORM || op->kind == MOTE_LEAKY_RELU ||
+           op->kind >= MOTE_INT8_DENSE || (op->flags & (MOTE_ADDS_DIN | MOTE_ADDS_DIN2)) != 0;
+}
+
+/* 1 if the gradient that the op has left there is near, or if it has left none. */
+static int left_near(const mote_t *m, const mote_op_t *op)
+{
+    return (op->din == MOTE_NO_TENSOR || is_near(m, op->din)) && (op->din2 == MOTE_NO_TENSOR || is_near(m, op->din2));
 }
 
 int mote_go_back(mote_t *m, float loss)
@@ -247,8 +255,8 @@ int mote_go_back(mote_t *m, float loss)
             return MOTE_ERR_DIVERGED;
         }
         mote_kernel_of(op)->backward(m, op);
-        if (near && op != first && op->din != MOTE_NO_TENSOR && has_weights(op)) {
-            near = is_near(m, op->din);
+        if (near && op != first && has_gain(op)) {
+            near = left_near(m, op);
         }
     }
     return MOTE_OK;
@@ -276,7 +284,8 @@ int mote_infer(mote_t *m, const void *x, const void **y)
         mote_loss_of(h)->forward(m, m->outputs, mote_read(m, h->logits), NULL, mote_write(m, h->output));
     }
     *y = mote_read(m, h->output);
-    return mote_tensor(m, h->output)->type != MOTE_FLOAT32 || mote_all_finite(*y, m->outputs) ? MOTE_OK : MOTE_ERR_DIVERGED;
+    int is_float = mote_tensor(m, h->output)->type == MOTE_FLOAT32;
+    return is_float && !mote_all_finite(*y, m->outputs) ? MOTE_ERR_DIVERGED : MOTE_OK;
 }
 
 /* Whether a loss can be computed: MOTE_OK if so. */

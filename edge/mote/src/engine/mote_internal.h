@@ -4,8 +4,8 @@
  *     header | tensors | ops, in the order of execution | constants
  * docs/reference/program-format.md specifies it. Tensors are [h][w][c]. All offsets and sizes are bytes.
  *
- * Where tensors lie in the arena is planned by edge/model/memory_plan.py. Here it is only checked that each lies inside: a plan in
- * which two overlap computes nonsense, and reads and writes nothing that it should not.
+ * Where tensors lie in the arena is planned by edge/model/memory_plan.py. Here it is only checked that each lies
+ * inside: a plan in which two overlap computes nonsense, and reads and writes nothing that it should not.
  */
 #ifndef MOTE_INTERNAL_H
 #define MOTE_INTERNAL_H

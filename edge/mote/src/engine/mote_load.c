@@ -145,7 +145,8 @@ static int layer_fits(const mote_t *m, const mote_op_t *op, const mote_kernel_t 
     if (!is_training(op)) {
         return op->layer == 0 && op->trained == 0;
     }
-    int can_train = op->kind >= MOTE_FIRST_TRAINED_INT8 ? mote_header(m)->flags & MOTE_TRAINS_INT8 : kernel->norm != NULL;
+    int is_int8 = op->kind >= MOTE_FIRST_TRAINED_INT8;
+    int can_train = is_int8 ? mote_header(m)->flags & MOTE_TRAINS_INT8 : kernel->norm != NULL;
     return op->flags & MOTE_TRAINS_BIAS && op->layer == m->layers && op->layer < MOTE_MAX_LAYERS &&
            (op->layer != 0 || op->params == 0) && op->trained != 0 && op->trained <= mote_tensor(m, op->out)->c &&
            can_train;

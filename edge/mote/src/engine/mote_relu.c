@@ -3,7 +3,7 @@
 #include "mote_kernel_list.h"
 #include "mote_window.h"
 
-/* Whether a ReLU's output passes the gradient: it is above 0 and, of ReLU6, below 6. `most` is what most_passing gives. */
+/* Whether a ReLU's output passes the gradient: it is above 0 and, of ReLU6, below 6. `most` is most_passing's. */
 static uint32_t passes(float y, uint32_t most)
 {
     return mote_bits(y) - 1u < most;
@@ -39,17 +39,13 @@ static void relu_back(mote_t *m, const mote_op_t *op, float leak)
     float *dx = mote_din(m, op);
     int adds = op->flags & MOTE_ADDS_DIN, leaks = op->kind == MOTE_LEAKY_RELU;
     uint32_t n = dx == NULL ? 0 : mote_size(mote_tensor(m, op->out)), most = most_passing(op);
-    if (n > 0 && dx != dy && !adds) {
-        memcpy(dx, dy, n * sizeof *dx);
-    }
     for (uint32_t i = 0; i < n; i++) {
+        float d = dy[i];
         uint32_t bit = mask != NULL ? mask[i >> 3] >> (i & 7u) & 1u : passes(y[i], most);
         if (bit == 0) {
-            float d = leaks ? leak * dy[i] : 0.0f;
-            dx[i] = adds ? dx[i] + d : d;
-        } else if (adds) {
-            dx[i] += dy[i];
+            d = leaks ? leak * d : 0.0f;
         }
+        dx[i] = adds ? dx[i] + d : d;
     }
 }
 

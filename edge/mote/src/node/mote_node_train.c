@@ -100,6 +100,13 @@ static int learn_near_base(mote_node_t *n, const mote_phase_t *phase, const floa
     return error;
 }
 
+/* A reply holds finite numbers alone: a sum of losses that is not, because it overflowed or because a learner gave no
+ * number, is an error. */
+static int check_sum(float sum)
+{
+    return mote_finite(sum) ? MOTE_OK : MOTE_ERR_DIVERGED;
+}
+
 static int train_one(mote_node_t *n, const float *x, const float *y)
 {
     const mote_phase_t *phase = &n->phase[n->at_phase];
@@ -108,6 +115,9 @@ static int train_one(mote_node_t *n, const float *x, const float *y)
                                           : learn(n, phase->layers, x, y, phase->rate, &loss);
     if (error == MOTE_OK) {
         n->loss += loss;
+        error = check_sum(n->loss);
+    }
+    if (error == MOTE_OK) {
         n->learned++;
         n->counters.samples++;
         n->at_step++;
@@ -140,6 +150,9 @@ static int score_one(mote_node_t *n, const float *x, const float *y)
     }
     if (error == MOTE_OK) {
         n->query_loss += loss;
+        error = check_sum(n->query_loss);
+    }
+    if (error == MOTE_OK) {
         n->queried++;
         n->correct += correct != 0;
     }
@@ -180,7 +193,12 @@ int mote_node_step(mote_node_t *n)
     }
     if (error == MOTE_OK && (n->state == TRAIN || n->state == QUERY)) {
         int query = n->state == QUERY;
-        if (!n->config.source.next(n->config.source.context, query, x, y)) {
+        int got = n->config.source.next(n->config.source.context, query, x, y);
+        if (got == 0) {
+            return 0;
+        }
+        if (got < 0) {
+            mote_node_finish(n, NO_SAMPLES, got);
             return 0;
         }
         error = query ? score_one(n, x, y) : train_one(n, x, y);

@@ -1,0 +1,1 @@
+"""The parts of the benchmark of the knowledge graph, which is run as `python benchmarks/graph.py`."""
