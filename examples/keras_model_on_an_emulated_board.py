@@ -2,7 +2,7 @@
 
     python examples/keras_model_on_an_emulated_board.py
 
-builds firmware with a small classifier of digits, starts the board in QEMU behind a gateway, and prints
+starts the board in QEMU behind a gateway, with a small classifier of digits in its firmware, and prints
 
     1685 parameters train in 6,952 B of RAM
     ...
@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import keras
+from keras import Input, Sequential, layers
 
 from tinyfleet import compile_model, load_task
 from tinyfleet.firmware_tools.boards.catalogue import load_board
@@ -30,8 +30,7 @@ from tinyfleet.server.training_run import run
 
 def main() -> None:
     log_level(40)  # Flower's own log: errors only
-    layers = [keras.Input((64,)), keras.layers.Dense(24, "relu"), keras.layers.Dense(5, "softmax")]
-    program = compile_model(keras.Sequential(layers))
+    program = compile_model(Sequential([Input((64,)), layers.Dense(24, "relu"), layers.Dense(5, "softmax")]))
     task = replace(load_task("digits"), name="keras-digits", program=program)
     samples = replace(task.client(0, 1), fixed=True)  # a label is a digit, in every round
     print(f"{program.n_params} parameters train in {program.arena_bytes:,} B of RAM")
