@@ -163,7 +163,9 @@ def test_an_update_is_done_whole_or_not_at_all(store: Store) -> None:
 def test_a_wrong_query_is_one_clear_line(store: Store) -> None:
     with pytest.raises(StoreError) as error:
         store.query("SELECT ?s WHERE { ?s ?p ")
-    assert re.search(r"(the query is not valid SPARQL|did not accept the request \(400\)): error at 1:", str(error.value))
+    assert re.search(
+        r"(the query is not valid SPARQL|did not accept the request \(400\)): error at 1:", str(error.value)
+    )
     assert len(str(error.value)) < 200
     assert "\n" not in str(error.value)
 
