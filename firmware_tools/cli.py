@@ -99,10 +99,14 @@ def _board_table(targets: Sequence[BoardTarget]) -> Table:
         table.add_column(column, justify="right" if column in ("clock", "RAM", "flash") else "left")
     for target in targets:
         board, mhz = target.board, f"{target.board.clock_hz / 1e6:g} MHz" if target.board.clock_hz else ""
-        firmware, emulator = "yes" if target.build else "", f"QEMU {target.machine}" if target.machine else ""
-        ram, flash = (f"{size / 2**20:g} MiB" for size in (board.ram_bytes, board.flash_bytes))
+        firmware, emulator = "yes" if target.build else "", "QEMU" if target.machine else ""
+        ram, flash = (_memory(size) for size in (board.ram_bytes, board.flash_bytes))
         table.add_row(board.id, board.mcu, mhz, ram, flash, firmware, emulator)
     return table
+
+
+def _memory(size: int) -> str:
+    return f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size / 2**10:g} KiB"
 
 
 @app.command()

@@ -51,3 +51,9 @@ def test_a_public_name_has_an_example_that_runs(name: str, tmp_path: Path, monke
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for test in found:
         assert runner.run(test).failed == 0, name
+
+
+def test_a_name_whose_extra_is_missing_names_the_extra() -> None:
+    code = "import sys; sys.modules['flwr'] = None; import tinyfleet; tinyfleet.MqttGrid"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "tinyfleet.MqttGrid needs flwr" in done.stderr and "pip install 'tinyfleet[server]'" in done.stderr

@@ -77,13 +77,23 @@ _PLACES = {
     "Iri": ("ontology.vocabulary.namespaces", "Iri"),
 }
 
+#: Folder -> the extra that installs what its names need.
+_EXTRAS = {"firmware_tools": "firmware", "ontology": "server", "server": "server"}
+
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = import_module("importlib.metadata").version(__name__)
     elif name in _PLACES:
         module, attribute = _PLACES[name]
-        value = getattr(import_module(f"{__name__}.{module}"), attribute)
+        try:
+            value = getattr(import_module(f"{__name__}.{module}"), attribute)
+        except ModuleNotFoundError as error:
+            extra = _EXTRAS.get(module.split(".")[0])
+            if extra is None or (error.name or __name__).split(".")[0] == __name__:
+                raise
+            needed = f"tinyfleet.{name} needs {error.name}, which is not installed: pip install 'tinyfleet[{extra}]'"
+            raise ModuleNotFoundError(needed, name=error.name) from error
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

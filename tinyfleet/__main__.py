@@ -33,7 +33,7 @@ COMMANDS = {
     "device": Entry("edge.cli", "device_app", "Run virtual devices.", ("edge",)),
     "gateway": Entry("firmware_tools.cli", "gateway_app", "Connect boards on serial lines to the fleet.", ("gateway",)),
     "task": Entry("edge.cli", "task_app", "Show what a fleet can learn."),
-    "model": Entry("firmware_tools.model_cli", "app", "Compile, describe, export and match models."),
+    "model": Entry("firmware_tools.model_cli", "app", "Compile, describe, export and match models.", ("firmware",)),
     "firmware": Entry("firmware_tools.cli", "app", "Build firmware for a board, and emulate it.", ("firmware",)),
     "graph": Entry("ontology.graph_cli", "app", "Fill the knowledge graph from files.", ("server",)),
     "query": Entry("ontology.cli", "query", "Ask the knowledge graph a question.", ("server",)),
