@@ -51,7 +51,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         broker = stack.enter_context(Broker(0, folder))
         for words in (["agent", "start"], ["agent", "start", "--online", "1"]):
-            kib = idle([*words, "--broker", f"{broker.host}:{broker.port}"])
+            kib = idle([*words, "--broker", broker.address.url, "--insecure"])
             table.add_row(f"tinyfleet {' '.join(words)}", f"{kib:,}")
     Console(highlight=False).print(table)
 

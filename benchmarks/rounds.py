@@ -23,10 +23,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tinyfleet.edge.wire.broker_address import BrokerAddress
+
 FLEET = "rounds"
 
 
-def visits(task_name: str, host: str, port: int, steps: int, count: int, devices: int) -> dict[str, Any]:
+def visits(task_name: str, broker: BrokerAddress, steps: int, count: int, devices: int) -> dict[str, Any]:
     """What a process that has just started does: imports, the first round, then `count` more."""
     from tinyfleet.edge import tasks
     from tinyfleet.edge.wire.flower_records import vector_to_arrays
@@ -39,7 +41,7 @@ def visits(task_name: str, host: str, port: int, steps: int, count: int, devices
     ended: list[float] = []
     used: list[float] = []
     strategy = TinyReptile(steps=steps, beta=0.01)
-    with MqttGrid(host, port, FLEET, task.program) as grid:
+    with MqttGrid(broker, FLEET, task.program) as grid:
         grid.wait_for_nodes(1, 10)
         grid.wait_for_nodes(devices, 10)
         start = vector_to_arrays(task.program.initial(0), task.program)
@@ -68,9 +70,11 @@ def measure(task: str, steps: int, count: int, devices: int, runs: int) -> list[
     results = []
     with ExitStack() as stack:
         broker = stack.enter_context(Broker(0, Path(stack.enter_context(tempfile.TemporaryDirectory())), "mosquitto"))
-        where = f"{broker.host}:{broker.port}"
+        where = broker.address.url
         command = [sys.executable, "-m", "tinyfleet", "device", "simulate", "--devices", str(devices), "--task", task]
-        fleet = subprocess.Popen([*command, "--fleet", FLEET, "--broker", where], stdout=subprocess.PIPE, text=True)
+        fleet = subprocess.Popen(
+            [*command, "--fleet", FLEET, "--broker", where, "--insecure"], stdout=subprocess.PIPE, text=True
+        )
         stack.callback(fleet.wait)
         stack.callback(fleet.terminate)
         assert fleet.stdout is not None
@@ -94,11 +98,10 @@ def main() -> None:
     parser.add_argument("--visits", type=int, default=1000)
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--inside", metavar="HOST:PORT", help="be the server's process (the benchmark starts it)")
+    parser.add_argument("--inside", metavar="URL", help="be the server's process (the benchmark starts it)")
     args = parser.parse_args()
     if args.inside:
-        host, port = args.inside.rsplit(":", 1)
-        print(json.dumps(visits(args.task, host, int(port), args.steps, args.visits, args.devices)))
+        print(json.dumps(visits(args.task, BrokerAddress.parse(args.inside), args.steps, args.visits, args.devices)))
         return
     results = measure(args.task, args.steps, args.visits, args.devices, args.runs)
     best = max(results, key=lambda result: float(result["rate"]))

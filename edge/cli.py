@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinyfleet.command_line import (
+    CONNECTION,
     DATA,
     DEVICE_ID,
     FLEET_SIZE,
-    BrokerOption,
     ClientIndexOption,
     CommandGroup,
+    Connection,
     DataOption,
     DevicesOption,
     FleetOption,
     JsonOption,
     TaskOption,
+    with_connection,
 )
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.server_info import broker_address, fleet_of
+from tinyfleet.edge.wire.server_info import fleet_of
 
 if TYPE_CHECKING:
     from tinyfleet.edge.device.device import Device
@@ -50,6 +52,7 @@ Examples:
 
 
 @device_app.command()
+@with_connection
 def simulate(
     devices: DevicesOption = 1,
     first_index: Annotated[
@@ -60,7 +63,7 @@ def simulate(
         str, typer.Option("--prefix", metavar="NAME", help="Devices are called NAME-0, NAME-1, ...")
     ] = "device",
     task: TaskOption = "digits",
-    broker: BrokerOption = None,
+    connection: Connection = CONNECTION,
     fleet: FleetOption = None,
     data: DataOption = DATA,
     as_json: JsonOption = False,
@@ -80,7 +83,7 @@ def simulate(
     from tinyfleet.edge.wire.errors import ProtocolError
 
     learning_task = tasks.load(task)
-    host, port = broker_address(broker, data)
+    broker = connection.find(data)
     indices = range(first_index, first_index + devices)
     size = fleet_size or indices.stop
     if indices.stop > size:
@@ -90,13 +93,14 @@ def simulate(
     try:
         for i in indices:
             samples = learning_task.client(i, size)
-            started.append(virtual_device(host, port, name, f"{prefix}-{i}", learning_task.program, samples))
+            started.append(virtual_device(broker, name, f"{prefix}-{i}", learning_task.program, samples))
     except ProtocolError as error:
         raise UserError(str(error)) from error
     _run(started, as_json)
 
 
 @agent_app.command()
+@with_connection
 def start(
     device_id: Annotated[str | None, DEVICE_ID] = None,
     client_index: ClientIndexOption = 0,
@@ -114,7 +118,7 @@ def start(
         ),
     ] = 0.0,
     task: TaskOption = "digits",
-    broker: BrokerOption = None,
+    connection: Connection = CONNECTION,
     fleet: FleetOption = None,
     data: DataOption = DATA,
     as_json: JsonOption = False,
@@ -127,7 +131,7 @@ def start(
     Examples:
       tinyfleet agent start
       tinyfleet agent start --online 0.1
-      tinyfleet agent start --device-id kitchen --broker 192.168.1.5:1883
+      tinyfleet agent start --device-id kitchen --broker mqtts://192.168.1.5
       tinyfleet agent start --tflite model.tflite --client-index 3
     """
     from tinyfleet.edge import tasks
@@ -142,7 +146,7 @@ def start(
     from tinyfleet.edge.wire.errors import ProtocolError
 
     learning_task = tasks.load(task)
-    host, port = broker_address(broker, data)
+    broker = connection.find(data)
     fleet_name = fleet_of(fleet, data)
     if client_index >= fleet_size:
         raise UserError(f"there is no client {client_index} in a fleet of {fleet_size}; raise --fleet-size")
@@ -166,7 +170,7 @@ def start(
         return AgentNode(*where, learner=learner, arena_bytes=arena, model_slot_bytes=slot, online=own)
 
     try:
-        device = Device(node, host, port, fleet_name)
+        device = Device(node, broker, fleet_name)
     except ProtocolError as error:
         raise UserError(str(error)) from error
     _run([device], as_json)

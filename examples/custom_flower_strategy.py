@@ -38,13 +38,12 @@ def main() -> None:
     log_level(40)  # Flower's own log: errors only
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        broker = stack.enter_context(Broker(0, Path(folder)))
-        address = broker.host, broker.port
+        address = stack.enter_context(Broker(0, Path(folder))).address
         for i in range(4):
-            device = virtual_device(*address, "home", f"device-{i}", task.program, task.client(i, 4))
+            device = virtual_device(address, "home", f"device-{i}", task.program, task.client(i, 4))
             device.start()
             stack.callback(device.stop)
-        grid = stack.enter_context(MqttGrid(*address, "home", task.program))
+        grid = stack.enter_context(MqttGrid(address, "home", task.program))
         grid.wait_for_nodes(4, timeout=30)
         TrustAccurate(fraction_evaluate=0).start(
             grid,

@@ -16,28 +16,31 @@ import typer
 
 from tinyfleet.command_line import (
     BOARD,
+    CONNECTION,
     DATA,
     DEVICE_ID,
     FLEET_SIZE,
     MODEL,
-    BrokerOption,
     ClientIndexOption,
     CommandGroup,
+    Connection,
     DataOption,
     FleetOption,
     JsonOption,
     SlotOption,
     TaskOption,
     out_option,
+    with_connection,
 )
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.server_info import broker_address, fleet_of
+from tinyfleet.edge.wire.server_info import fleet_of
 from tinyfleet.firmware_tools.firmware import MODEL_SLOT_BYTES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from tinyfleet.edge.model.program import Program
+    from tinyfleet.edge.wire.broker_address import BrokerAddress
     from tinyfleet.firmware_tools.boards.catalogue import BoardTarget
     from tinyfleet.firmware_tools.firmware.size import FirmwareSize
 
@@ -199,10 +202,11 @@ def _read_program(file: Path) -> Program:
 
 
 @app.command("emulate")
+@with_connection
 def emulate_(
     elf: ElfArgument,
     gateway: Annotated[bool, typer.Option("--gateway", help="Also connect the board to the broker.")] = False,
-    broker: BrokerOption = None,
+    connection: Connection = CONNECTION,
     data: DataOption = DATA,
 ) -> None:
     """Run firmware on an emulated board until interrupted.
@@ -227,7 +231,7 @@ def emulate_(
 
         threading.Thread(target=stop_with_it, daemon=True).start()
         if gateway:
-            _connect([emulator.url], broker_address(broker, data), BAUD, stop)
+            _connect([emulator.url], connection.find(data), BAUD, stop)
         else:
             stop.wait()
         if not emulator.running:
@@ -235,12 +239,13 @@ def emulate_(
 
 
 @gateway_app.command()
+@with_connection
 def start(
     port: Annotated[
         list[str],
         typer.Option("--port", metavar="PORT", help="Serial port, or socket://HOST:PORT of an emulator. Repeatable."),
     ],
-    broker: BrokerOption = None,
+    connection: Connection = CONNECTION,
     baud: Annotated[int, typer.Option("--baud", metavar="N", help="Serial speed in bits per second.")] = BAUD,
     data: DataOption = DATA,
 ) -> None:
@@ -249,13 +254,13 @@ def start(
     Examples:
       tinyfleet gateway start --port /dev/ttyUSB0
       tinyfleet gateway start --port /dev/ttyUSB0 --port /dev/ttyUSB1
-      tinyfleet gateway start --port /dev/ttyUSB0 --broker 192.168.1.5:1883
+      tinyfleet gateway start --port /dev/ttyUSB0 --broker mqtts://192.168.1.5
     """
     with _stop_on_signals() as stop:
-        _connect(port, broker_address(broker, data), baud, stop)
+        _connect(port, connection.find(data), baud, stop)
 
 
-def _connect(ports: Sequence[str], broker: tuple[str, int], baud: int, stop: threading.Event) -> None:
+def _connect(ports: Sequence[str], broker: BrokerAddress, baud: int, stop: threading.Event) -> None:
     """Runs a gateway for every port until `stop`; the first one's error ends all."""
     from tinyfleet.firmware_tools.gateway import Gateway
 

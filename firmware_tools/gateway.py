@@ -21,6 +21,7 @@ import serial
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import MAX_CHUNKS
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
@@ -75,7 +76,7 @@ class Gateway:
     port
         A device such as /dev/ttyUSB0, or socket://HOST:PORT of an emulator.
     broker
-        The broker's host and port.
+        The broker.
     baud
         Bits per second of the serial line.
     report
@@ -85,7 +86,7 @@ class Gateway:
     def __init__(
         self,
         port: str,
-        broker: tuple[str, int],
+        broker: BrokerAddress,
         *,
         baud: int = 115200,
         report: Callable[[str], None] = lambda text: None,
@@ -245,7 +246,7 @@ class Gateway:
         self._will = topic, will
         try:
             self._session = Session(
-                *self.broker,
+                self.broker,
                 f"tinyfleet-{fleet}-{device}",
                 on_message=self._from_broker,
                 on_connect=self._session_is_new,

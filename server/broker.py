@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Literal
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 
 _PLACES = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin"
 
@@ -50,6 +51,11 @@ class Broker:
             raise UserError("mosquitto is not installed; apt-get install mosquitto")
         else:
             self._amqtt = _Amqtt(self.host, self.port)
+
+    @property
+    def address(self) -> BrokerAddress:
+        """Where clients find it."""
+        return BrokerAddress(self.host, self.port, tls=False)
 
     def __enter__(self) -> "Broker":
         return self
@@ -122,7 +128,7 @@ class _Amqtt:
         except ImportError as error:
             raise UserError(
                 "there is no MQTT broker on this machine; install mosquitto (apt-get install mosquitto), or one in "
-                "pure Python (pip install 'tinyfleet[broker]'), or name one elsewhere with --broker HOST:PORT"
+                "pure Python (pip install 'tinyfleet[broker]'), or name one elsewhere with --broker mqtts://HOST:PORT"
             ) from error
         for name in ("amqtt", "transitions"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -18,11 +18,12 @@ from zipfile import BadZipFile
 import typer
 
 from tinyfleet.command_line import (
+    CONNECTION,
     DATA,
     FLEET_SIZE,
-    BrokerOption,
     ClientsOption,
     CommandGroup,
+    Connection,
     DataOption,
     DevicesOption,
     FleetOption,
@@ -34,9 +35,10 @@ from tinyfleet.command_line import (
     StrategyOption,
     TaskOption,
     out_option,
+    with_connection,
 )
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.server_info import DEFAULT_FLEET, broker_address, fleet_of, require_server
+from tinyfleet.edge.wire.server_info import DEFAULT_FLEET, fleet_of, require_server
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,13 +64,12 @@ Examples:
 
 
 @server_app.command("start")
+@with_connection
 def start_server(
     port: Annotated[
         int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port of the broker to start; 0: a free one.")
     ] = 1883,
-    broker: Annotated[
-        str | None, typer.Option("--broker", metavar="HOST:PORT", help="MQTT broker.", show_default="starts one")
-    ] = None,
+    connection: Connection = CONNECTION,
     http_port: Annotated[
         int,
         typer.Option(
@@ -87,7 +88,7 @@ def start_server(
     Examples:
       tinyfleet server start
       tinyfleet server start --port 0 --fleet greenhouse --data greenhouse
-      tinyfleet server start --broker 192.168.1.5:1883
+      tinyfleet server start --broker mqtts://192.168.1.5
     """
     from tinyfleet.server.fleet_server import FleetServer
 
@@ -98,12 +99,12 @@ def start_server(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    address = None if broker is None else broker_address(broker, data)
+    address = None if connection.broker is None else connection.find(data)
     logging.getLogger("tinyfleet.ontology.ingest.registry").setLevel(logging.ERROR)  # rejections are printed below
     with FleetServer(
         data, fleet, broker=address, port=port, endpoint_port=http_port, on_log=lambda line: typer.echo(line)
     ) as running:
-        typer.echo(f"broker:   {running.broker_kind} on {running.broker[0]}:{running.broker[1]}")
+        typer.echo(f"broker:   {running.broker_kind} on {running.broker.url}")
         typer.echo(f"endpoint: {running.endpoint}")
         typer.echo(f"page:     {running.address}/")
         typer.echo(f"things:   {running.address}/things")
@@ -114,6 +115,7 @@ def start_server(
 
 
 @run_app.command("start")
+@with_connection
 def start_run(
     strategy: StrategyOption = "tinymetafed",
     task: TaskOption = "digits",
@@ -186,7 +188,7 @@ def start_run(
         bool,
         typer.Option("--dp-on-device", help="Clip on the devices: the server never sees an unclipped change."),
     ] = False,
-    broker: BrokerOption = None,
+    connection: Connection = CONNECTION,
     fleet: FleetOption = None,
     data: DataOption = DATA,
     as_json: JsonOption = False,
@@ -236,7 +238,7 @@ def start_run(
         outcome = run_rounds(
             learning_task,
             named_strategy,
-            broker=broker_address(broker, data),
+            broker=connection.find(data),
             fleet=fleet_name(fleet_of(fleet, data)),
             store=store,
             rounds=rounds,
@@ -457,6 +459,7 @@ def demo(
     )
 
 
+@with_connection
 def deploy(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL.mote", help="A program, as `tinyfleet model compile` writes it.")
@@ -466,7 +469,7 @@ def deploy(
     device_timeout: Annotated[
         float, typer.Option("--device-timeout", metavar="SECONDS", min=0.1, help="How long to wait for each device.")
     ] = 60.0,
-    broker: BrokerOption = None,
+    connection: Connection = CONNECTION,
     fleet: FleetOption = None,
     data: DataOption = DATA,
     as_json: JsonOption = False,
@@ -494,7 +497,7 @@ def deploy(
     server = require_server(data)
     sparql = read_query(select)
     name = fleet_name(fleet_of(fleet, data))
-    address = broker_address(broker, data)
+    address = connection.find(data)
     console = Console(highlight=False, quiet=as_json)
     with RemoteStore(server["endpoint"], server.get("token")) as store:
         plan = deployments.plan_deployment(store, program, model.stem, sparql, name)

@@ -21,6 +21,7 @@ from typing import Literal
 from tinyfleet.edge.device.node import NOT_FOR_FLEETS
 from tinyfleet.edge.errors import ProgramError, UserError
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks
 from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.messages import (
@@ -208,7 +209,7 @@ def deploy(
     program: Program,
     deployment_plan: DeploymentPlan,
     *,
-    broker: tuple[str, int],
+    broker: BrokerAddress,
     fleet: str,
     selected_by: str,
     timeout: float = 60.0,
@@ -225,7 +226,7 @@ def deploy(
     deployment_plan
         From `plan_deployment`.
     broker
-        Host and port of the MQTT broker.
+        The MQTT broker.
     fleet
         The fleet's name.
     selected_by
@@ -281,7 +282,7 @@ class _Rollout:
     """The session with the broker, and the targets at work. Use it in a `with`, and iterate over `run` once."""
 
     def __init__(
-        self, broker: tuple[str, int], fleet: str, program: Program, devices: Sequence[str], timeout: float
+        self, broker: BrokerAddress, fleet: str, program: Program, devices: Sequence[str], timeout: float
     ) -> None:
         self.results: list[TargetResult] = []
         self._topics = Topics(fleet)
@@ -295,7 +296,7 @@ class _Rollout:
         self._pending = list(reversed(devices))
         self._session: Session | None = None
         name = f"tinyfleet-deploy-{secrets.token_hex(4)}"
-        self._session = Session(*broker, name, on_message=self._receive, on_connect=self._connected)
+        self._session = Session(broker, name, on_message=self._receive, on_connect=self._connected)
         self._connected()
 
     def __enter__(self) -> "_Rollout":

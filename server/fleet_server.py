@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
@@ -53,7 +54,7 @@ class FleetServer:
     fleet
         The fleet's name.
     broker
-        Host and port of a running broker. Default: start one.
+        A running broker. Default: start one.
     port
         Port of the broker to start; 0 picks a free one.
     endpoint_port
@@ -72,7 +73,7 @@ class FleetServer:
         data: Path,
         fleet: str,
         *,
-        broker: tuple[str, int] | None = None,
+        broker: BrokerAddress | None = None,
         port: int = 1883,
         endpoint_port: int = 0,
         on_log: Callable[[str], None] = lambda line: None,
@@ -87,7 +88,7 @@ class FleetServer:
             self.store = stack.enter_context(IndexedStore(data / data_folder.GRAPH))
             if broker is None:
                 started = stack.enter_context(Broker(port, data / "broker"))
-                self.broker = started.host, started.port
+                self.broker = started.address
                 self.broker_kind = started.kind
             else:
                 self.broker, self.broker_kind = broker, "given"
@@ -106,7 +107,7 @@ class FleetServer:
             stack.callback(writer.join)
             stack.callback(self._arrived.put, _END)
             name = f"tinyfleet-server-{secrets.token_hex(4)}"
-            self._session = Session(*self.broker, name, on_delivery=self._receive, on_connect=self._connected)
+            self._session = Session(self.broker, name, on_delivery=self._receive, on_connect=self._connected)
             stack.callback(self._session.close)
             self._connected()
             self._settled.wait(STARTUP_WAIT)
@@ -141,8 +142,7 @@ class FleetServer:
             self._session.publish(self._topics.td(thing.removeprefix(fleet)), b"", retain=True)
 
     def _publish_address(self, path: Path) -> None:
-        host, port = self.broker
-        address = {"broker": f"{host}:{port}", "endpoint": self.endpoint, "token": self.token, "fleet": self.fleet}
+        address = {"broker": self.broker.url, "endpoint": self.endpoint, "token": self.token, "fleet": self.fleet}
         new = path.with_suffix(".new")
         new.unlink(missing_ok=True)
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

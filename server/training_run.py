@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import Task
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
@@ -244,7 +245,7 @@ def run(
     task: Task,
     named_strategy: NamedStrategy,
     *,
-    broker: tuple[str, int],
+    broker: BrokerAddress,
     fleet: str,
     store: Store,
     rounds: int,
@@ -266,7 +267,7 @@ def run(
     named_strategy
         See `named_strategies.make_strategy`.
     broker
-        Host and port of the MQTT broker.
+        The MQTT broker.
     fleet
         The fleet's name.
     store
@@ -327,7 +328,7 @@ def run(
             recorder.limit_clients()
         return None
 
-    with MqttGrid(*broker, fleet, program, select_devices=selected, on_event=watch, wait=wait) as grid:
+    with MqttGrid(broker, fleet, program, select_devices=selected, on_event=watch, wait=wait) as grid:
         # Wait for all selected devices, so that a draw among them does not depend on which reported first.
         nodes = grid.wait_for_nodes(max(clients, len(selected())), wait)
         if not nodes:

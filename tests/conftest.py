@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tinyfleet.edge.wire.broker_address import BrokerAddress
+
 if TYPE_CHECKING:
     from directory_fixtures import Here
 
@@ -74,12 +76,17 @@ def start_mosquitto(folder: Path, port: int) -> "subprocess.Popen[str]":
     return broker
 
 
+def plain_broker(port: int) -> BrokerAddress:
+    """The address of a broker on this machine without TLS."""
+    return BrokerAddress("127.0.0.1", port, tls=False)
+
+
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[tuple[str, int]]:
-    """(host, port) of a fresh mosquitto without authentication or persistence."""
+def broker(tmp_path: Path) -> Iterator[BrokerAddress]:
+    """A fresh mosquitto without authentication or persistence."""
     port = free_port()
     process = start_mosquitto(tmp_path, port)
-    yield "127.0.0.1", port
+    yield plain_broker(port)
     process.terminate()
     process.wait()
 

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from tinyfleet.__main__ import COMMANDS, cli
 from tinyfleet.command_line import Command
 from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 
 ROOT = Path(__file__).parents[1]
 TREE = {
@@ -184,7 +185,7 @@ def test_the_base_dependencies_are_enough_for_help_and_version() -> None:
         (["query", "--list"], "pyoxigraph", "server"),
         (["server", "start"], None, "server"),
         (["run", "start"], None, "edge,server"),
-        (["gateway", "start", "--port", "x"], "serial", "gateway"),
+        (["gateway", "start", "--port", "x", "--broker", "mqtts://x"], "serial", "gateway"),
         (["firmware", "size", "x.elf"], "elftools", "firmware"),
         (["graph", "load", "x.ttl"], None, "server"),
         (["device", "simulate"], "sklearn", "edge"),
@@ -200,7 +201,8 @@ def test_a_command_whose_packages_are_missing_names_the_extra(words: list[str], 
 @pytest.mark.parametrize("module", ["pyoxigraph", "elftools", "zcbor"])
 def test_a_gateway_needs_only_its_own_extra(module: str) -> None:
     done = run(
-        f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = ['gateway', 'start', '--port', '/dev/none']\n"
+        f"import sys; sys.modules[{module!r}] = None\n"
+        "sys.argv[1:] = ['gateway', 'start', '--port', '/dev/none', '--broker', 'mqtts://x']\n"
         "from tinyfleet.__main__ import main; main()"
     )
     assert done.returncode == 2 and "cannot open the serial line /dev/none" in done.stderr
@@ -225,11 +227,11 @@ def test_the_package_runs_as_a_module() -> None:
     assert done.stdout.startswith("tinyfleet ")
 
 
-def test_an_idle_gateway_takes_little_memory(broker: tuple[str, int]) -> None:
+def test_an_idle_gateway_takes_little_memory(broker: BrokerAddress) -> None:
     board, line = pty.openpty()
     tty.setraw(line)
     command = [sys.executable, "-m", "tinyfleet", "gateway", "start", "--port", os.ttyname(line)]
-    process = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen([*command, "--broker", broker.url, "--insecure"], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         reader, kinds = serial_frames.FrameReader(), list[int]()
         while serial_frames.CONNECTED not in kinds:  # it greets a board again and again

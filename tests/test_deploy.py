@@ -24,6 +24,7 @@ from tinyfleet.edge.model.layers import Dense, ReLU, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
@@ -72,7 +73,7 @@ def heard() -> News:
 
 
 @pytest.fixture
-def server(tmp_path: Path, broker: tuple[str, int], heard: News) -> Iterator[FleetServer]:
+def server(tmp_path: Path, broker: BrokerAddress, heard: News) -> Iterator[FleetServer]:
     with FleetServer(tmp_path / "data", "home", broker=broker, on_log=heard) as server:
         yield server
 
@@ -96,13 +97,13 @@ TOPICS = Topics("home")
 Start = Callable[[Device], Device]
 
 
-def mote(broker: tuple[str, int], id: str, board: Board = VIRTUAL) -> Device:
-    return virtual_device(*broker, "home", id, OLD, samples(), board)
+def mote(broker: BrokerAddress, id: str, board: Board = VIRTUAL) -> Device:
+    return virtual_device(broker, "home", id, OLD, samples(), board)
 
 
-def agent(broker: tuple[str, int], id: str) -> Device:
+def agent(broker: BrokerAddress, id: str) -> Device:
     td = thing_description("home", id, VIRTUAL, "mote", "0.2.0", 100_000, OLD.model_id)
-    return Device(lambda: Node("home", id, td, OLD, DatasetStream(samples()), learner=MoteLearner), *broker, "home")
+    return Device(lambda: Node("home", id, td, OLD, DatasetStream(samples()), learner=MoteLearner), broker, "home")
 
 
 def plan(store: Store, program: Program = NEW, query: str | None = None) -> deployments.DeploymentPlan:
@@ -129,7 +130,7 @@ def announce(server: FleetServer, id: str, online: bool = True, **changes: objec
 
 
 def test_devices_get_the_model_and_the_graph_says_so(
-    server: FleetServer, broker: tuple[str, int], start: Start, heard: News
+    server: FleetServer, broker: BrokerAddress, start: Start, heard: News
 ) -> None:
     devices = [start(mote(broker, "one")), start(mote(broker, "two")), start(agent(broker, "pi"))]
     what = plan(server.store)
@@ -177,13 +178,13 @@ class Deaf(Node):
             super().receive(topic, payload)
 
 
-def deaf(broker: tuple[str, int], id: str, lose: dict[str, int]) -> Device:
+def deaf(broker: BrokerAddress, id: str, lose: dict[str, int]) -> Device:
     td = thing_description("home", id, VIRTUAL, "mote", "0.2.0", 65_536, OLD.model_id)
-    return Device(lambda: Deaf("home", id, td, OLD, DatasetStream(samples()), lose=lose), *broker, "home")
+    return Device(lambda: Deaf("home", id, td, OLD, DatasetStream(samples()), lose=lose), broker, "home")
 
 
 def test_what_is_lost_is_sent_again(
-    server: FleetServer, broker: tuple[str, int], start: Start, monkeypatch: pytest.MonkeyPatch
+    server: FleetServer, broker: BrokerAddress, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The order to one device, a chunk to another."""
     monkeypatch.setattr(deployments, "REPEAT", 0.2)
@@ -196,12 +197,12 @@ def test_what_is_lost_is_sent_again(
 
 
 def test_a_device_that_cannot_and_one_that_does_not_answer(
-    server: FleetServer, broker: tuple[str, int], start: Start
+    server: FleetServer, broker: BrokerAddress, start: Start
 ) -> None:
     start(mote(broker, "good"))
     td = thing_description("home", "full", VIRTUAL, "mote", "0.2.0", 65_536, OLD.model_id)
     full = start(
-        Device(lambda: Node("home", "full", td, OLD, DatasetStream(samples()), model_slot_bytes=64), *broker, "home")
+        Device(lambda: Node("home", "full", td, OLD, DatasetStream(samples()), model_slot_bytes=64), broker, "home")
     )
     announce(server, "ghost")
     ended = deploy(server, plan(server.store), timeout=2.0)
@@ -218,9 +219,7 @@ def test_a_device_that_cannot_and_one_that_does_not_answer(
     }
 
 
-def test_a_deployment_that_is_cut_off_is_written_down(
-    server: FleetServer, broker: tuple[str, int], start: Start
-) -> None:
+def test_a_deployment_that_is_cut_off_is_written_down(server: FleetServer, broker: BrokerAddress, start: Start) -> None:
     start(mote(broker, "good"))
     announce(server, "ghost")
 
@@ -234,7 +233,7 @@ def test_a_deployment_that_is_cut_off_is_written_down(
 
 
 def test_many_devices_a_few_at_a_time(
-    server: FleetServer, broker: tuple[str, int], start: Start, monkeypatch: pytest.MonkeyPatch
+    server: FleetServer, broker: BrokerAddress, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deployments, "MAX_CONCURRENT", 3)
     for i in range(10):
@@ -243,11 +242,11 @@ def test_many_devices_a_few_at_a_time(
     assert ended.devices("confirmed") == sorted(f"d-{i}" for i in range(10))
 
 
-def test_no_chunk_stays_at_the_broker(server: FleetServer, broker: tuple[str, int], start: Start) -> None:
+def test_no_chunk_stays_at_the_broker(server: FleetServer, broker: BrokerAddress, start: Start) -> None:
     start(mote(broker, "one"))
     assert deploy(server, plan(server.store)).devices("confirmed") == ["one"]
     came: queue.Queue[tuple[str, bytes]] = queue.Queue()
-    session = Session(*broker, "looking", on_message=lambda topic, payload: came.put((topic, payload)))
+    session = Session(broker, "looking", on_message=lambda topic, payload: came.put((topic, payload)))
     session.subscribe(TOPICS.program(NEW.model_id))
     session.publish(TOPICS.program(NEW.model_id, 0), b"the end")  # comes after whatever was retained
     assert came.get(timeout=30) == (TOPICS.program(NEW.model_id, 0), b"the end")
@@ -307,7 +306,7 @@ def test_nobody_is_one_clear_line(server: FleetServer) -> None:
     not firmware_build.available() or not emulate.available(), reason="no cross compiler or no emulator"
 )
 def test_an_emulated_board_gets_the_model(
-    server: FleetServer, broker: tuple[str, int], heard: News, tmp_path: Path
+    server: FleetServer, broker: BrokerAddress, heard: News, tmp_path: Path
 ) -> None:
     first = build([Dense(24), ReLU(), Dense(3)], (6,), "softmax_cross_entropy")
     second = build([Dense(8), Tanh(), Dense(3)], (6,), "softmax_cross_entropy")
@@ -424,7 +423,7 @@ def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
         ([good, "--select", "nonesuch"], "nor is it a query of the library"),
         ([good, "--select", no_id], "has a column ?id"),
         ([good, "--fleet", "other"], "knows no device of the fleet 'other'"),
-        ([good, "--broker", "nowhere"], "is not a broker address"),
+        ([good, "--broker", "http://nowhere"], "is not a broker's address"),
     ):
         done = tinyfleet("deploy", *words, data=running)
         assert (done.returncode, done.stdout) == (2, ""), (words, done.stderr)

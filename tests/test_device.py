@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import free_port, start_mosquitto
+from conftest import free_port, plain_broker, start_mosquitto
 
 from tinyfleet.__main__ import main
 from tinyfleet.edge.device.device import Device, virtual_device
@@ -30,6 +30,7 @@ from tinyfleet.edge.model.layers import ReLU, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
@@ -49,14 +50,14 @@ from tinyfleet.edge.wire.messages import (
     encode,
 )
 from tinyfleet.edge.wire.mqtt_session import Session
-from tinyfleet.edge.wire.server_info import broker_address
+from tinyfleet.edge.wire.server_info import find_broker
 from tinyfleet.edge.wire.topics import Topics
 
 ROOT = Path(__file__).parents[1]
 TOPICS = Topics("home")
 PROGRAM = build([DenseLayer(300), ReLU(), DenseLayer(3)], (6,), "softmax_cross_entropy")
 WIDER = build([DenseLayer(310), ReLU(), DenseLayer(3)], (6,), "softmax_cross_entropy")
-Broker = tuple[str, int]
+Broker = BrokerAddress
 
 
 def samples() -> ClientData:
@@ -65,14 +66,14 @@ def samples() -> ClientData:
 
 
 def mote(broker: Broker, id: str) -> Device:
-    return virtual_device(*broker, "home", id, PROGRAM, samples())
+    return virtual_device(broker, "home", id, PROGRAM, samples())
 
 
 def agent(broker: Broker, id: str) -> Device:
     def node() -> Node:
         return Node("home", id, {"title": id}, PROGRAM, DatasetStream(samples()), learner=MoteLearner)
 
-    return Device(node, *broker, "home")
+    return Device(node, broker, "home")
 
 
 class Server:
@@ -80,9 +81,7 @@ class Server:
 
     def __init__(self, broker: Broker) -> None:
         self._messages: queue.Queue[tuple[str, bytes]] = queue.Queue()
-        self.session = Session(
-            *broker, "server", on_message=lambda topic, payload: self._messages.put((topic, payload))
-        )
+        self.session = Session(broker, "server", on_message=lambda topic, payload: self._messages.put((topic, payload)))
         for what in (TOPICS.status("+"), TOPICS.reply("+"), TOPICS.td("+")):
             self.session.subscribe(what)
 
@@ -189,15 +188,15 @@ def test_a_reboot_brings_the_device_back(server: Server, device: Device) -> None
 
 @pytest.mark.parametrize("make", [mote, agent])
 def test_a_broker_that_comes_back(make: Callable[[Broker, str], Device], tmp_path: Path) -> None:
-    broker = "127.0.0.1", free_port()
-    process = start_mosquitto(tmp_path, broker[1])
+    broker = plain_broker(free_port())
+    process = start_mosquitto(tmp_path, broker.port)
     device = make(broker, "one")
     device.start()
     server = Server(broker)
     server.status("one", online=True)
     process.terminate()
     process.wait()
-    process = start_mosquitto(tmp_path, broker[1])
+    process = start_mosquitto(tmp_path, broker.port)
     try:
         server.status("one", online=True)
         server.broadcast(5, 1)
@@ -245,14 +244,14 @@ def command() -> Iterator[Command]:
 
 
 def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, broker: Broker, command: Command) -> None:
-    address = f"{broker[0]}:{broker[1]}"
-    process = command("device", "simulate", "--devices", "2", "--prefix", "v", "--broker", address)
+    address = broker.url
+    process = command("device", "simulate", "--devices", "2", "--prefix", "v", "--broker", address, "--insecure")
     server.online("v-0", "v-1")
     process.kill()
     process.wait()
     assert not server.status("v-0", online=False).online
     late: queue.Queue[bytes] = queue.Queue()
-    session = Session(*broker, "late", on_message=lambda _topic, payload: late.put(payload))
+    session = Session(broker, "late", on_message=lambda _topic, payload: late.put(payload))
     session.subscribe(TOPICS.status("v-1"))
     assert not decode_status(late.get(timeout=60)).online, "retained: who comes later sees it too"
     session.close()
@@ -264,7 +263,7 @@ def test_a_command_ends_cleanly(server: Server, broker: Broker, command: Command
         "device": ["simulate", "--devices", "2", "--prefix", "v"],
         "agent": ["start", "--device-id", "v-0"],
     }[what]
-    process = command(what, *named, "--json", "--broker", f"{broker[0]}:{broker[1]}")
+    process = command(what, *named, "--json", "--broker", broker.url, "--insecure")
     status = server.status("v-0", online=True)
     td = server.session
     td.subscribe(TOPICS.td("v-0"))
@@ -281,8 +280,8 @@ def test_a_command_ends_cleanly(server: Server, broker: Broker, command: Command
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--broker", "127.0.0.1:{port}"], "no MQTT broker answers at 127.0.0.1:{port}"),
-        (["--broker", "nonsense"], "'nonsense' is not a broker address; write HOST:PORT"),
+        (["--broker", "mqtt://127.0.0.1:{port}", "--insecure"], "no MQTT broker answers at mqtt://127.0.0.1:{port}"),
+        (["--broker", "http://x"], "'http://x' is not a broker's address"),
         (["--task", "chess"], "there is no task named 'chess'"),
         (["--first-index", "3", "--fleet-size", "2"], "devices 3 to 3 are not in a fleet of 2; raise --fleet-size"),
         (["--prefix", "a/b"], "a device's name is 1 to 32 letters"),
@@ -294,7 +293,7 @@ def test_what_a_user_gets_wrong_is_said_in_one_line(
 ) -> None:
     nobody = free_port()
     if "--broker" not in arguments:
-        arguments = [*arguments, "--broker", f"{broker[0]}:{broker[1]}"]
+        arguments = [*arguments, "--broker", broker.url, "--insecure"]
     monkeypatch.setattr(sys, "argv", ["tinyfleet", "device", "simulate", *(a.format(port=nobody) for a in arguments)])
     with pytest.raises(SystemExit) as end:
         main()
@@ -313,18 +312,26 @@ def test_something_else_than_a_broker_is_told_apart() -> None:
         port = other.server_address[1]
         for background in (True, False):
             with pytest.raises(UserError, match="no MQTT broker answers"):
-                Session("127.0.0.1", port, "x", on_message=lambda _topic, _payload: None, background=background)
+                Session(plain_broker(port), "x", on_message=lambda _topic, _payload: None, background=background)
         other.shutdown()
 
 
 def test_the_brokers_address(tmp_path: Path) -> None:
-    assert broker_address(None, tmp_path) == ("127.0.0.1", 1883)
-    (tmp_path / "server.json").write_text('{"broker": "10.0.0.1:1999", "endpoint": "http://x/sparql"}')
-    assert broker_address(None, tmp_path) == ("10.0.0.1", 1999)
-    assert broker_address("[::1]:5", tmp_path) == ("::1", 5)
+    with pytest.raises(UserError, match="no server runs on"):
+        find_broker(None, tmp_path)
+    (tmp_path / "server.json").write_text('{"broker": "mqtts://10.0.0.1:1999", "endpoint": "http://x/sparql"}')
+    assert find_broker(None, tmp_path) == BrokerAddress("10.0.0.1", 1999)
+    assert find_broker("anna@[::1]:5", tmp_path) == BrokerAddress("::1", 5, username="anna")
+    with pytest.raises(UserError, match="add --insecure"):
+        find_broker("mqtt://localhost", tmp_path)
+    assert find_broker("mqtt://localhost", tmp_path, insecure=True) == BrokerAddress("localhost", 1883, tls=False)
+    with pytest.raises(UserError, match="not encrypted"):
+        find_broker("mqtt://10.0.0.1", tmp_path, insecure=True)
+    with pytest.raises(UserError, match="--password-file"):
+        find_broker("mqtts://anna:secret@10.0.0.1", tmp_path)
     (tmp_path / "server.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        broker_address(None, tmp_path)
+        find_broker(None, tmp_path)
 
 
 def test_a_device_survives_a_bug_in_its_learner(broker: Broker, server: Server) -> None:
@@ -335,7 +342,7 @@ def test_a_device_survives_a_bug_in_its_learner(broker: Broker, server: Server) 
     def node() -> Node:
         return Node("home", "one", {"title": "one"}, PROGRAM, DatasetStream(samples()), learner=Buggy)
 
-    device = Device(node, *broker, "home")
+    device = Device(node, broker, "home")
     device.start()
     server.online("one")
     server.broadcast(1, 1)

@@ -12,6 +12,7 @@ from typing import Any, Self
 from directory_fixtures import PATCH, TOPICS, Directory, Here, at, given_back, lamp
 from ontology_fixtures import TOKEN, description, payload
 
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
@@ -209,13 +210,11 @@ def test_many_write_while_one_listens(directory: Here) -> None:
 # The whole server: a broker, devices on it, and the directory.
 
 
-def test_a_device_that_is_deleted_over_http_is_gone_from_the_broker_too(
-    broker: tuple[str, int], tmp_path: Path
-) -> None:
+def test_a_device_that_is_deleted_over_http_is_gone_from_the_broker_too(broker: BrokerAddress, tmp_path: Path) -> None:
     """Else its retained description would bring it back with the next server. A device that is there may come again."""
     retained: queue.Queue[tuple[str, bytes]] = queue.Queue()
     with FleetServer(tmp_path, "home", broker=broker) as server:
-        device = Session(*broker, "device", on_message=lambda topic, said: retained.put((topic, said)))
+        device = Session(broker, "device", on_message=lambda topic, said: retained.put((topic, said)))
         client = Directory(server.address, server.token)
         with Stream(client) as stream:
             device.publish(TOPICS.td("dev-1"), payload(description()), retain=True)

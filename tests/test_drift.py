@@ -20,6 +20,7 @@ from tinyfleet.edge.device.sources import DatasetStream, Sample
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.model.layers import Dense, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import vector_to_arrays
 from tinyfleet.edge.wire.messages import decode_status
 from tinyfleet.edge.wire.mqtt_session import Session
@@ -142,27 +143,27 @@ def test_who_does_not_learn_online_imports_no_river_and_nobody_tensorflow() -> N
 
 
 @pytest.fixture
-def agent(broker: tuple[str, int]) -> Iterator[Any]:
+def agent(broker: BrokerAddress) -> Iterator[Any]:
     def node() -> AgentNode:
         td = thing_description("test", "pi", VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
         online = OnlineLearning(Changing(1, at=600), 0.02, RESPONSE)
         return AgentNode("test", "pi", td, PROGRAM, DatasetStream(client(0, 1)), online=online)
 
-    device = Device(node, *broker, "test")
+    device = Device(node, broker, "test")
     device.start()
     yield device
     device.stop()
     assert device.join(10)
 
 
-def test_an_agents_drift_becomes_an_event_in_the_graph(broker: tuple[str, int], agent: Device) -> None:
+def test_an_agents_drift_becomes_an_event_in_the_graph(broker: BrokerAddress, agent: Device) -> None:
     """It learns for itself from the first round on, and says when it notices drift and when it has adapted."""
     said: queue.Queue[tuple[str, bytes]] = queue.Queue()
-    listener = Session(*broker, "listener", on_message=lambda *message: said.put(message))
+    listener = Session(broker, "listener", on_message=lambda *message: said.put(message))
     for filter in (TOPICS.td("+"), TOPICS.status("+")):
         listener.subscribe(filter)
     config = ConfigRecord({"phase-steps": [5], "lr": 0.1, "seed": 3})
-    with MqttGrid(*broker, "test", PROGRAM) as grid:
+    with MqttGrid(broker, "test", PROGRAM) as grid:
         assert grid.wait_for_nodes(1, 10)
         strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
         strategy.start(grid, vector_to_arrays(START, PROGRAM), 1, 30, train_config=config)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import free_port, start_mosquitto
+from conftest import free_port, plain_broker, start_mosquitto
 from firmware_fixtures import FLEET, ID, LIMIT, NEEDS_TOOLS, ROOT, TOPICS, mlp, samples
 
 from tinyfleet.edge._mote import lib
@@ -25,6 +25,7 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.messages import (
     ALL_LAYERS,
@@ -52,10 +53,10 @@ pytestmark = NEEDS_TOOLS
 class Observer:
     """A client of the broker that keeps what it hears."""
 
-    def __init__(self, broker: tuple[str, int]) -> None:
+    def __init__(self, broker: BrokerAddress) -> None:
         self._heard: list[tuple[str, bytes]] = []
         self._news = threading.Condition()
-        self.session = Session(*broker, f"observer-{os.urandom(4).hex()}", on_message=self._receive)
+        self.session = Session(broker, f"observer-{os.urandom(4).hex()}", on_message=self._receive)
         for topic in (TOPICS.td(ID), TOPICS.status(ID), TOPICS.reply(ID)):
             self.session.subscribe(topic)
 
@@ -107,7 +108,7 @@ class Observer:
 
 
 @contextmanager
-def joined(port: str, broker: tuple[str, int]) -> Iterator[Gateway]:
+def joined(port: str, broker: BrokerAddress) -> Iterator[Gateway]:
     """A gateway between a serial line and a broker, once the board on it has announced itself."""
     gateway, stop = Gateway(port, broker), threading.Event()
     thread = threading.Thread(target=gateway.run, args=(stop,), daemon=True)
@@ -160,7 +161,7 @@ def host_reply(work: TrainTask) -> list[bytes]:
 
 
 def test_a_board_behind_a_gateway_learns_what_the_host_learns(
-    firmware: Callable[[str], Path], broker: tuple[str, int]
+    firmware: Callable[[str], Path], broker: BrokerAddress
 ) -> None:
     observer = Observer(broker)
     with emulate.Emulator(catalogue.load_board("mps2-an386"), firmware("mps2-an386")) as emulator:
@@ -186,7 +187,7 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
     observer.session.close()
 
 
-def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path], broker: tuple[str, int]) -> None:
+def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path], broker: BrokerAddress) -> None:
     small = layers.build([layers.Dense(8), layers.Tanh(), layers.Dense(5)], (64,), "softmax_cross_entropy")
     large = layers.build([layers.Dense(64), layers.Tanh(), layers.Dense(5)], (64,), "softmax_cross_entropy")
     observer = Observer(broker)
@@ -246,7 +247,7 @@ def terminal(url: str) -> Iterator[str]:
     os.close(ours)
 
 
-def test_a_gateway_speaks_through_a_terminal_device(firmware: Callable[[str], Path], broker: tuple[str, int]) -> None:
+def test_a_gateway_speaks_through_a_terminal_device(firmware: Callable[[str], Path], broker: BrokerAddress) -> None:
     observer = Observer(broker)
     with (
         emulate.Emulator(catalogue.load_board("mps2-an386"), firmware("mps2-an386")) as emulator,
@@ -319,9 +320,7 @@ class Noise:
         self._board.close()
 
 
-def test_noise_on_the_line_costs_time_and_nothing_else(
-    firmware: Callable[[str], Path], broker: tuple[str, int]
-) -> None:
+def test_noise_on_the_line_costs_time_and_nothing_else(firmware: Callable[[str], Path], broker: BrokerAddress) -> None:
     observer = Observer(broker)
     work = order(4)
     for topic, payload in weights_of(work.round).items():
@@ -340,10 +339,10 @@ def test_noise_on_the_line_costs_time_and_nothing_else(
 def test_a_board_comes_back_after_line_and_broker_were_lost(firmware: Callable[[str], Path], tmp_path: Path) -> None:
     port = free_port()
     mosquitto = start_mosquitto(tmp_path, port)
-    observer = Observer(("127.0.0.1", port))
+    observer = Observer(plain_broker(port))
     with emulate.Emulator(catalogue.load_board("mps2-an385"), firmware("mps2-an385")) as emulator:
         line = Noise(emulator.url, rate=0.0)
-        with joined(line.url, ("127.0.0.1", port)):
+        with joined(line.url, plain_broker(port)):
             assert observer.wait(lambda: observer.online() is True)
             line.cut()
             assert observer.wait(lambda: observer.online() is False)
@@ -365,7 +364,7 @@ def test_a_board_comes_back_after_line_and_broker_were_lost(firmware: Callable[[
     mosquitto.wait()
 
 
-def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp_path: Path) -> None:
+def test_the_commands_build_measure_and_run_a_board(broker: BrokerAddress, tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn brings the digits")
     command = [sys.executable, "-m", "tinyfleet", "firmware"]
     choice = ["--task", "digits", "--client-index", "2", "--fleet-size", "3", "--device-id", ID, "--fleet", FLEET]
@@ -380,7 +379,7 @@ def test_the_commands_build_measure_and_run_a_board(broker: tuple[str, int], tmp
     assert size["arena"] == size["planned_arena"]
     assert size["flash"] == size["text"] + size["data"]
     observer = Observer(broker)
-    start = [*command, "emulate", size["elf"], "--gateway", "--broker", f"{broker[0]}:{broker[1]}"]
+    start = [*command, "emulate", size["elf"], "--gateway", "--broker", broker.url, "--insecure"]
     running = subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert observer.wait(lambda: observer.online() is True)
@@ -417,7 +416,7 @@ def test_no_emulator_outlives_the_program_that_started_it(firmware: Callable[[st
         socket.create_connection((host, int(port)))
 
 
-def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -> None:
+def test_a_hostile_board_reaches_no_topic_but_its_own(broker: BrokerAddress) -> None:
     observer = Observer(broker)
     observer.session.subscribe("tinyfleet/#")
     other = Topics(FLEET).status("other")
@@ -454,11 +453,11 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: tuple[str, int]) -
 def test_a_line_or_broker_that_is_not_there_is_named(firmware: Callable[[str], Path]) -> None:
     nowhere = free_port()
     with pytest.raises(UserError, match=rf"cannot open the serial line socket://127\.0\.0\.1:{nowhere}"):
-        Gateway(f"socket://127.0.0.1:{nowhere}", ("127.0.0.1", 1883)).run(threading.Event())
+        Gateway(f"socket://127.0.0.1:{nowhere}", plain_broker(1883)).run(threading.Event())
     with pytest.raises(UserError, match=r"cannot open the serial line /dev/none"):
-        Gateway("/dev/none", ("127.0.0.1", 1883)).run(threading.Event())
+        Gateway("/dev/none", plain_broker(1883)).run(threading.Event())
     with (
         emulate.Emulator(catalogue.load_board("mps2-an386"), firmware("mps2-an386")) as emulator,
-        pytest.raises(UserError, match=rf"no MQTT broker answers at 127\.0\.0\.1:{nowhere}"),
+        pytest.raises(UserError, match=rf"no MQTT broker answers at mqtt://127\.0\.0\.1:{nowhere}"),
     ):
-        Gateway(emulator.url, ("127.0.0.1", nowhere)).run(threading.Event())
+        Gateway(emulator.url, plain_broker(nowhere)).run(threading.Event())

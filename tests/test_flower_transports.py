@@ -20,6 +20,7 @@ from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import virtual_device
 from tinyfleet.edge.device.flower_client import app
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.server.flower.app import app as server_app
 from tinyfleet.server.flower.devices import node_id
@@ -35,7 +36,7 @@ def context(**settings: str | int | float) -> Context:
     return Context(1, 2, node, RecordDict(), {**CONFIG, **settings})
 
 
-def test_the_client_app_does_what_a_device_over_mqtt_does(broker: tuple[str, int]) -> None:
+def test_the_client_app_does_what_a_device_over_mqtt_does(broker: BrokerAddress) -> None:
     task = tasks.load("digits")
     start = task.program.initial(5)
     config = {"phase-layers": [2, 3], "phase-steps": [8, 24], "phase-rates": [0.1, 0.1], "query": 8, "seed": 77}
@@ -45,10 +46,10 @@ def test_the_client_app_does_what_a_device_over_mqtt_does(broker: tuple[str, int
     for kind in (MessageType.TRAIN, MessageType.EVALUATE):
         content = RecordDict({"arrays": vector_to_arrays(start, task.program), "config": ConfigRecord(config)})  # type: ignore[arg-type]
         asked = Message(content, node_id("one"), kind)
-        device = virtual_device(*broker, "test", "one", task.program, task.client(0, 2))
+        device = virtual_device(broker, "test", "one", task.program, task.client(0, 2))
         device.start()
         try:
-            with MqttGrid(*broker, "test", task.program) as grid:
+            with MqttGrid(broker, "test", task.program) as grid:
                 grid.wait_for_nodes(1, 10)
                 (by_mqtt,) = grid.send_and_receive([asked], timeout=20)
         finally:
@@ -66,13 +67,13 @@ def test_the_client_app_does_what_a_device_over_mqtt_does(broker: tuple[str, int
         assert {k: v for k, v in a.items() if k != "bytes-up"} == {k: v for k, v in b.items() if k != "bytes-up"}
 
 
-def test_the_server_app_runs_on_the_mqtt_grid(broker: tuple[str, int]) -> None:
+def test_the_server_app_runs_on_the_mqtt_grid(broker: BrokerAddress) -> None:
     task = tasks.load("digits")
-    devices = [virtual_device(*broker, "home", f"d{i}", task.program, task.client(i, 3)) for i in range(3)]
+    devices = [virtual_device(broker, "home", f"d{i}", task.program, task.client(i, 3)) for i in range(3)]
     for device in devices:
         device.start()
     try:
-        with MqttGrid(*broker, "home", task.program) as grid:
+        with MqttGrid(broker, "home", task.program) as grid:
             server_app(grid, context(rounds=3, clients=3, wait=10.0))
             assert grid.traffic.bytes_up > 0
     finally:
@@ -81,9 +82,9 @@ def test_the_server_app_runs_on_the_mqtt_grid(broker: tuple[str, int]) -> None:
         assert all(device.join(10) for device in devices)
 
 
-def test_the_server_app_says_when_nobody_comes(broker: tuple[str, int]) -> None:
+def test_the_server_app_says_when_nobody_comes(broker: BrokerAddress) -> None:
     with (
-        MqttGrid(*broker, "home", tasks.load("digits").program) as grid,
+        MqttGrid(broker, "home", tasks.load("digits").program) as grid,
         pytest.raises(UserError, match="no client came within 0 s"),
     ):
         server_app(grid, context(wait=0.0))
@@ -163,14 +164,14 @@ def test_flwr_run_on_the_simulation_engine(flower: tuple[dict[str, str], int], t
 
 @pytest.mark.slow
 def test_superlink_with_two_supernodes_and_a_device(
-    flower: tuple[dict[str, str], int], tmp_path: Path, broker: tuple[str, int]
+    flower: tuple[dict[str, str], int], tmp_path: Path, broker: BrokerAddress
 ) -> None:
     """Two nodes on Flower's transport and one on MQTT, in the same round."""
     environment, port = flower
     log = tmp_path / "superlink.log"
     link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
     task = tasks.load("digits")
-    device = virtual_device(*broker, "mixed", "one", task.program, task.client(2, 3))
+    device = virtual_device(broker, "mixed", "one", task.program, task.client(2, 3))
     device.start()
     with ExitStack() as stack:
         stack.callback(device.join, 10)
@@ -184,7 +185,7 @@ def test_superlink_with_two_supernodes_and_a_device(
             home.mkdir()
             log = tmp_path / f"node-{i}.log"
             stack.enter_context(process(words, {**environment, "FLWR_HOME": str(home)}, log))
-        settings = f'rounds=1 clients=3 strategy="fedavg" broker="{broker[0]}:{broker[1]}" fleet="mixed"'
+        settings = f'rounds=1 clients=3 strategy="fedavg" broker="{broker.url}" fleet="mixed"'
         said = flwr_run(environment, settings)
     assert "Received 3 results and 0 failures" in said, said
     assert "learned, 10 shots: accuracy" in said, said

@@ -12,8 +12,9 @@ import threading
 import time
 from pathlib import Path
 
-from conftest import free_port, start_mosquitto
+from conftest import free_port, plain_broker, start_mosquitto
 
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.topics import Topics
@@ -93,7 +94,7 @@ def test_what_was_written_before_the_kill_is_there_and_whole(tmp_path: Path) -> 
 def test_what_the_broker_was_told_is_in_the_graph_when_the_server_is_killed(tmp_path: Path) -> None:
     port, data = free_port(), tmp_path / "data"
     broker = start_mosquitto(tmp_path, port)
-    devices = Session("127.0.0.1", port, "devices")
+    devices = Session(plain_broker(port), "devices")
     rng, n = random.Random(1), 0
     try:
         for _ in range(5):
@@ -122,14 +123,14 @@ def test_what_the_broker_was_told_is_in_the_graph_when_the_server_is_killed(tmp_
         broker.wait()
 
 
-def test_the_broker_is_told_when_the_message_is_safe_and_not_before(broker: tuple[str, int]) -> None:
+def test_the_broker_is_told_when_the_message_is_safe_and_not_before(broker: BrokerAddress) -> None:
     """mosquitto has at most 20 messages under way to a client that has not acknowledged them."""
     came: queue.Queue[tuple[bytes, Receipt | None]] = queue.Queue()
-    server = Session(*broker, "server", on_delivery=lambda _topic, payload, receipt: came.put((payload, receipt)))
+    server = Session(broker, "server", on_delivery=lambda _topic, payload, receipt: came.put((payload, receipt)))
     server.subscribe("x")
     server.publish("x", b"subscribed")
     server.received([came.get(timeout=30)[1]])
-    device = Session(*broker, "device", on_message=lambda _topic, payload: ready.put(payload))
+    device = Session(broker, "device", on_message=lambda _topic, payload: ready.put(payload))
     ready: queue.Queue[bytes] = queue.Queue()
     device.subscribe("ready")
     for i in range(30):

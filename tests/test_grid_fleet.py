@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import free_port, start_mosquitto
+from conftest import free_port, plain_broker, start_mosquitto
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData, Episodes, Hyperparameters, Recording, Split, Task, draw_episode
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.mqtt_session import Session
@@ -81,19 +82,19 @@ def quiet() -> None:
 
 
 @pytest.fixture
-def devices(broker: tuple[str, int]) -> Iterator[Callable[..., list[Device]]]:
+def devices(broker: BrokerAddress) -> Iterator[Callable[..., list[Device]]]:
     started: list[Device] = []
 
     def start(
         count: int,
         prefix: str = "test",
-        broker: tuple[str, int] = broker,
+        broker: BrokerAddress = broker,
         fleet: str | None = None,
         task: Task = TASK,
     ) -> list[Device]:
         fleet = fleet or prefix
         new = [
-            virtual_device(*broker, fleet, f"{prefix}-{i}", task.program, task.client(i, count)) for i in range(count)
+            virtual_device(broker, fleet, f"{prefix}-{i}", task.program, task.client(i, count)) for i in range(count)
         ]
         for device in new:
             device.start()
@@ -122,9 +123,9 @@ def replay(fleet: str, index: int, start: Vector, config: ConfigRecord) -> Vecto
     return learner.parameters
 
 
-def learned(strategy: Strategy, broker: tuple[str, int], count: int) -> Vector:
+def learned(strategy: Strategy, broker: BrokerAddress, count: int) -> Vector:
     config = ConfigRecord({"lr": 0.1, "phase-steps": [20]})
-    with MqttGrid(*broker, "test", PROGRAM) as grid:
+    with MqttGrid(broker, "test", PROGRAM) as grid:
         assert len(grid.wait_for_nodes(count, 10)) == count
         result = strategy.start(grid, vector_to_arrays(START, PROGRAM), num_rounds=1, timeout=30, train_config=config)
     return arrays_to_vector(result.arrays, PROGRAM)
@@ -135,27 +136,27 @@ def replayed(count: int, *fleets: str) -> NDArray[np.float32]:
     return np.stack([replay(fleet, i, START, config) for fleet in fleets or ("test",) for i in range(count)])
 
 
-def test_flowers_fedavg_averages_what_the_devices_learned(broker: tuple[str, int], devices: Start) -> None:
+def test_flowers_fedavg_averages_what_the_devices_learned(broker: BrokerAddress, devices: Start) -> None:
     devices(4)
     result = learned(FedAvg(), broker, 4)
     np.testing.assert_allclose(result, replayed(4).mean(axis=0), rtol=1e-5, atol=1e-6)
     assert not np.allclose(result, START, atol=1e-3)
 
 
-def test_flowers_fedmedian_takes_the_median(broker: tuple[str, int], devices: Start) -> None:
+def test_flowers_fedmedian_takes_the_median(broker: BrokerAddress, devices: Start) -> None:
     devices(5)
     np.testing.assert_array_equal(learned(FedMedian(), broker, 5), np.median(replayed(5), axis=0))
 
 
-def test_flowers_krum_takes_one_device_to_the_bit(broker: tuple[str, int], devices: Start) -> None:
+def test_flowers_krum_takes_one_device_to_the_bit(broker: BrokerAddress, devices: Start) -> None:
     devices(5)
     result = learned(Krum(num_malicious_nodes=1), broker, 5)
     assert any(np.array_equal(result, one) for one in replayed(5))
 
 
-def test_evaluation_over_the_same_grid(broker: tuple[str, int], devices: Start) -> None:
+def test_evaluation_over_the_same_grid(broker: BrokerAddress, devices: Start) -> None:
     devices(3)
-    with MqttGrid(*broker, "test", PROGRAM) as grid:
+    with MqttGrid(broker, "test", PROGRAM) as grid:
         grid.wait_for_nodes(3, 10)
         result = FedAvg().start(
             grid,
@@ -169,9 +170,9 @@ def test_evaluation_over_the_same_grid(broker: tuple[str, int], devices: Start) 
     assert len(accuracies) == 3 and accuracies[-1] > 0.8, "devices score the new weights on what they never learn from"
 
 
-def test_two_fleets_as_one_grid(broker: tuple[str, int], devices: Start) -> None:
+def test_two_fleets_as_one_grid(broker: BrokerAddress, devices: Start) -> None:
     devices(2, "test"), devices(2, "other")
-    with MqttGrid(*broker, "test", PROGRAM) as first, MqttGrid(*broker, "other", PROGRAM) as second:
+    with MqttGrid(broker, "test", PROGRAM) as first, MqttGrid(broker, "other", PROGRAM) as second:
         both = CompositeGrid([first, second])
         nodes = first.wait_for_nodes(2, 10) + second.wait_for_nodes(2, 10)
         assert both.get_node_ids() == sorted(nodes)
@@ -186,9 +187,9 @@ def test_two_fleets_as_one_grid(broker: tuple[str, int], devices: Start) -> None
 def test_a_round_over_the_broker_in_pure_python(tmp_path: Path, devices: Start) -> None:
     pytest.importorskip("amqtt")
     with Broker(0, tmp_path, kind="amqtt") as broker, ExitStack() as stack:
-        fleet = devices(3, broker=(broker.host, broker.port))
+        fleet = devices(3, broker=broker.address)
         stack.callback(lambda: [device.stop() for device in fleet])
-        result = learned(FedAvg(fraction_evaluate=0.0), (broker.host, broker.port), 3)
+        result = learned(FedAvg(fraction_evaluate=0.0), broker.address, 3)
     np.testing.assert_allclose(result, replayed(3).mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
@@ -206,7 +207,7 @@ class News(queue.Queue[str]):
 
 
 @pytest.fixture
-def server(tmp_path: Path, broker: tuple[str, int]) -> Iterator[FleetServer]:
+def server(tmp_path: Path, broker: BrokerAddress) -> Iterator[FleetServer]:
     with FleetServer(tmp_path / "data", "test", broker=broker) as server:
         yield server
 
@@ -255,11 +256,11 @@ def test_a_query_decides_who_takes_part(server: FleetServer, devices: Start) -> 
 
 
 def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
-    broker: tuple[str, int], tmp_path: Path
+    broker: BrokerAddress, tmp_path: Path
 ) -> None:
     task = tasks.load("digits")
     root = Path(__file__).parent.parent
-    fleet = [virtual_device(*broker, "test", f"steady-{i}", task.program, task.client(i, 4)) for i in range(3)]
+    fleet = [virtual_device(broker, "test", f"steady-{i}", task.program, task.client(i, 4)) for i in range(3)]
     for device in fleet:
         device.start()
     command = [
@@ -275,7 +276,7 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
         "--fleet",
         "test",
     ]
-    weak = subprocess.Popen([*command, "--broker", f"{broker[0]}:{broker[1]}"], cwd=root, stdout=subprocess.DEVNULL)
+    weak = subprocess.Popen([*command, "--broker", broker.url, "--insecure"], cwd=root, stdout=subprocess.DEVNULL)
 
     there, gone = threading.Event(), threading.Event()
 
@@ -314,7 +315,7 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
 
 @pytest.mark.parametrize("name", ["tinymetafed", "fedavg", "krum"])
 def test_a_fleet_that_is_gone_ends_the_run_with_one_clear_error(
-    tmp_path: Path, broker: tuple[str, int], devices: Start, name: str
+    tmp_path: Path, broker: BrokerAddress, devices: Start, name: str
 ) -> None:
     fleet, heard = devices(2), News()
 
@@ -329,7 +330,7 @@ def test_a_fleet_that_is_gone_ends_the_run_with_one_clear_error(
         assert server.store.query(library.text("last-round"), fleet="test").column("number") == [1, 1]
 
 
-def test_a_device_that_comes_during_a_run_takes_part(tmp_path: Path, broker: tuple[str, int], devices: Start) -> None:
+def test_a_device_that_comes_during_a_run_takes_part(tmp_path: Path, broker: BrokerAddress, devices: Start) -> None:
     devices(2)
     heard = News()
 
@@ -346,7 +347,7 @@ def test_a_device_that_comes_during_a_run_takes_part(tmp_path: Path, broker: tup
 
 
 def test_flowers_strategies_keep_to_their_number_of_clients_as_the_fleet_shrinks(
-    tmp_path: Path, broker: tuple[str, int], devices: Start
+    tmp_path: Path, broker: BrokerAddress, devices: Start
 ) -> None:
     fleet, heard = devices(6), News()
 
@@ -396,28 +397,28 @@ def test_without_an_eligible_client_the_error_says_why(server: FleetServer) -> N
 # The server
 
 
-def test_the_server_writes_where_it_is_for_its_owner_only(tmp_path: Path, broker: tuple[str, int]) -> None:
+def test_the_server_writes_where_it_is_for_its_owner_only(tmp_path: Path, broker: BrokerAddress) -> None:
     with FleetServer(tmp_path, "test", broker=broker) as server:
         path = tmp_path / "server.json"
         assert path.stat().st_mode & 0o777 == 0o600
         said = json.loads(path.read_text())
-        assert said["broker"] == f"{broker[0]}:{broker[1]}" and said["endpoint"] == server.endpoint
+        assert said["broker"] == broker.url and said["endpoint"] == server.endpoint
         with pytest.raises(UserError, match="in use by another process"):
             FleetServer(tmp_path, "test", broker=broker)
         assert path.exists()
     assert not path.exists()
 
 
-def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path, broker: tuple[str, int]) -> None:
-    with pytest.raises(UserError, match=f"port {broker[1]} on 127.0.0.1 is taken"):
-        FleetServer(tmp_path / "a", "test", port=broker[1])
-    with pytest.raises(UserError, match=f"port {broker[1]} for the HTTP server"):
-        FleetServer(tmp_path / "b", "test", broker=broker, endpoint_port=broker[1])
+def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path, broker: BrokerAddress) -> None:
+    with pytest.raises(UserError, match=f"port {broker.port} on 127.0.0.1 is taken"):
+        FleetServer(tmp_path / "a", "test", port=broker.port)
+    with pytest.raises(UserError, match=f"port {broker.port} for the HTTP server"):
+        FleetServer(tmp_path / "b", "test", broker=broker, endpoint_port=broker.port)
     EmbeddedStore(tmp_path / "a" / "graph").close()  # nothing was left open
 
 
-def test_a_device_that_was_there_before_the_server_is_known(tmp_path: Path, broker: tuple[str, int]) -> None:
-    device = virtual_device(*broker, "test", "early", PROGRAM, client(0, 1))
+def test_a_device_that_was_there_before_the_server_is_known(tmp_path: Path, broker: BrokerAddress) -> None:
+    device = virtual_device(broker, "test", "early", PROGRAM, client(0, 1))
     device.start()
     rows: list[Rows] = []
     heard: list[str] = []
@@ -446,15 +447,16 @@ def test_devices_that_died_while_the_broker_was_gone_are_offline(tmp_path: Path)
         "simulate",
         "--fleet",
         "test",
+        "--insecure",
         "--broker",
-        f"127.0.0.1:{port}",
+        plain_broker(port).url,
     ]
     root = Path(__file__).parent.parent
     online = """PREFIX tf: <https://w3id.org/tinyfleet#>
         SELECT ?id { ?d tf:fleet "test" ; tf:deviceId ?id ; tf:online true }"""
     heard = News()
 
-    with FleetServer(tmp_path / "data", "test", broker=("127.0.0.1", port), on_log=heard.put) as server:
+    with FleetServer(tmp_path / "data", "test", broker=plain_broker(port), on_log=heard.put) as server:
         weak = subprocess.Popen([*command, "--prefix", "weak"], cwd=root, stdout=subprocess.DEVNULL)
         try:
             heard.until("weak-0: online")
@@ -465,7 +467,7 @@ def test_devices_that_died_while_the_broker_was_gone_are_offline(tmp_path: Path)
             weak.kill()
             weak.wait()
         broker = start_mosquitto(tmp_path, port)
-        late = virtual_device("127.0.0.1", port, "test", "late", PROGRAM, client(0, 1))
+        late = virtual_device(plain_broker(port), "test", "late", PROGRAM, client(0, 1))
         late.start()
         try:
             heard.until("late: online")
@@ -477,11 +479,11 @@ def test_devices_that_died_while_the_broker_was_gone_are_offline(tmp_path: Path)
             broker.wait()
 
 
-def test_what_the_server_refuses_is_news(broker: tuple[str, int], tmp_path: Path) -> None:
+def test_what_the_server_refuses_is_news(broker: BrokerAddress, tmp_path: Path) -> None:
     heard = News()
     td = thing_description("other", "one", VIRTUAL, "mote", "0.1.0", 65536, PROGRAM.model_id) | {"tf:arenaBytes": 0}
     with FleetServer(tmp_path / "more", "other", broker=broker, on_log=heard.put) as other:
-        session = Session(*broker, "one", on_message=lambda _topic, _payload: None)
+        session = Session(broker, "one", on_message=lambda _topic, _payload: None)
         session.publish(Topics("other").td("one"), json.dumps(td).encode(), retain=True)
         said = heard.get(timeout=10)
         session.close()

@@ -16,12 +16,13 @@ import cbor2
 import numpy as np
 import paho.mqtt.client as paho
 import pytest
-from conftest import free_port, start_mosquitto
+from conftest import free_port, plain_broker, start_mosquitto
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import decode_chunk
 from tinyfleet.edge.wire.messages import (
     Dense,
@@ -50,7 +51,7 @@ METRICS = Metrics(samples=8, loss=0.5, queried=4, correct=3, query_loss=0.25, ar
 class Puppet:
     """A device of which a test holds the strings."""
 
-    def __init__(self, broker: tuple[str, int], name: str) -> None:
+    def __init__(self, broker: BrokerAddress, name: str) -> None:
         self.name = name
         self.requests: queue.Queue[TrainTask] = queue.Queue()
         self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name)
@@ -59,7 +60,7 @@ class Puppet:
         self._complete = threading.Event()
         self._client.will_set(TOPICS.status(name), encode(Status(False, PROGRAM.model_id)), qos=1, retain=True)
         self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.command(name), qos=1)
-        self._client.connect(*broker)
+        self._client.connect(broker.host, broker.port)
         self._client.loop_start()
         self.say(Status(True, PROGRAM.model_id))
 
@@ -106,7 +107,7 @@ Start = Callable[[str], Puppet]
 
 
 @pytest.fixture
-def puppet(broker: tuple[str, int]) -> Iterator[Start]:
+def puppet(broker: BrokerAddress) -> Iterator[Start]:
     puppets: list[Puppet] = []
 
     def start(name: str) -> Puppet:
@@ -124,8 +125,8 @@ def events() -> list[RoundEvent]:
 
 
 @pytest.fixture
-def grid(broker: tuple[str, int], events: list[RoundEvent]) -> Iterator[MqttGrid]:
-    with MqttGrid(*broker, "test", PROGRAM, on_event=events.append, resend_interval=0.2, offline_grace=0.1) as grid:
+def grid(broker: BrokerAddress, events: list[RoundEvent]) -> Iterator[MqttGrid]:
+    with MqttGrid(broker, "test", PROGRAM, on_event=events.append, resend_interval=0.2, offline_grace=0.1) as grid:
         yield grid
 
 
@@ -268,7 +269,7 @@ def test_sparse_changes_are_added_to_what_was_sent(grid: MqttGrid, puppet: Start
 
 
 def test_the_weights_go_out_once_and_are_gone_after_the_round(
-    grid: MqttGrid, puppet: Start, events: list[RoundEvent], broker: tuple[str, int]
+    grid: MqttGrid, puppet: Start, events: list[RoundEvent], broker: BrokerAddress
 ) -> None:
     devices = [puppet(name) for name in "abc"]
     grid.wait_for_nodes(3, 5)
@@ -285,7 +286,7 @@ def test_the_weights_go_out_once_and_are_gone_after_the_round(
     assert retained(broker) == {TOPICS.status(name) for name in "abc"}
 
 
-def retained(broker: tuple[str, int]) -> set[str]:
+def retained(broker: BrokerAddress) -> set[str]:
     """The topics that hold a retained message; a message of our own marks the end of them."""
     topics: set[str] = set()
     over = threading.Event()
@@ -299,7 +300,7 @@ def retained(broker: tuple[str, int]) -> set[str]:
     client = paho.Client(paho.CallbackAPIVersion.VERSION2)
     client.on_message = on_message
     client.on_subscribe = lambda *_: client.publish("over", b"")
-    client.connect(*broker)
+    client.connect(broker.host, broker.port)
     client.loop_start()
     client.subscribe("#", qos=1)
     assert over.wait(5)
@@ -309,7 +310,7 @@ def retained(broker: tuple[str, int]) -> set[str]:
 
 
 def test_a_device_that_vanishes_costs_its_own_reply_only(
-    grid: MqttGrid, puppet: Start, events: list[RoundEvent], broker: tuple[str, int]
+    grid: MqttGrid, puppet: Start, events: list[RoundEvent], broker: BrokerAddress
 ) -> None:
     steady, weak = puppet("steady"), puppet("weak")
     grid.wait_for_nodes(2, 5)
@@ -354,7 +355,7 @@ def test_numbers_that_are_not_finite_never_reach_a_strategy(grid: MqttGrid, pupp
     assert reply.has_error() and "not finite" in str(reply.error.reason)
 
 
-def test_silence_ends_with_the_timeout(grid: MqttGrid, puppet: Start, broker: tuple[str, int]) -> None:
+def test_silence_ends_with_the_timeout(grid: MqttGrid, puppet: Start, broker: BrokerAddress) -> None:
     puppet("a")
     grid.wait_for_nodes(1, 5)
     (reply,) = grid.send_and_receive([message("a", record(START))], timeout=0.3)
@@ -365,8 +366,8 @@ def test_silence_ends_with_the_timeout(grid: MqttGrid, puppet: Start, broker: tu
 def test_a_broker_that_restarts_costs_no_reply(tmp_path: Path) -> None:
     port = free_port()
     broker = start_mosquitto(tmp_path, port)
-    device = Puppet(("127.0.0.1", port), "a")
-    with MqttGrid("127.0.0.1", port, "test", PROGRAM, resend_interval=0.2, offline_grace=30) as grid:
+    device = Puppet(plain_broker(port), "a")
+    with MqttGrid(plain_broker(port), "test", PROGRAM, resend_interval=0.2, offline_grace=30) as grid:
         grid.wait_for_nodes(1, 5)
         with asked(grid, message("a", record(START)), timeout=60) as result:
             work = device.work()
@@ -382,9 +383,9 @@ def test_a_broker_that_restarts_costs_no_reply(tmp_path: Path) -> None:
     broker.wait()
 
 
-def test_what_a_broken_connection_may_have_lost_is_sent_again_at_once(broker: tuple[str, int], puppet: Start) -> None:
+def test_what_a_broken_connection_may_have_lost_is_sent_again_at_once(broker: BrokerAddress, puppet: Start) -> None:
     device = puppet("a")
-    with MqttGrid(*broker, "test", PROGRAM, resend_interval=600) as grid:
+    with MqttGrid(broker, "test", PROGRAM, resend_interval=600) as grid:
         grid.wait_for_nodes(1, 5)
         with asked(grid, message("a", record(START)), timeout=60) as result:
             work = device.work()
@@ -397,12 +398,12 @@ def test_what_a_broken_connection_may_have_lost_is_sent_again_at_once(broker: tu
     assert retained(broker) == {TOPICS.status("a")}
 
 
-def test_only_selected_devices_that_run_the_program_are_nodes(broker: tuple[str, int], puppet: Start) -> None:
+def test_only_selected_devices_that_run_the_program_are_nodes(broker: BrokerAddress, puppet: Start) -> None:
     for name in ("a", "b"):
         puppet(name)
     puppet("other").say(Status(True, b"another!"))
     selected = ["a", "other", "unheard-of"]
-    with MqttGrid(*broker, "test", PROGRAM, select_devices=lambda: selected) as grid:
+    with MqttGrid(broker, "test", PROGRAM, select_devices=lambda: selected) as grid:
         assert grid.wait_for_nodes(1, 5) == [node_id("a")]
         selected.append("b")
         assert grid.wait_for_nodes(2, 5) == sorted([node_id("a"), node_id("b")])
@@ -448,4 +449,4 @@ def test_what_no_device_can_be_asked_is_refused_before_anything_is_published(gri
 def test_a_broker_that_is_not_there_is_one_clear_error() -> None:
     port = free_port()
     with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}"):
-        MqttGrid("127.0.0.1", port, "test", PROGRAM)
+        MqttGrid(plain_broker(port), "test", PROGRAM)

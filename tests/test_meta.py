@@ -42,6 +42,7 @@ from tinyfleet.edge.model.layers import (
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Episodes, omniglot
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.wire.messages import (
@@ -247,7 +248,7 @@ def as_success(payload: bytes) -> Success:
     [("reptile", None), ("tinymetafed", None), ("tinymetafed", 0.999), ("fomaml", None), ("fedprox", None)],
 )
 def test_bytes_are_those_that_real_devices_and_a_broker_carry(
-    name: str, density: float | None, broker: tuple[str, int], devices: Start, digits: Any, exact: Any
+    name: str, density: float | None, broker: BrokerAddress, devices: Start, digits: Any, exact: Any
 ) -> None:
     """Two rounds of the strategy that `tinyfleet run start` has for it; what is learned is the same, too."""
     devices(FLEET, task=DIGITS)
@@ -257,7 +258,7 @@ def test_bytes_are_those_that_real_devices_and_a_broker_carry(
     if density is not None:
         how = replace(how, update=replace(how.update, density=density))
     start = meta.initial_parameters(DIGITS.program, how)
-    with MqttGrid(*broker, "test", DIGITS.program, resend_interval=60) as grid:  # a busy machine is not asked twice
+    with MqttGrid(broker, "test", DIGITS.program, resend_interval=60) as grid:  # a busy machine is not asked twice
         nodes = sorted(grid.wait_for_nodes(FLEET, 20))
         limit_clients(strategy.strategy, count, FLEET)
         carried: list[tuple[int, int]] = []

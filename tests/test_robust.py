@@ -29,6 +29,7 @@ from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.wire.messages import Dense, Success, decode_reply, encode
 from tinyfleet.ontology.queries import library
@@ -39,7 +40,7 @@ from tinyfleet.server.named_strategies import NamedStrategy, StrategyOptions, ma
 from tinyfleet.server.training_run import Round
 
 Vector = NDArray[np.float32]
-Broker = tuple[str, int]
+Broker = BrokerAddress
 
 
 class OddNode(Node):
@@ -104,7 +105,7 @@ def odd(broker: Broker) -> Iterator[Any]:
 
     def start(kind: type[OddNode], index: int) -> Device:
         id = f"odd-{index}"
-        device = Device(lambda: kind(id, client(index, 100)), *broker, "test")
+        device = Device(lambda: kind(id, client(index, 100)), broker, "test")
         device.start()
         started.append(device)
         return device
@@ -130,7 +131,7 @@ def accuracy(vector: Vector) -> float:
 
 def after_rounds(strategy: Strategy, broker: Broker, count: int, rounds: int = 3, **config: Any) -> Vector:
     settings = ConfigRecord({"phase-steps": [60], "lr": 0.1, "seed": 5, **config})
-    with MqttGrid(*broker, "test", PROGRAM) as grid:
+    with MqttGrid(broker, "test", PROGRAM) as grid:
         assert len(grid.wait_for_nodes(count, 10)) == count
         result = strategy.start(grid, vector_to_arrays(START, PROGRAM), rounds, 30, train_config=settings)
     return arrays_to_vector(result.arrays, PROGRAM)
@@ -160,7 +161,7 @@ def test_fedprox_is_applied_on_the_device(broker: Broker, devices: Start) -> Non
 
     free, some, strong = (distance(mu) for mu in (0.0, 1.0, 9.0))
     assert strong < 0.5 * some < 0.5 * free * 0.9
-    with MqttGrid(*broker, "test", PROGRAM) as grid, pytest.raises(ValueError, match="proximal-mu times the rate"):
+    with MqttGrid(broker, "test", PROGRAM) as grid, pytest.raises(ValueError, match="proximal-mu times the rate"):
         grid.wait_for_nodes(3, 10)
         FedProx(proximal_mu=11.0).start(
             grid, vector_to_arrays(START, PROGRAM), 1, 30, train_config=ConfigRecord({"phase-steps": [5], "lr": 0.1})
@@ -182,7 +183,7 @@ def test_privacy_clips_each_change_and_adds_noise(broker: Broker, devices: Start
     def once(noise: float) -> Vector:
         strategy = wrapper(FedAvg(fraction_evaluate=0.0), noise, clip, 4)
         settings = ConfigRecord({**config})
-        with MqttGrid(*broker, "test", PROGRAM) as grid:
+        with MqttGrid(broker, "test", PROGRAM) as grid:
             grid.wait_for_nodes(4, 10)
             return arrays_to_vector(
                 strategy.start(grid, vector_to_arrays(START, PROGRAM), 1, 30, settings).arrays, PROGRAM
@@ -271,7 +272,7 @@ def test_first_order_maml_moves_the_start_by_the_last_samples_changes(broker: Br
     devices(3)
     strategy = FOMAML(alpha=0.5, beta=0.1, steps=10, outer=3, outer_beta=0.02, clients=3, seed=4)
     expected = []
-    with MqttGrid(*broker, "test", PROGRAM) as grid:
+    with MqttGrid(broker, "test", PROGRAM) as grid:
         grid.wait_for_nodes(3, 10)
         for message in strategy.configure_train(1, vector_to_arrays(START, PROGRAM), ConfigRecord(), grid):
             index = int(grid.device(message.metadata.dst_node_id).removeprefix("test-"))

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from conftest import plain_broker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.mqtt_session import Message, Receipt, Session
 
-Broker = tuple[str, int]
+Broker = BrokerAddress
 Heard = list[tuple[str, bytes]]
 
 ACCEPTED = bytes((0x20, 2, 0, 0))
@@ -37,8 +39,9 @@ def said_to(heard: Heard, parts: list[bytes]) -> Iterator[None]:
 
         thread = threading.Thread(target=broker)
         thread.start()
-        host, port = listening.getsockname()
-        session = Session(host, port, "s", on_message=lambda *m: heard.append(m), background=False)
+        session = Session(
+            plain_broker(listening.getsockname()[1]), "s", on_message=lambda *m: heard.append(m), background=False
+        )
         while session.connected:
             session.pump(1)
         session.close()
@@ -86,9 +89,9 @@ def test_bytes_that_are_no_mqtt_end_the_connection_and_no_more(message: tuple[st
 def test_what_is_sent_together_arrives_in_order_and_all_of_it(broker: Broker) -> None:
     """More than a socket takes at once, so that the listening thread must write the rest."""
     arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
-    listener = Session(*broker, "listener", on_message=lambda *message: arrived.put(message))
+    listener = Session(broker, "listener", on_message=lambda *message: arrived.put(message))
     listener.subscribe("t/+")
-    sender = Session(*broker, "sender")
+    sender = Session(broker, "sender")
     payloads = [n.to_bytes(2, "big") * 512 for n in range(8000)]  # 8 MB
     sender.send(Message("t/1", payload) for payload in payloads)
     assert sender.flush(60)
@@ -99,9 +102,9 @@ def test_what_is_sent_together_arrives_in_order_and_all_of_it(broker: Broker) ->
 
 def test_a_message_of_any_size_is_sent_as_it_is(broker: Broker) -> None:
     arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
-    listener = Session(*broker, "listener", on_message=lambda *message: arrived.put(message))
+    listener = Session(broker, "listener", on_message=lambda *message: arrived.put(message))
     listener.subscribe("sizes/+")
-    sender = Session(*broker, "sender")
+    sender = Session(broker, "sender")
     sizes = [0, 1, *range(116, 122), *range(16371, 16377), 1 << 21]  # around those whose length takes a byte more
     sender.send([Message("sizes/á", bytes([size % 251]) * size) for size in sizes])
     sender.publish("sizes/end", b"the end")
@@ -119,10 +122,10 @@ def test_an_error_in_the_callers_own_thread_ends_no_session_and_costs_its_messag
         if payload == b"bad":
             raise RuntimeError("what is this?")
 
-    listener = Session(*broker, "listener", on_message=hear, background=False)
+    listener = Session(broker, "listener", on_message=hear, background=False)
     listener.subscribe("t")
     listener.pump(0.1)
-    sender = Session(*broker, "sender")  # now: when the broker accepts it, it has read the subscription
+    sender = Session(broker, "sender")  # now: when the broker accepts it, it has read the subscription
     sender.send([Message("t", payload, True) for payload in (b"one", b"bad", b"two", b"bad", b"three")])
     for _ in range(2):
         with pytest.raises(RuntimeError, match="what is this"):
@@ -137,9 +140,9 @@ def test_an_error_in_the_callers_own_thread_ends_no_session_and_costs_its_messag
 
 def test_threads_publish_at_once_and_nothing_is_torn(broker: Broker) -> None:
     arrived: queue.Queue[tuple[str, bytes]] = queue.Queue()
-    listener = Session(*broker, "listener", on_message=lambda *message: arrived.put(message))
+    listener = Session(broker, "listener", on_message=lambda *message: arrived.put(message))
     listener.subscribe("t/+")
-    sender = Session(*broker, "sender")
+    sender = Session(broker, "sender")
 
     def send(name: int) -> None:
         for n in range(300):
@@ -167,9 +170,9 @@ def test_a_callback_may_wait_for_a_thread_that_uses_the_session(broker: Broker) 
         room.acquire()
         waiting.put(receipt)
 
-    session = Session(*broker, "server", on_delivery=deliver)
+    session = Session(broker, "server", on_delivery=deliver)
     session.subscribe("t/+")
-    sender = Session(*broker, "sender")
+    sender = Session(broker, "sender")
     for _ in range(50):
         sender.publish("t/1", b"x")
     for _ in range(50):
@@ -193,9 +196,9 @@ def test_an_error_in_a_callback_costs_its_message_and_no_other(
             raise RuntimeError("what is this?")
         arrived.put(payload)
 
-    listener = Session(*broker, "listener", on_message=hear)
+    listener = Session(broker, "listener", on_message=hear)
     listener.subscribe("t")
-    sender = Session(*broker, "sender")  # now: when the broker accepts it, it has read the subscription
+    sender = Session(broker, "sender")  # now: when the broker accepts it, it has read the subscription
     for payload in (b"one", b"bad", b"two"):
         sender.publish("t", payload)
     with caplog.at_level(logging.ERROR, "tinyfleet.edge.wire.mqtt_session"):
@@ -212,9 +215,9 @@ def test_a_session_can_be_closed_in_a_callback_and_used_no_more(broker: Broker) 
         listener.close()
         closed.set()
 
-    listener = Session(*broker, "listener", on_message=hear)
+    listener = Session(broker, "listener", on_message=hear)
     listener.subscribe("t")
-    sender = Session(*broker, "sender")  # now: when the broker accepts it, it has read the subscription
+    sender = Session(broker, "sender")  # now: when the broker accepts it, it has read the subscription
     sender.publish("t", b"the end")
     assert closed.wait(30)
     sender.close()
@@ -230,9 +233,9 @@ def test_it_is_closed_while_a_callback_sends(broker: Broker) -> None:
         assert go_on.wait(30)
         listener.send([Message("u", b"an answer")])
 
-    listener = Session(*broker, "listener", on_message=hear)
+    listener = Session(broker, "listener", on_message=hear)
     listener.subscribe("t")
-    sender = Session(*broker, "sender")  # now: when the broker accepts it, it has read the subscription
+    sender = Session(broker, "sender")  # now: when the broker accepts it, it has read the subscription
     sender.publish("t", b"a question")
     assert begun.wait(30)
     closing = threading.Thread(target=listener.close, daemon=True)

@@ -15,6 +15,7 @@ from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.tasks import Task, keywords
 from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Success, TrainTask, UpdateFormat, decode_reply, encode
@@ -84,15 +85,15 @@ def test_a_learner_in_python_learns_what_the_virtual_microcontroller_learns(name
 
 
 @pytest.mark.parametrize("name", ["sine", pytest.param("presence", marks=needs("occupancy"))])
-def test_a_fleet_learns_it_over_a_broker(name: str, broker: tuple[str, int]) -> None:
+def test_a_fleet_learns_it_over_a_broker(name: str, broker: BrokerAddress) -> None:
     """FedAvg on virtual devices lowers the loss that they report; of a regression they report no accuracy."""
     task = _load(name)
-    devices = [virtual_device(*broker, FLEET, f"device-{i}", task.program, task.client(i, 3)) for i in range(3)]
+    devices = [virtual_device(broker, FLEET, f"device-{i}", task.program, task.client(i, 3)) for i in range(3)]
     for device in devices:
         device.start()
     how = make_strategy("fedavg", task, rounds=6, clients=3)
     try:
-        with MqttGrid(*broker, FLEET, task.program) as grid:
+        with MqttGrid(broker, FLEET, task.program) as grid:
             assert len(grid.wait_for_nodes(3, LIMIT)) == 3
             start = vector_to_arrays(task.program.initial(1), task.program)
             config = ConfigRecord({**how.train_config, "seed": 1})  # the same samples in every round

@@ -11,6 +11,8 @@ plan_model, ModelPlan  the RAM and flash that a model needs to run and to train
 Program                a model as the engine reads it
 MoteLearner            the engine: a program that infers and learns
 load_task              a learning task: its data, its model, its episodes              edge
+find_broker,           the fleet's MQTT broker, from its server's data folder or its   edge
+BrokerAddress          address
 MqttGrid               the devices of a fleet as a Flower grid                         server
 Reptile, TinyReptile,  Flower strategies for meta-learning
 TinyMetaFed, FOMAML,
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from tinyfleet.edge.model.learner import MoteLearner
     from tinyfleet.edge.model.program import Program
     from tinyfleet.edge.tasks import load as load_task
+    from tinyfleet.edge.wire.broker_address import BrokerAddress
+    from tinyfleet.edge.wire.server_info import find_broker
     from tinyfleet.firmware_tools.compiler.compile import ModelPlan, compile_model, plan_model
     from tinyfleet.ontology.graph import Graph, open_graph
     from tinyfleet.ontology.vocabulary.namespaces import Iri
@@ -42,6 +46,7 @@ __path__ = extend_path(__path__, __name__)
 __all__ = [
     "FOMAML",
     "Asynchronous",
+    "BrokerAddress",
     "Graph",
     "Iri",
     "ModelPlan",
@@ -53,6 +58,7 @@ __all__ = [
     "TinyReptile",
     "__version__",
     "compile_model",
+    "find_broker",
     "load_task",
     "open_graph",
     "plan_model",
@@ -66,6 +72,8 @@ _PLACES = {
     "Program": ("edge.model.program", "Program"),
     "MoteLearner": ("edge.model.learner", "MoteLearner"),
     "load_task": ("edge.tasks", "load"),
+    "BrokerAddress": ("edge.wire.broker_address", "BrokerAddress"),
+    "find_broker": ("edge.wire.server_info", "find_broker"),
     "MqttGrid": ("server.flower.grid", "MqttGrid"),
     "Reptile": ("server.flower.strategies", "Reptile"),
     "TinyReptile": ("server.flower.strategies", "TinyReptile"),

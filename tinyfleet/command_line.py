@@ -9,13 +9,17 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import click
 import typer
 import typer.core
 from typer.utils import get_params_from_function
+
+if TYPE_CHECKING:
+    from tinyfleet.edge.wire.broker_address import BrokerAddress
 
 
 def _write_parameters(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -107,9 +111,6 @@ def as_command(function: Callable[..., None], name: str) -> click.Command:
 
 DATA = Path(".tinyfleet")
 
-BROKER = typer.Option(
-    "--broker", metavar="HOST:PORT", help="MQTT broker.", show_default="the running server's, else 127.0.0.1:1883"
-)
 FLEET = typer.Option("--fleet", metavar="NAME", help="Fleet name.", show_default="the running server's, else home")
 FLEET_SIZE = typer.Option(
     "--fleet-size", metavar="N", min=1, help="Number of devices in the fleet, which share the task's samples."
@@ -118,7 +119,6 @@ DEVICE_ID = typer.Option("--device-id", metavar="ID", help="Device ID in the fle
 BOARD = typer.Option("--board", metavar="ID", help="Board ID; see `tinyfleet firmware boards`.")
 MODEL = typer.Option("--model", metavar="MODEL", help="The model.")
 
-BrokerOption = Annotated[str | None, BROKER]
 FleetOption = Annotated[str | None, FLEET]
 DataOption = Annotated[Path, typer.Option("--data", metavar="DIR", help="Data folder of the server on this machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -156,6 +156,75 @@ SelectOption = Annotated[
     str,
     typer.Option("--select", metavar="QUERY", help="Devices: a SPARQL file with a column ?id, or a library query."),
 ]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What the options say about the broker; see `with_connection`."""
+
+    broker: Annotated[
+        str | None,
+        typer.Option(
+            "--broker", metavar="URL", help="MQTT broker: mqtts://[USER@]HOST[:PORT].", show_default="the server's"
+        ),
+    ] = None
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca", metavar="FILE.pem", help="Authority of the broker's certificate.", show_default="the system's"
+        ),
+    ] = None
+    cert: Annotated[
+        Path | None, typer.Option("--cert", metavar="FILE.pem", help="Client certificate, for the broker.")
+    ] = None
+    key: Annotated[Path | None, typer.Option("--key", metavar="FILE.pem", help="Private key of --cert.")] = None
+    password_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--password-file",
+            metavar="FILE",
+            help="Password of the broker's user.",
+            show_default="the variable TINYFLEET_BROKER_PASSWORD",
+        ),
+    ] = None
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Accept a broker without encryption, on this machine only.")
+    ] = False
+
+    def find(self, data: Path) -> BrokerAddress:
+        """The broker: the one that the options name, else the running server's."""
+        from tinyfleet.edge.wire.server_info import find_broker
+
+        named = asdict(self)
+        return find_broker(named.pop("broker"), data, insecure=named.pop("insecure"), **named)
+
+
+CONNECTION = Connection()
+
+
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Connection` in place of its parameter `connection`."""
+    options = {field.name: field for field in fields(Connection)}
+    hints = get_type_hints(Connection, include_extras=True)
+
+    def called(**given: Any) -> None:
+        command(connection=Connection(**{name: given.pop(name) for name in options}), **given)
+
+    own = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        if parameter.name == "connection":
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters += [
+                inspect.Parameter(name, keyword, default=field.default, annotation=hints[name])
+                for name, field in options.items()
+            ]
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    called.__name__, called.__doc__, called.__module__ = command.__name__, command.__doc__, command.__module__
+    called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
 
 
 def out_option(metavar: str) -> Any:

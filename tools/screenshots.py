@@ -52,7 +52,7 @@ def main() -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         server = stack.enter_context(FleetServer(Path(folder), "home", port=0))
         for i in range(4):
-            device = virtual_device(*server.broker, "home", f"device-{i}", task.program, task.client(i, 4))
+            device = virtual_device(server.broker, "home", f"device-{i}", task.program, task.client(i, 4))
             device.start()
             stack.callback(device.stop)
         driver = browser()

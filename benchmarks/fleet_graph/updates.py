@@ -141,9 +141,10 @@ def end_to_end(folder: Path, n: int) -> dict[str, Any]:
             time.sleep(0.05)
         settled = time.perf_counter() - began
         rates, used = [], []
+        where = server.broker.host, server.broker.port
         for seed in (3, 4, 5):
             fleet = subprocess.Popen(
-                [sys.executable, SCRIPT, "--publish", *map(str, (*server.broker, n, STATUSES, seed))],
+                [sys.executable, SCRIPT, "--publish", *map(str, (*where, n, STATUSES, seed))],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
             assert fleet.stdin is not None and fleet.stdout is not None

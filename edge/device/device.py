@@ -22,6 +22,7 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.versions import ENGINE_VERSION
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.mqtt_session import Message, Session
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Device:
     ----------
     make_node
         Called for the node at the start, and again after each reboot.
-    host, port
+    broker
         The broker.
     fleet
         The fleet's name.
@@ -52,9 +53,9 @@ class Device:
         If no broker answers.
     """
 
-    def __init__(self, make_node: Callable[[], Node], host: str, port: int, fleet: str) -> None:
+    def __init__(self, make_node: Callable[[], Node], broker: BrokerAddress, fleet: str) -> None:
         self._make_node = make_node
-        self._where = (host, port)
+        self._broker = broker
         self._fleet = fleet
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -101,7 +102,7 @@ class Device:
     def _open(self) -> Session:
         will = self.node.will()
         return Session(
-            *self._where,
+            self._broker,
             f"tinyfleet-{self._fleet}-{self.node.id}",
             on_message=self._receive,
             on_connect=self.node.connected,
@@ -159,13 +160,13 @@ class Device:
 
 
 def virtual_device(
-    host: str, port: int, fleet: str, id: str, program: Program, data: ClientData, board: Board = VIRTUAL
+    broker: BrokerAddress, fleet: str, id: str, program: Program, data: ClientData, board: Board = VIRTUAL
 ) -> Device:
     """Make a virtual device: a microcontroller's node and engine in this process. It connects, and runs once started.
 
     Parameters
     ----------
-    host, port
+    broker
         The broker.
     fleet, id
         Names of the fleet and the device.
@@ -193,4 +194,4 @@ def virtual_device(
     def node() -> Node:
         return Node(fleet, id, td, program, DatasetStream(data), arena_bytes=arena, model_slot_bytes=PROGRAM_BYTES)
 
-    return Device(node, host, port, fleet)
+    return Device(node, broker, fleet)

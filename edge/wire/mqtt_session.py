@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -17,6 +18,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 
 KEEPALIVE = 30
 """Seconds of silence after which the client pings the broker. After 1.5 times that the broker publishes the will."""
@@ -27,8 +29,30 @@ SHORT = 5.0
 """Seconds: sessions that end sooner are suspicious, as two clients with one name end each other's session."""
 READ = 65_536
 """The most bytes to read at a time."""
+_WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 log = logging.getLogger(__name__)
+
+
+_ALERTS = {
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it asks for a client certificate; give --cert and --key",
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": "it asks for a client certificate; give --cert and --key",
+    "TLSV1_ALERT_UNKNOWN_CA": "it does not know the authority that signed the client certificate",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "the client certificate is revoked; enrol again",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the client certificate has expired; enrol again",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "the client certificate is not valid there",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "the client certificate is not valid there",
+    "TLSV1_ALERT_PROTOCOL_VERSION": "it speaks no TLS version that is still safe",
+}
+"""What a broker's TLS alert means for the user, by OpenSSL's names for them."""
+_CREDENTIALS = "; name the user in the address (mqtts://USER@HOST:PORT) and give --password-file, or --cert and --key"
+_REASONS = {
+    0x84: "; it does not speak MQTT 3.1.1",
+    0x85: "; it does not accept this client ID",
+    0x86: _CREDENTIALS,
+    0x87: _CREDENTIALS,
+}
+"""Advice by paho's reason code (it translates MQTT 3.1.1's return codes to MQTT 5's)."""
 
 
 class Receipt(NamedTuple):
@@ -56,6 +80,7 @@ class _Wire:
         self._read = b""
         self._at, self._end = 0, 0  # the part that paho may read; what comes before is done
         self._over = False
+        self.error: OSError | None = None  # why it ended, if the broker did not just close it
         self.unsent = bytearray()
 
     def fileno(self) -> int:
@@ -76,11 +101,7 @@ class _Wire:
         is (0, b""), and `recv` then returns the end of the stream.
         """
         self._at = self._end
-        try:
-            data = self._sock.recv(READ)
-            self._over = not data
-        except OSError as error:
-            data, self._over = b"", not isinstance(error, BlockingIOError)
+        data = self._receive()
         self._read, self._end = self._read[self._end :] + data, 0
         while (bounds := _packet(self._read, self._end)) is not None:
             self._at, (body, self._end) = self._end, bounds
@@ -88,6 +109,22 @@ class _Wire:
         self._at = self._end
         if self._over:
             yield 0, b""
+
+    def _receive(self) -> bytes:
+        """What has arrived. TLS hands it over record by record, and keeps what it has decrypted from `poll`."""
+        parts: list[bytes] = []
+        with self._lock:  # a TLS connection bears one thread at a time
+            try:
+                while not self._over and sum(map(len, parts)) < READ:
+                    parts.append(self._sock.recv(READ))
+                    self._over = not parts[-1]
+                    if not isinstance(self._sock, ssl.SSLSocket):
+                        break
+            except _WAIT:
+                pass
+            except OSError as error:
+                self._over, self.error = True, error
+        return b"".join(parts)
 
     def recv(self, size: int) -> bytes:
         if self._at == self._end and not self._over:
@@ -115,7 +152,7 @@ class _Wire:
         try:
             while self.unsent:
                 del self.unsent[: self._sock.send(self.unsent)]
-        except BlockingIOError:
+        except _WAIT:
             pass
         except OSError:
             self.unsent.clear()
@@ -140,6 +177,7 @@ class _Client(mqtt.Client):
     """paho's client on a _Wire. PUBLISH and PUBACK packets, nearly all of the traffic, are read and written here, many
     at a time; paho handles all others."""
 
+    broker: BrokerAddress
     deliver: Callable[[str, bytes, int | None], None]
     """Called with each message: topic, payload, and its number if it has QoS 1."""
 
@@ -155,8 +193,16 @@ class _Client(mqtt.Client):
                 self.deliver(*message)
 
     def _create_socket(self) -> Any:
+        context = self.broker.tls_context()  # each time: a renewed certificate counts from the next connection on
         sock = cast(socket.socket, super()._create_socket())
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages, one after the other
+        if context is not None:
+            sock.settimeout(CONNECT_TIMEOUT)
+            try:
+                sock = context.wrap_socket(sock, server_hostname=self.broker.host)
+            except OSError:
+                sock.close()
+                raise
         self.wire = _Wire(sock)
         return self.wire
 
@@ -201,8 +247,8 @@ class Session:
 
     Parameters
     ----------
-    host, port
-        The broker.
+    broker
+        Its address, and what the client shows it.
     client_id
         The client's name at the broker.
     on_message
@@ -227,8 +273,7 @@ class Session:
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        broker: BrokerAddress,
         client_id: str,
         *,
         on_message: Callable[[str, bytes], None] | None = None,
@@ -237,7 +282,7 @@ class Session:
         will: tuple[str, bytes] | None = None,
         background: bool = True,
     ) -> None:
-        self._where = f"{host}:{port}"
+        self._broker = broker
         self._client_id = client_id
         self._on_connect = on_connect
         self._background = background
@@ -262,6 +307,9 @@ class Session:
         self._client.on_socket_register_write = lambda *_: None  # so that paho only queues: `_write` writes
         self._client.on_connect = self._accepted
         self._client.on_disconnect = self._lost
+        self._client.broker = broker
+        if broker.username is not None or broker.password is not None:
+            self._client.username_pw_set(broker.username or "", broker.password)
 
         def deliver(topic: str, payload: bytes, number: int | None) -> None:
             if on_delivery is not None:
@@ -277,9 +325,9 @@ class Session:
         if will is not None:
             self._client.will_set(*will, qos=1, retain=True)
         try:
-            self._client.connect(host, port, KEEPALIVE)
+            self._client.connect(broker.host, broker.port, KEEPALIVE)
         except (OSError, ValueError) as error:
-            raise UserError(self._no_broker(str(error))) from error
+            raise UserError(self._no_connection(error)) from error
         self._wait_until_accepted()
         if background:
             self._thread = threading.Thread(target=self._run, name=client_id, daemon=True)
@@ -347,7 +395,8 @@ class Session:
             self._retry_at, self._retry = now + self._retry, min(2 * self._retry, RETRY[1])
             try:
                 self._client.reconnect()
-            except OSError:
+            except (OSError, UserError) as error:  # UserError: of a certificate's file
+                log.debug("no connection to %s: %s", self._broker.url, error)
                 return
         self._loop(timeout)
 
@@ -453,9 +502,28 @@ class Session:
 
     def _no_broker(self, reason: str) -> str:
         return (
-            f"no MQTT broker answers at {self._where} ({reason}); start one with `tinyfleet server start`, or name "
-            "another with --broker HOST:PORT"
+            f"no MQTT broker answers at {self._broker.url} ({reason}); start one with `tinyfleet server start`, or "
+            "name another with --broker mqtts://HOST:PORT"
         )
+
+    def _no_connection(self, error: Exception) -> str:
+        """Why there is no connection, and what to do."""
+        where = self._broker.url
+        if isinstance(error, ssl.SSLCertVerificationError):
+            ca = "the system's authorities" if self._broker.ca is None else str(self._broker.ca)
+            return (
+                f"the broker at {where} shows a certificate that cannot be trusted: {error.verify_message}; checked "
+                f"against {ca} (--ca names another authority)"
+            )
+        if isinstance(error, ssl.SSLError) and error.reason is not None:
+            if (advice := _ALERTS.get(error.reason)) is not None:
+                return f"the broker at {where} refuses this client: {advice}"
+            return f"TLS with the broker at {where} fails: {error.reason.lower().replace('_', ' ')}"
+        if isinstance(error, (ConnectionResetError, ssl.SSLError)):
+            if self._broker.tls:
+                return f"the program at {where} ends the connection when TLS begins: it is no broker with TLS"
+            return f"the program at {where} ends the connection; if it is a broker with TLS, write mqtts://"
+        return self._no_broker(error.strerror or str(error) if isinstance(error, OSError) else str(error))
 
     def _call(self, callback: Callable[..., None], *about: Any) -> None:
         """Call back. In the background nothing would catch an error, and paho would handle the same message forever."""
@@ -470,7 +538,8 @@ class Session:
 
     def _accepted(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if reason.is_failure:
-            self._refusal = f"the MQTT broker at {self._where} rejects this session: {reason}"
+            advice = _REASONS.get(int(reason.value), "")
+            self._refusal = f"the MQTT broker at {self._broker.url} refuses this session: {reason}{advice}"
             return
         self._known = True
         self._since = time.monotonic()
@@ -486,7 +555,8 @@ class Session:
         self._number += 1
         self._connected.clear()
         if not self._known and self._refusal is None:
-            self._refusal = self._no_broker("another program is there")
+            error = self._client.wire.error
+            self._refusal = self._no_broker("another program is there") if error is None else self._no_connection(error)
         if time.monotonic() - self._since > SHORT:
             self._retry_at, self._retry, self._short = 0.0, RETRY[0], 0
         elif not self._closing.is_set():
@@ -494,6 +564,6 @@ class Session:
             if self._short == 3:
                 log.warning(
                     "the broker at %s keeps ending this session; does another client use the name %s? It keeps trying",
-                    self._where,
+                    self._broker.url,
                     self._client_id,
                 )

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.broker_address import BrokerAddress, read_password
 
 SERVER_FILE = "server.json"
 """In the server's data folder, for as long as the server runs."""
-DEFAULT_BROKER = "127.0.0.1:1883"
 DEFAULT_FLEET = "home"
 
 
@@ -24,7 +24,7 @@ def find_server(data: Path) -> dict[str, str]:
     Returns
     -------
     dict
-        Broker (HOST:PORT), SPARQL endpoint, token and fleet; empty if no server runs.
+        Broker, SPARQL endpoint, token and fleet; empty if no server runs.
 
     Raises
     ------
@@ -59,33 +59,41 @@ def fleet_of(fleet: str | None, data: Path) -> str:
     return fleet or find_server(data).get("fleet", DEFAULT_FLEET)
 
 
-def broker_address(broker: str | None, data: Path) -> tuple[str, int]:
+def find_broker(broker: str | None, data: Path, *, insecure: bool = False, **shown: Path | None) -> BrokerAddress:
     """Find the MQTT broker.
 
     Parameters
     ----------
     broker
-        HOST:PORT, or None for the running server's, else the default.
+        Its address, or None for the running server's.
     data
         The server's data folder.
+    insecure
+        Whether the user accepts a broker without encryption on this machine.
+    shown
+        Files of `BrokerAddress`: `ca`, `cert`, `key`; and `password_file`.
 
     Returns
     -------
-    tuple
-        Host and port.
+    BrokerAddress
 
     Raises
     ------
     UserError
-        If the address is invalid, or the server's file is damaged.
+        If the address is invalid, no server runs and no broker is named, or the server's file is damaged.
 
     Examples
     --------
-    >>> broker_address("[::1]:1883", Path())
-    ('::1', 1883)
+    >>> find_broker("mqtt://[::1]", Path(), insecure=True).url
+    'mqtt://[::1]:1883'
     """
-    address = broker or find_server(data).get("broker", DEFAULT_BROKER)
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"'{address}' is not a broker address; write HOST:PORT, such as {DEFAULT_BROKER}")
-    return host.strip("[]"), int(port)
+    if broker is None:
+        return BrokerAddress.parse(require_server(data)["broker"])
+    password = read_password(shown.pop("password_file", None))
+    address = BrokerAddress.parse(broker, password=password, **shown)
+    if not address.tls and not insecure:
+        raise UserError(
+            f"{address.url} is not encrypted, and anyone on this machine may control what is there; to accept that, "
+            "add --insecure"
+        )
+    return address

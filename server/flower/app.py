@@ -8,15 +8,14 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from logging import INFO
-from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import load
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
-from tinyfleet.edge.wire.server_info import broker_address
 from tinyfleet.server.evaluate import baselines
 from tinyfleet.server.flower.composite_grid import CompositeGrid
 from tinyfleet.server.flower.grid import MqttGrid
@@ -42,8 +41,8 @@ def main(grid: Grid, context: Context) -> None:
     initialization = initial_parameters(task.program, named_strategy, seed)
     with ExitStack() as stack:
         if config["broker"]:
-            host, port = broker_address(str(config["broker"]), Path())
-            devices = stack.enter_context(MqttGrid(host, port, str(config["fleet"]), task.program))
+            broker = BrokerAddress.parse(str(config["broker"]))
+            devices = stack.enter_context(MqttGrid(broker, str(config["fleet"]), task.program))
             grid = CompositeGrid([grid, devices])
         nodes = wait_for_nodes(grid, clients, float(config["wait"]))
         limit_clients(named_strategy.strategy, clients, len(nodes))

@@ -28,7 +28,7 @@ class CompositeGrid(Grid):
     --------
     ::
 
-        with MqttGrid("127.0.0.1", 1883, "home", program) as devices:
+        with MqttGrid(broker, "home", program) as devices:
             strategy.start(CompositeGrid([grid, devices]), initial_arrays)  # grid: as Flower's ServerApp gets it
     """
 

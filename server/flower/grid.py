@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.flower_records import single_records
 from tinyfleet.edge.wire.messages import Failure, Kind, TrainTask, decode_reply, decode_status, encode, error_text
@@ -115,16 +116,17 @@ class MqttGrid(RunGrid):
 
         from flwr.serverapp.strategy import FedAvg
 
-        with MqttGrid("127.0.0.1", 1883, "home", program) as grid:
+        with MqttGrid(tinyfleet.find_broker(Path(".tinyfleet")), "home", program) as grid:
             result = FedAvg(fraction_evaluate=0.0).start(grid, initial_arrays, num_rounds=10)
 
     Without a broker it says what to do:
 
     >>> from tinyfleet.edge.model.layers import Dense, build
-    >>> MqttGrid("127.0.0.1", 1, "home", build([Dense(2)], (3,), "mse"))  # doctest: +IGNORE_EXCEPTION_DETAIL
+    >>> nowhere = BrokerAddress("127.0.0.1", 1, tls=False)
+    >>> MqttGrid(nowhere, "home", build([Dense(2)], (3,), "mse"))  # doctest: +IGNORE_EXCEPTION_DETAIL
     Traceback (most recent call last):
     ...
-    tinyfleet.edge.errors.UserError: no MQTT broker answers at 127.0.0.1:1 ...
+    tinyfleet.edge.errors.UserError: no MQTT broker answers at mqtt://127.0.0.1:1 ...
 
     Notes
     -----
@@ -133,8 +135,7 @@ class MqttGrid(RunGrid):
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        broker: BrokerAddress,
         fleet: str,
         program: Program,
         select_devices: Callable[[], Iterable[str]] | None = None,
@@ -157,7 +158,7 @@ class MqttGrid(RunGrid):
         self._broadcasts = Broadcasts(self._topics)
         self._session: Session | None = None
         name = f"tinyfleet-grid-{secrets.token_hex(4)}"
-        self._session = Session(host, port, name, on_message=self._receive, on_connect=self._connected)
+        self._session = Session(broker, name, on_message=self._receive, on_connect=self._connected)
         self._connected()
 
     def __enter__(self) -> "MqttGrid":
