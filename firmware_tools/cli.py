@@ -39,7 +39,6 @@ from tinyfleet.firmware_tools.firmware import MODEL_SLOT_BYTES
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tinyfleet.edge.model.program import Program
     from tinyfleet.edge.wire.broker_address import BrokerAddress
     from tinyfleet.firmware_tools.boards.catalogue import BoardTarget
     from tinyfleet.firmware_tools.firmware.size import FirmwareSize
@@ -176,29 +175,17 @@ def export_(
       tinyfleet firmware export --format cmake --out mote --model model.mote
       tinyfleet firmware export --format arduino --out TinyFleetMote
     """
+    from tinyfleet.edge.model.program import read_program
     from tinyfleet.firmware_tools.firmware import export_library
 
     if format not in export_library.FORMATS:
         raise UserError(f"there is no format '{format}'; choose {' or '.join(export_library.FORMATS)}")
-    program = None if model is None else _read_program(model)
+    program = None if model is None else read_program(model)
     files = export_library.export(format, out, program)
     if as_json:
         typer.echo(json.dumps({"out": str(out), "files": [str(path.relative_to(out)) for path in files]}, indent=2))
     else:
         typer.echo(f"{out}: {len(files)} files")
-
-
-def _read_program(file: Path) -> Program:
-    from tinyfleet.edge.errors import ProgramError
-    from tinyfleet.edge.model.program import Program
-
-    advice = "make one with: tinyfleet model compile"
-    try:
-        return Program.parse(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}); {advice}") from error
-    except ProgramError as error:
-        raise UserError(f"{file} is not a program; {advice}") from error
 
 
 @app.command("emulate")

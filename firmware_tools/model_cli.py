@@ -350,16 +350,13 @@ def description(file: Path) -> ModelDescription:
     UserError
         If the file is not a model.
     """
-    from tinyfleet.edge.model.program import Program
+    from tinyfleet.edge.model.program import read_program
     from tinyfleet.firmware_tools.readers.model_file import read_model_file
     from tinyfleet.ontology.ingest.describe import from_graph, from_program
     from tinyfleet.ontology.ingest.model_card import find_model_card
 
     if file.suffix == ".mote":
-        try:
-            return from_program(Program.parse(file.read_bytes()), file.stem)
-        except OSError as e:
-            raise UserError(f"cannot read '{file}': {e.strerror}; give the path of a model's file") from e
+        return from_program(read_program(file), file.stem)
     read = read_model_file(file)
     about = from_graph(read.model, find_model_card(file))
     try:

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
-from zipfile import BadZipFile
 
 import typer
 
@@ -416,13 +415,16 @@ def _parameters(path: Path, program: Program) -> NDArray[np.float32]:
     import numpy as np
 
     from tinyfleet.edge.errors import ProgramError
+    from tinyfleet.edge.files import read_npz
 
     try:
-        with np.load(path) as arrays:
-            return program.join(arrays)
+        vector = program.join(read_npz(path, 16 * program.n_params + (1 << 20)))  # they may be of 64 bits
+        if not np.isfinite(vector).all():
+            raise ValueError("numbers in it are not finite")
+        return vector
     except ProgramError as error:
         raise UserError(f"{path} has other parameters than the model ({error}); give a file of the same task") from None
-    except (OSError, ValueError, TypeError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} has no parameters ({error}); give a file that `tinyfleet run start --out` wrote"
         ) from None

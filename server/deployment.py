@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from tinyfleet.edge.device.node import NOT_FOR_FLEETS
-from tinyfleet.edge.errors import ProgramError, UserError
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.model.program import read_program as read_any_program
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks
 from tinyfleet.edge.wire.errors import ProtocolError
@@ -102,12 +103,7 @@ def read_program(path: Path) -> Program:
     UserError
         If the file is not a program, or a fleet cannot run it.
     """
-    try:
-        program = Program.parse(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); make one with: tinyfleet model compile") from None
-    except ProgramError as error:
-        raise UserError(f"{path} is not a program ({error}); make one with: tinyfleet model compile") from None
+    program = read_any_program(path)
     if program.input.dtype != "float32" or program.trains_int8 or program.loss is None:
         raise UserError(f"{path} is not a program for a fleet: {NOT_FOR_FLEETS}")
     if len(program.data) > CHUNK * MAX_CHUNKS:

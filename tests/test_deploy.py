@@ -416,7 +416,7 @@ def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
     no_id = tmp_path / "no-id.rq"
     no_id.write_text("SELECT ?d { ?d ?p ?o }")
     for words, reason in (
-        ([tmp_path / "none.mote"], "cannot read"),
+        ([tmp_path / "none.mote"], "there is no file"),
         ([__file__], "is not a program (these bytes are not a program"),
         ([other], "is not a program for a fleet"),
         ([large], "no device is left to send it to: device-0: RAM to run: the model requires"),

@@ -146,7 +146,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tinyfleet", "firmware", "export", "--format"]
     for words, message in (
         (["maven", "--out", tmp_path / "x"], "no format 'maven'"),
-        (["cmake", "--out", tmp_path / "x", "--model", tmp_path / "none.mote"], "cannot read"),
+        (["cmake", "--out", tmp_path / "x", "--model", tmp_path / "none.mote"], "there is no file"),
         (["cmake", "--out", tmp_path / "x", "--model", tmp_path / "there"], "is not a program"),
     ):
         done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=ROOT, check=False)

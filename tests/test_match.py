@@ -348,7 +348,7 @@ def test_what_is_described_already_stays_as_it_is(data: Path, tmp_path: Path) ->
     [
         ((), "give a model with --model, a device with --device-id, or both"),
         (("--model", "0" * 16), "describes no model 0000000000000000; give its file, or see: tinyfleet query models"),
-        (("--model", "nothing.mote"), "cannot read 'nothing.mote': No such file or directory"),
+        (("--model", "nothing.mote"), "there is no file nothing.mote"),
         (("--model", __file__), "neither a .tflite nor a .keras file"),
         (("--device-id", "nobody"), "knows no device 'nobody' in the fleet 'home'"),
         (("--device-id", "a b"), "'a b' is not a valid device name"),

@@ -12,12 +12,14 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tinyfleet.edge.errors import ProgramError
+from tinyfleet.edge.errors import ProgramError, UserError
+from tinyfleet.edge.files import read_file
 from tinyfleet.edge.model.arrays import named_arrays, trained_shapes
 from tinyfleet.edge.model.graph import LOSSES, Kind, Loss, Op, Shape, Shape3, Tensor, Trains
 from tinyfleet.edge.model.memory_plan import (
@@ -36,6 +38,7 @@ from tinyfleet.edge.model.program_format import (
     INT8,
     MASKS,
     MAX_BYTES,
+    MAX_FILE_BYTES,
     MOMENTUM,
     NONE,
     OP,
@@ -397,6 +400,16 @@ class Program:
                 raise ProgramError(f"'{name}' needs the shape {shape}, but got {got}")
             vectors.append(np.asarray(arrays[name], np.float32).ravel())
         return np.concatenate(vectors) if vectors else np.zeros(0, np.float32)
+
+
+def read_program(path: Path) -> Program:
+    """The program in a .mote file. Raises UserError if there is none."""
+    advice = "make one with: tinyfleet model compile"
+    data = read_file(path, MAX_FILE_BYTES, advice)
+    try:
+        return Program.parse(data)
+    except ProgramError as error:
+        raise UserError(f"{path} is not a program ({error}); {advice}") from None
 
 
 def _fans(name: str, shape: Shape) -> int:

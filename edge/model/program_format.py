@@ -14,6 +14,7 @@ from tinyfleet.edge.model.memory_plan import HEADER_BYTES, OP_BYTES, TENSOR_BYTE
 VERSION = 2
 MAX_LAYERS = 32  # that train: the bits of a mask
 MAX_BYTES = 0x10000000
+MAX_FILE_BYTES = 2 * MAX_BYTES  # more than the constants, and the records of at most 65,535 operations and tensors
 NONE = 0xFFFF
 EXTERNAL = 0xFFFFFFFF
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.files import read_file
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Tensor
+
+MAX_SIDE = 0xFFFF
+"""The longest axis of a tensor that the engine has."""
+MAX_OPERATIONS = 1_000
+"""Of a model that is planned, whose time grows with their square; a network for a Raspberry Pi has 100 to 300."""
+MAX_FILE_BYTES = 1 << 30
+"""Of the largest model file that is read; no device that this is for has so much memory."""
 
 
 class CompileError(UserError):
@@ -16,6 +25,14 @@ class CompileError(UserError):
 
 class ReadError(CompileError):
     """A file that is damaged, or not of its format: it can be neither described nor compiled."""
+
+
+def read_model_bytes(path: Path) -> bytes:
+    """A model file's content. Raises ReadError."""
+    try:
+        return read_file(path, MAX_FILE_BYTES, "give the path of a model's file")
+    except UserError as error:
+        raise ReadError(str(error)) from None
 
 
 def windows(size: int, kernel: int, stride: int, dilation: int, padding: str) -> tuple[int, int]:

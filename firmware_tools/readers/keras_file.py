@@ -9,14 +9,27 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tinyfleet.firmware_tools.readers.common import CompileError, ReadError
+from tinyfleet.edge.errors import printable
+from tinyfleet.edge.files import open_zip
+from tinyfleet.edge.wire.json_text import parse_json
+from tinyfleet.firmware_tools.readers.common import MAX_FILE_BYTES, CompileError, ReadError
 
-_MAX_CONFIG = 16 * 1024 * 1024
+_MAX_CONFIG = 4 * 1024 * 1024  # a network of a thousand layers takes one
+_MAX_VALUES = 300_000
+_MAX_DEPTH = 64
+
+
+DESCRIPTION_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What is raised where a description is not as Keras writes it."""
+
+
+def shown(error: Exception) -> str:
+    """One of DESCRIPTION_ERRORS in a few words."""
+    return printable(f"{type(error).__name__}: {error}", 100)
 
 
 @dataclass(frozen=True)
@@ -40,31 +53,31 @@ class KerasDescription:
 def parse_keras(data: bytes, name: str) -> KerasDescription:
     """The description in a .keras file's bytes. name: how errors call the file. Raises ReadError."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            with archive.open("config.json") as file:
-                text = file.read(_MAX_CONFIG + 1)
-            if len(text) > _MAX_CONFIG:
-                raise ReadError(f"{name}: its config.json is longer than {_MAX_CONFIG} bytes")
-            return KerasDescription(name, json.loads(text), _version(archive))
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        RuntimeError,
-        NotImplementedError,
-        EOFError,
-        OSError,
-        KeyError,
-        ValueError,
-    ) as e:
+        with open_zip(io.BytesIO(data), MAX_FILE_BYTES) as archive:
+            config, metadata = (_part(archive, part) for part in ("config.json", "metadata.json"))
+        if config is None:
+            raise ValueError("it has no config.json")
+        description = _parse(config)
+        version = None if metadata is None else _parse(metadata)
+    except (OSError, ValueError) as e:
         raise ReadError(f"{name} is not a .keras file ({e}); save the model with model.save('name.keras')") from None
+    said = version.get("keras_version") if isinstance(version, dict) else None
+    return KerasDescription(name, description, said if isinstance(said, str) else None)
 
 
-def _version(archive: zipfile.ZipFile) -> str | None:
-    try:
-        with archive.open("metadata.json") as file:
-            return str(json.loads(file.read(_MAX_CONFIG))["keras_version"])
-    except (KeyError, ValueError, TypeError):
+def _part(archive: zipfile.ZipFile, name: str) -> bytes | None:
+    """A file in the archive; None if it is not there."""
+    if name not in archive.namelist():
         return None
+    with archive.open(name) as file:
+        text = file.read(_MAX_CONFIG + 1)
+    if len(text) > _MAX_CONFIG:
+        raise ValueError(f"its {name} is longer than {_MAX_CONFIG} bytes")
+    return text
+
+
+def _parse(text: bytes) -> Any:
+    return parse_json(text, max_values=_MAX_VALUES, max_depth=_MAX_DEPTH)
 
 
 def describe_object(model: Any) -> KerasDescription:

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 from tinyfleet.edge.model.graph import Layer, Shape
 from tinyfleet.firmware_tools.readers.common import ReadError, windows
-from tinyfleet.firmware_tools.readers.keras_file import KerasDescription
+from tinyfleet.firmware_tools.readers.keras_file import DESCRIPTION_ERRORS, KerasDescription, shown
 
 _MAX_DEPTH = 8
 """Models may be nested so deep in each other."""
+_MAX_RANK = 8
+_MAX_NUMBER = 2**31 - 1
 
 Config = dict[str, Any]
 
@@ -43,8 +45,8 @@ def keras_layers(description: KerasDescription) -> KerasLayers:
         last = walk.model(description.config, None, True, 0)
     except ReadError as error:
         raise ReadError(f"{description.name}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise ReadError(f"{description.name} is damaged, or of a Keras before 3: {error!r}") from None
+    except DESCRIPTION_ERRORS as error:
+        raise ReadError(f"{description.name} is damaged, or of a Keras before 3: {shown(error)}") from None
     if not walk.layers:
         raise ReadError(f"{description.name}: it has no layer")
     return KerasLayers(tuple(walk.layers), walk.input, last, tuple(dict.fromkeys(walk.notes)))
@@ -125,10 +127,10 @@ def _figures(kind: str, about: Config, shape: Shape, sources: list[Shape | None]
 
 def _shape(batch_shape: Any) -> Shape | None:
     """A shape without its batch axis; None if an axis is free."""
-    if not isinstance(batch_shape, list) or not batch_shape:
+    if not isinstance(batch_shape, list) or not 1 <= len(batch_shape) <= _MAX_RANK:
         return None
     axes = batch_shape[1:]
-    return tuple(axes) if all(type(n) is int and n > 0 for n in axes) else None
+    return tuple(axes) if all(type(n) is int and 0 < n <= _MAX_NUMBER for n in axes) else None
 
 
 def _inputs(entry: Config) -> list[Shape | None]:
@@ -163,8 +165,8 @@ def _number_type(dtype: Any) -> str:
 
 
 def _whole(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r} where a whole number from 1 should be")
+    if type(value) is not int or not 1 <= value <= _MAX_NUMBER:
+        raise ValueError(f"there is no whole number from 1 to {_MAX_NUMBER} where one should be")
     return value
 
 
@@ -249,7 +251,7 @@ def _flatten(_: Config, shape: Shape, __: list[Shape | None]) -> _Figures:
 
 
 def _reshape(about: Config, shape: Shape, _: list[Shape | None]) -> _Figures:
-    target = tuple(about["target_shape"])
+    target = tuple(about["target_shape"])[:_MAX_RANK]
     known = math.prod(_whole(n) for n in target if n != -1)
     return _Figures(tuple(math.prod(shape) // known if n == -1 else n for n in target))
 

@@ -13,6 +13,7 @@ What the engine does in another way than Keras:
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,15 @@ from typing import Any
 import numpy as np
 
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape, Shape3, Tensor
-from tinyfleet.firmware_tools.readers.common import CompileError, simplify, windows
-from tinyfleet.firmware_tools.readers.keras_file import KerasDescription, histories, model_ends
+from tinyfleet.edge.model.program_format import MAX_BYTES
+from tinyfleet.firmware_tools.readers.common import MAX_OPERATIONS, MAX_SIDE, CompileError, simplify, windows
+from tinyfleet.firmware_tools.readers.keras_file import (
+    DESCRIPTION_ERRORS,
+    KerasDescription,
+    histories,
+    model_ends,
+    shown,
+)
 from tinyfleet.firmware_tools.readers.keras_graph import KerasGraph, KerasLayer, WeightSource
 
 SUPPORTED = (
@@ -52,8 +60,10 @@ def lower(description: KerasDescription) -> KerasGraph:
         builder = _Builder()
         output = builder.whole(description.config)
         compiled = {**(description.config.get("compile_config") or {})}
-    except (KeyError, TypeError, IndexError, AttributeError) as e:
-        raise CompileError(f"the model's description is not as Keras 3 writes it ({e!r}); save the model again") from e
+    except DESCRIPTION_ERRORS as e:
+        raise CompileError(
+            f"the model's description is not as Keras 3 writes it ({shown(e)}); save the model again"
+        ) from e
     ops, sources = _fold(builder, output)
     graph = simplify(Graph(tuple(builder.tensors), tuple(ops), output))
     return KerasGraph(graph, tuple(sources), compiled)
@@ -87,6 +97,8 @@ class _Builder:
         self.ops: list[Op] = []
         self.sources: dict[int, WeightSource] = {}
         self.layers: set[str] = set()
+        self.calls = 0
+        self.weight_bytes = 0
 
     def whole(self, description: Mapping[str, Any]) -> int:
         """Reads the whole model; its output's tensor."""
@@ -115,8 +127,8 @@ class _Builder:
 
     @staticmethod
     def _entry(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-        entry: Mapping[str, Any] = next(e for e in config["layers"] if e["config"]["name"] == name)
-        return entry
+        entries: dict[Any, Mapping[str, Any]] = {entry["config"]["name"]: entry for entry in config["layers"]}
+        return entries[name]
 
     def _model(self, entry: Mapping[str, Any], inputs: list[_Value], prefix: str, trainable: bool) -> list[_Value]:
         """Reads a (nested) model on these inputs; its outputs."""
@@ -130,24 +142,37 @@ class _Builder:
         if kind != "Functional":
             raise CompileError(f"the model is a {kind}; build it with keras.Sequential or the functional API")
         known = dict(zip(model_ends(config["input_layers"]), inputs, strict=True))
-        waiting = [
+        uses = [
             (part, number, list(histories(node)))
             for part in config["layers"]
             for number, node in enumerate(part["inbound_nodes"])
         ]
-        while waiting:  # a layer that is used again can stand before what it takes
-            ready = next((i for i, (_, _, takes) in enumerate(waiting) if all(t in known for t in takes)), None)
-            if ready is None:
-                raise KeyError(waiting[0][0]["config"]["name"])
-            part, number, takes = waiting.pop(ready)
+        # The first use whose tensors are known is next: a layer that is used again can stand before what it takes.
+        missing = [{take for take in takes if take not in known} for _, _, takes in uses]
+        readers: dict[tuple[str, int, int], list[int]] = {}
+        for use, lacking in enumerate(missing):
+            for take in lacking:
+                readers.setdefault(take, []).append(use)
+        ready = [use for use, lacking in enumerate(missing) if not lacking]
+        while ready:
+            part, number, takes = uses[heapq.heappop(ready)]
             outputs = self._call(part, [known[t] for t in takes], prefix, trainable)
-            known |= {(part["config"]["name"], number, i): value for i, value in enumerate(outputs)}
+            for i, value in enumerate(outputs):
+                given = (part["config"]["name"], number, i)
+                known[given] = value
+                for use in readers.pop(given, ()):
+                    missing[use].discard(given)
+                    if not missing[use]:
+                        heapq.heappush(ready, use)
         return [known[end] for end in model_ends(config["output_layers"])]
 
     def _call(self, entry: Mapping[str, Any], inputs: list[_Value], prefix: str, trainable: bool) -> list[_Value]:
         """Reads one layer, or nested model, on these inputs."""
         config = entry["config"]
         name, kind = f"{prefix}{config['name']}", entry["class_name"]
+        self.calls += 1
+        if self.calls > MAX_OPERATIONS:
+            raise CompileError(f"the model calls more than {MAX_OPERATIONS} layers; the engine is for smaller ones")
         if kind in ("Sequential", "Functional"):
             return self._model(entry, inputs, f"{name}/", trainable)
         ours = str(entry.get("module", "keras")).split(".")[0] == "keras"
@@ -189,6 +214,8 @@ class _Builder:
         """One more operation, whose output has this shape."""
         if min(shape) < 1:
             raise layer.error(f"leaves nothing of its input {inputs[0].shape}; make its window or its cut smaller")
+        if max(shape) > MAX_SIDE:
+            raise layer.error(f"gives the shape {shape}; supported are up to {MAX_SIDE} along an axis")
         self.tensors.append(Tensor(_shape3(shape)))
         output = len(self.tensors) - 1
         self.ops.append(Op(kind, layer.name, tuple(v.tensor for v in inputs), output, **fields))
@@ -207,6 +234,9 @@ class _Builder:
         """One more operation with weights of this shape and a bias, all 0 until they are read."""
         if min(weights) < 1:
             raise source.layer.error(f"has weights of the shape {weights}; save the model again")
+        self.weight_bytes += 4 * (math.prod(weights) + shape[-1])
+        if self.weight_bytes > MAX_BYTES:
+            raise source.layer.error(f"makes the model's weights more than the {MAX_BYTES:,} bytes of a program")
         y = self.op(
             kind,
             source.layer,

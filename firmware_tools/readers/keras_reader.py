@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.model.arrays import named_arrays
 from tinyfleet.edge.model.graph import Graph, ModelGraph
-from tinyfleet.firmware_tools.readers.common import CompileError
+from tinyfleet.firmware_tools.readers.common import CompileError, read_model_bytes
 from tinyfleet.firmware_tools.readers.keras_file import describe_object, parse_keras
 from tinyfleet.firmware_tools.readers.keras_graph import KerasGraph
 from tinyfleet.firmware_tools.readers.keras_layers import keras_layers
@@ -93,10 +93,7 @@ def read_keras_structure(model: Any, loss: str | None = None) -> KerasGraph:
         If the engine cannot run the model, or the file cannot be read.
     """
     if isinstance(model, str | Path):
-        path = Path(model)
-        if not path.is_file():
-            raise CompileError(f"there is no file '{path}'")
-        description = parse_keras(path.read_bytes(), f"'{path}'")
+        description = parse_keras(read_model_bytes(Path(model)), f"'{model}'")
     else:
         description = describe_object(model)
     return lower(description).with_loss(loss)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyfleet.edge.model.graph import ModelGraph
-from tinyfleet.firmware_tools.readers.common import ReadError
+from tinyfleet.firmware_tools.readers.common import ReadError, read_model_bytes
 from tinyfleet.firmware_tools.readers.keras_graph import KerasGraph
 from tinyfleet.firmware_tools.readers.keras_reader import read_keras_model
 
@@ -51,10 +51,7 @@ def read_model_file(path: str | Path) -> ModelFile:
     path = Path(path)
     if path.suffix not in (".tflite", ".keras"):
         raise ReadError(f"{path} is neither a .tflite nor a .keras file; export the model to one of them")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ReadError(f"{path} cannot be read: {error.strerror}; give the path of a model's file") from None
+    data = read_model_bytes(path)
     if path.suffix == ".keras":
         return ModelFile(path, *read_keras_model(data, path.stem))
     try:

@@ -18,10 +18,10 @@ import numpy as np
 import tflite  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from tinyfleet.edge.errors import printable
 from tinyfleet.edge.model.graph import Shape, Shape3
-from tinyfleet.firmware_tools.readers.common import CompileError, ReadError
+from tinyfleet.firmware_tools.readers.common import MAX_SIDE, CompileError, ReadError
 
-MAX_SIDE = 0xFFFF
 _MAX_ITEMS = 20_000  # tensors and buffers
 _MAX_OPERATORS = 5_000
 _MAX_OPERANDS = 256
@@ -31,6 +31,11 @@ _BITS = {
     "INT16": 16, "UINT16": 16, "INT32": 32, "UINT32": 32, "INT64": 64, "UINT64": 64, "BOOL": 8,
 }  # fmt: skip
 _NUMBERS = {"FLOAT32": "<f4", "INT8": "<i1", "INT32": "<i4", "INT64": "<i8"}
+
+
+def shown(name: str) -> str:
+    """A tensor's name, for an error."""
+    return f"'{printable(name, 60)}'"
 
 
 def _names(enumeration: type) -> dict[int, str]:
@@ -61,7 +66,7 @@ class FileTensor:
     sparse: bool
 
     def error(self, problem: str) -> CompileError:
-        return CompileError(f"tensor {self.name!r:.80} {problem}")
+        return CompileError(f"tensor {shown(self.name)} {problem}")
 
     @property
     def size(self) -> int:
@@ -120,7 +125,7 @@ class Operator:
         return self.output_indices[0]
 
     def error(self, problem: str) -> CompileError:
-        return CompileError(f"operator {self.kind} (output {self.output.name!r:.80}) {problem}")
+        return CompileError(f"operator {self.kind} (output {shown(self.output.name)}) {problem}")
 
     def input(self, place: int) -> FileTensor:
         tensor = self.inputs[place] if place < len(self.inputs) else None
@@ -189,9 +194,10 @@ def parse_tflite(data: bytes) -> TFLiteFile:
     graph = model.Subgraphs(0)
     kinds = [_kind(model.OperatorCodes(i)) for i in range(_count(model.OperatorCodesLength(), "operator codes"))]
     buffers = [_buffer(model.Buffers(i), len(data)) for i in range(_count(model.BuffersLength(), "buffers"))]
-    tensors = [_tensor(graph.Tensors(i), buffers) for i in range(_count(graph.TensorsLength(), "tensors"))]
+    budget = _Budget(len(data))
+    tensors = [_tensor(graph.Tensors(i), buffers, budget) for i in range(_count(graph.TensorsLength(), "tensors"))]
     count = _count(graph.OperatorsLength(), "operators", _MAX_OPERATORS)
-    operators = [_operator(graph.Operators(i), kinds, tensors) for i in range(count)]
+    operators = [_operator(graph.Operators(i), kinds, tensors, budget) for i in range(count)]
     if not operators:
         raise ReadError("it is damaged: it has no operator, so nothing to run")
     inputs = _ends(graph.Inputs, graph.InputsLength(), tensors)
@@ -199,6 +205,18 @@ def parse_tflite(data: bytes) -> TFLiteFile:
     if not inputs or not outputs:
         raise ReadError("it is damaged: it has no input or no output")
     return TFLiteFile(tuple(operators), tuple(tensors), inputs, outputs, model.SubgraphsLength())
+
+
+class _Budget:
+    """What is still read of a file: its tables may share parts, so a small one could say more than fits memory."""
+
+    def __init__(self, size: int) -> None:
+        self._left = 4 * size + _MAX_ITEMS
+
+    def take(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise ReadError("it is damaged: its tables say more than a file of its size can hold")
 
 
 def _count(number: int, what: str, most: int = _MAX_ITEMS) -> int:
@@ -229,54 +247,60 @@ def _buffer(buffer: Any, file_size: int) -> tuple[int, NDArray[np.uint8] | None]
     return length, buffer.DataAsNumpy() if inside else None
 
 
-def _tensor(tensor: Any, buffers: list[tuple[int, NDArray[np.uint8] | None]]) -> FileTensor:
-    name = (tensor.Name() or b"").decode("utf-8", errors="replace")
+def _tensor(tensor: Any, buffers: list[tuple[int, NDArray[np.uint8] | None]], budget: _Budget) -> FileTensor:
+    text = tensor.Name() or b""
+    budget.take(len(text))
+    name = text.decode("utf-8", errors="replace")
     rank = tensor.ShapeLength()
     if rank > _MAX_RANK:
-        raise ReadError(f"it is damaged: tensor {name!r:.60} has {rank} axes")
+        raise ReadError(f"it is damaged: tensor {shown(name)} has {rank} axes")
     shape = tuple(int(tensor.Shape(axis)) for axis in range(rank))
     listed = shape
     if tensor.ShapeSignatureLength() == rank:  # -1 where an axis is free; shape says 1 there
         listed = shape[:1] + tuple(int(tensor.ShapeSignature(axis)) for axis in range(1, rank))
     kind = _TYPES.get(tensor.Type())
     if kind is None:
-        raise ReadError(f"number type {tensor.Type()} of tensor {name!r:.60} is not known; it is newer, or damaged")
+        raise ReadError(f"number type {tensor.Type()} of tensor {shown(name)} is not known; it is newer, or damaged")
     held, data = buffers[_index(tensor.Buffer(), len(buffers), "buffer")]
     sparse = tensor.Sparsity() is not None
     bits = _BITS.get(kind)
     if any(n < -1 for n in listed) or (held and -1 in listed):
-        raise ReadError(f"it is damaged: tensor {name!r:.60} has the shape {list(listed)}")
+        raise ReadError(f"it is damaged: tensor {shown(name)} has the shape {list(listed)}")
     if held and bits and not sparse and held != (math.prod(listed) * bits + 7) // 8:
         raise ReadError(
-            f"it is damaged: tensor {name!r:.60} is {kind} {list(listed)}, but carries {held} bytes of constants"
+            f"it is damaged: tensor {shown(name)} is {kind} {list(listed)}, but carries {held} bytes of constants"
         )
-    scales, zero_points, axis = _quantization(tensor.Quantization(), name, listed)
+    scales, zero_points, axis = _quantization(tensor.Quantization(), name, listed, budget)
     return FileTensor(name, kind, shape, listed, scales, zero_points, axis, held > 0, data, sparse)
 
 
-def _quantization(table: Any, name: str, shape: Shape) -> tuple[tuple[float, ...], tuple[int, ...], int]:
+def _quantization(
+    table: Any, name: str, shape: Shape, budget: _Budget
+) -> tuple[tuple[float, ...], tuple[int, ...], int]:
     """Scales, zero points, and the axis that they run along."""
     if table is None:
         return (), (), 0
-    scales = tuple(float(table.Scale(i)) for i in range(_count(table.ScaleLength(), "scales")))
-    zero_points = tuple(int(table.ZeroPoint(i)) for i in range(_count(table.ZeroPointLength(), "zero points")))
+    budget.take(_count(table.ScaleLength(), "scales") + _count(table.ZeroPointLength(), "zero points"))
+    scales = tuple(float(table.Scale(i)) for i in range(table.ScaleLength()))
+    zero_points = tuple(int(table.ZeroPoint(i)) for i in range(table.ZeroPointLength()))
     axis = table.QuantizedDimension()
     if len(scales) > 1 and not 0 <= axis < len(shape):
         raise ReadError(
-            f"it is damaged: the quantised axis of tensor {name!r:.60} is quantised dimension {axis} of {len(shape)}"
+            f"it is damaged: the quantised axis of tensor {shown(name)} is quantised dimension {axis} of {len(shape)}"
         )
     if len(scales) > 1 and len(scales) != shape[axis]:
-        raise ReadError(f"it is damaged: tensor {name!r:.60} has {len(scales)} scales for an axis of {shape[axis]}")
+        raise ReadError(f"it is damaged: tensor {shown(name)} has {len(scales)} scales for an axis of {shape[axis]}")
     return scales, zero_points, axis
 
 
-def _operator(operator: Any, kinds: list[str], tensors: list[FileTensor]) -> Operator:
+def _operator(operator: Any, kinds: list[str], tensors: list[FileTensor], budget: _Budget) -> Operator:
     kind = kinds[_index(operator.OpcodeIndex(), len(kinds), "operator code")]
     sides = []
     for at, length, what in (
         (operator.Inputs, operator.InputsLength(), "inputs"),
         (operator.Outputs, operator.OutputsLength(), "outputs"),
     ):
+        budget.take(length)
         sides.append(tuple(int(at(i)) for i in range(_count(length, f"{what} of an operator", _MAX_OPERANDS))))
     inputs, outputs = ([_pick(tensors, index) for index in side] for side in sides)
     return Operator(kind, operator, tuple(inputs), sides[0], tuple(outputs), sides[1])

@@ -13,6 +13,7 @@ import tflite  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape3, Tensor
+from tinyfleet.edge.model.program_format import MAX_BYTES
 from tinyfleet.edge.model.quantized import (
     constants,
     leaky_relu_table,
@@ -21,8 +22,8 @@ from tinyfleet.edge.model.quantized import (
     requantize_table,
     tanh_table,
 )
-from tinyfleet.firmware_tools.readers.common import CompileError, simplify, windows
-from tinyfleet.firmware_tools.readers.tflite_file import MAX_SIDE, FileTensor, Operator, TFLiteFile
+from tinyfleet.firmware_tools.readers.common import MAX_OPERATIONS, MAX_SIDE, CompileError, simplify, windows
+from tinyfleet.firmware_tools.readers.tflite_file import FileTensor, Operator, TFLiteFile, shown
 from tinyfleet.firmware_tools.readers.tflite_names import layer_name
 
 _MAX_STEP = 0xFF
@@ -44,9 +45,12 @@ class _Lowering:
         self.ops: list[Op] = []
         self.at: dict[int, int] = {}
         self.names: set[str] = set()
+        self.weight_bytes = 0
 
     def graph(self) -> Graph:
         source, result = self._ends()
+        if len(self.file.operators) > MAX_OPERATIONS:
+            raise CompileError(f"it has more than {MAX_OPERATIONS} operators; the engine is for smaller models")
         for tensor in self.file.tensors:
             _check_tensor(tensor)
         for operator in self.file.operators:
@@ -102,7 +106,7 @@ class _Lowering:
         """The graph's tensor at an operator's input."""
         tensor = operator.input(place)
         if tensor.constant:
-            raise operator.error(f"has the constant {tensor.name!r:.60} as its input {place}, which is not supported")
+            raise operator.error(f"has the constant {shown(tensor.name)} as its input {place}, which is not supported")
         index = operator.input_indices[place]
         if index not in self.at:
             raise operator.error(f"reads tensor {index} before it is written; the file is damaged")
@@ -129,6 +133,9 @@ class _Lowering:
         self, operator: Operator, kind: Kind, inputs: tuple[int, ...], activation: str = "NONE", **fields: Any
     ) -> None:
         """An op that writes the operator's output, with the activation that is fused into it."""
+        self.weight_bytes += fields["weights"].nbytes if "weights" in fields else 0
+        if self.weight_bytes > MAX_BYTES:  # operators may share what the file has once
+            raise operator.error(f"makes the model's weights more than the {MAX_BYTES:,} bytes of a program")
         name = self.name(operator)
         y = self.value(operator.output)
         if y.dtype == "int8" or activation == "NONE":

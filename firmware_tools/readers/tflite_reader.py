@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from tinyfleet.edge.model.graph import Graph, ModelGraph
-from tinyfleet.firmware_tools.readers.common import CompileError
+from tinyfleet.firmware_tools.readers.common import CompileError, read_model_bytes
 from tinyfleet.firmware_tools.readers.tflite_file import parse_tflite, reading
 from tinyfleet.firmware_tools.readers.tflite_layers import sample_shape, tflite_layers
 from tinyfleet.firmware_tools.readers.tflite_lowering import lower
@@ -78,8 +78,6 @@ def read_tflite(model: Path | bytes) -> Graph:
     CompileError
         In one line that names the operator that is not supported, or the defect.
     """
-    if isinstance(model, Path) and not model.is_file():
-        raise CompileError(f"there is no file '{model}'")
-    data = model.read_bytes() if isinstance(model, Path) else model
+    data = read_model_bytes(model) if isinstance(model, Path) else model
     with reading(f"'{model.name}'" if isinstance(model, Path) else "the model"):
         return lower(parse_tflite(data))

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.files import read_npz
 from tinyfleet.server.simulator.backend import Moments
 from tinyfleet.server.simulator.results import Round, SimulationResult
 
+_MAX_BYTES = 1 << 28
 _COLUMNS = tuple(Round.__dataclass_fields__)
 
 
@@ -45,14 +46,16 @@ def resume(path: Path, identity: str, begin: SimulationResult) -> SimulationResu
     UserError
         If the file is not a checkpoint, or if it is one of another run.
     """
-    try:
-        with np.load(path) as saved:
-            state = {name: saved[name] for name in ("identity", "parameters", "rounds", "squares", "steps")}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is not a checkpoint ({error}); remove it, or choose another file") from error
-    if str(state["identity"]) != identity:
-        raise UserError(f"{path} belongs to a run with other settings; remove it, or choose another file")
     kinds: list[Callable[[float], Any]] = [int, int, int, float, float, int, int, float]
-    rounds = [Round(*(kind(v) for kind, v in zip(kinds, row, strict=True))) for row in state["rounds"].tolist()]
-    moments = Moments(state["squares"], int(state["steps"])) if begin.moments is not None else None
-    return SimulationResult(begin.initialization, state["parameters"], rounds, moments)
+    try:
+        saved = read_npz(path, _MAX_BYTES)
+        if saved["identity"].shape != () or str(saved["identity"]) != identity:
+            raise UserError(f"{path} belongs to a run with other settings; remove it, or choose another file")
+        parameters, squares = saved["parameters"], saved["squares"]
+        if parameters.shape != begin.parameters.shape or {parameters.dtype, squares.dtype} != {np.dtype(np.float32)}:
+            raise ValueError("its parameters are not those of the model")
+        rounds = [Round(*(kind(v) for kind, v in zip(kinds, row, strict=True))) for row in saved["rounds"].tolist()]
+        moments = Moments(squares, int(saved["steps"])) if begin.moments is not None else None
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UserError(f"{path} is not a checkpoint ({error}); remove it, or choose another file") from error
+    return SimulationResult(begin.initialization, parameters, rounds, moments)

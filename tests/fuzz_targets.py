@@ -1,0 +1,520 @@
+"""What decodes bytes from outside in Python, as targets of fuzzing: any input gives a value or a refusal, soon.
+
+    python tests/fuzz_targets.py TARGET --seconds 600 [--folder FOLDER]    with atheris, which aims at new code
+    python tests/fuzz_targets.py TARGET --inputs 500                       that many damaged seeds, always the same
+
+An input fails that raises anything but what the target's callers handle, takes more than a second of processor time, or
+takes more than 256 MB. tests/fuzzing.py runs them all, beside the fuzzers of the C code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import random
+import resource
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CORPUS = Path(__file__).parent / "corpus"
+SECONDS = 1.0
+"""Of processor time, for one input."""
+MEGABYTES = 256
+"""Beyond the memory at the start, for one input."""
+
+Refusals = tuple[type[Exception], ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something that decodes bytes.
+
+    Parameters
+    ----------
+    run
+        Decodes an input, as its users do.
+    refusals
+        What its users handle.
+    seeds
+        Valid inputs.
+    longest
+        Bytes of the largest input.
+    words
+        What is worth putting into an input, besides random bytes.
+    """
+
+    run: Callable[[bytes], Any]
+    refusals: Callable[[], Refusals]
+    seeds: Callable[[], list[bytes]]
+    longest: int = 4096
+    words: tuple[bytes, ...] = ()
+
+
+class TargetError(Exception):
+    """An input takes too much time or memory."""
+
+
+# ------------------------------------------------------------------------------------------------------ the wire
+
+
+def _messages(data: bytes) -> None:
+    from tinyfleet.edge.wire import chunks, messages
+    from tinyfleet.edge.wire.errors import ProtocolError
+
+    decoders: list[Callable[[bytes], Any]] = [messages.decode_command, messages.decode_reply]
+    for decode in [*decoders, messages.decode_status, chunks.decode_chunk]:
+        try:
+            str(decode(data))
+        except ProtocolError as error:
+            assert len(str(error)) < 200 and str(error).isprintable()
+
+
+def _message_seeds() -> list[bytes]:
+    import numpy as np
+
+    from tinyfleet.edge.wire.chunks import chunks
+    from tinyfleet.edge.wire.messages import Dense, ErrorCode, Failure, Metrics, Sparse, Status, Success, encode
+
+    values, measured = np.ones(5, np.float32), Metrics(5, 0.5, 3, 2, 0.25, 1000)
+    indices = np.array([1, 2, 300, 90_000, 90_001], np.uint32)
+    messages = [
+        Status(True, bytes(8), 2**32 - 1, 7, 8, 0.5, 0.25),
+        Success(1, 0, 2, measured, Dense(3, values, half=True)),
+        Success(2, 1, 2, None, Sparse(indices, values)),
+        Failure(3, ErrorCode.ENGINE, -5),
+    ]
+    orders = [path.read_bytes()[3:] for path in sorted((CORPUS / "node").glob("seed_0*"))]
+    return [*map(encode, messages), *orders, *chunks(bytes(40))]
+
+
+def _frames(data: bytes) -> None:
+    from tinyfleet.edge.wire.serial_frames import FrameReader
+    from tinyfleet.edge.wire.topics import Topics
+
+    reader, topics = FrameReader(1024), Topics("home")
+    for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
+        for frame in reader.feed(piece):
+            topics.parse(frame.topic)
+
+
+def _frame_seeds() -> list[bytes]:
+    from tinyfleet.edge.wire.serial_frames import MESSAGE, PUBLISH, Frame, encode
+
+    topic = "tinyfleet/home/devices/kitchen/reply"
+    return [encode(Frame(PUBLISH, topic, b"\x82\x04\x07")) + encode(Frame(MESSAGE, "t", bytes(300)))]
+
+
+def _broker_address(data: bytes) -> None:
+    from tinyfleet.edge.wire.broker_address import BrokerAddress
+
+    BrokerAddress.parse(data.decode("utf-8", "replace"))
+
+
+# ----------------------------------------------------------------------------------------------- what is described
+
+
+@cache
+def _registry() -> Any:
+    from tinyfleet.ontology.ingest.registry import Registry
+    from tinyfleet.ontology.store.store import EmbeddedStore
+
+    return Registry(EmbeddedStore(), "home")
+
+
+def _ingest(data: bytes) -> None:
+    """The registry raises nothing: what it refuses, it counts."""
+    registry, topics = _registry(), _registry_topics()
+    before = registry.rejected
+    if registry.ingest([(topics.td("dev-1"), data)])[0].rejection is not None:
+        assert registry.rejected == before + 1 and registry.last_rejection.isprintable()
+
+
+@cache
+def _registry_topics() -> Any:
+    from tinyfleet.edge.wire.topics import Topics
+
+    return Topics("home")
+
+
+def _description_seeds() -> list[bytes]:
+    from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
+
+    described = thing_description("home", "dev-1", VIRTUAL, "mote", "0.2.0", 65_536, bytes(8), 4096)
+    return [json.dumps(described).encode()]
+
+
+def _put_description(data: bytes) -> None:
+    """As the directory does."""
+    from tinyfleet.ontology.ingest.description_parser import parse_thing_description
+
+    _registry().put_description(parse_thing_description(data))
+
+
+def _turtle(data: bytes) -> None:
+    from tinyfleet.ontology.graph_cli import read_file
+
+    with tempfile.NamedTemporaryFile(suffix=".nt" if data[:1] == b"<" else ".ttl") as file:
+        file.write(data)
+        file.flush()
+        read_file(Path(file.name))
+
+
+def _model_card(data: bytes) -> None:
+    from tinyfleet.ontology.ingest.model_card import parse_model_card
+
+    parse_model_card("---\n" + data.decode("utf-8", "replace") + "\n---\n")
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+def _tflite(data: bytes) -> None:
+    from tinyfleet.edge.model.assemble import assemble
+    from tinyfleet.firmware_tools.readers.tflite_reader import read_tflite_model
+
+    model = read_tflite_model(data, "model")
+    if model.graph is not None:
+        _run(assemble(model.graph).data)
+
+
+def _keras_description(data: bytes) -> None:
+    """A .keras file whose config.json this is."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("metadata.json", '{"keras_version": "3.10.0"}')
+        archive.writestr("config.json", data)
+    _keras(file.getvalue())
+
+
+def _keras(data: bytes) -> None:
+    from tinyfleet.edge.model.assemble import assemble
+    from tinyfleet.edge.model.memory_plan import resource_use
+    from tinyfleet.firmware_tools.readers.keras_reader import read_keras_model
+
+    _, keras = read_keras_model(data, "model")
+    if keras is not None:
+        graph = keras.with_loss(None).graph
+        resource_use(graph)
+        _run(assemble(graph).data)
+
+
+def _keras_seeds() -> list[bytes]:
+    found = []
+    for i, description in enumerate(_corpus("keras")[:3]):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED if i else zipfile.ZIP_STORED) as archive:
+            archive.writestr("metadata.json", '{"keras_version": "3.10.0"}')
+            archive.writestr("config.json", description)
+            archive.writestr("model.weights.h5", bytes(100))
+        found.append(file.getvalue())
+    return found
+
+
+def _program(data: bytes) -> None:
+    """Its checksum is put right: what damage it would hide is the point."""
+    if len(data) >= 16:
+        data = data[:8] + len(data).to_bytes(4, "little") + zlib.crc32(data[16:]).to_bytes(4, "little") + data[16:]
+    _run(data)
+
+
+def _run(data: bytes) -> None:
+    """A program's bytes, read and loaded as for a device; one inference if that is little work."""
+    from tinyfleet.edge.model.learner import MoteLearner
+    from tinyfleet.edge.model.program import Program
+
+    program = Program.parse(data)
+    work = sum(layer.macs for layer in program.layers)
+    if program.arena_bytes < 1 << 24 and work < 1 << 24:
+        import numpy as np
+
+        learner = MoteLearner(program)
+        if program.input.dtype == "float32":
+            learner.infer(np.zeros(program.input_shape, np.float32))
+
+
+def _parameters(data: bytes) -> None:
+    from tinyfleet.server.cli import _parameters as read_parameters
+
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        file.write(data)
+        file.flush()
+        read_parameters(Path(file.name), _small_program())
+
+
+@cache
+def _small_program() -> Any:
+    from tinyfleet.edge.model.layers import Dense, build
+
+    return build([Dense(3)], (4,), "softmax_cross_entropy")
+
+
+def _parameter_seeds() -> list[bytes]:
+    import numpy as np
+
+    found = []
+    for save in (np.savez, np.savez_compressed):
+        file = io.BytesIO()
+        program = _small_program()
+        save(file, **program.split(program.initial(0)))
+        found.append(file.getvalue())
+    return found
+
+
+def _board(data: bytes) -> None:
+    from tinyfleet.firmware_tools.boards.catalogue import read_board_file
+
+    with tempfile.NamedTemporaryFile(suffix=".toml") as file:
+        file.write(data)
+        file.flush()
+        read_board_file(Path(file.name))
+
+
+def _board_seeds() -> list[bytes]:
+    from tinyfleet.firmware_tools.boards.catalogue import FOLDER
+
+    return [path.read_bytes() for path in sorted(FOLDER.glob("*.toml"))[:3]]
+
+
+# ----------------------------------------------------------------------------------------------------------- HTTP
+
+
+def _parameters_of_requests(data: bytes) -> None:
+    from tinyfleet.ontology.http.request_handling import choose
+    from tinyfleet.ontology.http.sparql import _fields, _graphs, _one
+
+    text = data.decode("latin-1")
+    choose(text[:200], ["text/turtle", "application/json"])
+    fields = _fields(text)
+    _graphs(fields, "default-graph-uri", "named-graph-uri")
+    _one(fields, "query")
+
+
+# ------------------------------------------------------------------------------------------------------- the table
+
+
+def _corpus(name: str) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((CORPUS / name).glob("seed_*"))]
+
+
+def _user_error() -> Refusals:
+    from tinyfleet.edge.errors import UserError
+
+    return (UserError,)
+
+
+def _rejections() -> Refusals:
+    from tinyfleet.ontology.ingest.description_parser import RejectedMessage
+
+    return (RejectedMessage, *_user_error())
+
+
+def _http_error() -> Refusals:
+    from tinyfleet.ontology.http.request_handling import HttpError
+
+    return (HttpError,)
+
+
+def _model_errors() -> Refusals:
+    from tinyfleet.edge.model.learner import LearnerError
+
+    return (*_user_error(), LearnerError)
+
+
+def _card_error() -> Refusals:
+    from tinyfleet.ontology.ingest.model_card import ModelCardError
+
+    return (ModelCardError, *_user_error())
+
+
+_CBOR = (
+    b"\xd8\x1c",
+    b"\xd8\x1d",
+    b"\x9f",
+    b"\xbf",
+    b"\xff",
+    b"\xc2",
+    b"\xfb",
+    b"\x9b" + b"\xff" * 8,
+    b"\xd8\x55",
+    b"\x82",
+)
+_JSON = (
+    b"[", b"{", b"]", b"}", b",", b'"', b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"1" * 30, b"99999999", b"\\ud800",
+    b"\\u001b", b'"@id"', b'"@context"', b"{}", b"[]", b"[" * 50, b'{"a":' * 50, b"65536", b"0.5", b'"@type":',
+)  # fmt: skip
+_ZIP = (
+    b"PK\x01\x02",
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"\x01\x00",
+    b"\xff\xff\xff\xff",
+    b"\x08\x00",
+    b"\x0c\x00",
+    b"\x0e\x00",
+)
+_TEXT = (
+    b"[",
+    b"(",
+    b"<",
+    b'"',
+    b"'",
+    b"\\",
+    b"&",
+    b"*",
+    b"!!python/object:os.system",
+    b"\n",
+    b"\xef\xbb\xbf",
+    b"9" * 5000,
+)
+_WORDS = (
+    *(bytes([v]) for v in (0, 1, 127, 255)),
+    b"\xff\xff\xff\xff",
+    b"\x00\x00\x00\x80",
+    b"\x00\x00\x00\x00",
+    b"\xff\x7f",
+)
+
+TARGETS = {
+    "messages": Target(_messages, lambda: (), _message_seeds, 2048, _CBOR),
+    "frames": Target(_frames, lambda: (), _frame_seeds, 4096, (b"\0", b"\xff")),
+    "addresses": Target(_broker_address, _user_error, lambda: [b"mqtts://me@[::1]:8883", b"mqtt://host"], 300, _TEXT),
+    "descriptions": Target(_ingest, lambda: (), _description_seeds, 65_536, _JSON),
+    "directory": Target(_put_description, _rejections, _description_seeds, 65_536, _JSON),
+    "rdf": Target(_turtle, _user_error, lambda: [b"@prefix a: <urn:a:> . a:b a:c 1.5 , \"x\"@en .\n", b"<urn:a> <urn:b> \"c\" .\n"], 8192, _TEXT),
+    "model_card": Target(_model_card, _card_error, lambda: [b"license: mit\ntinyfleet:\n  observes: [sound]\n  labels: [a, b]\nmodel-index: [{results: [{metrics: [{type: a, value: 1}]}]}]"], 8192, _TEXT),
+    "tflite": Target(_tflite, _model_errors, lambda: _corpus("tflite"), 16_384, _WORDS),
+    "keras": Target(_keras, _model_errors, _keras_seeds, 16_384, _ZIP),
+    "keras_description": Target(_keras_description, _model_errors, lambda: _corpus("keras"), 16_384, _JSON),
+    "program": Target(_program, _model_errors, lambda: _corpus("load"), 2048, _WORDS),
+    "parameters": Target(_parameters, _user_error, _parameter_seeds, 4096, (*_ZIP, b"|O", b"<f8", b"(1000000000,)")),
+    "board": Target(_board, _user_error, _board_seeds, 4096, _TEXT),
+    "requests": Target(_parameters_of_requests, _http_error, lambda: [b"query=ASK%20%7B%7D&default-graph-uri=urn:a", b"text/turtle;q=0.5, */*"], 4096, (*_TEXT, b"%ff", b"&query=")),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- running
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+class Bounded:
+    """A target with its bounds: raises what its users would not handle, and TargetError."""
+
+    def __init__(self, target: Target) -> None:
+        self.target, self._refusals = target, target.refusals()
+        for seed in target.seeds():  # imports and caches are no input's fault
+            self._run(seed)
+        self._most = _peak() + MEGABYTES
+
+    def __call__(self, data: bytes) -> None:
+        began = time.process_time()
+        self._run(data)
+        took = time.process_time() - began
+        if took > SECONDS:
+            raise TargetError(f"took {took:.1f} s")
+        if _peak() > self._most:
+            raise TargetError(f"took more than {MEGABYTES} MB")
+
+    def _run(self, data: bytes) -> None:
+        with contextlib.suppress(*self._refusals):
+            self.target.run(data)
+
+
+def damaged(target: Target, number: int) -> Iterator[bytes]:
+    """So many inputs, always the same: seeds, cut short, with bytes and words changed, put in, taken out, doubled."""
+    rng, seeds = random.Random(1), target.seeds()
+    for seed in seeds:
+        yield seed
+        yield seed[: len(seed) // 2]
+    for _ in range(number):
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.choice((1, 1, 2, 3, 8))):
+            _damage(data, rng, target.words)
+        yield bytes(data[: target.longest])
+
+
+def _damage(data: bytearray, rng: random.Random, words: Sequence[bytes]) -> None:
+    at = rng.randrange(len(data) + 1)
+    word = rng.choice(words) if words and rng.random() < 0.7 else rng.randbytes(rng.choice((1, 1, 2, 4)))
+    match rng.randrange(7):
+        case 0:
+            data[at : at + 1] = bytes([rng.randrange(256)])
+        case 1:
+            data[at : at + len(word)] = word
+        case 2:
+            data[at:at] = word
+        case 3:
+            del data[at : at + rng.choice((1, 2, 8, 64))]
+        case 4:
+            piece = data[at : at + rng.choice((4, 16, 64, 256))]
+            other = rng.randrange(len(data) + 1)
+            data[other:other] = piece
+        case 5:
+            del data[at:]
+        case _:
+            if at < len(data):
+                data[at] ^= 1 << rng.randrange(8)
+
+
+def run_damaged(name: str, number: int) -> list[str]:
+    """Runs a target on damaged seeds; what fails, one line each."""
+    target, failures = TARGETS[name], []
+    bounded = Bounded(target)
+    for data in damaged(target, number):
+        try:
+            bounded(data)
+        except Exception as error:  # the failure that is looked for
+            failures.append(f"{name}: {type(error).__name__}: {error}"[:300] + f" on {data.hex()[:4000]}")
+    return failures
+
+
+def run_atheris(name: str, folder: Path, seconds: int) -> None:
+    """Fuzzes a target until an input fails, or the time is over. Ends the process."""
+    import atheris  # type: ignore[import-untyped]
+
+    for_all = TARGETS[name]
+    with atheris.instrument_imports(include=["tinyfleet"], enable_loader_override=False):
+        bounded = Bounded(for_all)
+    found = folder / name
+    found.mkdir(parents=True, exist_ok=True)
+    for i, seed in enumerate(for_all.seeds()):
+        (found / f"seed_{i:02}").write_bytes(seed)
+    words = folder / f"{name}.dict"
+    escaped = ("".join(f"\\x{byte:02x}" for byte in word[:60]) for word in for_all.words)
+    words.write_text("".join(f'"{word}"\n' for word in escaped))
+    arguments = [sys.argv[0], f"-max_total_time={seconds}", f"-max_len={for_all.longest}", "-timeout=20"]
+    arguments += ["-rss_limit_mb=3000", "-print_final_stats=1", f"-artifact_prefix={folder}/{name}-", str(found)]
+    atheris.Setup([*arguments, *([f"-dict={words}"] if for_all.words else [])], bounded)
+    atheris.Fuzz()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=int, help="fuzz with atheris for so long")
+    parser.add_argument("--inputs", type=int, default=500, help="damaged seeds to try (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("build/fuzz"), help="for what atheris finds")
+    chosen = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    if chosen.seconds:
+        run_atheris(chosen.target, chosen.folder, chosen.seconds)
+    failures = run_damaged(chosen.target, chosen.inputs)
+    print("\n".join(failures) or f"{chosen.target}: clean")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
