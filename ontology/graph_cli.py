@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinyfleet.command_line import BOARD, DATA, CommandGroup, DataOption, JsonOption, out_option
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, printable
+from tinyfleet.edge.files import read_file as read_bytes
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
 if TYPE_CHECKING:
     from tinyfleet.ontology.store.store import Facts
+
+_MAX_FILE_BYTES = 1 << 29
 
 app = CommandGroup("""Fill the knowledge graph from files.
 
@@ -93,22 +97,23 @@ def read_file(path: Path) -> dict[Iri, dict[Iri, list[object]]]:
     """The facts of a Turtle or N-Triples file. Raises UserError if it is invalid, or has a blank node."""
     import pyoxigraph as ox
 
-    from tinyfleet.ontology.store.store import value
+    from tinyfleet.ontology.store.store import OPAQUE, value
 
     form = {".ttl": ox.RdfFormat.TURTLE, ".nt": ox.RdfFormat.N_TRIPLES}.get(path.suffix)
     if form is None:
         raise UserError(f"{path} is neither Turtle (.ttl) nor N-Triples (.nt)")
+    data = read_bytes(path, _MAX_FILE_BYTES, "give the path of a Turtle or N-Triples file")
+    if b"<<" in data and b"<<" in re.sub(OPAQUE.encode(), b" ", data):
+        raise UserError(f"{path} has triples about triples (<< >>), which the graph does not hold; remove them")
     facts: dict[Iri, dict[Iri, list[object]]] = {}
     try:
-        for quad in ox.parse(path=str(path), format=form):
+        for quad in ox.parse(data, form):
             if not isinstance(quad.subject, ox.NamedNode) or isinstance(quad.object, ox.BlankNode):
                 raise UserError(f"{path} has a blank node; give every resource an IRI")
             said = facts.setdefault(Iri(quad.subject.value), {})
             said.setdefault(Iri(quad.predicate.value), []).append(value(quad.object))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except (SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not RDF: {error}") from None
+        raise UserError(f"{path} is not RDF: {printable(str(error), 200)}") from None
     return facts
 
 

@@ -271,21 +271,6 @@ def _parameter_seeds() -> list[bytes]:
     return found
 
 
-def _board(data: bytes) -> None:
-    from tinyfleet.firmware_tools.boards.catalogue import read_board_file
-
-    with tempfile.NamedTemporaryFile(suffix=".toml") as file:
-        file.write(data)
-        file.flush()
-        read_board_file(Path(file.name))
-
-
-def _board_seeds() -> list[bytes]:
-    from tinyfleet.firmware_tools.boards.catalogue import FOLDER
-
-    return [path.read_bytes() for path in sorted(FOLDER.glob("*.toml"))[:3]]
-
-
 # ----------------------------------------------------------------------------------------------------------- HTTP
 
 
@@ -305,6 +290,10 @@ def _parameters_of_requests(data: bytes) -> None:
 
 def _corpus(name: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted((CORPUS / name).glob("seed_*"))]
+
+
+def _nothing() -> Refusals:
+    return ()
 
 
 def _user_error() -> Refusals:
@@ -337,70 +326,45 @@ def _card_error() -> Refusals:
     return (ModelCardError, *_user_error())
 
 
-_CBOR = (
-    b"\xd8\x1c",
-    b"\xd8\x1d",
-    b"\x9f",
-    b"\xbf",
-    b"\xff",
-    b"\xc2",
-    b"\xfb",
-    b"\x9b" + b"\xff" * 8,
-    b"\xd8\x55",
-    b"\x82",
-)
+# Worth putting into an input, besides random bytes.
+_CBOR = (b"\xd8\x1c", b"\xd8\x1d", b"\x9f", b"\xbf", b"\xff", b"\xc2", b"\xfb", b"\x9b" + b"\xff" * 8, b"\xd8\x55")
 _JSON = (
-    b"[", b"{", b"]", b"}", b",", b'"', b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"1" * 30, b"99999999", b"\\ud800",
-    b"\\u001b", b'"@id"', b'"@context"', b"{}", b"[]", b"[" * 50, b'{"a":' * 50, b"65536", b"0.5", b'"@type":',
+    *b"[ { ] } , : null true -1 0 1e999 NaN {} [] 65536 0.5 \\ud800 \\u001b".split(), b'"', b'"@id"', b'"@context"',
+    b'"@type":', b"1" * 30, b"[" * 50, b'{"a":' * 50,
 )  # fmt: skip
-_ZIP = (
-    b"PK\x01\x02",
-    b"PK\x03\x04",
-    b"PK\x05\x06",
-    b"\x01\x00",
-    b"\xff\xff\xff\xff",
-    b"\x08\x00",
-    b"\x0c\x00",
-    b"\x0e\x00",
-)
+_ZIP = (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"\1\0", b"\xff\xff\xff\xff", b"\x08\0", b"\x0c\0", b"\x0e\0")
+_NPY = (*_ZIP, b"|O", b"<f8", b"<U9999999", b"(1000000000,)", b"-1")
 _TEXT = (
-    b"[",
-    b"(",
-    b"<",
-    b'"',
-    b"'",
-    b"\\",
-    b"&",
-    b"*",
-    b"!!python/object:os.system",
+    *b"[ ( < \" ' \\ & * !!python/object:os.system @en ^^ %ff &query=".split(),
     b"\n",
     b"\xef\xbb\xbf",
     b"9" * 5000,
 )
-_WORDS = (
-    *(bytes([v]) for v in (0, 1, 127, 255)),
-    b"\xff\xff\xff\xff",
-    b"\x00\x00\x00\x80",
-    b"\x00\x00\x00\x00",
-    b"\xff\x7f",
-)
+_NUMBERS = (b"\0", b"\1", b"\x7f", b"\xff", b"\xff\x7f", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x80")
 
+_RDF_SEEDS = [b'@prefix a: <urn:a> .\na:b a:c 1.5 , "x"@en , (1 2) .\n', b'<urn:a> <urn:b> "c" .\n']
+_CARD_SEEDS = [
+    b"license: mit\ntinyfleet:\n  observes: [sound]\n  labels: [a, b]\n"
+    b"model-index: [{results: [{metrics: [{type: accuracy, value: 0.9}]}]}]"
+]
+_REQUEST_SEEDS = [b"query=ASK%20%7B%7D&default-graph-uri=urn:a", b"text/turtle;q=0.5, */*"]
+
+#: By name: how it decodes, what its users handle, valid inputs, bytes of the largest input, words.
 TARGETS = {
-    "messages": Target(_messages, lambda: (), _message_seeds, 2048, _CBOR),
-    "frames": Target(_frames, lambda: (), _frame_seeds, 4096, (b"\0", b"\xff")),
-    "addresses": Target(_broker_address, _user_error, lambda: [b"mqtts://me@[::1]:8883", b"mqtt://host"], 300, _TEXT),
-    "descriptions": Target(_ingest, lambda: (), _description_seeds, 65_536, _JSON),
+    "messages": Target(_messages, _nothing, _message_seeds, 2048, _CBOR),
+    "frames": Target(_frames, _nothing, _frame_seeds, 4096, (b"\0", b"\xff")),
+    "addresses": Target(_broker_address, _user_error, lambda: [b"mqtts://me@[::1]:8883", b"localhost"], 300, _TEXT),
+    "descriptions": Target(_ingest, _nothing, _description_seeds, 65_536, _JSON),
     "directory": Target(_put_description, _rejections, _description_seeds, 65_536, _JSON),
-    "rdf": Target(_turtle, _user_error, lambda: [b"@prefix a: <urn:a:> . a:b a:c 1.5 , \"x\"@en .\n", b"<urn:a> <urn:b> \"c\" .\n"], 8192, _TEXT),
-    "model_card": Target(_model_card, _card_error, lambda: [b"license: mit\ntinyfleet:\n  observes: [sound]\n  labels: [a, b]\nmodel-index: [{results: [{metrics: [{type: a, value: 1}]}]}]"], 8192, _TEXT),
-    "tflite": Target(_tflite, _model_errors, lambda: _corpus("tflite"), 16_384, _WORDS),
+    "rdf": Target(_turtle, _user_error, lambda: _RDF_SEEDS, 8192, _TEXT),
+    "model_card": Target(_model_card, _card_error, lambda: _CARD_SEEDS, 8192, _TEXT),
+    "tflite": Target(_tflite, _model_errors, lambda: _corpus("tflite"), 16_384, _NUMBERS),
     "keras": Target(_keras, _model_errors, _keras_seeds, 16_384, _ZIP),
     "keras_description": Target(_keras_description, _model_errors, lambda: _corpus("keras"), 16_384, _JSON),
-    "program": Target(_program, _model_errors, lambda: _corpus("load"), 2048, _WORDS),
-    "parameters": Target(_parameters, _user_error, _parameter_seeds, 4096, (*_ZIP, b"|O", b"<f8", b"(1000000000,)")),
-    "board": Target(_board, _user_error, _board_seeds, 4096, _TEXT),
-    "requests": Target(_parameters_of_requests, _http_error, lambda: [b"query=ASK%20%7B%7D&default-graph-uri=urn:a", b"text/turtle;q=0.5, */*"], 4096, (*_TEXT, b"%ff", b"&query=")),
-}  # fmt: skip
+    "program": Target(_program, _model_errors, lambda: _corpus("load"), 2048, _NUMBERS),
+    "parameters": Target(_parameters, _user_error, _parameter_seeds, 4096, _NPY),
+    "requests": Target(_parameters_of_requests, _http_error, lambda: _REQUEST_SEEDS, 4096, _TEXT),
+}
 
 
 # ------------------------------------------------------------------------------------------------------- running

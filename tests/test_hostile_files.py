@@ -220,6 +220,10 @@ def test_initial_parameters_that_are_not_finite_are_refused(tmp_path: Path) -> N
         ("graph.ttl", b"<a> <b> " + b"(" * 200_000),
         ("graph.ttl", b"<a> <b> " + b"[ <c> " * 200_000),
         ("graph.ttl", b"<a> <b> " + b"<<( <c> <d> " * 100_000),
+        ("graph.ttl", b"<urn:a> <urn:b> " + b"<<( <urn:c> <urn:d> " * 100_000 + b"<urn:e>" + b" )>>" * 100_000 + b" ."),
+        ("graph.ttl", b"<urn:a> <urn:b> " + b"<< <urn:c> <urn:d> " * 100_000 + b"<urn:e>" + b" >>" * 100_000 + b" ."),
+        ("graph.ttl", b"<urn:a> <urn:b> " + b"(" * 100_000 + b")" * 100_000 + b" ."),
+        ("graph.ttl", b"<urn:a> <urn:b> " + b"[ <urn:c> " * 100_000 + b"1" + b" ]" * 100_000 + b" ."),
         ("graph.nt", b"<urn:a> <urn:b> " + b"<<( <urn:c> <urn:d> " * 100_000),
         ("graph.ttl", b'<a> <b> """' + b"x" * 1_000_000),
         ("graph.ttl", b"\xff\xfe<\x00a\x00"),
@@ -230,6 +234,12 @@ def test_rdf_that_is_none_is_refused(tmp_path: Path, name: str, data: bytes) -> 
     path = tmp_path / name
     path.write_bytes(data)
     refused(lambda: read_graph(path))
+
+
+def test_double_brackets_in_texts_and_comments_are_harmless(tmp_path: Path) -> None:
+    path = tmp_path / "graph.ttl"
+    path.write_text('<urn:a> <urn:b> "a << b" . # <<\n')
+    assert len(read_graph(path)) == 1
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "edge": (),
-    "ontology": ("edge.errors", "edge.model", "edge.versions", "edge.wire"),
+    "ontology": ("edge.errors", "edge.files", "edge.model", "edge.versions", "edge.wire"),
     "firmware_tools": ("edge", "ontology"),
     "server": ("edge", "ontology", "firmware_tools"),
 }
