@@ -9,8 +9,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
+from tinyfleet.edge.errors import printable
 from tinyfleet.ontology.queries.matching import TRAIN, UPDATE_MODEL, DeviceMatch, ModelMatch, UnmetRequirement
-from tinyfleet.ontology.store.store import printable
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 UnmetRequirements = Mapping[tuple[str, Iri], Sequence[UnmetRequirement]]

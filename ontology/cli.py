@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tinyfleet.command_line import DATA, DataOption, JsonOption
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
 if TYPE_CHECKING:
@@ -110,8 +110,6 @@ def _cell(value: Value | None) -> str:
         case datetime():
             return value.isoformat(sep=" ", timespec="seconds")
         case _:
-            from tinyfleet.ontology.store.store import printable
-
             return printable(str(value))
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tinyfleet.edge.errors import printable
 from tinyfleet.edge.model.program import Program
-from tinyfleet.ontology.store.store import printable
 from tinyfleet.server.deployment import DeploymentPlan, DeploymentResult, TargetResult, TargetStatus
 from tinyfleet.server.run_report import Bar
 

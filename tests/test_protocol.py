@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ dones = st.builds(
     Success, u32, st.just(0), st.integers(1, 2**32 - 1), st.none() | metrics, st.none() | denses | sparses
 )
 dids = st.one_of(dones, st.builds(Failure, u32, st.sampled_from(ErrorCode), st.integers(-(2**31), 2**31 - 1)))
-engines = st.text(min_size=1, max_size=16).filter(lambda text: len(text.encode()) <= 16)
+engines = st.text(min_size=1, max_size=16).filter(lambda text: len(text.encode()) <= 16 and text.isprintable())
 statuses = st.builds(Status, st.booleans(), model, u32, u32, u32, st.none() | f32, st.none() | f32, u32, engines)
 
 Transcode = Callable[[str, bytes], bytes | None]
@@ -165,6 +166,101 @@ def test_random_bytes_raise_nothing_else(payload: bytes) -> None:
     for decode in (decode_command, decode_reply, decode_status, decode_chunk):
         with contextlib.suppress(ProtocolError):
             decode(payload)
+
+
+@given(
+    message=st.one_of(orders, dids, statuses), at=st.integers(0, 10**6), byte=st.integers(0, 255), insert=st.booleans()
+)
+@settings(max_examples=1500)
+def test_python_refuses_what_the_c_decoder_refuses(
+    transcode: Transcode, message: Any, at: int, byte: int, insert: bool
+) -> None:
+    """With one byte changed or inserted: both accept or both refuse, but for what C leaves to its caller to check."""
+    whole = encode(message)
+    at %= len(whole)
+    damaged = whole[:at] + bytes([byte]) + whole[at + (not insert) :]
+    for name, decode in (("command", decode_command), ("reply", decode_reply), ("status", decode_status)):
+        try:
+            decode(damaged)
+        except ProtocolError:
+            if name == "command":
+                assert transcode(name, damaged) is None
+        else:
+            assert transcode(name, damaged) is not None
+
+
+def shared_references(levels: int) -> bytes:
+    """2**levels values for whoever compares or prints it, in some nine bytes a level."""
+    heads = [b"\xd8\x1d" + cbor2.dumps(i) for i in range(levels - 1)]
+    return (
+        cbor2.dumps([0] * levels)[: 1 + (levels > 23)]
+        + b"\xd8\x1c\x81\x00"
+        + b"".join(b"\xd8\x1c\x82" + head + head for head in heads)
+    )
+
+
+STATUS = list(cbor2.loads(encode(Status(True, bytes(8)))))
+ODDITIES = {
+    "shared references": shared_references(40),
+    "deep arrays": b"\x81" * 10_000 + b"\x00",
+    "a long array": cbor2.dumps(list(range(100))),
+    "an array that says it has 4 billion items": b"\x9a\xff\xff\xff\xff\x00",
+    "an array of 2^64 - 1 items": b"\x9b" + b"\xff" * 8,
+    "a string of 4 billion bytes": b"\x81\x5a\xff\xff\xff\xff",
+    "a string of 2^63 bytes": b"\x81\x5b\x7f" + b"\xff" * 7,
+    "an indefinite array": b"\x9f\x02\xff",
+    "an indefinite string": b"\x81\x5f\x41a\xff",
+    "an indefinite text": b"\x81\x7f\x61a\xff",
+    "a map": b"\xa1\x00\x00",
+    "a map inside": b"\x81\xa1\x00\x00",
+    "a big integer": b"\x81\xc2\x58\x20" + b"\xff" * 32,
+    "a negative big integer": b"\x81\xc3\x41\x01",
+    "a decimal fraction": b"\x81\xc4\x82\x1b" + b"\x7f" * 8 + b"\x01",
+    "a big float": b"\x81\xc5\x82\x1a\x7f\xff\xff\xff\x01",
+    "a date": b"\x81\xc0\x741970-01-01T00:00:00Z",
+    "seconds": b"\x81\xc1\xfb\x7f\xef" + b"\xff" * 6,
+    "a regular expression": b"\x81\xd8\x23\x6a(a+)+(a+)+",
+    "a MIME message": b"\x81\xd8\x24\x61a",
+    "a UUID": b"\x81\xd8\x25\x50" + bytes(16),
+    "an IP address": b"\x81\xd9\x01\x04\x44" + bytes(4),
+    "a set": b"\x81\xd9\x01\x02\x81\x01",
+    "string references": b"\xd9\x01\x00\x81\xd8\x19\x00",
+    "CBOR that says so": b"\xd9\xd9\xf7\x81\x00",
+    "tags on tags": b"\x81" + b"\xd8\x55" * 5000 + b"\x40",
+    "a typed array of text": b"\x81\xd8\x55\x61a",
+    "a typed array of float64": b"\x81\xd8\x56\x48" + bytes(8),
+    "a float16": b"\x81\xf9\x3c\x00",
+    "a float64": b"\x81\xfb\x3f\xf0" + bytes(6),
+    "undefined": b"\x81\xf7",
+    "an unknown simple value": b"\x81\xf8\xff",
+    "a break": b"\x81\xff",
+    "an integer in more bytes than it needs": b"\x81\x18\x02",
+    "an integer of 64 bits": b"\x81\x1b" + bytes(7) + b"\x02",
+    "a length in more bytes than it needs": b"\x98\x01\x02",
+    "reserved lengths": b"\x81\x1c",
+    "text that is not UTF-8": b"\x81\x61\xff",
+    "more than a message": bytes(70_000),
+    "nothing": b"",
+    "an empty array": b"\x80",
+    "a float as an integer": cbor2.dumps([*STATUS[:3], 1.0, *STATUS[4:]]),
+    "an integer as a float": cbor2.dumps([*STATUS[:6], 1, *STATUS[7:]]),
+    "true as an integer": cbor2.dumps([*STATUS[:3], True, *STATUS[4:]]),
+    "1 as true": cbor2.dumps([*STATUS[:1], 1, *STATUS[2:]]),
+    "a negative count": cbor2.dumps([*STATUS[:3], -1, *STATUS[4:]]),
+    "an engine that clears the terminal": cbor2.dumps([*STATUS[:9], "\x1b[2J"]),
+    "an engine of two lines": cbor2.dumps([*STATUS[:9], "1\n2"]),
+}
+
+
+@pytest.mark.parametrize("payload", ODDITIES.values(), ids=ODDITIES)
+def test_what_else_cbor_can_say_is_refused_at_once_and_not_repeated(payload: bytes) -> None:
+    began = time.perf_counter()
+    for decode in (decode_command, decode_reply, decode_status, decode_chunk):
+        with pytest.raises(ProtocolError) as refused:
+            decode(payload)
+        said = str(refused.value)
+        assert len(said) < 120 and said.isprintable() and said.isascii()
+    assert time.perf_counter() - began < 0.1
 
 
 json_like = st.recursive(

@@ -12,7 +12,7 @@ import typer
 
 import tinyfleet
 from tinyfleet.command_line import Group, as_command
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, printable
 
 
 class Entry(NamedTuple):
@@ -117,7 +117,7 @@ def main() -> None:
     try:
         cli(prog_name="tinyfleet")
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "tinyfleet").split(".")[0] == "tinyfleet":

@@ -476,7 +476,7 @@ def decode_command(payload: bytes) -> Command:
         case 4:
             _, id = array(fields, "reboot", 2)
             return Reboot(uint32(id, "id"))
-    raise ProtocolError(f"no command is numbered {fields[0]!r:.50}")
+    raise ProtocolError(f"no command is numbered {fields[0]}")
 
 
 def _decode_phase(fields: object) -> Phase:
@@ -522,7 +522,7 @@ def decode_reply(payload: bytes) -> Reply:
                 return Failure(uint32(id, "id"), ErrorCode(uint32(error, "error")), int32(detail, "detail"))
             except ValueError as unknown:  # no ErrorCode
                 raise ProtocolError(str(unknown)) from unknown
-    raise ProtocolError(f"no reply is numbered {fields[0]!r:.50}")
+    raise ProtocolError(f"no reply is numbered {fields[0]}")
 
 
 def _decode_metrics(fields: object) -> Metrics:

@@ -17,7 +17,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 
 KEEPALIVE = 30
@@ -532,7 +532,8 @@ class Session:
         except Exception:
             if not self._background:
                 raise
-            log.exception("an error while handling a message of %s: %.200r", self._client_id, about)
+            topic = printable(str(about[0]), 200) if about else "a new session"
+            log.exception("an error while handling a message of %s: %s", self._client_id, topic)
 
     # Called by paho.
 

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import pyoxigraph as ox
 
+from tinyfleet.edge.wire.json_text import parse_json
 from tinyfleet.ontology import vocabulary
 from tinyfleet.ontology.store.store import Value, value
 from tinyfleet.ontology.vocabulary import shapes
@@ -18,6 +20,9 @@ MAX_BYTES = 65_536
 """Maximum length of a Thing Description."""
 MAX_DEPTH = 16
 """Maximum nesting of objects and arrays in it."""
+MAX_VALUES = 8192
+"""Maximum number of members and elements in it."""
+_MAX_VIOLATIONS = 20  # reported of one description
 
 TD_CONTEXT = "https://www.w3.org/2022/wot/td/v1.1"
 _CONTEXT_FILE = Path(vocabulary.__file__).with_name("context.jsonld")
@@ -54,33 +59,12 @@ def parse_thing_description(payload: bytes) -> dict[str, Any]:
     if len(payload) > MAX_BYTES:
         raise RejectedMessage(f"{len(payload)} bytes are more than the {MAX_BYTES} allowed for a description")
     try:
-        document = json.loads(payload.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
-    except UnicodeDecodeError as error:
-        raise RejectedMessage(f"it is not UTF-8 text: {error}") from None
-    except RecursionError:
-        raise RejectedMessage(f"it nests deeper than {MAX_DEPTH}") from None
+        document = parse_json(payload, max_values=MAX_VALUES, max_depth=MAX_DEPTH)
     except ValueError as error:
-        raise RejectedMessage(f"it is not JSON: {error}") from None
+        raise RejectedMessage(str(error)) from None
     if not isinstance(document, dict):
         raise RejectedMessage("it is not a JSON object")
-    level: list[Any] = [document]
-    for _ in range(MAX_DEPTH):
-        level = [v for node in level for v in (node.values() if isinstance(node, dict) else node)]
-        level = [v for v in level if isinstance(v, (dict, list))]
-        if not level:
-            return document
-    raise RejectedMessage(f"it nests deeper than {MAX_DEPTH}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("an object has the same name twice")
-    return result
-
-
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
+    return document
 
 
 def to_triples(document: Mapping[str, Any]) -> list[ox.Triple]:
@@ -99,13 +83,13 @@ def to_triples(document: Mapping[str, Any]) -> list[ox.Triple]:
             continue
         if not isinstance(entry, dict):
             raise RejectedMessage(
-                f"its @context names {entry!r:.100}; only {TD_CONTEXT} is known, and nothing is fetched"
+                f"its @context names {_shown(entry)}; only {TD_CONTEXT} is known, and nothing is fetched"
             )
         for name, iri in entry.items():
             if name.startswith("@") or not isinstance(iri, str) or not iri.endswith(("#", "/", ":")):
-                raise RejectedMessage(f"its @context may add prefixes only, such as tf, not {name!r:.50}")
+                raise RejectedMessage(f"its @context may add prefixes only, such as tf, not {_shown(name)}")
             if context.get(name, iri) != iri:
-                raise RejectedMessage(f"its @context redefines {name!r:.50}")
+                raise RejectedMessage(f"its @context redefines {_shown(name)}")
             context[name] = iri
     body = {name: v for name, v in document.items() if name != "@context"}
     _no_keywords(body)
@@ -116,11 +100,16 @@ def to_triples(document: Mapping[str, Any]) -> list[ox.Triple]:
         raise RejectedMessage(f"it is not valid JSON-LD: {error}") from None
 
 
+def _shown(value: object) -> str:
+    """A text of the sender's, cut; of anything else its type."""
+    return f"'{value:.60}'" if isinstance(value, str) else type(value).__name__
+
+
 def _no_keywords(node: object) -> None:
     if isinstance(node, dict):
         for name, inner in node.items():
             if name.startswith("@") and (name not in _KEYWORDS or name == "@context"):
-                raise RejectedMessage(f"it may not use {name!r:.50} inside")
+                raise RejectedMessage(f"it may not use {_shown(name)} inside")
             _no_keywords(inner)
     elif isinstance(node, list):
         for inner in node:
@@ -149,8 +138,8 @@ class DescribedTriples:
         """Raise RejectedMessage unless the document has the form of a description and the triples fit the shapes."""
         form = [
             f"{'.'.join(map(str, error.instance_path)) or '(root)'}: {error.message:.200}"
-            for error in _schema().iter_errors(dict(document))
+            for error in islice(_schema().iter_errors(dict(document)), _MAX_VIOLATIONS)
         ]
         violations = [*shapes.violations(self.triples), *form]
         if violations:
-            raise RejectedMessage(*violations[:20])
+            raise RejectedMessage(*violations[:_MAX_VIOLATIONS])

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyoxigraph as ox
 
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.messages import Status, decode_status
@@ -39,7 +39,7 @@ from tinyfleet.ontology.ingest.description_parser import (
     to_triples,
 )
 from tinyfleet.ontology.ingest.thing_store import Document, DocumentChanges, ThingStore, split
-from tinyfleet.ontology.store.store import BASE, Binding, Store, StoreError, Value, each, printable, term, value
+from tinyfleet.ontology.store.store import BASE, Binding, Store, StoreError, Value, each, term, value
 from tinyfleet.ontology.vocabulary.entailment import with_entailments
 from tinyfleet.ontology.vocabulary.namespaces import (
     BOARDS,
@@ -236,7 +236,7 @@ class Registry:
             raise
         except (RejectedMessage, UserError) as error:
             what = "Thing Description" if kind == "td" else "status"
-            rejection = printable(f"{what} of {device!r} rejected: {error}")
+            rejection = printable(f"{what} of '{device}' rejected: {error}")
             log.warning("%s", rejection)
             return IngestResult(kind, device, rejection=rejection)
         return IngestResult(kind, device, online, incompatibility=reason)
@@ -275,7 +275,7 @@ class Registry:
     def _description(self, iri: Iri, payload: bytes, pending: PendingFacts) -> str | None:
         document = parse_thing_description(payload)
         if document.get("id", document.get("@id")) != iri:
-            raise RejectedMessage(f"its id must be {iri} on this topic, not {document.get('id')!r:.100}")
+            raise RejectedMessage(f"its id must be {iri} on this topic")
         self._describe(document, pending)
         reason = pending.of(iri).get(TF.incompatibility)
         return None if reason is None else str(reason)
@@ -355,14 +355,12 @@ class Registry:
             raise RejectedMessage('its @type must be ["Thing", "tf:Device"]')
         for subject in description.of_type(TF.Device):
             if subject != iri:
-                raise RejectedMessage(f"it describes another device, {subject}")
+                raise RejectedMessage(f"it describes another device, {subject:.100}")
         description.check(document)
         facts = description.facts(iri)
         for predicate, expected in ((TF.fleet, self.fleet), (TF.deviceId, device)):
             if facts[predicate] != [expected]:
-                raise RejectedMessage(
-                    f"its {predicate.removeprefix(TF.iri)} must be {expected!r}, not {facts[predicate][0]!r}"
-                )
+                raise RejectedMessage(f"its {predicate.removeprefix(TF.iri)} must be '{expected}'")
         return description
 
     def _add_board(
@@ -383,7 +381,7 @@ class Registry:
         description = DescribedTriples(to_triples(document))
         for triple in description.triples:
             if triple.predicate.value == RDF.type and str(triple.object).startswith(f"<{TF.iri}"):
-                raise RejectedMessage(f"@type: {triple.object} is only for IDs urn:tinyfleet:{self.fleet}:…")
+                raise RejectedMessage(f"@type: {triple.object!s:.100} is only for IDs urn:tinyfleet:{self.fleet}:…")
         description.check(document)
         facts: dict[Iri, list[Value]] = {RDF.type: [TD.Thing]}
         for triple in description.triples:
@@ -411,7 +409,7 @@ def _check_board(
     if stated and board not in description.of_type(TF.Board):
         raise RejectedMessage("what its tf:board points to must have the @type tf:Board")
     if not known and TF.ramBytes not in stated:
-        raise RejectedMessage(f"its board {board} is not known and it does not describe it")
+        raise RejectedMessage(f"its board {board:.100} is not known and it does not describe it")
     ram, arena = {**known, **stated}.get(TF.ramBytes, [math.inf])[0], device.get(TF.arenaBytes, [0])[0]
     if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
         raise RejectedMessage(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
@@ -483,7 +481,7 @@ def _as_lists(facts: Mapping[Iri, Binding | None]) -> dict[Iri, list[Value]]:
 
 
 def _as_text(values: list[Value]) -> str:
-    return ", ".join(sorted(printable(str(v)) for v in values)) or "nothing"
+    return printable(", ".join(sorted(str(v)[:100] for v in values[:20]))) or "nothing"
 
 
 def _number(values: list[Value] | None) -> int | None:

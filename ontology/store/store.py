@@ -158,11 +158,6 @@ def value(node: ox.NamedNode | ox.BlankNode | ox.Literal | ox.Triple) -> Value:
     return text
 
 
-def printable(text: str) -> str:
-    """Return a text without control characters: a device's texts must not control the terminal that shows them."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "�", text)
-
-
 OPAQUE = (
     r"#[^\n\r]*"
     r"|<[^<>\"{}|^`\\\x00-\x20]*>"
