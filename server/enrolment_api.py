@@ -17,7 +17,7 @@ from tinyfleet.edge.wire.json_text import parse_json
 from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.server.authority.authority import TOKEN_LIFE, Authority
-from tinyfleet.server.authority.identities import ROLES
+from tinyfleet.server.authority.identities import ROLES, Role
 
 MAX_REQUEST = 16_384
 MAX_COUNT = 10_000
@@ -36,7 +36,7 @@ class EnrolmentApi:
         What a new identity is told of the fleet: its name, and the addresses of the broker for its role.
     """
 
-    def __init__(self, authority: Authority, about: Callable[[str], Mapping[str, str]]) -> None:
+    def __init__(self, authority: Authority, about: Callable[[Role], Mapping[str, str]]) -> None:
         self._authority = authority
         self._about = about
         self.public_routes = [

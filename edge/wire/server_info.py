@@ -88,7 +88,9 @@ def find_broker(broker: str | None, data: Path, *, insecure: bool = False, **sho
     'mqtt://[::1]:1883'
     """
     if broker is None:
-        return BrokerAddress.parse(require_server(data)["broker"])
+        server = require_server(data)
+        ca, cert, key = (Path(server[name]) if name in server else None for name in ("ca", "cert", "key"))
+        return BrokerAddress.parse(server["broker"], ca=ca, cert=cert, key=key)
     password = read_password(shown.pop("password_file", None))
     address = BrokerAddress.parse(broker, password=password, **shown)
     if not address.tls and not insecure:

@@ -139,16 +139,14 @@ class Identities:
         UserError
             If the token is unknown, expired, or was used by another key.
         """
-        rows = self._read(
-            "SELECT role, expires, public_key FROM token WHERE hash = ? AND name = ?", _hash(secret), name
-        )
+        wanted = _hash(secret)
+        rows = self._read("SELECT role, expires, public_key FROM token WHERE hash = ? AND name = ?", wanted, name)
         if not rows:
             known = self._read("SELECT name FROM token WHERE hash = ? LIMIT 2", wanted)
             if not known:
                 raise UserError("the server does not know this enrolment token")
-            raise UserError(
-                f"this enrolment token is not for {name}, but for {known[0][0]}" + ", ..." * (len(known) > 1)
-            )
+            more = " and others" if len(known) > 1 else ""
+            raise UserError(f"this enrolment token is not for that name, but for {known[0][0]}{more}")
         role, expires, used = rows[0]
         assert isinstance(expires, int)
         if expires < now:
