@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -57,7 +58,8 @@ class EnrolmentApi:
         given = await _object(request)
         secret, name, csr = (_string(given, field) for field in ("secret", "name", "request"))
         done = await in_thread(lambda: self._authority.enrol(secret, name, csr))
-        content = {"certificate": done.certificate, "role": done.role, **self._about(done.role)}
+        content: dict[str, Any] = {**self._about(done.role), "role": done.role, "certificate": done.certificate}
+        content |= {"issued": done.issued, "expires": done.expires}
         if done.command_key is not None:
             content["command_key"] = done.command_key.hex()
         if done.api_token is not None:
@@ -71,11 +73,13 @@ class EnrolmentApi:
             signature = base64.b64decode(signed, validate=True)
         except binascii.Error:
             raise HttpError(400, "the signature must be in base64") from None
-        return JSONResponse({"certificate": await in_thread(lambda: self._authority.renew(name, csr, signature))})
+        issued = await in_thread(lambda: self._authority.renew(name, csr, signature))
+        return JSONResponse({"certificate": issued.pem, "issued": int(time.time()), "expires": issued.not_after})
 
     async def _open_token(self, request: Request) -> Response:
         given = await _object(request)
-        names, role, url = given.get("names"), given.get("role", "device"), _string(given, "url")
+        names, role = given.get("names"), given.get("role", "device")
+        url = _string(given, "url") if "url" in given else self._about("device")["http"]
         life, replace = given.get("life", TOKEN_LIFE.total_seconds()), given.get("replace", False)
         if not isinstance(names, list) or not 1 <= len(names) <= MAX_COUNT or len(set(map(str, names))) < len(names):
             raise HttpError(400, f"names must be an array of 1 to {MAX_COUNT} different names")

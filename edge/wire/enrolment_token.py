@@ -28,6 +28,8 @@ class EnrolmentToken:
         SHA-256 of the fleet's authority, whose certificate the server must show.
     secret
         What the server knows the token by.
+    name
+        Whom it is for, if it is for one.
 
     Examples
     --------
@@ -39,11 +41,12 @@ class EnrolmentToken:
     url: str
     fingerprint: bytes
     secret: str
+    name: str | None = None
 
     @property
     def text(self) -> str:
         """The token as one word."""
-        content = json.dumps([self.url, self.fingerprint.hex(), self.secret], separators=(",", ":"))
+        content = json.dumps([self.url, self.fingerprint.hex(), self.secret, self.name], separators=(",", ":"))
         return _PREFIX + base64.urlsafe_b64encode(content.encode()).decode().rstrip("=")
 
     @classmethod
@@ -61,13 +64,13 @@ class EnrolmentToken:
             raise problem
         body = word.removeprefix(_PREFIX)
         try:
-            url, fingerprint, secret = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+            url, fingerprint, secret, name = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
             parts = urlsplit(url)
-            token = cls(url, bytes.fromhex(fingerprint), secret)
+            token = cls(url, bytes.fromhex(fingerprint), secret, name)
             if parts.scheme not in ("http", "https") or not parts.hostname or len(token.fingerprint) != 32:
                 raise ValueError
         except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
             raise problem from error
-        if not isinstance(secret, str) or not _SECRET.fullmatch(secret):
+        if not isinstance(secret, str) or not _SECRET.fullmatch(secret) or not isinstance(name, (str, type(None))):
             raise problem
         return token

@@ -38,8 +38,8 @@ class Enrolment(NamedTuple):
 
     Attributes
     ----------
-    certificate
-        PEM.
+    certificate, issued, expires
+        PEM, and its times, Unix time in seconds.
     role
         Device or operator.
     command_key
@@ -49,6 +49,8 @@ class Enrolment(NamedTuple):
     """
 
     certificate: str
+    issued: int
+    expires: int
     role: Role
     command_key: bytes | None
     api_token: str | None
@@ -244,7 +246,7 @@ class Authority:
                 )
         secret = secrets.token_urlsafe(24)
         self.identities.add_token(secret, names, role, self._seconds() + int(life.total_seconds()))
-        return EnrolmentToken(url, self.fingerprint, secret)
+        return EnrolmentToken(url, self.fingerprint, secret, names[0] if len(names) == 1 else None)
 
     def enrol(self, secret: str, name: str, request: str) -> Enrolment:
         """Turn a token into an identity.
@@ -283,9 +285,9 @@ class Authority:
         if role == "operator":
             token = secrets.token_urlsafe(32)
             self.identities.add_api_token(token, name, OPERATOR_SCOPE, now)
-        return Enrolment(issued.pem, role, self.identities.command_key(name), token)
+        return Enrolment(issued.pem, now, issued.not_after, role, self.identities.command_key(name), token)
 
-    def renew(self, name: str, request: str, signature: bytes) -> str:
+    def renew(self, name: str, request: str, signature: bytes) -> Issued:
         """Another certificate for an identity.
 
         Parameters
@@ -299,8 +301,8 @@ class Authority:
 
         Returns
         -------
-        str
-            The certificate, PEM.
+        Issued
+            The certificate.
 
         Raises
         ------
@@ -313,7 +315,7 @@ class Authority:
             raise UserError(f"the request is not signed by a valid key of {name:.32}; enrol again")
         issued = self._issue(name, role, certificates.public_bytes(certificates.requested_key(request)))
         self.identities.renew(issued)
-        return issued.pem
+        return issued
 
     def revoke(self, name: str) -> Role:
         """End an identity now, its open sessions included.
