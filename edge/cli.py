@@ -78,7 +78,7 @@ def start(
       tinyfleet agent start
       tinyfleet agent start --online 0.1
       tinyfleet agent start --enrol TOKEN
-      tinyfleet agent start --device-id kitchen --broker mqtts://kitchen@192.168.1.5 --password-file password
+      tinyfleet agent start --broker mqtts://pi@10.0.0.5 --password-file secret
       tinyfleet agent start --tflite model.tflite --client-index 3
     """
     from tinyfleet.edge import tasks

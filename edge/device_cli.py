@@ -98,7 +98,7 @@ def enrol_device(
         str, typer.Option("--expires", metavar="TIME", help="How long the token can be used: 30m, 12h, 7d.")
     ] = "1h",
     replace: Annotated[
-        bool, typer.Option("--replace", help="Enrol a device anew that has an identity; the old one ends then.")
+        bool, typer.Option("--replace", help="Enrol a device again that has an identity; the old one ends then.")
     ] = False,
     data: DataOption = DATA,
     as_json: JsonOption = False,
@@ -106,7 +106,7 @@ def enrol_device(
     """Make a token with which a device, or an operator, joins the fleet once.
 
     The device makes its own private key when it uses the token. An operator may run, deploy and query from another
-    machine. The token is shown once; whoever has it can join under that name.
+    machine. The token is shown once; anyone who has it can join under that name.
 
     Examples:
       tinyfleet device enrol kitchen
@@ -158,7 +158,9 @@ def list_identities(data: DataOption = DATA, as_json: JsonOption = False) -> Non
 
 @device_app.command("revoke")
 def revoke_device(name: NameArgument, data: DataOption = DATA) -> None:
-    """Put a device or an operator out of the fleet, now: it cannot connect any more, and its session ends.
+    """Put a device or an operator out of the fleet.
+
+    At once: its open session ends, and it cannot connect again.
 
     Examples:
       tinyfleet device revoke kitchen

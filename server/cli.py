@@ -106,7 +106,7 @@ def start_server(
       tinyfleet server start
       tinyfleet server start --port 0 --fleet greenhouse --data greenhouse
       tinyfleet server start --listen 0.0.0.0 --host-name fleet.example
-      tinyfleet server start --broker mqtts://server@192.168.1.5 --password-file password
+      tinyfleet server start --broker mqtts://me@10.0.0.5 --password-file secret
     """
     from tinyfleet.server.fleet_server import FleetServer
 

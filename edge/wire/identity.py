@@ -229,7 +229,7 @@ def open_token(server: dict[str, str], names: Sequence[str], role: str = "device
     names, role
         Who may enrol with it, and as what.
     more
-        `life` in seconds; `replace`, whether an identity that exists may be enrolled anew; `url`, the address of the
+        `life` in seconds; `replace`, whether an identity that exists may be enrolled again; `url`, the address of the
         HTTP API for those who get the token.
 
     Returns
@@ -264,7 +264,7 @@ def call_server(server: dict[str, str], method: str, path: str, content: object 
 
 
 def _authority(token: EnrolmentToken) -> str:
-    """The certificate of the fleet's authority, from the server. Whoever answers: its SHA-256 is in the token."""
+    """The certificate of the fleet's authority, from the server. Anyone may answer: its SHA-256 is in the token."""
     anyone = ssl.create_default_context()
     anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
     pem = _text(f"{token.url}/ca.pem", "GET", None, anyone if token.url.startswith("https:") else None, {})

@@ -116,7 +116,7 @@ class Authority:
     # Its own keys and certificates
 
     def _own(self, name: str, common_name: str) -> KeyPair:
-        """An authority's key and certificate; what is missing is made, so that a start that was interrupted goes on."""
+        """An authority's key and certificate; what is missing is made, so that an interrupted start is completed."""
         key_file, file = self.folder / f"{name}.key", self.folder / f"{name}.crt"
         try:
             if not key_file.exists():
@@ -138,7 +138,7 @@ class Authority:
         return pair
 
     def _certify_server(self, names: set[str]) -> None:
-        """Makes the certificate of broker and HTTP server anew, unless the one that is there still does."""
+        """Makes the certificate of broker and HTTP server, unless the one that is there still does."""
         file, key_file = self.server_files
         now = self._clock()
         try:
@@ -222,7 +222,7 @@ class Authority:
         life
             How long it can be used.
         replace
-            Whether an identity that exists may be enrolled anew; the old one ends then.
+            Whether an identity that exists may be enrolled again; the old one ends then.
 
         Returns
         -------

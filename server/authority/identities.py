@@ -223,7 +223,7 @@ class Identities:
         Raises
         ------
         UserError
-            If there is none of that name.
+            If there is no identity of that name.
         """
         with self._write() as db:
             row = db.execute("SELECT role FROM identity WHERE name = ?", (name,)).fetchone()
@@ -299,7 +299,7 @@ class Identities:
             db.execute("INSERT INTO api_token VALUES (?, ?, ?, ?)", (_hash(secret), name, scope, now))
 
     def scope_of(self, secret: str) -> tuple[str, Scope] | None:
-        """Whose API token it is, and what it allows; None if it is none. Looked up by its hash: comparing in constant
+        """Whose API token it is, and what it allows; None if it is unknown. Looked up by its hash: comparing in constant
         time would protect nothing more."""
         rows = self._read("SELECT name, scope FROM api_token WHERE hash = ?", _hash(secret))
         return (str(rows[0][0]), rows[0][1]) if rows else None  # type: ignore[return-value]
