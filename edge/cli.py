@@ -1,4 +1,4 @@
-"""The commands `tinyfleet agent`, `tinyfleet device` and `tinyfleet task`."""
+"""The commands `tinyfleet agent` and `tinyfleet task`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from tinyfleet.command_line import (
     CommandGroup,
     Connection,
     DataOption,
-    DevicesOption,
     FleetOption,
     JsonOption,
     TaskOption,
@@ -39,64 +38,11 @@ agent_app = CommandGroup("""Run this machine as a device that learns.
 Examples:
   tinyfleet agent start
 """)
-device_app = CommandGroup("""Run virtual devices.
-
-Examples:
-  tinyfleet device simulate --devices 4 --task digits
-""")
 task_app = CommandGroup("""Show what a fleet can learn.
 
 Examples:
   tinyfleet task list
 """)
-
-
-@device_app.command()
-@with_connection
-def simulate(
-    devices: DevicesOption = 1,
-    first_index: Annotated[
-        int, typer.Option("--first-index", metavar="N", min=0, help="Client index of the first device.")
-    ] = 0,
-    fleet_size: Annotated[int | None, FLEET_SIZE] = None,
-    prefix: Annotated[
-        str, typer.Option("--prefix", metavar="NAME", help="Devices are called NAME-0, NAME-1, ...")
-    ] = "device",
-    task: TaskOption = "digits",
-    connection: Connection = CONNECTION,
-    fleet: FleetOption = None,
-    data: DataOption = DATA,
-    as_json: JsonOption = False,
-) -> None:
-    """Run virtual microcontrollers until interrupted.
-
-    They run the firmware's C code natively. Each has its own samples, thread and MQTT session. Without --fleet-size,
-    the fleet ends with the last of them.
-
-    Examples:
-      tinyfleet device simulate
-      tinyfleet device simulate --devices 12 --task omniglot
-      tinyfleet device simulate --first-index 12 --devices 4 --fleet-size 16
-    """
-    from tinyfleet.edge import tasks
-    from tinyfleet.edge.device.device import virtual_device
-    from tinyfleet.edge.wire.errors import ProtocolError
-
-    learning_task = tasks.load(task)
-    broker = connection.find(data)
-    indices = range(first_index, first_index + devices)
-    size = fleet_size or indices.stop
-    if indices.stop > size:
-        raise UserError(f"devices {first_index} to {indices.stop - 1} are not in a fleet of {size}; raise --fleet-size")
-    name = fleet_of(fleet, data)
-    started = []
-    try:
-        for i in indices:
-            samples = learning_task.client(i, size)
-            started.append(virtual_device(broker, name, f"{prefix}-{i}", learning_task.program, samples))
-    except ProtocolError as error:
-        raise UserError(str(error)) from error
-    _run(started, as_json)
 
 
 @agent_app.command()
@@ -125,13 +71,14 @@ def start(
 ) -> None:
     """Run this machine as a device that learns, until interrupted.
 
-    A Raspberry Pi, for example. The device ID is the host's name unless you give another. With --online it also learns
-    from the task's recording of a held-out device, and detects drift. A --tflite model stays the one it runs.
+    A Raspberry Pi, for example. The device ID is the one of its identity, else the host's name. With --online it also
+    learns from the task's recording of a held-out device, and detects drift. A --tflite model stays the one it runs.
 
     Examples:
       tinyfleet agent start
       tinyfleet agent start --online 0.1
-      tinyfleet agent start --device-id kitchen --broker mqtts://192.168.1.5
+      tinyfleet agent start --enrol TOKEN
+      tinyfleet agent start --broker mqtts://pi@10.0.0.5 --password-file secret
       tinyfleet agent start --tflite model.tflite --client-index 3
     """
     from tinyfleet.edge import tasks
@@ -146,11 +93,10 @@ def start(
     from tinyfleet.edge.wire.errors import ProtocolError
 
     learning_task = tasks.load(task)
-    broker = connection.find(data)
     fleet_name = fleet_of(fleet, data)
     if client_index >= fleet_size:
         raise UserError(f"there is no client {client_index} in a fleet of {fleet_size}; raise --fleet-size")
-    id = device_id or re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:32] or "agent"
+    id = device_id or _own_name(connection, data)
     stream = DatasetStream(learning_task.client(client_index, fleet_size))
     recording = RecordedStream(learning_task.stream(client_index)) if online else None
     board = host_board()
@@ -170,10 +116,23 @@ def start(
         return AgentNode(*where, learner=learner, arena_bytes=arena, model_slot_bytes=slot, online=own)
 
     try:
-        device = Device(node, broker, fleet_name)
+        device = Device(node, connection.find_for_devices([id], data)[0], fleet_name)
     except ProtocolError as error:
         raise UserError(str(error)) from error
-    _run([device], as_json)
+    run_devices([device], as_json)
+
+
+def _own_name(connection: Connection, data: Path) -> str:
+    """This machine's name in the fleet: the one that it is enrolled with, else its host name."""
+    from tinyfleet.edge.wire.enrolment_token import EnrolmentToken
+    from tinyfleet.edge.wire.identity import stored_identities
+
+    if connection.enrolment is not None and (name := EnrolmentToken.parse(connection.enrolment).name) is not None:
+        return name
+    stored = stored_identities(data, "device")
+    if len(stored) == 1 and connection.broker is None:
+        return stored[0].name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:32] or "agent"
 
 
 @task_app.command("list")
@@ -200,7 +159,7 @@ def _task_summaries() -> dict[str, str]:
     return {name: " ".join(text.split("\n\n")[0].split()) for name, text in documents.items()}
 
 
-def _run(devices: list[Device], as_json: bool) -> None:
+def run_devices(devices: list[Device], as_json: bool) -> None:
     """Runs the devices until SIGINT or SIGTERM; returns when all have said goodbye."""
 
     def stop(_signal: int, _frame: object) -> None:

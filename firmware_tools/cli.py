@@ -218,7 +218,7 @@ def emulate_(
 
         threading.Thread(target=stop_with_it, daemon=True).start()
         if gateway:
-            _connect([emulator.url], connection.find(data), BAUD, stop)
+            _connect([emulator.url], connection, data, BAUD, stop)
         else:
             stop.wait()
         if not emulator.running:
@@ -244,14 +244,17 @@ def start(
       tinyfleet gateway start --port /dev/ttyUSB0 --broker mqtts://192.168.1.5
     """
     with _stop_on_signals() as stop:
-        _connect(port, connection.find(data), baud, stop)
+        _connect(port, connection, data, baud, stop)
 
 
-def _connect(ports: Sequence[str], broker: BrokerAddress, baud: int, stop: threading.Event) -> None:
+def _connect(ports: Sequence[str], connection: Connection, data: Path, baud: int, stop: threading.Event) -> None:
     """Runs a gateway for every port until `stop`; the first one's error ends all."""
     from tinyfleet.firmware_tools.gateway import Gateway
 
-    gateways = [Gateway(port, broker, baud=baud, report=typer.echo) for port in ports]
+    def find_broker(device: str) -> BrokerAddress:
+        return connection.find_for_devices([device], data)[0]
+
+    gateways = [Gateway(port, find_broker, baud=baud, report=typer.echo) for port in ports]
     with ThreadPoolExecutor(len(gateways)) as pool:
         running = [pool.submit(each.run, stop) for each in gateways]
         done, _ = wait(running, return_when=FIRST_COMPLETED)

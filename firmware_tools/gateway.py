@@ -75,8 +75,8 @@ class Gateway:
     ----------
     port
         A device such as /dev/ttyUSB0, or socket://HOST:PORT of an emulator.
-    broker
-        The broker.
+    find_broker
+        Called with the name of a device; returns the broker, and what the device shows it.
     baud
         Bits per second of the serial line.
     report
@@ -86,13 +86,13 @@ class Gateway:
     def __init__(
         self,
         port: str,
-        broker: BrokerAddress,
+        find_broker: Callable[[str], BrokerAddress],
         *,
         baud: int = 115200,
         report: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.port = port
-        self.broker = broker
+        self._find_broker = find_broker
         self.baud = baud
         self.counters = GatewayCounters()
         #: Set while the board is part of the fleet and has announced itself.
@@ -246,7 +246,7 @@ class Gateway:
         self._will = topic, will
         try:
             self._session = Session(
-                self.broker,
+                self._find_broker(device),
                 f"tinyfleet-{fleet}-{device}",
                 on_message=self._from_broker,
                 on_connect=self._session_is_new,

@@ -1,61 +1,167 @@
-"""An MQTT broker for one machine: mosquitto if it is installed, otherwise amqtt in this process."""
+"""The fleet's MQTT broker: mosquitto, or without security also amqtt in this process."""
 
 import asyncio
 import contextlib
+import dataclasses
+import ipaddress
 import logging
+import os
 import shutil
+import signal
 import socket
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.private_files import make_private_folder, write_private
 from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.server import broker_config
+from tinyfleet.server.authority.authority import Authority
+from tinyfleet.server.authority.identities import Role
 
+LOOPBACK = "127.0.0.1"
+RELOAD_TIMEOUT = 5.0
+"""Seconds to wait until mosquitto has read its files once more."""
 _PLACES = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin"
 
 
+class Secured(NamedTuple):
+    """What a secured broker needs.
+
+    Attributes
+    ----------
+    authority
+        Whose identities it lets in.
+    fleet
+        The fleet's name.
+    operator_port
+        TCP port of the listener for operators; 0 picks a free one.
+    listen
+        IP address to listen on. Default: this machine only.
+    """
+
+    authority: Authority
+    fleet: str
+    operator_port: int = 0
+    listen: str = "127.0.0.1"
+
+
 class Broker:
-    """A running broker that accepts any client on this machine; loopback only. Use it in a `with`, or stop it.
+    """A running broker. Use it in a `with`, or stop it.
 
     Parameters
     ----------
     port
-        0 picks a free one.
+        TCP port, of the listener for devices if it is secured; 0 picks a free one.
     folder
         For its configuration.
+    secured
+        Who may do what. Without it, any client on this machine may do anything, and no other machine can connect.
     kind
-        Which broker it must be. Default: mosquitto if it is installed.
+        Which broker it must be. Default: mosquitto if it is installed; amqtt, which cannot be secured, otherwise.
+
+    Attributes
+    ----------
+    kind : str
+        "mosquitto" or "amqtt".
+    address, device_address : BrokerAddress
+        Where this process's own clients find it; where devices find it, without a certificate of theirs.
 
     Raises
     ------
     UserError
-        If the port is taken, or no broker is installed.
+        If a port is taken, or no broker is installed.
     """
 
-    host = "127.0.0.1"
-
-    def __init__(self, port: int, folder: Path, kind: Literal["mosquitto", "amqtt"] | None = None) -> None:
-        self.port = _free_port(self.host, port)
+    def __init__(
+        self,
+        port: int,
+        folder: Path,
+        *,
+        secured: Secured | None = None,
+        kind: Literal["mosquitto", "amqtt"] | None = None,
+    ) -> None:
+        listen = LOOPBACK if secured is None else secured.listen
+        port = _free_port(listen, port)
+        self._secured = secured
+        self._folder = folder
+        self._reloaded = threading.Event()
         self._mosquitto: subprocess.Popen[str] | None = None
         self._amqtt: _Amqtt | None = None
         program = None
         if kind != "amqtt":
             program = shutil.which("mosquitto") or shutil.which("mosquitto", path=_PLACES)
         self.kind = "amqtt" if program is None else "mosquitto"
-        if program is not None:
-            self._mosquitto = _start_mosquitto(program, self.host, self.port, folder)
-        elif kind == "mosquitto":
-            raise UserError("mosquitto is not installed; apt-get install mosquitto")
+        if secured is None:
+            self.address = self.device_address = BrokerAddress(LOOPBACK, port, tls=False)
+            options = broker_config.plain(LOOPBACK, port)
         else:
-            self._amqtt = _Amqtt(self.host, self.port)
+            operator_port = _free_port(listen, secured.operator_port)
+            certificate, key = secured.authority.client_files
+            reached = LOOPBACK if ipaddress.ip_address(listen).is_unspecified else listen
+            ca = secured.authority.ca_file
+            self.address = BrokerAddress(reached, operator_port, ca=ca, cert=certificate, key=key)
+            self.device_address = BrokerAddress(reached, port, ca=ca)
+            options = broker_config.secured(
+                listen, port, operator_port, secured.authority, self._acl_file, as_root=os.geteuid() == 0
+            )
+            self._write_access_list()
+        if program is not None:
+            self._mosquitto = _start_mosquitto(program, options, folder, f"{listen}:{port}")
+            log = self._mosquitto
+            threading.Thread(target=self._read_log, args=(log,), name="mosquitto log", daemon=True).start()
+        elif kind == "mosquitto" or secured is not None:
+            raise UserError(
+                "mosquitto is not installed; apt-get install mosquitto. Without it there is only --insecure, with "
+                "amqtt: no encryption, no identities, for this machine alone"
+            )
+        else:
+            self._amqtt = _Amqtt(LOOPBACK, port)
+        if secured is not None:
+            secured.authority.on_change(self._reload, self._end_sessions)
 
     @property
-    def address(self) -> BrokerAddress:
-        """Where clients find it."""
-        return BrokerAddress(self.host, self.port, tls=False)
+    def _acl_file(self) -> Path:
+        return self._folder / "access"
+
+    def _write_access_list(self) -> None:
+        assert self._secured is not None
+        make_private_folder(self._folder)
+        operators = self._secured.authority.identities.operators()
+        write_private(self._acl_file, broker_config.access_list(self._secured.fleet, operators))
+
+    def _reload(self) -> None:
+        """Identities have changed: mosquitto reads who may do what, and who is revoked, once more."""
+        self._write_access_list()
+        if self._mosquitto is not None:
+            self._reloaded.clear()
+            self._mosquitto.send_signal(signal.SIGHUP)
+            self._reloaded.wait(RELOAD_TIMEOUT)
+
+    def _end_sessions(self, name: str, role: Role) -> None:
+        """End a revoked device's session by opening one with its name: mosquitto lets a session that is open go on. An
+        operator's goes on too, but without the access list it can neither write nor read anything."""
+        if role == "operator" or self._secured is None:
+            return
+        key, certificate = self._secured.authority.takeover(name)
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            files = Path(folder) / "key", Path(folder) / "certificate"
+            write_private(files[0], key)
+            write_private(files[1], certificate)
+            with contextlib.suppress(UserError):  # no broker, no session
+                Session(dataclasses.replace(self.device_address, key=files[0], cert=files[1]), name).close()
+
+    def _read_log(self, process: "subprocess.Popen[str]") -> None:
+        """Keeps mosquitto's pipe empty, and learns what it says."""
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Reloading config" in line:
+                self._reloaded.set()
 
     def __enter__(self) -> "Broker":
         return self
@@ -75,7 +181,7 @@ class Broker:
 
 
 def _free_port(host: str, port: int) -> int:
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -84,25 +190,16 @@ def _free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def _taken(host: str, port: int) -> UserError:
+def _taken(host: str, port: int | str) -> UserError:
     return UserError(
-        f"port {port} on {host} is taken; use the broker that listens there with --broker {host}:{port}, "
-        "or another port with --port"
+        f"port {port} on {host} is taken; is a server of yours running already? Choose another port with --port"
     )
 
 
-def _start_mosquitto(program: str, host: str, port: int, folder: Path) -> "subprocess.Popen[str]":
-    folder.mkdir(parents=True, exist_ok=True)
+def _start_mosquitto(program: str, options: broker_config.Options, folder: Path, where: str) -> "subprocess.Popen[str]":
+    make_private_folder(folder)
     config = folder / "mosquitto.conf"
-    options = {
-        "listener": f"{port} {host}",
-        "allow_anonymous": "true",
-        "persistence": "false",  # devices publish their retained messages again when they reconnect
-        "max_queued_messages": "0",  # no limits: a round's parameters are many retained chunks at once
-        "max_inflight_messages": "0",
-        "set_tcp_nodelay": "true",
-    }
-    config.write_text("".join(f"{name} {value}\n" for name, value in options.items()))
+    write_private(config, broker_config.text(options))
     process = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines = []
@@ -113,9 +210,8 @@ def _start_mosquitto(program: str, host: str, port: int, folder: Path) -> "subpr
     else:
         process.wait()
         if any("Address already in use" in line for line in lines):
-            raise _taken(host, port)
+            raise _taken(*where.rsplit(":", 1))
         raise UserError(f"mosquitto did not start: {''.join(lines).strip()}")
-    threading.Thread(target=process.stderr.read, name="mosquitto log", daemon=True).start()  # keeps its pipe empty
     return process
 
 

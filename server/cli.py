@@ -66,28 +66,46 @@ Examples:
 @with_connection
 def start_server(
     port: Annotated[
-        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Port of the broker to start; 0: a free one.")
-    ] = 1883,
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="The broker's port for devices; 0: a free one.")
+    ] = 8883,
+    operator_port: Annotated[
+        int,
+        typer.Option(
+            "--operator-port", metavar="N", min=0, max=65535, help="The broker's port for operators; 0: a free one."
+        ),
+    ] = 8884,
+    listen: Annotated[
+        str,
+        typer.Option("--listen", metavar="ADDRESS", help="IP address to listen on; 0.0.0.0: all of this machine's."),
+    ] = "127.0.0.1",
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host-name",
+            metavar="NAME",
+            help="Name or address by which others find this machine. Repeatable.",
+            show_default="its own",
+        ),
+    ] = None,
     connection: Connection = CONNECTION,
     http_port: Annotated[
         int,
-        typer.Option(
-            "--http-port", metavar="N", min=0, max=65535, help="Port of the HTTP server on loopback; 0: a free one."
-        ),
+        typer.Option("--http-port", metavar="N", min=0, max=65535, help="Port of the HTTP server; 0: a free one."),
     ] = 0,
     fleet: Annotated[str, typer.Option("--fleet", metavar="NAME", help="Fleet name.")] = DEFAULT_FLEET,
     data: DataOption = DATA,
 ) -> None:
     """Run the fleet's server until interrupted.
 
-    It starts an MQTT broker, keeps the knowledge graph up to date with what devices report, and serves SPARQL, the
-    query page and the W3C Thing Description Directory over HTTP on loopback. Other commands find it in the data
-    folder.
+    It starts an MQTT broker that only the fleet's devices and operators may use, keeps the knowledge graph up to date
+    with what devices report, and serves SPARQL, the query page and the W3C Thing Description Directory over HTTP. Other
+    commands on this machine find it in the data folder; nothing listens on the network without --listen.
 
     Examples:
       tinyfleet server start
       tinyfleet server start --port 0 --fleet greenhouse --data greenhouse
-      tinyfleet server start --broker mqtts://192.168.1.5
+      tinyfleet server start --listen 0.0.0.0 --host-name fleet.example
+      tinyfleet server start --broker mqtts://me@10.0.0.5 --password-file secret
     """
     from tinyfleet.server.fleet_server import FleetServer
 
@@ -101,9 +119,20 @@ def start_server(
     address = None if connection.broker is None else connection.find(data)
     logging.getLogger("tinyfleet.ontology.ingest.registry").setLevel(logging.ERROR)  # rejections are printed below
     with FleetServer(
-        data, fleet, broker=address, port=port, endpoint_port=http_port, on_log=lambda line: typer.echo(line)
+        data,
+        fleet,
+        broker=address,
+        port=port,
+        operator_port=operator_port,
+        endpoint_port=http_port,
+        listen=listen,
+        host_names=host_name or (),
+        insecure=connection.insecure,
+        on_log=lambda line: typer.echo(line),
     ) as running:
-        typer.echo(f"broker:   {running.broker_kind} on {running.broker.url}")
+        if connection.insecure:
+            typer.echo("INSECURE: any program on this machine can control the fleet", err=True)
+        typer.echo(f"broker:   {running.broker_kind} on {running.device_broker.url}")
         typer.echo(f"endpoint: {running.endpoint}")
         typer.echo(f"page:     {running.address}/")
         typer.echo(f"things:   {running.address}/things")

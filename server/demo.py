@@ -72,11 +72,13 @@ def run_demo(*, task_name: str, rounds: int, clients: int, devices: int, board: 
     _clear(data)
     with ExitStack() as stack:
         log_lines = threading.Event()
-        server = stack.enter_context(FleetServer(data, FLEET, port=0, on_log=lambda _: log_lines.set()))
-        console.print(f"broker      {server.broker_kind} on {server.broker.url}")
+        server = stack.enter_context(
+            FleetServer(data, FLEET, port=0, operator_port=0, on_log=lambda _: log_lines.set())
+        )
+        console.print(f"broker      {server.broker_kind} on {server.device_broker.url}")
         console.print(f"graph       {data}, SPARQL at {server.endpoint}")
         emulator = why_no_board() if board else "--no-board was given"
-        fleet = _Fleet(task, devices, board=emulator is None, broker=server.broker.url, data=data)
+        fleet = _Fleet(task, devices, board=emulator is None, data=data)
         stack.enter_context(fleet.running())
         console.print(f"devices     {devices} virtual ones: the C node and engine, natively, an MQTT session each")
         if emulator is None:
@@ -156,7 +158,6 @@ class _Fleet:
     task: Task
     virtual: int
     board: bool
-    broker: str
     data: Path
 
     @property
@@ -165,10 +166,9 @@ class _Fleet:
 
     def commands(self) -> list[list[str]]:
         """Each device's command line."""
-        common = ["--fleet", FLEET, "--task", self.task.name, "--fleet-size", str(self.size)]
-        broker = ["--broker", self.broker, "--insecure"]
-        virtual = ["device", "simulate", "--devices", str(self.virtual), "--first-index", "0", *common, *broker]
-        agent = ["agent", "start", "--device-id", "pi", "--client-index", str(self.virtual), *common, *broker]
+        common = ["--fleet", FLEET, "--task", self.task.name, "--fleet-size", str(self.size), "--data", str(self.data)]
+        virtual = ["device", "simulate", "--devices", str(self.virtual), "--first-index", "0", *common]
+        agent = ["agent", "start", "--device-id", "pi", "--client-index", str(self.virtual), *common]
         return [virtual, agent]
 
     @contextmanager
@@ -194,7 +194,7 @@ class _Fleet:
                 if built.returncode:
                     raise UserError(f"the firmware could not be built: {built.stderr.strip()}; go on with --no-board")
                 start = ["firmware", "emulate", str(image / "firmware.elf"), "--gateway"]
-                stack.enter_context(_process([*start, "--broker", self.broker, "--insecure"], self.data / "board.log"))
+                stack.enter_context(_process([*start, "--data", str(self.data)], self.data / "board.log"))
             yield
 
 

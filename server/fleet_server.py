@@ -3,15 +3,15 @@ query page and the Thing Description Directory."""
 
 import json
 import logging
-import os
 import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from tinyfleet.edge.private_files import make_private_folder, write_private
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
@@ -22,8 +22,13 @@ from tinyfleet.ontology.store import data_folder
 from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
-from tinyfleet.server.broker import Broker
+from tinyfleet.server.authority.authority import Authority
+from tinyfleet.server.authority.identities import Role
+from tinyfleet.server.broker import LOOPBACK, Broker, Secured
+from tinyfleet.server.enrolment_api import EnrolmentApi
 
+AUTHORITY = "authority"
+"""Folder of the fleet's authority, in the data folder."""
 MAX_BATCH = 1000
 """Messages written in one transaction at most."""
 QUEUE_SIZE = 10_000
@@ -54,9 +59,15 @@ class FleetServer:
     fleet
         The fleet's name.
     broker
-        A running broker. Default: start one.
-    port
-        Port of the broker to start; 0 picks a free one.
+        A running broker. Default: start one that only the fleet's identities may use.
+    port, operator_port
+        Ports of the broker to start, for devices and for operators; 0 picks a free one.
+    listen
+        IP address on which broker and HTTP server listen. Default: this machine only.
+    host_names
+        Names and addresses under which clients on the network find this server.
+    insecure
+        Start a broker that anyone on this machine may use, without encryption.
     endpoint_port
         Port of the HTTP server; 0 picks a free one.
     on_log
@@ -74,8 +85,12 @@ class FleetServer:
         fleet: str,
         *,
         broker: BrokerAddress | None = None,
-        port: int = 1883,
+        port: int = 8883,
+        operator_port: int = 8884,
         endpoint_port: int = 0,
+        listen: str = LOOPBACK,
+        host_names: Sequence[str] = (),
+        insecure: bool = False,
         on_log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.fleet = fleet_name(fleet)
@@ -86,17 +101,32 @@ class FleetServer:
         with ExitStack() as stack:
             data_folder.prepare(data, on_log)
             self.store = stack.enter_context(IndexedStore(data / data_folder.GRAPH))
+            make_private_folder(data)
+            self.authority = Authority(data / AUTHORITY, host_names)
+            stack.callback(self.authority.close)
             if broker is None:
-                started = stack.enter_context(Broker(port, data / "broker"))
-                self.broker = started.address
-                self.broker_kind = started.kind
+                secured = None if insecure else Secured(self.authority, fleet, operator_port, listen)
+                started = stack.enter_context(Broker(port, data / "broker", secured=secured))
+                self.broker, self.device_broker, self.broker_kind = (
+                    started.address,
+                    started.device_address,
+                    started.kind,
+                )
             else:
-                self.broker, self.broker_kind = broker, "given"
+                self.broker, self.device_broker, self.broker_kind = broker, broker, "given"
+            enrolment = EnrolmentApi(self.authority, self._addresses)
             self._session: Session | None = None
             self.registry = Registry(self.store, fleet)
             self.token = secrets.token_urlsafe(32)
             served = stack.enter_context(
-                Endpoint(self.store, self.token, endpoint_port, registry=self.registry, deleted=self._forget)
+                Endpoint(
+                    self.store,
+                    self.token,
+                    endpoint_port,
+                    registry=self.registry,
+                    deleted=self._forget,
+                    routes=[*enrolment.public_routes, *enrolment.admin_routes],
+                )
             )
             self.address, self.endpoint = served.address, served.url
             self._arrived: queue.SimpleQueue[_Message] = queue.SimpleQueue()
@@ -141,13 +171,23 @@ class FleetServer:
         if self._session is not None and thing.startswith(fleet):
             self._session.publish(self._topics.td(thing.removeprefix(fleet)), b"", retain=True)
 
+    def _addresses(self, role: Role) -> dict[str, str]:
+        """What a new identity is told."""
+        broker = self.device_broker if role == "device" else self.broker
+        return {"fleet": self.fleet, "broker": broker.url, "http": self.address, "endpoint": self.endpoint}
+
     def _publish_address(self, path: Path) -> None:
-        address = {"broker": self.broker.url, "endpoint": self.endpoint, "token": self.token, "fleet": self.fleet}
-        new = path.with_suffix(".new")
-        new.unlink(missing_ok=True)
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            json.dump(address, file)
-        new.replace(path)
+        files = {"ca": self.broker.ca, "cert": self.broker.cert, "key": self.broker.key}
+        address = {
+            "broker": self.broker.url,
+            "device_broker": self.device_broker.url,
+            **{name: str(file.absolute()) for name, file in files.items() if file is not None},
+            "http": self.address,
+            "endpoint": self.endpoint,
+            "token": self.token,
+            "fleet": self.fleet,
+        }
+        write_private(path, json.dumps(address))
 
     def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:
         """Called by the session's thread."""

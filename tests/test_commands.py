@@ -26,7 +26,7 @@ TREE = {
     "run": ("start", "simulate"),
     "deploy": (),
     "agent": ("start",),
-    "device": ("simulate",),
+    "device": ("simulate", "enrol", "list", "revoke"),
     "gateway": ("start",),
     "task": ("list",),
     "model": ("compile", "plan", "export", "describe", "match"),

@@ -190,7 +190,7 @@ def test_python_refuses_what_the_c_decoder_refuses(
 
 
 def shared_references(levels: int) -> bytes:
-    """2**levels values for whoever compares or prints it, in some nine bytes a level."""
+    """2**levels values for anyone who compares or prints it, in some nine bytes a level."""
     heads = [b"\xd8\x1d" + cbor2.dumps(i) for i in range(levels - 1)]
     return (
         cbor2.dumps([0] * levels)[: 1 + (levels > 23)]

@@ -30,7 +30,7 @@ COMMANDS = {
     "run": Entry("server.cli", "run_app", "Train a model with the fleet, or by simulation.", ("edge", "server")),
     "deploy": Entry("server.cli", "deploy", "Send a model to the devices that a query selects.", ("server",)),
     "agent": Entry("edge.cli", "agent_app", "Run this machine as a device that learns.", ("edge",)),
-    "device": Entry("edge.cli", "device_app", "Run virtual devices.", ("edge",)),
+    "device": Entry("edge.device_cli", "device_app", "Run virtual devices, and enrol devices.", ("edge",)),
     "gateway": Entry("firmware_tools.cli", "gateway_app", "Connect boards on serial lines to the fleet.", ("gateway",)),
     "task": Entry("edge.cli", "task_app", "Show what a fleet can learn."),
     "model": Entry("firmware_tools.model_cli", "app", "Compile, describe, export and match models.", ("firmware",)),

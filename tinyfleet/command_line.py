@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -187,16 +187,25 @@ class Connection:
             show_default="the variable TINYFLEET_BROKER_PASSWORD",
         ),
     ] = None
+    enrolment: Annotated[
+        str | None,
+        typer.Option("--enrol", metavar="TOKEN", help="Join the fleet with a token of `tinyfleet device enrol`."),
+    ] = None
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Accept a broker without encryption, on this machine only.")
     ] = False
 
     def find(self, data: Path) -> BrokerAddress:
-        """The broker: the one that the options name, else the running server's."""
+        """The broker for an operator; see `server_info.find_broker`."""
         from tinyfleet.edge.wire.server_info import find_broker
 
-        named = asdict(self)
-        return find_broker(named.pop("broker"), data, insecure=named.pop("insecure"), **named)
+        return find_broker(data=data, **asdict(self))
+
+    def find_for_devices(self, names: Sequence[str], data: Path) -> list[BrokerAddress]:
+        """The broker for each of these devices; see `server_info.find_device_brokers`."""
+        from tinyfleet.edge.wire.server_info import find_device_brokers
+
+        return find_device_brokers(names, data=data, **asdict(self))
 
 
 CONNECTION = Connection()

@@ -68,7 +68,7 @@ class BrokerAddress:
     def __post_init__(self) -> None:
         if not self.tls and not is_loopback(self.host):
             raise UserError(
-                f"{self.url} is not encrypted: whoever can listen on the network could read it and take part; use "
+                f"{self.url} is not encrypted: anyone who can listen on the network could read it and take part; use "
                 "mqtts://"
             )
         if (self.cert is None) != (self.key is None):

@@ -1,12 +1,15 @@
-"""How a command finds the server on this machine: the file in which a running server says where it is."""
+"""How a command finds its server and broker: what a running server says in its data folder, or a stored identity."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.broker_address import BrokerAddress, read_password
+from tinyfleet.edge.wire.enrolment_token import EnrolmentToken
+from tinyfleet.edge.wire.identity import IDENTITIES, Identity, enrol, identity_folder, open_token, stored_identities
 
 SERVER_FILE = "server.json"
 """In the server's data folder, for as long as the server runs."""
@@ -14,7 +17,7 @@ DEFAULT_FLEET = "home"
 
 
 def find_server(data: Path) -> dict[str, str]:
-    """Read where the server with this data folder is.
+    """Find the fleet's server: the one that runs on this data folder, else the one of this machine's operator.
 
     Parameters
     ----------
@@ -24,7 +27,8 @@ def find_server(data: Path) -> dict[str, str]:
     Returns
     -------
     dict
-        Broker, SPARQL endpoint, token and fleet; empty if no server runs.
+        Addresses of the broker, the HTTP API and SPARQL; files ca, cert and key; token and fleet. Empty if there is
+        none.
 
     Raises
     ------
@@ -36,6 +40,23 @@ def find_server(data: Path) -> dict[str, str]:
     >>> find_server(Path("/nowhere"))
     {}
     """
+    return _running_server(data) or _operators_server(data)
+
+
+def _operators_server(data: Path) -> dict[str, str]:
+    operators = stored_identities(data, "operator")
+    if len(operators) > 1:
+        names = ", ".join(each.name for each in operators)
+        raise UserError(f"there are several operators in {data / IDENTITIES}: {names}; remove all folders but one")
+    if not operators:
+        return {}
+    each = operators[0].renewed_if_possible()
+    files = {"ca": str(each.ca), "cert": str(each.cert), "key": str(each.key)}
+    addresses = {"broker": each.broker_url, "http": each.http_url, "endpoint": each.endpoint_url}
+    return {**addresses, **files, "fleet": each.fleet, "token": each.api_token or ""}
+
+
+def _running_server(data: Path) -> dict[str, str]:
     path = data / SERVER_FILE
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
@@ -47,10 +68,13 @@ def find_server(data: Path) -> dict[str, str]:
 
 
 def require_server(data: Path) -> dict[str, str]:
-    """As `find_server`, but a `UserError` if no server runs."""
+    """As `find_server`, but a `UserError` if there is none."""
     server = find_server(data)
     if not server:
-        raise UserError(f"no server runs on {data}; start one with: tinyfleet server start --data {data}")
+        raise UserError(
+            f"no server runs on {data}; start one with: tinyfleet server start --data {data}. For a server elsewhere, "
+            "enrol as an operator there, or name the broker with --broker"
+        )
     return server
 
 
@@ -59,15 +83,19 @@ def fleet_of(fleet: str | None, data: Path) -> str:
     return fleet or find_server(data).get("fleet", DEFAULT_FLEET)
 
 
-def find_broker(broker: str | None, data: Path, *, insecure: bool = False, **shown: Path | None) -> BrokerAddress:
-    """Find the MQTT broker.
+def find_broker(
+    broker: str | None, data: Path, *, enrolment: str | None = None, insecure: bool = False, **shown: Path | None
+) -> BrokerAddress:
+    """Find the MQTT broker, for an operator.
 
     Parameters
     ----------
     broker
-        Its address, or None for the running server's.
+        Its address, or None for the one of the server that runs here or of this machine's identity.
     data
-        The server's data folder.
+        The data folder.
+    enrolment
+        An enrolment token, to become an operator with.
     insecure
         Whether the user accepts a broker without encryption on this machine.
     shown
@@ -80,15 +108,79 @@ def find_broker(broker: str | None, data: Path, *, insecure: bool = False, **sho
     Raises
     ------
     UserError
-        If the address is invalid, no server runs and no broker is named, or the server's file is damaged.
+        If the address is invalid, no server runs and no broker is named, or a file is damaged.
 
     Examples
     --------
     >>> find_broker("mqtt://[::1]", Path(), insecure=True).url
     'mqtt://[::1]:1883'
     """
-    if broker is None:
-        return BrokerAddress.parse(require_server(data)["broker"])
+    if enrolment is not None:
+        _enrol(enrolment, data, [])
+    if broker is not None:
+        return _named_broker(broker, insecure, shown)
+    server = require_server(data)
+    ca, cert, key = (Path(server[name]) if name in server else None for name in ("ca", "cert", "key"))
+    return BrokerAddress.parse(server["broker"], ca=ca, cert=cert, key=key)
+
+
+def find_device_brokers(
+    names: Sequence[str],
+    broker: str | None,
+    data: Path,
+    *,
+    enrolment: str | None = None,
+    insecure: bool = False,
+    **shown: Path | None,
+) -> list[BrokerAddress]:
+    """Find the MQTT broker for devices, each with its own identity.
+
+    An identity comes from the data folder; those that are missing there are enrolled, with the token or, beside the
+    server, in its owner's name.
+
+    Parameters
+    ----------
+    names
+        The devices' names.
+    broker, data, enrolment, insecure, shown
+        As for `find_broker`.
+
+    Returns
+    -------
+    list of BrokerAddress
+        One for each name.
+
+    Raises
+    ------
+    UserError
+        If an address is invalid, or a device has no identity and cannot be enrolled.
+    """
+    if enrolment is not None:
+        _enrol(enrolment, data, names)
+    if broker is not None:
+        return [_named_broker(broker, insecure, shown)] * len(names)
+    server = _running_server(data)
+    if server and "ca" not in server:  # it runs without identities
+        return [BrokerAddress.parse(server["device_broker"])] * len(names)
+    identities = {name: Identity.load(identity_folder(data, name)) for name in names}
+    missing = [name for name, identity in identities.items() if identity is None]
+    if missing and not server:
+        raise UserError(
+            f"{missing[0]} has no identity in {data}, and no server runs there. Ask the fleet's owner for a token "
+            f"(tinyfleet device enrol {missing[0]}) and add --enrol TOKEN; or start a server on this machine"
+        )
+    if missing:
+        token = open_token(server, missing)
+        identities |= {name: enrol(token, name, data) for name in missing}
+    found = [identity.renewed_if_possible() for identity in identities.values() if identity is not None]
+    if server:  # whose ports may be others than when the device was enrolled
+        return [
+            BrokerAddress.parse(server["device_broker"], ca=each.ca, cert=each.cert, key=each.key) for each in found
+        ]
+    return [each.broker for each in found]
+
+
+def _named_broker(broker: str, insecure: bool, shown: dict[str, Path | None]) -> BrokerAddress:
     password = read_password(shown.pop("password_file", None))
     address = BrokerAddress.parse(broker, password=password, **shown)
     if not address.tls and not insecure:
@@ -97,3 +189,15 @@ def find_broker(broker: str | None, data: Path, *, insecure: bool = False, **sho
             "add --insecure"
         )
     return address
+
+
+def _enrol(text: str, data: Path, names: Sequence[str]) -> None:
+    """Use a token: for these names, those of them that have no identity yet, or for the name that it is for."""
+    token = EnrolmentToken.parse(text)
+    wanted = [name for name in names if Identity.load(identity_folder(data, name)) is None]
+    if not names:
+        if token.name is None:
+            raise UserError("this token is for several devices; start them with it")
+        wanted = [token.name]
+    for name in wanted:
+        enrol(token, name, data)

@@ -37,8 +37,8 @@ class Topics:
         if not _NAME.fullmatch(fleet):
             raise ProtocolError(f"a fleet's name is 1 to 32 letters, digits, '.', '_' or '-', not {fleet!r:.50}")
         self.fleet = fleet
-        self._root = f"tinyfleet/{fleet}"
-        root = re.escape(self._root)
+        self.root = f"tinyfleet/{fleet}"
+        root = re.escape(self.root)
         self._device = re.compile(rf"{root}/devices/({_NAME.pattern})/(td|status|command|reply)")
         self._weights = re.compile(rf"{root}/runs/{_NUMBER}/{_NUMBER}/{_NUMBER}")
         self._program = re.compile(rf"{root}/models/([0-9a-f]{{16}})/{_NUMBER}")
@@ -61,11 +61,11 @@ class Topics:
 
     def weights(self, run: int, round: int, chunk: int | str = "+") -> str:
         """The topic of one chunk of a round's weights; by default the filter for all of them."""
-        return f"{self._root}/runs/{run}/{round}/{chunk}"
+        return f"{self.root}/runs/{run}/{round}/{chunk}"
 
     def program(self, model: bytes, chunk: int | str = "+") -> str:
         """The topic of one chunk of a program; by default the filter for all of them."""
-        return f"{self._root}/models/{model.hex()}/{chunk}"
+        return f"{self.root}/models/{model.hex()}/{chunk}"
 
     def parse(self, topic: str) -> tuple[str, tuple[Any, ...]] | None:
         """What a topic is: ("td" | "status" | "command" | "reply", (id,)), ("weights", (run, round, chunk)),
@@ -82,4 +82,4 @@ class Topics:
     def _of(self, id: str, kind: str) -> str:
         if id != "+" and not _NAME.fullmatch(id):
             raise ProtocolError(f"a device's name is 1 to 32 letters, digits, '.', '_' or '-', not {id!r:.50}")
-        return f"{self._root}/devices/{id}/{kind}"
+        return f"{self.root}/devices/{id}/{kind}"

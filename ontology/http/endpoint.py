@@ -8,7 +8,7 @@ import asyncio
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from http import HTTPStatus
@@ -133,6 +133,8 @@ class Endpoint:
         If given, its Thing Descriptions are served as a directory.
     deleted
         Called with the ID of each thing that a client deletes.
+    routes
+        Others to serve.
     timeout
         Maximum seconds for a query.
     workers
@@ -157,6 +159,7 @@ class Endpoint:
         *,
         registry: Registry | None = None,
         deleted: Callable[[Iri], None] = lambda id: None,
+        routes: Sequence[BaseRoute] = (),
         timeout: float = 30.0,
         workers: int = 4,
     ) -> None:
@@ -174,12 +177,10 @@ class Endpoint:
         self.url = f"{self.address}/sparql"
         protocol = Protocol(store, token, registry, timeout, workers)
         self._directory = None if registry is None else Directory(registry, protocol, token, deleted)
-        routes: list[BaseRoute] = [
-            Route(path, protocol.sparql, methods=["GET", "POST"]) for path in ("/sparql", "/sparql/")
-        ]
-        routes += [Route("/vocabulary", _terms, methods=["GET"]), *_page(registry)]
+        served = [*routes, *(Route(path, protocol.sparql, methods=["GET", "POST"]) for path in ("/sparql", "/sparql/"))]
+        served += [Route("/vocabulary", _terms, methods=["GET"]), *_page(registry)]
         if self._directory is not None:
-            routes += self._directory.routes
+            served += self._directory.routes
 
         @asynccontextmanager
         async def purging(_app: Starlette) -> AsyncIterator[None]:
@@ -194,7 +195,7 @@ class Endpoint:
                 task.cancel()
 
         application = Starlette(
-            routes=routes,
+            routes=served,
             # A web page must not reach the endpoint by giving this machine another name.
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
             exception_handlers={HTTPException: _no_route},

@@ -1,0 +1,372 @@
+"""The fleet's authority: its keys on disk, the certificates it issues, and what the broker needs to know of them."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from cryptography import x509
+
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.private_files import make_private_folder, write_private
+from tinyfleet.edge.wire.broker_address import is_loopback
+from tinyfleet.edge.wire.enrolment_token import EnrolmentToken
+from tinyfleet.server.authority import certificates
+from tinyfleet.server.authority.certificates import KeyPair
+from tinyfleet.server.authority.identities import Identities, IdentityRecord, Issued, Role, Scope
+
+SERVER = "server"
+"""The server's own identity, an operator. No other may have its name."""
+LIFE: dict[Role, timedelta] = {"device": timedelta(days=730), "operator": timedelta(days=365)}
+"""How long a certificate is valid; its owner renews it before."""
+OPERATOR_SCOPE: Scope = "operate"
+TOKEN_LIFE = timedelta(hours=1)
+COMMAND_KEY_BYTES = 32
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+
+class Enrolment(NamedTuple):
+    """What a new identity gets.
+
+    Attributes
+    ----------
+    certificate, issued, expires
+        PEM, and its times, Unix time in seconds.
+    role
+        Device or operator.
+    command_key
+        A device's key for the commands to it, 32 bytes.
+    api_token
+        An operator's token for the HTTP API.
+    """
+
+    certificate: str
+    issued: int
+    expires: int
+    role: Role
+    command_key: bytes | None
+    api_token: str | None
+
+
+class Authority:
+    """Made in its folder at the first start, and the same ever after.
+
+    Three certificate authorities sign: one the server's certificate, which all clients trust; one the devices' and one
+    the operators' certificates, each for a listener of the broker.
+
+    Parameters
+    ----------
+    folder
+        Its folder; only its owner may enter.
+    host_names
+        Host names and IP addresses under which clients on the network find the server.
+    clock
+        The time.
+
+    Raises
+    ------
+    UserError
+        If a host name is not valid, or a file is damaged.
+    """
+
+    def __init__(
+        self, folder: Path, host_names: Iterable[str] = (), *, clock: Callable[[], datetime] = certificates.utc_now
+    ) -> None:
+        self.folder = folder
+        self._clock = clock
+        self._lock = threading.Lock()  # one change at a time writes the broker's files
+        self._changed: Callable[[], None] = lambda: None
+        self._ended: Callable[[str, Role], None] = lambda name, role: None
+        make_private_folder(folder)
+        self.ca_file = folder / "fleet-ca.crt"
+        self._fleet = self._own("fleet-ca", "TinyFleet authority")
+        self._clients: dict[Role, KeyPair] = {
+            "device": self._own("device-ca", "TinyFleet devices"),
+            "operator": self._own("operator-ca", "TinyFleet operators"),
+        }
+        self.identities = Identities(folder / "identities.sqlite")
+        self.server_files = folder / "server.crt", folder / "server.key"
+        self._certify_server({"localhost", "127.0.0.1", "::1", *map(_host_name, host_names)})
+        self.client_files = folder / "client.crt", folder / "client.key"
+        self._certify_client()
+        self.write_broker_files()
+
+    def close(self) -> None:
+        """Close the identities' file."""
+        self.identities.close()
+
+    def on_change(self, changed: Callable[[], None], ended: Callable[[str, Role], None]) -> None:
+        """Set who is told: `changed`, when the broker must read its files again; then `ended`, with the name and role
+        of an identity whose sessions must end."""
+        self._changed, self._ended = changed, ended
+
+    @property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of the certificate that all clients trust."""
+        return certificates.fingerprint(self._fleet.certificate)
+
+    # Its own keys and certificates
+
+    def _own(self, name: str, common_name: str) -> KeyPair:
+        """An authority's key and certificate; what is missing is made, so that an interrupted start is completed."""
+        key_file, file = self.folder / f"{name}.key", self.folder / f"{name}.crt"
+        try:
+            if not key_file.exists():
+                if file.exists():
+                    raise ValueError(f"{key_file.name} is missing")
+                write_private(key_file, certificates.key_pem(certificates.new_key()))
+            key = certificates.load_key(key_file.read_bytes())
+            if not file.exists():
+                certificate = certificates.authority_certificate(common_name, key, self._clock())
+                write_private(file, certificates.certificate_pem(certificate))
+            pair = KeyPair(key, x509.load_pem_x509_certificate(file.read_bytes()))
+            if pair.certificate.public_key() != key.public_key():
+                raise ValueError(f"{file.name} is not of {key_file.name}")
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(
+                f"the fleet's authority in {self.folder} is damaged ({error}); restore it from a backup, or remove the "
+                "folder and enrol every device again"
+            ) from error
+        return pair
+
+    def _certify_server(self, names: set[str]) -> None:
+        """Makes the certificate of broker and HTTP server, unless the one that is there still does."""
+        file, key_file = self.server_files
+        now = self._clock()
+        try:
+            there = x509.load_pem_x509_certificate(file.read_bytes())
+            key = certificates.load_key(key_file.read_bytes())
+            if (
+                names <= certificates.server_names(there)
+                and there.public_key() == key.public_key()
+                and there.not_valid_before_utc <= now < there.not_valid_after_utc - certificates.SERVER_LIFE / 3
+            ):
+                return
+        except (ValueError, OSError, x509.ExtensionNotFound):
+            key = certificates.new_key()
+        write_private(key_file, certificates.key_pem(key))
+        certificate = certificates.server_certificate(self._fleet, key, sorted(names), now)
+        write_private(file, certificates.certificate_pem(certificate))
+
+    def _certify_client(self) -> None:
+        """Makes the certificate with which the server itself, and its owner's commands, go to the broker."""
+        file, key_file = self.client_files
+        try:
+            key = certificates.load_key(key_file.read_bytes())
+            there = self.identities.issued(SERVER, certificates.public_bytes(key.public_key()))
+            enough = self._seconds() + int(LIFE["operator"].total_seconds()) // 3
+            if there is not None and there.not_after > enough and file.read_text() == there.pem:
+                return
+        except (ValueError, OSError):
+            key = certificates.new_key()
+        issued = self._issue(SERVER, "operator", certificates.public_bytes(key.public_key()))
+        write_private(key_file, certificates.key_pem(key))
+        self.identities.put(issued, None, self._seconds())
+        write_private(file, issued.pem)
+
+    def _seconds(self) -> int:
+        return int(self._clock().timestamp())
+
+    def _issue(self, name: str, role: Role, public_key: bytes) -> Issued:
+        key = certificates.load_public_key(public_key)
+        certificate = certificates.client_certificate(self._clients[role], name, key, self._clock(), LIFE[role])
+        pem = certificates.certificate_pem(certificate).decode()
+        return Issued(
+            certificate.serial_number, name, role, public_key, pem, int(certificate.not_valid_after_utc.timestamp())
+        )
+
+    # What the broker reads
+
+    def ca_of(self, role: Role) -> Path:
+        """The file of the authority of these clients' certificates."""
+        return self.folder / f"{role}-ca.crt"
+
+    def crl_of(self, role: Role) -> Path:
+        """The file of that authority's revoked certificates."""
+        return self.folder / f"{role}.crl"
+
+    def write_broker_files(self) -> None:
+        """Write the lists of revoked certificates."""
+        for role, pair in self._clients.items():
+            serials = self.identities.revoked_serials(role, self._seconds())
+            write_private(self.crl_of(role), certificates.revocation_list(pair, serials, self._clock()))
+
+    def _publish(self) -> None:
+        with self._lock:
+            self.write_broker_files()
+            self._changed()
+
+    # Identities
+
+    def open_token(
+        self, names: Sequence[str], role: Role, url: str, life: timedelta = TOKEN_LIFE, *, replace: bool = False
+    ) -> EnrolmentToken:
+        """Make a token with which each of these names can be enrolled once.
+
+        Parameters
+        ----------
+        names
+            Names of devices or operators.
+        role
+            What they become.
+        url
+            Address of the HTTP API for those who hold the token.
+        life
+            How long it can be used.
+        replace
+            Whether an identity that exists may be enrolled again; the old one ends then.
+
+        Returns
+        -------
+        EnrolmentToken
+
+        Raises
+        ------
+        UserError
+            If a name is not valid, or taken.
+        """
+        for name in names:
+            if not _NAME.fullmatch(name) or name == SERVER:
+                raise UserError(
+                    f"{name!r:.50} cannot be a name: 1 to 32 letters, digits, '.', '_' or '-', not 'server'"
+                )
+            taken = self.identities.role(name)
+            if taken is not None and not (replace and taken == role):
+                raise UserError(
+                    f"there is {'an' if taken == 'operator' else 'a'} {taken} {name} already; choose another name, or "
+                    f"revoke that one first: tinyfleet device revoke {name}"
+                )
+        secret = secrets.token_urlsafe(24)
+        self.identities.add_token(secret, names, role, self._seconds() + int(life.total_seconds()))
+        return EnrolmentToken(url, self.fingerprint, secret, names[0] if len(names) == 1 else None)
+
+    def enrol(self, secret: str, name: str, request: str) -> Enrolment:
+        """Turn a token into an identity.
+
+        Parameters
+        ----------
+        secret
+            The token's secret.
+        name
+            The name to enrol.
+        request
+            A certificate request, PEM.
+
+        Returns
+        -------
+        Enrolment
+            The same certificate if the same key asks again, as after an answer that was lost.
+
+        Raises
+        ------
+        UserError
+            If the token does not allow it, or the request is not valid.
+        """
+        key = certificates.public_bytes(certificates.requested_key(request))
+        now = self._seconds()
+        role, issued = self.identities.token_role(secret, name, key, now)
+        if issued is None:
+            replaced = self.identities.role(name) is not None
+            command_key = secrets.token_bytes(COMMAND_KEY_BYTES) if role == "device" else None
+            issued = self.identities.enrol(secret, self._issue(name, role, key), command_key, now)
+            if replaced or role == "operator":
+                self._publish()
+            if replaced:
+                self._ended(name, role)
+        token = None
+        if role == "operator":
+            token = secrets.token_urlsafe(32)
+            self.identities.add_api_token(token, name, OPERATOR_SCOPE, now)
+        return Enrolment(issued.pem, now, issued.not_after, role, self.identities.command_key(name), token)
+
+    def renew(self, name: str, request: str, signature: bytes) -> Issued:
+        """Another certificate for an identity.
+
+        Parameters
+        ----------
+        name
+            The identity.
+        request
+            A certificate request, PEM, of a new key or the present one.
+        signature
+            Of the request by the identity's present key.
+
+        Returns
+        -------
+        Issued
+            The certificate.
+
+        Raises
+        ------
+        UserError
+            If the signature is not by a valid key of this identity, or the request is not valid.
+        """
+        role = self.identities.role(name)
+        keys = self.identities.public_keys(name, self._seconds())
+        if role is None or not any(certificates.is_signed_by(key, signature, request.encode()) for key in keys):
+            raise UserError(f"the request is not signed by a valid key of {name:.32}; enrol again")
+        issued = self._issue(name, role, certificates.public_bytes(certificates.requested_key(request)))
+        self.identities.renew(issued)
+        return issued
+
+    def revoke(self, name: str) -> Role:
+        """End an identity now, its open sessions included.
+
+        Raises
+        ------
+        UserError
+            If there is none, or it is the server's own.
+        """
+        if name == SERVER:
+            raise UserError("the server's own identity cannot be revoked")
+        role = self.identities.revoke(name, self._seconds())
+        self._publish()
+        self._ended(name, role)
+        return role
+
+    def takeover(self, name: str) -> tuple[bytes, bytes]:
+        """A key and a certificate in a device's name, valid for minutes and kept nowhere: connecting with them ends the
+        device's session.
+
+        Returns
+        -------
+        tuple
+            PEM of both.
+        """
+        key = certificates.new_key()
+        pair, now = self._clients["device"], self._clock()
+        certificate = certificates.client_certificate(pair, name, key.public_key(), now, timedelta(minutes=5))
+        return certificates.key_pem(key), certificates.certificate_pem(certificate)
+
+    def records(self) -> list[IdentityRecord]:
+        """All identities but the server's own, by name."""
+        return [record for record in self.identities.records() if record.name != SERVER]
+
+
+def _host_name(name: str) -> str:
+    """A host name or IP address that a certificate can hold."""
+    if is_loopback(name) or ":" in name or _HOST.fullmatch(name):
+        return name
+    raise UserError(f"{name!r:.100} is not a host name or an IP address")
+
+
+def own_addresses() -> list[str]:
+    """The names and addresses by which others on the network may know this machine."""
+    name = socket.gethostname()
+    found = {name, socket.getfqdn(), f"{name}.local"}
+    for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as route:  # sends nothing: it asks the routing table
+                route.connect((probe, 9))
+                found.add(str(route.getsockname()[0]))
+        except OSError:  # no network of this kind
+            continue
+    return sorted(each for each in found if ":" in each or _HOST.fullmatch(each))
