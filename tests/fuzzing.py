@@ -1,14 +1,18 @@
-"""Fuzzers of what a device reads from others: programs (c/fuzz_load.c) and messages (c/fuzz_node.c).
+"""Fuzzers of what is read from others.
 
-    python tests/fuzzing.py [--seconds 600] [--keep]    both at once; what fails is left in build/fuzz
-    python tests/fuzzing.py --seeds                     makes the first inputs in corpus/ again
+    python tests/fuzzing.py [--seconds 600] [--keep]    all, as many at once as there are cores
+    python tests/fuzzing.py --only node                 one of them
+    python tests/fuzzing.py --seeds                     makes the first inputs of the C fuzzers in corpus/ again
 
-Under AddressSanitizer and UBSan. --keep adds the inputs that reached new code to corpus/, as few as will do.
+In C, under AddressSanitizer and UBSan, what a device reads: programs (c/fuzz_load.c) and messages (c/fuzz_node.c, which
+reads serial frames too). In Python, all of fuzz_targets.py. What fails is left in build/fuzz. --keep adds inputs that
+reached new code of the device to corpus/, as few as will do.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import struct
 import subprocess
@@ -20,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import small_models
+from fuzz_targets import TARGETS as PYTHON_TARGETS
 
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.mote.build_extension import INCLUDES, sources
@@ -86,6 +91,13 @@ def fuzz(name: str, folder: Path, seconds: int) -> tuple[bool, str]:
     return done.returncode == 0, done.stderr[-6000:]
 
 
+def fuzz_python(name: str, folder: Path, seconds: int) -> tuple[bool, str]:
+    """Runs a target of fuzz_targets.py in a process of its own; results as of `fuzz`."""
+    command = [sys.executable, TESTS / "fuzz_targets.py", name, "--seconds", str(seconds), "--folder", folder]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    return done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
 def keep(name: str, folder: Path) -> None:
     """Adds to the corpus what of {folder}/{name} reaches code that nothing in the corpus does, however often."""
     command = [
@@ -146,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=int, default=600, help="how long each runs (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="add to the corpus what reached new code")
     parser.add_argument("--seeds", action="store_true", help="only make the corpus' first inputs")
-    parser.add_argument("--only", choices=TARGETS, help="one of the two")
+    parser.add_argument("--only", choices=[*TARGETS, *PYTHON_TARGETS], help="one of them")
     chosen = parser.parse_args(arguments)
     if chosen.seeds:
         make_seeds()
@@ -154,11 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = TESTS.parent / "build" / "fuzz"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    names = [chosen.only] if chosen.only else list(TARGETS)
-    with ThreadPoolExecutor() as pool:
-        results = dict(zip(names, pool.map(lambda name: fuzz(name, folder, chosen.seconds), names), strict=True))
+    names = [chosen.only] if chosen.only else [*TARGETS, *PYTHON_TARGETS]
+
+    def run(name: str) -> tuple[bool, str]:
+        return (fuzz if name in TARGETS else fuzz_python)(name, folder, chosen.seconds)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = dict(zip(names, pool.map(run, names), strict=True))
     for name, (clean, said) in results.items():
-        if chosen.keep and clean:
+        if chosen.keep and clean and name in TARGETS:
             keep(name, folder)
         stats = [line for line in said.splitlines() if line.startswith("stat::") or "DONE" in line]
         print(name, "clean" if clean else "FAILED", *(stats if clean else [said]), sep="\n")

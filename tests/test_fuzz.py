@@ -1,8 +1,11 @@
-"""A minute of fuzzing, of programs and of messages at the same time; `make fuzz` does ten."""
+"""A minute of fuzzing the C code, and some damaged inputs for all that decodes in Python; `make fuzz` does more."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fuzz_targets
 import fuzzing
 import pytest
 
@@ -27,3 +30,11 @@ def test_the_corpus_holds_a_program_of_every_kind_and_is_small() -> None:
     assert [path.read_bytes() for path in seeds] == fuzzing.load_seeds(), "run: python tests/fuzzing.py --seeds"
     size = sum(path.stat().st_size for path in fuzzing.CORPUS.rglob("*") if path.is_file())
     assert size < 500_000
+
+
+@pytest.mark.parametrize("name", fuzz_targets.TARGETS)
+def test_damaged_inputs_are_refused_soon_and_by_what_is_expected(name: str) -> None:
+    """In a process of its own: its memory is measured."""
+    command = [sys.executable, Path(fuzz_targets.__file__), name, "--inputs", "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
