@@ -160,7 +160,7 @@ def _task_summaries() -> dict[str, str]:
 
 
 def run_devices(devices: list[Device], as_json: bool) -> None:
-    """Runs the devices until SIGINT or SIGTERM; returns when all have said goodbye."""
+    """Runs the devices until SIGINT or SIGTERM; returns when all have said goodbye. Exit code 1 if one died."""
 
     def stop(_signal: int, _frame: object) -> None:
         for device in devices:
@@ -176,4 +176,8 @@ def run_devices(devices: list[Device], as_json: bool) -> None:
         while not device.join(0.5):
             pass
     if not as_json:
-        typer.echo(f"stopped; learned from {sum(device.node.counters.samples for device in devices)} samples")
+        skipped = sum(device.node.skipped for device in devices)
+        learned = sum(device.node.counters.samples for device in devices)
+        typer.echo(f"stopped; learned from {learned} samples" + f", skipped {skipped} damaged ones" * bool(skipped))
+    if any(device.error is not None for device in devices):
+        raise typer.Exit(1)

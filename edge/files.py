@@ -74,7 +74,7 @@ def read_file(path: Path, most: int, advice: str) -> bytes:
 
 
 def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody writes to would wait for ever
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody writes to would never be done
 
 
 @contextmanager

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from conftest import free_port, plain_broker, start_mosquitto
 
 from tinyfleet.__main__ import main
+from tinyfleet.edge.cli import run_devices
 from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.node import Node
 from tinyfleet.edge.device.sources import DatasetStream
@@ -366,3 +368,36 @@ def test_an_idle_agent_imports_only_what_it_uses() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_device_that_dies_of_an_error_says_why_in_a_line_and_with_its_exit_code(
+    server: Server, broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here the second start of a node fails, after a reboot; another device goes on."""
+    device, other = mote(broker, "one"), mote(broker, "other")
+
+    def fails() -> Node:
+        raise OSError("no such sensor\n\x1b[2J")
+
+    device._make_node = fails
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def reboot_one_then_stop() -> None:
+        server.online("one", "other")
+        server.ask("one", Reboot(1))
+        assert device.join(30) and not other.join(0)
+        other.stop()
+
+    script = threading.Thread(target=reboot_one_then_stop)
+    script.start()
+    try:
+        with pytest.raises(typer.Exit) as end:
+            run_devices([device, other], as_json=True)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        script.join(30)
+    assert end.value.exit_code == 1
+    (said,) = (record.getMessage() for record in caplog.records if "has ended" in record.getMessage())
+    assert said.startswith("one has ended: OSError: no such sensor") and said.isprintable()
+    server.status("one", online=False)

@@ -1,5 +1,7 @@
 """Online learning under drift: noticed soon, not without cause, adapted to, and known to the fleet's graph."""
 
+import itertools
+import math
 import queue
 import subprocess
 import sys
@@ -21,8 +23,9 @@ from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.model.layers import Dense, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.chunks import chunks
 from tinyfleet.edge.wire.flower_records import vector_to_arrays
-from tinyfleet.edge.wire.messages import decode_status
+from tinyfleet.edge.wire.messages import TrainTask, decode_status, encode
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.registry import Registry
@@ -180,3 +183,43 @@ def test_an_agents_drift_becomes_an_event_in_the_graph(broker: BrokerAddress, ag
     assert drifts.count(1.0) == 1
     assert events.column("id") == ["pi"] and events.column("drift") == [1.0]
     assert events.column("ended")[0] is not None
+
+
+class Sensor:
+    """Gives these samples, again and again."""
+
+    def __init__(self, samples: list[tuple[Any, Any]]) -> None:
+        self._samples = itertools.cycle(samples)
+
+    def open(self, seed: int) -> None:
+        pass
+
+    def next(self, query: bool) -> tuple[Any, Any]:
+        return next(self._samples)
+
+
+def test_an_agent_skips_and_counts_samples_that_no_model_takes(caplog: pytest.LogCaptureFixture) -> None:
+    """And learns from the others: a sensor's fault costs what is faulty, and neither the agent nor what it has learned."""
+    size, classes = math.prod(PROGRAM.input_shape), PROGRAM.classes
+    good, bad = np.zeros(size, np.float32), np.full(size, np.nan, np.float32)
+    faulty = [
+        (bad, 0.0),
+        (np.full(size, np.inf, np.float32), 0.0),
+        (good[:-1], 0.0),
+        (good, -1.0),
+        (good, float("nan")),
+    ]
+    faulty += [(good, float(classes)), (good, 0.5), (good, 1e30)]
+    td = thing_description("test", "pi", VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
+    online = OnlineLearning(Sensor([(good, 0.0), *faulty]), 0.02, None)
+    node = AgentNode("test", "pi", td, PROGRAM, DatasetStream(client(0, 1)), online=online)
+    work = TrainTask(1, "train", 5, 1, PROGRAM.model_id, 3, (), 0, None)
+    node.receive(TOPICS.command("pi"), encode(work))
+    for number, payload in enumerate(chunks(START.astype("<f4").tobytes())):
+        node.receive(TOPICS.weights(5, 1, number), payload)
+    list(node.poll())
+    while node.counters.samples < 20:
+        node.step()
+    assert node.skipped in range(19 * len(faulty), 20 * len(faulty) + 1)
+    counts = [record.args[1] for record in caplog.records if "skipped" in record.message]  # type: ignore[index]
+    assert counts == [1, 2, 4, 8, 16, 32, 64, 128], "a line each time that the number has doubled"

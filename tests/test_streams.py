@@ -1,6 +1,7 @@
 """The stream of a data set: what C draws, Python gets, to the bit; and what a recording gives."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tinyfleet.edge._mote import ffi, lib
 from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import ClientData, Recording
 
 
@@ -72,12 +74,12 @@ def test_queries_are_never_learned_from() -> None:
     ("sizes", "ways", "scale"), [([5, 5], 3, 1.0), ([5, 1], 2, 1.0), ([5] * 40, 33, 1.0), ([5], 1, np.inf)]
 )
 def test_data_that_gives_no_task_is_refused(sizes: list[int], ways: int, scale: float) -> None:
-    with pytest.raises(ValueError, match="can't give a task"):
+    with pytest.raises(UserError, match=r"can't give a task|at least 2|finite"):
         DatasetStream(data(sizes, ways, scale))
 
 
 def test_fixed_labels_need_all_classes_in_a_task() -> None:
-    with pytest.raises(ValueError, match="their own labels"):
+    with pytest.raises(UserError, match="their own labels"):
         DatasetStream(replace(data([5, 5, 5], 2, 1.0), fixed=True))
 
 
@@ -112,3 +114,66 @@ def test_a_recording_is_seen_in_the_order_of_time_and_again() -> None:
     assert stream.next(False)[1] == 4.0
     _, y = RecordedStream(Recording(x, np.stack([x[:, 0], -x[:, 0]], axis=1), None)).next(False)
     assert isinstance(y, np.ndarray) and y.shape == (2,)
+
+
+# What a task may give
+
+
+FLOATS = np.linspace(0, 1, 12).reshape(6, 2)
+STARTS = np.array([0, 3, 6])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ">f4", np.longdouble])
+def test_features_of_other_floats_become_float32(dtype: str) -> None:
+    client = ClientData(FLOATS.astype(dtype)[:, ::-1][:, ::-1], STARTS, 1.0, 2, targets=FLOATS[:, :1])  # type: ignore[arg-type]
+    assert (client.features.dtype, client.starts.dtype) == (np.float32, np.uint32)
+    assert client.targets is not None and client.targets.dtype == np.float32
+    stream = DatasetStream(client)
+    stream.open(0)
+    x, y = stream.next(False)
+    assert any(np.allclose(x, row) and np.allclose(y, row[:1], atol=1e-3) for row in client.features)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint16, bool, complex, object, "U4"])
+def test_features_of_another_type_are_refused_by_name(dtype: str) -> None:
+    with pytest.raises(UserError, match=rf"features are .*{np.dtype(dtype)}.*; give uint8 or float32"):
+        ClientData(np.zeros((6, 2), dtype), STARTS, 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"features": FLOATS[0]}, "shape"),
+        ({"features": np.zeros((6, 0), np.uint8)}, "shape"),
+        ({"features": np.where(FLOATS > 0.5, np.nan, FLOATS)}, "not finite"),
+        ({"features": FLOATS * 1e300}, "too large for float32"),
+        ({"starts": np.array([0.0, 3.0, 6.0])}, "whole numbers"),
+        ({"starts": np.array([0, 3, 7])}, "rise from 0 to the 6 samples"),
+        ({"starts": np.array([0, 5, 6])}, "at least 2"),
+        ({"starts": np.array([0, 2**32, 6])}, "rise"),
+        ({"starts": np.array([0])}, "rise"),
+        ({"scale": float("inf")}, "scale"),
+        ({"targets": FLOATS[:, 0]}, "one row a sample"),
+        ({"targets": FLOATS[:4]}, "one row a sample"),
+        ({"targets": np.zeros((6, 1), np.int64)}, "targets are int64"),
+    ],
+)
+def test_what_c_would_read_wrongly_is_refused(fields: dict[str, Any], reason: str) -> None:
+    good: dict[str, Any] = {"features": FLOATS, "starts": STARTS, "scale": 1.0, "ways": 2}
+    with pytest.raises(UserError, match=reason):
+        ClientData(**good | fields)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "reason"),
+    [
+        (np.zeros((0, 3)), np.zeros(0, np.int64), "no samples"),
+        (np.zeros((4, 3)), np.zeros(3, np.int64), "shapes"),
+        (np.zeros(4), np.zeros(4, np.int64), "shapes"),
+        (np.zeros((4, 3), object), np.zeros(4, np.int64), "object"),
+        (np.zeros((4, 3)), np.array(["a"] * 4), "<U1"),
+    ],
+)
+def test_a_recording_that_is_none_is_refused(x: Any, y: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        Recording(x, y, None)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tinyfleet.edge.device.drift import DriftResponse, OnlineLearner
 from tinyfleet.edge.device.node import MaskedLearner, Node
 from tinyfleet.edge.device.sources import Stream
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
+
+log = logging.getLogger(__name__)
 
 
 class OnlineLearning(NamedTuple):
@@ -35,7 +40,8 @@ class OnlineLearning(NamedTuple):
 class AgentNode(Node):
     """A node with a learner of its own beside the fleet's, which begins with each round's parameters.
 
-    Drift that it detects goes into the node's status, and its samples into the node's count.
+    Drift that it detects goes into the node's status, and its samples into the node's count. Samples that no model can
+    take, with numbers that are not finite, of another size or of no class, are skipped and counted.
 
     Parameters
     ----------
@@ -45,6 +51,7 @@ class AgentNode(Node):
         Makes its learner, and the node's: see Node.
     options
         See Node.
+
     """
 
     def __init__(
@@ -93,8 +100,24 @@ class AgentNode(Node):
         sample = self._online.stream.next(query=False) if self._has_parameters else None
         if sample is None:
             return False
+        if not self._is_usable(*sample):
+            self.skipped += 1
+            if self.skipped.bit_count() == 1:  # at 1, 2, 4, ...: a broken sensor does not fill the log
+                log.warning(
+                    "%s has skipped %d samples: not finite, of wrong size, or of no class", self.id, self.skipped
+                )
+            return True
         before = self._learner.drift
         self._learner.learn(*sample)
         self._node.counters.samples += 1
         self.set_drift(self._learner.drift)
         return (before > 0) == (self._learner.drift > 0)
+
+    def _is_usable(self, x: NDArray[np.float32], y: float | NDArray[np.float32]) -> bool:
+        """Whether the model can take this sample: what a sensor gives may be anything."""
+        program = self.program
+        if np.size(x) != math.prod(program.input_shape) or not np.isfinite(x).all() or not np.isfinite(y).all():
+            return False
+        if program.loss == "softmax_cross_entropy":
+            return np.size(y) == 1 and float(np.ravel(y)[0]) in range(program.classes)
+        return np.size(y) == math.prod(program.output_shape)

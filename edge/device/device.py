@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tinyfleet.edge.device.node import (
     ARENA_BYTES,
@@ -18,7 +18,7 @@ from tinyfleet.edge.device.node import (
 )
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, thing_description
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.versions import ENGINE_VERSION
@@ -51,6 +51,13 @@ class Device:
     ------
     UserError
         If no broker answers.
+
+    Attributes
+    ----------
+    node
+        The node; another one after each reboot.
+    error
+        Why its thread ended, if that was an error.
     """
 
     def __init__(self, make_node: Callable[[], Node], broker: BrokerAddress, fleet: str) -> None:
@@ -59,6 +66,7 @@ class Device:
         self._fleet = fleet
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self.error: Exception | None = None
         self.node = make_node()
         self._session = self._open()
 
@@ -74,9 +82,19 @@ class Device:
                     self._stopping.wait(IDLE)
 
     def start(self) -> None:
-        """Run in a new thread."""
-        self._thread = threading.Thread(target=self.run, name=self.node.id, daemon=True)
+        """Run in a new thread. What ends that is in `error`."""
+        self._thread = threading.Thread(target=self._run, name=self.node.id, daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.run()
+        except Exception as error:
+            self.error = error
+            log.error("%s has ended: %s", self.node.id, printable(f"{type(error).__name__}: {error}", 300))
+            log.debug("where it ended", exc_info=True)
+            with suppress(Exception):  # it may be the session that failed
+                self._say_goodbye()
 
     def stop(self) -> None:
         """End `run`. Any thread may call it, more than once."""
@@ -117,12 +135,15 @@ class Device:
             self._session.pump(0.0 if busy else IDLE)
             busy = self._learn()
             alive = self._send()
+        self._say_goodbye()
+        return not alive
+
+    def _say_goodbye(self) -> None:
         goodbye = self.node.will()
         self._session.publish(goodbye.topic, goodbye.payload, retain=True)
         if self._session.connected:
             self._session.flush(GOODBYE)
         self._session.close()
-        return not alive
 
     @contextmanager
     def _logging_bugs(self) -> Iterator[None]:

@@ -119,6 +119,13 @@ class Node:
     sparse
         Whether there is memory for the copy of the parameters that sparse replies, clipping and a proximal term need.
 
+    Attributes
+    ----------
+    id
+        Its name.
+    skipped
+        Damaged samples that it did not learn from, by itself: see AgentNode.
+
     Raises
     ------
     UserError
@@ -145,6 +152,7 @@ class Node:
         if isinstance(source, DatasetStream):
             source.data.check_compatible(program)
         self.id = id
+        self.skipped = 0
         self._builtin = program
         self._node: Any = ffi.new("mote_node_t *")
         self._out: Any = ffi.new("mote_out_t *")

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyfleet.edge._mote import ffi, lib
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import ClientData, Recording
 
 Sample = tuple[NDArray[np.float32], float | NDArray[np.float32]]
@@ -60,7 +61,7 @@ class DatasetStream:
 
     Raises
     ------
-    ValueError
+    UserError
         If the data can't give a task.
 
     Examples
@@ -74,18 +75,18 @@ class DatasetStream:
     """
 
     def __init__(self, data: ClientData) -> None:
-        sizes = np.diff(data.starts.astype(np.int64))
-        ways = min(lib.MOTE_STREAM_MAX_WAYS, len(sizes))
-        if not 1 <= data.ways <= ways or sizes.min() < 2 or not np.isfinite(data.scale):
-            raise ValueError(f"{len(sizes)} classes, at least 2 samples each, can't give a task of {data.ways} ways")
-        if data.fixed and data.ways != len(sizes):
-            raise ValueError(f"a task of {data.ways} ways can't give {len(sizes)} classes their own labels")
-        if data.starts[0] != 0 or data.starts[-1] != len(data.features):
-            raise ValueError("the classes are not all the samples")
+        classes = len(data.starts) - 1
+        if not 1 <= data.ways <= min(lib.MOTE_STREAM_MAX_WAYS, classes):
+            raise UserError(
+                f"{classes} classes can't give a task of {data.ways} ways; give 1 to "
+                f"{min(lib.MOTE_STREAM_MAX_WAYS, classes)}"
+            )
+        if data.fixed and data.ways != classes:
+            raise UserError(f"a task of {data.ways} ways can't give {classes} classes their own labels")
         self.data = data
         self.c: Any = ffi.new("mote_stream_t *")
         self._keep = [ffi.from_buffer("uint32_t[]", data.starts)]  # all that the C code points to
-        self.c.starts, self.c.classes = self._keep[0], len(sizes)
+        self.c.starts, self.c.classes = self._keep[0], classes
         if data.features.dtype == np.uint8:
             self._keep.append(ffi.from_buffer("uint8_t[]", data.features))
             self.c.features = self._keep[-1]

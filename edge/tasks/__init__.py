@@ -53,6 +53,34 @@ class ClientData:
     fixed: bool = False
     targets: NDArray[np.float32] | None = None
 
+    def __post_init__(self) -> None:
+        """Puts the arrays into the form that C reads: float64 and float16 become float32.
+
+        Raises
+        ------
+        UserError
+            If they cannot be: the message names what is wrong with which of them.
+        """
+        features = np.asarray(self.features)
+        if features.ndim != 2 or features.shape[1] < 1:
+            raise UserError(f"a device's features have the shape {features.shape}; it must be (samples, size)")
+        kept = features if features.dtype == np.uint8 else _as_float32(features, "a device's features", "uint8 or ")
+        starts = np.asarray(self.starts)
+        if starts.ndim != 1 or starts.dtype.kind not in "iu" or not _is_rising(starts, len(features)):
+            raise UserError(
+                f"a device's starts must be whole numbers that rise from 0 to the {len(features)} samples, at least 2 "
+                "for each class"
+            )
+        if not math.isfinite(self.scale):
+            raise UserError(f"a device's scale must be a finite number, not {self.scale}")
+        targets = self.targets
+        if targets is not None:
+            targets = _as_float32(targets, "a device's targets")
+            if targets.ndim != 2 or len(targets) != len(features) or targets.shape[1] < 1:
+                raise UserError(f"a device's targets have the shape {targets.shape}; one row a sample is wanted")
+        for name, array in (("features", kept), ("starts", starts.astype(np.uint32)), ("targets", targets)):
+            object.__setattr__(self, name, None if array is None else np.ascontiguousarray(array))
+
     @classmethod
     def of(
         cls,
@@ -80,8 +108,8 @@ class ClientData:
         [0, 3, 7]
         """
         starts = np.cumsum([0, *(len(c) for c in classes)]).astype(np.uint32)
-        joined = None if targets is None else np.ascontiguousarray(np.concatenate(targets), np.float32)
-        return cls(np.ascontiguousarray(np.concatenate(classes)), starts, scale, ways, fixed, joined)
+        joined = None if targets is None else np.concatenate(targets)
+        return cls(np.concatenate(classes), starts, scale, ways, fixed, joined)
 
     def check_compatible(self, program: Program) -> None:
         """Checks that a model can learn from these samples: their number of features, and their classes or targets.
@@ -111,6 +139,24 @@ class ClientData:
             )
         if program.loss == "softmax_cross_entropy" and gives < self.ways:
             raise UserError(f"a task has {self.ways} classes and the model {gives}; choose the same task's model")
+
+
+def _as_float32(values: NDArray[Any], what: str, other: str = "") -> NDArray[np.float32]:
+    """Finite floats as float32. Raises UserError, which says `what` they are, for others and for other numbers."""
+    array = np.asarray(values)
+    if array.dtype.kind != "f":
+        raise UserError(f"{what} are {array.dtype}; give {other}float32, such as with .astype(np.float32)")
+    with np.errstate(over="ignore"):
+        floats = array.astype(np.float32, copy=False)
+    if not np.isfinite(floats).all():
+        raise UserError(f"{what} have numbers that are not finite, or too large for float32; leave these samples out")
+    return floats
+
+
+def _is_rising(starts: NDArray[Any], samples: int) -> bool:
+    """Whether these are where the classes of so many samples begin and end, each with 2 samples or more."""
+    sizes = np.diff(starts.astype(np.int64))
+    return len(sizes) > 0 and sizes.min() >= 2 and starts[0] == 0 and starts[-1] == samples
 
 
 Split = Literal["training", "validation", "held_out"]
@@ -167,6 +213,24 @@ class Recording:
     x: NDArray[np.float32]
     y: Targets
     drifts: tuple[int, ...] | None
+
+    def __post_init__(self) -> None:
+        """Makes the features float32; a sample may hold anything, as a sensor's can.
+
+        Raises
+        ------
+        UserError
+            If there is no sample, or if the arrays are of other numbers or shapes.
+        """
+        x, y = np.asarray(self.x), np.asarray(self.y)
+        if x.ndim != 2 or len(x) != len(y) or y.ndim not in (1, 2):
+            raise UserError(f"a recording has the shapes {x.shape} and {y.shape}; it needs (n, size) and (n, outputs)")
+        if not len(x):
+            raise UserError("a recording has no samples; record some first")
+        if x.dtype.kind not in "fiu" or y.dtype.kind not in "fiu":
+            raise UserError(f"a recording of {x.dtype} features and {y.dtype} targets; give numbers")
+        with np.errstate(over="ignore"):
+            object.__setattr__(self, "x", np.ascontiguousarray(x, np.float32))
 
 
 Draw = Callable[[Split, Sequence[int], int, int], Episodes]
