@@ -87,6 +87,12 @@ def start_server(
             show_default="its own",
         ),
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cors-origin", metavar="URL", help="Origin whose pages may use the API with a token. Repeatable."
+        ),
+    ] = None,
     connection: Connection = CONNECTION,
     http_port: Annotated[
         int,
@@ -127,6 +133,7 @@ def start_server(
         endpoint_port=http_port,
         listen=listen,
         host_names=host_name or (),
+        cors_origins=cors_origin or (),
         insecure=connection.insecure,
         on_log=lambda line: typer.echo(line),
     ) as running:
@@ -134,12 +141,24 @@ def start_server(
             typer.echo("INSECURE: any program on this machine can control the fleet", err=True)
         typer.echo(f"broker:   {running.broker_kind} on {running.device_broker.url}")
         typer.echo(f"endpoint: {running.endpoint}")
-        typer.echo(f"page:     {running.address}/")
+        typer.echo(f"page:     {running.login_address()} (once; another: tinyfleet server login)")
         typer.echo(f"things:   {running.address}/things")
         typer.echo(f"ready: fleet '{fleet}', data in {data}")
         while not stopped.wait(1.0):  # a wait without a timeout would not let signals through everywhere
             pass
     typer.echo("stopped")
+
+
+@server_app.command("login")
+def log_in(data: DataOption = DATA) -> None:
+    """Print an address that logs a browser in to the server's page, once.
+
+    Examples:
+      tinyfleet server login
+    """
+    from tinyfleet.edge.wire.identity import call_server
+
+    typer.echo(call_server(require_server(data), "POST", "/login-codes")["address"])
 
 
 @run_app.command("start")
@@ -238,7 +257,7 @@ def start_run(
 
     from tinyfleet.edge import tasks
     from tinyfleet.ontology.cli import read_query
-    from tinyfleet.ontology.store.store import RemoteStore
+    from tinyfleet.ontology.store.data_folder import remote_store
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
     from tinyfleet.server import run_report
     from tinyfleet.server.evaluate import baselines
@@ -260,7 +279,7 @@ def start_run(
     sparql = read_query(select)
     console = Console(highlight=False, quiet=as_json)
     with (
-        RemoteStore(server["endpoint"], server.get("token")) as store,
+        remote_store(server) as store,
         run_report.Rounds(console, named_strategy.name, rounds) as bar,
     ):
         outcome = run_rounds(
@@ -519,7 +538,7 @@ def deploy(
 
     from tinyfleet.ontology.cli import read_query
     from tinyfleet.ontology.queries import library
-    from tinyfleet.ontology.store.store import RemoteStore
+    from tinyfleet.ontology.store.data_folder import remote_store
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
     from tinyfleet.server import deployment as deployments
     from tinyfleet.server import deployment_report
@@ -530,7 +549,7 @@ def deploy(
     name = fleet_name(fleet_of(fleet, data))
     address = connection.find(data)
     console = Console(highlight=False, quiet=as_json)
-    with RemoteStore(server["endpoint"], server.get("token")) as store:
+    with remote_store(server) as store:
         plan = deployments.plan_deployment(store, program, model.stem, sparql, name)
         summary: dict[str, object] = {
             "model": plan.model,

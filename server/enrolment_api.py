@@ -11,11 +11,11 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.json_text import parse_json
 from tinyfleet.ontology.http import request_handling
+from tinyfleet.ontology.http.access import Served
 from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.server.authority.authority import TOKEN_LIFE, Authority
 from tinyfleet.server.authority.identities import ROLES, Role
@@ -40,15 +40,13 @@ class EnrolmentApi:
     def __init__(self, authority: Authority, about: Callable[[Role], Mapping[str, str]]) -> None:
         self._authority = authority
         self._about = about
-        self.public_routes = [
-            Route("/ca.pem", self._ca, methods=["GET"]),
-            Route("/enrol", _answering(self._enrol), methods=["POST"]),
-            Route("/renew", _answering(self._renew), methods=["POST"]),
-        ]
-        self.admin_routes = [
-            Route("/identities", _answering(self._list), methods=["GET"]),
-            Route("/identities/tokens", _answering(self._open_token), methods=["POST"]),
-            Route("/identities/{name}", _answering(self._revoke), methods=["DELETE"]),
+        self.served = [
+            Served("GET", "/ca.pem", None, self._ca),
+            Served("POST", "/enrol", None, _answering(self._enrol)),
+            Served("POST", "/renew", None, _answering(self._renew)),
+            Served("GET", "/identities", "admin", _answering(self._list)),
+            Served("POST", "/identities/tokens", "admin", _answering(self._open_token)),
+            Served("DELETE", "/identities/{name}", "admin", _answering(self._revoke)),
         ]
 
     async def _ca(self, request: Request) -> Response:

@@ -1,6 +1,9 @@
 """The fleet's server in one object: a broker, the graph on disk, the registry that fills it, and over HTTP SPARQL, the
 query page and the Thing Description Directory."""
 
+import dataclasses
+import hmac
+import ipaddress
 import json
 import logging
 import queue
@@ -11,18 +14,22 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
 from tinyfleet.edge.private_files import make_private_folder, write_private
-from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.broker_address import BrokerAddress, is_loopback
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.ontology.http.access import Access, Client, Scope, Served
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import IngestResult, Registry
 from tinyfleet.ontology.store import data_folder
 from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
-from tinyfleet.server.authority.authority import Authority
+from tinyfleet.server.authority.authority import Authority, own_addresses
 from tinyfleet.server.authority.identities import Role
 from tinyfleet.server.broker import LOOPBACK, Broker, Secured
 from tinyfleet.server.enrolment_api import EnrolmentApi
@@ -66,6 +73,8 @@ class FleetServer:
         IP address on which broker and HTTP server listen. Default: this machine only.
     host_names
         Names and addresses under which clients on the network find this server.
+    cors_origins
+        Origins whose pages may use the HTTP API with a token.
     insecure
         Start a broker that anyone on this machine may use, without encryption.
     endpoint_port
@@ -90,6 +99,7 @@ class FleetServer:
         endpoint_port: int = 0,
         listen: str = LOOPBACK,
         host_names: Sequence[str] = (),
+        cors_origins: Sequence[str] = (),
         insecure: bool = False,
         on_log: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -102,7 +112,8 @@ class FleetServer:
             data_folder.prepare(data, on_log)
             self.store = stack.enter_context(IndexedStore(data / data_folder.GRAPH))
             make_private_folder(data)
-            self.authority = Authority(data / AUTHORITY, host_names)
+            names = _host_names(listen, host_names)
+            self.authority = Authority(data / AUTHORITY, names)
             stack.callback(self.authority.close)
             if broker is None:
                 secured = None if insecure else Secured(self.authority, fleet, operator_port, listen)
@@ -118,17 +129,24 @@ class FleetServer:
             self._session: Session | None = None
             self.registry = Registry(self.store, fleet)
             self.token = secrets.token_urlsafe(32)
+            access = Access(self._token_owner, "admin" if insecure else None)
             served = stack.enter_context(
                 Endpoint(
                     self.store,
-                    self.token,
+                    access,
                     endpoint_port,
+                    listen=listen,
+                    certificate=None if is_loopback(listen) else self.authority.server_files,
+                    host_names=names,
+                    cors_origins=cors_origins,
                     registry=self.registry,
                     deleted=self._forget,
-                    routes=[*enrolment.public_routes, *enrolment.admin_routes],
+                    routes=[*enrolment.served, Served("POST", "/login-codes", "admin", self._new_login)],
                 )
             )
-            self.address, self.endpoint = served.address, served.url
+            self.address, self.endpoint, self._access = served.address, served.url, access
+            self._public_host = names[0] if names else None
+            self._local_address = served.local_address
             self._arrived: queue.SimpleQueue[_Message] = queue.SimpleQueue()
             self._room = threading.Semaphore(QUEUE_SIZE)
             self._settled = threading.Event()  # no device counts as online any longer because an earlier server saw it
@@ -171,10 +189,23 @@ class FleetServer:
         if self._session is not None and thing.startswith(fleet):
             self._session.publish(self._topics.td(thing.removeprefix(fleet)), b"", retain=True)
 
+    def _token_owner(self, token: str) -> tuple[str, Scope] | None:
+        if hmac.compare_digest(token.encode(), self.token.encode()):
+            return "owner", "admin"
+        return self.authority.identities.scope_of(token)
+
+    def login_address(self) -> str:
+        """An address that logs a browser in to the page, once."""
+        return f"{self.address}/login?code={self._access.new_login(Client('owner', 'admin'))}"
+
+    async def _new_login(self, _request: Request) -> Response:
+        return JSONResponse({"address": self.login_address()}, 201)
+
     def _addresses(self, role: Role) -> dict[str, str]:
         """What a new identity is told."""
         broker = self.device_broker if role == "device" else self.broker
-        return {"fleet": self.fleet, "broker": broker.url, "http": self.address, "endpoint": self.endpoint}
+        found = dataclasses.replace(broker, host=self._public_host or broker.host)
+        return {"fleet": self.fleet, "broker": found.url, "http": self.address, "endpoint": self.endpoint}
 
     def _publish_address(self, path: Path) -> None:
         files = {"ca": self.broker.ca, "cert": self.broker.cert, "key": self.broker.key}
@@ -182,8 +213,8 @@ class FleetServer:
             "broker": self.broker.url,
             "device_broker": self.device_broker.url,
             **{name: str(file.absolute()) for name, file in files.items() if file is not None},
-            "http": self.address,
-            "endpoint": self.endpoint,
+            "http": self._local_address,
+            "endpoint": f"{self._local_address}/sparql",
             "token": self.token,
             "fleet": self.fleet,
         }
@@ -248,3 +279,12 @@ class FleetServer:
         if self._known.get(result.device) != line:
             self._known[result.device] = line
             self._on_log(line)
+
+
+def _host_names(listen: str, given: Sequence[str]) -> list[str]:
+    """The names under which clients find this server: those that are given, else the address or all of this machine."""
+    if given or is_loopback(listen):
+        return list(given)
+    if ipaddress.ip_address(listen).is_unspecified:
+        return own_addresses()
+    return [listen]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ontology_fixtures import TOKEN, payload
 
 from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.ingest.thing_store import CONTEXT
@@ -34,7 +35,7 @@ class Directory:
 
     def __init__(self, address: str, token: str) -> None:
         self.port = urllib.parse.urlsplit(address).port
-        self._token = token
+        self.token = token
 
     def __call__(
         self,
@@ -48,7 +49,7 @@ class Directory:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if token is not None:
-            sent["Authorization"] = f"Bearer {token or self._token}"
+            sent["Authorization"] = f"Bearer {token or self.token}"
         if body is not None and kind is not None:
             sent["Content-Type"] = kind
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -63,7 +64,7 @@ class Directory:
         return self("PUT", at(td["id"]), td).status
 
     def get(self, id: str) -> Any:
-        answer = self("GET", at(id), token=None)
+        answer = self("GET", at(id))
         assert answer.status == 200, answer
         return answer.json
 
@@ -104,7 +105,7 @@ def open_directory() -> Iterator[Here]:
     """A directory served in this process, with a client of it."""
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
-        with Endpoint(store, TOKEN, registry=registry) as endpoint:
+        with Endpoint(store, Access.of_token(TOKEN, "read"), registry=registry) as endpoint:
             yield Here(endpoint, store, registry)
 
 

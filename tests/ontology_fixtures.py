@@ -17,6 +17,7 @@ from conftest import free_port
 
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
@@ -55,7 +56,11 @@ def open_store(kind: str, folder: Path) -> Iterator[Store]:
             remote.update("CLEAR ALL")
             yield remote
     elif kind == "remote":
-        with EmbeddedStore() as served, Endpoint(served, TOKEN) as endpoint, RemoteStore(endpoint.url, TOKEN) as remote:
+        with (
+            EmbeddedStore() as served,
+            Endpoint(served, Access.of_token(TOKEN, "read")) as endpoint,
+            RemoteStore(endpoint.url, TOKEN) as remote,
+        ):
             yield remote
     elif kind == "indexed":
         with IndexedStore() as store:

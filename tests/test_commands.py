@@ -22,7 +22,7 @@ from tinyfleet.edge.wire.broker_address import BrokerAddress
 ROOT = Path(__file__).parents[1]
 TREE = {
     "demo": (),
-    "server": ("start",),
+    "server": ("start", "login"),
     "run": ("start", "simulate"),
     "deploy": (),
     "agent": ("start",),

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import MODEL, description, everything
 
+from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.directory import description as self_description
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.description_parser import MAX_BYTES
@@ -156,8 +157,8 @@ def test_writing_needs_the_token(directory: Here, method: str, path: str, body: 
 def test_without_a_token_nobody_writes() -> None:
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
-        with Endpoint(store, registry=registry) as endpoint:
-            assert Here(endpoint, store, registry).put(lamp()) == 403
+        with Endpoint(store, Access.of_token("unknown", "read"), registry=registry) as endpoint:
+            assert Here(endpoint, store, registry).put(lamp()) == 401
 
 
 @pytest.mark.parametrize(

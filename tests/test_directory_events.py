@@ -14,6 +14,7 @@ from ontology_fixtures import TOKEN, description, payload
 
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.ingest.thing_store import REMEMBERED
@@ -63,7 +64,8 @@ class Stream:
 
     def __init__(self, directory: Directory, path: str = "/events", since: str | None = None) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", directory.port, timeout=20)
-        self._connection.request("GET", path, headers={} if since is None else {"Last-Event-ID": since})
+        headers = {"Authorization": f"Bearer {directory.token}"} | ({} if since is None else {"Last-Event-ID": since})
+        self._connection.request("GET", path, headers=headers)
         self._answer = self._connection.getresponse()
         assert (self._answer.status, self._answer.headers.get_content_type()) == (200, "text/event-stream")
         self._block()
@@ -181,7 +183,7 @@ def test_a_refused_description_is_no_event(directory: Here) -> None:
 def test_a_server_that_stops_ends_its_streams() -> None:
     with EmbeddedStore() as store:
         registry = Registry(store, "home")
-        endpoint = Endpoint(store, TOKEN, registry=registry)
+        endpoint = Endpoint(store, Access.of_token(TOKEN, "read"), registry=registry)
         with Stream(Here(endpoint, store, registry)) as stream:
             endpoint.close()
             assert stream.ended()

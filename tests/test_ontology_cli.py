@@ -12,6 +12,7 @@ from ontology_fixtures import MODEL, description, payload, status
 
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.data_folder import open_store
@@ -32,7 +33,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     with open_store(tmp_path, create=True) as store:
         fill(store)
         if request.param == "server":
-            with Endpoint(store) as endpoint:
+            with Endpoint(store, Access.of_token("unknown", "read")) as endpoint:
                 (tmp_path / SERVER_FILE).write_text(json.dumps({"endpoint": endpoint.url}))
                 yield tmp_path
             return

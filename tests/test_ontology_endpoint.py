@@ -15,6 +15,7 @@ from ontology_fixtures import TOKEN, everything
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import request_handling, sparql
+from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri
@@ -63,7 +64,7 @@ def filled(store: EmbeddedStore) -> EmbeddedStore:
 
 @pytest.fixture(scope="module")
 def served(store: EmbeddedStore) -> Iterator[Endpoint]:
-    with Endpoint(store, TOKEN) as endpoint:
+    with Endpoint(store, Access.of_token(TOKEN, "read")) as endpoint:
         yield endpoint
 
 
@@ -120,7 +121,7 @@ SD = "http://www.w3.org/ns/sparql-service-description#"
 
 @pytest.mark.parametrize("kind", ["text/turtle", "application/n-triples", "application/rdf+xml", "application/ld+json"])
 def test_without_a_query_the_service_describes_itself(client: Client, served: Endpoint, kind: str) -> None:
-    answer = client("GET", Accept=kind)
+    answer = client("GET", Accept=kind, Authorization=f"Bearer {TOKEN}")
     assert (answer.status, answer.kind) == (200, kind)
     form = ox.RdfFormat.from_media_type(kind)
     assert form is not None
@@ -132,7 +133,7 @@ def test_without_a_query_the_service_describes_itself(client: Client, served: En
 
 
 def test_a_service_that_takes_no_updates_does_not_say_that_it_does(filled: EmbeddedStore) -> None:
-    with Endpoint(filled) as endpoint:
+    with Endpoint(filled, Access.of_token("unknown", "read")) as endpoint:
         assert b"SPARQL11Update" not in Client(endpoint.url)("GET").body
 
 
@@ -210,8 +211,8 @@ def test_an_update_with_the_token_is_done(client: Client, filled: EmbeddedStore)
 
 
 def test_without_a_token_nobody_updates() -> None:
-    with EmbeddedStore() as store, Endpoint(store) as endpoint:
-        with pytest.raises(StoreError, match="does not accept updates"):
+    with EmbeddedStore() as store, Endpoint(store, Access.of_token("unknown", "read")) as endpoint:
+        with pytest.raises(StoreError, match="does not know this token"):
             RemoteStore(endpoint.url, "any").update("CLEAR ALL")
         assert RemoteStore(endpoint.url).ask("ASK { }")
 
@@ -232,7 +233,7 @@ def test_without_a_token_nobody_updates() -> None:
     ],
 )
 def test_a_query_makes_this_machine_fetch_nothing(client: Client, query: str) -> None:
-    with EmbeddedStore() as store, Endpoint(store) as other:
+    with EmbeddedStore() as store, Endpoint(store, Access.of_token("unknown", "read")) as other:
         answer = client.get(query.replace("{url}", other.url))
     assert answer.status == 403, answer
     assert b"SERVICE is not allowed" in answer.body
@@ -258,7 +259,7 @@ def test_a_request_that_is_too_long_is_refused(client: Client, monkeypatch: pyte
 def test_a_query_that_takes_too_long_is_given_up_and_the_server_goes_on() -> None:
     with EmbeddedStore() as store:
         store.add([(Iri(f"urn:{i}"), Iri("urn:p"), i) for i in range(150)])
-        with Endpoint(store, timeout=0.3, workers=1) as endpoint:
+        with Endpoint(store, Access.of_token("unknown", "read"), timeout=0.3, workers=1) as endpoint:
             client = Client(endpoint.url)
             slow = "SELECT (COUNT(*) AS ?n) { ?a ?b ?c . ?d ?e ?f . ?g ?h ?i . ?j ?k 1 }"
             answer = client.get(slow)
@@ -270,7 +271,7 @@ def test_a_query_that_takes_too_long_is_given_up_and_the_server_goes_on() -> Non
 def test_a_port_that_is_taken_is_said(served: Endpoint) -> None:
     port = int(urllib.parse.urlsplit(served.url).port or 0)
     with EmbeddedStore() as store, pytest.raises(UserError, match=f"port {port} .* choose another"):
-        Endpoint(store, port=port)
+        Endpoint(store, Access.of_token("unknown", "read"), port=port)
 
 
 def test_many_ask_while_one_writes(client: Client, served: Endpoint, filled: EmbeddedStore) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.column_index import IndexedStore
@@ -295,7 +296,7 @@ FACTS: Facts = {
 
 
 def test_whoever_asks_the_librarys_query_is_answered_by_it() -> None:
-    with IndexedStore() as store, Endpoint(store, "token") as endpoint:
+    with IndexedStore() as store, Endpoint(store, Access.of_token("token", "read")) as endpoint:
         store.write(FACTS)
         remote = RemoteStore(endpoint.url, "token")
         assert list(remote.query(library.text("fits"), fleet="home")) == [

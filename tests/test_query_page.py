@@ -14,6 +14,7 @@ from ontology_fixtures import MODEL, TOKEN, description, payload, status
 
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http import endpoint as endpoint_module
+from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import PAGE, Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
@@ -38,7 +39,7 @@ def served() -> Iterator[Endpoint]:
             f"{model} a tf:Model ; tf:engine 'mote' ; "
             "tf:runRamBytes 9936 ; tf:trainRamBytes 12000 ; tf:storageBytes 9000 }"
         )
-        with Endpoint(store, TOKEN, registry=registry) as endpoint:
+        with Endpoint(store, Access.of_token(TOKEN, "read"), registry=registry) as endpoint:
             yield endpoint
 
 

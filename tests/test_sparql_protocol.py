@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ontology_fixtures import TOKEN
 
+from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.sparql_update import with_graphs
 from tinyfleet.ontology.store.store import BASE, EmbeddedStore, StoreError
@@ -53,7 +54,7 @@ Ask = Callable[..., Reply]
 @pytest.fixture
 def ask() -> Iterator[Ask]:
     """Sends a request to an endpoint whose store has the test data's three graphs."""
-    with EmbeddedStore() as store, Endpoint(store, TOKEN) as endpoint:
+    with EmbeddedStore() as store, Endpoint(store, Access.of_token(TOKEN, "read")) as endpoint:
         store.update(f"PREFIX foaf: <http://xmlns.com/foaf/0.1/> INSERT DATA {{ {INSERT_THREE} }}")
         port = urllib.parse.urlsplit(endpoint.url).port
 

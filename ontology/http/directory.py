@@ -14,11 +14,11 @@ from urllib.parse import quote, urlencode
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import request_handling
-from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
+from tinyfleet.ontology.http.access import Served
+from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.ontology.http.sparql import Protocol
 from tinyfleet.ontology.ingest.description_parser import (
     MAX_BYTES,
@@ -50,25 +50,24 @@ class Directory:
         self,
         registry: Registry,
         protocol: Protocol,
-        token: str | None,
         deleted: Callable[[Iri], None] = lambda id: None,
     ) -> None:
         self._registry = registry
         self._things = registry.things
-        self._token = token
         self._deleted = deleted
         self._streams: set[Callable[[ThingEvent | None], None]] = set()
-        self.routes = [
-            Route("/.well-known/wot", _answering(self._self), methods=["GET"]),
-            Route("/things", _answering(self._list), methods=["GET"]),
-            Route("/things", _answering(self._create), methods=["POST"]),
-            Route("/things/{id:path}", _answering(self._retrieve), methods=["GET"]),
-            Route("/things/{id:path}", _answering(self._replace), methods=["PUT"]),
-            Route("/things/{id:path}", _answering(self._update), methods=["PATCH"]),
-            Route("/things/{id:path}", _answering(self._delete), methods=["DELETE"]),
-            Route("/events", _answering(self._events), methods=["GET"]),
-            Route("/events/{kind}", _answering(self._events), methods=["GET"]),
-            Route("/search/sparql", _answering(protocol.search), methods=["GET", "POST"]),
+        self.served = [
+            Served("GET", "/.well-known/wot", "read", _answering(self._self)),
+            Served("GET", "/things", "read", _answering(self._list)),
+            Served("POST", "/things", "write", _answering(self._create)),
+            Served("GET", "/things/{id:path}", "read", _answering(self._retrieve)),
+            Served("PUT", "/things/{id:path}", "write", _answering(self._replace)),
+            Served("PATCH", "/things/{id:path}", "write", _answering(self._update)),
+            Served("DELETE", "/things/{id:path}", "write", _answering(self._delete)),
+            Served("GET", "/events", "read", _answering(self._events)),
+            Served("GET", "/events/{kind}", "read", _answering(self._events)),
+            Served("GET", "/search/sparql", "read", _answering(protocol.search)),
+            Served("POST", "/search/sparql", "read", _answering(protocol.search)),
         ]
 
     def close(self) -> None:
@@ -112,7 +111,6 @@ class Directory:
         return Response(status_code=204)
 
     async def _delete(self, request: Request) -> Response:
-        authorise(request, self._token)
         id = Iri(request.path_params["id"])
 
         def delete() -> None:
@@ -211,7 +209,6 @@ class Directory:
 
     async def _given(self, request: Request, kinds: tuple[str, ...]) -> dict[str, Any]:
         """The JSON object sent by an authorised client."""
-        authorise(request, self._token)
         if request_handling.media_type(request) not in kinds:
             raise HttpError(415, f"the content must be {' or '.join(kind for kind in kinds if kind)}")
         content = await request_handling.body(request, MAX_BYTES)

@@ -1,14 +1,13 @@
-"""The graph over HTTP, on loopback: SPARQL at /sparql, the query page at /, the Thing Description Directory at /things,
-the vocabulary at /vocabulary.
-
-Any process on this machine may read; writing requires the token.
+"""The graph over HTTP: SPARQL at /sparql, the query page at /, the Thing Description Directory at /things, and the
+vocabulary at /vocabulary. Every route says which scope it needs; see `access`.
 """
 
 import asyncio
+import ipaddress
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from http import HTTPStatus
@@ -20,14 +19,16 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.broker_address import is_loopback
 from tinyfleet.ontology.http import request_handling
+from tinyfleet.ontology.http.access import Access, Boundary, Served, authorised, guarded, login_routes
+from tinyfleet.ontology.http.connections import ConnectionLimits
 from tinyfleet.ontology.http.directory import Directory
 from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.ontology.http.sparql import Protocol
@@ -46,27 +47,34 @@ _POLICY = (
     "font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _NOT_BUILT = "The query page is not built; build it with `make page` (requires npm). The endpoint is at /sparql."
+_LOG_IN = """<!doctype html><meta charset="utf-8"><title>TinyFleet: log in</title>
+<h1>Log in</h1><p>On the machine of the server, run <code>tinyfleet server login</code> and open the address that it
+prints.</p>"""
+_SHUTDOWN = 5
+"""Seconds that requests may still take when the server ends."""
 _PURGE = 60.0
 """Seconds between removals of expired descriptions."""
 
 
-def _page(registry: Registry | None) -> list[BaseRoute]:
-    """The query page and its data: the fleet's name, the library's queries, and prefixes and terms for completion."""
+def _page(registry: Registry | None, access: Access) -> list[Served]:
+    """The query page and its data: the fleet's name, the library's queries, prefixes and terms for completion, and the
+    session's CSRF token."""
 
     async def index(request: Request) -> Response:
         if not (PAGE / "index.html").exists():
             return PlainTextResponse(_NOT_BUILT, 404)
+        try:
+            authorised(access.identify(request), "read")
+        except HttpError:
+            return HTMLResponse(_LOG_IN, 401, headers={"Content-Security-Policy": _POLICY})
         return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": _POLICY})
 
     async def about(request: Request) -> Response:
         fleet = None if registry is None else registry.fleet
-        return JSONResponse({"fleet": fleet, "prefixes": PREFIXES, "queries": _library(), **_vocabulary()})
+        said = {"fleet": fleet, "prefixes": PREFIXES, "queries": _library(), "csrf": access.csrf(request)}
+        return JSONResponse({**said, **_vocabulary()})
 
-    return [
-        Route("/", index, methods=["GET"]),
-        Route("/page/about.json", about, methods=["GET"]),
-        Mount("/page", StaticFiles(directory=PAGE, check_dir=False)),
-    ]
+    return [Served("GET", "/", None, index), Served("GET", "/page/about.json", "read", about)]
 
 
 def _library() -> list[dict[str, Any]]:
@@ -119,16 +127,24 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 class Endpoint:
-    """Serves a graph on loopback, from a thread of this process.
+    """Serves a graph, from a thread of this process.
 
     Parameters
     ----------
     store
         The graph.
-    token
-        Token for writing; without one, nothing can be written.
+    access
+        Who may do what.
     port
         TCP port; 0 picks a free one.
+    listen
+        IP address to listen on. Default: this machine only.
+    certificate
+        Files of the server's certificate and its key, for HTTPS; without them it is HTTP, on this machine only.
+    host_names
+        Names and addresses of this machine, beside localhost, under which clients find it. The first is in `address`.
+    cors_origins
+        Origins whose pages may use a token.
     registry
         If given, its Thing Descriptions are served as a directory.
     deleted
@@ -139,48 +155,67 @@ class Endpoint:
         Maximum seconds for a query.
     workers
         Maximum number of queries at the same time.
+    limits
+        What a connection may cost.
 
     Attributes
     ----------
     url, address : str
         Address of SPARQL, and of everything else.
+    local_address : str
+        Address of everything for clients on this machine.
 
     Raises
     ------
     UserError
-        If the port is in use.
+        If the port is in use, or the address is not this machine's.
     """
 
     def __init__(
         self,
         store: Store,
-        token: str | None = None,
+        access: Access,
         port: int = 0,
         *,
+        listen: str = "127.0.0.1",
+        certificate: tuple[Path, Path] | None = None,
+        host_names: Sequence[str] = (),
+        cors_origins: Iterable[str] = (),
         registry: Registry | None = None,
         deleted: Callable[[Iri], None] = lambda id: None,
-        routes: Sequence[BaseRoute] = (),
+        routes: Sequence[Served] = (),
         timeout: float = 30.0,
         workers: int = 4,
+        limits: ConnectionLimits | None = None,
     ) -> None:
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self._socket.bind(("127.0.0.1", port))
-            self._socket.listen(128)  # requests wait here until the thread runs
-        except OSError as error:
-            self._socket.close()
-            raise UserError(
-                f"cannot use port {port} for the HTTP server ({error.strerror}); choose another, or 0 for a free one"
-            ) from None
-        self.address = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        if certificate is None and not is_loopback(listen):
+            raise UserError(f"without a certificate the HTTP server must not listen on {listen}, only on 127.0.0.1")
+        self.access = access
+        self.limits = limits or ConnectionLimits()
+        self._socket = _listening(listen, port)
+        secure = certificate is not None
+        local = "127.0.0.1" if ipaddress.ip_address(listen).is_unspecified else listen
+        self.local_address, self.address = (
+            f"{'https' if secure else 'http'}://{_bracketed(host)}:{self._socket.getsockname()[1]}"
+            for host in (local, next(iter(host_names), local))
+        )
         self.url = f"{self.address}/sparql"
-        protocol = Protocol(store, token, registry, timeout, workers)
-        self._directory = None if registry is None else Directory(registry, protocol, token, deleted)
-        served = [*routes, *(Route(path, protocol.sparql, methods=["GET", "POST"]) for path in ("/sparql", "/sparql/"))]
-        served += [Route("/vocabulary", _terms, methods=["GET"]), *_page(registry)]
-        if self._directory is not None:
-            served += self._directory.routes
+        protocol = Protocol(store, registry, timeout, workers)
+        self._directory = None if registry is None else Directory(registry, protocol, deleted)
+        served = [
+            *routes,
+            *(Served(method, "/sparql", "read", protocol.sparql) for method in ("GET", "POST")),
+            *(Served(method, "/sparql/", "read", protocol.sparql) for method in ("GET", "POST")),
+            Served("GET", "/vocabulary", None, _terms),
+            *_page(registry, access),
+            *([] if self._directory is None else self._directory.served),
+        ]
+        paths: list[BaseRoute] = [
+            Route(path, handler if needed is None else guarded(access, needed, handler), methods=[method])
+            for method, path, needed, handler in served
+        ]
+        paths += login_routes(access, secure=secure)
+        paths.append(Mount("/page", StaticFiles(directory=PAGE, check_dir=False)))
 
         @asynccontextmanager
         async def purging(_app: Starlette) -> AsyncIterator[None]:
@@ -194,18 +229,34 @@ class Endpoint:
             if task is not None:
                 task.cancel()
 
+        names = frozenset({"127.0.0.1", "::1", "localhost", *(name.lower() for name in host_names)})
         application = Starlette(
-            routes=served,
-            # A web page must not reach the endpoint by giving this machine another name.
-            middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])],
+            routes=paths,
+            middleware=[Middleware(Boundary, hosts=names, origins=frozenset(cors_origins))],
             exception_handlers={HTTPException: _no_route},
             lifespan=purging,
         )
-        self._server = uvicorn.Server(uvicorn.Config(application, log_level="warning", ws="none"))
+        config = uvicorn.Config(
+            application,
+            log_level="error",
+            access_log=False,
+            ws="none",
+            http=self.limits.protocol(),
+            server_header=False,
+            timeout_graceful_shutdown=_SHUTDOWN,
+            ssl_certfile=None if certificate is None else str(certificate[0]),
+            ssl_keyfile=None if certificate is None else str(certificate[1]),
+        )
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="endpoint", daemon=True
         )
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it serves; false after `close`, or if its thread has died."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Finish the current requests, then stop."""
@@ -220,3 +271,22 @@ class Endpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _listening(listen: str, port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if ":" in listen else socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((listen, port))
+        listening.listen(128)  # requests wait here until the thread runs
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            f"cannot use port {port} on {listen} for the HTTP server ({error.strerror}); choose another with "
+            "--http-port, or 0 for a free one"
+        ) from None
+    return listening
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hmac
 import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -42,15 +41,6 @@ def problem(error: HttpError) -> Response:
             for field, found, text in [violation.partition(": ")]
         ]
     return Response(json.dumps(said), error.status, error.headers, "application/problem+json")
-
-
-def authorise(request: Request, token: str | None) -> None:
-    """Raise HttpError unless the request carries the token. Without a token, the server accepts no changes."""
-    if token is None:
-        raise HttpError(403, "this endpoint does not accept updates")
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
-        raise HttpError(401, "updates require the server's token", {"WWW-Authenticate": "Bearer"})
 
 
 def media_type(request: Request) -> str:

@@ -18,7 +18,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 from tinyfleet.ontology.http import request_handling
-from tinyfleet.ontology.http.request_handling import HttpError, authorise, in_thread
+from tinyfleet.ontology.http.access import require
+from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.sparql_update import with_graphs
 from tinyfleet.ontology.store.store import RECORDS, Dataset, Store, StoreError
@@ -78,11 +79,8 @@ class Protocol:
     error.
     """
 
-    def __init__(
-        self, store: Store, token: str | None, registry: Registry | None, timeout: float, workers: int
-    ) -> None:
+    def __init__(self, store: Store, registry: Registry | None, timeout: float, workers: int) -> None:
         self._store = store
-        self._token = token
         self._registry = registry
         self._timeout = timeout
         self._free = threading.Semaphore(workers)
@@ -183,7 +181,7 @@ class Protocol:
         return Response(content, media_type=media)
 
     async def _update(self, request: Request, sparql: str, fields: Mapping[str, list[str]]) -> Response:
-        authorise(request, self._token)
+        require(request, "write")
         default, named = _graphs(fields, "using-graph-uri", "using-named-graph-uri")
         try:
             await in_thread(lambda: self._store.update(with_graphs(sparql, default, named)))
@@ -198,7 +196,7 @@ class Protocol:
         media = request_handling.choose(accept, [*_GRAPH, "text/html"])
         if media == "text/html":
             return RedirectResponse("/", 303)
-        languages = ["SPARQL11Query"] if self._token is None else ["SPARQL11Query", "SPARQL11Update"]
+        languages = ["SPARQL11Query", *(["SPARQL11Update"] if request.state.client.may("write") else [])]
         formats = ("SPARQL_Results_JSON", "SPARQL_Results_XML", "SPARQL_Results_CSV", "SPARQL_Results_TSV")
         graphs = ("Turtle", "N-Triples", "RDF_XML", "JSON-LD")
         text = f"""

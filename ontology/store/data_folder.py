@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -206,7 +206,7 @@ def open_store(data: Path, endpoint: str | None = None, *, create: bool = False)
     graph = data / GRAPH
     if server := find_server(data):
         try:
-            remote = RemoteStore(server["endpoint"], server.get("token"))
+            remote = remote_store(server)
             remote.ask("ASK { }")
             return remote
         except Unreachable:  # the server was killed and left its address behind; a slow one still holds the graph
@@ -219,3 +219,9 @@ def open_store(data: Path, endpoint: str | None = None, *, create: bool = False)
         )
     prepare(data)
     return EmbeddedStore(graph)
+
+
+def remote_store(server: Mapping[str, str]) -> RemoteStore:
+    """The graph of the server that `find_server` found."""
+    ca = Path(server["ca"]) if "ca" in server else None
+    return RemoteStore(server["endpoint"], server.get("token"), ca=ca)

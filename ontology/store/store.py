@@ -8,6 +8,7 @@ serialiser, so a value cannot end its literal.
 
 import json
 import re
+import ssl
 import threading
 import urllib.error
 import urllib.parse
@@ -499,6 +500,8 @@ class RemoteStore(Store):
         Address for queries.
     token
         Sent with every request as a bearer token.
+    ca
+        PEM file with the authority of the server's certificate. Default: the system's authorities.
     update_url
         Address for updates, if it is another one (as with Fuseki, oxigraph and GraphDB).
     timeout
@@ -506,7 +509,13 @@ class RemoteStore(Store):
     """
 
     def __init__(
-        self, url: str, token: str | None = None, *, update_url: str | None = None, timeout: float = 30.0
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        ca: Path | None = None,
+        update_url: str | None = None,
+        timeout: float = 30.0,
     ) -> None:
         if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
             raise StoreError(f"{url!r} is not the address of a SPARQL endpoint; it must begin with http:// or https://")
@@ -517,7 +526,8 @@ class RemoteStore(Store):
         host = urllib.parse.urlsplit(url).hostname or ""
         # A proxy from the environment is not meant for a server on this machine.
         proxies: dict[str, str] | None = {} if host in ("localhost", "::1") or host.startswith("127.") else None
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+        tls = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca))
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), tls)
 
     def _post(self, url: str, form: Mapping[str, str | Sequence[str]], accept: str) -> tuple[str, bytes]:
         try:

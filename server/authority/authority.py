@@ -17,9 +17,10 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.private_files import make_private_folder, write_private
 from tinyfleet.edge.wire.broker_address import is_loopback
 from tinyfleet.edge.wire.enrolment_token import EnrolmentToken
+from tinyfleet.ontology.http.access import Scope
 from tinyfleet.server.authority import certificates
 from tinyfleet.server.authority.certificates import KeyPair
-from tinyfleet.server.authority.identities import Identities, IdentityRecord, Issued, Role, Scope
+from tinyfleet.server.authority.identities import Identities, IdentityRecord, Issued, Role
 
 SERVER = "server"
 """The server's own identity, an operator. No other may have its name."""
@@ -359,14 +360,15 @@ def _host_name(name: str) -> str:
 
 
 def own_addresses() -> list[str]:
-    """The names and addresses by which others on the network may know this machine."""
-    name = socket.gethostname()
-    found = {name, socket.getfqdn(), f"{name}.local"}
+    """The addresses and names by which others on the network may know this machine, the most reliable one first."""
+    found: list[str] = []
     for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as route:  # sends nothing: it asks the routing table
                 route.connect((probe, 9))
-                found.add(str(route.getsockname()[0]))
+                found.append(str(route.getsockname()[0]))
         except OSError:  # no network of this kind
             continue
-    return sorted(each for each in found if ":" in each or _HOST.fullmatch(each))
+    name = socket.gethostname()
+    found += [each for each in (name, socket.getfqdn(), f"{name}.local") if _HOST.fullmatch(each)]
+    return list(dict.fromkeys(found))

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.ontology.http.access import Scope
 
 Role = Literal["device", "operator"]
 ROLES: tuple[Role, ...] = get_args(Role)
-Scope = Literal["read", "write", "operate", "admin"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS identity (
@@ -299,7 +298,9 @@ class Identities:
             db.execute("INSERT INTO api_token VALUES (?, ?, ?, ?)", (_hash(secret), name, scope, now))
 
     def scope_of(self, secret: str) -> tuple[str, Scope] | None:
-        """Whose API token it is, and what it allows; None if it is unknown. Looked up by its hash: comparing in constant
-        time would protect nothing more."""
+        """Whose API token it is, and what it allows; None if it is unknown.
+
+        It is looked up by its hash, so that the time that takes tells nothing about a token.
+        """
         rows = self._read("SELECT name, scope FROM api_token WHERE hash = ?", _hash(secret))
         return (str(rows[0][0]), rows[0][1]) if rows else None  # type: ignore[return-value]

@@ -74,7 +74,7 @@ function start(about) {
   ];
   showPlainly();
   const yasgui = new Yasgui(document.getElementById("page"), {
-    requestConfig: { endpoint: `${location.origin}/sparql` },
+    requestConfig: { endpoint: `${location.origin}/sparql`, headers: { "X-CSRF-Token": about.csrf ?? "" } },
     copyEndpointOnNewTab: false,
     endpointCatalogueOptions: { getData: () => [], keys: [], renderItem: () => {} },
     yasr: { prefixes: about.prefixes },
@@ -128,6 +128,4 @@ function start(about) {
   show(yasgui.getTab());
 }
 
-fetch("/page/about.json")
-  .then((answer) => answer.json())
-  .then(start);
+fetch("/page/about.json").then((answer) => (answer.ok ? answer.json().then(start) : location.reload()));
