@@ -103,9 +103,7 @@ class AgentNode(Node):
         if not self._is_usable(*sample):
             self.skipped += 1
             if self.skipped.bit_count() == 1:  # at 1, 2, 4, ...: a broken sensor does not fill the log
-                log.warning(
-                    "%s has skipped %d samples: not finite, of wrong size, or of no class", self.id, self.skipped
-                )
+                log.warning("%s skipped %d samples: not finite, of another size or of no class", self.id, self.skipped)
             return True
         before = self._learner.drift
         self._learner.learn(*sample)
