@@ -22,10 +22,18 @@ _MAX_CONFIG = 4 * 1024 * 1024  # a network of a thousand layers takes one
 _MAX_VALUES = 300_000
 _MAX_DEPTH = 64
 _MAX_ARRAYS = 5_000
+_MAX_NAME = 1_000
 
 
 DESCRIPTION_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What is raised where a description is not as Keras writes it."""
+
+
+def check_name(name: Any) -> str:
+    """A layer's name, which is printed, and looked for in the model. Raises ReadError."""
+    if not isinstance(name, str) or len(name) > _MAX_NAME or not name.isprintable():
+        raise ReadError(f"a layer's name must be printable text of at most {_MAX_NAME} characters; rename the layer")
+    return name
 
 
 def shown(error: Exception) -> str:
