@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,9 @@ from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, Iri, shorten
 
 if TYPE_CHECKING:
     from tinyfleet.ontology.store.store import Binding, Rows, Value
+
+_MAX_QUERY_BYTES = 1 << 20
+_MAX_DIGITS = 20
 
 
 def query(
@@ -139,7 +143,11 @@ def read_query(file: str) -> str:
     if not path.exists() and file in library.names():
         return library.text(file)
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as opened:  # it may be a pipe
+            content = opened.read(_MAX_QUERY_BYTES + 1)
+        if len(content) > _MAX_QUERY_BYTES:
+            raise UserError(f"{file} is longer than the {_MAX_QUERY_BYTES:,} bytes of the longest query")
+        return content.decode("utf-8")
     except OSError as error:
         raise UserError(
             f"{file} cannot be read ({error.strerror}), nor is it a query of the library{library.hint(file)}; "
@@ -171,9 +179,13 @@ def _value(text: str) -> Value:
     if text in ("true", "false"):
         return text == "true"
     if re.fullmatch(r"[+-]?\d+", text):
+        if len(text) > _MAX_DIGITS:
+            raise UserError(f"a number of {len(text)} digits is too large")
         return int(text)
     if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?", text):
-        return float(text)
+        if not math.isfinite(value := float(text)):
+            raise UserError(f"{text:.40} is too large for a number")
+        return value
     if re.match(r"\d{4}-\d\d-\d\dT", text):
         try:
             return datetime.fromisoformat(text)

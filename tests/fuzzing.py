@@ -4,9 +4,9 @@
     python tests/fuzzing.py --only node                 one of them
     python tests/fuzzing.py --seeds                     makes the first inputs of the C fuzzers in corpus/ again
 
-In C, under AddressSanitizer and UBSan, what a device reads: programs (c/fuzz_load.c) and messages (c/fuzz_node.c, which
-reads serial frames too). In Python, all of fuzz_targets.py. What fails is left in build/fuzz. --keep adds inputs that
-reached new code of the device to corpus/, as few as will do.
+In C, under AddressSanitizer and UBSan, what a device reads: programs (c/fuzz_load.c), messages (c/fuzz_node.c) and
+serial lines (c/fuzz_frames.c). In Python, all of fuzz_targets.py. What fails is left in build/fuzz. --keep adds inputs
+that reached new code of the device to corpus/, as few as will do.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Reboot, TrainTask, U
 TESTS = Path(__file__).parent
 CORPUS = TESTS / "corpus"
 CLANG = ("clang", *(f"clang-{version}" for version in range(21, 12, -1)))
-TARGETS = ("load", "node")
-LENGTH = {"load": 2048, "node": 4096}  # of an input, at most
+TARGETS = ("load", "node", "frames")
+LENGTH = {"load": 2048, "node": 4096, "frames": 4096}  # of an input, at most
 
 #: The node's own program, and one that it is offered.
 PROGRAM = build([Dense(9), ReLU(), Dense(4)], (6,), "softmax_cross_entropy")
@@ -54,9 +54,9 @@ def compile_target(name: str, folder: Path) -> Path:
     if clang is None:
         raise NoFuzzer("clang is not installed: apt-get install clang libclang-rt-14-dev")
     flags = ["-std=c99", "-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
-    files = list(sources("engine", "int8", *["node"] * (name == "node")))
+    files = list(sources("engine", "int8", *["node"] * (name != "load")))
     folders = [*INCLUDES, folder]
-    if name == "node":
+    if name != "load":
         generated = generate(folder / "wire")
         files += generated
         folders.append(generated[0].parent)
@@ -142,9 +142,17 @@ def load_seeds() -> list[bytes]:
     return [make().data for make in small_models.MODELS.values()]
 
 
+def frame_seeds() -> list[bytes]:
+    """Lines of one frame and of several, and what the fuzzer makes a frame of."""
+    topic = "tinyfleet/home/devices/kitchen/reply"
+    frames = [serial_frames.Frame(serial_frames.PUBLISH, topic, bytes(range(n % 256)) * 2) for n in (0, 7, 254, 255)]
+    lines = list(map(serial_frames.encode, [*frames, serial_frames.Frame(serial_frames.HELLO)]))
+    return [*lines, b"".join(lines), b"\1\5topicpayload"]
+
+
 def make_seeds() -> None:
-    """Writes the first inputs of both corpora, named seed_...; others stay."""
-    for name, seeds in (("load", load_seeds()), ("node", node_seeds())):
+    """Writes the first inputs of the corpora, named seed_...; others stay."""
+    for name, seeds in (("load", load_seeds()), ("node", node_seeds()), ("frames", frame_seeds())):
         folder = CORPUS / name
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("seed_*"):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 from keras_nets import L, flat, mlp, randomise
 from typer.testing import CliRunner
@@ -20,12 +24,35 @@ from tinyfleet.firmware_tools.compiler import compile as compiler
 from tinyfleet.firmware_tools.readers.common import CompileError
 
 
-def rewrite(source: Path, target: Path, **members: str) -> Path:
+def rewrite(source: Path, target: Path, **members: str | bytes) -> Path:
     """A .keras file with some of its members replaced."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             new.writestr(name, members.get(name.partition(".")[0], old.read(name)))
     return target
+
+
+def hdf5(fill: Callable[[h5py.File], object]) -> bytes:
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        fill(file)
+    return content.getvalue()
+
+
+def bomb(file: h5py.File) -> None:
+    file.create_dataset("zeros", data=np.zeros(4_000_000, np.float32), compression="gzip")
+
+
+def void(file: h5py.File) -> None:
+    file.create_dataset("nothing", shape=(1 << 40,), dtype="f4", chunks=(1024,))
+
+
+def elsewhere(file: h5py.File) -> None:
+    file["link"] = h5py.ExternalLink("/etc/hostname", "/x")
+
+
+def loop(file: h5py.File) -> None:
+    file.create_group("group")["again"] = file["/"]
 
 
 def test_a_bad_file_is_refused_in_one_line(tmp_path):
@@ -37,6 +64,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path):
     description["config"]["layers"][1]["config"]["units"] = -8
     negative = json.dumps(description)
     del description["config"]["layers"][1]["config"]["units"]
+    foreign = zipfile.ZipFile(good).read("config.json").decode().replace('"keras.initializers"', '"os"', 1)
     compiled = json.loads(zipfile.ZipFile(good).read("config.json")) | {"compile_config": "x"}
     cases = {
         tmp_path / "absent.keras": "there is no file",
@@ -47,7 +75,13 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path):
         rewrite(good, tmp_path / "negative.keras", config=negative): "has weights of the shape",
         rewrite(good, tmp_path / "compiled.keras", config=json.dumps(compiled)): "not as Keras 3 writes it",
         rewrite(good, tmp_path / "list.keras", config="[]"): "not as Keras 3 writes it",
-        rewrite(good, tmp_path / "weights.keras", model="gone"): "Keras cannot load",
+        rewrite(good, tmp_path / "weights.keras", model="gone"): "the weights in .* are damaged",
+        rewrite(good, tmp_path / "others.keras", model=hdf5(lambda file: None)): "Keras cannot load",
+        rewrite(good, tmp_path / "bomb.keras", model=hdf5(bomb)): "claim more than it holds",
+        rewrite(good, tmp_path / "void.keras", model=hdf5(void)): "claim more than it holds",
+        rewrite(good, tmp_path / "elsewhere.keras", model=hdf5(elsewhere)): "too many, or elsewhere",
+        rewrite(good, tmp_path / "loop.keras", model=hdf5(loop)): "too many, or elsewhere",
+        rewrite(good, tmp_path / "module.keras", config=foreign): "a part of the module os",
     }
     for path, words in cases.items():
         with pytest.raises(CompileError, match=words) as refusal:

@@ -199,7 +199,7 @@ class Sensor:
 
 
 def test_an_agent_skips_and_counts_samples_that_no_model_takes(caplog: pytest.LogCaptureFixture) -> None:
-    """And learns from the others: a sensor's fault costs the faulty samples, not the agent, nor what it has learned."""
+    """And learns from the others: a faulty sample costs neither the agent nor what it has learned."""
     size, classes = math.prod(PROGRAM.input_shape), PROGRAM.classes
     good, bad = np.zeros(size, np.float32), np.full(size, np.nan, np.float32)
     faulty = [

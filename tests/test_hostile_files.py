@@ -131,6 +131,7 @@ HOSTILE_KERAS = {
     "a name twice": (keras_file(b'{"class_name": 1, "class_name": 1}'), "twice"),
     "a list": (keras_file(b"[]"), "damaged"),
     "models nested too deep": (keras_file(layers_in_each_other(12)), "deeper"),
+    "a name that clears the terminal": (keras_file(changed(1, name="\x1b[2J")), "printable"),
     "2**62 units": (keras_file(changed(1, units=2**62)), "whole number"),
 }
 

@@ -21,10 +21,19 @@ from tinyfleet.firmware_tools.readers.common import MAX_FILE_BYTES, CompileError
 _MAX_CONFIG = 4 * 1024 * 1024  # a network of a thousand layers takes one
 _MAX_VALUES = 300_000
 _MAX_DEPTH = 64
+_MAX_ARRAYS = 5_000
+_MAX_NAME = 1_000
 
 
 DESCRIPTION_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What is raised where a description is not as Keras writes it."""
+
+
+def check_name(name: Any) -> str:
+    """A layer's name, which is printed, and looked for in the model. Raises ReadError."""
+    if not isinstance(name, str) or len(name) > _MAX_NAME or not name.isprintable():
+        raise ReadError(f"a layer's name must be printable text of at most {_MAX_NAME} characters; rename the layer")
+    return name
 
 
 def shown(error: Exception) -> str:
@@ -78,6 +87,50 @@ def _part(archive: zipfile.ZipFile, name: str) -> bytes | None:
 
 def _parse(text: bytes) -> Any:
     return parse_json(text, max_values=_MAX_VALUES, max_depth=_MAX_DEPTH)
+
+
+def check_before_loading(data: bytes, name: str) -> None:
+    """Raises ReadError unless Keras will build nothing of a .keras file but its own classes, and read only weights that
+    the file really holds."""
+    description = parse_keras(data, name)
+    level = [part for key, part in description.config.items() if key != "compile_config"]  # which is not loaded
+    while level:
+        for part in level:
+            module = part.get("module") if isinstance(part, dict) else None
+            if module not in (None, "builtins") and str(module).split(".")[0] != "keras":
+                raise ReadError(f"{name} has a part of the module {module!s:.60}; only Keras's own parts are read")
+        level = [inner for part in level for inner in _inside(part)]
+    try:
+        with open_zip(io.BytesIO(data), MAX_FILE_BYTES) as archive:
+            _check_weights(archive.read("model.weights.h5"))
+    except (OSError, ValueError) as error:
+        raise ReadError(f"the weights in {name} are damaged ({error}); save the model again") from None
+
+
+def _inside(part: Any) -> list[Any]:
+    return list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
+
+
+def _check_weights(data: bytes) -> None:
+    """Raises ValueError or OSError if an HDF5 file's arrays claim more bytes than it has, or are in other files."""
+    import h5py  # type: ignore[import-untyped]
+
+    claimed = seen = 0
+    with h5py.File(io.BytesIO(data), "r") as file:
+        groups = [file]
+        while groups:
+            group = groups.pop()
+            for key in group:
+                seen += 1
+                if seen > _MAX_ARRAYS or not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                    raise ValueError("its arrays are too many, or elsewhere")
+                item = group[key]
+                if isinstance(item, h5py.Group):
+                    groups.append(item)
+                else:
+                    claimed += item.nbytes
+                if claimed > len(data) or getattr(item, "is_virtual", False) or getattr(item, "external", None):
+                    raise ValueError("its arrays claim more than it holds")
 
 
 def describe_object(model: Any) -> KerasDescription:

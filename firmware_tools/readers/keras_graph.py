@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyfleet.edge.errors import printable
 from tinyfleet.edge.model.graph import Graph, Kind, Op, Shape
-from tinyfleet.firmware_tools.readers.common import CompileError, compact
+from tinyfleet.firmware_tools.readers.common import CompileError, compact, read_model_bytes
+from tinyfleet.firmware_tools.readers.keras_file import check_before_loading
 from tinyfleet.firmware_tools.readers.keras_loss import resolve_loss
 
 Vector = NDArray[np.float32]
@@ -168,14 +171,16 @@ class KerasGraph:
 
 def _load(path: Path) -> Any:
     """The model of a .keras file, without its optimiser and loss."""
+    if find_spec("keras") is None:
+        raise CompileError("reading a model's weights needs Keras; pip install 'tinyfleet[keras]'")
+    check_before_loading(read_model_bytes(path), f"'{path}'")
     try:
         import keras  # type: ignore[import-untyped]
-    except ImportError as e:
-        raise CompileError("reading a model's weights needs Keras; pip install 'tinyfleet[keras]'") from e
-    try:
+
         return keras.saving.load_model(path, compile=False)
     except Exception as e:  # Keras raises whatever its parts raise
-        raise CompileError(f"Keras cannot load '{path}': {str(e).strip().splitlines()[0]}") from e
+        said = str(e).strip().split("\n")[0]
+        raise CompileError(f"Keras cannot load '{path}' ({printable(said, 200) or type(e).__name__})") from e
 
 
 def _find(model: Any, name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tinyfleet.edge.model.graph import Layer, Shape
 from tinyfleet.firmware_tools.readers.common import ReadError, windows
-from tinyfleet.firmware_tools.readers.keras_file import DESCRIPTION_ERRORS, KerasDescription, shown
+from tinyfleet.firmware_tools.readers.keras_file import DESCRIPTION_ERRORS, KerasDescription, check_name, shown
 
 _MAX_DEPTH = 8
 """Models may be nested so deep in each other."""
@@ -104,7 +104,7 @@ class _Walk:
         learned = figures is None or figures.parameters > 0
         self.layers.append(
             Layer(
-                name=str(about["name"]),
+                name=check_name(about["name"]),
                 kind=kind,
                 input_shape=shape,
                 output_shape=figures.output if figures else None,

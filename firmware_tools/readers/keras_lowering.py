@@ -28,6 +28,7 @@ from tinyfleet.firmware_tools.readers.common import MAX_OPERATIONS, MAX_SIDE, Co
 from tinyfleet.firmware_tools.readers.keras_file import (
     DESCRIPTION_ERRORS,
     KerasDescription,
+    check_name,
     histories,
     model_ends,
     shown,
@@ -169,7 +170,7 @@ class _Builder:
     def _call(self, entry: Mapping[str, Any], inputs: list[_Value], prefix: str, trainable: bool) -> list[_Value]:
         """Reads one layer, or nested model, on these inputs."""
         config = entry["config"]
-        name, kind = f"{prefix}{config['name']}", entry["class_name"]
+        name, kind = f"{prefix}{check_name(config['name'])}", entry["class_name"]
         self.calls += 1
         if self.calls > MAX_OPERATIONS:
             raise CompileError(f"the model calls more than {MAX_OPERATIONS} layers; the engine is for smaller ones")

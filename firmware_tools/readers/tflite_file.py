@@ -26,6 +26,7 @@ _MAX_ITEMS = 20_000  # tensors and buffers
 _MAX_OPERATORS = 5_000
 _MAX_OPERANDS = 256
 _MAX_RANK = 8
+_MAX_NAME = 1_000
 _BITS = {
     "FLOAT16": 16, "FLOAT32": 32, "FLOAT64": 64, "BFLOAT16": 16, "INT4": 4, "UINT4": 4, "INT8": 8, "UINT8": 8,
     "INT16": 16, "UINT16": 16, "INT32": 32, "UINT32": 32, "INT64": 64, "UINT64": 64, "BOOL": 8,
@@ -250,7 +251,7 @@ def _buffer(buffer: Any, file_size: int) -> tuple[int, NDArray[np.uint8] | None]
 def _tensor(tensor: Any, buffers: list[tuple[int, NDArray[np.uint8] | None]], budget: _Budget) -> FileTensor:
     text = tensor.Name() or b""
     budget.take(len(text))
-    name = text.decode("utf-8", errors="replace")
+    name = printable(text.decode("utf-8", errors="replace"), _MAX_NAME)
     rank = tensor.ShapeLength()
     if rank > _MAX_RANK:
         raise ReadError(f"it is damaged: tensor {shown(name)} has {rank} axes")

@@ -7,17 +7,20 @@ A board that does not conform to the shapes is left out and reported.
 """
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, printable
+from tinyfleet.edge.files import read_file
+from tinyfleet.edge.wire.json_text import parse_json
 from tinyfleet.ontology.ingest.describe import board_facts, part_facts
 from tinyfleet.ontology.store.store import Binding, triples
 from tinyfleet.ontology.vocabulary import shapes
 from tinyfleet.ontology.vocabulary.namespaces import DCTERMS, SCHEMA, TF, Iri
+
+_MAX_BYTES = 1 << 26
 
 Facts = dict[Iri, dict[Iri, Binding | None]]
 
@@ -111,7 +114,8 @@ def _platformio(path: Path) -> Iterator[CatalogueBoard]:
 
 def _core(path: Path) -> Iterator[CatalogueBoard]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        data = read_file(path, _MAX_BYTES, "name the folder of the board files")
+        entries = parse_json(data, max_values=1_000_000, max_depth=16)
         for entry in entries:
             yield CatalogueBoard(
                 entry["id"],
@@ -128,10 +132,9 @@ def _core(path: Path) -> Iterator[CatalogueBoard]:
                     DCTERMS.source: entry["sources"],
                 },
             )
-    except OSError as error:
-        raise _missing(path, error) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a list of boards: {error!r}; use the file as published") from None
+        reason = printable(f"{type(error).__name__}: {error}", 100)
+        raise UserError(f"{path} is not a list of boards ({reason}); use the file as published") from None
 
 
 def _rows(path: Path, wanted: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -155,7 +158,7 @@ def _number(path: Path, row: dict[str, Any], name: str) -> int:
     try:
         return int(row[name] or 0)
     except ValueError:
-        raise UserError(f"{path}: {name} of {row['id']} is not a whole number: {row[name]!r}") from None
+        raise UserError(f"{path}: {name} of {row['id']} is not a whole number: '{row[name]:.40}'") from None
 
 
 def _missing(path: Path, error: OSError) -> UserError:

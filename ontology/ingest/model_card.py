@@ -25,6 +25,7 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.vocabulary.namespaces import property_iri
 
 _MAX_BYTES = 1_000_000
+_MAX_HEAD = 16_000  # YAML's parser is slow
 _MAX_ITEMS = 2_000
 
 
@@ -89,6 +90,8 @@ def parse_model_card(text: str) -> ModelCard | None:
     found = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
     if found is None:
         return None
+    if len(found[1]) > _MAX_HEAD:
+        raise ModelCardError(f"its head is longer than {_MAX_HEAD:,} characters")
     try:
         said = yaml.load(found[1], _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -135,7 +138,7 @@ def _text(said: dict[str, Any], key: str) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, list | dict):
-        raise ModelCardError(f"'{key}' must be one text, not {value!r:.60}")
+        raise ModelCardError(f"'{key}' must be one text, not a {type(value).__name__}")
     return value.isoformat() if isinstance(value, date) else str(value)
 
 
@@ -145,7 +148,7 @@ def _texts(said: dict[str, Any], key: str) -> tuple[str, ...]:
         return ()
     items = value if isinstance(value, list) else [value]
     if len(items) > _MAX_ITEMS or any(isinstance(item, list | dict) or item in (None, "") for item in items):
-        raise ModelCardError(f"'{key}' must be a list of texts, not {value!r:.60}")
+        raise ModelCardError(f"'{key}' must be a list of texts, at most {_MAX_ITEMS}")
     # YAML reads yes and no as booleans, which as labels they never are.
     return tuple({True: "yes", False: "no"}[item] if isinstance(item, bool) else str(item) for item in items)
 
