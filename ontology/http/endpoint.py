@@ -239,7 +239,7 @@ class Endpoint:
         )
         config = uvicorn.Config(
             application,
-            log_level="error",
+            log_level="critical",
             access_log=False,
             ws="none",
             http=self.limits.protocol(),
