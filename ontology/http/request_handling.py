@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import json
-import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import TypeVar, cast
 
@@ -15,6 +16,8 @@ MAX_REQUEST = 16 * 1024 * 1024
 """Maximum bytes of a query or an update."""
 
 _T = TypeVar("_T")
+# A thread of its own for each request would cost the event loop a turn of the interpreter's lock to start it.
+_THREADS = ThreadPoolExecutor(128, "http")
 
 
 class HttpError(Exception):
@@ -41,6 +44,36 @@ def problem(error: HttpError) -> Response:
             for field, found, text in [violation.partition(": ")]
         ]
     return Response(json.dumps(said), error.status, error.headers, "application/problem+json")
+
+
+class RefusalDelay:
+    """Lets a client that sends one invalid request after the other wait for the answers, not the others for it.
+
+    Parameters
+    ----------
+    burst
+        Refusals that an address gets at once.
+    per_second
+        More of them that it gets each second; every further one comes a second late.
+    clock
+        Seconds that only go forwards.
+    """
+
+    def __init__(
+        self, burst: float = 40.0, per_second: float = 4.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._burst, self._per_second, self._clock = burst, per_second, clock
+        self._left: dict[str, tuple[float, float]] = {}  # of each address, at a time
+
+    def seconds(self, address: str) -> float:
+        """How long the answer to an invalid request of this address should wait."""
+        now = self._clock()
+        if len(self._left) > 1000:
+            self._left = {each: at for each, at in self._left.items() if now - at[1] < self._burst / self._per_second}
+        left, then = self._left.get(address, (self._burst, now))
+        left = min(self._burst, left + (now - then) * self._per_second)
+        self._left[address] = max(0.0, left - 1), now
+        return 0.0 if left >= 1 else 1.0
 
 
 def media_type(request: Request) -> str:
@@ -89,7 +122,7 @@ def choose(accept: str, offered: Iterable[str]) -> str:
 
 
 def in_thread(call: Callable[[], _T], ended: Callable[[], None] = lambda: None) -> asyncio.Future[_T]:
-    """Run `call` in a daemon thread; return a future of its result or exception. `ended` is called last."""
+    """Run `call` in another thread; return a future of its result or exception. `ended` is called last."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
@@ -112,5 +145,5 @@ def in_thread(call: Callable[[], _T], ended: Callable[[], None] = lambda: None) 
         with contextlib.suppress(RuntimeError):  # the endpoint has been closed meanwhile
             loop.call_soon_threadsafe(settle, result, failure)
 
-    threading.Thread(target=run, name="http", daemon=True).start()
+    _THREADS.submit(run)
     return future

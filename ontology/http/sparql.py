@@ -82,12 +82,14 @@ class Protocol:
         self._registry = registry
         self._timeout = timeout
         self._free = threading.Semaphore(workers)
+        self._delay = request_handling.RefusalDelay()
         self.workers = QueryWorkers(store, timeout)
 
     async def sparql(self, request: Request) -> Response:
         try:
             return await self._sparql(request)
         except HttpError as error:
+            await asyncio.sleep(self._delay.seconds(request.client.host if request.client else ""))
             return PlainTextResponse(error.text, error.status, error.headers)
         except ClientDisconnect:
             return Response(status_code=400)

@@ -32,7 +32,8 @@ SLICE = 0.3
 """Seconds that a query may take at first."""
 UPDATE_SECONDS = 2.0
 """Seconds that an update of a client that may only write can take."""
-QUICK_WORKERS, SLOW_WORKERS = 4, 2
+_CORES = os.cpu_count() or 1
+QUICK_WORKERS, SLOW_WORKERS = max(2, _CORES), max(1, _CORES // 2)
 QUICK_QUEUE, SLOW_QUEUE = 64, 8
 """Queries that may wait for a worker."""
 MEMORY = 2 << 30
