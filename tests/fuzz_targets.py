@@ -17,6 +17,7 @@ import json
 import logging
 import random
 import resource
+import socket
 import sys
 import tempfile
 import time
@@ -28,6 +29,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 CORPUS = Path(__file__).parent / "corpus"
 SECONDS = 1.0
@@ -145,9 +147,15 @@ def _token_seeds() -> list[bytes]:
 @cache
 def _registry() -> Any:
     from tinyfleet.ontology.ingest.registry import Registry
+
+    return Registry(_store(), "home")
+
+
+@cache
+def _store() -> Any:
     from tinyfleet.ontology.store.store import EmbeddedStore
 
-    return Registry(EmbeddedStore(), "home")
+    return EmbeddedStore()
 
 
 def _ingest(data: bytes) -> None:
@@ -303,6 +311,45 @@ def _parameters_of_requests(data: bytes) -> None:
     _one(fields, "query")
 
 
+@cache
+def _endpoint() -> Any:
+    from tinyfleet.ontology.http.access import Access
+    from tinyfleet.ontology.http.connections import ConnectionLimits
+    from tinyfleet.ontology.http.endpoint import Endpoint
+
+    limits = ConnectionLimits(head_seconds=0.02, body_seconds=0.02)  # for what never ends
+    return Endpoint(_store(), Access.open(), registry=_registry(), limits=limits)
+
+
+def _http(data: bytes) -> None:
+    """Raw bytes for the whole server: what it answers, if anything, is not that it failed."""
+    port = urlsplit(_endpoint().address).port
+    with socket.create_connection(("127.0.0.1", port), 5) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(data)
+        answered = connection.recv(64)
+        assert not answered.startswith(b"HTTP/1.1 500"), answered
+
+
+def _http_seeds() -> list[bytes]:
+    about = _description_seeds()[0]
+    head = b"Host: localhost\r\nAccept: */*;q=0.9\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
+    requests = [
+        (b"GET /sparql?query=ASK%20%7B%7D&default-graph-uri=urn:a", b"", b""),
+        (b"POST /sparql", b"application/sparql-query", b"SELECT * { ?s ?p ?o } LIMIT 1"),
+        (b"POST /sparql", b"application/x-www-form-urlencoded", b"update=DELETE%20WHERE%20%7B%3Ca%3A%3E%20a%20%3Fb%7D"),
+        (b"GET /things?offset=0&limit=5&sort_by=id", b"", b""),
+        (b"PUT /things/urn:tinyfleet:home:dev-1", b"application/td+json", about),
+        (b"PATCH /things/urn:tinyfleet:home:dev-1", b"application/merge-patch+json", b'{"title": "x"}'),
+        (b"DELETE /things/urn:tinyfleet:home:dev-1", b"", b""),
+        (b"GET /search/jsonpath?query=$.title", b"", b""),
+        (b"GET /login?code=abc", b"", b""),
+    ]  # fmt: skip
+    return [
+        line + b" HTTP/1.1\r\n" + head % (kind, len(body)) + b"Cookie: a=b\r\nOrigin: http://x\r\n\r\n" + body
+        for line, kind, body in requests
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------- the table
 
 
@@ -358,6 +405,7 @@ _TEXT = (
     b"\xef\xbb\xbf",
     b"9" * 5000,
 )
+_HTTP = (b"\r\n", b"\r\n\r\n", b"%00", b"../", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 9\r\n", b"HTTP/1.0")
 _NUMBERS = (b"\0", b"\1", b"\x7f", b"\xff", b"\xff\x7f", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x80")
 
 _RDF_SEEDS = [b'@prefix a: <urn:a> .\na:b a:c 1.5 , "x"@en , (1 2) .\n', b'<urn:a> <urn:b> "c" .\n']
@@ -382,6 +430,7 @@ TARGETS = {
     "keras_description": Target(_keras_description, _model_errors, lambda: _corpus("keras"), 16_384, _JSON),
     "program": Target(_program, _model_errors, lambda: _corpus("load"), 2048, _NUMBERS),
     "parameters": Target(_parameters, _user_error, _parameter_seeds, 4096, _NPY),
+    "http": Target(_http, _nothing, _http_seeds, 4096, (*_TEXT, *_HTTP)),
     "requests": Target(_parameters_of_requests, _http_error, lambda: _REQUEST_SEEDS, 4096, _TEXT),
 }
 
