@@ -34,7 +34,7 @@ from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.ontology.http.sparql import Protocol
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
-from tinyfleet.ontology.store.store import Store
+from tinyfleet.ontology.store.store import EmbeddedStore
 from tinyfleet.ontology.vocabulary import page
 from tinyfleet.ontology.vocabulary.entailment import VOCABULARY
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, RDF, Iri
@@ -173,7 +173,7 @@ class Endpoint:
 
     def __init__(
         self,
-        store: Store,
+        store: EmbeddedStore,
         access: Access,
         port: int = 0,
         *,
@@ -201,6 +201,7 @@ class Endpoint:
         )
         self.url = f"{self.address}/sparql"
         protocol = Protocol(store, registry, timeout, workers)
+        self.queries = protocol.workers
         self._directory = None if registry is None else Directory(registry, protocol, deleted)
         served = [
             *routes,
@@ -265,6 +266,7 @@ class Endpoint:
             self._directory.close()
         self._thread.join()
         self._socket.close()
+        self.queries.close()
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,6 @@ limited. SERVICE is not allowed: a query must not make this machine fetch from a
 """
 
 import asyncio
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -21,8 +20,11 @@ from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.access import require
 from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.ontology.ingest.registry import Registry
+from tinyfleet.ontology.store.query_limits import FetchRefused, QueryTooLong, check_query, check_update
+from tinyfleet.ontology.store.query_rewriting import is_library_query
+from tinyfleet.ontology.store.query_workers import Busy, QueryStopped, QueryTimeout, QueryWorkers
 from tinyfleet.ontology.store.sparql_update import with_graphs
-from tinyfleet.ontology.store.store import RECORDS, Dataset, Store, StoreError
+from tinyfleet.ontology.store.store import RECORDS, Dataset, EmbeddedStore, StoreError, short_message
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 MAX_RESULT = 64 * 1024 * 1024
@@ -44,10 +46,6 @@ _GRAPH: Formats = {
     "application/ld+json": ox.RdfFormat.JSON_LD,
 }
 
-# SERVICE where a pattern may begin, which excludes variables, names and IRIs. Comments and texts are not excluded: code
-# that reads a query differently from Oxigraph could be tricked.
-_SERVICE = re.compile(r"(?:(?<![?$:/#_-])(?<![a-z])|(?<=true)|(?<=false))service(?![\w:-])", re.IGNORECASE)
-
 
 class _Output:
     """Collects a result, and stops it when it becomes too long or takes too long."""
@@ -61,7 +59,7 @@ class _Output:
         if len(self.data) > MAX_RESULT:
             raise HttpError(413, f"the result is longer than {MAX_RESULT} bytes; add a LIMIT")
         if time.monotonic() > self._deadline:
-            raise HttpError(503, _TOO_LONG)
+            raise HttpError(408, _TOO_LONG)
         return len(part)
 
     def flush(self) -> None:
@@ -74,16 +72,17 @@ _TOO_LONG = "the query takes too long; make it more selective or add a LIMIT"
 class Protocol:
     """The SPARQL 1.1 Protocol on a store; a registry is told of updates, so that it discards cached values.
 
-    A query may take `timeout` seconds, and `workers` queries may run at the same time. Oxigraph cannot be stopped
-    before its first row: such a query continues without a client, and while there are `workers` of them, others get an
-    error.
+    The library's own queries are answered in this process, at most `workers` at a time; all others in processes of
+    their own, which are stopped after `timeout` seconds. An update by a client that may write, but not operate, is
+    tried on a copy of the graph first.
     """
 
-    def __init__(self, store: Store, registry: Registry | None, timeout: float, workers: int) -> None:
+    def __init__(self, store: EmbeddedStore, registry: Registry | None, timeout: float, workers: int) -> None:
         self._store = store
         self._registry = registry
         self._timeout = timeout
         self._free = threading.Semaphore(workers)
+        self.workers = QueryWorkers(store, timeout)
 
     async def sparql(self, request: Request) -> Response:
         try:
@@ -146,25 +145,29 @@ class Protocol:
         rows: Formats = _ROWS,
         graph: Formats = _GRAPH,
     ) -> Response:
-        if _SERVICE.search(sparql):
-            raise HttpError(403, "SERVICE is not allowed, not even in comments and texts")
         default, named = _graphs(fields, "default-graph-uri", "named-graph-uri")
         dataset = Dataset(default, named) if default or named else None
+        try:
+            check_query(sparql)
+            if dataset is None and is_library_query(sparql):
+                media, content = await self._own(sparql, accept, rows, graph)
+            else:
+                media, content = await self._anyones(sparql, dataset, accept, rows, graph)
+        except StoreError as error:
+            raise _http_error(error) from None
+        return Response(content, media_type=media)
+
+    async def _own(self, sparql: str, accept: str, rows: Formats, graph: Formats) -> tuple[str, bytes]:
+        """The answer to a query of the library."""
         deadline = time.monotonic() + self._timeout
 
         def evaluate() -> tuple[str, bytes]:
-            answer = self._store.evaluate(sparql, dataset)
+            answer = self._store.evaluate(sparql)
             try:
                 offered = graph if isinstance(answer, ox.QueryTriples) else rows
                 media = request_handling.choose(accept, offered)
-                form = offered[media]
-                if isinstance(answer, ox.QueryBoolean) and form in (
-                    ox.QueryResultsFormat.CSV,
-                    ox.QueryResultsFormat.TSV,
-                ):
-                    raise HttpError(406, "a boolean is available as JSON or XML")
                 output = _Output(deadline)
-                answer.serialize(cast("IO[bytes]", output), form)  # type: ignore[arg-type]
+                answer.serialize(cast("IO[bytes]", output), offered[media])  # type: ignore[arg-type]
                 return media, bytes(output.data)
             finally:
                 # An error's traceback would carry it to another thread, where an Oxigraph answer must not go.
@@ -173,20 +176,48 @@ class Protocol:
         if not self._free.acquire(blocking=False):
             raise HttpError(503, "the server is busy with other queries; try again later")
         try:
-            media, content = await asyncio.wait_for(in_thread(evaluate, self._free.release), self._timeout)
+            return await asyncio.wait_for(in_thread(evaluate, self._free.release), self._timeout)
         except TimeoutError:
-            raise HttpError(503, _TOO_LONG) from None
-        except StoreError as error:
-            raise HttpError(400, str(error)) from None
-        return Response(content, media_type=media)
+            raise HttpError(408, _TOO_LONG) from None
+
+    async def _anyones(
+        self, sparql: str, dataset: Dataset | None, accept: str, rows: Formats, graph: Formats
+    ) -> tuple[str, bytes]:
+        """The answer to a query that anyone may have written."""
+        text = self._store.for_graph_alone(sparql) if dataset is None else sparql
+        wanted = _accepted(accept, rows), _accepted(accept, graph)
+        answer = await in_thread(lambda: self.workers.evaluate(text, dataset, *wanted, MAX_RESULT))
+        match answer.kind:
+            case "done":
+                return answer.media, answer.content
+            case "rows" | "graph":
+                offered = ", ".join(rows if answer.kind == "rows" else graph)
+                raise HttpError(406, f"the result is available as {offered}")
+            case "boolean":
+                raise HttpError(406, "a boolean is available as JSON or XML")
+            case "too long":
+                raise HttpError(413, f"the result is longer than {MAX_RESULT} bytes; add a LIMIT")
+            case "syntax":
+                raise HttpError(400, f"the query is not valid SPARQL: {short_message(answer.content.decode())}")
+            case _:
+                raise HttpError(400, f"the query failed: {short_message(answer.content.decode())}")
 
     async def _update(self, request: Request, sparql: str, fields: Mapping[str, list[str]]) -> Response:
         require(request, "write")
         default, named = _graphs(fields, "using-graph-uri", "using-named-graph-uri")
+        tried = not request.state.client.may("operate")
+
+        def update() -> None:
+            check_update(sparql)
+            text = with_graphs(sparql, default, named)
+            if tried and (answer := self.workers.try_update(text)).kind != "done":
+                raise StoreError(f"the update is not valid SPARQL: {short_message(answer.content.decode())}")
+            self._store.update(text)
+
         try:
-            await in_thread(lambda: self._store.update(with_graphs(sparql, default, named)))
+            await in_thread(update)
         except StoreError as error:
-            raise HttpError(400, str(error)) from None
+            raise _http_error(error) from None
         if self._registry is not None:
             self._registry.things.reread()
         return Response(status_code=204)
@@ -218,6 +249,22 @@ class Protocol:
 
     def _named(self) -> str:
         return "" if self._registry is None else f"; sd:namedGraph [ a sd:NamedGraph ; sd:name <{RECORDS}> ]"
+
+
+def _http_error(error: StoreError) -> HttpError:
+    if isinstance(error, QueryTimeout):
+        return HttpError(408, str(error))
+    if isinstance(error, QueryStopped):
+        return HttpError(413, str(error))
+    statuses = {Busy: 503, FetchRefused: 403, QueryTooLong: 413}
+    return HttpError(statuses.get(type(error), 400), str(error))
+
+
+def _accepted(accept: str, offered: Formats) -> str | None:
+    try:
+        return request_handling.choose(accept, offered)
+    except HttpError:
+        return None
 
 
 def _fields(text: str) -> dict[str, list[str]]:

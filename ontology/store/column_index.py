@@ -275,6 +275,9 @@ class IndexedStore(EmbeddedStore):
             text = with_counts(self, text) or with_title_candidates(text, self._candidates) or text
         return super().evaluate(text, dataset)
 
+    def for_graph_alone(self, sparql: str) -> str:
+        return (with_title_candidates(sparql, self._candidates) if self.indexed else None) or sparql
+
     def values(self, subjects: Sequence[Iri], predicate: Iri) -> dict[Iri, Value]:
         with self._reading:
             column = None if self._ready is None else self._ready.columns.get(predicate)

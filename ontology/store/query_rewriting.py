@@ -52,9 +52,15 @@ def _match_library_query(text: str) -> tuple[str, str]:
     return _first_lines().get(text.partition("\n")[0], ""), text
 
 
+def is_library_query(text: str) -> bool:
+    """Whether it is a query of the library, with its parameters unset or set, with or without a LIMIT."""
+    name, text = _match_library_query(text)
+    return bool(name) and _parse_library_query(name).fullmatch(text) is not None
+
+
 @cache
 def _first_lines() -> dict[str, str]:
-    return {library.text(name).partition("\n")[0]: name for name in (*INDEX_QUERIES, *COUNT_QUERIES)}
+    return {library.text(name).partition("\n")[0]: name for name in library.names()}
 
 
 _VALUE = re.compile(r'"([^"]*)"|<([^>]*)>')

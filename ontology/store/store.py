@@ -328,7 +328,7 @@ def each(given: Binding | None) -> Iterable[Value]:
     return (given,) if isinstance(given, (str, bool, int, float, datetime)) else given
 
 
-def _short(error: object) -> str:
+def short_message(error: object) -> str:
     """Oxigraph's message in one line, without the long list of expected tokens."""
     text = " ".join(str(error).partition(": expected one of ")[0].split())
     return text if len(text) <= 300 else text[:300] + "…"
@@ -363,11 +363,20 @@ class EmbeddedStore(Store):
     There is one writer at a time, and any number of readers: a query sees the graph as it was when it began, and blocks
     no write. A completed write survives a kill of the process, since it is in RocksDB's log; after a power failure, the
     last seconds may be missing.
+
+    Attributes
+    ----------
+    folder : Path, optional
+        Where it is.
+    version : int
+        Grows with every write.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self._writing = threading.RLock()
         self._unflushed = 0
+        self.folder = None if path is None else Path(path)
+        self.version = 0
         if path is None:
             self._store: ox.Store | None = ox.Store()
             return
@@ -399,7 +408,7 @@ class EmbeddedStore(Store):
                 named_graphs=[_node(graph) for graph in dataset.named],
             )
         except SyntaxError as error:
-            raise StoreError(f"the query is not valid SPARQL: {_short(error)}") from None
+            raise StoreError(f"the query is not valid SPARQL: {short_message(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
             raise StoreError(f"the query failed: {error}") from None
 
@@ -407,8 +416,9 @@ class EmbeddedStore(Store):
         try:
             with self._writing:
                 self._open.update(sparql, base_iri=BASE)
+                self.version += 1
         except SyntaxError as error:
-            raise StoreError(f"the update is not valid SPARQL: {_short(error)}") from None
+            raise StoreError(f"the update is not valid SPARQL: {short_message(error)}") from None
         except (OSError, ValueError, RuntimeError) as error:
             raise StoreError(f"the update failed: {error}") from None
 
@@ -416,6 +426,7 @@ class EmbeddedStore(Store):
         quads = [ox.Quad(_node(s), _node(p), term(o), _HERE) for s, p, o in triples]
         with self._writing:
             self._open.extend(quads)
+            self.version += 1
 
     def write(self, facts: Facts, records: Facts | None = None) -> None:
         with self._writing:
@@ -469,12 +480,21 @@ class EmbeddedStore(Store):
                 f"INSERT DATA {{\n{''.join(change.added)}}}",
             )
 
+    def for_graph_alone(self, sparql: str) -> str:
+        """A query with the same answer that is fast on a copy of the graph, where nothing else can help."""
+        return sparql
+
     def __len__(self) -> int:
         return len(self._open)
 
     def backup(self, folder: Path) -> None:
         """Write a copy of the graph into a new folder, as hard links where the file system allows it."""
-        self._open.backup(str(folder))
+        if self.folder is not None:
+            self._open.backup(str(folder))
+            return
+        copy = ox.Store(str(folder))
+        copy.bulk_extend(self._open)
+        copy.flush()
 
     def quads(self) -> Iterator[ox.Quad]:
         """Return all quads of the graph."""
@@ -483,6 +503,7 @@ class EmbeddedStore(Store):
     def load(self, quads: Iterable[ox.Quad]) -> None:
         """Add many quads, faster than `add` but not in one transaction: for a graph that is not in use yet."""
         self._open.bulk_extend(quads)
+        self.version += 1
 
     def close(self) -> None:
         """Write what is left and free the folder for another process."""
@@ -543,7 +564,7 @@ class RemoteStore(Store):
         except urllib.error.HTTPError as error:
             with error:
                 detail = error.read(2000).decode(errors="replace").strip() or error.reason
-            raise StoreError(f"{url} did not accept the request ({error.code}): {_short(detail)}") from None
+            raise StoreError(f"{url} did not accept the request ({error.code}): {short_message(detail)}") from None
         except (OSError, urllib.error.URLError) as error:
             reason = getattr(error, "reason", error)
             raise Unreachable(f"no answer from {url} ({reason}); is the server running?") from None
