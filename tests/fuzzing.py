@@ -94,7 +94,7 @@ def fuzz(name: str, folder: Path, seconds: int) -> tuple[bool, str]:
 
 def fuzz_python(name: str, folder: Path, seconds: int) -> tuple[bool, str]:
     """Runs a target of fuzz_targets.py in a process of its own; results as of `fuzz`."""
-    command = [sys.executable, TESTS / "fuzz_targets.py", name, "--seconds", str(seconds), "--folder", folder]
+    command = [sys.executable, TESTS / "fuzz_python.py", name, "--seconds", str(seconds), "--folder", folder]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
