@@ -25,7 +25,7 @@ from tinyfleet.command_line import (
     JsonOption,
     out_option,
 )
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.edge.wire.server_info import fleet_of
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def plan(
         model, budget=size, int8=int8, classes=classes, max_classes=max_classes, loss=loss, momentum=momentum
     )
     for note in model_plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     if as_json:
         print(json.dumps(asdict(model_plan), indent=2))
         return
@@ -279,7 +279,7 @@ def describe(
 
     about = description(file)
     for note in about.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     if as_json:
         facts = asdict(about) | {"model": about.sha256[:16], "macs": about.macs, "parameters": about.parameters}
         print(json.dumps(facts, indent=2))

@@ -1,39 +1,31 @@
 """What decodes bytes from outside in Python, as targets of fuzzing: any input gives a value or a refusal, soon.
 
-    python tests/fuzz_targets.py TARGET --seconds 600 [--folder FOLDER]    with atheris, which aims at new code
-    python tests/fuzz_targets.py TARGET --inputs 500                       that many damaged seeds, always the same
-
-An input fails that raises anything but what the target's callers handle, takes more than a second of processor time, or
-takes more than 256 MB. tests/fuzzing.py runs them all, beside the fuzzers of the C code.
+The table is at the end; fuzz_python.py runs them.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
+import functools
 import io
+import itertools
 import json
-import logging
-import random
+import os
 import resource
-import sys
+import signal
+import socket
 import tempfile
-import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS = 1.0
-"""Of processor time, for one input."""
-MEGABYTES = 256
-"""Beyond the memory at the start, for one input."""
 
 Refusals = tuple[type[Exception], ...]
 
@@ -61,10 +53,6 @@ class Target:
     seeds: Callable[[], list[bytes]]
     longest: int = 4096
     words: tuple[bytes, ...] = ()
-
-
-class TargetError(Exception):
-    """An input takes too much time or memory."""
 
 
 # ------------------------------------------------------------------------------------------------------ the wire
@@ -145,9 +133,15 @@ def _token_seeds() -> list[bytes]:
 @cache
 def _registry() -> Any:
     from tinyfleet.ontology.ingest.registry import Registry
+
+    return Registry(_store(), "home")
+
+
+@cache
+def _store() -> Any:
     from tinyfleet.ontology.store.store import EmbeddedStore
 
-    return Registry(EmbeddedStore(), "home")
+    return EmbeddedStore()
 
 
 def _ingest(data: bytes) -> None:
@@ -303,6 +297,95 @@ def _parameters_of_requests(data: bytes) -> None:
     _one(fields, "query")
 
 
+def _sparql(data: bytes) -> None:
+    """What is accepted, Oxigraph parses and runs: without a stack overflow, and without fetching, which is an OSError.
+
+    In a process of its own, as for the server, which may take as long as it likes until it is killed.
+    """
+    import pyoxigraph as ox
+
+    from tinyfleet.ontology.store.query_limits import QueryRefused, check_query, check_update
+
+    text = data.decode("utf-8", "replace")
+    accepted: list[Callable[[], Any]] = []
+    for check, run in ((check_query, ox.Store().query), (check_update, ox.Store().update)):
+        with contextlib.suppress(QueryRefused):
+            check(text)
+            accepted.append(functools.partial(run, text))
+    if accepted and (child := os.fork()) == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (1, 1))
+        os._exit(any(map(_fetches, accepted)))
+    elif accepted:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGXCPU, -signal.SIGKILL), f"ended with {status}; 1: it fetched something"
+
+
+def _fetches(run: Callable[[], Any]) -> bool:
+    with contextlib.suppress(SyntaxError, ValueError, RuntimeError):
+        try:
+            result = run()
+            if isinstance(result, Iterator):
+                list(itertools.islice(result, 3))
+        except OSError:
+            return True
+    return False
+
+
+def _sparql_seeds() -> list[bytes]:
+    from tinyfleet.ontology.queries import library
+
+    fetches = [
+        "SELECT * { SERVICE <http://127.0.0.1:9/> { ?s ?p ?o } }",
+        "INSERT { ?s ?p ?o } WHERE { GRAPH ?g { ?s ?p 'a' } SERVICE <http://127.0.0.1:9/> { ?s ?p ?o } }",
+        "LOAD <http://127.0.0.1:9/> INTO GRAPH <urn:g>",
+        "PREFIX a: <http://127.0.0.1:> SELECT * { FILTER(?a < 1 || true) SERVICE a:9 { } }  # a comment",
+    ]
+    others = [
+        "INSERT DATA { <urn:a> <urn:b> 'c' }",
+        "ASK { FILTER((1 + !true) IN (1, 2)) OPTIONAL { ?a ^!<urn:b>* ?c } }",
+    ]
+    return [text.encode() for text in [*fetches, *others, *map(library.text, library.names()[:4])]]
+
+
+@cache
+def _endpoint() -> Any:
+    from tinyfleet.ontology.http.access import Access
+    from tinyfleet.ontology.http.connections import ConnectionLimits
+    from tinyfleet.ontology.http.endpoint import Endpoint
+
+    limits = ConnectionLimits(head_seconds=0.02, body_seconds=0.02)  # for what never ends
+    return Endpoint(_store(), Access.open(), registry=_registry(), limits=limits)
+
+
+def _http(data: bytes) -> None:
+    """Raw bytes for the whole server: what it answers, if anything, is not that it failed."""
+    port = urlsplit(_endpoint().address).port
+    with socket.create_connection(("127.0.0.1", port), 5) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(data)
+        answered = connection.recv(64)
+        assert not answered.startswith(b"HTTP/1.1 500"), answered
+
+
+def _http_seeds() -> list[bytes]:
+    about = _description_seeds()[0]
+    head = b"Host: localhost\r\nAccept: */*;q=0.9\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
+    requests = [
+        (b"GET /sparql?query=ASK%20%7B%7D&default-graph-uri=urn:a", b"", b""),
+        (b"POST /sparql", b"application/sparql-query", b"SELECT * { ?s ?p ?o } LIMIT 1"),
+        (b"POST /sparql", b"application/x-www-form-urlencoded", b"update=DELETE%20WHERE%20%7B%3Ca%3A%3E%20a%20%3Fb%7D"),
+        (b"GET /things?offset=0&limit=5&sort_by=id", b"", b""),
+        (b"PUT /things/urn:tinyfleet:home:dev-1", b"application/td+json", about),
+        (b"PATCH /things/urn:tinyfleet:home:dev-1", b"application/merge-patch+json", b'{"title": "x"}'),
+        (b"DELETE /things/urn:tinyfleet:home:dev-1", b"", b""),
+        (b"GET /search/jsonpath?query=$.title", b"", b""),
+        (b"GET /login?code=abc", b"", b""),
+    ]  # fmt: skip
+    return [
+        line + b" HTTP/1.1\r\n" + head % (kind, len(body)) + b"Cookie: a=b\r\nOrigin: http://x\r\n\r\n" + body
+        for line, kind, body in requests
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------- the table
 
 
@@ -358,6 +441,8 @@ _TEXT = (
     b"\xef\xbb\xbf",
     b"9" * 5000,
 )
+_HTTP = (b"\r\n", b"\r\n\r\n", b"%00", b"../", b"Transfer-Encoding: chunked\r\n", b"Content-Length: 9\r\n", b"HTTP/1.0")
+_SPARQL = (*b"SERVICE LOAD SILENT # { } ( ) ! && \\u0053ERVICE \\u0022 <a> a: ?a $s true ''' PREFIX".split(), b"(" * 60)
 _NUMBERS = (b"\0", b"\1", b"\x7f", b"\xff", b"\xff\x7f", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\0\0\0\x80")
 
 _RDF_SEEDS = [b'@prefix a: <urn:a> .\na:b a:c 1.5 , "x"@en , (1 2) .\n', b'<urn:a> <urn:b> "c" .\n']
@@ -382,125 +467,7 @@ TARGETS = {
     "keras_description": Target(_keras_description, _model_errors, lambda: _corpus("keras"), 16_384, _JSON),
     "program": Target(_program, _model_errors, lambda: _corpus("load"), 2048, _NUMBERS),
     "parameters": Target(_parameters, _user_error, _parameter_seeds, 4096, _NPY),
+    "http": Target(_http, _nothing, _http_seeds, 4096, (*_TEXT, *_HTTP)),
+    "sparql": Target(_sparql, _nothing, _sparql_seeds, 8192, (*_TEXT, *_SPARQL)),
     "requests": Target(_parameters_of_requests, _http_error, lambda: _REQUEST_SEEDS, 4096, _TEXT),
 }
-
-
-# ------------------------------------------------------------------------------------------------------- running
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-
-
-class Bounded:
-    """A target with its bounds: raises what its users would not handle, and TargetError."""
-
-    def __init__(self, target: Target) -> None:
-        self.target, self._refusals = target, target.refusals()
-        for seed in target.seeds():  # imports and caches are no input's fault
-            self._run(seed)
-        self._most = _peak() + MEGABYTES
-
-    def __call__(self, data: bytes) -> None:
-        began = time.process_time()
-        self._run(data)
-        took = time.process_time() - began
-        if took > SECONDS:
-            raise TargetError(f"took {took:.1f} s")
-        if _peak() > self._most:
-            raise TargetError(f"took more than {MEGABYTES} MB")
-
-    def _run(self, data: bytes) -> None:
-        with contextlib.suppress(*self._refusals):
-            self.target.run(data)
-
-
-def damaged(target: Target, number: int) -> Iterator[bytes]:
-    """So many inputs, always the same: seeds, cut short, with bytes and words changed, put in, taken out, doubled."""
-    rng, seeds = random.Random(1), target.seeds()
-    for seed in seeds:
-        yield seed
-        yield seed[: len(seed) // 2]
-    for _ in range(number):
-        data = bytearray(rng.choice(seeds))
-        for _ in range(rng.choice((1, 1, 2, 3, 8))):
-            _damage(data, rng, target.words)
-        yield bytes(data[: target.longest])
-
-
-def _damage(data: bytearray, rng: random.Random, words: Sequence[bytes]) -> None:
-    at = rng.randrange(len(data) + 1)
-    word = rng.choice(words) if words and rng.random() < 0.7 else rng.randbytes(rng.choice((1, 1, 2, 4)))
-    match rng.randrange(7):
-        case 0:
-            data[at : at + 1] = bytes([rng.randrange(256)])
-        case 1:
-            data[at : at + len(word)] = word
-        case 2:
-            data[at:at] = word
-        case 3:
-            del data[at : at + rng.choice((1, 2, 8, 64))]
-        case 4:
-            piece = data[at : at + rng.choice((4, 16, 64, 256))]
-            other = rng.randrange(len(data) + 1)
-            data[other:other] = piece
-        case 5:
-            del data[at:]
-        case _:
-            if at < len(data):
-                data[at] ^= 1 << rng.randrange(8)
-
-
-def run_damaged(name: str, number: int) -> list[str]:
-    """Runs a target on damaged seeds; what fails, one line each."""
-    target, failures = TARGETS[name], []
-    bounded = Bounded(target)
-    for data in damaged(target, number):
-        try:
-            bounded(data)
-        except Exception as error:  # the failure that is looked for
-            failures.append(f"{name}: {type(error).__name__}: {error}"[:300] + f" on {data.hex()[:4000]}")
-    return failures
-
-
-def run_atheris(name: str, folder: Path, seconds: int) -> None:
-    """Fuzzes a target until an input fails, or the time is over. Ends the process."""
-    import atheris  # type: ignore[import-untyped]
-
-    for_all = TARGETS[name]
-    with atheris.instrument_imports(include=["tinyfleet"], enable_loader_override=False):
-        bounded = Bounded(for_all)
-    found = folder / name
-    found.mkdir(parents=True, exist_ok=True)
-    for i, seed in enumerate(for_all.seeds()):
-        (found / f"seed_{i:02}").write_bytes(seed)
-    words = folder / f"{name}.dict"
-    escaped = ("".join(f"\\x{byte:02x}" for byte in word[:60]) for word in for_all.words)
-    words.write_text("".join(f'"{word}"\n' for word in escaped))
-    arguments = [sys.argv[0], f"-max_total_time={seconds}", f"-max_len={for_all.longest}", "-timeout=20"]
-    arguments += ["-rss_limit_mb=3000", "-print_final_stats=1", f"-artifact_prefix={folder}/{name}-", str(found)]
-    atheris.Setup([*arguments, *([f"-dict={words}"] if for_all.words else [])], bounded)
-    atheris.Fuzz()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=TARGETS)
-    parser.add_argument("--seconds", type=int, help="fuzz with atheris for so long")
-    parser.add_argument("--inputs", type=int, default=500, help="damaged seeds to try (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, default=Path("build/fuzz"), help="for what atheris finds")
-    chosen = parser.parse_args()
-    logging.disable(logging.CRITICAL)
-    if chosen.seconds and find_spec("atheris") is not None:
-        run_atheris(chosen.target, chosen.folder, chosen.seconds)
-    elif chosen.seconds:
-        print("atheris has no package for this machine; trying damaged seeds instead")
-        chosen.inputs = 500 * chosen.seconds
-    failures = run_damaged(chosen.target, chosen.inputs)
-    print("\n".join(failures) or f"{chosen.target}: clean")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

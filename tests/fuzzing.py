@@ -85,7 +85,8 @@ def fuzz(name: str, folder: Path, seconds: int) -> tuple[bool, str]:
     and what it said last."""
     binary, found = compile_target(name, folder), folder / name
     found.mkdir(exist_ok=True)
-    limits = [f"-max_total_time={seconds}", f"-max_len={LENGTH[name]}", "-timeout=20", "-rss_limit_mb=2000"]
+    limits = [f"-max_total_time={seconds}", f"-max_len={LENGTH[name]}"]
+    limits += ["-timeout=5", "-rss_limit_mb=2000", "-malloc_limit_mb=256"]  # seconds for one input, memory of all
     command = [binary, *limits, "-print_final_stats=1", f"-artifact_prefix={folder}/{name}-", found, CORPUS / name]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return done.returncode == 0, done.stderr[-6000:]
@@ -93,7 +94,7 @@ def fuzz(name: str, folder: Path, seconds: int) -> tuple[bool, str]:
 
 def fuzz_python(name: str, folder: Path, seconds: int) -> tuple[bool, str]:
     """Runs a target of fuzz_targets.py in a process of its own; results as of `fuzz`."""
-    command = [sys.executable, TESTS / "fuzz_targets.py", name, "--seconds", str(seconds), "--folder", folder]
+    command = [sys.executable, TESTS / "fuzz_python.py", name, "--seconds", str(seconds), "--folder", folder]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     return done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 

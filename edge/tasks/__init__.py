@@ -315,7 +315,9 @@ def _load_file(path: Path) -> Task:
     spec.loader.exec_module(module)
     if not hasattr(module, "load"):
         raise UserError(f"{path} has no function load() that returns its Task; see docs/how-to/add-a-learning-task.md")
-    task: Task = module.load()
+    task = module.load()
+    if not isinstance(task, Task):
+        raise UserError(f"load() of {path} returns a {type(task).__name__}; it must return a tinyfleet.edge.tasks.Task")
     return task
 
 
