@@ -123,6 +123,7 @@ HOSTILE_KERAS = {
     "bzip2": (keras_file(DESCRIPTION, compression=zipfile.ZIP_BZIP2), "unusual"),
     "a bomb": (keras_file(b" " * 300_000_000), "longer than"),
     "a bomb as metadata": (keras_file(DESCRIPTION, metadata=b" " * 100_000_000), "longer than"),
+    "a million parts": (GOOD + b"PK\1\2" * 1_000_000, "members"),
     "no config": (keras_file(b""), "not JSON"),
     "deep JSON": (keras_file(b"[" * 5_000), "nests deeper"),
     "deeper JSON": (keras_file(b"[" * 3_000_000), "values"),
