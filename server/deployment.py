@@ -245,9 +245,11 @@ def deploy(
     lineage, number, began = Lineage(store, fleet), secrets.randbits(32), datetime.now(UTC)
     with _Rollout(broker, fleet, program, targets, timeout) as rollout:
         about = lineage.deployment(number, deployment_plan.model, targets, selected_by=selected_by, started=began)
+        interrupted = True
         try:
             for result in rollout.run():
                 on_result(result)
+            interrupted = False
         finally:  # after an interrupt too, with the results so far
             ended = DeploymentResult(about, rollout.results)
             lineage.deployment(
@@ -259,6 +261,7 @@ def deploy(
                 ended=datetime.now(UTC),
                 confirmed=ended.devices("confirmed"),
                 failed=ended.devices("failed"),
+                interrupted=interrupted,
             )
     return ended
 
