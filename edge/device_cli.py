@@ -66,6 +66,7 @@ def simulate(
     """
     from tinyfleet.edge import tasks
     from tinyfleet.edge.device.device import virtual_device
+    from tinyfleet.edge.wire.broker_check import check_device
     from tinyfleet.edge.wire.errors import ProtocolError
 
     learning_task = tasks.load(task)
@@ -78,6 +79,7 @@ def simulate(
     fleet_name = fleet_of(fleet, data)
     started = []
     try:
+        check_device(brokers[0], fleet_name, names[0])  # the others are allowed the same, and are like it
         for i, name, broker in zip(indices, names, brokers, strict=True):
             samples = learning_task.client(i, size)
             started.append(virtual_device(broker, fleet_name, name, learning_task.program, samples))

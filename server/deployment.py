@@ -22,6 +22,7 @@ from tinyfleet.edge.device.node import NOT_FOR_FLEETS
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.model.program import read_program as read_any_program
+from tinyfleet.edge.wire import broker_check
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks
 from tinyfleet.edge.wire.errors import ProtocolError
@@ -239,8 +240,9 @@ def deploy(
     Raises
     ------
     UserError
-        If no broker listens there.
+        If no broker listens there, or it refuses or cannot do something.
     """
+    broker_check.check_operator(broker, fleet, broker_check.DEPLOY)
     targets = [match.device for match in deployment_plan.targets]
     lineage, number, began = Lineage(store, fleet), secrets.randbits(32), datetime.now(UTC)
     with _Rollout(broker, fleet, program, targets, timeout) as rollout:

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.private_files import make_private_folder, write_private
+from tinyfleet.edge.wire import broker_check
 from tinyfleet.edge.wire.broker_address import BrokerAddress, is_loopback
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
@@ -128,6 +129,7 @@ class FleetServer:
                     started.kind,
                 )
             else:
+                broker_check.check_operator(broker, fleet, broker_check.SERVER)
                 self.broker, self.device_broker, self.broker_kind = broker, broker, "given"
             enrolment = EnrolmentApi(self.authority, self._addresses)
             self._session: Session | None = None
@@ -205,7 +207,7 @@ class FleetServer:
         fleet = f"urn:tinyfleet:{self.fleet}:"
         if self._session is not None and thing.startswith(fleet):
             device = thing.removeprefix(fleet)
-            for topic in (self._topics.td(device), self._topics.status(device)):
+            for topic in (self._topics.td(device), self._topics.status(device), self._topics.echo(device)):
                 self._session.publish(topic, b"", retain=True)
 
     async def _forget_device(self, request: Request) -> Response:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import Task
+from tinyfleet.edge.wire import broker_check
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.ontology.ingest import describe
@@ -324,10 +325,11 @@ def run(
     Raises
     ------
     UserError
-        If no device can take part, at the beginning or in a round.
+        If the broker refuses or cannot do something, or no device can take part, at the beginning or in a round.
     NothingLearned
         If no device gave a usable reply in any round.
     """
+    broker_check.check_operator(broker, fleet, broker_check.RUN)
     program, sparql = task.program, query or library.text("clients")
     model = describe.put_model(store, describe.from_program(program, task.name))
     if initialization is None:

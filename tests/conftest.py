@@ -1,15 +1,12 @@
 """What many tests share: which of them are thorough, a real broker on a free loopback port, and more fixtures."""
 
 import contextlib
-import shutil
-import socket
-import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from broker_fixtures import secured_broker
 from hypothesis import settings
 
 from tinyfleet.edge.wire.broker_address import BrokerAddress
@@ -29,7 +26,8 @@ settings.load_profile("tinyfleet")
 
 #: The files whose tests compile, emulate, or start TensorFlow, brokers or servers. `make test-fast` leaves them out.
 THOROUGH = {
-    "test_c_library", "test_compiler", "test_compiler_commands", "test_data_folder", "test_demo", "test_deploy",
+    "test_broker_check", "test_c_library", "test_compiler", "test_compiler_commands", "test_data_folder", "test_demo",
+    "test_deploy",
     "test_device", "test_directory_events", "test_docs", "test_engine_native", "test_exactness", "test_examples",
     "test_export_library", "test_features", "test_firmware", "test_firmware_fleet", "test_flower_transports",
     "test_fuzz", "test_gradients", "test_graph_crash", "test_grid_fleet", "test_hostile_queries", "test_house",
@@ -50,45 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.name != LONGEST)
 
 
-def free_port() -> int:
-    """A TCP port on loopback that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_mosquitto(folder: Path, port: int) -> "subprocess.Popen[str]":
-    """Starts mosquitto and returns once it takes connections."""
-    program = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin")
-    if program is None:
-        pytest.skip("mosquitto is not installed: apt-get install mosquitto")
-    config = folder / "mosquitto.conf"
-    options = [f"listener {port} 127.0.0.1", "allow_anonymous true", "persistence false", "max_queued_messages 0"]
-    config.write_text("\n".join([*options, "set_tcp_nodelay true", ""]))
-    broker = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.PIPE, text=True)
-    assert broker.stderr is not None
-    for line in broker.stderr:
-        if " running" in line:
-            break
-    else:
-        raise RuntimeError(f"mosquitto ended with {broker.wait()}")
-    threading.Thread(target=broker.stderr.read, daemon=True).start()  # a full pipe must not stop it
-    return broker
-
-
-def plain_broker(port: int) -> BrokerAddress:
-    """The address of a broker on this machine without TLS."""
-    return BrokerAddress("127.0.0.1", port, tls=False)
-
-
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[BrokerAddress]:
-    """A fresh mosquitto without authentication or persistence."""
-    port = free_port()
-    process = start_mosquitto(tmp_path, port)
-    yield plain_broker(port)
-    process.terminate()
-    process.wait()
+    """A fresh mosquitto with TLS and access control; the address shows it a certificate."""
+    with secured_broker(tmp_path / "broker") as address:
+        yield address
 
 
 @pytest.fixture

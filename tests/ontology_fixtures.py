@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import free_port
+from broker_fixtures import free_port
 
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.topics import Topics

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from conftest import free_port, plain_broker, start_mosquitto
+from broker_fixtures import free_port, plain_broker, start_mosquitto
 
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.messages import Status, encode

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import free_port, plain_broker, start_mosquitto
+from broker_fixtures import free_port, plain_broker, start_mosquitto
 from ontology_fixtures import description, payload, status
 
 from tinyfleet.edge import tasks

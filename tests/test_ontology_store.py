@@ -208,6 +208,6 @@ def test_a_server_that_is_not_there_or_is_none_is_said(free_port_number: int) ->
 
 @pytest.fixture
 def free_port_number() -> int:
-    from conftest import free_port
+    from broker_fixtures import free_port
 
     return free_port()
