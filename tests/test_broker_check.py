@@ -162,11 +162,11 @@ def test_every_command_works_with_a_broker_of_others(by: str, tmp_path: Path, co
     with secured_broker(tmp_path / "broker", by=by, access=["topic readwrite tinyfleet/home/#"]) as broker:
         where = [*connection_options(broker), "--data", str(tmp_path / "data")]
         command("server", "start", *where, until="ready")
-        command("device", "simulate", "--devices", "1", *where, until="dev-0 is up")
+        command("device", "simulate", "--devices", "1", *where, until="device-0 is up")
         command("agent", "start", "--device-id", "pi", *where, until="pi is up")
         for words in (
             ["run", "start", "--strategy", "fedavg", "--rounds", "1", "--clients-per-round", "2"],
-            ["deploy", str(program), "--select", "clients", "--yes"],
+            ["deploy", str(program), "--yes"],
         ):
             process = command(*words, *where)
             said, _ = process.communicate(timeout=120)
@@ -174,7 +174,7 @@ def test_every_command_works_with_a_broker_of_others(by: str, tmp_path: Path, co
 
 
 @pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command that must fail, and gives the line that it says."""
 
     def run(*words: str) -> str:
@@ -182,7 +182,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         with pytest.raises(SystemExit) as end:
             main()
         assert end.value.code == 1
-        said = capsys.readouterr().err
+        said = capfd.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1, said
         return said
 
@@ -199,7 +199,7 @@ def test_every_command_names_what_a_broker_cannot_do(tmp_path: Path, fails: Call
         for words in (["server", "start"], ["agent", "start"], ["device", "simulate"]):
             assert "does not keep retained messages" in fails(*words, *where)
         with FleetServer(data, "home", port=0, operator_port=0):
-            for words in (["run", "start"], ["deploy", str(program), "--select", "clients", "--yes"]):
+            for words in (["run", "start"], ["deploy", str(program), "--yes"]):
                 assert "does not keep retained messages" in fails(*words, *where)
 
 
