@@ -256,6 +256,15 @@ class Hyperparameters:
     alpha: float  # the server's rate, if the strategy has one
     density: float  # the share of the changes that a device sends
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.head_steps < 0:
+            raise UserError(f"a device learns in at least 1 step, not {self.steps} (and {self.head_steps} of the head)")
+        if not (0 < self.rate < math.inf and 0 < self.alpha < math.inf and 0 < self.density <= 1):
+            raise UserError(
+                f"rate and alpha are positive numbers, and density is in (0, 1]; not {self.rate:g}, {self.alpha:g} and "
+                f"{self.density:g}"
+            )
+
 
 @dataclass(frozen=True)
 class Task:

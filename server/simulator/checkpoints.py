@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.files import read_npz
+from tinyfleet.server.array_files import save_arrays
 from tinyfleet.server.simulator.backend import Moments
 from tinyfleet.server.simulator.results import Round, SimulationResult
 
@@ -22,11 +23,8 @@ def save(path: Path, identity: str, at: SimulationResult) -> None:
     """Writes the state after a round; the file is replaced as a whole."""
     moments = at.moments or Moments(np.zeros(0, np.float32))
     table = np.array([astuple(ended) for ended in at.rounds], np.float64).reshape(-1, len(_COLUMNS))
-    new = path.with_name(path.name + ".new.npz")
-    np.savez(
-        new, identity=identity, parameters=at.parameters, rounds=table, squares=moments.squares, steps=moments.steps
-    )
-    new.replace(path)
+    state = {"identity": identity, "parameters": at.parameters, "rounds": table}
+    save_arrays(path, {**state, "squares": moments.squares, "steps": moments.steps})
 
 
 def resume(path: Path, identity: str, begin: SimulationResult) -> SimulationResult:
