@@ -88,6 +88,8 @@ def open_zip(source: Path | IO[bytes], most: int) -> Iterator[zipfile.ZipFile]:
     OSError
         If the file cannot be opened.
     """
+    if isinstance(source, Path) and source.exists() and not source.is_file():  # a device may be without end
+        raise ValueError("it is not a file")
     try:
         with zipfile.ZipFile(source) as archive:
             members = archive.infolist()

@@ -2,6 +2,7 @@
 MAML, on virtual devices over a real broker."""
 # ruff: noqa: F811
 
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -35,6 +36,7 @@ from tinyfleet.edge.wire.messages import Dense, Success, decode_reply, encode
 from tinyfleet.ontology.queries import library
 from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.grid import MqttGrid
+from tinyfleet.server.flower.reply_bounds import MAX_NORM_RATIO
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile
 from tinyfleet.server.named_strategies import NamedStrategy, StrategyOptions, make_strategy
 from tinyfleet.server.training_run import Round
@@ -129,9 +131,16 @@ def accuracy(vector: Vector) -> float:
     return float(np.mean([int(np.argmax(learner.infer(x))) == y for x, y in samples]))
 
 
-def after_rounds(strategy: Strategy, broker: Broker, count: int, rounds: int = 3, **config: Any) -> Vector:
+def after_rounds(
+    strategy: Strategy,
+    broker: Broker,
+    count: int,
+    rounds: int = 3,
+    max_norm_ratio: float = MAX_NORM_RATIO,
+    **config: Any,
+) -> Vector:
     settings = ConfigRecord({"phase-steps": [60], "lr": 0.1, "seed": 5, **config})
-    with MqttGrid(broker, "test", PROGRAM) as grid:
+    with MqttGrid(broker, "test", PROGRAM, max_norm_ratio=max_norm_ratio) as grid:
         assert len(grid.wait_for_nodes(count, 10)) == count
         result = strategy.start(grid, vector_to_arrays(START, PROGRAM), rounds, 30, train_config=settings)
     return arrays_to_vector(result.arrays, PROGRAM)
@@ -142,13 +151,16 @@ def test_a_liar_ruins_the_mean_and_not_what_is_made_for_liars(broker: Broker, de
     honest = accuracy(after_rounds(FedAvg(fraction_evaluate=0.0), broker, 5))
     odd(Liar, 7)
     assert honest > 0.9
-    assert accuracy(after_rounds(FedAvg(fraction_evaluate=0.0), broker, 6)) < honest - 0.3
-    for robust in (
-        FedMedian(fraction_evaluate=0.0),
-        FedTrimmedAvg(fraction_evaluate=0.0, beta=0.2),
-        Krum(fraction_evaluate=0.0, num_malicious_nodes=1),
+    unbounded = after_rounds(FedAvg(fraction_evaluate=0.0), broker, 6, max_norm_ratio=math.inf)
+    assert accuracy(unbounded) < honest - 0.3
+    for robust, ratio in (
+        (FedAvg(fraction_evaluate=0.0), MAX_NORM_RATIO),  # its change is refused
+        (FedMedian(fraction_evaluate=0.0), math.inf),
+        (FedTrimmedAvg(fraction_evaluate=0.0, beta=0.2), math.inf),
+        (Krum(fraction_evaluate=0.0, num_malicious_nodes=1), math.inf),
     ):
-        assert accuracy(after_rounds(robust, broker, 6)) > honest - 0.05, type(robust).__name__
+        learned = after_rounds(robust, broker, 6, max_norm_ratio=ratio)
+        assert accuracy(learned) > honest - 0.05, type(robust).__name__
 
 
 def test_fedprox_is_applied_on_the_device(broker: Broker, devices: Start) -> None:
