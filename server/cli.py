@@ -473,17 +473,16 @@ def _parameters(path: Path, program: Program) -> NDArray[np.float32]:
     from tinyfleet.edge.errors import ProgramError
     from tinyfleet.edge.files import read_npz
 
+    advice = "give a file that `tinyfleet run start --out` wrote"
     try:
-        vector = program.join(read_npz(path, 16 * program.n_params + (1 << 20)))  # they may be of 64 bits
+        vector = program.join(read_npz(path, 16 * program.n_params + (1 << 20), advice))  # they may be of 64 bits
         if not np.isfinite(vector).all():
             raise ValueError("numbers in it are not finite")
         return vector
     except ProgramError as error:
         raise UserError(f"{path} has other parameters than the model ({error}); give a file of the same task") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} has no parameters ({error}); give a file that `tinyfleet run start --out` wrote"
-        ) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} has no parameters ({error}); {advice}") from None
 
 
 def demo(

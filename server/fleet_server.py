@@ -17,6 +17,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.private_files import make_private_folder, write_private
 from tinyfleet.edge.wire.broker_address import BrokerAddress, is_loopback
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
@@ -24,15 +25,17 @@ from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.access import Access, Client, Scope, Served
 from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.http.request_handling import HttpError, in_thread, problem
 from tinyfleet.ontology.ingest.registry import IngestResult, Registry
 from tinyfleet.ontology.store import data_folder
 from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import StoreError
-from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
+from tinyfleet.ontology.vocabulary.namespaces import Iri, device_iri, fleet_name
 from tinyfleet.server.authority.authority import Authority, own_addresses
 from tinyfleet.server.authority.identities import Role
 from tinyfleet.server.broker import LOOPBACK, Broker, Secured
 from tinyfleet.server.enrolment_api import EnrolmentApi
+from tinyfleet.server.housekeeping import Housekeeper
 
 AUTHORITY = "authority"
 """Folder of the fleet's authority, in the data folder."""
@@ -47,6 +50,7 @@ STARTUP_WAIT = 2.0
 
 _Message = tuple[str, bytes, Receipt | None]
 _NEW_SESSION: _Message = ("a new session", b"", None)
+_LOST: _Message = ("the session is lost", b"", None)
 _END: _Message = ("the end", b"", None)
 
 log = logging.getLogger(__name__)
@@ -141,7 +145,11 @@ class FleetServer:
                     cors_origins=cors_origins,
                     registry=self.registry,
                     deleted=self._forget,
-                    routes=[*enrolment.served, Served("POST", "/login-codes", "admin", self._new_login)],
+                    routes=[
+                        *enrolment.served,
+                        Served("POST", "/login-codes", "admin", self._new_login),
+                        Served("DELETE", "/devices/{name}", "admin", self._forget_device),
+                    ],
                 )
             )
             self.address, self.endpoint, self._access = served.address, served.url, access
@@ -155,8 +163,13 @@ class FleetServer:
             stack.callback(writer.join)
             stack.callback(self._arrived.put, _END)
             name = f"tinyfleet-server-{secrets.token_hex(4)}"
-            self._session = Session(self.broker, name, on_delivery=self._receive, on_connect=self._connected)
+            self._housekeeper = Housekeeper(self._topics, self.store, on_log)
+            self._session = Session(
+                self.broker, name, on_delivery=self._receive, on_connect=self._connected, on_lost=self._lost
+            )
             stack.callback(self._session.close)
+            stack.callback(self._housekeeper.close)
+            self._housekeeper.start(self._session)
             self._connected()
             self._settled.wait(STARTUP_WAIT)
             self._publish_address(data / SERVER_FILE)
@@ -181,13 +194,45 @@ class FleetServer:
         self._arrived.put(_NEW_SESSION)
         self._session.subscribe(self._topics.td("+"))
         self._session.subscribe(self._topics.status("+"))
+        self._housekeeper.connected(self._session)
+
+    def _lost(self) -> None:
+        self._arrived.put(_LOST)
 
     def _forget(self, thing: Iri) -> None:
-        """A client of the directory has deleted a thing: also remove a device's retained description from the broker,
-        which would add it again at the next start."""
+        """A client of the directory has deleted a thing: also remove what the broker retains of a device, which would
+        add it again at the next start."""
         fleet = f"urn:tinyfleet:{self.fleet}:"
         if self._session is not None and thing.startswith(fleet):
-            self._session.publish(self._topics.td(thing.removeprefix(fleet)), b"", retain=True)
+            device = thing.removeprefix(fleet)
+            for topic in (self._topics.td(device), self._topics.status(device)):
+                self._session.publish(topic, b"", retain=True)
+
+    async def _forget_device(self, request: Request) -> Response:
+        """Remove a device from the fleet: its identity and session, what the broker retains of it, and its description.
+        What it took part in stays in the graph."""
+        name = request.path_params["name"]
+
+        def forget() -> bool:
+            identity = self.authority.identities.role(name) is not None
+            if identity:
+                self.authority.revoke(name)
+            self.authority.identities.remove(name)
+            thing = device_iri(self.fleet, name)
+            with self.registry.things.lock:
+                known = self.registry.things.get(thing) is not None
+                self.registry.things.remove(thing)
+            if identity or known:
+                self._forget(thing)
+            return identity or known
+
+        try:
+            known = await in_thread(forget)
+        except UserError as error:
+            return problem(HttpError(400, str(error)))
+        if not known:
+            return problem(HttpError(404, f"there is no device {name:.32}"))
+        return Response(status_code=204)
 
     def _token_owner(self, token: str) -> tuple[str, Scope] | None:
         if hmac.compare_digest(token.encode(), self.token.encode()):
@@ -222,6 +267,11 @@ class FleetServer:
 
     def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:
         """Called by the session's thread."""
+        removed = not payload and topic.endswith("/status")  # by a server that forgets the device
+        if removed or self._housekeeper.receive(topic, payload):
+            if self._session is not None:
+                self._session.received([receipt])
+            return
         self._room.acquire()
         self._arrived.put((topic, payload, receipt))
 
@@ -230,7 +280,7 @@ class FleetServer:
         batch: list[_Message] = []
         while True:
             message = self._arrived.get()
-            special = message is _NEW_SESSION or message is _END
+            special = message in (_NEW_SESSION, _LOST, _END)
             if not special:
                 if not batch and self._arrived.qsize() < MAX_BATCH:
                     time.sleep(BATCH_DELAY)
@@ -242,6 +292,10 @@ class FleetServer:
                     self._ingest(written)
                 if message is _NEW_SESSION:
                     self.registry.mark_all_offline()
+                elif message is _LOST:
+                    self.registry.mark_all_unknown()
+                    self._known.clear()
+                    self._on_log("the broker is away: whether devices are online is unknown")
             except Exception:  # one message must not stop the others
                 log.exception("messages could not be written")
             if message is _NEW_SESSION:

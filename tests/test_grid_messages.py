@@ -363,12 +363,12 @@ def test_the_weights_go_out_once_and_are_gone_after_the_round(
 
 
 def retained(broker: BrokerAddress) -> set[str]:
-    """The topics that hold a retained message; a message of our own marks the end of them."""
+    """The topics that hold a retained message, but for announcements; a message of our own marks the end of them."""
     topics: set[str] = set()
     over = threading.Event()
 
     def on_message(_client: object, _data: object, message: paho.MQTTMessage) -> None:
-        if message.retain and message.topic.startswith("tinyfleet/"):
+        if message.retain and message.topic.startswith("tinyfleet/") and "/drivers/" not in message.topic:
             topics.add(message.topic)
         elif message.topic == "over":
             over.set()

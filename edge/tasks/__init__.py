@@ -232,6 +232,14 @@ class Recording:
         with np.errstate(over="ignore"):
             object.__setattr__(self, "x", np.ascontiguousarray(x, np.float32))
 
+    def check_compatible(self, program: Program) -> None:
+        """Raises UserError if a model takes another number of features."""
+        takes = math.prod(program.input_shape)
+        if self.x.shape[1] != takes:
+            raise UserError(
+                f"a recording has {self.x.shape[1]} features and the model takes {takes}; choose the same task's model"
+            )
+
 
 Draw = Callable[[Split, Sequence[int], int, int], Episodes]
 """(split, seeds, shots, queries) -> one episode for each seed, with that many support and query samples of each class

@@ -191,17 +191,29 @@ class Registry:
         return results
 
     def mark_all_offline(self) -> None:
-        """Mark every device as offline until it reports again. Many devices take more than one transaction."""
+        """Mark every device as offline that is online, or unknown, until it reports again.
+
+        Many devices take more than one transaction.
+        """
+        offline: dict[Iri, Binding | None] = {
+            TF.online: False, TF.offlineSince: self._clock(), TF.unknownSince: None
+        }  # fmt: skip
+        self._write_to_all("{ ?device tf:online true } UNION { ?device tf:unknownSince ?since }", offline)
+
+    def mark_all_unknown(self) -> None:
+        """Note that nothing is known any longer about the devices that are online: the broker is away."""
+        self._write_to_all("?device tf:online true", {TF.online: None, TF.unknownSince: self._clock()})
+
+    def _write_to_all(self, pattern: str, facts: dict[Iri, Binding | None]) -> None:
         answer = self._store.evaluate(
-            """PREFIX tf: <https://w3id.org/tinyfleet#>
-            SELECT ?device WHERE { VALUES ?fleet { UNDEF } ?device tf:online true ; tf:fleet ?fleet }""",
+            f"""PREFIX tf: <https://w3id.org/tinyfleet#>
+            SELECT DISTINCT ?device WHERE {{ VALUES ?fleet {{ UNDEF }} {pattern} . ?device tf:fleet ?fleet }}""",
             fleet=self.fleet,
         )
         assert isinstance(answer, ox.QuerySolutions)
         devices = (value(solution["device"]) for solution in answer)
         while some := list(islice(devices, 1000)):
-            now: dict[Iri, Binding | None] = {TF.online: False, TF.offlineSince: self._clock()}
-            self._store.write({Iri(str(device)): now for device in some})
+            self._store.write({Iri(str(device)): facts for device in some})
 
     def _parse(self, topic: str, payload: bytes) -> "_ParsedMessage | None":
         match self._topics.parse(topic):

@@ -23,7 +23,7 @@ from tinyfleet.edge.wire.messages import Failure, Kind, TrainTask, decode_reply,
 from tinyfleet.edge.wire.mqtt_session import Message as MqttMessage
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.round_config import RoundConfig, parse_round_config
-from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.topics import ANNOUNCEMENT, Topics
 from tinyfleet.server.flower.broadcast import Broadcast, Broadcasts, SentParameters
 from tinyfleet.server.flower.devices import DeviceTable, node_id
 from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, Run, log, new_run, stamp
@@ -164,7 +164,10 @@ class MqttGrid(RunGrid):
         self._broadcasts = Broadcasts(self._topics)
         self._session: Session | None = None
         name = f"tinyfleet-grid-{secrets.token_hex(4)}"
-        self._session = Session(broker, name, on_message=self._receive, on_connect=self._connected)
+        self._driver = self._topics.driver("run", self.run.run_id & 0xFFFFFFFF, name)
+        self._session = Session(
+            broker, name, on_message=self._receive, on_connect=self._connected, will=(self._driver, b"")
+        )
         self._connected()
 
     def __enter__(self) -> "MqttGrid":
@@ -181,6 +184,7 @@ class MqttGrid(RunGrid):
         for broadcast in broadcasts:
             self._end_broadcast(broadcast)
         if self._session is not None:
+            self._session.publish(self._driver, b"", retain=True)
             if self._session.connected:
                 self._session.flush(2)  # so that nothing of the run stays at the broker
             self._session.close()
@@ -452,6 +456,7 @@ class MqttGrid(RunGrid):
         connection may have been lost."""
         if self._session is None:
             return
+        self._session.publish(self._driver, ANNOUNCEMENT, retain=True)
         self._session.subscribe(self._topics.status("+"))
         self._session.subscribe(self._topics.reply("+"))
         with self._changed:

@@ -45,15 +45,16 @@ def resume(path: Path, identity: str, begin: SimulationResult) -> SimulationResu
         If the file is not a checkpoint, or if it is one of another run.
     """
     kinds: list[Callable[[float], Any]] = [int, int, int, float, float, int, int, float]
+    advice = "remove it, or choose another file"
     try:
-        saved = read_npz(path, _MAX_BYTES)
+        saved = read_npz(path, _MAX_BYTES, advice)
         if saved["identity"].shape != () or str(saved["identity"]) != identity:
-            raise UserError(f"{path} belongs to a run with other settings; remove it, or choose another file")
+            raise UserError(f"{path} belongs to a run with other settings; {advice}")
         parameters, squares = saved["parameters"], saved["squares"]
         if parameters.shape != begin.parameters.shape or {parameters.dtype, squares.dtype} != {np.dtype(np.float32)}:
             raise ValueError("its parameters are not those of the model")
         rounds = [Round(*(kind(v) for kind, v in zip(kinds, row, strict=True))) for row in saved["rounds"].tolist()]
         moments = Moments(squares, int(saved["steps"])) if begin.moments is not None else None
-    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise UserError(f"{path} is not a checkpoint ({error}); remove it, or choose another file") from error
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UserError(f"{path} is not a checkpoint ({error}); {advice}") from error
     return SimulationResult(begin.initialization, parameters, rounds, moments)
