@@ -124,6 +124,12 @@ def start_server(
         signal.signal(number, stop)
     address = None if connection.broker is None else connection.find(data)
     logging.getLogger("tinyfleet.ontology.ingest.registry").setLevel(logging.ERROR)  # rejections are printed below
+    failures: list[str] = []
+
+    def fail(reason: str) -> None:
+        failures.append(reason)
+        stopped.set()
+
     with FleetServer(
         data,
         fleet,
@@ -136,6 +142,7 @@ def start_server(
         cors_origins=cors_origin or (),
         insecure=connection.insecure,
         on_log=lambda line: typer.echo(line),
+        on_failure=fail,
     ) as running:
         if connection.insecure:
             typer.echo("INSECURE: any program on this machine can control the fleet", err=True)
@@ -146,6 +153,9 @@ def start_server(
         typer.echo(f"ready: fleet '{fleet}', data in {data}")
         while not stopped.wait(1.0):  # a wait without a timeout would not let signals through everywhere
             pass
+    if failures:
+        typer.echo(f"tinyfleet: {failures[0]}", err=True)
+        raise typer.Exit(1)
     typer.echo("stopped")
 
 

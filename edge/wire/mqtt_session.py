@@ -371,8 +371,8 @@ class Session:
     def send(self, messages: Iterable[Message]) -> None:
         """Publish messages at QoS 0, in their order, with one write.
 
-        Without a connection, or with one that is too slow, they are dropped, and those that a connection loses are not repeated; `on_connect` may send
-        them again.
+        Without a connection, or with one that is too slow, they are dropped, and those that a connection loses are not
+        repeated; `on_connect` may send them again.
         """
         if self._connected.is_set() and len(self._client.wire.unsent) < MAX_UNSENT:
             self._client.publish_all(messages)
