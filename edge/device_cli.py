@@ -171,6 +171,22 @@ def revoke_device(name: NameArgument, data: DataOption = DATA) -> None:
     typer.echo(f"{said['role']} {name} is out")
 
 
+@device_app.command("forget")
+def forget_device(name: NameArgument, data: DataOption = DATA) -> None:
+    """Remove a device for good.
+
+    Its identity ends, with its session; its description and state leave the graph and the broker. What it took part in
+    stays on record.
+
+    Examples:
+      tinyfleet device forget kitchen
+    """
+    from tinyfleet.edge.wire.identity import call_server
+
+    call_server(require_server(data), "DELETE", f"/devices/{name}")
+    typer.echo(f"device {name} is forgotten")
+
+
 def _day(time: str) -> str:
     return datetime.fromisoformat(time).date().isoformat()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.private_files import make_private_folder, write_private
 from tinyfleet.edge.wire.broker_address import BrokerAddress, is_loopback
 from tinyfleet.edge.wire.log_limit import LogLimit
@@ -26,16 +27,17 @@ from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.access import Access, Client, Scope, Served
 from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.http.request_handling import HttpError, in_thread, problem
 from tinyfleet.ontology.ingest.registry import IngestResult, Registry
 from tinyfleet.ontology.store import data_folder
 from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.store import DiskError, StoreError
-from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
-from tinyfleet.server.abandoned import Abandoned
+from tinyfleet.ontology.vocabulary.namespaces import Iri, device_iri, fleet_name
 from tinyfleet.server.authority.authority import Authority, own_addresses
 from tinyfleet.server.authority.identities import Role
 from tinyfleet.server.broker import LOOPBACK, Broker, Secured
 from tinyfleet.server.enrolment_api import EnrolmentApi
+from tinyfleet.server.housekeeping import Housekeeper
 from tinyfleet.server.mosquitto import Mosquitto
 
 AUTHORITY = "authority"
@@ -49,8 +51,6 @@ BATCH_DELAY = 0.005
 STARTUP_WAIT = 2.0
 """Seconds that a new server waits until no device counts as online any more because an earlier server saw it; with a
 million, that continues afterwards."""
-GRACE = 30.0
-"""Seconds that devices and runs have to come back after the broker was away. Their attempts are 10 s apart at most."""
 DISK_RETRY = 2.0
 """Seconds between two attempts to write to a disk that is full."""
 MAX_KNOWN = 100_000
@@ -97,8 +97,6 @@ class FleetServer:
         Called with one line for each change that a device reports; with not too many a second.
     on_failure
         Called with the reason if the server cannot go on: the broker or a thread has died for good. Close it then.
-    grace
-        Seconds that devices and runs have to come back after the broker was away.
 
     Attributes
     ----------
@@ -132,14 +130,12 @@ class FleetServer:
         insecure: bool = False,
         on_log: Callable[[str], None] = lambda line: None,
         on_failure: Callable[[str], None] = lambda reason: None,
-        grace: float = GRACE,
     ) -> None:
         self.fleet = fleet_name(fleet)
         self.data = data
         limit = LogLimit(on_log, 100)
         self._on_log = limit
         self._on_failure = on_failure
-        self._grace = grace
         self._closing = threading.Event()
         self.ingested, self.dropped = 0, 0
         self.disk_is_full = False
@@ -180,7 +176,11 @@ class FleetServer:
                     cors_origins=cors_origins,
                     registry=self.registry,
                     deleted=self._forget,
-                    routes=[*enrolment.served, Served("POST", "/login-codes", "admin", self._new_login)],
+                    routes=[
+                        *enrolment.served,
+                        Served("POST", "/login-codes", "admin", self._new_login),
+                        Served("DELETE", "/devices/{name}", "admin", self._forget_device),
+                    ],
                 )
             )
             self.address, self.endpoint, self._access = served.address, served.url, access
@@ -197,18 +197,14 @@ class FleetServer:
             stack.callback(self._closing.set)
             stack.callback(self._arrived.put, _END)
             name = f"tinyfleet-server-{secrets.token_hex(4)}"
+            self._housekeeper = Housekeeper(self._topics, self.store, partial(limit, "housekeeping"))
             self._session = Session(
-                self.broker,
-                name,
-                on_delivery=self._receive,
-                on_connect=self._connected,
-                on_disconnect=lambda: self._arrived.put(_LOST),
+                self.broker, name, on_delivery=self._receive, on_connect=self._connected, on_lost=self._lost
             )
             stack.callback(self._session.close)
+            stack.callback(self._housekeeper.close)
+            self._housekeeper.start(self._session)
             self._connected()
-            stack.callback(
-                Abandoned(self.broker, fleet, self.store, grace, lambda line: limit("abandoned", line)).close
-            )
             self._settled.wait(STARTUP_WAIT)
             self._publish_address(data / SERVER_FILE)
             stack.callback((data / SERVER_FILE).unlink, missing_ok=True)
@@ -258,15 +254,45 @@ class FleetServer:
         self._arrived.put(_NEW_SESSION)
         self._session.subscribe(self._topics.td("+"))
         self._session.subscribe(self._topics.status("+"))
+        self._housekeeper.connected(self._session)
+
+    def _lost(self) -> None:
+        self._arrived.put(_LOST)
 
     def _forget(self, thing: Iri) -> None:
-        """A client of the directory has deleted a thing: also remove what a device has retained at the broker, which
-        would add it again at the next start."""
+        """A client of the directory has deleted a thing: also remove what the broker retains of a device, which would
+        add it again at the next start."""
         fleet = f"urn:tinyfleet:{self.fleet}:"
         if self._session is not None and thing.startswith(fleet):
             device = thing.removeprefix(fleet)
-            for topic in (self._topics.status(device), self._topics.td(device)):
+            for topic in (self._topics.td(device), self._topics.status(device)):
                 self._session.publish(topic, b"", retain=True)
+
+    async def _forget_device(self, request: Request) -> Response:
+        """Remove a device from the fleet: its identity and session, what the broker retains of it, and its description.
+        What it took part in stays in the graph."""
+        name = request.path_params["name"]
+
+        def forget() -> bool:
+            identity = self.authority.identities.role(name) is not None
+            if identity:
+                self.authority.revoke(name)
+            self.authority.identities.remove(name)
+            thing = device_iri(self.fleet, name)
+            with self.registry.things.lock:
+                known = self.registry.things.get(thing) is not None
+                self.registry.things.remove(thing)
+            if identity or known:
+                self._forget(thing)
+            return identity or known
+
+        try:
+            known = await in_thread(forget)
+        except UserError as error:
+            return problem(HttpError(400, str(error)))
+        if not known:
+            return problem(HttpError(404, f"there is no device {name:.32}"))
+        return Response(status_code=204)
 
     def _token_owner(self, token: str) -> tuple[str, Scope] | None:
         if hmac.compare_digest(token.encode(), self.token.encode()):
@@ -301,6 +327,11 @@ class FleetServer:
 
     def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:
         """Called by the session's thread. While nothing can be written, it waits, and so does the broker."""
+        removed = not payload and topic.endswith("/status")  # by a server that forgets the device
+        if removed or self._housekeeper.receive(topic, payload):
+            if self._session is not None:
+                self._session.received([receipt])
+            return
         while not self._room.acquire(timeout=1.0):
             if self._closing.is_set():
                 return
@@ -309,15 +340,8 @@ class FleetServer:
     def _write(self) -> None:
         """The writer's thread: writes what has arrived, then what has arrived since."""
         batch: list[_Message] = []
-        offline_at: float | None = None  # when those that have not reported since the session is new count as offline
         while True:
-            wait = None if offline_at is None else max(0.0, offline_at - time.monotonic())
-            try:
-                message = self._arrived.get(timeout=wait)
-            except queue.Empty:
-                offline_at = None
-                self._try(self.registry.mark_missing_offline)
-                continue
+            message = self._arrived.get()
             special = message is _NEW_SESSION or message is _LOST or message is _END
             if not special:
                 if not batch and self._arrived.qsize() < MAX_BATCH:
@@ -327,10 +351,12 @@ class FleetServer:
                 written, batch = batch, []
                 self._room.release(len(written))
                 self._try(partial(self._ingest, written))
-            if message is _NEW_SESSION or message is _LOST:
-                offline_at = None if message is _LOST else time.monotonic() + self._grace
-                self._try(self.registry.mark_unknown)
+            if message is _LOST:
+                self._try(self.registry.mark_all_unknown)
                 self._known.clear()
+                self._on_log("broker", "the broker is away: whether devices are online is unknown")
+            elif message is _NEW_SESSION:
+                self._try(self.registry.mark_all_offline)
                 self._settled.set()
             elif message is _END:
                 return

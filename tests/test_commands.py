@@ -26,7 +26,7 @@ TREE = {
     "run": ("start", "simulate"),
     "deploy": (),
     "agent": ("start",),
-    "device": ("simulate", "enrol", "list", "revoke"),
+    "device": ("simulate", "enrol", "list", "revoke", "forget"),
     "gateway": ("start",),
     "task": ("list",),
     "model": ("compile", "plan", "export", "describe", "match"),

@@ -46,9 +46,10 @@ with IndexedStore(path) as store:
 SERVER = """
 import sys, threading
 from pathlib import Path
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.server.fleet_server import FleetServer
 
-server = FleetServer(Path(sys.argv[1]), "home", broker=("127.0.0.1", int(sys.argv[2])))
+server = FleetServer(Path(sys.argv[1]), "home", broker=BrokerAddress("127.0.0.1", int(sys.argv[2]), tls=False))
 print("ready", flush=True)
 threading.Event().wait()
 """

@@ -277,8 +277,8 @@ class Session:
     on_connect
         Called whenever the session is new, also the first time; it must subscribe to everything again. Without it, the
         session renews its subscriptions.
-    on_disconnect
-        Called when the connection is lost, unless the session is closed.
+    on_lost
+        Called whenever the session has ended without `close`.
     will
         Topic and payload that the broker publishes, retained, if the session breaks.
     background
@@ -299,14 +299,14 @@ class Session:
         on_message: Callable[[str, bytes], None] | None = None,
         on_delivery: Callable[[str, bytes, Receipt | None], None] | None = None,
         on_connect: Callable[[], None] | None = None,
-        on_disconnect: Callable[[], None] | None = None,
+        on_lost: Callable[[], None] | None = None,
         will: tuple[str, bytes] | None = None,
         background: bool = True,
     ) -> None:
         self._broker = broker
         self._client_id = client_id
         self._on_connect = on_connect
-        self._on_disconnect = on_disconnect
+        self._on_lost = on_lost
         self._log_error = LogLimit(log.error, 5)
         self._background = background
         self._filters: dict[str, None] = {}
@@ -580,10 +580,9 @@ class Session:
 
     def _lost(self, _client: mqtt.Client, _data: Any, _flags: Any, _reason: ReasonCode, _properties: Any) -> None:
         self._number += 1
-        was_connected = self._connected.is_set()
         self._connected.clear()
-        if was_connected and self._on_disconnect is not None and not self._closing.is_set():
-            self._call(self._on_disconnect)
+        if self._known and self._on_lost is not None and not self._closing.is_set():
+            self._call(self._on_lost)
         if not self._known and self._refusal is None:
             error = self._client.wire.error
             self._refusal = self._no_broker("another program is there") if error is None else self._no_connection(error)

@@ -192,29 +192,30 @@ class Registry:
                 self.accepted += 1
         return results
 
-    def mark_unknown(self) -> None:
-        """Forget of every online device that it is: there is no connection to the broker, or a new one, and then those
-        that are online report again. Many devices take more than one transaction."""
-        self._mark("?device tf:online true .", lambda: {TF.online: None})
+    def mark_all_offline(self) -> None:
+        """Mark every device as offline that is online, or unknown, until it reports again.
 
-    def mark_missing_offline(self) -> None:
-        """Mark the devices as offline that `mark_unknown` has left unknown and that have not reported since."""
-        # A device that was online has told how much it has learned; one that never reported a status has not.
-        self._mark(
-            "?device tf:samplesLearned ?n . FILTER NOT EXISTS { ?device tf:online ?state }",
-            lambda: {TF.online: False, TF.offlineSince: self._clock()},
-        )
+        Many devices take more than one transaction.
+        """
+        offline: dict[Iri, Binding | None] = {
+            TF.online: False, TF.offlineSince: self._clock(), TF.unknownSince: None
+        }  # fmt: skip
+        self._write_to_all("{ ?device tf:online true } UNION { ?device tf:unknownSince ?since }", offline)
 
-    def _mark(self, pattern: str, facts: Callable[[], dict[Iri, Binding | None]]) -> None:
+    def mark_all_unknown(self) -> None:
+        """Note that nothing is known any longer about the devices that are online: the broker is away."""
+        self._write_to_all("?device tf:online true", {TF.online: None, TF.unknownSince: self._clock()})
+
+    def _write_to_all(self, pattern: str, facts: dict[Iri, Binding | None]) -> None:
         answer = self._store.evaluate(
             f"""PREFIX tf: <https://w3id.org/tinyfleet#>
-            SELECT ?device WHERE {{ VALUES ?fleet {{ UNDEF }} {pattern} ?device tf:fleet ?fleet }}""",
+            SELECT DISTINCT ?device WHERE {{ VALUES ?fleet {{ UNDEF }} {pattern} . ?device tf:fleet ?fleet }}""",
             fleet=self.fleet,
         )
         assert isinstance(answer, ox.QuerySolutions)
         devices = (value(solution["device"]) for solution in answer)
         while some := list(islice(devices, 1000)):
-            self._store.write({Iri(str(device)): facts() for device in some})
+            self._store.write({Iri(str(device)): facts for device in some})
 
     def _parse(self, topic: str, payload: bytes) -> "_ParsedMessage | None":
         match self._topics.parse(topic):
