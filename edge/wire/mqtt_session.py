@@ -9,9 +9,9 @@ import ssl
 import struct
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import paho.mqtt.client as mqtt
@@ -307,7 +307,7 @@ class Session:
         self._client_id = client_id
         self._on_connect = on_connect
         self._on_lost = on_lost
-        self._log_error = LogLimit(log.error, 5)
+        self._log_error = LogLimit(partial(log.error, exc_info=True), 5)
         self._background = background
         self._filters: dict[str, None] = {}
         self._last: mqtt.MQTTMessageInfo | None = None
@@ -558,8 +558,7 @@ class Session:
             if not self._background:
                 raise
             topic = printable(str(about[0]), 200) if about else "a new session"
-            error = f"an error while handling a message of {self._client_id}: {topic}\n{traceback.format_exc()}"
-            self._log_error("callback", error)
+            self._log_error("callback", f"an error while handling a message of {self._client_id}: {topic}")
 
     # Called by paho.
 
