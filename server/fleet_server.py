@@ -10,8 +10,8 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -141,7 +141,7 @@ class FleetServer:
         self.disk_is_full = False
         self._topics = Topics(fleet)
         self._known: dict[str, str] = {}  # what was last reported about each device
-        with ExitStack() as stack:
+        with _disk_errors(data), ExitStack() as stack:
             data_folder.prepare(data, on_log)
             self.store = stack.enter_context(IndexedStore(data / data_folder.GRAPH))
             make_private_folder(data)
@@ -153,6 +153,11 @@ class FleetServer:
                 secured = None if insecure else Secured(self.authority, fleet, operator_port, listen)
                 started = stack.enter_context(Broker(port, data / "broker", secured=secured, on_failure=self._fail))
                 self._mosquitto = started.mosquitto
+                if started.kind == "amqtt":
+                    on_log(
+                        "mosquitto is not installed; amqtt takes its place, without encryption, identities or limits, "
+                        "and slower: apt-get install mosquitto"
+                    )
                 self.broker, self.device_broker, self.broker_kind = (
                     started.address,
                     started.device_address,
@@ -417,6 +422,17 @@ class FleetServer:
                 self._known.clear()
             self._known[result.device] = line
             self._on_log("state", line)
+
+
+@contextmanager
+def _disk_errors(data: Path) -> Iterator[None]:
+    """A file that cannot be written at the start is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the data folder {data} cannot be used ({error}); check its permissions and the free space on its disk"
+        ) from error
 
 
 def _host_names(listen: str, given: Sequence[str]) -> list[str]:
