@@ -120,7 +120,7 @@ def start(
         return AgentNode(*where, learner=learner, arena_bytes=arena, model_slot_bytes=slot, online=own)
 
     try:
-        device = Device(node, connection.find_for_devices([id], data)[0], fleet_name)
+        device = Device(node, connection.find_for_devices([id], data, fleet_name)[0], fleet_name)
     except ProtocolError as error:
         raise UserError(str(error)) from error
     run_devices([device], as_json)

@@ -74,8 +74,8 @@ def simulate(
     if indices.stop > size:
         raise UserError(f"devices {first_index} to {indices.stop - 1} are not in a fleet of {size}; raise --fleet-size")
     names = [f"{prefix}-{i}" for i in indices]
-    brokers = connection.find_for_devices(names, data)
     fleet_name = fleet_of(fleet, data)
+    brokers = connection.find_for_devices(names, data, fleet_name)
     started = []
     try:
         for i, name, broker in zip(indices, names, brokers, strict=True):

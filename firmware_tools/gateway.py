@@ -81,7 +81,7 @@ class Gateway:
     port
         A device such as /dev/ttyUSB0, or socket://HOST:PORT of an emulator.
     find_broker
-        Called with the name of a device; returns the broker, and what the device shows it.
+        Called with the names of a fleet and a device; returns the broker, and what the device shows it.
     baud
         Bits per second of the serial line.
     report
@@ -91,7 +91,7 @@ class Gateway:
     def __init__(
         self,
         port: str,
-        find_broker: Callable[[str], BrokerAddress],
+        find_broker: Callable[[str, str], BrokerAddress],
         *,
         baud: int = 115200,
         report: Callable[[str], None] = lambda text: None,
@@ -257,7 +257,7 @@ class Gateway:
         self._will = topic, will
         try:
             self._session = Session(
-                self._find_broker(device),
+                self._find_broker(fleet, device),
                 f"tinyfleet-{fleet}-{device}",
                 on_message=self._from_broker,
                 on_connect=self._session_is_new,

@@ -123,7 +123,7 @@ def start_server(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    address = None if connection.broker is None else connection.find(data)
+    address = None if connection.broker is None else connection.find(data, fleet)
     logging.getLogger("tinyfleet.ontology.ingest.registry").setLevel(logging.ERROR)  # rejections are printed below
     failures: list[str] = []
 
@@ -309,7 +309,7 @@ def start_run(
         outcome = run_rounds(
             learning_task,
             named_strategy,
-            broker=connection.find(data),
+            broker=connection.find(data, fleet_name(fleet_of(fleet, data))),
             fleet=fleet_name(fleet_of(fleet, data)),
             store=store,
             rounds=rounds,
@@ -565,7 +565,7 @@ def deploy(
     server = require_server(data)
     sparql = read_query(select)
     name = fleet_name(fleet_of(fleet, data))
-    address = connection.find(data)
+    address = connection.find(data, name)
     console = Console(highlight=False, quiet=as_json)
     with remote_store(server) as store:
         plan = deployments.plan_deployment(store, program, model.stem, sparql, name)

@@ -26,6 +26,7 @@ from tinyfleet.server.fleet_server import FleetServer
 
 TOPICS = Topics("home")
 URL = "http://127.0.0.1:1"
+ECHO = "tinyfleet/home/devices/kitchen/echo"
 
 
 class Place(NamedTuple):
@@ -63,10 +64,18 @@ class Client:
         self.heard: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.session = Session(broker, id, on_message=lambda *message: self.heard.put(message))
 
+    def subscribe(self, topic: str, sync: str = "tinyfleet/home/sync") -> None:
+        """Returns once the broker has the subscription: it then knows the later one to `sync`, too."""
+        self.session.subscribe(topic)
+        self.session.subscribe(sync)
+        self.session.publish(sync, b"synchronised")
+        while self.heard.get(timeout=20) != (sync, b"synchronised"):
+            pass
+
     def hears(self, topic: str, payload: bytes) -> bool:
         """Whether this message comes, before the marker that is sent after it."""
         heard = False
-        while (message := self.heard.get(timeout=10))[1] != b"marker":
+        while (message := self.heard.get(timeout=20))[1] != b"marker":
             heard |= message == (topic, payload)
         return heard
 
@@ -77,7 +86,7 @@ ACCESS = [
     (TOPICS.status("kitchen"), True, False),
     (TOPICS.reply("kitchen"), True, False),
     ("tinyfleet/home/devices/kitchen/event", True, False),
-    ("tinyfleet/home/devices/kitchen/echo", True, True),
+    (ECHO, True, True),
     (TOPICS.command("kitchen"), False, True),
     (TOPICS.weights(5, 1, 0), False, True),
     (TOPICS.program(bytes(8), 0), False, True),
@@ -98,15 +107,13 @@ ACCESS = [
 def test_what_a_device_may_write_and_read(place: Place, topic: str, may_write: bool, may_read: bool) -> None:
     operator = Client(place.broker.address)
     device = Client(place.join("kitchen"))
-    operator.session.subscribe(topic)
-    operator.session.subscribe(TOPICS.reply("kitchen"))
-    operator.session.flush(10)
+    operator.subscribe(topic)
+    operator.subscribe(TOPICS.reply("kitchen"))
     device.session.publish(topic, b"from the device")
     device.session.publish(TOPICS.reply("kitchen"), b"marker")  # which it may write
     assert operator.hears(topic, b"from the device") is may_write
-    device.session.subscribe(topic)
-    device.session.subscribe(TOPICS.command("kitchen"))
-    device.session.flush(10)
+    device.subscribe(topic, ECHO)
+    device.subscribe(TOPICS.command("kitchen"), ECHO)
     operator.session.publish(topic, b"for the device")
     operator.session.publish(TOPICS.command("kitchen"), b"marker")  # which it may read
     assert device.hears(topic, b"for the device") is may_read
@@ -116,8 +123,7 @@ def test_what_a_device_may_write_and_read(place: Place, topic: str, may_write: b
 
 def test_a_filter_with_wildcards_shows_a_device_no_more(place: Place) -> None:
     device, operator = Client(place.join("kitchen")), Client(place.broker.address)
-    device.session.subscribe("#")
-    device.session.flush(10)
+    device.subscribe("#", ECHO)
     for topic, _, may_read in ACCESS:
         operator.session.publish(topic, b"for all")
         operator.session.publish(TOPICS.command("kitchen"), b"marker")
@@ -129,8 +135,7 @@ def test_a_filter_with_wildcards_shows_a_device_no_more(place: Place) -> None:
 def test_nobody_takes_a_devices_session_with_its_client_id(place: Place) -> None:
     kitchen, operator = Client(place.join("kitchen"), "kitchen"), Client(place.broker.address)
     thief = Client(place.join("hall"), "kitchen")
-    kitchen.session.subscribe(TOPICS.command("kitchen"))
-    kitchen.session.flush(10)
+    kitchen.subscribe(TOPICS.command("kitchen"), ECHO)
     operator.session.publish(TOPICS.command("kitchen"), b"still here")
     assert kitchen.heard.get(timeout=10) == (TOPICS.command("kitchen"), b"still here")
     for client in (kitchen, thief, operator):
@@ -196,8 +201,7 @@ def test_a_revoked_device_is_out_at_once_and_stays_out(place: Place) -> None:
 
 def test_a_revoked_operators_session_can_do_nothing_any_more(place: Place) -> None:
     anna, kitchen = Client(place.join("anna", "operator")), Client(place.join("kitchen"))
-    kitchen.session.subscribe(TOPICS.command("kitchen"))
-    kitchen.session.flush(10)
+    kitchen.subscribe(TOPICS.command("kitchen"), ECHO)
     anna.session.publish(TOPICS.command("kitchen"), b"before")
     assert kitchen.heard.get(timeout=10)[1] == b"before"
     place.authority.revoke("anna")

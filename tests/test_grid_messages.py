@@ -238,7 +238,7 @@ OUT_OF_BOUNDS: dict[str, tuple[list[tuple[Metrics | None, Dense | Sparse | None]
     "more queries than asked for": ([(replace(METRICS, queried=5), Dense(0, START))], 1),
     "no query": ([(replace(METRICS, queried=0, correct=0), Dense(0, START))], 1),
     "more right than queried": ([(replace(METRICS, correct=5), Dense(0, START))], 1),
-    "a loss that is no number": ([(replace(METRICS, loss=float("nan")), Dense(0, START))], 1),
+    "a loss that is not a number": ([(replace(METRICS, loss=float("nan")), Dense(0, START))], 1),
 }
 
 

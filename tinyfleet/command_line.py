@@ -209,17 +209,26 @@ class Connection:
         bool, typer.Option("--insecure", help="Accept a broker without encryption, on this machine only.")
     ] = False
 
-    def find(self, data: Path) -> BrokerAddress:
-        """The broker for an operator; see `server_info.find_broker`."""
+    def find(self, data: Path, fleet: str) -> BrokerAddress:
+        """The broker for an operator; see `server_info.find_broker`. One that is named is checked."""
+        from tinyfleet.edge.wire.broker_check import check_broker, operator_topics
         from tinyfleet.edge.wire.server_info import find_broker
 
-        return find_broker(data=data, **asdict(self))
+        found = find_broker(data=data, **asdict(self))
+        if self.broker is not None:
+            check_broker(found, f"tinyfleet-check-{os.getpid()}", operator_topics(fleet))
+        return found
 
-    def find_for_devices(self, names: Sequence[str], data: Path) -> list[BrokerAddress]:
-        """The broker for each of these devices; see `server_info.find_device_brokers`."""
+    def find_for_devices(self, names: Sequence[str], data: Path, fleet: str) -> list[BrokerAddress]:
+        """The broker for each of these devices; see `server_info.find_device_brokers`. One that is named is checked."""
+        from tinyfleet.edge.wire.broker_check import check_broker, device_topics
         from tinyfleet.edge.wire.server_info import find_device_brokers
 
-        return find_device_brokers(names, data=data, **asdict(self))
+        found = find_device_brokers(names, data=data, **asdict(self))
+        if self.broker is not None:
+            for name, broker in zip(names, found, strict=True):
+                check_broker(broker, f"tinyfleet-{fleet}-{name}", device_topics(fleet, name))
+        return found
 
 
 CONNECTION = Connection()

@@ -62,6 +62,10 @@ class Topics:
         """Of its replies."""
         return self._of(id, "reply")
 
+    def echo(self, id: str) -> str:
+        """A topic that a device may write and read, to find out whether the broker does what it acknowledges."""
+        return self._of(id, "echo")
+
     def weights(self, run: int, round: int, chunk: int | str = "+") -> str:
         """The topic of one chunk of a round's weights; by default the filter for all of them."""
         return f"{self.root}/runs/{run}/{round}/{chunk}"
