@@ -131,32 +131,20 @@ def start_server(
         failures.append(reason)
         stopped.set()
 
-    try:
-        server = FleetServer(
-            data,
-            fleet,
-            broker=address,
-            port=port,
-            operator_port=operator_port,
-            endpoint_port=http_port,
-            listen=listen,
-            host_names=host_name or (),
-            cors_origins=cors_origin or (),
-            insecure=connection.insecure,
-            on_log=lambda line: typer.echo(line),
-            on_failure=fail,
-        )
-    except OSError as error:
-        raise UserError(
-            f"the data folder {data} cannot be used ({error}); check its permissions and the free space on its disk"
-        ) from None
-    with server as running:
-        if running.broker_kind == "amqtt":
-            typer.echo(
-                "mosquitto is not installed: amqtt takes its place. It has no encryption, identities or limits, is "
-                "slower, and ends with this process; apt-get install mosquitto",
-                err=True,
-            )
+    with FleetServer(
+        data,
+        fleet,
+        broker=address,
+        port=port,
+        operator_port=operator_port,
+        endpoint_port=http_port,
+        listen=listen,
+        host_names=host_name or (),
+        cors_origins=cors_origin or (),
+        insecure=connection.insecure,
+        on_log=lambda line: typer.echo(line),
+        on_failure=fail,
+    ) as running:
         if connection.insecure:
             typer.echo("INSECURE: any program on this machine can control the fleet", err=True)
         typer.echo(f"broker:   {running.broker_kind} on {running.device_broker.url}")
