@@ -25,8 +25,8 @@ test-fast: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/pytest -m slow $(ARGS)
 
-# Made-up inputs for all that reads bytes from outside: ten minutes each for the device's C code, under sanitizers, and for
-# every target in tests/fuzz_targets.py. ARGS="--seconds 60" is shorter; ARGS=--keep adds what is new to tests/corpus.
+# Made-up inputs for all that reads bytes from outside: two minutes for each target, those of
+# the device's C code under sanitizers. ARGS="--seconds 600" is longer; ARGS=--keep adds what is new to tests/corpus.
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzzing.py $(ARGS)
 

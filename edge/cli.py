@@ -98,7 +98,11 @@ def start(
         raise UserError(f"there is no client {client_index} in a fleet of {fleet_size}; raise --fleet-size")
     id = device_id or _own_name(connection, data)
     stream = DatasetStream(learning_task.client(client_index, fleet_size))
-    recording = RecordedStream(learning_task.stream(client_index)) if online else None
+    recording = None
+    if online:
+        recorded = learning_task.stream(client_index)
+        recorded.check_compatible(learning_task.program)
+        recording = RecordedStream(recorded)
     board = host_board()
     engine, version = ("mote", ENGINE_VERSION) if tflite is None else ("tflite", "builtin")
     arena = board.ram_bytes // 4  # the RAM it may learn in; more than any program asks for
@@ -116,7 +120,7 @@ def start(
         return AgentNode(*where, learner=learner, arena_bytes=arena, model_slot_bytes=slot, online=own)
 
     try:
-        device = Device(node, connection.find_for_devices([id], data)[0], fleet_name)
+        device = Device(node, connection.find_for_devices([id], data, fleet_name)[0], fleet_name)
     except ProtocolError as error:
         raise UserError(str(error)) from error
     run_devices([device], as_json)

@@ -74,8 +74,8 @@ def simulate(
     if indices.stop > size:
         raise UserError(f"devices {first_index} to {indices.stop - 1} are not in a fleet of {size}; raise --fleet-size")
     names = [f"{prefix}-{i}" for i in indices]
-    brokers = connection.find_for_devices(names, data)
     fleet_name = fleet_of(fleet, data)
+    brokers = connection.find_for_devices(names, data, fleet_name)
     started = []
     try:
         for i, name, broker in zip(indices, names, brokers, strict=True):
@@ -169,6 +169,22 @@ def revoke_device(name: NameArgument, data: DataOption = DATA) -> None:
 
     said = call_server(require_server(data), "DELETE", f"/identities/{name}")
     typer.echo(f"{said['role']} {name} is out")
+
+
+@device_app.command("forget")
+def forget_device(name: NameArgument, data: DataOption = DATA) -> None:
+    """Remove a device for good.
+
+    Its identity ends, with its session; its description and state leave the graph and the broker. What it took part in
+    stays on record.
+
+    Examples:
+      tinyfleet device forget kitchen
+    """
+    from tinyfleet.edge.wire.identity import call_server
+
+    call_server(require_server(data), "DELETE", f"/devices/{name}")
+    typer.echo(f"device {name} is forgotten")
 
 
 def _day(time: str) -> str:

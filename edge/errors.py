@@ -4,6 +4,9 @@
 class UserError(Exception):
     """An error that the user can fix. The message says what is wrong and what to do; no traceback is shown."""
 
+    exit_code = 2
+    """Of the command."""
+
 
 class ProgramError(UserError):
     """A model that the engine cannot run, or bytes that are not a program."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from tinyfleet.edge.errors import UserError, printable
 
@@ -34,6 +35,8 @@ _ZIP_ERRORS = (
     KeyError,
     tokenize.TokenError,
 )
+_MEMBER = b"PK\x01\x02"  # begins each entry of an archive's list
+_MAX_MEMBERS = 10_000
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile bounds what the others unpack to only afterwards
 
 
@@ -78,18 +81,18 @@ def _open(path: str, flags: int) -> int:
 
 
 @contextmanager
-def open_zip(source: Path | IO[bytes], most: int) -> Iterator[zipfile.ZipFile]:
+def open_zip(data: bytes, most: int) -> Iterator[zipfile.ZipFile]:
     """Open a ZIP archive whose members all unpack to at most `most` bytes together.
 
     Raises
     ------
     ValueError
         If it is no such archive, or if what is done with it in the `with` block shows that it is damaged.
-    OSError
-        If the file cannot be opened.
     """
+    if data.count(_MEMBER) > _MAX_MEMBERS:  # zipfile makes an object for each
+        raise ValueError(f"it has more than {_MAX_MEMBERS:,} members")
     try:
-        with zipfile.ZipFile(source) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
             if any(member.compress_type not in _COMPRESSIONS for member in members):
                 raise ValueError("a part of it is compressed in an unusual way")
@@ -102,7 +105,7 @@ def open_zip(source: Path | IO[bytes], most: int) -> Iterator[zipfile.ZipFile]:
         raise ValueError(printable(str(error), 200) or type(error).__name__) from None
 
 
-def read_npz(path: Path, most: int) -> dict[str, NDArray[Any]]:
+def read_npz(path: Path, most: int, advice: str) -> dict[str, NDArray[Any]]:
     """Read NumPy's arrays from a .npz file.
 
     Parameters
@@ -110,7 +113,9 @@ def read_npz(path: Path, most: int) -> dict[str, NDArray[Any]]:
     path
         The file.
     most
-        Bytes of the arrays together, at most.
+        Bytes of the arrays together, at most; the file has no more, either.
+    advice
+        What to do if it cannot be read, for the error.
 
     Returns
     -------
@@ -119,12 +124,13 @@ def read_npz(path: Path, most: int) -> dict[str, NDArray[Any]]:
 
     Raises
     ------
+    UserError
+        If it cannot be read, or is larger.
     ValueError
         If it is no such file; the text says why.
-    OSError
-        If it cannot be opened.
     """
     import numpy as np
 
-    with open_zip(path, most), np.load(path, allow_pickle=False) as arrays:
+    data = read_file(path, most, advice)
+    with open_zip(data, most), np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}

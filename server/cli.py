@@ -33,6 +33,7 @@ from tinyfleet.command_line import (
     SelectOption,
     StrategyOption,
     TaskOption,
+    check_output,
     out_option,
     with_connection,
 )
@@ -122,21 +123,40 @@ def start_server(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    address = None if connection.broker is None else connection.find(data)
+    address = None if connection.broker is None else connection.find(data, fleet)
     logging.getLogger("tinyfleet.ontology.ingest.registry").setLevel(logging.ERROR)  # rejections are printed below
-    with FleetServer(
-        data,
-        fleet,
-        broker=address,
-        port=port,
-        operator_port=operator_port,
-        endpoint_port=http_port,
-        listen=listen,
-        host_names=host_name or (),
-        cors_origins=cors_origin or (),
-        insecure=connection.insecure,
-        on_log=lambda line: typer.echo(line),
-    ) as running:
+    failures: list[str] = []
+
+    def fail(reason: str) -> None:
+        failures.append(reason)
+        stopped.set()
+
+    try:
+        server = FleetServer(
+            data,
+            fleet,
+            broker=address,
+            port=port,
+            operator_port=operator_port,
+            endpoint_port=http_port,
+            listen=listen,
+            host_names=host_name or (),
+            cors_origins=cors_origin or (),
+            insecure=connection.insecure,
+            on_log=lambda line: typer.echo(line),
+            on_failure=fail,
+        )
+    except OSError as error:
+        raise UserError(
+            f"the data folder {data} cannot be used ({error}); check its permissions and the free space on its disk"
+        ) from None
+    with server as running:
+        if running.broker_kind == "amqtt":
+            typer.echo(
+                "mosquitto is not installed: amqtt takes its place. It has no encryption, identities or limits, is "
+                "slower, and ends with this process; apt-get install mosquitto",
+                err=True,
+            )
         if connection.insecure:
             typer.echo("INSECURE: any program on this machine can control the fleet", err=True)
         typer.echo(f"broker:   {running.broker_kind} on {running.device_broker.url}")
@@ -146,6 +166,9 @@ def start_server(
         typer.echo(f"ready: fleet '{fleet}', data in {data}")
         while not stopped.wait(1.0):  # a wait without a timeout would not let signals through everywhere
             pass
+    if failures:
+        typer.echo(f"tinyfleet: {failures[0]}", err=True)
+        raise typer.Exit(1)
     typer.echo("stopped")
 
 
@@ -172,12 +195,25 @@ def start_run(
     initialization: InitializationOption = None,
     out: Annotated[Path | None, out_option("FILE.npz")] = None,
     round_timeout: Annotated[
-        float, typer.Option("--round-timeout", metavar="SECONDS", min=0.1, help="Maximum duration of a round.")
+        float, typer.Option("--round-timeout", metavar="SECONDS", min=0.1, max=1e8, help="Maximum duration of a round.")
     ] = 60.0,
+    max_norm_ratio: Annotated[
+        float,
+        typer.Option(
+            "--max-norm-ratio",
+            metavar="FACTOR",
+            min=1,
+            help="Refuse a device's change that is more than this many times as long as the round's median.",
+        ),
+    ] = 5.0,
     wait: Annotated[
         float,
         typer.Option(
-            "--wait", metavar="SECONDS", min=0, help="How long to wait for enough devices before the first round."
+            "--wait",
+            metavar="SECONDS",
+            min=0,
+            max=1e8,
+            help="How long to wait for enough devices before the first round.",
         ),
     ] = 10.0,
     seed: SeedOption = 0,
@@ -252,7 +288,6 @@ def start_run(
       tinyfleet run start --strategy fedavg --dp-clip-norm 1
       tinyfleet run start --select my-clients.rq --out initialization.npz
     """
-    import numpy as np
     from rich.console import Console
 
     from tinyfleet.edge import tasks
@@ -260,13 +295,14 @@ def start_run(
     from tinyfleet.ontology.store.data_folder import remote_store
     from tinyfleet.ontology.vocabulary.namespaces import fleet_name
     from tinyfleet.server import run_report
+    from tinyfleet.server.array_files import save_arrays
     from tinyfleet.server.evaluate import baselines
     from tinyfleet.server.flower.internals import log_level
     from tinyfleet.server.named_strategies import StrategyOptions, make_strategy
     from tinyfleet.server.training_run import run as run_rounds
 
     log_level(logging.ERROR)  # the rounds are shown below
-    _check_folders(out)
+    check_output(out)
     learning_task = tasks.load(task)
     options = StrategyOptions(
         local_head, anneal, density, proximal_mu, asynchronous, dp_clip_norm, dp_noise_multiplier, dp_on_device
@@ -285,7 +321,7 @@ def start_run(
         outcome = run_rounds(
             learning_task,
             named_strategy,
-            broker=connection.find(data),
+            broker=connection.find(data, fleet_name(fleet_of(fleet, data))),
             fleet=fleet_name(fleet_of(fleet, data)),
             store=store,
             rounds=rounds,
@@ -295,10 +331,11 @@ def start_run(
             clients=clients_per_round,
             wait=wait,
             timeout=round_timeout,
+            max_norm_ratio=max_norm_ratio,
             on_round=_print_round if as_json else bar,
         )
     if out is not None:
-        np.savez(out, **learning_task.program.split(outcome.parameters))
+        save_arrays(out, learning_task.program.split(outcome.parameters))
     scores = baselines(learning_task, outcome.parameters, seed=seed)
     if as_json:
         means = {name: {str(s.shots): s.mean for s in row} for name, row in scores.items()}
@@ -365,14 +402,14 @@ def simulate(
     """
     # The clients are shared by cores; threads of their own for small products of matrices cost a quarter of the speed.
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    import numpy as np
     from rich.console import Console
 
     from tinyfleet.edge import tasks
     from tinyfleet.server import run_report, simulator
+    from tinyfleet.server.array_files import save_arrays
     from tinyfleet.server.evaluate import QUERIES, SHOTS, Score
 
-    _check_folders(out, checkpoint, plot)
+    check_output(out, checkpoint, plot)
     learning_task = tasks.load(task)
     try:  # before the rounds, not after them
         if fleet_size is None:
@@ -405,7 +442,7 @@ def simulate(
             on_round=_print_simulated_round if as_json else bar,
         )
     if out is not None:
-        np.savez(out, **learning_task.program.split(outcome.parameters))
+        save_arrays(out, learning_task.program.split(outcome.parameters))
 
     def score(vector: NDArray[np.float32], shots: int) -> Score:
         values = simulator.evaluate(
@@ -452,30 +489,22 @@ def _print_simulated_round(so_far: SimulationResult) -> None:
     typer.echo(json.dumps(asdict(so_far.rounds[-1])))
 
 
-def _check_folders(*files: Path | None) -> None:
-    """Raises UserError if a file that is to be written at the end would have no folder."""
-    for file in filter(None, files):
-        if not file.parent.is_dir():
-            raise UserError(f"there is no folder {file.parent} to write {file.name} into; create it first")
-
-
 def _parameters(path: Path, program: Program) -> NDArray[np.float32]:
     import numpy as np
 
     from tinyfleet.edge.errors import ProgramError
     from tinyfleet.edge.files import read_npz
 
+    advice = "give a file that `tinyfleet run start --out` wrote"
     try:
-        vector = program.join(read_npz(path, 16 * program.n_params + (1 << 20)))  # they may be of 64 bits
+        vector = program.join(read_npz(path, 16 * program.n_params + (1 << 20), advice))  # they may be of 64 bits
         if not np.isfinite(vector).all():
             raise ValueError("numbers in it are not finite")
         return vector
     except ProgramError as error:
         raise UserError(f"{path} has other parameters than the model ({error}); give a file of the same task") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} has no parameters ({error}); give a file that `tinyfleet run start --out` wrote"
-        ) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} has no parameters ({error}); {advice}") from None
 
 
 def demo(
@@ -517,7 +546,8 @@ def deploy(
     select: SelectOption = "runnable",
     yes: Annotated[bool, typer.Option("--yes", help="Send the model. Without it, only show the devices.")] = False,
     device_timeout: Annotated[
-        float, typer.Option("--device-timeout", metavar="SECONDS", min=0.1, help="How long to wait for each device.")
+        float,
+        typer.Option("--device-timeout", metavar="SECONDS", min=0.1, max=1e8, help="How long to wait for each device."),
     ] = 60.0,
     connection: Connection = CONNECTION,
     fleet: FleetOption = None,
@@ -547,7 +577,7 @@ def deploy(
     server = require_server(data)
     sparql = read_query(select)
     name = fleet_name(fleet_of(fleet, data))
-    address = connection.find(data)
+    address = connection.find(data, name)
     console = Console(highlight=False, quiet=as_json)
     with remote_store(server) as store:
         plan = deployments.plan_deployment(store, program, model.stem, sparql, name)
@@ -576,5 +606,7 @@ def deploy(
             deployment_report.print_result(console, ended)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
+    if ended is not None and not ended.devices("confirmed") + ended.devices("failed"):
+        typer.echo("error: no device replied; none is known to run the model", err=True)
     if ended is not None and len(ended.devices("confirmed")) < len(plan.targets):
         raise typer.Exit(1)

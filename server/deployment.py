@@ -36,7 +36,7 @@ from tinyfleet.edge.wire.messages import (
     error_text,
 )
 from tinyfleet.edge.wire.mqtt_session import Message, Session
-from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.topics import ANNOUNCEMENT, Topics
 from tinyfleet.ontology.ingest.describe import from_program
 from tinyfleet.ontology.ingest.lineage import Lineage
 from tinyfleet.ontology.queries import matching
@@ -245,9 +245,11 @@ def deploy(
     lineage, number, began = Lineage(store, fleet), secrets.randbits(32), datetime.now(UTC)
     with _Rollout(broker, fleet, program, targets, timeout) as rollout:
         about = lineage.deployment(number, deployment_plan.model, targets, selected_by=selected_by, started=began)
+        interrupted = True
         try:
             for result in rollout.run():
                 on_result(result)
+            interrupted = False
         finally:  # after an interrupt too, with the results so far
             ended = DeploymentResult(about, rollout.results)
             lineage.deployment(
@@ -259,6 +261,7 @@ def deploy(
                 ended=datetime.now(UTC),
                 confirmed=ended.devices("confirmed"),
                 failed=ended.devices("failed"),
+                interrupted=interrupted,
             )
     return ended
 
@@ -292,7 +295,10 @@ class _Rollout:
         self._pending = list(reversed(devices))
         self._session: Session | None = None
         name = f"tinyfleet-deploy-{secrets.token_hex(4)}"
-        self._session = Session(broker, name, on_message=self._receive, on_connect=self._connected)
+        self._driver = self._topics.driver("model", program.model_id, name)
+        self._session = Session(
+            broker, name, on_message=self._receive, on_connect=self._connected, will=(self._driver, b"")
+        )
         self._connected()
 
     def __enter__(self) -> "_Rollout":
@@ -301,6 +307,7 @@ class _Rollout:
     def __exit__(self, *_: object) -> None:
         assert self._session is not None
         self._session.send(chunk._replace(payload=b"") for chunk in self._chunks)  # the broker keeps nothing
+        self._session.publish(self._driver, b"", retain=True)
         if self._session.connected:
             self._session.flush(2)
         self._session.close()
@@ -357,6 +364,7 @@ class _Rollout:
         """A new session has no subscriptions, and a new broker no chunks. May be called twice for the first session."""
         if self._session is None:
             return
+        self._session.publish(self._driver, ANNOUNCEMENT, retain=True)
         self._session.subscribe(self._topics.status("+"))
         self._session.subscribe(self._topics.reply("+"))
         self._session.send(self._chunks)

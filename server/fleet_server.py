@@ -12,27 +12,33 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.private_files import make_private_folder, write_private
 from tinyfleet.edge.wire.broker_address import BrokerAddress, is_loopback
+from tinyfleet.edge.wire.log_limit import LogLimit
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.access import Access, Client, Scope, Served
 from tinyfleet.ontology.http.endpoint import Endpoint
+from tinyfleet.ontology.http.request_handling import HttpError, in_thread, problem
 from tinyfleet.ontology.ingest.registry import IngestResult, Registry
 from tinyfleet.ontology.store import data_folder
 from tinyfleet.ontology.store.column_index import IndexedStore
-from tinyfleet.ontology.store.store import StoreError
-from tinyfleet.ontology.vocabulary.namespaces import Iri, fleet_name
+from tinyfleet.ontology.store.store import DiskError, StoreError
+from tinyfleet.ontology.vocabulary.namespaces import Iri, device_iri, fleet_name
 from tinyfleet.server.authority.authority import Authority, own_addresses
 from tinyfleet.server.authority.identities import Role
 from tinyfleet.server.broker import LOOPBACK, Broker, Secured
 from tinyfleet.server.enrolment_api import EnrolmentApi
+from tinyfleet.server.housekeeping import Housekeeper
+from tinyfleet.server.mosquitto import Mosquitto
 
 AUTHORITY = "authority"
 """Folder of the fleet's authority, in the data folder."""
@@ -43,10 +49,18 @@ QUEUE_SIZE = 10_000
 BATCH_DELAY = 0.005
 """Seconds that the first message of a transaction waits for others: a larger transaction costs less per message."""
 STARTUP_WAIT = 2.0
-"""Seconds that a new server waits for all devices to be marked offline; with a million, that continues afterwards."""
+"""Seconds that a new server waits until no device counts as online any more because an earlier server saw it; with a
+million, that continues afterwards."""
+DISK_RETRY = 2.0
+"""Seconds between two attempts to write to a disk that is full."""
+MAX_KNOWN = 100_000
+"""Devices whose last report is remembered."""
+CHECK_INTERVAL = 1.0
+"""Seconds between two looks whether the threads live."""
 
 _Message = tuple[str, bytes, Receipt | None]
 _NEW_SESSION: _Message = ("a new session", b"", None)
+_LOST: _Message = ("the session is lost", b"", None)
 _END: _Message = ("the end", b"", None)
 
 log = logging.getLogger(__name__)
@@ -80,7 +94,20 @@ class FleetServer:
     endpoint_port
         Port of the HTTP server; 0 picks a free one.
     on_log
-        Called with one line for each change that a device reports.
+        Called with one line for each change that a device reports; with not too many a second.
+    on_failure
+        Called with the reason if the server cannot go on: the broker or a thread has died for good. Close it then.
+
+    Attributes
+    ----------
+    ingested, dropped : int
+        Messages that were written, and that were left out because of an error.
+    broker_restarts : int
+        How often the broker was started again.
+    waiting : int
+        Messages that wait to be written.
+    disk_is_full : bool
+        Whether the graph cannot be written at the moment.
 
     Raises
     ------
@@ -102,10 +129,16 @@ class FleetServer:
         cors_origins: Sequence[str] = (),
         insecure: bool = False,
         on_log: Callable[[str], None] = lambda line: None,
+        on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.fleet = fleet_name(fleet)
         self.data = data
-        self._on_log = on_log
+        limit = LogLimit(on_log, 100)
+        self._on_log = limit
+        self._on_failure = on_failure
+        self._closing = threading.Event()
+        self.ingested, self.dropped = 0, 0
+        self.disk_is_full = False
         self._topics = Topics(fleet)
         self._known: dict[str, str] = {}  # what was last reported about each device
         with ExitStack() as stack:
@@ -115,9 +148,11 @@ class FleetServer:
             names = _host_names(listen, host_names)
             self.authority = Authority(data / AUTHORITY, names)
             stack.callback(self.authority.close)
+            self._mosquitto: Mosquitto | None = None
             if broker is None:
                 secured = None if insecure else Secured(self.authority, fleet, operator_port, listen)
-                started = stack.enter_context(Broker(port, data / "broker", secured=secured))
+                started = stack.enter_context(Broker(port, data / "broker", secured=secured, on_failure=self._fail))
+                self._mosquitto = started.mosquitto
                 self.broker, self.device_broker, self.broker_kind = (
                     started.address,
                     started.device_address,
@@ -141,7 +176,11 @@ class FleetServer:
                     cors_origins=cors_origins,
                     registry=self.registry,
                     deleted=self._forget,
-                    routes=[*enrolment.served, Served("POST", "/login-codes", "admin", self._new_login)],
+                    routes=[
+                        *enrolment.served,
+                        Served("POST", "/login-codes", "admin", self._new_login),
+                        Served("DELETE", "/devices/{name}", "admin", self._forget_device),
+                    ],
                 )
             )
             self.address, self.endpoint, self._access = served.address, served.url, access
@@ -153,14 +192,23 @@ class FleetServer:
             writer = threading.Thread(target=self._write, name="registry", daemon=True)
             writer.start()
             stack.callback(writer.join)
+            guard = threading.Thread(target=self._guard, args=(writer, served), name="guard", daemon=True)
+            guard.start()
+            stack.callback(self._closing.set)
             stack.callback(self._arrived.put, _END)
             name = f"tinyfleet-server-{secrets.token_hex(4)}"
-            self._session = Session(self.broker, name, on_delivery=self._receive, on_connect=self._connected)
+            self._housekeeper = Housekeeper(self._topics, self.store, partial(limit, "housekeeping"))
+            self._session = Session(
+                self.broker, name, on_delivery=self._receive, on_connect=self._connected, on_lost=self._lost
+            )
             stack.callback(self._session.close)
+            stack.callback(self._housekeeper.close)
+            self._housekeeper.start(self._session)
             self._connected()
             self._settled.wait(STARTUP_WAIT)
             self._publish_address(data / SERVER_FILE)
             stack.callback((data / SERVER_FILE).unlink, missing_ok=True)
+            stack.callback(self._closing.set)
             self._close = stack.pop_all()
 
     def __enter__(self) -> "FleetServer":
@@ -173,6 +221,31 @@ class FleetServer:
         """Stops what was started; the graph stays on disk."""
         self._close.close()
 
+    @property
+    def waiting(self) -> int:
+        return self._arrived.qsize()
+
+    @property
+    def broker_restarts(self) -> int:
+        return 0 if self._mosquitto is None else self._mosquitto.restarts
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection to the broker now."""
+        return self._session is not None and self._session.connected
+
+    def _fail(self, reason: str) -> None:
+        if not self._closing.is_set():
+            self._on_failure(reason)
+
+    def _guard(self, writer: threading.Thread, endpoint: Endpoint) -> None:
+        """A server that has lost a thread must not look as if it lived."""
+        while not self._closing.wait(CHECK_INTERVAL):
+            for part, alive in (("writes what devices report", writer.is_alive()), ("serves HTTP", endpoint.alive)):
+                if not alive:
+                    self._fail(f"the thread that {part} has died; start the server again")
+                    return
+
     def _connected(self) -> None:
         """Online devices have retained their status at the broker, or will; nothing is known about the others, as their
         wills may have been lost with a broker. Called for every new session, for the first one perhaps twice."""
@@ -181,13 +254,45 @@ class FleetServer:
         self._arrived.put(_NEW_SESSION)
         self._session.subscribe(self._topics.td("+"))
         self._session.subscribe(self._topics.status("+"))
+        self._housekeeper.connected(self._session)
+
+    def _lost(self) -> None:
+        self._arrived.put(_LOST)
 
     def _forget(self, thing: Iri) -> None:
-        """A client of the directory has deleted a thing: also remove a device's retained description from the broker,
-        which would add it again at the next start."""
+        """A client of the directory has deleted a thing: also remove what the broker retains of a device, which would
+        add it again at the next start."""
         fleet = f"urn:tinyfleet:{self.fleet}:"
         if self._session is not None and thing.startswith(fleet):
-            self._session.publish(self._topics.td(thing.removeprefix(fleet)), b"", retain=True)
+            device = thing.removeprefix(fleet)
+            for topic in (self._topics.td(device), self._topics.status(device)):
+                self._session.publish(topic, b"", retain=True)
+
+    async def _forget_device(self, request: Request) -> Response:
+        """Remove a device from the fleet: its identity and session, what the broker retains of it, and its description.
+        What it took part in stays in the graph."""
+        name = request.path_params["name"]
+
+        def forget() -> bool:
+            identity = self.authority.identities.role(name) is not None
+            if identity:
+                self.authority.revoke(name)
+            self.authority.identities.remove(name)
+            thing = device_iri(self.fleet, name)
+            with self.registry.things.lock:
+                known = self.registry.things.get(thing) is not None
+                self.registry.things.remove(thing)
+            if identity or known:
+                self._forget(thing)
+            return identity or known
+
+        try:
+            known = await in_thread(forget)
+        except UserError as error:
+            return problem(HttpError(400, str(error)))
+        if not known:
+            return problem(HttpError(404, f"there is no device {name:.32}"))
+        return Response(status_code=204)
 
     def _token_owner(self, token: str) -> tuple[str, Scope] | None:
         if hmac.compare_digest(token.encode(), self.token.encode()):
@@ -221,8 +326,15 @@ class FleetServer:
         write_private(path, json.dumps(address))
 
     def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:
-        """Called by the session's thread."""
-        self._room.acquire()
+        """Called by the session's thread. While nothing can be written, it waits, and so does the broker."""
+        removed = not payload and topic.endswith("/status")  # by a server that forgets the device
+        if removed or self._housekeeper.receive(topic, payload):
+            if self._session is not None:
+                self._session.received([receipt])
+            return
+        while not self._room.acquire(timeout=1.0):
+            if self._closing.is_set():
+                return
         self._arrived.put((topic, payload, receipt))
 
     def _write(self) -> None:
@@ -230,35 +342,59 @@ class FleetServer:
         batch: list[_Message] = []
         while True:
             message = self._arrived.get()
-            special = message is _NEW_SESSION or message is _END
+            special = message is _NEW_SESSION or message is _LOST or message is _END
             if not special:
                 if not batch and self._arrived.qsize() < MAX_BATCH:
                     time.sleep(BATCH_DELAY)
                 batch.append(message)
-            try:
-                if batch and (special or len(batch) == MAX_BATCH or self._arrived.empty()):
-                    written, batch = batch, []
-                    self._room.release(len(written))
-                    self._ingest(written)
-                if message is _NEW_SESSION:
-                    self.registry.mark_all_offline()
-            except Exception:  # one message must not stop the others
-                log.exception("messages could not be written")
-            if message is _NEW_SESSION:
+            if batch and (special or len(batch) == MAX_BATCH or self._arrived.empty()):
+                written, batch = batch, []
+                self._room.release(len(written))
+                self._try(partial(self._ingest, written))
+            if message is _LOST:
+                self._try(self.registry.mark_all_unknown)
+                self._known.clear()
+                self._on_log("broker", "the broker is away: whether devices are online is unknown")
+            elif message is _NEW_SESSION:
+                self._try(self.registry.mark_all_offline)
                 self._settled.set()
             elif message is _END:
                 return
 
+    def _try(self, write: Callable[[], None]) -> None:
+        """Write, again and again while the disk is full. One message must not stop the others."""
+        while True:
+            try:
+                write()
+            except DiskError as error:
+                if not self.disk_is_full:
+                    self.disk_is_full = True
+                    self._on_log("disk", f"{error}; what devices report waits until there is room")
+                if self._closing.wait(DISK_RETRY):
+                    return
+                continue
+            except Exception:
+                log.exception("messages could not be written")
+            else:
+                if self.disk_is_full:
+                    self.disk_is_full = False
+                    self._on_log("disk", "the graph can be written again")
+            return
+
     def _ingest(self, batch: list[_Message]) -> None:
         try:
             results = self.registry.ingest([(topic, payload) for topic, payload, _ in batch])
+        except DiskError:
+            raise
         except StoreError as error:
             if len(batch) > 1:  # one of them may be the cause
                 for message in batch:
                     self._ingest([message])
-            else:  # not acknowledged: the broker delivers it again
-                log.error("a message could not be stored: %s", error)
+            else:  # not acknowledged: the broker delivers it again to the next session
+                self.dropped += 1
+                self._on_log("not stored", f"a message could not be stored: {error}")
             return
+        self.ingested += len(batch)
         if self._session is not None:
             self._session.received(receipt for _, _, receipt in batch)
         for result in filter(None, results):
@@ -267,18 +403,20 @@ class FleetServer:
     def _report(self, result: IngestResult) -> None:
         """Log what changed. A state that was reported last for the device is not repeated."""
         if result.rejection is not None:
-            self._on_log(result.rejection)
+            self._on_log("rejected", result.rejection)
             return
         if result.kind == "td":
-            self._on_log(f"{result.device}: {'described' if result.online else 'removed'}")
+            self._on_log("described", f"{result.device}: {'described' if result.online else 'removed'}")
             if result.incompatibility is None:
                 return
         line = f"{result.device}: {'online' if result.online else 'offline'}"
         if result.incompatibility is not None:
             line = f"device {result.device} {result.incompatibility}"
         if self._known.get(result.device) != line:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
             self._known[result.device] = line
-            self._on_log(line)
+            self._on_log("state", line)
 
 
 def _host_names(listen: str, given: Sequence[str]) -> list[str]:

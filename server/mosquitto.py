@@ -127,9 +127,16 @@ class Mosquitto:
         """Run the program until it ends. True if it served clients."""
         self._said = []
         served = False
-        with subprocess.Popen(self._command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+        with subprocess.Popen(
+            self._command,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            process_group=0,  # so that Ctrl-C in a terminal ends the server alone, which then ends this
+        ) as process:
             self._process = process
-            write_private(self._pid_file, f"{process.pid}\n")
+            with contextlib.suppress(OSError):  # a full disk; the kernel still ends it together with the server
+                write_private(self._pid_file, f"{process.pid}\n")
             if self._stopping.is_set():  # `stop` may have missed this process
                 process.kill()
             assert process.stderr is not None

@@ -219,13 +219,22 @@ def _make_flower_strategy(
     key: str, name: str, task: Task, clients: int, query: int, seed: int, options: StrategyOptions
 ) -> NamedStrategy:
     classes = {name: getattr(flower_strategies, name) for name in flower_strategies.__all__}
-    known = {name.lower(): kind for name, kind in classes.items() if issubclass(kind, FedAvg)}
+    known = {name.lower(): kind for name, kind in classes.items() if issubclass(kind, FedAvg) and "Xgb" not in name}
     if key not in known:
         raise UserError(f"there is no strategy '{name}'; choose one of {', '.join((*META_STRATEGIES, *sorted(known)))}")
     options.check(key)
     hyperparameters, kind = task.fedavg, known[key]
     # No least number of nodes: Flower's would wait for them without end.
-    more = {"proximal_mu": 0.1 if options.proximal_mu is None else options.proximal_mu} if key == "fedprox" else {}
+    more: dict[str, float | str] = {}
+    if key == "fedprox":
+        proximal_mu = 0.1 if options.proximal_mu is None else options.proximal_mu
+        if proximal_mu * hyperparameters.rate >= 1:
+            raise UserError(
+                f"--proximal-mu must be less than 1 / the task's rate, {1 / hyperparameters.rate:g}; lower it"
+            )
+        more = {"proximal_mu": proximal_mu}
+    elif key == "qfedavg":
+        more = {"client_learning_rate": hyperparameters.rate, "train_loss_key": "loss"}
     flowers: Strategy = kind(
         fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=0, min_available_nodes=0, **more
     )

@@ -63,6 +63,8 @@ class Rounds(Bar):
             self._console.print(f"{self._name} round {ended.number}/{self._total}: {text}", soft_wrap=True)
         for device, reason in ended.no_reply.items():
             self._console.print(f"round {ended.number}: no reply from {device}: {reason}", style="yellow")
+        for device, reason in ended.refused.items():
+            self._console.print(f"round {ended.number}: {device} {reason}; left out", style="yellow", soft_wrap=True)
 
 
 def describe(ended: Round) -> str:
@@ -80,6 +82,7 @@ def round_json(ended: Round) -> dict[str, Any]:
         "clients": [participation.device for participation in ended.participations],
         "staleness": [participation.staleness for participation in ended.participations],
         "no-reply": dict(ended.no_reply),
+        "refused": dict(ended.refused),
         "loss": ended.loss,
         "accuracy": ended.accuracy,
         "bytes-up": ended.bytes_up,

@@ -25,6 +25,7 @@ from tinyfleet.ontology.queries.matching import select_devices
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 from tinyfleet.server.flower.grid import MqttGrid
+from tinyfleet.server.flower.reply_bounds import MAX_NORM_RATIO
 from tinyfleet.server.flower.requests import RoundEvent
 from tinyfleet.server.flower.strategies import Asynchronous
 from tinyfleet.server.named_strategies import PRIVATE, NamedStrategy, initial_parameters, limit_clients
@@ -45,7 +46,9 @@ class Round:
     participations
         Of the devices whose updates were used.
     no_reply
-        Why each other device has no usable reply.
+        Why each other device gave no reply.
+    refused
+        Why a device's reply is out of bounds, and was not used.
     bytes_up, bytes_down
         Payload bytes.
     arena_bytes
@@ -58,6 +61,7 @@ class Round:
     selected: int
     participations: Sequence[Participation]
     no_reply: Mapping[str, str]
+    refused: Mapping[str, str]
     bytes_up: int
     bytes_down: int
     arena_bytes: int | None
@@ -138,6 +142,19 @@ def _no_clients_message(store: Store, model: Iri, fleet: str, selected: Sequence
     return UserError(f"no client is eligible: {problem} ({shown}); start such devices, or change the query")
 
 
+class NothingLearned(UserError):
+    """A run has ended in which no device gave a usable reply."""
+
+    exit_code = 1
+
+
+def _nothing_learned_message(rounds: Sequence[Round]) -> str:
+    if refused := next((f"{d}: {why}" for ended in rounds for d, why in ended.refused.items()), ""):
+        return f"no device gave a usable reply; nothing was learned ({refused})"
+    reason = next((f"{d}: {why}" for ended in rounds for d, why in ended.no_reply.items()), "")
+    return f"no device replied; nothing was learned{f' ({reason})' if reason else ''}"
+
+
 @dataclass
 class _OpenRound:
     """What the grid has reported since the last round ended."""
@@ -145,6 +162,7 @@ class _OpenRound:
     selected: int = 0
     replies: list[tuple[Participation, int]] = field(default_factory=list)  # and the round that it was asked in
     no_reply: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     arenas: list[int] = field(default_factory=list)
 
     def add(self, event: RoundEvent) -> None:
@@ -156,6 +174,8 @@ class _OpenRound:
             self.arenas.append(int(event.metrics["arena-bytes"]))  # type: ignore[arg-type]
         elif event.kind == "no_reply":
             self.no_reply[event.device] = event.reason
+        elif event.kind == "refused":
+            self.refused[event.device] = event.reason
 
     def used(self, server_round: int, max_staleness: int | None) -> list[Participation]:
         """The participations that count, by device; updates that are too old move to `no_reply`."""
@@ -209,6 +229,7 @@ class _Recorder:
             selected=closing.selected,
             participations=closing.used(server_round, max_staleness),
             no_reply=closing.no_reply,
+            refused=closing.refused,
             bytes_up=up - self._bytes_up,
             bytes_down=down - self._bytes_down,
             arena_bytes=max(closing.arenas, default=None),
@@ -226,6 +247,7 @@ class _Recorder:
             bytes_down=ended.bytes_down,
             accuracy=ended.accuracy,
             lost=ended.no_reply,
+            refused=ended.refused,
         )
         self.rounds.append(ended)
         self._open, self._began, self._bytes_up, self._bytes_down = _OpenRound(), now, up, down
@@ -255,6 +277,7 @@ def run(
     clients: int = 1,
     wait: float = 10.0,
     timeout: float = 60.0,
+    max_norm_ratio: float = MAX_NORM_RATIO,
     on_event: Callable[[RoundEvent], None] | None = None,
     on_round: Callable[[Round], None] | None = None,
 ) -> RunResult:
@@ -287,6 +310,8 @@ def run(
         Seconds to wait for them, and in a round for a first one.
     timeout
         Seconds that a round may take.
+    max_norm_ratio
+        A device's change may be this many times as long as the round's median.
     on_event
         Called with each event of a round.
     on_round
@@ -300,6 +325,8 @@ def run(
     ------
     UserError
         If no device can take part, at the beginning or in a round.
+    NothingLearned
+        If no device gave a usable reply in any round.
     """
     program, sparql = task.program, query or library.text("clients")
     model = describe.put_model(store, describe.from_program(program, task.name))
@@ -328,7 +355,9 @@ def run(
             recorder.limit_clients()
         return None
 
-    with MqttGrid(broker, fleet, program, select_devices=selected, on_event=watch, wait=wait) as grid:
+    with MqttGrid(
+        broker, fleet, program, select_devices=selected, on_event=watch, wait=wait, max_norm_ratio=max_norm_ratio
+    ) as grid:
         # Wait for all selected devices, so that a draw among them does not depend on which reported first.
         nodes = grid.wait_for_nodes(max(clients, len(selected())), wait)
         if not nodes:
@@ -337,15 +366,21 @@ def run(
         number, lineage = grid.run.run_id, Lineage(store, fleet)
         lineage.begin(number, model, named_strategy.name, _sha256(vector), task=task.name)
         recorder = _Recorder(grid, lineage, named_strategy, clients, seed, vector)
-        named_strategy.strategy.start(
-            grid,
-            vector_to_arrays(vector, program),
-            rounds,
-            timeout,
-            train_config=ConfigRecord(dict(named_strategy.train_config)),
-            evaluate_fn=close,
-        )
-        lineage.end(number)
+        failed = True
+        try:
+            named_strategy.strategy.start(
+                grid,
+                vector_to_arrays(vector, program),
+                rounds,
+                timeout,
+                train_config=ConfigRecord(dict(named_strategy.train_config)),
+                evaluate_fn=close,
+            )
+            failed = not any(ended.participations for ended in recorder.rounds)
+        finally:  # an interrupt ends it too
+            lineage.end(number, failed=failed)
+    if failed:
+        raise NothingLearned(_nothing_learned_message(recorder.rounds))
     return RunResult(number, vector, recorder.parameters, recorder.rounds)
 
 

@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,14 +29,15 @@ settings.load_profile("tinyfleet")
 
 #: The files whose tests compile, emulate, or start TensorFlow, brokers or servers. `make test-fast` leaves them out.
 THOROUGH = {
-    "test_c_library", "test_compiler", "test_compiler_commands", "test_data_folder", "test_demo", "test_deploy",
-    "test_device", "test_directory_events", "test_docs", "test_engine_native", "test_exactness", "test_examples",
-    "test_export_library", "test_features", "test_firmware", "test_firmware_fleet", "test_flower_transports",
-    "test_fuzz", "test_gradients", "test_graph_crash", "test_grid_fleet", "test_hostile_queries", "test_house",
-    "test_how_to", "test_litert", "test_match", "test_meta", "test_node_native", "test_ontology_boards",
-    "test_ontology_describe", "test_ontology_index", "test_ontology_selocml", "test_ontology_shapes", "test_plan",
-    "test_quantized_training", "test_query_library", "test_query_page", "test_robust", "test_session",
-    "test_sparql_protocol", "test_task_devices", "test_tflite_models", "test_wheel",
+    "test_authority", "test_c_library", "test_compiler", "test_compiler_commands", "test_data_folder", "test_demo",
+    "test_deploy", "test_device", "test_directory_events", "test_docs", "test_engine_native", "test_exactness",
+    "test_examples", "test_export_library", "test_features", "test_firmware", "test_firmware_fleet",
+    "test_flower_transports", "test_foreign_brokers", "test_fuzz", "test_gradients", "test_graph_crash",
+    "test_grid_fleet", "test_hostile_queries", "test_house", "test_housekeeping", "test_how_to", "test_litert",
+    "test_match", "test_meta", "test_node_native", "test_ontology_boards", "test_ontology_describe",
+    "test_ontology_index", "test_ontology_selocml", "test_ontology_shapes", "test_plan", "test_quantized_training",
+    "test_query_library", "test_query_page", "test_robust", "test_session", "test_sparql_protocol",
+    "test_task_devices", "test_tflite_models", "test_wheel",
 }  # fmt: skip
 #: The longest test of all: it comes first, or else one worker is still busy with it when the others have finished.
 LONGEST = "test_no_program_and_no_message_makes_it_read_or_write_outside"
@@ -57,15 +58,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_mosquitto(folder: Path, port: int) -> "subprocess.Popen[str]":
-    """Starts mosquitto and returns once it takes connections."""
+def mosquitto_program() -> str:
+    """Where mosquitto is."""
     program = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin")
     if program is None:
         pytest.skip("mosquitto is not installed: apt-get install mosquitto")
+    return program
+
+
+def start_mosquitto(
+    folder: Path, port: int, options: Sequence[str] = ("allow_anonymous true",), listener: Sequence[str] = ()
+) -> "subprocess.Popen[str]":
+    """Starts mosquitto and returns once it takes connections."""
     config = folder / "mosquitto.conf"
-    options = [f"listener {port} 127.0.0.1", "allow_anonymous true", "persistence false", "max_queued_messages 0"]
-    config.write_text("\n".join([*options, "set_tcp_nodelay true", ""]))
-    broker = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.PIPE, text=True)
+    general = ["persistence false", "max_queued_messages 0", "set_tcp_nodelay true"]
+    config.write_text("\n".join([*general, *options, f"listener {port} 127.0.0.1", *listener, ""]))
+    broker = subprocess.Popen([mosquitto_program(), "-c", str(config)], stderr=subprocess.PIPE, text=True)
     assert broker.stderr is not None
     for line in broker.stderr:
         if " running" in line:

@@ -1,6 +1,6 @@
 """Fuzzers of what is read from others.
 
-    python tests/fuzzing.py [--seconds 600] [--keep]    all, as many at once as there are cores
+    python tests/fuzzing.py [--seconds 120] [--keep]    all, as many at once as there are cores
     python tests/fuzzing.py --only node                 one of them
     python tests/fuzzing.py --seeds                     makes the first inputs of the C fuzzers in corpus/ again
 
@@ -164,7 +164,7 @@ def make_seeds() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=600, help="how long each runs (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=120, help="how long each runs (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="add to the corpus what reached new code")
     parser.add_argument("--seeds", action="store_true", help="only make the corpus' first inputs")
     parser.add_argument("--only", choices=[*TARGETS, *PYTHON_TARGETS], help="one of them")

@@ -401,3 +401,26 @@ def test_a_device_that_dies_of_an_error_says_why_in_a_line_and_with_its_exit_cod
     (said,) = (record.getMessage() for record in caplog.records if "has ended" in record.getMessage())
     assert said.startswith("one has ended: OSError: no such sensor") and said.isprintable()
     server.status("one", online=False)
+
+
+def test_a_sensor_that_keeps_failing_does_not_fill_the_log(
+    server: Server, broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def open(self, seed: int) -> None:
+            pass
+
+        def next(self, query: bool) -> None:
+            raise OSError("no such sensor")
+
+    device = Device(lambda: Node("home", "one", {"title": "one"}, PROGRAM, Broken()), broker, "home")
+    device.start()
+    server.status("one", online=True)
+    server.broadcast(5, 1)
+    for id in range(1, 11):
+        server.ask("one", work(id, 1))
+        assert isinstance(server.result("one", id)[0], Failure)
+    device.stop()
+    assert device.join(10)
+    counts = [record.args[1] for record in caplog.records if "error in the source" in record.message]  # type: ignore[index]
+    assert counts == [1, 2, 4, 8]

@@ -20,7 +20,8 @@ from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.column_index import IndexedStore
-from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
+from tinyfleet.ontology.store.remote_store import RemoteStore
+from tinyfleet.ontology.store.store import EmbeddedStore, Store
 from tinyfleet.ontology.vocabulary.namespaces import TF, device_iri
 
 DEVICES = 40
@@ -45,9 +46,10 @@ with IndexedStore(path) as store:
 SERVER = """
 import sys, threading
 from pathlib import Path
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.server.fleet_server import FleetServer
 
-server = FleetServer(Path(sys.argv[1]), "home", broker=("127.0.0.1", int(sys.argv[2])))
+server = FleetServer(Path(sys.argv[1]), "home", broker=BrokerAddress("127.0.0.1", int(sys.argv[2]), tls=False))
 print("ready", flush=True)
 threading.Event().wait()
 """

@@ -412,7 +412,7 @@ def test_the_server_writes_where_it_is_for_its_owner_only(tmp_path: Path, broker
 def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path, broker: BrokerAddress) -> None:
     with pytest.raises(UserError, match=f"port {broker.port} on 127.0.0.1 is taken"):
         FleetServer(tmp_path / "a", "test", port=broker.port)
-    with pytest.raises(UserError, match=f"port {broker.port} for the HTTP server"):
+    with pytest.raises(UserError, match=f"port {broker.port} on 127.0.0.1 for the HTTP server"):
         FleetServer(tmp_path / "b", "test", broker=broker, endpoint_port=broker.port)
     EmbeddedStore(tmp_path / "a" / "graph").close()  # nothing was left open
 

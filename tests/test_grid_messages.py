@@ -6,9 +6,10 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from tinyfleet.server.flower.requests import RoundEvent
 
 PROGRAM = layers.build([layers.Dense(16), layers.ReLU(), layers.Dense(3)], (20,), "softmax_cross_entropy")
 SIZE = PROGRAM.n_params
+START = PROGRAM.initial(1)
 TOPICS = Topics("test")
 METRICS = Metrics(samples=8, loss=0.5, queried=4, correct=3, query_loss=0.25, arena_bytes=PROGRAM.arena_bytes)
 
@@ -140,11 +142,10 @@ def flat(message: Message) -> NDArray[np.float32]:
 
 
 def message(device: str, arrays: ArrayRecord, config: Mapping[str, Any] | None = None) -> Message:
-    content = RecordDict({"arrays": arrays, "config": ConfigRecord({"server-round": 1, **(config or {})})})
+    content = RecordDict(
+        {"arrays": arrays, "config": ConfigRecord({"server-round": 1, "query": METRICS.queried, **(config or {})})}
+    )
     return Message(content, node_id(device), MessageType.TRAIN)
-
-
-START = PROGRAM.initial(1)
 
 
 @contextmanager
@@ -204,16 +205,91 @@ def test_malformed_replies_are_counted_and_dropped(grid: MqttGrid, puppet: Start
             b"\xff\xff",
             good[:-1],  # cut
             good + b"\x00",
-            encode(Success(work.id, 0, 1, METRICS, Dense(1, START))),  # beyond the end
-            encode(Success(work.id, 0, 1, METRICS, Sparse(np.array([SIZE], np.uint32), np.ones(1, np.float32)))),
-            encode(Success(work.id, 0, 1, None, Dense(0, START))),  # no metrics
-            encode(Success(work.id, 0, 2**31, METRICS, Dense(0, START))),  # it would never end
         ]
         for payload in bad:
             device.reply(payload)
         device.reply(good)
         assert not result.result(5)[0].has_error()
     assert grid.traffic.malformed == len(bad)
+
+
+def sparse(indices: Sequence[int]) -> Sparse:
+    return Sparse(np.array(indices, np.uint32), np.ones(len(indices), np.float32))
+
+
+HALF = SIZE // 2
+OUT_OF_BOUNDS: dict[str, tuple[list[tuple[Metrics | None, Dense | Sparse | None]], float]] = {
+    # What is sent, in parts, and the density that was asked for.
+    "an index beyond the end": ([(METRICS, sparse([SIZE]))], 0.01),
+    "values beyond the end": ([(METRICS, Dense(1, START))], 1),
+    "more changes than asked for": ([(METRICS, sparse([0, 1, 2, 3, 4]))], 0.01),
+    "more changes than asked for, in parts": ([(METRICS, sparse([0, 1, 2])), (None, sparse([3, 4]))], 0.01),
+    "an index twice": ([(METRICS, sparse([1, 2])), (None, sparse([2]))], 0.01),
+    "indices out of order": ([(METRICS, sparse([5, 6])), (None, sparse([2]))], 0.01),
+    "all parameters, asked for some": ([(METRICS, Dense(0, START))], 0.01),
+    "too few parameters": ([(METRICS, Dense(0, START[:-1]))], 1),
+    "parameters twice": ([(METRICS, Dense(0, START[:HALF])), (None, Dense(0, START[HALF:]))], 1),
+    "both kinds of update": ([(METRICS, Dense(0, START[:-1])), (None, sparse([SIZE - 1]))], 1),
+    "no update": ([(METRICS, None)], 1),
+    "no metrics": ([(None, Dense(0, START))], 1),
+    "more samples than asked for": ([(replace(METRICS, samples=33), Dense(0, START))], 1),
+    "the most samples that the wire holds": ([(replace(METRICS, samples=2**32 - 1), Dense(0, START))], 1),
+    "no sample": ([(replace(METRICS, samples=0), Dense(0, START))], 1),
+    "more queries than asked for": ([(replace(METRICS, queried=5), Dense(0, START))], 1),
+    "no query": ([(replace(METRICS, queried=0, correct=0), Dense(0, START))], 1),
+    "more right than queried": ([(replace(METRICS, correct=5), Dense(0, START))], 1),
+    "a loss that is not a number": ([(replace(METRICS, loss=float("nan")), Dense(0, START))], 1),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_BOUNDS)
+def test_a_reply_out_of_bounds_is_an_error_at_once_and_counted(
+    grid: MqttGrid, puppet: Start, events: list[RoundEvent], kind: str
+) -> None:
+    parts, density = OUT_OF_BOUNDS[kind]
+    device = puppet("a")
+    grid.wait_for_nodes(1, 5)
+    with asked(grid, message("a", record(START), {"density": density}), timeout=600) as result:
+        work = device.work()
+        for number, (metrics, update) in enumerate(parts):
+            device.reply(Success(work.id, number, len(parts), metrics, update))
+        (reply,) = result.result(60)
+    assert reply.has_error() and str(reply.error.reason).startswith("a: replied ")
+    assert grid.traffic.refused == 1
+    assert [(event.device, f"a: {event.reason}") for event in events if event.kind == "refused"] == [
+        ("a", reply.error.reason)
+    ]
+
+
+def test_a_reply_of_too_many_parts_is_refused_with_the_first(grid: MqttGrid, puppet: Start) -> None:
+    device = puppet("a")
+    grid.wait_for_nodes(1, 5)
+    with asked(grid, message("a", record(START)), timeout=600) as result:
+        device.reply(Success(device.work().id, 0, 2**31, METRICS, Dense(0, START)))
+        assert result.result(60)[0].has_error()
+
+
+def test_a_change_far_longer_than_the_others_is_refused(
+    grid: MqttGrid, puppet: Start, events: list[RoundEvent]
+) -> None:
+    devices = [puppet(name) for name in "abcd"]
+    grid.wait_for_nodes(4, 5)
+    with asked(grid, *(message(name, record(START)) for name in "abcd"), timeout=600) as result:
+        for device, length in zip(devices, (1.0, 2.0, 4.0, 16.0), strict=True):  # 5 times the median of 3 is 15
+            learned = START.copy()
+            learned[0] += length
+            device.reply(dense(device.work(), learned)[0])
+        replies = {grid.device(reply.metadata.src_node_id): reply for reply in result.result(60)}
+    assert {device: reply.has_error() for device, reply in replies.items()} == {
+        **dict.fromkeys("abc", False),
+        "d": True,
+    }
+    assert [event.device for event in events if event.kind == "refused"] == ["d"]
+    with asked(grid, message("d", record(START)), timeout=600) as result:  # alone: beside the others' last
+        learned = START.copy()
+        learned[0] += 16
+        devices[3].reply(dense(devices[3].work(), learned)[0])
+        assert result.result(60)[0].has_error()
 
 
 def test_stale_and_forged_replies_change_nothing(grid: MqttGrid, puppet: Start) -> None:
@@ -287,12 +363,12 @@ def test_the_weights_go_out_once_and_are_gone_after_the_round(
 
 
 def retained(broker: BrokerAddress) -> set[str]:
-    """The topics that hold a retained message; a message of our own marks the end of them."""
+    """The topics that hold a retained message, but for announcements; a message of our own marks the end of them."""
     topics: set[str] = set()
     over = threading.Event()
 
     def on_message(_client: object, _data: object, message: paho.MQTTMessage) -> None:
-        if message.retain and message.topic.startswith("tinyfleet/"):
+        if message.retain and message.topic.startswith("tinyfleet/") and "/drivers/" not in message.topic:
             topics.add(message.topic)
         elif message.topic == "over":
             over.set()

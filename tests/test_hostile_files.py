@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flatbuffers  # type: ignore[import-untyped]
 import numpy as np
 import pytest
+import tflite  # type: ignore[import-untyped]
 from fuzz_targets import CORPUS
 
 from tinyfleet.edge.errors import UserError
@@ -121,6 +123,7 @@ HOSTILE_KERAS = {
     "bzip2": (keras_file(DESCRIPTION, compression=zipfile.ZIP_BZIP2), "unusual"),
     "a bomb": (keras_file(b" " * 300_000_000), "longer than"),
     "a bomb as metadata": (keras_file(DESCRIPTION, metadata=b" " * 100_000_000), "longer than"),
+    "a million parts": (GOOD + b"PK\1\2" * 1_000_000, "members"),
     "no config": (keras_file(b""), "not JSON"),
     "deep JSON": (keras_file(b"[" * 5_000), "nests deeper"),
     "deeper JSON": (keras_file(b"[" * 3_000_000), "values"),
@@ -159,6 +162,45 @@ def test_a_description_of_what_is_too_large_for_any_device_costs_nothing(config:
     model, keras = read_keras_model(keras_file(config), "model")
     assert keras is None and reason in model.unsupported
     assert time.process_time() - began < 1
+
+
+def test_tables_that_share_their_parts_are_not_read_again_and_again(tmp_path: Path) -> None:
+    """2,000 tensors with the same 20,000 scales and the same long name: 40 million numbers in a small file."""
+    builder = flatbuffers.Builder(1 << 20)
+    name = builder.CreateString("x" * 50_000)
+    scales, shape = (builder.CreateNumpyVector(v) for v in (np.ones(20_000, np.float32), np.array([20_000], np.int32)))
+    tflite.QuantizationParametersStart(builder)
+    tflite.QuantizationParametersAddScale(builder, scales)
+    quantization = tflite.QuantizationParametersEnd(builder)
+    tensors = []
+    for _ in range(2_000):
+        tflite.TensorStart(builder)
+        tflite.TensorAddName(builder, name)
+        tflite.TensorAddShape(builder, shape)
+        tflite.TensorAddQuantization(builder, quantization)
+        tensors.append(tflite.TensorEnd(builder))
+    builder.StartVector(4, len(tensors), 4)
+    for tensor in reversed(tensors):
+        builder.PrependUOffsetTRelative(tensor)
+    every = builder.EndVector()
+    tflite.SubGraphStart(builder)
+    tflite.SubGraphAddTensors(builder, every)
+    graph = tflite.SubGraphEnd(builder)
+    tflite.BufferStart(builder)
+    buffer = tflite.BufferEnd(builder)
+    vectors = []
+    for table in (graph, buffer):
+        builder.StartVector(4, 1, 4)
+        builder.PrependUOffsetTRelative(table)
+        vectors.append(builder.EndVector())
+    tflite.ModelStart(builder)
+    tflite.ModelAddVersion(builder, 3)
+    tflite.ModelAddSubgraphs(builder, vectors[0])
+    tflite.ModelAddBuffers(builder, vectors[1])
+    builder.Finish(tflite.ModelEnd(builder), b"TFL3")
+    path = tmp_path / "model.tflite"
+    path.write_bytes(builder.Output())
+    assert "more than a file of its size can hold" in refused(lambda: read_model_file(path))
 
 
 def npz(**members: bytes) -> bytes:

@@ -92,7 +92,9 @@ def test_a_broker_that_was_left_over_is_killed(tmp_path: Path) -> None:
         config = tmp_path / "mosquitto.conf"
         text = config.read_text().replace(str(broker.address.port), "0")
     config.write_text(text.replace("listener 0", f"listener {broker.address.port}"))
-    left_over = subprocess.Popen([str(mosquitto.find_program()), "-c", str(config)], stderr=subprocess.DEVNULL)
+    command = [str(mosquitto.find_program()), "-c", str(config)]
+    left_over = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert left_over.stderr is not None and any(" running" in line for line in left_over.stderr)
     (tmp_path / "mosquitto.pid").write_text(str(left_over.pid))
     with Broker(broker.address.port, tmp_path):
         assert left_over.wait(TIMEOUT) == -signal.SIGKILL

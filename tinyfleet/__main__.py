@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import typer
 import tinyfleet
 from tinyfleet.command_line import Group, as_command
 from tinyfleet.edge.errors import UserError, printable
+from tinyfleet.output import protect_output
 
 
 class Entry(NamedTuple):
@@ -112,13 +114,29 @@ def missing_package(module: str, words: list[str]) -> str:
 
 
 def main() -> None:
-    """Runs the command line; an error that is meant for the user is one line and exit code 2."""
+    """Runs the command line; an error that is meant for the user is one line on standard error."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, as Ctrl-C does
+    output = protect_output()
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout and sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains as it ends
+        sys.exit(1)
+    finally:
+        if output is not None and output.error is not None:
+            click.echo(f"error: the output cannot be written ({output.error.strerror})", err=True)
+            sys.exit(1)
+
+
+def _run() -> None:
     try:
         cli(prog_name="tinyfleet")
     except UserError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if (error.name or "tinyfleet").split(".")[0] == "tinyfleet":
             raise

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +19,8 @@ import click
 import typer
 import typer.core
 from typer.utils import get_params_from_function
+
+from tinyfleet.edge.errors import UserError
 
 if TYPE_CHECKING:
     from tinyfleet.edge.wire.broker_address import BrokerAddress
@@ -43,6 +47,14 @@ class Command(typer.core.TyperCommand):
         for parameter in self.params:  # an argument's help: click 8.5's constructor overwrites typer 0.20's
             if isinstance(parameter, typer.core.TyperArgument):
                 parameter.help = declared[str(parameter.name)].default.help
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command, unless a number is not finite: comparisons with the ends of a range let NaN through."""
+        for parameter in self.params:
+            value = ctx.params.get(str(parameter.name))
+            if isinstance(value, float) and not math.isfinite(value):
+                raise click.BadParameter(f"{value} is not a finite number.", ctx, parameter)
+        return super().invoke(ctx)
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Nothing: they come with the options."""
@@ -144,7 +156,9 @@ ClientsOption = Annotated[
 StrategyOption = Annotated[str, typer.Option("--strategy", metavar="NAME", help="Strategy; the names are above.")]
 SeedOption = Annotated[
     int,
-    typer.Option("--seed", metavar="N", help="Random seed of initial parameters, tasks and selection."),
+    typer.Option(
+        "--seed", metavar="N", min=0, max=2**32 - 1, help="Random seed of initial parameters, tasks and selection."
+    ),
 ]
 InitializationOption = Annotated[
     Path | None,
@@ -195,17 +209,26 @@ class Connection:
         bool, typer.Option("--insecure", help="Accept a broker without encryption, on this machine only.")
     ] = False
 
-    def find(self, data: Path) -> BrokerAddress:
-        """The broker for an operator; see `server_info.find_broker`."""
+    def find(self, data: Path, fleet: str) -> BrokerAddress:
+        """The broker for an operator; see `server_info.find_broker`. One that is named is checked."""
+        from tinyfleet.edge.wire.broker_check import check_broker, operator_topics
         from tinyfleet.edge.wire.server_info import find_broker
 
-        return find_broker(data=data, **asdict(self))
+        found = find_broker(data=data, **asdict(self))
+        if self.broker is not None:
+            check_broker(found, f"tinyfleet-check-{os.getpid()}", operator_topics(fleet))
+        return found
 
-    def find_for_devices(self, names: Sequence[str], data: Path) -> list[BrokerAddress]:
-        """The broker for each of these devices; see `server_info.find_device_brokers`."""
+    def find_for_devices(self, names: Sequence[str], data: Path, fleet: str) -> list[BrokerAddress]:
+        """The broker for each of these devices; see `server_info.find_device_brokers`. One that is named is checked."""
+        from tinyfleet.edge.wire.broker_check import check_broker, device_topics
         from tinyfleet.edge.wire.server_info import find_device_brokers
 
-        return find_device_brokers(names, data=data, **asdict(self))
+        found = find_device_brokers(names, data=data, **asdict(self))
+        if self.broker is not None:
+            for name, broker in zip(names, found, strict=True):
+                check_broker(broker, f"tinyfleet-{fleet}-{name}", device_topics(fleet, name))
+        return found
 
 
 CONNECTION = Connection()
@@ -234,6 +257,17 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
     called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return called
+
+
+def check_output(*files: Path | None) -> None:
+    """Raise UserError for a file that could not be written at the end, before the work that makes it."""
+    for file in filter(None, files):
+        if not file.parent.is_dir():
+            raise UserError(f"there is no folder {file.parent} to write {file.name} into; create it first")
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; name a file")
+        if not os.access(file.parent, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+            raise UserError(f"cannot write {file}: permission denied; choose another place")
 
 
 def out_option(metavar: str) -> Any:

@@ -67,6 +67,7 @@ class Device:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.error: Exception | None = None
+        self._last_bug, self._bugs = "", 0
         self.node = make_node()
         self._session = self._open()
 
@@ -147,11 +148,17 @@ class Device:
 
     @contextmanager
     def _logging_bugs(self) -> Iterator[None]:
-        """Log what the source or the learner raises: the node has replied with an error, and goes on."""
+        """Log what the source or the learner raises: the node has replied with an error, and goes on.
+
+        An error that comes again and again is logged each time that its number has doubled.
+        """
         try:
             yield
-        except Exception:
-            log.exception("an error in the source or the learner of %s", self.node.id)
+        except Exception as error:
+            said = printable(f"{type(error).__name__}: {error}", 300)
+            self._last_bug, self._bugs = said, self._bugs + 1 if said == self._last_bug else 1
+            if self._bugs.bit_count() == 1:
+                log.exception("an error in the source or the learner of %s, %d in a row", self.node.id, self._bugs)
 
     def _receive(self, topic: str, payload: bytes) -> None:
         with self._logging_bugs():

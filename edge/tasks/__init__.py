@@ -232,6 +232,14 @@ class Recording:
         with np.errstate(over="ignore"):
             object.__setattr__(self, "x", np.ascontiguousarray(x, np.float32))
 
+    def check_compatible(self, program: Program) -> None:
+        """Raises UserError if a model takes another number of features."""
+        takes = math.prod(program.input_shape)
+        if self.x.shape[1] != takes:
+            raise UserError(
+                f"a recording has {self.x.shape[1]} features and the model takes {takes}; choose the same task's model"
+            )
+
 
 Draw = Callable[[Split, Sequence[int], int, int], Episodes]
 """(split, seeds, shots, queries) -> one episode for each seed, with that many support and query samples of each class
@@ -247,6 +255,15 @@ class Hyperparameters:
     rate: float  # the device's learning rate
     alpha: float  # the server's rate, if the strategy has one
     density: float  # the share of the changes that a device sends
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.head_steps < 0:
+            raise UserError(f"a device learns in at least 1 step, not {self.steps} (and {self.head_steps} of the head)")
+        if not (0 < self.rate < math.inf and 0 < self.alpha < math.inf and 0 < self.density <= 1):
+            raise UserError(
+                f"rate and alpha are positive numbers, and density is in (0, 1]; not {self.rate:g}, {self.alpha:g} and "
+                f"{self.density:g}"
+            )
 
 
 @dataclass(frozen=True)

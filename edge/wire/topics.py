@@ -8,6 +8,8 @@ from typing import Any
 from tinyfleet.edge.wire.errors import ProtocolError
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,32}")
+ANNOUNCEMENT = b"\x01"
+"""Payload of a driver's announcement: any that is not empty says the same."""
 _NUMBER = r"(0|[1-9][0-9]{0,9})"
 
 
@@ -41,6 +43,7 @@ class Topics:
         root = re.escape(self.root)
         self._device = re.compile(rf"{root}/devices/({_NAME.pattern})/(td|status|command|reply)")
         self._weights = re.compile(rf"{root}/runs/{_NUMBER}/{_NUMBER}/{_NUMBER}")
+        self._driver = re.compile(rf"{root}/drivers/(run|model)/([0-9a-f]{{1,16}})/{_NAME.pattern}")
         self._program = re.compile(rf"{root}/models/([0-9a-f]{{16}})/{_NUMBER}")
 
     def td(self, id: str) -> str:
@@ -59,6 +62,10 @@ class Topics:
         """Of its replies."""
         return self._of(id, "reply")
 
+    def echo(self, id: str) -> str:
+        """A topic that a device may write and read, to find out whether the broker does what it acknowledges."""
+        return self._of(id, "echo")
+
     def weights(self, run: int, round: int, chunk: int | str = "+") -> str:
         """The topic of one chunk of a round's weights; by default the filter for all of them."""
         return f"{self.root}/runs/{run}/{round}/{chunk}"
@@ -67,14 +74,28 @@ class Topics:
         """The topic of one chunk of a program; by default the filter for all of them."""
         return f"{self.root}/models/{model.hex()}/{chunk}"
 
+    def every(self, kind: str) -> str:
+        """The filter for all topics of a kind: "runs", "models", or those of one of them, as in "runs/5"."""
+        return f"{self.root}/{kind}/#"
+
+    def driver(self, kind: str, id: int | bytes | str, session: str = "+") -> str:
+        """Of the announcement that a session drives a run (its number), or the deployment of a model (its id): it is
+        retained, and cleared by the session's will."""
+        name = id.hex() if isinstance(id, bytes) else str(id)
+        return f"{self.root}/drivers/{kind}/{name}/{session}"
+
     def parse(self, topic: str) -> tuple[str, tuple[Any, ...]] | None:
         """What a topic is: ("td" | "status" | "command" | "reply", (id,)), ("weights", (run, round, chunk)),
-        ("program", (model, chunk)), or None if it is not one of this fleet's."""
+        ("program", (model, chunk)), ("driver", ("run", run) or ("model", model in hexadecimal digits)), or None if it
+        is not one of this fleet's."""
         if found := self._device.fullmatch(topic):
             return found[2], (found[1],)
         if found := self._weights.fullmatch(topic):
             run, round_, chunk = (int(number) for number in found.groups())
             return ("weights", (run, round_, chunk)) if max(run, round_, chunk) <= 0xFFFFFFFF else None
+        if found := self._driver.fullmatch(topic):
+            kind, id = found.groups()
+            return "driver", (kind, int(id) if kind == "run" and id.isdecimal() else id)
         if found := self._program.fullmatch(topic):
             return ("program", (bytes.fromhex(found[1]), int(found[2]))) if int(found[2]) <= 0xFFFFFFFF else None
         return None

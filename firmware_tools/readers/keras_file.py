@@ -62,13 +62,13 @@ class KerasDescription:
 def parse_keras(data: bytes, name: str) -> KerasDescription:
     """The description in a .keras file's bytes. name: how errors call the file. Raises ReadError."""
     try:
-        with open_zip(io.BytesIO(data), MAX_FILE_BYTES) as archive:
+        with open_zip(data, MAX_FILE_BYTES) as archive:
             config, metadata = (_part(archive, part) for part in ("config.json", "metadata.json"))
         if config is None:
             raise ValueError("it has no config.json")
         description = _parse(config)
         version = None if metadata is None else _parse(metadata)
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise ReadError(f"{name} is not a .keras file ({e}); save the model with model.save('name.keras')") from None
     said = version.get("keras_version") if isinstance(version, dict) else None
     return KerasDescription(name, description, said if isinstance(said, str) else None)
@@ -101,7 +101,7 @@ def check_before_loading(data: bytes, name: str) -> None:
                 raise ReadError(f"{name} has a part of the module {module!s:.60}; only Keras's own parts are read")
         level = [inner for part in level for inner in _inside(part)]
     try:
-        with open_zip(io.BytesIO(data), MAX_FILE_BYTES) as archive:
+        with open_zip(data, MAX_FILE_BYTES) as archive:
             _check_weights(archive.read("model.weights.h5"))
     except (OSError, ValueError) as error:
         raise ReadError(f"the weights in {name} are damaged ({error}); save the model again") from None

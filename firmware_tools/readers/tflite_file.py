@@ -282,8 +282,8 @@ def _quantization(
     if table is None:
         return (), (), 0
     budget.take(_count(table.ScaleLength(), "scales") + _count(table.ZeroPointLength(), "zero points"))
-    scales = tuple(float(table.Scale(i)) for i in range(table.ScaleLength()))
-    zero_points = tuple(int(table.ZeroPoint(i)) for i in range(table.ZeroPointLength()))
+    scales = tuple(table.ScaleAsNumpy().tolist()) if table.ScaleLength() else ()
+    zero_points = tuple(table.ZeroPointAsNumpy().tolist()) if table.ZeroPointLength() else ()
     axis = table.QuantizedDimension()
     if len(scales) > 1 and not 0 <= axis < len(shape):
         raise ReadError(

@@ -43,7 +43,7 @@ class ConnectionLimits:
     _open: Counter[str] = field(default_factory=Counter)
 
     def protocol(self) -> type[asyncio.Protocol]:
-        """uvicorn's protocol with these limits: uvicorn itself keeps a request that never ends for ever."""
+        """uvicorn's protocol with these limits: uvicorn itself keeps a request that never ends."""
         limits = self
 
         class Limited(HttpToolsProtocol):

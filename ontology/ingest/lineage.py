@@ -133,6 +133,7 @@ class Lineage:
         bytes_down: int | None = None,
         accuracy: float | None = None,
         lost: Iterable[str] = (),
+        refused: Iterable[str] = (),
     ) -> Iri | None:
         """Record a round that has ended.
 
@@ -153,7 +154,9 @@ class Lineage:
         accuracy
             From 0 to 1, on held-out samples.
         lost
-            IDs of selected devices that gave no usable reply.
+            IDs of selected devices that gave no reply.
+        refused
+            IDs of devices whose reply was out of bounds.
 
         Returns
         -------
@@ -171,6 +174,7 @@ class Lineage:
                 TF.roundNumber: number,
                 TF.selectedDevices: selected,
                 TF.noReplyFrom: [device_iri(self._fleet, device) for device in lost],
+                TF.refusedReplyFrom: [device_iri(self._fleet, device) for device in refused],
                 TF.loss: sum(losses) / len(losses) if losses else None,
                 TF.accuracy: _finite(accuracy),
                 TF.bytesUp: bytes_up,
@@ -208,9 +212,10 @@ class Lineage:
         shapes.check_and_add(self._store, f"round {number} of run {run}", facts)
         return version
 
-    def end(self, run: int, at: datetime | None = None) -> None:
-        """Record the end of a run."""
-        self._store.write({run_iri(self._fleet, run): {PROV.endedAtTime: at or datetime.now(UTC)}})
+    def end(self, run: int, at: datetime | None = None, *, failed: bool = False) -> None:
+        """Record the end of a run; `failed` if it was interrupted, or nothing was learned."""
+        ended = at or datetime.now(UTC)
+        self._store.write({run_iri(self._fleet, run): {PROV.endedAtTime: ended, TF.failed: True if failed else None}})
 
     def deployment(
         self,
@@ -223,6 +228,7 @@ class Lineage:
         ended: datetime | None = None,
         confirmed: Iterable[str] = (),
         failed: Iterable[str] = (),
+        interrupted: bool = False,
     ) -> Iri:
         """Record a deployment: when it begins, and again, with its results, when it has ended."""
 
@@ -239,6 +245,7 @@ class Lineage:
                 TF.target: iris(targets),
                 TF.confirmedBy: iris(confirmed),
                 TF.failedOn: iris(failed),
+                TF.failed: True if interrupted else None,
                 TF.selectedBy: selected_by,
                 PROV.startedAtTime: started,
                 PROV.endedAtTime: ended,

@@ -23,11 +23,12 @@ from tinyfleet.edge.wire.messages import Failure, Kind, TrainTask, decode_reply,
 from tinyfleet.edge.wire.mqtt_session import Message as MqttMessage
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.round_config import RoundConfig, parse_round_config
-from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.edge.wire.topics import ANNOUNCEMENT, Topics
 from tinyfleet.server.flower.broadcast import Broadcast, Broadcasts, SentParameters
 from tinyfleet.server.flower.devices import DeviceTable, node_id
 from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, Run, log, new_run, stamp
 from tinyfleet.server.flower.replies import ReplyError, encoding, is_valid_part, reply_content
+from tinyfleet.server.flower.reply_bounds import MAX_NORM_RATIO, NormBound
 from tinyfleet.server.flower.requests import Request, RequestScheduler, RoundEvent
 
 
@@ -37,7 +38,8 @@ class Traffic:
 
     bytes_down: int = 0
     bytes_up: int = 0
-    malformed: int = 0  # replies that did not decode, or do not fit the program
+    malformed: int = 0  # replies that did not decode
+    refused: int = 0  # replies that are out of bounds
     stale: int = 0  # replies to no open request
 
 
@@ -96,6 +98,8 @@ class MqttGrid(RunGrid):
         Seconds that a device may be offline in a round and still take part.
     wait
         Seconds to wait for a first node when there are none, as after a restart of the broker.
+    max_norm_ratio
+        A device's change may be this many times as long as the median; see `NormBound`.
 
     Attributes
     ----------
@@ -107,7 +111,7 @@ class MqttGrid(RunGrid):
     Raises
     ------
     UserError
-        If no broker listens there.
+        If no broker listens there, or the ratio is less than 1.
 
     Examples
     --------
@@ -144,6 +148,7 @@ class MqttGrid(RunGrid):
         resend_interval: float = 2.0,
         offline_grace: float = 2.0,
         wait: float = 0.0,
+        max_norm_ratio: float = MAX_NORM_RATIO,
     ) -> None:
         super().__init__(new_run(secrets.randbits(32)))
         self.program = program
@@ -151,6 +156,7 @@ class MqttGrid(RunGrid):
         self._select_devices = select_devices
         self._on_event = on_event
         self._wait = wait
+        self._norm_bound = NormBound(max_norm_ratio)
         self._topics = Topics(fleet)
         self._requests = RequestScheduler(resend_interval, offline_grace)
         self._changed = self._requests.changed  # guards the requests, and the next two
@@ -158,7 +164,10 @@ class MqttGrid(RunGrid):
         self._broadcasts = Broadcasts(self._topics)
         self._session: Session | None = None
         name = f"tinyfleet-grid-{secrets.token_hex(4)}"
-        self._session = Session(broker, name, on_message=self._receive, on_connect=self._connected)
+        self._driver = self._topics.driver("run", self.run.run_id & 0xFFFFFFFF, name)
+        self._session = Session(
+            broker, name, on_message=self._receive, on_connect=self._connected, will=(self._driver, b"")
+        )
         self._connected()
 
     def __enter__(self) -> "MqttGrid":
@@ -175,6 +184,7 @@ class MqttGrid(RunGrid):
         for broadcast in broadcasts:
             self._end_broadcast(broadcast)
         if self._session is not None:
+            self._session.publish(self._driver, b"", retain=True)
             if self._session.connected:
                 self._session.flush(2)  # so that nothing of the run stays at the broker
             self._session.close()
@@ -280,10 +290,14 @@ class MqttGrid(RunGrid):
         Returns
         -------
         list of Message
-            Each reply once. A device that failed, stays offline or ran out of time has an error for a reply.
+            Each reply once. A device that failed, stays offline or ran out of time has an error for a reply, and so has
+            one whose reply is out of bounds. Changes are compared with those that are pulled together.
         """
+        message_ids = list(message_ids)
         self._transmit()
-        replies, over = self._requests.collect_replies(message_ids)
+        with self._changed:
+            self._refuse_long_changes(message_ids)
+            replies, over = self._requests.collect_replies(message_ids)
         for broadcast in over:
             self._end_broadcast(broadcast)
         self._requests.deliver_events(self._on_event)
@@ -308,25 +322,36 @@ class MqttGrid(RunGrid):
         until = float("inf") if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         try:
-            while waiting:
-                arrived = self.pull_messages(waiting)
-                replies += arrived
-                waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
-                if waiting and not arrived:
-                    self._wait_for_any(waiting, until, f"no reply within {timeout:g} s" if timeout is not None else "")
+            while not self._all_have_replied(waiting):
+                self._transmit()
+                self._requests.deliver_events(self._on_event)
+                self._wait_for_all(waiting, until, f"no reply within {timeout:g} s" if timeout is not None else "")
+            replies = self.pull_messages(waiting)
+            waiting = set()
         finally:  # after an interrupt too, nothing stays at the broker
             self.give_up(waiting, "interrupted")
         return sorted(replies, key=lambda reply: reply.metadata.src_node_id)  # so that sums do not depend on timing
 
-    def _wait_for_any(self, waiting: Iterable[str], until: float, reason: str) -> None:
-        """Waits for the first of these replies, or for something to be due. After `until` the requests fail."""
+    def _all_have_replied(self, waiting: Iterable[str]) -> bool:
         with self._changed:
-            requests = [request for _, request in self._requests.of(waiting)]
+            return all(request.reply is not None for _, request in self._requests.of(waiting))
+
+    def _wait_for_all(self, waiting: Iterable[str], until: float, reason: str) -> None:
+        """Waits until a reply arrives or something is due, unless all have replied. After `until` the requests fail."""
+        with self._changed:
+            requests = [request for _, request in self._requests.of(waiting) if request.reply is None]
             if time.monotonic() >= until:
                 for request in requests:
                     self._requests.fail(request, NO_REPLY, reason)
-            elif all(request.reply is None for request in requests):
+            elif requests:
                 self._requests.wait(requests, until)
+
+    def _refuse_long_changes(self, message_ids: Iterable[str]) -> None:
+        """Makes errors of the replies whose change is too long beside the others'. The caller holds the lock."""
+        requests = {r.device: r for _, r in self._requests.of(message_ids) if r.change_norm is not None}
+        norms = {device: r.change_norm for device, r in requests.items() if r.change_norm is not None}
+        for device, reason in self._norm_bound.too_long(norms).items():
+            self._refuse(requests[device], reason)
 
     def wait_for_one(self, message_ids: Iterable[str]) -> str:
         """Waits for the first reply to any of these messages.
@@ -431,6 +456,7 @@ class MqttGrid(RunGrid):
         connection may have been lost."""
         if self._session is None:
             return
+        self._session.publish(self._driver, ANNOUNCEMENT, retain=True)
         self._session.subscribe(self._topics.status("+"))
         self._session.subscribe(self._topics.reply("+"))
         with self._changed:
@@ -481,20 +507,25 @@ class MqttGrid(RunGrid):
             elif isinstance(reply, Failure):
                 self._requests.fail(request, NODE_FAILED, error_text(reply))
             elif not is_valid_part(reply, self.program):
-                self.traffic.malformed += 1
+                self._refuse(request, "replied with something that does not fit the model")
             elif not request.parts.add(reply, payload):
                 self.traffic.stale += 1
             elif request.parts.is_complete:
                 self._finish(request)
 
+    def _refuse(self, request: Request, reason: str) -> None:
+        self.traffic.refused += 1
+        self._requests.refuse(request, reason)
+
     def _finish(self, request: Request) -> None:
         """Turns a complete reply into a Flower message."""
         update = request.parts.in_order()[0].update
         try:
-            content = reply_content(request.parts, request.train_task, request.broadcast.parameters, self.program)
+            content, norm = reply_content(request.parts, request.train_task, request.broadcast.parameters, self.program)
         except ReplyError as error:
-            self._requests.fail(request, NODE_FAILED, str(error))
+            self._refuse(request, str(error))
             return
+        request.change_norm = norm
         metrics = content["metrics"]
         assert isinstance(metrics, MetricRecord)
         self._requests.succeed(request, content, metrics, encoding(update))

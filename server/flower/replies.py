@@ -15,6 +15,7 @@ from tinyfleet.edge.wire.flower_records import SparseArrayRecord, to_metrics, ve
 from tinyfleet.edge.wire.messages import Dense, Sparse, Success, TrainTask
 from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.server.flower.broadcast import SentParameters
+from tinyfleet.server.flower.reply_bounds import clip_error, metrics_error, update_error
 
 Vector = NDArray[np.float32]
 
@@ -70,7 +71,9 @@ def is_valid_part(success: Success, program: Program) -> bool:
     return inside and success.parts <= program.n_params + 1 and (success.part != 0 or success.metrics is not None)
 
 
-def reply_content(reply: ReplyParts, train_task: TrainTask, sent: SentParameters, program: Program) -> RecordDict:
+def reply_content(
+    reply: ReplyParts, train_task: TrainTask, sent: SentParameters, program: Program
+) -> tuple[RecordDict, float | None]:
     """The content of the Flower message that a complete reply becomes.
 
     Parameters
@@ -86,39 +89,50 @@ def reply_content(reply: ReplyParts, train_task: TrainTask, sent: SentParameters
 
     Returns
     -------
-    RecordDict
+    content : RecordDict
         `metrics`, and after training `arrays`: a SparseArrayRecord if the update was sparse.
+    norm : float or None
+        After training, the L2 norm of what the device changed.
 
     Raises
     ------
     ReplyError
-        If the update is missing, or a number is not finite.
+        If the reply is out of the command's bounds, or a number is not finite.
     """
     parts = reply.in_order()
     metrics = parts[0].metrics
     assert metrics is not None  # part 0 is not valid without
-    if train_task.update is not None and all(part.update is None for part in parts):
-        raise ReplyError("replied without an update")
-    arrays = _received_arrays(parts, sent, program)
+    if error := metrics_error(metrics, train_task) or update_error(parts, train_task, program):
+        raise ReplyError(error)
+    arrays, norm = _received_arrays(parts, sent, program)
     if arrays is None or not (math.isfinite(metrics.loss) and math.isfinite(metrics.query_loss)):
         raise ReplyError("replied with numbers that are not finite")
+    if error := clip_error(norm, train_task):
+        raise ReplyError(error)
     content = RecordDict({"metrics": to_metrics(metrics, train_task.kind, reply.size, program)})
-    if train_task.kind == "train":
-        content["arrays"] = arrays
-    return content
+    if train_task.kind == "evaluate":
+        return content, None
+    content["arrays"] = arrays
+    return content, norm
 
 
-def _received_arrays(parts: Sequence[Success], sent: SentParameters, program: Program) -> ArrayRecord | None:
-    """The device's parameters; None if they are not finite."""
+def _received_arrays(
+    parts: Sequence[Success], sent: SentParameters, program: Program
+) -> tuple[ArrayRecord | None, float]:
+    """The device's parameters, None if they are not finite, and the norm of what it changed."""
     updates = [part.update for part in parts if part.update is not None]
     sparse = [update for update in updates if isinstance(update, Sparse)]
     if sent.is_flat and len(sparse) == len(updates):
         indices, values = _merge(sent.vector, sparse)
         if not (sent.is_finite and np.isfinite(values).all()):
-            return None
-        return SparseArrayRecord(sent.record, sent.vector, indices, values)
+            return None, math.inf
+        changes = values.astype(np.float64) - sent.vector[indices]
+        return SparseArrayRecord(sent.record, sent.vector, indices, values), float(np.linalg.norm(changes))
     vector = apply_update(sent.vector, parts)
-    return vector_to_arrays(vector, program, sent.record) if np.isfinite(vector).all() else None
+    if not np.isfinite(vector).all():
+        return None, math.inf
+    norm = float(np.linalg.norm(vector.astype(np.float64) - sent.vector))
+    return vector_to_arrays(vector, program, sent.record), norm
 
 
 def _merge(base: Vector, updates: Sequence[Sparse]) -> tuple[NDArray[np.uint32], Vector]:
@@ -126,11 +140,7 @@ def _merge(base: Vector, updates: Sequence[Sparse]) -> tuple[NDArray[np.uint32],
     if not updates:
         return np.zeros(0, np.uint32), np.zeros(0, np.float32)
     indices = np.concatenate([update.indices for update in updates])
-    values = base[indices] + np.concatenate([update.changes for update in updates])
-    if len(updates) > 1 and not (indices[1:] > indices[:-1]).all():  # the last part counts
-        indices, last = np.unique(indices[::-1], return_index=True)
-        values = values[::-1][last]
-    return indices, values
+    return indices, base[indices] + np.concatenate([update.changes for update in updates])
 
 
 def encoding(update: Dense | Sparse | None) -> str | None:

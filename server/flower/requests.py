@@ -18,7 +18,7 @@ from flwr.app import Error, Message, MetricRecord, RecordDict
 from tinyfleet.edge.wire.messages import TrainTask
 from tinyfleet.server.flower.broadcast import Broadcast
 from tinyfleet.server.flower.devices import StatusChange
-from tinyfleet.server.flower.internals import NO_REPLY, NODE_UNAVAILABLE
+from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, NODE_UNAVAILABLE
 from tinyfleet.server.flower.replies import ReplyParts
 
 MAX_BACKOFF = 16
@@ -33,20 +33,21 @@ class RoundEvent:
     ----------
     kind
         broadcast: the parameters are published; requested: a device is sent its command; replied: a device replied,
-        with these metrics and an update of this encoding, if any; no_reply: a device is given up, for this reason.
+        with these metrics and an update of this encoding, if any; no_reply: a device is given up, for this reason;
+        refused: a device's reply is out of bounds, for this reason.
     server_round
         Flower's number of the round.
     device
         The device's id; empty for a broadcast.
     reason
-        Why there is no reply.
+        Why there is no reply, or why it is refused.
     metrics
         Of a reply.
     encoding
         Of a reply's update, such as "sparse f16".
     """
 
-    kind: Literal["broadcast", "requested", "replied", "no_reply"]
+    kind: Literal["broadcast", "requested", "replied", "no_reply", "refused"]
     server_round: int
     device: str = ""
     reason: str = ""
@@ -71,6 +72,7 @@ class Request:
     transmissions: int = 0
     parts: ReplyParts = field(default_factory=ReplyParts)
     reply: Message | None = None
+    change_norm: float | None = None  # L2, of a reply with an update
     ended: RoundEvent | None = None  # reported when the reply is pulled
 
     def next_action(self, grace: float) -> float:
@@ -177,8 +179,13 @@ class RequestScheduler:
             error = Message(Error(code, f"{request.device}: {reason}"), reply_to=request.message)
             self._end(request, error, RoundEvent("no_reply", request.server_round, request.device, reason))
 
+    def refuse(self, request: Request, reason: str) -> None:
+        """Makes an error of a device's reply, also of one that had been taken. The caller holds the lock."""
+        error = Message(Error(NODE_FAILED, f"{request.device}: {reason}"), reply_to=request.message)
+        self._end(request, error, RoundEvent("refused", request.server_round, request.device, reason))
+
     def _end(self, request: Request, reply: Message, event: RoundEvent) -> None:
-        del self._open[request.train_task.id]
+        self._open.pop(request.train_task.id, None)
         request.parts.clear()
         request.reply, request.ended = reply, event
         self.changed.notify_all()

@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.files import read_npz
+from tinyfleet.server.array_files import save_arrays
 from tinyfleet.server.simulator.backend import Moments
 from tinyfleet.server.simulator.results import Round, SimulationResult
 
@@ -22,11 +23,8 @@ def save(path: Path, identity: str, at: SimulationResult) -> None:
     """Writes the state after a round; the file is replaced as a whole."""
     moments = at.moments or Moments(np.zeros(0, np.float32))
     table = np.array([astuple(ended) for ended in at.rounds], np.float64).reshape(-1, len(_COLUMNS))
-    new = path.with_name(path.name + ".new.npz")
-    np.savez(
-        new, identity=identity, parameters=at.parameters, rounds=table, squares=moments.squares, steps=moments.steps
-    )
-    new.replace(path)
+    state = {"identity": identity, "parameters": at.parameters, "rounds": table}
+    save_arrays(path, {**state, "squares": moments.squares, "steps": moments.steps})
 
 
 def resume(path: Path, identity: str, begin: SimulationResult) -> SimulationResult:
@@ -47,15 +45,16 @@ def resume(path: Path, identity: str, begin: SimulationResult) -> SimulationResu
         If the file is not a checkpoint, or if it is one of another run.
     """
     kinds: list[Callable[[float], Any]] = [int, int, int, float, float, int, int, float]
+    advice = "remove it, or choose another file"
     try:
-        saved = read_npz(path, _MAX_BYTES)
+        saved = read_npz(path, _MAX_BYTES, advice)
         if saved["identity"].shape != () or str(saved["identity"]) != identity:
-            raise UserError(f"{path} belongs to a run with other settings; remove it, or choose another file")
+            raise UserError(f"{path} belongs to a run with other settings; {advice}")
         parameters, squares = saved["parameters"], saved["squares"]
         if parameters.shape != begin.parameters.shape or {parameters.dtype, squares.dtype} != {np.dtype(np.float32)}:
             raise ValueError("its parameters are not those of the model")
         rounds = [Round(*(kind(v) for kind, v in zip(kinds, row, strict=True))) for row in saved["rounds"].tolist()]
         moments = Moments(squares, int(saved["steps"])) if begin.moments is not None else None
-    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise UserError(f"{path} is not a checkpoint ({error}); remove it, or choose another file") from error
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise UserError(f"{path} is not a checkpoint ({error}); {advice}") from error
     return SimulationResult(begin.initialization, parameters, rounds, moments)
