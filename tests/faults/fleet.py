@@ -36,7 +36,7 @@ from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.server_info import find_broker, find_device_brokers, find_server
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.store.data_folder import remote_store
-from tinyfleet.ontology.store.store import RemoteStore
+from tinyfleet.ontology.store.remote_store import RemoteStore
 from tinyfleet.server.deployment import deploy, plan_deployment
 from tinyfleet.server.flower.internals import log_level
 from tinyfleet.server.named_strategies import make_strategy
@@ -182,11 +182,11 @@ class Board:
         reader = serial_frames.FrameReader()
         line.settimeout(0.01)
         while not self._ending:
-            data = b"\0"
+            data = b""
             with contextlib.suppress(TimeoutError):
                 data = line.recv(65536)
-            if not data:
-                return
+                if not data:
+                    return
             for frame in reader.feed(data):
                 self._receive(frame, line)
             for _ in range(64):

@@ -102,17 +102,16 @@ def install(points: _Points) -> None:
     _wrap(Path, "replace", lambda path, _to: f"replace {_file_kind(path)}", points)
     words = sys.argv[1:]
     if words[0] == "server":
-        import uvicorn.protocols.http.h11_impl as http
+        import uvicorn.protocols.http.httptools_impl as http
 
         from tinyfleet.ontology.store.store import EmbeddedStore
 
         _wrap(EmbeddedStore, "_apply", lambda _self, change: "commit" if any(change) else None, points)
         _wrap(EmbeddedStore, "backup", lambda *_: "checkpoint", points)
         _wrap(EmbeddedStore, "close", lambda *_: "close graph", points)
-        _wrap(http.RequestResponseCycle, "__init__", lambda *_a, **_k: "request", points)
         _wrap_reply(http.RequestResponseCycle, points)
     elif words[0] in ("run", "deploy"):
-        from tinyfleet.ontology.store.store import RemoteStore
+        from tinyfleet.ontology.store.remote_store import RemoteStore
 
         _wrap(RemoteStore, "update", lambda *_: "update", points)
     elif words[0] == "gateway":
