@@ -29,7 +29,7 @@ from fleet_graph.updates import descriptions, end_to_end, publish, remote_update
 from rich.console import Console
 from rich.table import Table
 
-from tinyfleet.ontology.store.store import RemoteStore
+from tinyfleet.ontology.store.remote_store import RemoteStore
 
 RDFLIB_MOST, NESTED_MOST = 10_000, 2_000
 LIMIT = 20.0  # seconds that a query of the library may take, unless --limit says otherwise

@@ -90,7 +90,6 @@ def start(
     from tinyfleet.edge.device.thing_description import host_board, thing_description
     from tinyfleet.edge.model.learner import LiteRTLearner
     from tinyfleet.edge.versions import ENGINE_VERSION
-    from tinyfleet.edge.wire.broker_check import check_device
     from tinyfleet.edge.wire.errors import ProtocolError
 
     learning_task = tasks.load(task)
@@ -121,9 +120,7 @@ def start(
         return AgentNode(*where, learner=learner, arena_bytes=arena, model_slot_bytes=slot, online=own)
 
     try:
-        broker = connection.find_for_devices([id], data)[0]
-        check_device(broker, fleet_name, id)
-        device = Device(node, broker, fleet_name)
+        device = Device(node, connection.find_for_devices([id], data, fleet_name)[0], fleet_name)
     except ProtocolError as error:
         raise UserError(str(error)) from error
     run_devices([device], as_json)

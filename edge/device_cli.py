@@ -66,7 +66,6 @@ def simulate(
     """
     from tinyfleet.edge import tasks
     from tinyfleet.edge.device.device import virtual_device
-    from tinyfleet.edge.wire.broker_check import check_device
     from tinyfleet.edge.wire.errors import ProtocolError
 
     learning_task = tasks.load(task)
@@ -75,11 +74,10 @@ def simulate(
     if indices.stop > size:
         raise UserError(f"devices {first_index} to {indices.stop - 1} are not in a fleet of {size}; raise --fleet-size")
     names = [f"{prefix}-{i}" for i in indices]
-    brokers = connection.find_for_devices(names, data)
     fleet_name = fleet_of(fleet, data)
+    brokers = connection.find_for_devices(names, data, fleet_name)
     started = []
     try:
-        check_device(brokers[0], fleet_name, names[0])  # the others are allowed the same, and are like it
         for i, name, broker in zip(indices, names, brokers, strict=True):
             samples = learning_task.client(i, size)
             started.append(virtual_device(broker, fleet_name, name, learning_task.program, samples))

@@ -39,7 +39,7 @@ def main() -> None:
         elf = build("mps2-an386", program, samples, "home", "board-01", folder / "firmware")
         server = stack.enter_context(FleetServer(folder / "data", "home", port=0))
         board = stack.enter_context(Emulator(load_board("mps2-an386"), elf))
-        stop, gateway = threading.Event(), Gateway(board.url, lambda _: server.broker)
+        stop, gateway = threading.Event(), Gateway(board.url, lambda *_: server.broker)
         threading.Thread(target=gateway.run, args=(stop,)).start()
         stack.callback(stop.set)
         run(

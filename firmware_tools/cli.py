@@ -251,8 +251,8 @@ def _connect(ports: Sequence[str], connection: Connection, data: Path, baud: int
     """Runs a gateway for every port until `stop`; the first one's error ends all."""
     from tinyfleet.firmware_tools.gateway import Gateway
 
-    def find_broker(device: str) -> BrokerAddress:
-        return connection.find_for_devices([device], data)[0]
+    def find_broker(fleet: str, device: str) -> BrokerAddress:
+        return connection.find_for_devices([device], data, fleet)[0]
 
     gateways = [Gateway(port, find_broker, baud=baud, report=typer.echo) for port in ports]
     with ThreadPoolExecutor(len(gateways)) as pool:

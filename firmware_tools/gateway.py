@@ -16,14 +16,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import serial
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.broker_address import BrokerAddress
-from tinyfleet.edge.wire.broker_check import NameTaken, check_device, device_client_id, release_name
+from tinyfleet.edge.wire.broker_check import NameTaken, device_client_id, release_name
 from tinyfleet.edge.wire.chunks import MAX_CHUNKS
+from tinyfleet.edge.wire.log_limit import LogLimit
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 
@@ -37,6 +39,9 @@ SILENT_SECONDS = 5.0
 TAKEN_SECONDS = 60.0
 #: Bytes written to the line at a time.
 BLOCK = 1024
+#: Frames that are taken from a board in a second; the rest waits on the line. A line of 1 Mbit/s carries fewer; a
+#: program at the other end of a socket could send more than the broker should be given.
+MAX_RATE = 5_000
 
 _PUBLISHES = {serial_frames.PUBLISH, serial_frames.PUBLISH_RETAINED}
 _KINDS = {*_PUBLISHES, serial_frames.SUBSCRIBE, serial_frames.UNSUBSCRIBE}
@@ -79,7 +84,7 @@ class Gateway:
     port
         A device such as /dev/ttyUSB0, or socket://HOST:PORT of an emulator.
     find_broker
-        Called with the name of a device; returns the broker, and what the device shows it.
+        Called with the names of a fleet and a device; returns the broker, and what the device shows it.
     baud
         Bits per second of the serial line.
     report
@@ -89,7 +94,7 @@ class Gateway:
     def __init__(
         self,
         port: str,
-        find_broker: Callable[[str], BrokerAddress],
+        find_broker: Callable[[str, str], BrokerAddress],
         *,
         baud: int = 115200,
         report: Callable[[str], None] = lambda text: None,
@@ -104,7 +109,7 @@ class Gateway:
         self.device = ""
         self._fleet = ""
         self._not_before = 0.0  # when the board may join again
-        self._report = report
+        self._report = partial(LogLimit(report, 5), "gateway")
         self._session: Session | None = None
         self._was_joined = False
         self._greeted = 0.0  # when
@@ -159,6 +164,7 @@ class Gateway:
         """Until `stop`, or SerialDisconnected."""
         reader = serial_frames.FrameReader()
         pending = b""
+        second, frames = 0, 0
         self._greeted = -RETRY_SECONDS
         silent_since: float | None = time.monotonic()
         while not stop.is_set():
@@ -168,17 +174,22 @@ class Gateway:
                 silent_since = None
             if not pending and self._queue:
                 pending = self._queue.popleft()
-            data, pending = self._exchange(line, pending)
+            if int(time.monotonic()) != second:
+                second, frames = int(time.monotonic()), 0
+            data, pending = self._exchange(line, pending, frames < MAX_RATE)
             for frame in reader.feed(data):
                 silent_since = None
+                frames += 1
                 self._from_board(frame)
             self.counters.damaged = reader.dropped
 
-    def _exchange(self, line: serial.SerialBase, pending: bytes) -> tuple[bytes, bytes]:
-        """Waits until something can be read or written; returns the bytes read, and those still to be written."""
+    def _exchange(self, line: serial.SerialBase, pending: bytes, read: bool) -> tuple[bytes, bytes]:
+        """Waits until something can be written or, with `read`, read; returns the bytes read, and those still to be
+        written."""
         here, woken = line.fileno(), self._woken.fileno()
         try:
-            readable, writable, _ = select.select([here, woken], [here] if pending else [], [], 0.2)
+            readers = [here, woken] if read else [woken]
+            readable, writable, _ = select.select(readers, [here] if pending else [], [], 0.2)
             data = line.read(65536) if here in readable else b""
             if writable:
                 pending = pending[line.write(pending[:BLOCK]) or 0 :]
@@ -252,10 +263,8 @@ class Gateway:
         self._announcement = {topics.td(device), topics.status(device), topics.command(device)}
         self._will = topic, will
         try:
-            broker = self._find_broker(device)
-            check_device(broker, fleet, device)
             self._session = Session(
-                broker,
+                self._find_broker(fleet, device),
                 device_client_id(fleet, device),
                 on_message=self._from_broker,
                 on_connect=self._session_is_new,

@@ -6,7 +6,8 @@ from typing import Self
 
 from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.data_folder import open_store
-from tinyfleet.ontology.store.store import Binding, EmbeddedStore, RemoteStore, Rows, Store
+from tinyfleet.ontology.store.remote_store import RemoteStore
+from tinyfleet.ontology.store.store import Binding, EmbeddedStore, Rows, Store
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES
 
 

@@ -3,15 +3,14 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import logging
 import os
-import shutil
-import signal
 import socket
-import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -23,11 +22,9 @@ from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.server import broker_config
 from tinyfleet.server.authority.authority import Authority
 from tinyfleet.server.authority.identities import Role
+from tinyfleet.server.mosquitto import Mosquitto, find_program
 
 LOOPBACK = "127.0.0.1"
-RELOAD_TIMEOUT = 5.0
-"""Seconds to wait until mosquitto has read its files once more."""
-_PLACES = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin"
 
 
 class Secured(NamedTuple):
@@ -64,6 +61,8 @@ class Broker:
         Who may do what. Without it, any client on this machine may do anything, and no other machine can connect.
     kind
         Which broker it must be. Default: mosquitto if it is installed; amqtt, which cannot be secured, otherwise.
+    on_failure
+        Called with the reason if mosquitto dies and cannot be started again.
 
     Attributes
     ----------
@@ -71,6 +70,8 @@ class Broker:
         "mosquitto" or "amqtt".
     address, device_address : BrokerAddress
         Where this process's own clients find it; where devices find it, without a certificate of theirs.
+    mosquitto : Mosquitto or None
+        Its process, if that is the kind.
 
     Raises
     ------
@@ -85,21 +86,21 @@ class Broker:
         *,
         secured: Secured | None = None,
         kind: Literal["mosquitto", "amqtt"] | None = None,
+        on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
         listen = LOOPBACK if secured is None else secured.listen
+        make_private_folder(folder)
+        Mosquitto.kill_left_over(folder)  # before its ports are looked at
         port = _free_port(listen, port)
         self._secured = secured
         self._folder = folder
-        self._reloaded = threading.Event()
-        self._mosquitto: subprocess.Popen[str] | None = None
+        self.mosquitto: Mosquitto | None = None
         self._amqtt: _Amqtt | None = None
-        program = None
-        if kind != "amqtt":
-            program = shutil.which("mosquitto") or shutil.which("mosquitto", path=_PLACES)
+        program = None if kind == "amqtt" else find_program()
         self.kind = "amqtt" if program is None else "mosquitto"
         if secured is None:
             self.address = self.device_address = BrokerAddress(LOOPBACK, port, tls=False)
-            options = broker_config.plain(LOOPBACK, port)
+            options = broker_config.plain(LOOPBACK, port, as_root=os.geteuid() == 0)
         else:
             operator_port = _free_port(listen, secured.operator_port)
             certificate, key = secured.authority.client_files
@@ -112,9 +113,7 @@ class Broker:
             )
             self._write_access_list()
         if program is not None:
-            self._mosquitto = _start_mosquitto(program, options, folder, f"{listen}:{port}")
-            log = self._mosquitto
-            threading.Thread(target=self._read_log, args=(log,), name="mosquitto log", daemon=True).start()
+            self.mosquitto = Mosquitto(program, options, folder, on_failure)
         elif kind == "mosquitto" or secured is not None:
             raise UserError(
                 "mosquitto is not installed; apt-get install mosquitto. Without it there is only --insecure, with "
@@ -131,17 +130,14 @@ class Broker:
 
     def _write_access_list(self) -> None:
         assert self._secured is not None
-        make_private_folder(self._folder)
         operators = self._secured.authority.identities.operators()
         write_private(self._acl_file, broker_config.access_list(self._secured.fleet, operators))
 
     def _reload(self) -> None:
         """Identities have changed: mosquitto reads who may do what, and who is revoked, once more."""
         self._write_access_list()
-        if self._mosquitto is not None:
-            self._reloaded.clear()
-            self._mosquitto.send_signal(signal.SIGHUP)
-            self._reloaded.wait(RELOAD_TIMEOUT)
+        if self.mosquitto is not None:
+            self.mosquitto.reload()
 
     def _end_sessions(self, name: str, role: Role) -> None:
         """End a revoked device's session by opening one with its name: mosquitto lets a session that is open go on. An
@@ -156,13 +152,6 @@ class Broker:
             with contextlib.suppress(UserError):  # no broker, no session
                 Session(dataclasses.replace(self.device_address, key=files[0], cert=files[1]), name).close()
 
-    def _read_log(self, process: "subprocess.Popen[str]") -> None:
-        """Keeps mosquitto's pipe empty, and learns what it says."""
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "Reloading config" in line:
-                self._reloaded.set()
-
     def __enter__(self) -> "Broker":
         return self
 
@@ -173,9 +162,8 @@ class Broker:
 
     def stop(self) -> None:
         """Stops the broker; its clients lose their connections."""
-        if self._mosquitto is not None:
-            self._mosquitto.terminate()
-            self._mosquitto.wait()
+        if self.mosquitto is not None:
+            self.mosquitto.stop()
         if self._amqtt is not None:
             self._amqtt.stop()
 
@@ -185,34 +173,15 @@ def _free_port(host: str, port: int) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+        except PermissionError as error:
+            raise UserError(f"only root may listen on port {port}; choose one above 1023 with --port") from error
         except OSError as error:
-            raise _taken(host, port) from error
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise UserError(f"{host} is not an address of this machine; choose another with --listen") from error
+            raise UserError(
+                f"port {port} on {host} is taken; is a server of yours running already? Choose another with --port"
+            ) from error
         return int(probe.getsockname()[1])
-
-
-def _taken(host: str, port: int | str) -> UserError:
-    return UserError(
-        f"port {port} on {host} is taken; is a server of yours running already? Choose another port with --port"
-    )
-
-
-def _start_mosquitto(program: str, options: broker_config.Options, folder: Path, where: str) -> "subprocess.Popen[str]":
-    make_private_folder(folder)
-    config = folder / "mosquitto.conf"
-    write_private(config, broker_config.text(options))
-    process = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if " running" in line:
-            break
-    else:
-        process.wait()
-        if any("Address already in use" in line for line in lines):
-            raise _taken(*where.rsplit(":", 1))
-        raise UserError(f"mosquitto did not start: {''.join(lines).strip()}")
-    return process
 
 
 class _Amqtt:

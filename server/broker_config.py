@@ -14,10 +14,22 @@ if TYPE_CHECKING:
 
 Options = list[tuple[str, str]]
 
+MAX_PACKET = 131_072
+"""Bytes of a packet at most; who sends a larger one is disconnected."""
+MAX_CONNECTIONS = 20_000
+"""Clients of one listener. A process may usually have fewer files open, and then that is the limit."""
+
 _GENERAL: Options = [
     ("persistence", "false"),  # devices publish their retained messages again when they reconnect
-    ("max_queued_messages", "0"),  # no limits: a round's parameters are many retained chunks at once
-    ("max_inflight_messages", "0"),
+    # A description has at most 64 KiB, a chunk of weights 1 KiB: twice the larger, with its topic.
+    ("max_packet_size", str(MAX_PACKET)),
+    ("message_size_limit", str(MAX_PACKET)),
+    # What may wait for one client, or it loses messages. The server, when its session is new, is sent the description
+    # (1.5 KiB) and the status (0.1 KiB) of every device: of a million, 2 million messages and 1.6 GiB. A device gets at
+    # most the chunks of a few rounds (1 MiB each); what waits for several devices is there once.
+    ("max_queued_messages", "2500000"),
+    ("max_queued_bytes", str(2 << 30)),
+    ("max_inflight_messages", "20000"),  # twice what the server takes before it has written any
     ("set_tcp_nodelay", "true"),
     ("connection_messages", "true"),  # the server reads in the log who comes and goes
     ("log_type", "error"),
@@ -32,9 +44,16 @@ def text(options: Options) -> str:
     return "".join(f"{name} {value}\n" for name, value in options)
 
 
-def plain(listen: str, port: int) -> Options:
-    """A listener that takes any client, without encryption."""
-    return [*_GENERAL, ("allow_anonymous", "true"), ("listener", f"{port} {listen}")]
+def plain(listen: str, port: int, *, as_root: bool) -> Options:
+    """A listener that takes any client, without encryption. The arguments are those of `secured`."""
+    listener = [("listener", f"{port} {listen}"), ("max_connections", str(MAX_CONNECTIONS))]
+    return [*_GENERAL, *_user(as_root), ("allow_anonymous", "true"), *listener]
+
+
+def _user(as_root: bool) -> Options:
+    """Started by root it stays root. As another user it could not read the owner's keys again, and the kernel would
+    no longer end it together with the server."""
+    return [("user", "root")] if as_root else []
 
 
 def secured(
@@ -53,20 +72,19 @@ def secured(
     acl_file
         What `access_list` wrote.
     as_root
-        Whether mosquitto is started by root: it then stays root, or it could not read the owner's keys again.
+        Whether root starts mosquitto.
 
     Returns
     -------
     list of tuple
     """
     certificate, key = authority.server_files
-    options = [*_GENERAL, ("allow_anonymous", "false"), ("acl_file", str(acl_file.absolute()))]
-    if as_root:
-        options.append(("user", "root"))
+    options = [*_GENERAL, *_user(as_root), ("allow_anonymous", "false"), ("acl_file", str(acl_file.absolute()))]
     ports: dict[Role, int] = {"device": device_port, "operator": operator_port}
     for role, port in ports.items():
         options += [
             ("listener", f"{port} {listen}"),
+            ("max_connections", str(MAX_CONNECTIONS)),
             ("cafile", str(authority.ca_of(role).absolute())),
             ("crlfile", str(authority.crl_of(role).absolute())),
             ("certfile", str(certificate.absolute())),

@@ -123,8 +123,14 @@ def start_server(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    address = None if connection.broker is None else connection.find(data)
+    address = None if connection.broker is None else connection.find(data, fleet)
     logging.getLogger("tinyfleet.ontology.ingest.registry").setLevel(logging.ERROR)  # rejections are printed below
+    failures: list[str] = []
+
+    def fail(reason: str) -> None:
+        failures.append(reason)
+        stopped.set()
+
     with FleetServer(
         data,
         fleet,
@@ -137,6 +143,7 @@ def start_server(
         cors_origins=cors_origin or (),
         insecure=connection.insecure,
         on_log=lambda line: typer.echo(line),
+        on_failure=fail,
     ) as running:
         if connection.insecure:
             typer.echo("INSECURE: any program on this machine can control the fleet", err=True)
@@ -147,6 +154,9 @@ def start_server(
         typer.echo(f"ready: fleet '{fleet}', data in {data}")
         while not stopped.wait(1.0):  # a wait without a timeout would not let signals through everywhere
             pass
+    if failures:
+        typer.echo(f"tinyfleet: {failures[0]}", err=True)
+        raise typer.Exit(1)
     typer.echo("stopped")
 
 
@@ -176,14 +186,15 @@ def start_run(
         float, typer.Option("--round-timeout", metavar="SECONDS", min=0.1, max=1e8, help="Maximum duration of a round.")
     ] = 60.0,
     max_norm_ratio: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--max-norm-ratio",
             metavar="FACTOR",
             min=1,
             help="Refuse a device's change that is more than this many times as long as the round's median.",
+            show_default="the task's",
         ),
-    ] = 5.0,
+    ] = None,
     wait: Annotated[
         float,
         typer.Option(
@@ -283,7 +294,15 @@ def start_run(
     check_output(out)
     learning_task = tasks.load(task)
     options = StrategyOptions(
-        local_head, anneal, density, proximal_mu, asynchronous, dp_clip_norm, dp_noise_multiplier, dp_on_device
+        local_head,
+        anneal,
+        density,
+        proximal_mu,
+        asynchronous,
+        dp_clip_norm,
+        dp_noise_multiplier,
+        dp_on_device,
+        max_norm_ratio,
     )
     named_strategy = make_strategy(
         strategy, learning_task, rounds=rounds, clients=clients_per_round, seed=seed, options=options
@@ -299,7 +318,7 @@ def start_run(
         outcome = run_rounds(
             learning_task,
             named_strategy,
-            broker=connection.find(data),
+            broker=connection.find(data, fleet_name(fleet_of(fleet, data))),
             fleet=fleet_name(fleet_of(fleet, data)),
             store=store,
             rounds=rounds,
@@ -309,7 +328,6 @@ def start_run(
             clients=clients_per_round,
             wait=wait,
             timeout=round_timeout,
-            max_norm_ratio=max_norm_ratio,
             on_round=_print_round if as_json else bar,
         )
     if out is not None:
@@ -555,7 +573,7 @@ def deploy(
     server = require_server(data)
     sparql = read_query(select)
     name = fleet_name(fleet_of(fleet, data))
-    address = connection.find(data)
+    address = connection.find(data, name)
     console = Console(highlight=False, quiet=as_json)
     with remote_store(server) as store:
         plan = deployments.plan_deployment(store, program, model.stem, sparql, name)

@@ -22,7 +22,6 @@ from tinyfleet.edge.device.node import NOT_FOR_FLEETS
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.model.program import read_program as read_any_program
-from tinyfleet.edge.wire import broker_check
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks
 from tinyfleet.edge.wire.errors import ProtocolError
@@ -240,9 +239,8 @@ def deploy(
     Raises
     ------
     UserError
-        If no broker listens there, or it refuses or cannot do something.
+        If no broker listens there.
     """
-    broker_check.check_operator(broker, fleet, broker_check.DEPLOY)
     targets = [match.device for match in deployment_plan.targets]
     lineage, number, began = Lineage(store, fleet), secrets.randbits(32), datetime.now(UTC)
     with _Rollout(broker, fleet, program, targets, timeout) as rollout:

@@ -10,8 +10,9 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from starlette.requests import Request
@@ -19,8 +20,8 @@ from starlette.responses import JSONResponse, Response
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.private_files import make_private_folder, write_private
-from tinyfleet.edge.wire import broker_check
 from tinyfleet.edge.wire.broker_address import BrokerAddress, is_loopback
+from tinyfleet.edge.wire.log_limit import LogLimit
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
@@ -30,13 +31,14 @@ from tinyfleet.ontology.http.request_handling import HttpError, in_thread, probl
 from tinyfleet.ontology.ingest.registry import IngestResult, Registry
 from tinyfleet.ontology.store import data_folder
 from tinyfleet.ontology.store.column_index import IndexedStore
-from tinyfleet.ontology.store.store import StoreError
+from tinyfleet.ontology.store.store import DiskError, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import Iri, device_iri, fleet_name
 from tinyfleet.server.authority.authority import Authority, own_addresses
 from tinyfleet.server.authority.identities import Role
 from tinyfleet.server.broker import LOOPBACK, Broker, Secured
 from tinyfleet.server.enrolment_api import EnrolmentApi
 from tinyfleet.server.housekeeping import Housekeeper
+from tinyfleet.server.mosquitto import Mosquitto
 
 AUTHORITY = "authority"
 """Folder of the fleet's authority, in the data folder."""
@@ -47,7 +49,17 @@ QUEUE_SIZE = 10_000
 BATCH_DELAY = 0.005
 """Seconds that the first message of a transaction waits for others: a larger transaction costs less per message."""
 STARTUP_WAIT = 2.0
-"""Seconds that a new server waits for all devices to be marked offline; with a million, that continues afterwards."""
+"""Seconds that a new server waits until no device counts as online any more because an earlier server saw it; with a
+million, that continues afterwards."""
+GRACE = 30.0
+"""Seconds that devices have to report after the broker was away, or the server; then they count as offline. Their
+attempts to reconnect are 10 s apart at most."""
+DISK_RETRY = 2.0
+"""Seconds between two attempts to write to a disk that is full."""
+MAX_KNOWN = 100_000
+"""Devices whose last report is remembered."""
+CHECK_INTERVAL = 1.0
+"""Seconds between two looks whether the threads live."""
 
 _Message = tuple[str, bytes, Receipt | None]
 _NEW_SESSION: _Message = ("a new session", b"", None)
@@ -85,7 +97,23 @@ class FleetServer:
     endpoint_port
         Port of the HTTP server; 0 picks a free one.
     on_log
-        Called with one line for each change that a device reports.
+        Called with one line for each change that a device reports; with not too many a second.
+    on_failure
+        Called with the reason if the server cannot go on: the broker or a thread has died for good. Close it then.
+
+    grace
+        Seconds that devices have to report after the broker was away, or the server.
+
+    Attributes
+    ----------
+    ingested, dropped : int
+        Messages that were written, and that were left out because of an error.
+    broker_restarts : int
+        How often the broker was started again.
+    waiting : int
+        Messages that wait to be written.
+    disk_is_full : bool
+        Whether the graph cannot be written at the moment.
 
     Raises
     ------
@@ -107,29 +135,43 @@ class FleetServer:
         cors_origins: Sequence[str] = (),
         insecure: bool = False,
         on_log: Callable[[str], None] = lambda line: None,
+        on_failure: Callable[[str], None] = lambda reason: None,
+        grace: float = GRACE,
     ) -> None:
         self.fleet = fleet_name(fleet)
         self.data = data
-        self._on_log = on_log
+        limit = LogLimit(on_log, 100)
+        self._on_log = limit
+        self._on_failure = on_failure
+        self._grace = grace
+        self._closing = threading.Event()
+        self.ingested, self.dropped = 0, 0
+        self.disk_is_full = False
         self._topics = Topics(fleet)
         self._known: dict[str, str] = {}  # what was last reported about each device
-        with ExitStack() as stack:
+        with _disk_errors(data), ExitStack() as stack:
             data_folder.prepare(data, on_log)
             self.store = stack.enter_context(IndexedStore(data / data_folder.GRAPH))
             make_private_folder(data)
             names = _host_names(listen, host_names)
             self.authority = Authority(data / AUTHORITY, names)
             stack.callback(self.authority.close)
+            self._mosquitto: Mosquitto | None = None
             if broker is None:
                 secured = None if insecure else Secured(self.authority, fleet, operator_port, listen)
-                started = stack.enter_context(Broker(port, data / "broker", secured=secured))
+                started = stack.enter_context(Broker(port, data / "broker", secured=secured, on_failure=self._fail))
+                self._mosquitto = started.mosquitto
+                if started.kind == "amqtt":
+                    on_log(
+                        "mosquitto is not installed; amqtt takes its place, without encryption, identities or limits, "
+                        "and slower: apt-get install mosquitto"
+                    )
                 self.broker, self.device_broker, self.broker_kind = (
                     started.address,
                     started.device_address,
                     started.kind,
                 )
             else:
-                broker_check.check_operator(broker, fleet, broker_check.SERVER)
                 self.broker, self.device_broker, self.broker_kind = broker, broker, "given"
             enrolment = EnrolmentApi(self.authority, self._addresses)
             self._session: Session | None = None
@@ -163,9 +205,12 @@ class FleetServer:
             writer = threading.Thread(target=self._write, name="registry", daemon=True)
             writer.start()
             stack.callback(writer.join)
+            guard = threading.Thread(target=self._guard, args=(writer, served), name="guard", daemon=True)
+            guard.start()
+            stack.callback(self._closing.set)
             stack.callback(self._arrived.put, _END)
             name = f"tinyfleet-server-{secrets.token_hex(4)}"
-            self._housekeeper = Housekeeper(self._topics, self.store, on_log)
+            self._housekeeper = Housekeeper(self._topics, self.store, partial(limit, "housekeeping"))
             self._session = Session(
                 self.broker, name, on_delivery=self._receive, on_connect=self._connected, on_lost=self._lost
             )
@@ -176,6 +221,7 @@ class FleetServer:
             self._settled.wait(STARTUP_WAIT)
             self._publish_address(data / SERVER_FILE)
             stack.callback((data / SERVER_FILE).unlink, missing_ok=True)
+            stack.callback(self._closing.set)
             self._close = stack.pop_all()
 
     def __enter__(self) -> "FleetServer":
@@ -187,6 +233,31 @@ class FleetServer:
     def close(self) -> None:
         """Stops what was started; the graph stays on disk."""
         self._close.close()
+
+    @property
+    def waiting(self) -> int:
+        return self._arrived.qsize()
+
+    @property
+    def broker_restarts(self) -> int:
+        return 0 if self._mosquitto is None else self._mosquitto.restarts
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection to the broker now."""
+        return self._session is not None and self._session.connected
+
+    def _fail(self, reason: str) -> None:
+        if not self._closing.is_set():
+            self._on_failure(reason)
+
+    def _guard(self, writer: threading.Thread, endpoint: Endpoint) -> None:
+        """A server that has lost a thread must not look as if it lived."""
+        while not self._closing.wait(CHECK_INTERVAL):
+            for part, alive in (("writes what devices report", writer.is_alive()), ("serves HTTP", endpoint.alive)):
+                if not alive:
+                    self._fail(f"the thread that {part} has died; start the server again")
+                    return
 
     def _connected(self) -> None:
         """Online devices have retained their status at the broker, or will; nothing is known about the others, as their
@@ -268,53 +339,85 @@ class FleetServer:
         write_private(path, json.dumps(address))
 
     def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:
-        """Called by the session's thread."""
+        """Called by the session's thread. While nothing can be written, it waits, and so does the broker."""
         removed = not payload and topic.endswith("/status")  # by a server that forgets the device
         if removed or self._housekeeper.receive(topic, payload):
             if self._session is not None:
                 self._session.received([receipt])
             return
-        self._room.acquire()
+        while not self._room.acquire(timeout=1.0):
+            if self._closing.is_set():
+                return
         self._arrived.put((topic, payload, receipt))
 
     def _write(self) -> None:
         """The writer's thread: writes what has arrived, then what has arrived since."""
         batch: list[_Message] = []
+        offline_at: float | None = None  # when those that have not reported since the session is new count as offline
         while True:
-            message = self._arrived.get()
-            special = message in (_NEW_SESSION, _LOST, _END)
+            try:
+                message = self._arrived.get(timeout=None if offline_at is None else offline_at - time.monotonic())
+            except (queue.Empty, ValueError):  # ValueError: it is past
+                offline_at = None
+                self._try(self._give_up_missing)
+                continue
+            special = message is _NEW_SESSION or message is _LOST or message is _END
             if not special:
                 if not batch and self._arrived.qsize() < MAX_BATCH:
                     time.sleep(BATCH_DELAY)
                 batch.append(message)
-            try:
-                if batch and (special or len(batch) == MAX_BATCH or self._arrived.empty()):
-                    written, batch = batch, []
-                    self._room.release(len(written))
-                    self._ingest(written)
-                if message is _NEW_SESSION:
-                    self.registry.mark_all_offline()
-                elif message is _LOST:
-                    self.registry.mark_all_unknown()
-                    self._known.clear()
-                    self._on_log("the broker is away: whether devices are online is unknown")
-            except Exception:  # one message must not stop the others
-                log.exception("messages could not be written")
-            if message is _NEW_SESSION:
+            if batch and (special or len(batch) == MAX_BATCH or self._arrived.empty()):
+                written, batch = batch, []
+                self._room.release(len(written))
+                self._try(partial(self._ingest, written))
+            if message is _LOST or message is _NEW_SESSION:
+                self._try(self.registry.mark_unknown)
+                self._known.clear()
                 self._settled.set()
+                offline_at = None if message is _LOST else time.monotonic() + self._grace
+            if message is _LOST:
+                self._on_log("broker", "the broker is away: whether devices are online is unknown")
             elif message is _END:
                 return
+
+    def _give_up_missing(self) -> None:
+        if missing := self.registry.mark_missing_offline():
+            self._on_log("broker", f"devices have not come back: they count as offline ({missing})")
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Write, again and again while the disk is full. One message must not stop the others."""
+        while True:
+            try:
+                write()
+            except DiskError as error:
+                if not self.disk_is_full:
+                    self.disk_is_full = True
+                    self._on_log("disk", f"{error}; what devices report waits until there is room")
+                if self._closing.wait(DISK_RETRY):
+                    return
+                continue
+            except Exception:
+                log.exception("messages could not be written")
+            else:
+                if self.disk_is_full:
+                    self.disk_is_full = False
+                    self._on_log("disk", "the graph can be written again")
+            return
 
     def _ingest(self, batch: list[_Message]) -> None:
         try:
             results = self.registry.ingest([(topic, payload) for topic, payload, _ in batch])
+        except DiskError:
+            raise
         except StoreError as error:
             if len(batch) > 1:  # one of them may be the cause
                 for message in batch:
                     self._ingest([message])
-            else:  # not acknowledged: the broker delivers it again
-                log.error("a message could not be stored: %s", error)
+            else:  # not acknowledged: the broker delivers it again to the next session
+                self.dropped += 1
+                self._on_log("not stored", f"a message could not be stored: {error}")
             return
+        self.ingested += len(batch)
         if self._session is not None:
             self._session.received(receipt for _, _, receipt in batch)
         for result in filter(None, results):
@@ -323,18 +426,31 @@ class FleetServer:
     def _report(self, result: IngestResult) -> None:
         """Log what changed. A state that was reported last for the device is not repeated."""
         if result.rejection is not None:
-            self._on_log(result.rejection)
+            self._on_log("rejected", result.rejection)
             return
         if result.kind == "td":
-            self._on_log(f"{result.device}: {'described' if result.online else 'removed'}")
+            self._on_log("described", f"{result.device}: {'described' if result.online else 'removed'}")
             if result.incompatibility is None:
                 return
         line = f"{result.device}: {'online' if result.online else 'offline'}"
         if result.incompatibility is not None:
             line = f"device {result.device} {result.incompatibility}"
         if self._known.get(result.device) != line:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
             self._known[result.device] = line
-            self._on_log(line)
+            self._on_log("state", line)
+
+
+@contextmanager
+def _disk_errors(data: Path) -> Iterator[None]:
+    """Say in one line that a file cannot be written; only the user can help."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the data folder {data} cannot be used ({error}); check its permissions and the free space on its disk"
+        ) from error
 
 
 def _host_names(listen: str, given: Sequence[str]) -> list[str]:

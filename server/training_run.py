@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import Task
-from tinyfleet.edge.wire import broker_check
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.ontology.ingest import describe
@@ -26,7 +25,6 @@ from tinyfleet.ontology.queries.matching import select_devices
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 from tinyfleet.server.flower.grid import MqttGrid
-from tinyfleet.server.flower.reply_bounds import MAX_NORM_RATIO
 from tinyfleet.server.flower.requests import RoundEvent
 from tinyfleet.server.flower.strategies import Asynchronous
 from tinyfleet.server.named_strategies import PRIVATE, NamedStrategy, initial_parameters, limit_clients
@@ -278,7 +276,6 @@ def run(
     clients: int = 1,
     wait: float = 10.0,
     timeout: float = 60.0,
-    max_norm_ratio: float = MAX_NORM_RATIO,
     on_event: Callable[[RoundEvent], None] | None = None,
     on_round: Callable[[Round], None] | None = None,
 ) -> RunResult:
@@ -311,8 +308,6 @@ def run(
         Seconds to wait for them, and in a round for a first one.
     timeout
         Seconds that a round may take.
-    max_norm_ratio
-        A device's change may be this many times as long as the round's median.
     on_event
         Called with each event of a round.
     on_round
@@ -325,11 +320,10 @@ def run(
     Raises
     ------
     UserError
-        If the broker refuses or cannot do something, or no device can take part, at the beginning or in a round.
+        If no device can take part, at the beginning or in a round.
     NothingLearned
         If no device gave a usable reply in any round.
     """
-    broker_check.check_operator(broker, fleet, broker_check.RUN)
     program, sparql = task.program, query or library.text("clients")
     model = describe.put_model(store, describe.from_program(program, task.name))
     if initialization is None:
@@ -358,7 +352,13 @@ def run(
         return None
 
     with MqttGrid(
-        broker, fleet, program, select_devices=selected, on_event=watch, wait=wait, max_norm_ratio=max_norm_ratio
+        broker,
+        fleet,
+        program,
+        select_devices=selected,
+        on_event=watch,
+        wait=wait,
+        max_norm_ratio=named_strategy.max_norm_ratio,
     ) as grid:
         # Wait for all selected devices, so that a draw among them does not depend on which reported first.
         nodes = grid.wait_for_nodes(max(clients, len(selected())), wait)

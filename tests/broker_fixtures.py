@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
+import os
 import subprocess
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
+from conftest import free_port, mosquitto_program, start_mosquitto
 
 from tinyfleet.edge.private_files import write_private
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 
 USER = "test"
 PASSWORD = "correct horse"
-PLACES = "/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin"
-
-
-def free_port() -> int:
-    """A TCP port on loopback that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_mosquitto(
-    folder: Path, port: int, options: Sequence[str] = ("allow_anonymous true",)
-) -> subprocess.Popen[str]:
-    """Starts mosquitto and returns once it takes connections."""
-    program = shutil.which("mosquitto", path=PLACES)
-    if program is None:
-        pytest.skip("mosquitto is not installed: apt-get install mosquitto")
-    config = folder / "mosquitto.conf"
-    general = ["persistence false", "max_queued_messages 0", "set_tcp_nodelay true", "user root"]
-    config.write_text("\n".join([*general, f"listener {port} 127.0.0.1", *options, ""]))
-    broker = subprocess.Popen([program, "-c", str(config)], stderr=subprocess.PIPE, text=True)
-    assert broker.stderr is not None
-    for line in broker.stderr:
-        if " running" in line:
-            break
-    else:
-        raise RuntimeError(f"mosquitto ended with {broker.wait()}")
-    threading.Thread(target=broker.stderr.read, daemon=True).start()  # a full pipe must not stop it
-    return broker
-
-
-def plain_broker(port: int) -> BrokerAddress:
-    """The address of a broker on this machine without TLS."""
-    return BrokerAddress("127.0.0.1", port, tls=False)
 
 
 def make_certificates(folder: Path, clients: Sequence[str] = (USER,)) -> None:
@@ -84,22 +48,20 @@ def secured_broker(
     folder.mkdir(exist_ok=True)
     make_certificates(folder)
     (folder / "access").write_text("\n".join([f"user {USER}", *access, ""]))
-    given = ["allow_anonymous false", f"acl_file {folder}/access", f"certfile {folder}/server.pem"]
-    given.append(f"keyfile {folder}/server.key")
+    given = ["allow_anonymous false", f"acl_file {folder}/access", *(["user root"] if os.geteuid() == 0 else [])]
+    listener = [f"certfile {folder}/server.pem", f"keyfile {folder}/server.key"]
     port = free_port()
     address = BrokerAddress("127.0.0.1", port, ca=folder / "ca.pem")
     if by == "password":
-        make = shutil.which("mosquitto_passwd", path=PLACES)
-        if make is None:
-            pytest.skip("mosquitto_passwd is not installed: apt-get install mosquitto")
-        subprocess.run([make, "-c", "-b", folder / "users", USER, PASSWORD], check=True)
+        program = str(mosquitto_program()).replace("sbin", "bin") + "_passwd"
+        subprocess.run([program, "-c", "-b", folder / "users", USER, PASSWORD], check=True)
         given.append(f"password_file {folder}/users")
         write_private(folder / "password", PASSWORD)
         address = replace(address, username=USER, password=PASSWORD)
     else:
-        given += [f"cafile {folder}/ca.pem", "require_certificate true", "use_identity_as_username true"]
+        listener += [f"cafile {folder}/ca.pem", "require_certificate true", "use_identity_as_username true"]
         address = replace(address, cert=folder / f"{USER}.pem", key=folder / f"{USER}.key")
-    process = start_mosquitto(folder, port, [*given, *options])
+    process = start_mosquitto(folder, port, [*given, *options], listener)
     try:
         yield address
     finally:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_fixtures import free_port
+from conftest import free_port
 
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.column_index import IndexedStore
-from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
+from tinyfleet.ontology.store.remote_store import RemoteStore
+from tinyfleet.ontology.store.store import EmbeddedStore, Store
 
 MODEL = bytes.fromhex("0123456789abcdef")
 TOKEN = "a token"

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 import tty
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 
 from tinyfleet.__main__ import COMMANDS, cli
 from tinyfleet.command_line import Command
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 
@@ -246,3 +248,71 @@ def test_an_idle_gateway_takes_little_memory(broker: BrokerAddress) -> None:
         process.communicate(timeout=20)
         os.close(board)
         os.close(line)
+
+
+# Bad values, and an output that does not take everything
+
+
+def tinyfleet(*words: str, shell: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
+    """The command in a process of its own; `shell` is what follows it on the line."""
+    line = f"{shlex.join([sys.executable, '-m', 'tinyfleet', *words])} {shell}"
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def bad_numbers(kind: click.ParamType) -> tuple[str, ...]:
+    """What an option of this type must refuse."""
+    bounded = isinstance(kind, (click.IntRange, click.FloatRange))
+    below = bounded and kind.min is not None and kind.min >= 0  # type: ignore[attr-defined]
+    return ("nan", "inf", "1e400", "", "x", *["-1"] * below)
+
+
+def test_a_number_that_is_none_or_out_of_range_is_refused_by_its_option() -> None:
+    refused = 0
+    for path in walk():
+        command = find(path)
+        arguments = ["x" for p in command.params if isinstance(p, click.Argument) and p.required]
+        for option in command.params:
+            if isinstance(option.type, (click.types.IntParamType, click.types.FloatParamType)):
+                for value in bad_numbers(option.type):
+                    done = CliRunner().invoke(cli, [*path, *arguments, option.opts[0], value])
+                    assert done.exit_code == 2 and "Traceback" not in done.output, (path, option.opts, value)
+                    refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("out", ["missing/x.npz", ".", "locked/x.npz"])
+def test_a_file_that_cannot_be_written_is_refused_before_any_round(tmp_path: Path, out: str) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if out.startswith("locked") and os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    done = CliRunner().invoke(cli, ["run", "simulate", "--task", "none", "--out", str(tmp_path / out)])
+    assert isinstance(done.exception, UserError) and "task" not in str(done.exception)
+
+
+def test_a_full_disk_costs_the_output_and_one_line() -> None:
+    for words in (["query", "--list"], ["task", "list"], ["firmware", "boards"], ["query", "--help"]):
+        done = tinyfleet(*words, shell="> /dev/full")
+        assert (done.returncode, done.stderr) == (
+            1,
+            "error: the output cannot be written (No space left on device)\n",
+        ), words
+
+
+def test_a_reader_that_wants_no_more_ends_a_command_quietly() -> None:
+    done = tinyfleet("query", "--list", shell="| head -n 1")
+    assert done.returncode in (0, 1) and done.stderr == "" and done.stdout.startswith("query")
+    done = tinyfleet("query", "--list", shell="| true")
+    assert done.returncode in (0, 1) and done.stderr == ""
+
+
+def test_a_terminal_of_ascii_gets_question_marks() -> None:
+    done = tinyfleet("query", "--list", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.isascii() and not done.stderr

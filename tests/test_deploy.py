@@ -314,7 +314,7 @@ def test_an_emulated_board_gets_the_model(
     elf = firmware_build.build("mps2-an386", first, samples(), "home", "board", tmp_path / "firmware")
     stop = threading.Event()
     with emulate.Emulator(catalogue.load_board("mps2-an386"), elf) as emulator:
-        gateway = Gateway(emulator.url, lambda _: broker)
+        gateway = Gateway(emulator.url, lambda *_: broker)
         thread = threading.Thread(target=gateway.run, args=(stop,), daemon=True)
         thread.start()
         try:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-from broker_fixtures import connection_options, free_port, plain_broker, start_mosquitto
+from broker_fixtures import connection_options
+from conftest import free_port, plain_broker, start_mosquitto
 
 from tinyfleet.__main__ import main
 from tinyfleet.edge.cli import run_devices

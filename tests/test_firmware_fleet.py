@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from broker_fixtures import connection_options, free_port, plain_broker, start_mosquitto
+from broker_fixtures import connection_options
+from conftest import free_port, plain_broker, start_mosquitto
 from firmware_fixtures import FLEET, ID, LIMIT, NEEDS_TOOLS, ROOT, TOPICS, mlp, samples
 
 from tinyfleet.edge._mote import lib
@@ -110,7 +111,7 @@ class Observer:
 @contextmanager
 def joined(port: str, broker: BrokerAddress) -> Iterator[Gateway]:
     """A gateway between a serial line and a broker, once the board on it has announced itself."""
-    gateway, stop = Gateway(port, lambda _: broker), threading.Event()
+    gateway, stop = Gateway(port, lambda *_: broker), threading.Event()
     thread = threading.Thread(target=gateway.run, args=(stop,), daemon=True)
     thread.start()
     try:
@@ -421,7 +422,7 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: BrokerAddress) -> 
     observer.session.subscribe("tinyfleet/#")
     other = Topics(FLEET).status("other")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        gateway, stop = Gateway(f"socket://127.0.0.1:{listener.getsockname()[1]}", lambda _: broker), threading.Event()
+        gateway, stop = Gateway(f"socket://127.0.0.1:{listener.getsockname()[1]}", lambda *_: broker), threading.Event()
         thread = threading.Thread(target=gateway.run, args=(stop,), daemon=True)
         thread.start()
         line, _ = listener.accept()
@@ -453,11 +454,11 @@ def test_a_hostile_board_reaches_no_topic_but_its_own(broker: BrokerAddress) -> 
 def test_a_line_or_broker_that_is_not_there_is_named(firmware: Callable[[str], Path]) -> None:
     nowhere = free_port()
     with pytest.raises(UserError, match=rf"cannot open the serial line socket://127\.0\.0\.1:{nowhere}"):
-        Gateway(f"socket://127.0.0.1:{nowhere}", lambda _: plain_broker(1883)).run(threading.Event())
+        Gateway(f"socket://127.0.0.1:{nowhere}", lambda *_: plain_broker(1883)).run(threading.Event())
     with pytest.raises(UserError, match=r"cannot open the serial line /dev/none"):
-        Gateway("/dev/none", lambda _: plain_broker(1883)).run(threading.Event())
+        Gateway("/dev/none", lambda *_: plain_broker(1883)).run(threading.Event())
     with (
         emulate.Emulator(catalogue.load_board("mps2-an386"), firmware("mps2-an386")) as emulator,
         pytest.raises(UserError, match=rf"no MQTT broker answers at mqtt://127\.0\.0\.1:{nowhere}"),
     ):
-        Gateway(emulator.url, lambda _: plain_broker(nowhere)).run(threading.Event())
+        Gateway(emulator.url, lambda *_: plain_broker(nowhere)).run(threading.Event())

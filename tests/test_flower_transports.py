@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from broker_fixtures import free_port
+from conftest import free_port
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from tinyfleet.edge import tasks

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from broker_fixtures import free_port, plain_broker, start_mosquitto
+from conftest import free_port, plain_broker, start_mosquitto
 
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.messages import Status, encode
@@ -20,7 +20,8 @@ from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.store.column_index import IndexedStore
-from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store
+from tinyfleet.ontology.store.remote_store import RemoteStore
+from tinyfleet.ontology.store.store import EmbeddedStore, Store
 from tinyfleet.ontology.vocabulary.namespaces import TF, device_iri
 
 DEVICES = 40

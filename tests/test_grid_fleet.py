@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from broker_fixtures import connection_options, free_port, plain_broker, start_mosquitto
+from broker_fixtures import connection_options
+from conftest import free_port, plain_broker, start_mosquitto
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
 from numpy.typing import NDArray

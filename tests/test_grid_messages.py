@@ -17,7 +17,7 @@ import cbor2
 import numpy as np
 import paho.mqtt.client as paho
 import pytest
-from broker_fixtures import free_port, plain_broker, start_mosquitto
+from conftest import free_port, plain_broker, start_mosquitto
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from numpy.typing import NDArray
 
@@ -240,7 +240,7 @@ OUT_OF_BOUNDS: dict[str, tuple[list[tuple[Metrics | None, Dense | Sparse | None]
     "more queries than asked for": ([(replace(METRICS, queried=5), Dense(0, START))], 1),
     "no query": ([(replace(METRICS, queried=0, correct=0), Dense(0, START))], 1),
     "more right than queried": ([(replace(METRICS, correct=5), Dense(0, START))], 1),
-    "a loss that is no number": ([(replace(METRICS, loss=float("nan")), Dense(0, START))], 1),
+    "a loss that is not a number": ([(replace(METRICS, loss=float("nan")), Dense(0, START))], 1),
 }
 
 

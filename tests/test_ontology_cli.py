@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker_fixtures import free_port
+from conftest import free_port
 from ontology_fixtures import MODEL, description, payload, status
 
 from tinyfleet.edge.wire.server_info import SERVER_FILE

@@ -17,7 +17,8 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import request_handling, sparql
 from tinyfleet.ontology.http.access import Access
 from tinyfleet.ontology.http.endpoint import Endpoint
-from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, StoreError
+from tinyfleet.ontology.store.remote_store import RemoteStore
+from tinyfleet.ontology.store.store import EmbeddedStore, StoreError
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri
 
 SELECT = "SELECT ?s ?o WHERE { ?s <urn:p> ?o } ORDER BY ?o"

@@ -15,7 +15,8 @@ from tinyfleet.ontology.queries import library
 from tinyfleet.ontology.store.column_index import IndexedStore
 from tinyfleet.ontology.store.columns import Columns, Range
 from tinyfleet.ontology.store.query_rewriting import COUNT_QUERIES, INDEX_QUERIES
-from tinyfleet.ontology.store.store import EmbeddedStore, Facts, RemoteStore, Rows, Store, parameters, rows, triples
+from tinyfleet.ontology.store.remote_store import RemoteStore
+from tinyfleet.ontology.store.store import EmbeddedStore, Facts, Rows, Store, parameters, rows, triples
 from tinyfleet.ontology.vocabulary.namespaces import RDF, SCHEMA, TD, TF, Iri, board_iri, device_iri, model_iri
 
 FLEETS = ("home", "away")

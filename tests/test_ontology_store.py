@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ontology_fixtures import everything, open_store
 
-from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store, StoreError, Value, bind, parameters
+from tinyfleet.ontology.store.remote_store import RemoteStore
+from tinyfleet.ontology.store.store import EmbeddedStore, Store, StoreError, Value, bind, parameters
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 S, P, Q = Iri("urn:s"), Iri("urn:p"), Iri("urn:q")
@@ -208,6 +209,6 @@ def test_a_server_that_is_not_there_or_is_none_is_said(free_port_number: int) ->
 
 @pytest.fixture
 def free_port_number() -> int:
-    from broker_fixtures import free_port
+    from conftest import free_port
 
     return free_port()

@@ -2,10 +2,13 @@
 MAML, on virtual devices over a real broker."""
 # ruff: noqa: F811
 
+import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import flwr.serverapp.strategy as flower_strategies
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord
@@ -21,6 +24,7 @@ from flwr.serverapp.strategy import (
 )
 from numpy.typing import NDArray
 from test_grid_fleet import PROGRAM, START, TASK, Start, client, devices, learn, quiet, replayed, server  # noqa: F401
+from test_grid_messages import retained
 
 from tinyfleet.edge.device.device import Device
 from tinyfleet.edge.device.node import Node, Out, Publish
@@ -28,7 +32,7 @@ from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.tasks import MAX_NORM_RATIO, ClientData
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.wire.messages import Dense, Success, decode_reply, encode
@@ -37,7 +41,8 @@ from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.grid import MqttGrid
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile
 from tinyfleet.server.named_strategies import NamedStrategy, StrategyOptions, make_strategy
-from tinyfleet.server.training_run import Round
+from tinyfleet.server.run_report import round_json
+from tinyfleet.server.training_run import NothingLearned, Round
 
 Vector = NDArray[np.float32]
 Broker = BrokerAddress
@@ -129,9 +134,16 @@ def accuracy(vector: Vector) -> float:
     return float(np.mean([int(np.argmax(learner.infer(x))) == y for x, y in samples]))
 
 
-def after_rounds(strategy: Strategy, broker: Broker, count: int, rounds: int = 3, **config: Any) -> Vector:
+def after_rounds(
+    strategy: Strategy,
+    broker: Broker,
+    count: int,
+    rounds: int = 3,
+    max_norm_ratio: float = MAX_NORM_RATIO,
+    **config: Any,
+) -> Vector:
     settings = ConfigRecord({"phase-steps": [60], "lr": 0.1, "seed": 5, **config})
-    with MqttGrid(broker, "test", PROGRAM) as grid:
+    with MqttGrid(broker, "test", PROGRAM, max_norm_ratio=max_norm_ratio) as grid:
         assert len(grid.wait_for_nodes(count, 10)) == count
         result = strategy.start(grid, vector_to_arrays(START, PROGRAM), rounds, 30, train_config=settings)
     return arrays_to_vector(result.arrays, PROGRAM)
@@ -142,13 +154,16 @@ def test_a_liar_ruins_the_mean_and_not_what_is_made_for_liars(broker: Broker, de
     honest = accuracy(after_rounds(FedAvg(fraction_evaluate=0.0), broker, 5))
     odd(Liar, 7)
     assert honest > 0.9
-    assert accuracy(after_rounds(FedAvg(fraction_evaluate=0.0), broker, 6)) < honest - 0.3
-    for robust in (
-        FedMedian(fraction_evaluate=0.0),
-        FedTrimmedAvg(fraction_evaluate=0.0, beta=0.2),
-        Krum(fraction_evaluate=0.0, num_malicious_nodes=1),
+    unbounded = after_rounds(FedAvg(fraction_evaluate=0.0), broker, 6, max_norm_ratio=math.inf)
+    assert accuracy(unbounded) < honest - 0.3
+    for robust, ratio in (
+        (FedAvg(fraction_evaluate=0.0), MAX_NORM_RATIO),  # its change is refused
+        (FedMedian(fraction_evaluate=0.0), math.inf),
+        (FedTrimmedAvg(fraction_evaluate=0.0, beta=0.2), math.inf),
+        (Krum(fraction_evaluate=0.0, num_malicious_nodes=1), math.inf),
     ):
-        assert accuracy(after_rounds(robust, broker, 6)) > honest - 0.05, type(robust).__name__
+        learned = after_rounds(robust, broker, 6, max_norm_ratio=ratio)
+        assert accuracy(learned) > honest - 0.05, type(robust).__name__
 
 
 def test_fedprox_is_applied_on_the_device(broker: Broker, devices: Start) -> None:
@@ -348,3 +363,62 @@ def test_what_can_not_be_asynchronous_says_so() -> None:
     for name, why in (("tinyreptile", "one device at a time"), ("krum", "all of a round's updates at once")):
         with pytest.raises(UserError, match=why):
             make_strategy(name, TASK, rounds=1, clients=2, options=StrategyOptions(asynchronous=True))
+
+
+# Runs that fail
+
+
+FAILED_RUNS = "PREFIX tf: <https://w3id.org/tinyfleet#> SELECT ?run { ?run a tf:Run ; tf:failed true }"
+
+
+def test_a_run_in_which_no_device_ever_replied_has_failed(server: FleetServer, odd: Any) -> None:
+    odd(Silent, 1)
+    with pytest.raises(NothingLearned, match=r"no device replied; nothing was learned \(odd-1: no reply") as failure:
+        learn(server, make_strategy("fedavg", TASK, rounds=2, clients=1), 2, clients=1, timeout=0.5)
+    assert failure.value.exit_code == 1
+    assert len(server.store.query(FAILED_RUNS)) == 1
+
+
+def test_a_reply_out_of_bounds_is_in_the_round_and_in_the_graph(server: FleetServer, devices: Start, odd: Any) -> None:
+    devices(3)
+    odd(Liar, 7)
+    how = make_strategy("fedavg", TASK, rounds=1, clients=4, options=StrategyOptions(density=1.0))
+    ended = learn(server, how, 1, clients=4).rounds[0]
+    assert list(ended.refused) == ["odd-7"] and "times the median" in ended.refused["odd-7"] and not ended.no_reply
+    assert [part.device for part in ended.participations] == ["test-0", "test-1", "test-2"]
+    assert round_json(ended)["refused"] == ended.refused
+    refused = "PREFIX tf: <https://w3id.org/tinyfleet#> SELECT ?device { ?round tf:refusedReplyFrom ?device }"
+    assert [str(row["device"]).endswith("odd-7") for row in server.store.query(refused)] == [True]
+    assert server.store.query(library.text("stragglers")).column("id") == ["odd-7"]
+    assert len(server.store.query(FAILED_RUNS)) == 0
+
+
+def test_an_interrupted_run_has_failed_and_leaves_nothing_at_the_broker(
+    server: FleetServer, devices: Start, broker: Broker
+) -> None:
+    devices(2)
+
+    def interrupt(_ended: Round) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(server, make_strategy("reptile", TASK, rounds=3, clients=2), 3, clients=2, on_round=interrupt)
+    assert len(server.store.query(FAILED_RUNS)) == 1
+    assert {topic.rsplit("/", 1)[-1] for topic in retained(server.broker)} == {"status", "td"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in flower_strategies.__all__ if name.startswith(("Fed", "QFed"))))
+def test_each_of_flowers_strategies_is_made_or_refused_in_a_line(name: str) -> None:
+    if "Xgb" in name:
+        with pytest.raises(UserError, match="there is no strategy"):
+            make_strategy(name, TASK, rounds=1, clients=1)
+    else:
+        assert make_strategy(name.lower(), TASK, rounds=1, clients=1).name == name
+
+
+def test_what_no_device_can_be_asked_is_refused_before_a_run() -> None:
+    with pytest.raises(UserError, match="--proximal-mu must be less than 1 / the task's rate, 10; lower it"):
+        make_strategy("fedprox", TASK, rounds=1, clients=1, options=StrategyOptions(proximal_mu=100))
+    for bad in ({"steps": 0}, {"rate": -0.1}, {"rate": math.nan}, {"alpha": math.inf}, {"density": 0.0}):
+        with pytest.raises(UserError):
+            replace(TASK.meta, **bad)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from broker_fixtures import plain_broker
+from conftest import plain_broker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

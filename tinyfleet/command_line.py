@@ -209,17 +209,24 @@ class Connection:
         bool, typer.Option("--insecure", help="Accept a broker without encryption, on this machine only.")
     ] = False
 
-    def find(self, data: Path) -> BrokerAddress:
-        """The broker for an operator; see `server_info.find_broker`."""
+    def find(self, data: Path, fleet: str) -> BrokerAddress:
+        """The broker for an operator; see `server_info.find_broker`. It is checked."""
+        from tinyfleet.edge.wire.broker_check import check_operator
         from tinyfleet.edge.wire.server_info import find_broker
 
-        return find_broker(data=data, **asdict(self))
+        found = find_broker(data=data, **asdict(self))
+        check_operator(found, fleet)
+        return found
 
-    def find_for_devices(self, names: Sequence[str], data: Path) -> list[BrokerAddress]:
-        """The broker for each of these devices; see `server_info.find_device_brokers`."""
+    def find_for_devices(self, names: Sequence[str], data: Path, fleet: str) -> list[BrokerAddress]:
+        """The broker for each of these devices; see `server_info.find_device_brokers`. It is checked for the first: the
+        others are allowed the same, and hundreds may start at once."""
+        from tinyfleet.edge.wire.broker_check import check_device
         from tinyfleet.edge.wire.server_info import find_device_brokers
 
-        return find_device_brokers(names, data=data, **asdict(self))
+        found = find_device_brokers(names, data=data, **asdict(self))
+        check_device(found[0], fleet, names[0])
+        return found
 
 
 CONNECTION = Connection()

@@ -47,9 +47,12 @@ def protect_output() -> Output | None:
     """Put an Output in the place of sys.stdout, and let both streams replace characters that they do not have."""
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(errors="replace")
-    if not isinstance(sys.stdout, io.TextIOWrapper):  # closed before the command began, or a test's
+    if not isinstance(sys.stdout, io.TextIOWrapper):  # closed before the command began
         return None
-    output = Output(sys.stdout.fileno())
+    try:
+        output = Output(sys.stdout.fileno())
+    except io.UnsupportedOperation:  # kept in memory: a test's
+        return None
     terminal, encoding = output.isatty(), sys.stdout.encoding
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(output), encoding, "replace", line_buffering=terminal)
     return output

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 
-LARGEST = 8192
-"""Bytes of the largest message of a device: a part of a reply. What operators publish is smaller."""
+LARGEST = 65_536
+"""Bytes of the largest message: a description. A reply has 8 KiB at most."""
 TIMEOUT = 5.0
 """Seconds that a message may take to come back."""
 TAKEOVER = 3.0
 """Seconds in which a running device whose session was ended has opened it again."""
-SERVER = ("td", "status", "runs", "models", "drivers")
-RUN = ("status", "reply", "command", "runs", "drivers")
-DEPLOY = ("status", "reply", "command", "models", "drivers")
-"""The kinds of topics that the server, a run and a deployment write or read."""
+OPERATOR_TOPICS = ("devices/{}/td", "devices/{}/status", "devices/{}/reply", "devices/{}/command", "runs/{}/0/0",
+                   "models/{}/0", "drivers/{}")  # fmt: skip
+"""What the server and operators use, of no device, run or model."""
 
 
 class NameTaken(UserError):
@@ -36,8 +35,8 @@ def device_client_id(fleet: str, device: str) -> str:
     return f"tinyfleet-{fleet}-{device}"
 
 
-def check_operator(broker: BrokerAddress, fleet: str, kinds: Iterable[str], *, timeout: float = TIMEOUT) -> None:
-    """Check that an operator may use the topics of these kinds, and that the broker retains messages.
+def check_operator(broker: BrokerAddress, fleet: str, *, timeout: float = TIMEOUT) -> None:
+    """Check that an operator may use the fleet's topics, and that the broker retains messages.
 
     Parameters
     ----------
@@ -45,8 +44,6 @@ def check_operator(broker: BrokerAddress, fleet: str, kinds: Iterable[str], *, t
         The broker.
     fleet
         The fleet's name.
-    kinds
-        SERVER, RUN or DEPLOY.
     timeout
         Seconds that a message may take to come back.
 
@@ -56,12 +53,8 @@ def check_operator(broker: BrokerAddress, fleet: str, kinds: Iterable[str], *, t
         If no broker answers, or it refuses or cannot do something.
     """
     root, name = Topics(fleet).root, f"~{secrets.token_hex(8)}"  # no name of a device, so that nobody takes it for one
-    broadcast = {"runs": f"{root}/runs/{name}/0/0", "models": f"{root}/models/{name}/0"}
-    topics = [
-        broadcast.get(kind, f"{root}/{kind}/{name}" if kind == "drivers" else f"{root}/devices/{name}/{kind}")
-        for kind in kinds
-    ]
-    _Check(broker, f"tinyfleet-check-{name[1:]}", topics, f"tinyfleet/{fleet}/#", timeout).run()
+    topics = [f"{root}/{topic.format(name)}" for topic in OPERATOR_TOPICS]
+    _Check(broker, f"tinyfleet-check-{name[1:]}", topics, f"{root}/#", timeout).run()
 
 
 def check_device(broker: BrokerAddress, fleet: str, device: str, *, timeout: float = TIMEOUT) -> None:

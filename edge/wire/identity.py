@@ -265,9 +265,10 @@ def call_server(server: dict[str, str], method: str, path: str, content: object 
 
 def _authority(token: EnrolmentToken) -> str:
     """The certificate of the fleet's authority, from the server. Anyone may answer: its SHA-256 is in the token."""
-    anyone = ssl.create_default_context()
-    anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
-    pem = _text(f"{token.url}/ca.pem", "GET", None, anyone if token.url.startswith("https:") else None, {})
+    anyone = _context(token.url, None)
+    if anyone is not None:
+        anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
+    pem = _text(f"{token.url}/ca.pem", "GET", None, anyone, {})
     try:
         found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem.strip())).digest()
     except ValueError:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import paho.mqtt.client as mqtt
@@ -19,6 +20,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.log_limit import LogLimit
 
 KEEPALIVE = 30
 """Seconds of silence after which the client pings the broker. After 1.5 times that the broker publishes the will."""
@@ -29,6 +31,12 @@ SHORT = 5.0
 """Seconds: sessions that end sooner are suspicious, as two clients with one name end each other's session."""
 READ = 65_536
 """The most bytes to read at a time."""
+MAX_PACKET = 1 << 22
+"""Bytes of a packet that is received, at most; the fleet's largest messages have 64 KiB."""
+MAX_QUEUED = 10_000
+"""Messages of `Session.publish` that wait at most; later ones are lost."""
+MAX_UNSENT = 1 << 26
+"""Bytes that may wait for a broker that reads slowly; beyond that `Session.send` drops messages."""
 _WAIT = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 log = logging.getLogger(__name__)
@@ -38,6 +46,7 @@ _ALERTS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it asks for a client certificate; give --cert and --key",
     "SSLV3_ALERT_HANDSHAKE_FAILURE": "it asks for a client certificate; give --cert and --key",
     "TLSV1_ALERT_UNKNOWN_CA": "it does not know the authority that signed the client certificate",
+    "TLSV1_ALERT_DECRYPT_ERROR": "it does not know the authority that signed the client certificate",
     "SSLV3_ALERT_CERTIFICATE_REVOKED": "the client certificate is revoked; enrol again",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the client certificate has expired; enrol again",
     "SSLV3_ALERT_BAD_CERTIFICATE": "the client certificate is not valid there",
@@ -107,6 +116,8 @@ class _Wire:
             self._at, (body, self._end) = self._end, bounds
             yield self._read[self._at], self._read[body : self._end]
         self._at = self._end
+        if (head := _header(self._read, self._end)) is not None and head[1] > MAX_PACKET:  # do not wait for the rest
+            self._over, self.error = True, OSError(f"it sends a packet of {head[1]} bytes")
         if self._over:
             yield 0, b""
 
@@ -163,13 +174,21 @@ def _packet(data: bytes, first: int) -> tuple[int, int] | None:
 
     See MQTT 3.1.1, section 2.2. A length of more than four bytes counts as a packet without content; paho rejects it.
     """
+    if (head := _header(data, first)) is None:
+        return None
+    body, length = head
+    return (body, body + length) if body + length <= len(data) else None
+
+
+def _header(data: bytes, first: int) -> tuple[int, int] | None:
+    """Where the content of the packet at `first` begins, and its length; None if its header is incomplete."""
     length = 0
     for at in range(first + 1, min(first + 6, len(data))):
         length |= (data[at] & 0x7F) << 7 * (at - first - 1)
         if at == first + 5:
-            return at + 1, at + 1
+            return at + 1, 0
         if data[at] < 0x80:
-            return (at + 1, at + 1 + length) if at + 1 + length <= len(data) else None
+            return at + 1, length
     return None
 
 
@@ -289,6 +308,7 @@ class Session:
         self._client_id = client_id
         self._on_connect = on_connect
         self._on_lost = on_lost
+        self._log_error = LogLimit(partial(log.error, exc_info=True), 5)
         self._background = background
         self._filters: dict[str, None] = {}
         self._last: mqtt.MQTTMessageInfo | None = None
@@ -312,6 +332,7 @@ class Session:
         self._client.on_connect = self._accepted
         self._client.on_disconnect = self._lost
         self._client.broker = broker
+        self._client.max_queued_messages_set(MAX_QUEUED)
         if broker.username is not None or broker.password is not None:
             self._client.username_pw_set(broker.username or "", broker.password)
 
@@ -343,17 +364,18 @@ class Session:
         return self._connected.is_set()
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> None:
-        """Publish at QoS 1, without waiting for the acknowledgement."""
+        """Publish at QoS 1, without waiting for the acknowledgement. Without a connection, at most `MAX_QUEUED`
+        messages wait for one."""
         self._last = self._client.publish(topic, payload, qos=1, retain=retain)
         self._leave()
 
     def send(self, messages: Iterable[Message]) -> None:
         """Publish messages at QoS 0, in their order, with one write.
 
-        Without a connection they are dropped, and those that a connection loses are not repeated; `on_connect` may send
-        them again.
+        Without a connection, or with one that is too slow, they are dropped, and those that a connection loses are not
+        repeated; `on_connect` may send them again.
         """
-        if self._connected.is_set():
+        if self._connected.is_set() and len(self._client.wire.unsent) < MAX_UNSENT:
             self._client.publish_all(messages)
             self._leave()
 
@@ -537,7 +559,7 @@ class Session:
             if not self._background:
                 raise
             topic = printable(str(about[0]), 200) if about else "a new session"
-            log.exception("an error while handling a message of %s: %s", self._client_id, topic)
+            self._log_error("callback", f"an error while handling a message of {self._client_id}: {topic}")
 
     # Called by paho.
 

@@ -63,7 +63,7 @@ class Topics:
         return self._of(id, "reply")
 
     def echo(self, id: str) -> str:
-        """Of what a device tells itself: whether the broker works, and that it runs. It writes and reads it."""
+        """A topic that a device may write and read, to find out whether the broker does what it acknowledges."""
         return self._of(id, "echo")
 
     def weights(self, run: int, round: int, chunk: int | str = "+") -> str:

@@ -28,6 +28,7 @@ import pyoxigraph as ox
 from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
+from tinyfleet.edge.wire.log_limit import LogLimit
 from tinyfleet.edge.wire.messages import Status, decode_status
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import lineage
@@ -148,6 +149,7 @@ class Registry:
         self.accepted = 0
         self.rejected = 0
         self.last_rejection: str | None = None
+        self._log = LogLimit(log.warning)
 
     def ingest_one(self, topic: str, payload: bytes) -> bool:
         """Ingest one message, as `ingest` does. False if it was rejected or its topic is not one of the registry's."""
@@ -190,30 +192,33 @@ class Registry:
                 self.accepted += 1
         return results
 
-    def mark_all_offline(self) -> None:
-        """Mark every device as offline that is online, or unknown, until it reports again.
+    def mark_unknown(self) -> None:
+        """Forget of every online device that it is: the broker is away, or its session is new, and those that are
+        online will report again. Many devices take more than one transaction."""
+        self._write_to_all("?device tf:online true .", {TF.online: None})
 
-        Many devices take more than one transaction.
-        """
-        offline: dict[Iri, Binding | None] = {
-            TF.online: False, TF.offlineSince: self._clock(), TF.unknownSince: None
-        }  # fmt: skip
-        self._write_to_all("{ ?device tf:online true } UNION { ?device tf:unknownSince ?since }", offline)
+    def mark_missing_offline(self) -> int:
+        """Mark the devices as offline that `mark_unknown` has left unknown, and that have not reported since; return
+        how many they are."""
+        # A device that was online has told how much it has learned; one that never reported a status has not.
+        return self._write_to_all(
+            "?device tf:samplesLearned ?samples . FILTER NOT EXISTS { ?device tf:online ?online }",
+            {TF.online: False, TF.offlineSince: self._clock()},
+        )
 
-    def mark_all_unknown(self) -> None:
-        """Note that nothing is known any longer about the devices that are online: the broker is away."""
-        self._write_to_all("?device tf:online true", {TF.online: None, TF.unknownSince: self._clock()})
-
-    def _write_to_all(self, pattern: str, facts: dict[Iri, Binding | None]) -> None:
+    def _write_to_all(self, pattern: str, facts: dict[Iri, Binding | None]) -> int:
         answer = self._store.evaluate(
             f"""PREFIX tf: <https://w3id.org/tinyfleet#>
-            SELECT DISTINCT ?device WHERE {{ VALUES ?fleet {{ UNDEF }} {pattern} . ?device tf:fleet ?fleet }}""",
+            SELECT ?device WHERE {{ VALUES ?fleet {{ UNDEF }} {pattern} ?device tf:fleet ?fleet }}""",
             fleet=self.fleet,
         )
         assert isinstance(answer, ox.QuerySolutions)
         devices = (value(solution["device"]) for solution in answer)
+        count = 0
         while some := list(islice(devices, 1000)):
             self._store.write({Iri(str(device)): facts for device in some})
+            count += len(some)
+        return count
 
     def _parse(self, topic: str, payload: bytes) -> "_ParsedMessage | None":
         match self._topics.parse(topic):
@@ -249,7 +254,7 @@ class Registry:
         except (RejectedMessage, UserError) as error:
             what = "Thing Description" if kind == "td" else "status"
             rejection = printable(f"{what} of '{device}' rejected: {error}")
-            log.warning("%s", rejection)
+            self._log("rejected", rejection)
             return IngestResult(kind, device, rejection=rejection)
         return IngestResult(kind, device, online, incompatibility=reason)
 
@@ -343,7 +348,7 @@ class Registry:
         stated = {p: v for p, v in description.facts(board).items() if p in _BOARD}
         _check_board(description, facts, board, known, stated)
         if known:
-            _warn_about_differences(iri, board, known, stated)
+            self._warn_about_differences(iri, board, known, stated)
         else:
             known = self._add_board(board, stated, pending)
         new = pending.of(iri)
@@ -357,6 +362,15 @@ class Registry:
             new[TF.wireVersion] = wire
             new[TF.programFormat] = program_format
             new[TF.incompatibility] = _incompatibility(wire, program_format)
+
+    def _warn_about_differences(
+        self, device: Iri, board: Iri, known: Mapping[Iri, list[Value]], stated: Mapping[Iri, list[Value]]
+    ) -> None:
+        for predicate, values in stated.items():
+            if set(values) != set(known.get(predicate, ())):
+                name, kept = predicate.split("#")[-1], _as_text(known.get(predicate, []))
+                line = f"{device} says that {name} of its board is {_as_text(values)}; {board} keeps {kept}"
+                self._log("differs", printable(line))
 
     def _check_device(self, device: str, iri: Iri, document: Document) -> "DescribedTriples":
         if iri != device_iri(self.fleet, device):
@@ -425,21 +439,6 @@ def _check_board(
     ram, arena = {**known, **stated}.get(TF.ramBytes, [math.inf])[0], device.get(TF.arenaBytes, [0])[0]
     if isinstance(arena, int) and isinstance(ram, (int, float)) and arena > ram:
         raise RejectedMessage(f"its arena of {arena} bytes is larger than the {ram} bytes of RAM of its board")
-
-
-def _warn_about_differences(
-    device: Iri, board: Iri, known: Mapping[Iri, list[Value]], stated: Mapping[Iri, list[Value]]
-) -> None:
-    for predicate, values in stated.items():
-        if set(values) != set(known.get(predicate, ())):
-            log.warning(
-                "%s says that %s of its board is %s; %s keeps %s",
-                device,
-                predicate.split("#")[-1],
-                _as_text(values),
-                board,
-                _as_text(known.get(predicate, [])),
-            )
 
 
 def _incompatibility(wire: int, program_format: int | None) -> str | None:

@@ -112,7 +112,10 @@ class IndexedStore(EmbeddedStore):
                 return
             super().close()
             if columns is not None and self._file is not None and self._folder is not None:
-                columns.save(self._file, _mark(self._folder))
+                try:
+                    columns.save(self._file, _mark(self._folder))
+                except OSError:  # a full disk; the index is built again at the next start
+                    self._file.unlink(missing_ok=True)
 
     # Writing
 

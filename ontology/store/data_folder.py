@@ -24,7 +24,8 @@ import pyoxigraph as ox
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.server_info import find_server
-from tinyfleet.ontology.store.store import EmbeddedStore, RemoteStore, Store, Unreachable
+from tinyfleet.ontology.store.remote_store import RemoteStore
+from tinyfleet.ontology.store.store import EmbeddedStore, Store, Unreachable
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri
 
 GRAPH = "graph"

@@ -6,15 +6,12 @@ binding puts terms in place of UNDEF, so the same text and values work on every 
 serialiser, so a value cannot end its literal.
 """
 
-import json
 import re
-import ssl
+import shutil
 import threading
-import urllib.error
-import urllib.parse
-import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +38,10 @@ RECORDS = Iri("https://w3id.org/tinyfleet/things")
 """Named graph of documents and the times of their registration, which are not facts about the fleet."""
 
 
+ROOM = 1 << 24
+"""Bytes that must be free on a disk that was full before the graph is opened again."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The graphs that a query uses, in place of those it names itself: those that make up its default graph, and those
@@ -52,6 +53,10 @@ class Dataset:
 
 class StoreError(UserError):
     """The store did not answer, or did not accept a query or an update; the message says why."""
+
+
+class DiskError(StoreError):
+    """The graph cannot be written, as when the disk is full. The next write may succeed: it opens the graph again."""
 
 
 class Unreachable(StoreError):
@@ -375,6 +380,7 @@ class EmbeddedStore(Store):
     def __init__(self, path: str | Path | None = None) -> None:
         self._writing = threading.RLock()
         self._unflushed = 0
+        self._failed = False  # whether a write has failed on disk; RocksDB then accepts none until it is opened again
         self.folder = None if path is None else Path(path)
         self.version = 0
         if path is None:
@@ -415,17 +421,41 @@ class EmbeddedStore(Store):
     def update(self, sparql: str) -> None:
         try:
             with self._writing:
+                if self._failed:
+                    self._open_again()
                 self._open.update(sparql, base_iri=BASE)
                 self.version += 1
         except SyntaxError as error:
             raise StoreError(f"the update is not valid SPARQL: {short_message(error)}") from None
-        except (OSError, ValueError, RuntimeError) as error:
+        except OSError as error:
+            self._failed = self.folder is not None
+            raise DiskError(f"the graph cannot be written: {error}") from None
+        except (ValueError, RuntimeError) as error:
             raise StoreError(f"the update failed: {error}") from None
+
+    def _open_again(self) -> None:
+        """After a failed write. There must be room on the disk: opening the graph writes too, and if that fails, the
+        graph cannot be read either until the next attempt."""
+        assert self.folder is not None
+        if shutil.disk_usage(self.folder).free < ROOM:
+            raise DiskError(f"the disk of {self.folder} is full")
+        self._store = None  # its files are closed when no query reads it any more
+        try:
+            self._store = ox.Store(str(self.folder))
+        except OSError as error:
+            raise DiskError(f"the graph in {self.folder} cannot be opened again: {error}") from None
+        self._failed = False
 
     def add(self, triples: Iterable[Triple]) -> None:
         quads = [ox.Quad(_node(s), _node(p), term(o), _HERE) for s, p, o in triples]
         with self._writing:
-            self._open.extend(quads)
+            if self._failed:
+                self._open_again()
+            try:
+                self._open.extend(quads)
+            except OSError as error:
+                self._failed = self.folder is not None
+                raise DiskError(f"the graph cannot be written: {error}") from None
             self.version += 1
 
     def write(self, facts: Facts, records: Facts | None = None) -> None:
@@ -473,7 +503,8 @@ class EmbeddedStore(Store):
             self._unflushed += len(change.removed) + len(change.added)
             if self._unflushed > UNFLUSHED:
                 self._unflushed = 0
-                self._open.flush()
+                with suppress(OSError):  # the update will say so
+                    self._open.flush()
             EmbeddedStore.update(
                 self,
                 f"{''.join(change.cleared)}DELETE DATA {{\n{''.join(change.removed)}}} ;\n"
@@ -508,86 +539,6 @@ class EmbeddedStore(Store):
     def close(self) -> None:
         """Write what is left and free the folder for another process."""
         if self._store is not None:
-            self._store.flush()
+            with suppress(OSError):  # a full disk; what was written is in RocksDB's log
+                self._store.flush()
             self._store = None
-
-
-class RemoteStore(Store):
-    """A server of the SPARQL 1.1 Protocol.
-
-    Parameters
-    ----------
-    url
-        Address for queries.
-    token
-        Sent with every request as a bearer token.
-    ca
-        PEM file with the authority of the server's certificate. Default: the system's authorities.
-    update_url
-        Address for updates, if it is another one (as with Fuseki, oxigraph and GraphDB).
-    timeout
-        Seconds to wait for an answer.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        token: str | None = None,
-        *,
-        ca: Path | None = None,
-        update_url: str | None = None,
-        timeout: float = 30.0,
-    ) -> None:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-            raise StoreError(f"{url!r} is not the address of a SPARQL endpoint; it must begin with http:// or https://")
-        self._url = url
-        self._update_url = update_url or url
-        self._token = token
-        self._timeout = timeout
-        host = urllib.parse.urlsplit(url).hostname or ""
-        # A proxy from the environment is not meant for a server on this machine.
-        proxies: dict[str, str] | None = {} if host in ("localhost", "::1") or host.startswith("127.") else None
-        tls = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=ca))
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies), tls)
-
-    def _post(self, url: str, form: Mapping[str, str | Sequence[str]], accept: str) -> tuple[str, bytes]:
-        try:
-            body = urllib.parse.urlencode(form, doseq=True).encode()
-        except UnicodeEncodeError as error:
-            raise StoreError(f"the text cannot be sent: {error}") from None
-        request = urllib.request.Request(url, data=body, headers={"Accept": accept})
-        if self._token:
-            request.add_header("Authorization", f"Bearer {self._token}")
-        try:
-            with self._opener.open(request, timeout=self._timeout) as response:
-                return response.headers.get_content_type(), response.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                detail = error.read(2000).decode(errors="replace").strip() or error.reason
-            raise StoreError(f"{url} did not accept the request ({error.code}): {short_message(detail)}") from None
-        except (OSError, urllib.error.URLError) as error:
-            reason = getattr(error, "reason", error)
-            raise Unreachable(f"no answer from {url} ({reason}); is the server running?") from None
-
-    def evaluate(self, sparql: str, dataset: Dataset | None = None, /, **bindings: Binding) -> QueryResult:
-        form: dict[str, str | Sequence[str]] = {"query": bind(sparql, bindings)}
-        if dataset is not None:
-            form |= {"default-graph-uri": dataset.default, "named-graph-uri": dataset.named}
-        kind, body = self._post(self._url, form, "application/sparql-results+json, application/n-triples;q=0.9")
-        try:
-            if kind == "application/sparql-results+json":
-                return ox.parse_query_results(body, ox.QueryResultsFormat.JSON)
-            # Oxigraph has no public constructor for QueryTriples, so let it query a graph of them.
-            own = ox.Store()
-            own.load(body, ox.RdfFormat.N_TRIPLES)
-            return own.query("CONSTRUCT { ?s ?p ?o } WHERE { ?s ?p ?o }")
-        except (SyntaxError, ValueError, json.JSONDecodeError) as error:
-            raise StoreError(
-                f"{self._url} answered with something other than a SPARQL result ({kind}): {error}"
-            ) from None
-
-    def update(self, sparql: str) -> None:
-        self._post(self._update_url, {"update": sparql}, "*/*")
-
-    def close(self) -> None:
-        """Nothing is held between requests."""

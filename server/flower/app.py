@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import load
 from tinyfleet.edge.wire.broker_address import BrokerAddress
-from tinyfleet.edge.wire.broker_check import RUN, check_operator
+from tinyfleet.edge.wire.broker_check import check_operator
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.wire.server_info import find_broker
 from tinyfleet.server.evaluate import baselines
@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
         broker = broker_of(config)
         if broker is not None:
             fleet = str(config["fleet"])
-            check_operator(broker, fleet, RUN)
+            check_operator(broker, fleet)
             devices = stack.enter_context(MqttGrid(broker, fleet, task.program))
             grid = CompositeGrid([grid, devices])
         nodes = wait_for_nodes(grid, clients, float(config["wait"]))
@@ -75,9 +75,15 @@ def broker_of(config: Mapping[str, object]) -> BrokerAddress | None:
     data = file("data")
     if not config["broker"] and data is None:
         return None
-    shown = {"ca": file("ca"), "cert": file("cert"), "key": file("key"), "password_file": file("password-file")}
-    insecure = bool(config["insecure"])
-    return find_broker(str(config["broker"]) or None, data or Path(), insecure=insecure, **shown)
+    return find_broker(
+        str(config["broker"]) or None,
+        data or Path(),
+        insecure=bool(config["insecure"]),
+        ca=file("ca"),
+        cert=file("cert"),
+        key=file("key"),
+        password_file=file("password-file"),
+    )
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout: float) -> Sequence[int]:
