@@ -29,10 +29,10 @@ settings.load_profile("tinyfleet")
 
 #: The files whose tests compile, emulate, or start TensorFlow, brokers or servers. `make test-fast` leaves them out.
 THOROUGH = {
-    "test_authority", "test_broker_check", "test_c_library", "test_compiler", "test_compiler_commands", "test_data_folder", "test_demo",
-    "test_deploy", "test_device", "test_directory_events", "test_docs", "test_engine_native", "test_exactness",
-    "test_examples", "test_export_library", "test_features", "test_firmware", "test_firmware_fleet",
-    "test_flower_transports", "test_fuzz", "test_gradients", "test_graph_crash",
+    "test_authority", "test_broker_check", "test_c_library", "test_compiler", "test_compiler_commands",
+    "test_data_folder", "test_demo", "test_deploy", "test_device", "test_directory_events", "test_docs",
+    "test_engine_native", "test_exactness", "test_examples", "test_export_library", "test_features", "test_firmware",
+    "test_firmware_fleet", "test_flower_transports", "test_fuzz", "test_gradients", "test_graph_crash",
     "test_grid_fleet", "test_hostile_queries", "test_house", "test_housekeeping", "test_how_to", "test_litert",
     "test_match", "test_meta", "test_node_native", "test_ontology_boards", "test_ontology_describe",
     "test_ontology_index", "test_ontology_selocml", "test_ontology_shapes", "test_plan", "test_quantized_training",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 
@@ -52,7 +53,7 @@ def check_operator(broker: BrokerAddress, fleet: str, *, timeout: float = TIMEOU
     UserError
         If no broker answers, or it refuses or cannot do something.
     """
-    root, name = Topics(fleet).root, f"~{secrets.token_hex(8)}"  # no name of a device, so that nobody takes it for one
+    root, name = _topics(fleet).root, f"~{secrets.token_hex(8)}"  # no name of a device, so that nobody takes it for one
     topics = [f"{root}/{topic.format(name)}" for topic in OPERATOR_TOPICS]
     _Check(broker, f"tinyfleet-check-{name[1:]}", topics, f"{root}/#", timeout).run()
 
@@ -79,11 +80,21 @@ def check_device(broker: BrokerAddress, fleet: str, device: str, *, timeout: flo
     NameTaken
         If the device runs already.
     """
-    topic = Topics(fleet).echo(device)
+    try:
+        topic = _topics(fleet).echo(device)
+    except ProtocolError as error:
+        raise UserError(str(error)) from None
     check = _Check(
         broker, device_client_id(fleet, device), [topic], f"tinyfleet/{fleet}/devices/{device}/echo", timeout
     )
     check.run(owner=device)
+
+
+def _topics(fleet: str) -> Topics:
+    try:
+        return Topics(fleet)
+    except ProtocolError as error:
+        raise UserError(str(error)) from None
 
 
 def release_name(session: Session, fleet: str, device: str) -> None:
