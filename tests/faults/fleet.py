@@ -1,0 +1,501 @@
+"""A fleet of real processes whose members are killed, started again, and looked after: what must hold afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import free_port
+from launcher import Point
+from ontology_fixtures import description, payload, status
+
+from tinyfleet.edge import tasks
+from tinyfleet.edge.device.device import Device, virtual_device
+from tinyfleet.edge.device.node import Node, Publish, Subscribe, Unsubscribe
+from tinyfleet.edge.device.sources import DatasetStream
+from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.model.layers import Dense, ReLU, build
+from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.versions import ENGINE_VERSION
+from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.server_info import find_broker, find_device_brokers, find_server
+from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.ontology.store.data_folder import remote_store
+from tinyfleet.ontology.store.remote_store import RemoteStore
+from tinyfleet.server.deployment import deploy, plan_deployment
+from tinyfleet.server.flower.internals import log_level
+from tinyfleet.server.named_strategies import make_strategy
+from tinyfleet.server.training_run import run
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TOPICS = Topics("home")
+TASK = tasks.load("sine")
+OTHER = build([Dense(9), ReLU(), Dense(1)], (1,), "mse")
+WORKERS = ("worker-0", "worker-1")
+PROBE = "probe"
+LIMIT = 60.0
+"""Seconds until everything must be well again."""
+PREFIXES = """PREFIX tf: <https://w3id.org/tinyfleet#>
+PREFIX prov: <http://www.w3.org/ns/prov#>
+"""
+
+
+class Command:
+    """A command that is started again whenever it is killed, as a service manager does.
+
+    Parameters
+    ----------
+    words
+        The command line, after `tinyfleet`.
+    folder
+        For its output and its list of points.
+    ready
+        A regular expression for the line after which it counts as started.
+    """
+
+    def __init__(self, words: Sequence[str], folder: Path, ready: str) -> None:
+        self.words = words
+        self.points = folder / f"{words[0]}.points"
+        self._ready = re.compile(ready)
+        self.lines: list[str] = []
+        self.killed_at: list[float] = []
+        self.exit_codes: list[int] = []
+        self._state = threading.Condition()
+        self._kill: Point | None = None
+        self._is_ready = self._stopping = False
+        self._process: subprocess.Popen[str] | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, kill: Point | None = None) -> None:
+        """Start it; it kills itself at that point. Returns when it is ready, or has been killed."""
+        self._kill, self._is_ready, self._stopping = kill, False, False
+        self.killed_at, self.exit_codes, self.lines = [], [], []
+        self.points.write_text("")
+        self._thread = threading.Thread(target=self._supervise, daemon=True)
+        self._thread.start()
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Until the process that runs now has said so."""
+        with self._state:
+            if not self._state.wait_for(lambda: self._is_ready or self._over, LIMIT) or self._over:
+                raise AssertionError(f"{self.words} does not start: {self.lines[-5:]}, exit codes {self.exit_codes}")
+
+    @property
+    def _over(self) -> bool:
+        return bool(self.exit_codes) and self.exit_codes[-1] != -signal.SIGKILL
+
+    def kill(self) -> None:
+        """SIGKILL, now."""
+        if self._process is not None:
+            self._process.kill()
+
+    def stop(self) -> None:
+        """SIGTERM; returns when it has ended."""
+        self._stopping = True
+        if self._process is not None:
+            self._process.terminate()
+        assert self._thread is not None
+        self._thread.join(LIMIT)
+        assert not self._thread.is_alive(), f"{self.words} does not end"
+
+    def join(self) -> int:
+        """Wait until it ends by itself; its exit code."""
+        assert self._thread is not None
+        self._thread.join(2 * LIMIT)
+        assert not self._thread.is_alive(), f"{self.words} does not end"
+        return self.exit_codes[-1]
+
+    def _supervise(self) -> None:
+        while True:
+            command = [sys.executable, str(HERE / "launcher.py"), "--points", str(self.points)]
+            if self._kill is not None:
+                command += ["--kill", str(self._kill)]
+            self._process = subprocess.Popen(
+                [*command, "--", *self.words],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+            )  # fmt: skip
+            if self._stopping:
+                self._process.terminate()
+            self._kill = None
+            assert self._process.stdout is not None
+            for line in self._process.stdout:
+                with self._state:
+                    self.lines.append(line.rstrip())
+                    if self._ready.search(line):
+                        self._is_ready = True
+                        self._state.notify_all()
+            code = self._process.wait()
+            with self._state:
+                self.exit_codes.append(code)
+                if code == -signal.SIGKILL:
+                    self.killed_at.append(time.monotonic())
+                self._is_ready = False
+                self._state.notify_all()
+            if code != -signal.SIGKILL or self._stopping:
+                return
+
+
+class Board:
+    """A board on a serial line, which is a TCP connection: the C node behind frames."""
+
+    def __init__(self, name: str) -> None:
+        data, program = TASK.client(3, 4), TASK.program
+        arena = max(65_536, program.arena_bytes)
+        td = thing_description("home", name, VIRTUAL, "mote", ENGINE_VERSION, arena, program.model_id, 65_536)
+        self.name = name
+        self._node = Node("home", name, td, program, DatasetStream(data), arena_bytes=arena, model_slot_bytes=65_536)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._ending = False
+        self.port = f"socket://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def close(self) -> None:
+        """Unplug it."""
+        self._ending = True
+        self._listener.close()
+
+    def _run(self) -> None:
+        while not self._ending:
+            with contextlib.suppress(OSError):
+                line, _ = self._listener.accept()
+                with line:
+                    self._serve(line)
+
+    def _serve(self, line: socket.socket) -> None:
+        reader = serial_frames.FrameReader()
+        line.settimeout(0.01)
+        while not self._ending:
+            data = b""
+            with contextlib.suppress(TimeoutError):
+                data = line.recv(65536)
+                if not data:
+                    return
+            for frame in reader.feed(data):
+                self._receive(frame, line)
+            for _ in range(64):
+                self._node.step()
+            for out in self._node.poll():
+                self._send(line, out)
+
+    def _receive(self, frame: serial_frames.Frame, line: socket.socket) -> None:
+        if frame.kind == serial_frames.HELLO:
+            will = self._node.will()
+            self._put(line, serial_frames.HELLO, will.topic, will.payload)
+        elif frame.kind == serial_frames.CONNECTED:
+            self._node.connected()
+        elif frame.kind == serial_frames.MESSAGE:
+            self._node.receive(frame.topic, frame.payload)
+
+    def _send(self, line: socket.socket, out: object) -> None:
+        match out:
+            case Publish(topic, content, retain):
+                kind = serial_frames.PUBLISH_RETAINED if retain else serial_frames.PUBLISH
+                self._put(line, kind, topic, content)
+            case Subscribe(filter):
+                self._put(line, serial_frames.SUBSCRIBE, filter)
+            case Unsubscribe(filter):
+                self._put(line, serial_frames.UNSUBSCRIBE, filter)
+
+    def _put(self, line: socket.socket, kind: int, topic: str, content: bytes = b"") -> None:
+        line.settimeout(None)
+        line.sendall(serial_frames.encode(serial_frames.Frame(kind, topic, content)))
+        line.settimeout(0.01)
+
+
+class Probe:
+    """A device whose every word is known: it announces itself in each new session, as devices do."""
+
+    def __init__(self, data: Path) -> None:
+        self.samples, self.version, self.online = 0, 0, True
+        (broker,) = find_device_brokers([PROBE], None, data)
+        self._session = Session(broker, PROBE, on_connect=self._announce)
+        self._announce()
+
+    def _announce(self) -> None:
+        if hasattr(self, "_session"):
+            self._session.publish(TOPICS.td(PROBE), self._description(), retain=True)
+            self._session.publish(TOPICS.status(PROBE), self._status(), retain=True)
+
+    def _description(self) -> bytes:
+        return payload(description(PROBE, title=f"Probe {self.version}"))
+
+    def _status(self) -> bytes:
+        return status(self.online, samples=self.samples)
+
+    def learn(self) -> None:
+        """Report that it has learned from more samples."""
+        self.samples += 1
+        self._session.publish(TOPICS.status(PROBE), self._status(), retain=True)
+
+    def change(self) -> None:
+        """Describe itself anew."""
+        self.version += 1
+        self._session.publish(TOPICS.td(PROBE), self._description(), retain=True)
+
+    def set_online(self, online: bool) -> None:
+        """Leave the fleet, or come back."""
+        self.online = online
+        self._session.publish(TOPICS.status(PROBE), self._status(), retain=True)
+
+    def flush(self) -> bool:
+        """Wait for the broker's acknowledgement."""
+        return self._session.flush(LIMIT)
+
+    def close(self) -> None:
+        """End the session."""
+        self._session.close()
+
+
+@dataclass
+class Outcome:
+    """What came of one kill: whether the point was reached, and the seconds from there until all was well."""
+
+    point: str
+    reached: bool
+    seconds: float
+    complaints: list[str]
+
+
+class Fleet:
+    """A server, two virtual devices, a probe, and perhaps a device that is a process of its own. Use it in a `with`.
+
+    Parameters
+    ----------
+    folder
+        For the data and the output of the commands.
+    guest
+        "agent", "gateway" or None: what the third device is.
+    insecure
+        Without TLS.
+    """
+
+    def __init__(self, folder: Path, guest: str | None = None, *, insecure: bool = False) -> None:
+        log_level(40)
+        self.folder, self.data = folder, folder / "data"
+        ports = ["--port", str(free_port()), "--operator-port", str(free_port()), "--http-port", str(free_port())]
+        more = ["--insecure"] if insecure else []
+        self.server = Command(["server", "start", *ports, "--data", str(self.data), *more], folder, "^ready: ")
+        self.guest: Command | None = None
+        self.board: Board | None = None
+        self.devices: list[Device] = []
+        self.names = [*WORKERS]
+        if guest is not None:
+            self.names.append(guest)
+        self._guest_kind = guest
+        self._number = 0
+
+    def __enter__(self) -> Fleet:
+        self.server.start()
+        brokers = find_device_brokers(WORKERS, None, self.data)
+        for index, (name, broker) in enumerate(zip(WORKERS, brokers, strict=True)):
+            device = virtual_device(broker, "home", name, TASK.program, TASK.client(index, 4))
+            device.start()
+            self.devices.append(device)
+        self.probe = Probe(self.data)
+        if self._guest_kind is not None:
+            self.guest = self._make_guest(self._guest_kind)
+            self.guest.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.probe.close()
+        for device in self.devices:
+            device.stop()
+        for device in self.devices:
+            device.join(10)
+        if self.guest is not None:
+            self.guest.stop()
+        if self.board is not None:
+            self.board.close()
+        self.server.stop()
+
+    def _make_guest(self, kind: str) -> Command:
+        where = ["--data", str(self.data)]
+        if kind == "agent":
+            words = ["agent", "start", "--device-id", kind, "--task", "sine", "--client-index", "2", *where]
+            return Command(words, self.folder, " is up ")
+        self.board = Board(kind)
+        return Command(["gateway", "start", "--port", self.board.port, *where], self.folder, "is part of the fleet")
+
+    def store(self) -> RemoteStore:
+        """The server's graph."""
+        return remote_store(find_server(self.data))
+
+    # What happens
+
+    def history(self) -> list[str]:
+        """Devices announce themselves, learn, get another program and the old one back, change and leave. Returns what
+        went wrong on the way, as it does while something is dead."""
+        steps: list[Callable[[], object]] = [
+            self.probe.learn,
+            self.round,
+            lambda: self.deploy(OTHER, self.names[-1]),
+            lambda: self.deploy(TASK.program, self.names[-1]),
+            self.probe.change,
+            lambda: self.probe.set_online(False),
+            lambda: self.probe.set_online(True),
+            self.probe.learn,
+        ]
+        wrong = []
+        for step in steps:
+            try:
+                step()
+            except Exception as error:
+                wrong.append(f"{type(error).__name__}: {error}")
+            self.probe.flush()
+        return wrong
+
+    def round(self) -> list[str]:
+        """One round with all devices that learn; the names of those that took part."""
+        select = "SELECT ?id { VALUES ?id { %s } }" % " ".join(f"'{name}'" for name in self.names)
+        count = len(self.names)
+        strategy = make_strategy("fedavg", TASK, rounds=1, clients=count, seed=0)
+        with self.store() as store:
+            ended = run(
+                TASK, strategy, broker=find_broker(None, self.data), fleet="home", store=store, rounds=1, query=select,
+                clients=count, wait=10.0, timeout=15.0,
+            )  # fmt: skip
+        return [each.device for each in ended.rounds[0].participations]
+
+    def deploy(self, program: Program, name: str) -> None:
+        """Send a program to one device."""
+        with self.store() as store:
+            sparql = f"SELECT ?id {{ VALUES ?id {{ '{name}' }} }}"
+            plan = plan_deployment(store, program, f"model-{program.model_id.hex()}", sparql, "home")
+            deploy(
+                store, program, plan, broker=find_broker(None, self.data), fleet="home", selected_by=sparql, timeout=15.0
+            )
+
+    # What must hold
+
+    def settle(self) -> list[str]:
+        """Wait until all is well; what is not in time. Repairs nothing but the program of a device that was killed
+        between two deployments."""
+        end = time.monotonic() + LIMIT
+        while True:
+            try:
+                complaints = self._complaints()
+            except Exception as error:  # the server is on its way
+                complaints = [f"{type(error).__name__}: {error}"]
+            if not complaints or time.monotonic() > end:
+                return complaints
+            time.sleep(0.1)
+
+    def _complaints(self) -> list[str]:
+        with self.store() as store:
+            state = {
+                str(row["id"]): row
+                for row in store.query(
+                    PREFIXES
+                    + """SELECT ?id ?online ?samples ?model ?title { ?d a tf:Device ; tf:deviceId ?id .
+                    OPTIONAL { ?d tf:online ?online } OPTIONAL { ?d tf:samplesLearned ?samples }
+                    OPTIONAL { ?d tf:currentModel ?model }
+                    OPTIONAL { ?d <https://www.w3.org/2019/wot/td#title> ?title } }"""
+                )
+            }
+            unfinished = store.query(
+                PREFIXES
+                + """SELECT ?a ?type { ?a a ?type ; prov:startedAtTime ?t FILTER(?type IN (tf:Run, tf:Deployment))
+                FILTER NOT EXISTS { ?a prov:endedAtTime ?e } }"""
+            )
+        wrong = [f"{name} is not in the graph" for name in (*self.names, PROBE) if name not in state]
+        if wrong:
+            return wrong
+        wrong += [f"{name} is not online" for name in self.names if state[name].get("online") is not True]
+        probe = state[PROBE]
+        if probe.get("online") is not self.probe.online:
+            wrong.append(f"the probe's state is {probe.get('online')}, not {self.probe.online}")
+        if probe.get("samples") != self.probe.samples:
+            wrong.append(f"the probe has learned {self.probe.samples} samples, and the graph says {probe}")
+        if probe.get("title") != f"Probe {self.probe.version}":
+            wrong.append(f"the probe's description is the old one: {probe}")
+        wrong += [f"{row['a']} has no end" for row in unfinished]
+        if wrong:
+            return wrong
+        for name in self.names:
+            if not str(state[name].get("model")).endswith(TASK.program.model_id.hex()):
+                self.deploy(TASK.program, name)
+                return [f"{name} ran another program"]
+        wrong += [f"{topic} is retained, and nobody drives it" for topic in self.left()]
+        if not wrong and sorted(part := self.round()) != sorted(self.names):
+            wrong.append(f"only {part} took part in a round")
+        return wrong
+
+    def left(self) -> list[str]:
+        """Topics of retained messages that belong to no device's state."""
+        came: queue.Queue[str] = queue.Queue()
+        marker = TOPICS.command("marker")
+        session = Session(find_broker(None, self.data), "looking", on_message=lambda topic, _: came.put(topic))
+        topics = set()
+        with contextlib.closing(session):
+            session.subscribe("tinyfleet/#")
+            session.publish(marker, b"")
+            with contextlib.suppress(queue.Empty):
+                while (topic := came.get(timeout=5)) != marker:
+                    topics.add(topic)
+        known = {topic(name) for name in (*self.names, PROBE) for topic in (TOPICS.td, TOPICS.status)}
+        return sorted(topics - known - {"tinyfleet/home/time"})
+
+    def processes(self) -> list[str]:
+        """Command lines of the processes that have this fleet's folder in theirs."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdecimal() and int(folder.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if str(self.folder) in words:
+                        found.append(words)
+        return found
+
+    # Kills
+
+    def target(self, name: str) -> Command:
+        """The process of that name."""
+        if name == "server":
+            return self.server
+        assert self.guest is not None
+        return self.guest
+
+    def list_points(self, name: str) -> list[Point]:
+        """The points of a history, each before and after, in their order."""
+        target = self.target(name)
+        target.stop()
+        target.start()
+        self.history()
+        target.stop()  # what it does at its end counts, too
+        seen = [Point.parse(line) for line in target.points.read_text().splitlines()]
+        target.start()
+        return [point._replace(when=when) for point in seen for when in ("before", "after")]
+
+    def kill_at(self, name: str, point: Point) -> Outcome:
+        """Start the process so that it kills itself there, let the history happen, and see what is left."""
+        target = self.target(name)
+        target.stop()
+        target.start(point)
+        self.history()
+        if not target.killed_at:
+            target.stop()
+            reached = bool(target.killed_at)
+            target.start()
+        else:
+            reached = True
+        complaints = self.settle()
+        ended = time.monotonic()
+        return Outcome(str(point), reached, ended - target.killed_at[0] if target.killed_at else 0.0, complaints)

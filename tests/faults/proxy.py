@@ -1,0 +1,158 @@
+"""A TCP proxy between clients and a broker that does to links what networks do."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal
+
+Fault = Literal["none", "stall", "cut", "delay", "hold", "refuse", "double"]
+"""What happens to a link: nothing; what is sent waits; it ends in the middle of a packet; everything comes late; it
+stays open, but what is sent is lost and no end is told; new connections end at once; messages come twice (only on plain
+links)."""
+
+_KINDS = {
+    1: "CONNECT", 2: "CONNACK", 3: "PUBLISH", 4: "PUBACK", 8: "SUBSCRIBE", 9: "SUBACK", 10: "UNSUBSCRIBE",
+    11: "UNSUBACK", 12: "PINGREQ", 13: "PINGRESP", 14: "DISCONNECT",
+}  # fmt: skip
+
+
+class Proxy:
+    """Listens on a free port of this machine until it is closed. Use it in a `with`.
+
+    Parameters
+    ----------
+    port
+        Where the broker listens on this machine.
+    seed
+        Of what is random: where a link is cut, how late data comes.
+    on_packet
+        Called with "before" or "after" and the name of each MQTT packet, around its forwarding: only for links without
+        TLS.
+    """
+
+    def __init__(
+        self, port: int, *, seed: int = 0, on_packet: Callable[[str, str], None] | None = None
+    ) -> None:
+        self._to = port
+        self._random = random.Random(seed)
+        self._on_packet = on_packet
+        self._fault: Fault = "none"
+        self._links: list[tuple[socket.socket, socket.socket]] = []
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=600)
+        self.port = int(self._listener.getsockname()[1])
+        self.accepted = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the proxy and all links."""
+        self._listener.close()
+        self.cut()
+
+    def set(self, fault: Fault) -> None:
+        """From now on, on all links."""
+        self._fault = fault
+
+    def cut(self) -> None:
+        """End all links at once."""
+        with self._lock:
+            links, self._links = self._links, []
+        for pair in links:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self.accepted += 1
+            if self._fault == "refuse":
+                client.close()
+                continue
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, contextlib.suppress(OSError):
+            if self._fault == "hold":
+                self._keep(client)
+                return
+            try:
+                broker = socket.create_connection(("127.0.0.1", self._to), 5)
+            except OSError:
+                return
+            with broker:
+                for end in (client, broker):
+                    end.settimeout(None)
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with self._lock:
+                    self._links.append((client, broker))
+                self._forward(client, broker)
+
+    def _keep(self, client: socket.socket) -> None:
+        """A link that is open on one side only."""
+        with self._lock:
+            self._links.append((client, client))
+        while self._fault == "hold":
+            time.sleep(0.02)
+
+    def _forward(self, client: socket.socket, broker: socket.socket) -> None:
+        other = {client: broker, broker: client}
+        left = {client: b"", broker: b""}
+        with selectors.DefaultSelector() as waiting:
+            for end in other:
+                waiting.register(end, selectors.EVENT_READ)
+            while True:
+                for key, _ in waiting.select(0.5):
+                    end = key.fileobj
+                    assert isinstance(end, socket.socket)
+                    while self._fault in ("stall", "hold"):
+                        time.sleep(0.02)
+                    data = end.recv(65536)
+                    if self._fault in ("stall", "hold"):
+                        continue
+                    if not data:
+                        return
+                    if self._fault == "delay":
+                        time.sleep(self._random.random() * 0.05)
+                    if self._fault == "cut" and self._random.random() < 0.05:
+                        other[end].sendall(data[: self._random.randrange(len(data))])
+                        return
+                    left[end] = self._packets(left[end] + data, other[end])
+
+    def _packets(self, data: bytes, to: socket.socket) -> bytes:
+        """Forward whole packets, and return what is left of the last one."""
+        if self._on_packet is None:
+            to.sendall(data)
+            return b""
+        while (size := _size(data)) is not None and size <= len(data):
+            kind = _KINDS.get(data[0] >> 4, "other")
+            self._on_packet("before", kind)
+            to.sendall(data[:size] * (2 if self._fault == "double" and kind == "PUBLISH" else 1))
+            self._on_packet("after", kind)
+            data = data[size:]
+        return data
+
+
+def _size(data: bytes) -> int | None:
+    """The size of the MQTT packet that begins here, if it is known by now."""
+    length = 0
+    for at, byte in enumerate(data[1:5]):
+        length |= (byte & 0x7F) << 7 * at
+        if byte < 0x80:
+            return 2 + at + length
+    return None
