@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import re
@@ -13,10 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from conftest import free_port
 from launcher import Point
@@ -27,7 +25,6 @@ from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.node import Node, Publish, Subscribe, Unsubscribe
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
-from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.versions import ENGINE_VERSION
@@ -364,7 +361,8 @@ class Fleet:
 
     def round(self) -> list[str]:
         """One round with all devices that learn; the names of those that took part."""
-        select = "SELECT ?id { VALUES ?id { %s } }" % " ".join(f"'{name}'" for name in self.names)
+        listed = " ".join(f"'{name}'" for name in self.names)
+        select = f"SELECT ?id {{{{ VALUES ?id {{{{ {listed} }}}} }}}}"
         count = len(self.names)
         strategy = make_strategy("fedavg", TASK, rounds=1, clients=count, seed=0)
         with self.store() as store:
@@ -380,7 +378,13 @@ class Fleet:
             sparql = f"SELECT ?id {{ VALUES ?id {{ '{name}' }} }}"
             plan = plan_deployment(store, program, f"model-{program.model_id.hex()}", sparql, "home")
             deploy(
-                store, program, plan, broker=find_broker(None, self.data), fleet="home", selected_by=sparql, timeout=15.0
+                store,
+                program,
+                plan,
+                broker=find_broker(None, self.data),
+                fleet="home",
+                selected_by=sparql,
+                timeout=15.0,
             )
 
     # What must hold
