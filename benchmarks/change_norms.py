@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tinyfleet.edge import tasks
-from tinyfleet.edge.tasks import Task
+from tinyfleet.edge.tasks import MAX_NORM_RATIO, Task
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, single_records, vector_to_arrays
 from tinyfleet.server.flower.internals import log_level
-from tinyfleet.server.flower.reply_bounds import ENOUGH, MAX_NORM_RATIO
+from tinyfleet.server.flower.reply_bounds import ENOUGH
 from tinyfleet.server.named_strategies import initial_parameters, limit_clients, make_strategy
 
 
@@ -75,7 +75,7 @@ def main(
                 ratios += grid.ratios
             table.add_row(name, strategy, f"{statistics.median(ratios):.2f}", f"{max(ratios):.2f}")
     Console(highlight=False).print(table)
-    print(f"the bound is {MAX_NORM_RATIO:g}")
+    print(f"the bound is {MAX_NORM_RATIO:g}, unless the task has its own")
 
 
 if __name__ == "__main__":

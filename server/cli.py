@@ -131,32 +131,20 @@ def start_server(
         failures.append(reason)
         stopped.set()
 
-    try:
-        server = FleetServer(
-            data,
-            fleet,
-            broker=address,
-            port=port,
-            operator_port=operator_port,
-            endpoint_port=http_port,
-            listen=listen,
-            host_names=host_name or (),
-            cors_origins=cors_origin or (),
-            insecure=connection.insecure,
-            on_log=lambda line: typer.echo(line),
-            on_failure=fail,
-        )
-    except OSError as error:
-        raise UserError(
-            f"the data folder {data} cannot be used ({error}); check its permissions and the free space on its disk"
-        ) from None
-    with server as running:
-        if running.broker_kind == "amqtt":
-            typer.echo(
-                "mosquitto is not installed: amqtt takes its place. It has no encryption, identities or limits, is "
-                "slower, and ends with this process; apt-get install mosquitto",
-                err=True,
-            )
+    with FleetServer(
+        data,
+        fleet,
+        broker=address,
+        port=port,
+        operator_port=operator_port,
+        endpoint_port=http_port,
+        listen=listen,
+        host_names=host_name or (),
+        cors_origins=cors_origin or (),
+        insecure=connection.insecure,
+        on_log=lambda line: typer.echo(line),
+        on_failure=fail,
+    ) as running:
         if connection.insecure:
             typer.echo("INSECURE: any program on this machine can control the fleet", err=True)
         typer.echo(f"broker:   {running.broker_kind} on {running.device_broker.url}")
@@ -198,14 +186,15 @@ def start_run(
         float, typer.Option("--round-timeout", metavar="SECONDS", min=0.1, max=1e8, help="Maximum duration of a round.")
     ] = 60.0,
     max_norm_ratio: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--max-norm-ratio",
             metavar="FACTOR",
             min=1,
             help="Refuse a device's change that is more than this many times as long as the round's median.",
+            show_default="the task's",
         ),
-    ] = 5.0,
+    ] = None,
     wait: Annotated[
         float,
         typer.Option(
@@ -305,7 +294,15 @@ def start_run(
     check_output(out)
     learning_task = tasks.load(task)
     options = StrategyOptions(
-        local_head, anneal, density, proximal_mu, asynchronous, dp_clip_norm, dp_noise_multiplier, dp_on_device
+        local_head,
+        anneal,
+        density,
+        proximal_mu,
+        asynchronous,
+        dp_clip_norm,
+        dp_noise_multiplier,
+        dp_on_device,
+        max_norm_ratio,
     )
     named_strategy = make_strategy(
         strategy, learning_task, rounds=rounds, clients=clients_per_round, seed=seed, options=options
@@ -331,7 +328,6 @@ def start_run(
             clients=clients_per_round,
             wait=wait,
             timeout=round_timeout,
-            max_norm_ratio=max_norm_ratio,
             on_round=_print_round if as_json else bar,
         )
     if out is not None:

@@ -10,8 +10,8 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +51,9 @@ BATCH_DELAY = 0.005
 STARTUP_WAIT = 2.0
 """Seconds that a new server waits until no device counts as online any more because an earlier server saw it; with a
 million, that continues afterwards."""
+GRACE = 30.0
+"""Seconds that devices have to report after the broker was away, or the server; then they count as offline. Their
+attempts to reconnect are 10 s apart at most."""
 DISK_RETRY = 2.0
 """Seconds between two attempts to write to a disk that is full."""
 MAX_KNOWN = 100_000
@@ -98,6 +101,9 @@ class FleetServer:
     on_failure
         Called with the reason if the server cannot go on: the broker or a thread has died for good. Close it then.
 
+    grace
+        Seconds that devices have to report after the broker was away, or the server.
+
     Attributes
     ----------
     ingested, dropped : int
@@ -130,18 +136,20 @@ class FleetServer:
         insecure: bool = False,
         on_log: Callable[[str], None] = lambda line: None,
         on_failure: Callable[[str], None] = lambda reason: None,
+        grace: float = GRACE,
     ) -> None:
         self.fleet = fleet_name(fleet)
         self.data = data
         limit = LogLimit(on_log, 100)
         self._on_log = limit
         self._on_failure = on_failure
+        self._grace = grace
         self._closing = threading.Event()
         self.ingested, self.dropped = 0, 0
         self.disk_is_full = False
         self._topics = Topics(fleet)
         self._known: dict[str, str] = {}  # what was last reported about each device
-        with ExitStack() as stack:
+        with _disk_errors(data), ExitStack() as stack:
             data_folder.prepare(data, on_log)
             self.store = stack.enter_context(IndexedStore(data / data_folder.GRAPH))
             make_private_folder(data)
@@ -153,6 +161,11 @@ class FleetServer:
                 secured = None if insecure else Secured(self.authority, fleet, operator_port, listen)
                 started = stack.enter_context(Broker(port, data / "broker", secured=secured, on_failure=self._fail))
                 self._mosquitto = started.mosquitto
+                if started.kind == "amqtt":
+                    on_log(
+                        "mosquitto is not installed; amqtt takes its place, without encryption, identities or limits, "
+                        "and slower: apt-get install mosquitto"
+                    )
                 self.broker, self.device_broker, self.broker_kind = (
                     started.address,
                     started.device_address,
@@ -340,8 +353,14 @@ class FleetServer:
     def _write(self) -> None:
         """The writer's thread: writes what has arrived, then what has arrived since."""
         batch: list[_Message] = []
+        offline_at: float | None = None  # when those that have not reported since the session is new count as offline
         while True:
-            message = self._arrived.get()
+            try:
+                message = self._arrived.get(timeout=None if offline_at is None else offline_at - time.monotonic())
+            except (queue.Empty, ValueError):  # ValueError: it is past
+                offline_at = None
+                self._try(self._give_up_missing)
+                continue
             special = message is _NEW_SESSION or message is _LOST or message is _END
             if not special:
                 if not batch and self._arrived.qsize() < MAX_BATCH:
@@ -351,15 +370,19 @@ class FleetServer:
                 written, batch = batch, []
                 self._room.release(len(written))
                 self._try(partial(self._ingest, written))
-            if message is _LOST:
-                self._try(self.registry.mark_all_unknown)
+            if message is _LOST or message is _NEW_SESSION:
+                self._try(self.registry.mark_unknown)
                 self._known.clear()
-                self._on_log("broker", "the broker is away: whether devices are online is unknown")
-            elif message is _NEW_SESSION:
-                self._try(self.registry.mark_all_offline)
                 self._settled.set()
+                offline_at = None if message is _LOST else time.monotonic() + self._grace
+            if message is _LOST:
+                self._on_log("broker", "the broker is away: whether devices are online is unknown")
             elif message is _END:
                 return
+
+    def _give_up_missing(self) -> None:
+        if missing := self.registry.mark_missing_offline():
+            self._on_log("broker", f"devices have not come back: they count as offline ({missing})")
 
     def _try(self, write: Callable[[], None]) -> None:
         """Write, again and again while the disk is full. One message must not stop the others."""
@@ -417,6 +440,17 @@ class FleetServer:
                 self._known.clear()
             self._known[result.device] = line
             self._on_log("state", line)
+
+
+@contextmanager
+def _disk_errors(data: Path) -> Iterator[None]:
+    """Say in one line that a file cannot be written; only the user can help."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the data folder {data} cannot be used ({error}); check its permissions and the free space on its disk"
+        ) from error
 
 
 def _host_names(listen: str, given: Sequence[str]) -> list[str]:

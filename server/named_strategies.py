@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import flwr.serverapp.strategy as flower_strategies
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.tasks import Hyperparameters, Task
+from tinyfleet.edge.tasks import MAX_NORM_RATIO, Hyperparameters, Task
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
 from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
@@ -49,6 +49,7 @@ class NamedStrategy:
     name: str
     strategy: Strategy
     train_config: Mapping[str, int | float | bool | list[int] | list[float]] = field(default_factory=dict)
+    max_norm_ratio: float = MAX_NORM_RATIO
 
 
 class _Applicability(NamedTuple):
@@ -82,6 +83,8 @@ class StrategyOptions:
         Differential privacy: standard deviation of the sum's noise, as a multiple of dp_clip_norm; 1 by default.
     dp_on_device
         Differential privacy: whether the devices clip, not the server.
+    max_norm_ratio
+        A device's change may be this many times as long as the median; the task's by default.
     """
 
     local_head: bool | None = None
@@ -92,6 +95,7 @@ class StrategyOptions:
     dp_clip_norm: float = 0.0
     dp_noise_multiplier: float | None = None
     dp_on_device: bool = False
+    max_norm_ratio: float | None = None
 
     def check(self, key: str) -> None:
         """Raises UserError for an option that the strategy of this name, in lower case, does not use."""
@@ -158,6 +162,15 @@ def make_strategy(
     UserError
         For an unknown name, or an option that the strategy does not use.
     """
+    named = _make_strategy(name, task, rounds, clients, query, seed, options)
+    hyperparameters = task.meta if name.lower() in META_STRATEGIES else task.fedavg
+    ratio = options.max_norm_ratio
+    return replace(named, max_norm_ratio=hyperparameters.max_norm_ratio if ratio is None else ratio)
+
+
+def _make_strategy(
+    name: str, task: Task, rounds: int, clients: int, query: int, seed: int, options: StrategyOptions
+) -> NamedStrategy:
     key = name.lower()
     if options.density is not None and not 0 < options.density <= 1:
         raise UserError(f"--density is the share of the changes that is sent, in (0, 1], not {options.density:g}")

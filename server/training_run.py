@@ -25,7 +25,6 @@ from tinyfleet.ontology.queries.matching import select_devices
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 from tinyfleet.server.flower.grid import MqttGrid
-from tinyfleet.server.flower.reply_bounds import MAX_NORM_RATIO
 from tinyfleet.server.flower.requests import RoundEvent
 from tinyfleet.server.flower.strategies import Asynchronous
 from tinyfleet.server.named_strategies import PRIVATE, NamedStrategy, initial_parameters, limit_clients
@@ -277,7 +276,6 @@ def run(
     clients: int = 1,
     wait: float = 10.0,
     timeout: float = 60.0,
-    max_norm_ratio: float = MAX_NORM_RATIO,
     on_event: Callable[[RoundEvent], None] | None = None,
     on_round: Callable[[Round], None] | None = None,
 ) -> RunResult:
@@ -310,8 +308,6 @@ def run(
         Seconds to wait for them, and in a round for a first one.
     timeout
         Seconds that a round may take.
-    max_norm_ratio
-        A device's change may be this many times as long as the round's median.
     on_event
         Called with each event of a round.
     on_round
@@ -356,7 +352,13 @@ def run(
         return None
 
     with MqttGrid(
-        broker, fleet, program, select_devices=selected, on_event=watch, wait=wait, max_norm_ratio=max_norm_ratio
+        broker,
+        fleet,
+        program,
+        select_devices=selected,
+        on_event=watch,
+        wait=wait,
+        max_norm_ratio=named_strategy.max_norm_ratio,
     ) as grid:
         # Wait for all selected devices, so that a draw among them does not depend on which reported first.
         nodes = grid.wait_for_nodes(max(clients, len(selected())), wait)

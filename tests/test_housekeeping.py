@@ -109,7 +109,7 @@ def test_while_the_broker_is_away_devices_are_unknown(tmp_path: Path) -> None:
             process.wait()
             lines.until("the broker is away")
             assert server.store.query(library.text("devices")).column("online") == []
-            assert server.store.ask(PREFIXES + "ASK { ?device tf:unknownSince ?t }")
+            assert not server.store.ask(PREFIXES + "ASK { ?device tf:offlineSince ?t }")  # nor is it offline
             process = start_mosquitto(tmp_path, port)
             device = Session(plain_broker(port), "dev-1")
             device.publish(TOPICS.status("dev-1"), status(), retain=True)
@@ -119,3 +119,18 @@ def test_while_the_broker_is_away_devices_are_unknown(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_device_that_does_not_come_back_is_offline(tmp_path: Path) -> None:
+    data, lines = tmp_path / "data", Lines()
+    with FleetServer(data, "home", port=0, insecure=True, on_log=lines.put) as server:
+        device = Session(server.broker, "dev-1")
+        device.publish(TOPICS.td("dev-1"), payload(description()), retain=True)
+        device.publish(TOPICS.status("dev-1"), status(), retain=True)
+        lines.until("dev-1: online")
+        device.close()
+    with FleetServer(data, "home", port=0, insecure=True, on_log=lines.put, grace=1000) as server:
+        assert server.store.query(library.text("devices")).column("online") == []
+    with FleetServer(data, "home", port=0, insecure=True, on_log=lines.put, grace=0.1):
+        lines.until("devices have not come back: they count as offline")
+        assert server.fleet == "home"

@@ -278,9 +278,18 @@ def test_nobody_is_online_until_it_says_so(store: Store, registry: Registry) -> 
         registry.ingest_one(TOPICS.status(f"dev-{i}"), status(online=i > 0))
     away.ingest_one(Topics("away").td("dev-1"), payload(description("dev-1", "away")))
     away.ingest_one(Topics("away").status("dev-1"), status())
-    registry.mark_all_offline()
+    registry.mark_unknown()
     online = f"SELECT ?d WHERE {{ ?d <{TF.online}> true }}"
+    offline = f"SELECT ?d WHERE {{ ?d <{TF.online}> false ; <{TF.offlineSince}> ?at }} ORDER BY ?d"
     assert store.query(online).column("d") == [device_iri("away", "dev-1")]
+    assert store.query(offline).column("d") == [device_iri("home", "dev-0")]
+    registry.ingest_one(TOPICS.status("dev-1"), status())
+    registry.ingest_one(TOPICS.td("dev-3"), payload(description("dev-3")))  # it has never been there
+    registry.mark_missing_offline()
+    assert store.query(offline).column("d") == [device_iri("home", "dev-0"), device_iri("home", "dev-2")]
+    assert sorted(store.query(online).column("d")) == [device_iri("away", "dev-1"), device_iri("home", "dev-1")]
+    registry.ingest_one(TOPICS.status("dev-2"), status())
+    assert store.query(offline).column("d") == [device_iri("home", "dev-0")]
 
 
 def incompatibility(store: Store) -> object:

@@ -32,14 +32,13 @@ from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.tasks import ClientData
+from tinyfleet.edge.tasks import MAX_NORM_RATIO, ClientData
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
 from tinyfleet.edge.wire.messages import Dense, Success, decode_reply, encode
 from tinyfleet.ontology.queries import library
 from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.grid import MqttGrid
-from tinyfleet.server.flower.reply_bounds import MAX_NORM_RATIO
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile
 from tinyfleet.server.named_strategies import NamedStrategy, StrategyOptions, make_strategy
 from tinyfleet.server.run_report import round_json

@@ -2,20 +2,25 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import plain_broker
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire import mqtt_session, serial_frames
 from tinyfleet.edge.wire.log_limit import LogLimit
 from tinyfleet.edge.wire.messages import Status, encode
 from tinyfleet.edge.wire.mqtt_session import Message, Session
 from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.firmware_tools import gateway as gateways
 from tinyfleet.ontology.store.store import DiskError, EmbeddedStore
 from tinyfleet.ontology.vocabulary.namespaces import TF, Iri, device_iri
 from tinyfleet.server.fleet_server import FleetServer
@@ -70,10 +75,6 @@ def test_lines_of_one_cause_are_limited_and_those_of_another_are_not() -> None:
 def test_a_broker_that_sends_a_packet_without_an_end_is_left(tmp_path: Path) -> None:
     """It is an external one: our own limits its packets itself."""
     import socket
-
-    from conftest import plain_broker
-
-    from tinyfleet.edge.wire import mqtt_session
 
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -185,3 +186,30 @@ def test_a_server_whose_thread_dies_says_so(tmp_path: Path, monkeypatch: pytest.
         server._connected()
         assert failed.wait(10)
     assert "has died; start the server again" in reasons[0]
+
+
+def test_a_board_that_floods_the_line_is_read_no_faster_than_allowed() -> None:
+    said: list[str] = []
+    flood = serial_frames.encode(serial_frames.Frame(99, "t", b"")) * 1000
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def never(_name: str) -> None:
+            raise AssertionError
+
+        gateway = gateways.Gateway(f"socket://127.0.0.1:{listener.getsockname()[1]}", never, report=said.append)  # type: ignore[arg-type]
+        stop = threading.Event()
+        thread = threading.Thread(target=gateway.run, args=(stop,), daemon=True)
+        thread.start()
+        line, _ = listener.accept()
+        assert line.recv(4096)  # greeted
+        line.settimeout(0.2)
+        begin = time.monotonic()
+        while time.monotonic() - begin < 2:
+            with suppress(TimeoutError):
+                line.sendall(flood)
+        stop.set()
+        thread.join(10)
+        line.close()
+    assert not thread.is_alive()
+    in_one_read = 65_536 * 1000 // len(flood)
+    assert 0 < gateway.counters.rejected + gateway.counters.damaged <= 3 * (gateways.MAX_RATE + in_one_read)

@@ -246,6 +246,10 @@ Draw = Callable[[Split, Sequence[int], int, int], Episodes]
 (for a regression: in total). The same seed always gives the same episode, whatever other seeds it is drawn with."""
 
 
+MAX_NORM_RATIO = 5.0
+"""More than honest devices' changes differ in length, unless a task says otherwise; benchmarks/change_norms.py."""
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """What a device does in one round, and how the server combines the results. Tuned on validation episodes."""
@@ -255,6 +259,7 @@ class Hyperparameters:
     rate: float  # the device's learning rate
     alpha: float  # the server's rate, if the strategy has one
     density: float  # the share of the changes that a device sends
+    max_norm_ratio: float = MAX_NORM_RATIO  # how many times as long as the median an honest device's change may be
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.head_steps < 0:

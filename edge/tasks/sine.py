@@ -32,8 +32,8 @@ def load() -> Task:
         program=PROGRAM,
         client=client,
         draw=draw,
-        meta=Hyperparameters(head_steps=16, steps=144, rate=0.02, alpha=2.0, density=0.1),
-        fedavg=Hyperparameters(head_steps=0, steps=160, rate=0.02, alpha=1.0, density=1.0),
+        meta=Hyperparameters(head_steps=16, steps=144, rate=0.02, alpha=2.0, density=0.1, max_norm_ratio=300),
+        fedavg=Hyperparameters(head_steps=0, steps=160, rate=0.02, alpha=1.0, density=1.0, max_norm_ratio=20),
         large=LARGE,
         stream=stream,
     )

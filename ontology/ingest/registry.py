@@ -192,30 +192,33 @@ class Registry:
                 self.accepted += 1
         return results
 
-    def mark_all_offline(self) -> None:
-        """Mark every device as offline that is online, or unknown, until it reports again.
+    def mark_unknown(self) -> None:
+        """Forget of every online device that it is: the broker is away, or its session is new, and those that are
+        online will report again. Many devices take more than one transaction."""
+        self._write_to_all("?device tf:online true .", {TF.online: None})
 
-        Many devices take more than one transaction.
-        """
-        offline: dict[Iri, Binding | None] = {
-            TF.online: False, TF.offlineSince: self._clock(), TF.unknownSince: None
-        }  # fmt: skip
-        self._write_to_all("{ ?device tf:online true } UNION { ?device tf:unknownSince ?since }", offline)
+    def mark_missing_offline(self) -> int:
+        """Mark the devices as offline that `mark_unknown` has left unknown, and that have not reported since; return
+        how many they are."""
+        # A device that was online has told how much it has learned; one that never reported a status has not.
+        return self._write_to_all(
+            "?device tf:samplesLearned ?samples . FILTER NOT EXISTS { ?device tf:online ?online }",
+            {TF.online: False, TF.offlineSince: self._clock()},
+        )
 
-    def mark_all_unknown(self) -> None:
-        """Note that nothing is known any longer about the devices that are online: the broker is away."""
-        self._write_to_all("?device tf:online true", {TF.online: None, TF.unknownSince: self._clock()})
-
-    def _write_to_all(self, pattern: str, facts: dict[Iri, Binding | None]) -> None:
+    def _write_to_all(self, pattern: str, facts: dict[Iri, Binding | None]) -> int:
         answer = self._store.evaluate(
             f"""PREFIX tf: <https://w3id.org/tinyfleet#>
-            SELECT DISTINCT ?device WHERE {{ VALUES ?fleet {{ UNDEF }} {pattern} . ?device tf:fleet ?fleet }}""",
+            SELECT ?device WHERE {{ VALUES ?fleet {{ UNDEF }} {pattern} ?device tf:fleet ?fleet }}""",
             fleet=self.fleet,
         )
         assert isinstance(answer, ox.QuerySolutions)
         devices = (value(solution["device"]) for solution in answer)
+        count = 0
         while some := list(islice(devices, 1000)):
             self._store.write({Iri(str(device)): facts for device in some})
+            count += len(some)
+        return count
 
     def _parse(self, topic: str, payload: bytes) -> "_ParsedMessage | None":
         match self._topics.parse(topic):

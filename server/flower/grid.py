@@ -16,6 +16,7 @@ from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.tasks import MAX_NORM_RATIO
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.flower_records import single_records
@@ -28,7 +29,7 @@ from tinyfleet.server.flower.broadcast import Broadcast, Broadcasts, SentParamet
 from tinyfleet.server.flower.devices import DeviceTable, node_id
 from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, Run, log, new_run, stamp
 from tinyfleet.server.flower.replies import ReplyError, encoding, is_valid_part, reply_content
-from tinyfleet.server.flower.reply_bounds import MAX_NORM_RATIO, NormBound
+from tinyfleet.server.flower.reply_bounds import NormBound
 from tinyfleet.server.flower.requests import Request, RequestScheduler, RoundEvent
 
 

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.tasks import MAX_NORM_RATIO
 from tinyfleet.edge.wire.messages import ALL_LAYERS, Dense, Metrics, Sparse, Success, TrainTask
 
-MAX_NORM_RATIO = 5.0
-"""A change may be this many times as long as the round's median."""
 ENOUGH = 3
 """Replies that make a median of their own; of two, the median is their mean, which the longer one sets."""
 REMEMBERED = 64
