@@ -161,9 +161,7 @@ def test_what_a_broker_refuses_is_named(
 def test_wrong_credentials_are_one_line_in_every_command(start: Start, tmp_path: Path, words: tuple[str, ...]) -> None:
     broker = start()
     words = tuple(word.replace("{data}", str(tmp_path / "data")) for word in words)
-    _, err = tinyfleet(*words, "--broker", broker.url, "--ca", str(broker.ca), password="wrong").communicate(
-        timeout=60
-    )
+    _, err = tinyfleet(*words, "--broker", broker.url, "--ca", str(broker.ca), password="wrong").communicate(timeout=60)
     assert err.count("\n") == 1 and "Traceback" not in err
     assert ("give --password-file" in err) or (words[0] == "gateway" and "cannot open the serial line" in err)
 

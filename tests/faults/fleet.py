@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import os
 import queue
+import random
 import re
 import signal
 import socket
@@ -13,25 +14,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from conftest import free_port
 from launcher import Point
 from ontology_fixtures import description, payload, status
+from proxy import Proxy
 
 from tinyfleet.edge import tasks
 from tinyfleet.edge.device.device import Device, virtual_device
 from tinyfleet.edge.device.node import Node, Publish, Subscribe, Unsubscribe
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
-from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.wire import serial_frames
+from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.server_info import find_broker, find_device_brokers, find_server
 from tinyfleet.edge.wire.topics import Topics
@@ -101,10 +103,12 @@ class Command:
     def _over(self) -> bool:
         return bool(self.exit_codes) and self.exit_codes[-1] != -signal.SIGKILL
 
-    def kill(self) -> None:
-        """SIGKILL, now."""
-        if self._process is not None:
-            self._process.kill()
+    def kill(self) -> bool:
+        """SIGKILL, now. False if it has ended."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        self._process.kill()
+        return True
 
     def stop(self) -> None:
         """SIGTERM; returns when it has ended."""
@@ -222,9 +226,8 @@ class Board:
 class Probe:
     """A device whose every word is known: it announces itself in each new session, as devices do."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, broker: BrokerAddress) -> None:
         self.samples, self.version, self.online = 0, 0, True
-        (broker,) = find_device_brokers([PROBE], None, data)
         self._session = Session(broker, PROBE, on_connect=self._announce)
         self._announce()
 
@@ -263,7 +266,7 @@ class Probe:
         self._session.close()
 
 
-@dataclass
+@dataclasses.dataclass
 class Outcome:
     """What came of one kill: whether the point was reached, and the seconds from there until all was well."""
 
@@ -280,38 +283,48 @@ class Fleet:
     ----------
     folder
         For the data and the output of the commands.
-    guest
-        "agent", "gateway" or None: what the third device is.
-    insecure
-        Without TLS.
+    target
+        What will be killed: "server", "broker", "run", or the third device, "agent" or "gateway".
     """
 
-    def __init__(self, folder: Path, guest: str | None = None, *, insecure: bool = False) -> None:
+    def __init__(self, folder: Path, target: str) -> None:
         log_level(40)
         self.folder, self.data = folder, folder / "data"
         ports = ["--port", str(free_port()), "--operator-port", str(free_port()), "--http-port", str(free_port())]
-        more = ["--insecure"] if insecure else []
+        more = ["--insecure"] if target == "broker" else []  # so that a proxy can read what passes
         self.server = Command(["server", "start", *ports, "--data", str(self.data), *more], folder, "^ready: ")
         self.guest: Command | None = None
         self.board: Board | None = None
         self.devices: list[Device] = []
         self.names = [*WORKERS]
-        if guest is not None:
-            self.names.append(guest)
-        self._guest_kind = guest
-        self._number = 0
+        self.target = target
+        if target in ("agent", "gateway"):
+            self.names.append(target)
+        self._proxy: Proxy | None = None
+        self._packets: Counter[tuple[str, str]] = Counter()
+        self._packet_order: list[Point] = []
+        self._kill_broker_at: Point | None = None
+        self._broker_killed_at = 0.0
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Fleet:
         self.server.start()
-        brokers = find_device_brokers(WORKERS, None, self.data)
+        if self.target == "broker":
+            self._proxy = Proxy(find_broker(None, self.data).port, on_packet=self._on_packet)
+        brokers = self._device_brokers(WORKERS)
         for index, (name, broker) in enumerate(zip(WORKERS, brokers, strict=True)):
             device = virtual_device(broker, "home", name, TASK.program, TASK.client(index, 4))
             device.start()
             self.devices.append(device)
-        self.probe = Probe(self.data)
-        if self._guest_kind is not None:
-            self.guest = self._make_guest(self._guest_kind)
+        self.probe = Probe(self._device_brokers([PROBE])[0])
+        if self.target in ("agent", "gateway"):
+            self.guest = self._make_guest()
             self.guest.start()
+        elif self.target == "run":
+            select = self.folder / "select.rq"
+            select.write_text(_selecting(self.names))
+            words = ["run", "start", "--task", "sine", "--rounds", "2", "--clients-per-round", "2", "--json"]
+            self.guest = Command([*words, "--select", str(select), "--data", str(self.data)], self.folder, "")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -320,19 +333,31 @@ class Fleet:
             device.stop()
         for device in self.devices:
             device.join(10)
-        if self.guest is not None:
+        if self.guest is not None and self.target != "run":
             self.guest.stop()
+        if self._proxy is not None:
+            self._proxy.close()
         if self.board is not None:
             self.board.close()
         self.server.stop()
 
-    def _make_guest(self, kind: str) -> Command:
-        where = ["--data", str(self.data)]
+    def _make_guest(self) -> Command:
+        kind, where = self.target, ["--data", str(self.data)]
         if kind == "agent":
             words = ["agent", "start", "--device-id", kind, "--task", "sine", "--client-index", "2", *where]
             return Command(words, self.folder, " is up ")
         self.board = Board(kind)
         return Command(["gateway", "start", "--port", self.board.port, *where], self.folder, "is part of the fleet")
+
+    def broker(self) -> BrokerAddress:
+        """Where an operator finds the broker now."""
+        return self._through_proxy(find_broker(None, self.data))
+
+    def _device_brokers(self, names: Sequence[str]) -> list[BrokerAddress]:
+        return [self._through_proxy(each) for each in find_device_brokers(names, None, self.data)]
+
+    def _through_proxy(self, broker: BrokerAddress) -> BrokerAddress:
+        return broker if self._proxy is None else dataclasses.replace(broker, port=self._proxy.port)
 
     def store(self) -> RemoteStore:
         """The server's graph."""
@@ -364,12 +389,11 @@ class Fleet:
 
     def round(self) -> list[str]:
         """One round with all devices that learn; the names of those that took part."""
-        select = "SELECT ?id { VALUES ?id { %s } }" % " ".join(f"'{name}'" for name in self.names)
         count = len(self.names)
         strategy = make_strategy("fedavg", TASK, rounds=1, clients=count, seed=0)
         with self.store() as store:
             ended = run(
-                TASK, strategy, broker=find_broker(None, self.data), fleet="home", store=store, rounds=1, query=select,
+                TASK, strategy, broker=self.broker(), fleet="home", store=store, rounds=1, query=_selecting(self.names),
                 clients=count, wait=10.0, timeout=15.0,
             )  # fmt: skip
         return [each.device for each in ended.rounds[0].participations]
@@ -377,10 +401,10 @@ class Fleet:
     def deploy(self, program: Program, name: str) -> None:
         """Send a program to one device."""
         with self.store() as store:
-            sparql = f"SELECT ?id {{ VALUES ?id {{ '{name}' }} }}"
+            sparql = _selecting([name])
             plan = plan_deployment(store, program, f"model-{program.model_id.hex()}", sparql, "home")
             deploy(
-                store, program, plan, broker=find_broker(None, self.data), fleet="home", selected_by=sparql, timeout=15.0
+                store, program, plan, broker=self.broker(), fleet="home", selected_by=sparql, timeout=15.0
             )
 
     # What must hold
@@ -442,7 +466,7 @@ class Fleet:
         """Topics of retained messages that belong to no device's state."""
         came: queue.Queue[str] = queue.Queue()
         marker = TOPICS.command("marker")
-        session = Session(find_broker(None, self.data), "looking", on_message=lambda topic, _: came.put(topic))
+        session = Session(self.broker(), "looking", on_message=lambda topic, _: came.put(topic))
         topics = set()
         with contextlib.closing(session):
             session.subscribe("tinyfleet/#")
@@ -466,36 +490,107 @@ class Fleet:
 
     # Kills
 
-    def target(self, name: str) -> Command:
-        """The process of that name."""
-        if name == "server":
+    def points(self) -> list[Point]:
+        """The points of a history, each before and after, in their order."""
+        if self.target == "broker":
+            self._packets.clear()
+            self._packet_order.clear()
+            self.history()
+            return list(self._packet_order)
+        target = self._command()
+        if self.target == "run":
+            target.start()
+            assert target.join() == 0, target.lines
+        else:
+            target.stop()
+            target.start()
+            self.history()
+            target.stop()  # what it does at its end counts, too
+        seen = [Point.parse(line) for line in target.points.read_text().splitlines()]
+        if self.target != "run":
+            target.start()
+        return [point._replace(when=when) for point in seen for when in ("before", "after")]
+
+    def kill_at(self, point: Point) -> Outcome:
+        """Have the target killed there while the history happens, and see what is left."""
+        if self.target == "broker":
+            return self._kill_broker(point)
+        target = self._command()
+        wrong = []
+        if self.target == "run":
+            target.start(point)
+            if (code := target.join()) != 0:
+                wrong.append(f"the second run ended with {code}: {target.lines[-3:]}")
+        else:
+            target.stop()
+            target.start(point)
+            self.history()
+            if not target.killed_at:  # a point at its end
+                target.stop()
+                killed_at = target.killed_at
+                target.start()
+                target.killed_at = killed_at
+        return self._outcome(str(point), target.killed_at[0] if target.killed_at else None, wrong)
+
+    def kill_randomly(self, times: int, seed: int) -> list[Outcome]:
+        """Kill the target at random moments, while devices report and rounds run without pause."""
+        chance, outcomes = random.Random(seed), []
+        for number in range(times):
+            if self.target == "run":
+                self._command().start()
+            loading = threading.Thread(target=self.history)
+            loading.start()
+            for _ in range(chance.randint(1, 1500)):
+                self.probe.learn()
+                if chance.random() < 0.2:
+                    self.probe.flush()
+            killed_at: float | None = time.monotonic()
+            if self.target == "broker":
+                self._end_broker()
+            elif self._command().kill():
+                pass
+            else:
+                killed_at = None
+            loading.join()
+            wrong = []
+            if self.target == "run" and (code := self._command().join()) != 0:
+                wrong.append(f"the second run ended with {code}: {self._command().lines[-3:]}")
+            outcomes.append(self._outcome(f"random {number}", killed_at, wrong))
+        return outcomes
+
+    def _outcome(self, point: str, killed_at: float | None, wrong: list[str]) -> Outcome:
+        began = time.monotonic()
+        complaints = wrong + self.settle()
+        seconds = 0.0 if killed_at is None else time.monotonic() - (began if self.target == "run" else killed_at)
+        return Outcome(point, killed_at is not None, seconds, complaints)
+
+    def _command(self) -> Command:
+        if self.target == "server":
             return self.server
         assert self.guest is not None
         return self.guest
 
-    def list_points(self, name: str) -> list[Point]:
-        """The points of a history, each before and after, in their order."""
-        target = self.target(name)
-        target.stop()
-        target.start()
+    def _kill_broker(self, point: Point) -> Outcome:
+        with self._lock:
+            self._packets.clear()
+            self._kill_broker_at, self._broker_killed_at = point, 0.0
         self.history()
-        target.stop()  # what it does at its end counts, too
-        seen = [Point.parse(line) for line in target.points.read_text().splitlines()]
-        target.start()
-        return [point._replace(when=when) for point in seen for when in ("before", "after")]
+        self._kill_broker_at = None
+        return self._outcome(str(point), self._broker_killed_at or None, [])
 
-    def kill_at(self, name: str, point: Point) -> Outcome:
-        """Start the process so that it kills itself there, let the history happen, and see what is left."""
-        target = self.target(name)
-        target.stop()
-        target.start(point)
-        self.history()
-        if not target.killed_at:
-            target.stop()
-            reached = bool(target.killed_at)
-            target.start()
-        else:
-            reached = True
-        complaints = self.settle()
-        ended = time.monotonic()
-        return Outcome(str(point), reached, ended - target.killed_at[0] if target.killed_at else 0.0, complaints)
+    def _on_packet(self, when: str, kind: str) -> None:
+        with self._lock:
+            self._packets[when, kind] += 1
+            point = Point(kind, self._packets[when, kind], when)
+            self._packet_order.append(point)
+            if point == self._kill_broker_at:
+                self._kill_broker_at, self._broker_killed_at = None, time.monotonic()
+                self._end_broker()
+
+    def _end_broker(self) -> None:
+        number = int((self.data / "broker" / "mosquitto.pid").read_text())
+        os.kill(number, signal.SIGKILL)
+
+
+def _selecting(names: Sequence[str]) -> str:
+    return "SELECT ?id { VALUES ?id { %s } }" % " ".join(f"'{name}'" for name in names)

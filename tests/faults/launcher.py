@@ -85,7 +85,9 @@ def _wrap(owner: Any, name: str, kind: Callable[..., str | None], points: _Point
 
 
 def _topic_kind(topic: str) -> str:
-    """The last part of a topic that is no number: "status", "command", "runs"."""
+    """The last part of a topic that is no number: "status", "command", "runs"; "drivers" of one with a random name."""
+    if "/drivers/" in topic:
+        return "drivers"
     parts = [part for part in topic.split("/") if not re.fullmatch(r"[0-9]+|[0-9a-f]{16}|\+|#", part)]
     return parts[-1]
 

@@ -36,9 +36,7 @@ class Proxy:
         TLS.
     """
 
-    def __init__(
-        self, port: int, *, seed: int = 0, on_packet: Callable[[str, str], None] | None = None
-    ) -> None:
+    def __init__(self, port: int, *, seed: int = 0, on_packet: Callable[[str, str], None] | None = None) -> None:
         self._to = port
         self._random = random.Random(seed)
         self._on_packet = on_packet
