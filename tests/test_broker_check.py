@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import subprocess
 import sys
 import threading
@@ -22,8 +24,9 @@ from tinyfleet.edge.model.layers import Dense, build
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.broker_address import PASSWORD_VARIABLE, BrokerAddress
 from tinyfleet.edge.wire.broker_check import NameTaken, check_device, check_operator
+from tinyfleet.edge.wire.identity import identity_folder
 from tinyfleet.edge.wire.mqtt_session import Session
-from tinyfleet.edge.wire.server_info import find_broker
+from tinyfleet.edge.wire.server_info import find_broker, find_device_brokers
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.fleet_server import FleetServer
 
@@ -235,3 +238,47 @@ def test_a_password_comes_from_a_file_or_the_environment_and_nowhere_else(
         assert "a password in an address can be read by every user" in told
         (tmp_path / "password").chmod(0o640)
         assert "others can read the password" in fails(*named, "--password-file", str(tmp_path / "password"))
+
+
+def test_a_revoked_device_says_so_and_comes_back_with_a_new_token(tmp_path: Path, fails: Callable[..., str]) -> None:
+    data = tmp_path / "device"
+    said = threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "the client certificate is revoked; enrol again" in record.getMessage():
+                said.set()
+
+    with FleetServer(tmp_path / "data", "home", port=0, operator_port=0) as server:
+
+        def new_token(replace: bool) -> str:
+            return server.authority.open_token(["dev-1"], "device", server.address, replace=replace).text
+
+        first = new_token(False)
+        (broker,) = find_device_brokers(["dev-1"], None, data, enrolment=first)
+        (broker,) = find_device_brokers(["dev-1"], None, data, enrolment=first)  # a unit file's command, started again
+        running = device(broker, "dev-1")
+        running.start()
+        listener = Listener()
+        logging.getLogger("tinyfleet").addHandler(listener)
+        try:
+            server.authority.revoke("dev-1")
+            assert said.wait(20)
+        finally:
+            logging.getLogger("tinyfleet").removeHandler(listener)
+            running.stop()
+            assert running.join(20)
+        start = ["agent", "start", "--device-id", "dev-1", "--data", str(data)]
+        assert "the client certificate is revoked; enrol again" in fails(*start)
+        (broker,) = find_device_brokers(["dev-1"], None, data, enrolment=new_token(True))
+        check_device(broker, "home", "dev-1")
+
+
+def test_an_identity_that_has_ended_says_how_to_get_another(tmp_path: Path) -> None:
+    with FleetServer(tmp_path / "data", "home", port=0, operator_port=0) as server:
+        token = server.authority.open_token(["dev-1"], "device", server.address).text
+        find_device_brokers(["dev-1"], None, tmp_path, enrolment=token)
+    file = identity_folder(tmp_path, "dev-1") / "identity.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"issued": 0, "expires": 86_400}))
+    with pytest.raises(UserError, match=r"of dev-1 ended on 1970-01-02 .* device enrol dev-1 --replace"):
+        find_device_brokers(["dev-1"], None, tmp_path)
