@@ -281,7 +281,7 @@ class FleetServer:
         fleet = f"urn:tinyfleet:{self.fleet}:"
         if self._session is not None and thing.startswith(fleet):
             device = thing.removeprefix(fleet)
-            for topic in (self._topics.td(device), self._topics.status(device)):
+            for topic in (self._topics.td(device), self._topics.status(device), self._topics.echo(device)):
                 self._session.publish(topic, b"", retain=True)
 
     async def _forget_device(self, request: Request) -> Response:

@@ -46,6 +46,7 @@ _ALERTS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it asks for a client certificate; give --cert and --key",
     "SSLV3_ALERT_HANDSHAKE_FAILURE": "it asks for a client certificate; give --cert and --key",
     "TLSV1_ALERT_UNKNOWN_CA": "it does not know the authority that signed the client certificate",
+    "TLSV1_ALERT_DECRYPT_ERROR": "it does not know the authority that signed the client certificate",
     "SSLV3_ALERT_CERTIFICATE_REVOKED": "the client certificate is revoked; enrol again",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the client certificate has expired; enrol again",
     "SSLV3_ALERT_BAD_CERTIFICATE": "the client certificate is not valid there",
