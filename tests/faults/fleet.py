@@ -284,7 +284,8 @@ class Fleet:
     folder
         For the data and the output of the commands.
     target
-        What will be killed: "server", "broker", "run", or the third device, "agent" or "gateway".
+        What will be killed: "server", "broker", "run", or the third device, "agent" or "gateway". With "links" nothing
+        is; there is a proxy between the devices and the broker.
     """
 
     def __init__(self, folder: Path, target: str) -> None:
@@ -300,7 +301,7 @@ class Fleet:
         self.target = target
         if target in ("agent", "gateway"):
             self.names.append(target)
-        self._proxy: Proxy | None = None
+        self.proxy: Proxy | None = None
         self._packets: Counter[tuple[str, str]] = Counter()
         self._packet_order: list[Point] = []
         self._kill_broker_at: Point | None = None
@@ -310,7 +311,9 @@ class Fleet:
     def __enter__(self) -> Fleet:
         self.server.start()
         if self.target == "broker":
-            self._proxy = Proxy(find_broker(None, self.data).port, on_packet=self._on_packet)
+            self.proxy = Proxy(find_broker(None, self.data).port, on_packet=self._on_packet)
+        elif self.target == "links":
+            self.proxy = Proxy(BrokerAddress.parse(find_server(self.data)["device_broker"]).port)
         brokers = self._device_brokers(WORKERS)
         for index, (name, broker) in enumerate(zip(WORKERS, brokers, strict=True)):
             device = virtual_device(broker, "home", name, TASK.program, TASK.client(index, 4))
@@ -335,8 +338,8 @@ class Fleet:
             device.join(10)
         if self.guest is not None and self.target != "run":
             self.guest.stop()
-        if self._proxy is not None:
-            self._proxy.close()
+        if self.proxy is not None:
+            self.proxy.close()
         if self.board is not None:
             self.board.close()
         self.server.stop()
@@ -351,13 +354,14 @@ class Fleet:
 
     def broker(self) -> BrokerAddress:
         """Where an operator finds the broker now."""
-        return self._through_proxy(find_broker(None, self.data))
+        broker = find_broker(None, self.data)
+        return broker if self.target == "links" else self._through_proxy(broker)
 
     def _device_brokers(self, names: Sequence[str]) -> list[BrokerAddress]:
         return [self._through_proxy(each) for each in find_device_brokers(names, None, self.data)]
 
     def _through_proxy(self, broker: BrokerAddress) -> BrokerAddress:
-        return broker if self._proxy is None else dataclasses.replace(broker, port=self._proxy.port)
+        return broker if self.proxy is None else dataclasses.replace(broker, port=self.proxy.port)
 
     def store(self) -> RemoteStore:
         """The server's graph."""

@@ -7,14 +7,13 @@ import random
 import selectors
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import Literal
 
 Fault = Literal["none", "stall", "cut", "delay", "hold", "refuse", "double"]
 """What happens to a link: nothing; what is sent waits; it ends in the middle of a packet; everything comes late; it
-stays open, but what is sent is lost and no end is told; new connections end at once; messages come twice (only on plain
-links)."""
+stays open for ever, but nothing comes through and no end is told; new connections end at once; messages come twice (only
+where packets are read)."""
 
 _KINDS = {
     1: "CONNECT", 2: "CONNACK", 3: "PUBLISH", 4: "PUBACK", 8: "SUBSCRIBE", 9: "SUBACK", 10: "UNSUBSCRIBE",
@@ -34,6 +33,11 @@ class Proxy:
     on_packet
         Called with "before" or "after" and the name of each MQTT packet, around its forwarding: only for links without
         TLS.
+
+    Attributes
+    ----------
+    faults : int
+        How often something was read from a link with a fault, or a new link did not come to be.
     """
 
     def __init__(self, port: int, *, seed: int = 0, on_packet: Callable[[str, str], None] | None = None) -> None:
@@ -45,7 +49,8 @@ class Proxy:
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=600)
         self.port = int(self._listener.getsockname()[1])
-        self.accepted = 0
+        self.faults = 0
+        self._closing = threading.Event()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Proxy:
@@ -56,6 +61,7 @@ class Proxy:
 
     def close(self) -> None:
         """End the proxy and all links."""
+        self._closing.set()
         self._listener.close()
         self.cut()
 
@@ -78,8 +84,8 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            self.accepted += 1
             if self._fault == "refuse":
+                self.faults += 1
                 client.close()
                 continue
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
@@ -87,7 +93,8 @@ class Proxy:
     def _serve(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError):
             if self._fault == "hold":
-                self._keep(client)
+                self.faults += 1
+                self._closing.wait()
                 return
             try:
                 broker = socket.create_connection(("127.0.0.1", self._to), 5)
@@ -101,13 +108,6 @@ class Proxy:
                     self._links.append((client, broker))
                 self._forward(client, broker)
 
-    def _keep(self, client: socket.socket) -> None:
-        """A link that is open on one side only."""
-        with self._lock:
-            self._links.append((client, client))
-        while self._fault == "hold":
-            time.sleep(0.02)
-
     def _forward(self, client: socket.socket, broker: socket.socket) -> None:
         other = {client: broker, broker: client}
         left = {client: b"", broker: b""}
@@ -115,19 +115,23 @@ class Proxy:
             for end in other:
                 waiting.register(end, selectors.EVENT_READ)
             while True:
-                for key, _ in waiting.select(0.5):
+                ready = waiting.select(0.1)
+                if ready and self._fault != "none":
+                    self.faults += 1
+                if self._fault == "hold":  # it never wakes up again, whatever comes later
+                    self._closing.wait()
+                    return
+                while self._fault == "stall" and not self._closing.wait(0.02):
+                    pass
+                for key, _ in ready:
                     end = key.fileobj
                     assert isinstance(end, socket.socket)
-                    while self._fault in ("stall", "hold"):
-                        time.sleep(0.02)
                     data = end.recv(65536)
-                    if self._fault in ("stall", "hold"):
-                        continue
                     if not data:
                         return
                     if self._fault == "delay":
-                        time.sleep(self._random.random() * 0.05)
-                    if self._fault == "cut" and self._random.random() < 0.05:
+                        self._closing.wait(self._random.random() * 0.05)
+                    if self._fault == "cut" and self._random.random() < 0.3:
                         other[end].sendall(data[: self._random.randrange(len(data))])
                         return
                     left[end] = self._packets(left[end] + data, other[end])
