@@ -12,8 +12,8 @@ from typing import Literal
 
 Fault = Literal["none", "stall", "cut", "delay", "hold", "refuse", "double"]
 """What happens to a link: nothing; what is sent waits; it ends in the middle of a packet; everything comes late; it
-stays open for ever, but nothing comes through and no end is told; new connections end at once; messages come twice (only
-where packets are read)."""
+stays open, but nothing comes through any more and no end is told; new connections end at once; messages come twice
+(only where packets are read)."""
 
 _KINDS = {
     1: "CONNECT", 2: "CONNACK", 3: "PUBLISH", 4: "PUBACK", 8: "SUBSCRIBE", 9: "SUBACK", 10: "UNSUBSCRIBE",
@@ -40,9 +40,7 @@ class Proxy:
         How often something was read from a link with a fault, or a new link did not come to be.
     """
 
-    def __init__(
-        self, port: int, *, seed: int = 0, on_packet: Callable[[str, str], None] | None = None
-    ) -> None:
+    def __init__(self, port: int, *, seed: int = 0, on_packet: Callable[[str, str], None] | None = None) -> None:
         self._to = port
         self._random = random.Random(seed)
         self._on_packet = on_packet
@@ -126,8 +124,7 @@ class Proxy:
                 while self._fault == "stall" and not self._closing.wait(0.02):
                     pass
                 for key, _ in ready:
-                    end = key.fileobj
-                    assert isinstance(end, socket.socket)
+                    end = client if key.fileobj is client else broker
                     data = end.recv(65536)
                     if not data:
                         return
