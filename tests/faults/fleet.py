@@ -467,7 +467,8 @@ class Fleet:
 
     def _end_broker(self) -> None:
         number = int((self.data / "broker" / "mosquitto.pid").read_text())
-        os.kill(number, signal.SIGKILL)
+        if str(self.folder).encode() in Path(f"/proc/{number}/cmdline").read_bytes():  # no other with its old number
+            os.kill(number, signal.SIGKILL)
 
 
 def _selecting(names: Sequence[str]) -> str:

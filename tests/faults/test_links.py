@@ -67,7 +67,11 @@ def test_what_devices_report_over_a_bad_link_to_the_server_is_not_lost(
             wait_until(lambda: proxy.faults > 0)
             proxy.set("none")
             wanted = {device_iri("home", f"d{number % 20}"): number for number in range(381, 401)}
-            wait_until(lambda: {row["d"]: row["n"] for row in server.store.query(SAMPLES)} == wanted)
+
+            def found() -> dict[object, object]:
+                return {row["d"]: row["n"] for row in server.store.query(SAMPLES)}
+
+            wait_until(lambda: found() == wanted, found)
             device.close()
     finally:
         broker.kill()
@@ -152,12 +156,12 @@ class _Member:
 def wait_for_all(server: FleetServer, count: int) -> None:
     """Until that many devices are online."""
     query = f"SELECT (COUNT(?d) AS ?n) WHERE {{ ?d <{TF.online}> true }}"
-    wait_until(lambda: server.store.query(query)[0]["n"] == count)
+    wait_until(lambda: server.store.query(query)[0]["n"] == count, limit=5 * LIMIT)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Ask again and again, for no longer than all may take."""
-    end = time.monotonic() + 5 * LIMIT
+def wait_until(condition: Callable[[], bool], state: Callable[[], object] = lambda: "", limit: float = LIMIT) -> None:
+    """Ask again and again, for at most `limit` seconds; then fail with the state."""
+    end = time.monotonic() + limit
     while not condition():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, state()
         time.sleep(0.02)
