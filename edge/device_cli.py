@@ -75,9 +75,9 @@ def simulate(
         raise UserError(f"devices {first_index} to {indices.stop - 1} are not in a fleet of {size}; raise --fleet-size")
     names = [f"{prefix}-{i}" for i in indices]
     fleet_name = fleet_of(fleet, data)
-    brokers = connection.find_for_devices(names, data, fleet_name)
     started = []
     try:
+        brokers = connection.find_for_devices(names, data, fleet_name)
         for i, name, broker in zip(indices, names, brokers, strict=True):
             samples = learning_task.client(i, size)
             started.append(virtual_device(broker, fleet_name, name, learning_task.program, samples))

@@ -23,6 +23,7 @@ import serial
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.broker_check import NameTaken, device_client_id, release_name
 from tinyfleet.edge.wire.chunks import MAX_CHUNKS
 from tinyfleet.edge.wire.log_limit import LogLimit
 from tinyfleet.edge.wire.mqtt_session import Session
@@ -34,6 +35,8 @@ QUEUE_SIZE = 2 * MAX_CHUNKS
 RETRY_SECONDS = 1.0
 #: Seconds after which a user is told that no board answers.
 SILENT_SECONDS = 5.0
+#: Seconds until a board is tried again whose name another program uses: each attempt interrupts that one.
+TAKEN_SECONDS = 60.0
 #: Bytes written to the line at a time.
 BLOCK = 1024
 #: Frames that are taken from a board in a second; the rest waits on the line. A line of 1 Mbit/s carries fewer; a
@@ -104,6 +107,8 @@ class Gateway:
         self.joined = threading.Event()
         #: The board's device ID, once it has sent it.
         self.device = ""
+        self._fleet = ""
+        self._not_before = 0.0  # when the board may join again
         self._report = partial(LogLimit(report, 5), "gateway")
         self._session: Session | None = None
         self._was_joined = False
@@ -245,10 +250,12 @@ class Gateway:
         if self._session is not None and self._will == (topic, will):
             self._new.set()  # it has restarted, or received the greeting twice: the session is still valid
             return
+        if time.monotonic() < self._not_before:
+            return
         fleet, device = found.groups()
         topics = Topics(fleet)
         self._end_session()
-        self.device = device
+        self._fleet, self.device = fleet, device
         root = re.escape(f"tinyfleet/{fleet}")
         command = re.escape(topics.command(device))
         self._heard = re.compile(rf"{command}|{root}/runs/[0-9]+/[0-9]+/\+|{root}/models/[0-9a-f]{{16}}/\+")
@@ -258,7 +265,7 @@ class Gateway:
         try:
             self._session = Session(
                 self._find_broker(fleet, device),
-                f"tinyfleet-{fleet}-{device}",
+                device_client_id(fleet, device),
                 on_message=self._from_broker,
                 on_connect=self._session_is_new,
                 will=self._will,
@@ -267,6 +274,8 @@ class Gateway:
             if not self._was_joined:
                 raise
             self._report(f"{self.port}: {error}")
+            if isinstance(error, NameTaken):
+                self._not_before = time.monotonic() + TAKEN_SECONDS
             return
         self._was_joined = True
 
@@ -281,6 +290,7 @@ class Gateway:
         """The board is gone: publishes its will."""
         if self._session is not None and self._will is not None and self._session.connected:
             self._session.publish(*self._will, retain=True)
+            release_name(self._session, self._fleet, self.device)
             self._session.flush(2.0)
         self._end_session()
         self._queue.clear()

@@ -38,6 +38,7 @@ from tinyfleet.server.authority.identities import Role
 from tinyfleet.server.broker import LOOPBACK, Broker, Secured
 from tinyfleet.server.enrolment_api import EnrolmentApi
 from tinyfleet.server.housekeeping import Housekeeper
+from tinyfleet.server.metrics import Monitoring
 from tinyfleet.server.mosquitto import Mosquitto
 
 AUTHORITY = "authority"
@@ -191,11 +192,13 @@ class FleetServer:
                     deleted=self._forget,
                     routes=[
                         *enrolment.served,
+                        *Monitoring(self, self.registry, self.store, lambda: served).served,
                         Served("POST", "/login-codes", "admin", self._new_login),
                         Served("DELETE", "/devices/{name}", "admin", self._forget_device),
                     ],
                 )
             )
+            self.http = served
             self.address, self.endpoint, self._access = served.address, served.url, access
             self._public_host = names[0] if names else None
             self._local_address = served.local_address
@@ -278,7 +281,7 @@ class FleetServer:
         fleet = f"urn:tinyfleet:{self.fleet}:"
         if self._session is not None and thing.startswith(fleet):
             device = thing.removeprefix(fleet)
-            for topic in (self._topics.td(device), self._topics.status(device)):
+            for topic in (self._topics.td(device), self._topics.status(device), self._topics.echo(device)):
                 self._session.publish(topic, b"", retain=True)
 
     async def _forget_device(self, request: Request) -> Response:

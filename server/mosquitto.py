@@ -21,11 +21,11 @@ from tinyfleet.server import broker_config
 
 MAX_LINE = 1000
 """Characters of a line of its log that are read at a time."""
-RETRY = (0.1, 10.0)
+RETRY = (0.1, 2.0)
 """Seconds until it is started again: at first, and at most; the time doubles as long as it keeps dying."""
 STABLE = 60.0
 """Seconds after which it counts as running well, so that the next restart is soon."""
-MAX_FAILURES = 8
+MAX_FAILURES = 10
 """Starts in a row that may fail; after that nobody can help but the user."""
 STOP_TIMEOUT = 5.0
 """Seconds that it may take to stop; then it is killed."""

@@ -29,13 +29,13 @@ settings.load_profile("tinyfleet")
 
 #: The files whose tests compile, emulate, or start TensorFlow, brokers or servers. `make test-fast` leaves them out.
 THOROUGH = {
-    "test_authority", "test_c_library", "test_compiler", "test_compiler_commands", "test_data_folder", "test_demo",
-    "test_deploy", "test_device", "test_directory_events", "test_docs", "test_engine_native", "test_exactness",
-    "test_examples", "test_export_library", "test_features", "test_firmware", "test_firmware_fleet",
-    "test_flower_transports", "test_foreign_brokers", "test_fuzz", "test_gradients", "test_graph_crash",
-    "test_grid_fleet", "test_hostile_queries", "test_house", "test_housekeeping", "test_how_to", "test_kills",
-    "test_links", "test_litert",
-    "test_match", "test_meta", "test_node_native", "test_ontology_boards", "test_ontology_describe",
+    "test_authority", "test_broker_check", "test_c_library", "test_compiler", "test_compiler_commands",
+    "test_data_folder", "test_demo", "test_deploy", "test_device", "test_directory_events", "test_docs",
+    "test_engine_native", "test_exactness", "test_examples", "test_export_library", "test_features", "test_firmware",
+    "test_firmware_fleet", "test_flower_transports", "test_fuzz", "test_gradients", "test_graph_crash",
+    "test_grid_fleet", "test_hostile_queries", "test_house", "test_housekeeping", "test_how_to", "test_http_access",
+    "test_kills", "test_links", "test_litert", "test_match", "test_meta", "test_node_native",
+    "test_ontology_boards", "test_ontology_describe",
     "test_ontology_index", "test_ontology_selocml", "test_ontology_shapes", "test_plan", "test_quantized_training",
     "test_query_library", "test_query_page", "test_robust", "test_server_bounds", "test_session",
     "test_sparql_protocol", "test_supervision", "test_task_devices", "test_tflite_models", "test_wheel",
@@ -92,12 +92,11 @@ def plain_broker(port: int) -> BrokerAddress:
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[BrokerAddress]:
-    """A fresh mosquitto without authentication or persistence."""
-    port = free_port()
-    process = start_mosquitto(tmp_path, port)
-    yield plain_broker(port)
-    process.terminate()
-    process.wait()
+    """A fresh mosquitto with TLS and access control; the address shows it a certificate."""
+    from broker_fixtures import secured_broker  # only here: it needs the server's packages
+
+    with secured_broker(tmp_path / "broker") as address:
+        yield address
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+from broker_fixtures import connection_options
 from click.testing import CliRunner
 
 from tinyfleet.__main__ import COMMANDS, cli
@@ -233,7 +234,7 @@ def test_an_idle_gateway_takes_little_memory(broker: BrokerAddress) -> None:
     board, line = pty.openpty()
     tty.setraw(line)
     command = [sys.executable, "-m", "tinyfleet", "gateway", "start", "--port", os.ttyname(line)]
-    process = subprocess.Popen([*command, "--broker", broker.url, "--insecure"], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen([*command, *connection_options(broker)], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         reader, kinds = serial_frames.FrameReader(), list[int]()
         while serial_frames.CONNECTED not in kinds:  # it greets a board again and again

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from broker_fixtures import connection_options
 from conftest import free_port, plain_broker, start_mosquitto
 
 from tinyfleet.__main__ import main
@@ -246,8 +247,7 @@ def command() -> Iterator[Command]:
 
 
 def test_a_device_that_vanishes_is_marked_offline_by_its_will(server: Server, broker: Broker, command: Command) -> None:
-    address = broker.url
-    process = command("device", "simulate", "--devices", "2", "--prefix", "v", "--broker", address, "--insecure")
+    process = command("device", "simulate", "--devices", "2", "--prefix", "v", *connection_options(broker))
     server.online("v-0", "v-1")
     process.kill()
     process.wait()
@@ -265,7 +265,7 @@ def test_a_command_ends_cleanly(server: Server, broker: Broker, command: Command
         "device": ["simulate", "--devices", "2", "--prefix", "v"],
         "agent": ["start", "--device-id", "v-0"],
     }[what]
-    process = command(what, *named, "--json", "--broker", broker.url, "--insecure")
+    process = command(what, *named, "--json", *connection_options(broker))
     status = server.status("v-0", online=True)
     td = server.session
     td.subscribe(TOPICS.td("v-0"))
@@ -295,7 +295,7 @@ def test_what_a_user_gets_wrong_is_said_in_one_line(
 ) -> None:
     nobody = free_port()
     if "--broker" not in arguments:
-        arguments = [*arguments, "--broker", broker.url, "--insecure"]
+        arguments = [*arguments, *connection_options(broker)]
     monkeypatch.setattr(sys, "argv", ["tinyfleet", "device", "simulate", *(a.format(port=nobody) for a in arguments)])
     with pytest.raises(SystemExit) as end:
         main()

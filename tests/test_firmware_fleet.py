@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from broker_fixtures import connection_options
 from conftest import free_port, plain_broker, start_mosquitto
 from firmware_fixtures import FLEET, ID, LIMIT, NEEDS_TOOLS, ROOT, TOPICS, mlp, samples
 
@@ -379,7 +380,7 @@ def test_the_commands_build_measure_and_run_a_board(broker: BrokerAddress, tmp_p
     assert size["arena"] == size["planned_arena"]
     assert size["flash"] == size["text"] + size["data"]
     observer = Observer(broker)
-    start = [*command, "emulate", size["elf"], "--gateway", "--broker", broker.url, "--insecure"]
+    start = [*command, "emulate", size["elf"], "--gateway", *connection_options(broker)]
     running = subprocess.Popen(start, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert observer.wait(lambda: observer.online() is True)

@@ -185,7 +185,8 @@ def test_superlink_with_two_supernodes_and_a_device(
             home.mkdir()
             log = tmp_path / f"node-{i}.log"
             stack.enter_context(process(words, {**environment, "FLWR_HOME": str(home)}, log))
-        settings = f'rounds=1 clients=3 strategy="fedavg" broker="{broker.url}" fleet="mixed"'
+        settings = f'rounds=1 clients=3 strategy="fedavg" fleet="mixed" broker="{broker.url}" ca="{broker.ca}"'
+        settings += f' cert="{broker.cert}" key="{broker.key}"'
         said = flwr_run(environment, settings)
     assert "Received 3 results and 0 failures" in said, said
     assert "learned, 10 shots: accuracy" in said, said

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from broker_fixtures import connection_options
 from conftest import free_port, plain_broker, start_mosquitto
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
@@ -276,7 +277,7 @@ def test_a_device_killed_in_a_round_costs_its_reply_and_is_offline_in_the_graph(
         "--fleet",
         "test",
     ]
-    weak = subprocess.Popen([*command, "--broker", broker.url, "--insecure"], cwd=root, stdout=subprocess.DEVNULL)
+    weak = subprocess.Popen([*command, *connection_options(broker)], cwd=root, stdout=subprocess.DEVNULL)
 
     there, gone = threading.Event(), threading.Event()
 

@@ -62,6 +62,8 @@ class Puppet:
         self._complete = threading.Event()
         self._client.will_set(TOPICS.status(name), encode(Status(False, PROGRAM.model_id)), qos=1, retain=True)
         self._client.on_connect = lambda client, *_: client.subscribe(TOPICS.command(name), qos=1)
+        if (context := broker.tls_context()) is not None:
+            self._client.tls_set_context(context)
         self._client.connect(broker.host, broker.port)
         self._client.loop_start()
         self.say(Status(True, PROGRAM.model_id))
@@ -376,6 +378,8 @@ def retained(broker: BrokerAddress) -> set[str]:
     client = paho.Client(paho.CallbackAPIVersion.VERSION2)
     client.on_message = on_message
     client.on_subscribe = lambda *_: client.publish("over", b"")
+    if (context := broker.tls_context()) is not None:
+        client.tls_set_context(context)
     client.connect(broker.host, broker.port)
     client.loop_start()
     client.subscribe("#", qos=1)

@@ -1,6 +1,7 @@
 """The server keeps its broker running, takes it along when it dies, and says so when it cannot go on."""
 
 import os
+import queue
 import select
 import signal
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.mqtt_session import Message, Session
 from tinyfleet.server import mosquitto
 from tinyfleet.server.broker import Broker
+from tinyfleet.server.broker_config import MAX_PACKET
 
 pytestmark = pytest.mark.skipif(mosquitto.find_program() is None, reason="mosquitto is not installed")
 TIMEOUT = 20
@@ -107,3 +110,28 @@ def test_a_server_whose_broker_cannot_be_started_again_ends_with_exit_code_1(tmp
     output, _ = server.communicate(timeout=60)
     assert server.returncode == 1
     assert "does not start again" in output.splitlines()[-1] and "Traceback" not in output
+
+
+def test_who_sends_a_packet_that_is_too_large_is_disconnected_and_nobody_else(tmp_path: Path) -> None:
+    arrived: queue.Queue[bytes] = queue.Queue()
+    lost = threading.Event()
+    with Broker(0, tmp_path) as broker:
+        listener = Session(broker.address, "listener", on_message=lambda _, payload: arrived.put(payload))
+        listener.subscribe("t")
+        sender = Session(broker.address, "sender", on_lost=lost.set)
+        sender.publish("t", bytes(65_536))
+        assert arrived.get(timeout=TIMEOUT) == bytes(65_536)
+        sender.send([Message("t", bytes(MAX_PACKET + 1))])
+        assert lost.wait(TIMEOUT)
+        sender.close()
+        other = Session(broker.address, "other")
+        other.publish("t", b"after it")
+        assert arrived.get(timeout=TIMEOUT) == b"after it"
+        other.close()
+        listener.close()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may use any port")
+def test_a_port_that_only_root_may_use_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only root may listen on port 1; choose one above 1023"):
+        Broker(1, tmp_path)

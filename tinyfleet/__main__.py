@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "demo": Entry("server.cli", "demo", "Run a whole fleet on this machine.", ("edge", "firmware", "server")),
-    "server": Entry("server.cli", "server_app", "Run the fleet's server.", ("server",)),
+    "server": Entry("server.server_cli", "server_app", "Run the fleet's server.", ("server",)),
     "run": Entry("server.cli", "run_app", "Train a model with the fleet, or by simulation.", ("edge", "server")),
     "deploy": Entry("server.cli", "deploy", "Send a model to the devices that a query selects.", ("server",)),
     "agent": Entry("edge.cli", "agent_app", "Run this machine as a device that learns.", ("edge",)),

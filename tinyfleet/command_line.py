@@ -210,24 +210,22 @@ class Connection:
     ] = False
 
     def find(self, data: Path, fleet: str) -> BrokerAddress:
-        """The broker for an operator; see `server_info.find_broker`. One that is named is checked."""
-        from tinyfleet.edge.wire.broker_check import check_broker, operator_topics
+        """The broker for an operator; see `server_info.find_broker`. It is checked."""
+        from tinyfleet.edge.wire.broker_check import check_operator
         from tinyfleet.edge.wire.server_info import find_broker
 
         found = find_broker(data=data, **asdict(self))
-        if self.broker is not None:
-            check_broker(found, f"tinyfleet-check-{os.getpid()}", operator_topics(fleet))
+        check_operator(found, fleet)
         return found
 
     def find_for_devices(self, names: Sequence[str], data: Path, fleet: str) -> list[BrokerAddress]:
-        """The broker for each of these devices; see `server_info.find_device_brokers`. One that is named is checked."""
-        from tinyfleet.edge.wire.broker_check import check_broker, device_topics
+        """The broker for each of these devices; see `server_info.find_device_brokers`. It is checked for the first: the
+        others are allowed the same, and hundreds may start at once."""
+        from tinyfleet.edge.wire.broker_check import check_device
         from tinyfleet.edge.wire.server_info import find_device_brokers
 
         found = find_device_brokers(names, data=data, **asdict(self))
-        if self.broker is not None:
-            for name, broker in zip(names, found, strict=True):
-                check_broker(broker, f"tinyfleet-{fleet}-{name}", device_topics(fleet, name))
+        check_device(found[0], fleet, names[0])
         return found
 
 

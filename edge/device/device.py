@@ -23,6 +23,7 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.broker_check import device_client_id, release_name
 from tinyfleet.edge.wire.mqtt_session import Message, Session
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class Device:
         will = self.node.will()
         return Session(
             self._broker,
-            f"tinyfleet-{self._fleet}-{self.node.id}",
+            device_client_id(self._fleet, self.node.id),
             on_message=self._receive,
             on_connect=self.node.connected,
             will=(will.topic, will.payload),
@@ -142,6 +143,7 @@ class Device:
     def _say_goodbye(self) -> None:
         goodbye = self.node.will()
         self._session.publish(goodbye.topic, goodbye.payload, retain=True)
+        release_name(self._session, self._fleet, self.node.id)
         if self._session.connected:
             self._session.flush(GOODBYE)
         self._session.close()

@@ -143,6 +143,7 @@ class BrokerAddress:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if self.cert is not None and self.key is not None:
             try:
+                _require_private(self.key, "private key")
                 context.load_cert_chain(self.cert, self.key, password="")  # "": an encrypted key asks nobody
             except OSError as error:
                 raise UserError(
@@ -161,6 +162,11 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def _require_private(file: Path, what: str) -> None:
+    if os.name == "posix" and file.stat().st_mode & 0o077:
+        raise UserError(f"others can read the {what} {file}; first: chmod 600 {file}")
+
+
 def read_password(file: Path | None) -> str | None:
     """The broker's password: the first line of the file, else the environment variable's value.
 
@@ -172,8 +178,7 @@ def read_password(file: Path | None) -> str | None:
     if file is None:
         return os.environ.get(PASSWORD_VARIABLE)
     try:
-        if os.name == "posix" and file.stat().st_mode & 0o077:
-            raise UserError(f"others can read the password in {file}; first: chmod 600 {file}")
+        _require_private(file, "password in")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the password file {file} ({error})") from error

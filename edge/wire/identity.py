@@ -56,6 +56,8 @@ class Identity:
         A device's key for the commands to it, as hexadecimal digits.
     api_token
         An operator's token for the HTTP API.
+    enrolled_with
+        SHA-256 of the enrolment token's secret, as hexadecimal digits.
     """
 
     folder: Path
@@ -69,6 +71,7 @@ class Identity:
     expires: int
     command_key: str | None = None
     api_token: str | None = None
+    enrolled_with: str | None = None
 
     @property
     def ca(self) -> Path:
@@ -150,13 +153,35 @@ class Identity:
         renewed._save()
         return renewed
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its certificate is no longer valid."""
+        return time.time() >= self.expires
+
     def renewed_if_possible(self) -> Identity:
-        """As `renew_if_due`; this one, with a warning, if the server does not answer or refuses: it is still valid."""
+        """As `renew_if_due`; this one, with a warning, if the server does not answer or refuses while it is valid.
+
+        Raises
+        ------
+        UserError
+            If its certificate has ended and could not be renewed.
+        """
         try:
             return self.renew_if_due()
         except UserError as error:
+            if self.has_ended:
+                raise UserError(
+                    f"the certificate of {self.name} ended on {time.strftime('%Y-%m-%d', time.gmtime(self.expires))} "
+                    f"and could not be renewed ({error}); ask the fleet's owner for a token (tinyfleet device enrol "
+                    f"{self.name} --replace) and add --enrol TOKEN"
+                ) from None
             log.warning("the certificate of %s could not be renewed: %s", self.name, error)
             return self
+
+
+def secret_hash(token: EnrolmentToken) -> str:
+    """What an identity keeps of the token that made it."""
+    return hashlib.sha256(token.secret.encode()).hexdigest()
 
 
 def identity_folder(data: Path, name: str) -> Path:
@@ -206,7 +231,7 @@ def enrol(token: EnrolmentToken, name: str, data: Path) -> Identity:
     try:
         identity = Identity(
             folder, name, said["role"], said["fleet"], said["broker"], token.url, said["endpoint"], said["issued"],
-            said["expires"], said.get("command_key"), said.get("api_token"),
+            said["expires"], said.get("command_key"), said.get("api_token"), secret_hash(token),
         )  # fmt: skip
         certificate = said["certificate"]
     except KeyError as error:

@@ -46,6 +46,7 @@ _ALERTS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it asks for a client certificate; give --cert and --key",
     "SSLV3_ALERT_HANDSHAKE_FAILURE": "it asks for a client certificate; give --cert and --key",
     "TLSV1_ALERT_UNKNOWN_CA": "it does not know the authority that signed the client certificate",
+    "TLSV1_ALERT_DECRYPT_ERROR": "it does not know the authority that signed the client certificate",
     "SSLV3_ALERT_CERTIFICATE_REVOKED": "the client certificate is revoked; enrol again",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the client certificate has expired; enrol again",
     "SSLV3_ALERT_BAD_CERTIFICATE": "the client certificate is not valid there",
@@ -307,14 +308,14 @@ class Session:
         self._client_id = client_id
         self._on_connect = on_connect
         self._on_lost = on_lost
+        self._log_refusal = LogLimit(log.warning, 1)
         self._log_error = LogLimit(partial(log.error, exc_info=True), 5)
         self._background = background
         self._filters: dict[str, None] = {}
         self._last: mqtt.MQTTMessageInfo | None = None
         self._refusal: str | None = None
         self._known = False  # whether a broker has ever accepted
-        self._since = 0.0  # when it last did
-        self._short = 0  # sessions in a row that ended soon
+        self._since, self._short = 0.0, 0  # when it last did; sessions in a row that ended soon
         self._connected = threading.Event()
         self._closing = threading.Event()
         self._retry_at, self._retry = 0.0, RETRY[0]
@@ -582,8 +583,10 @@ class Session:
         self._connected.clear()
         if self._known and self._on_lost is not None and not self._closing.is_set():
             self._call(self._on_lost)
+        error = self._client.wire.error
+        if self._known and isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
+            self._log_refusal("refusal", self._no_connection(error))
         if not self._known and self._refusal is None:
-            error = self._client.wire.error
             self._refusal = self._no_broker("another program is there") if error is None else self._no_connection(error)
         if time.monotonic() - self._since > SHORT:
             self._retry_at, self._retry, self._short = 0.0, RETRY[0], 0

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.broker_address import BrokerAddress, read_password
 from tinyfleet.edge.wire.enrolment_token import EnrolmentToken
-from tinyfleet.edge.wire.identity import IDENTITIES, Identity, enrol, identity_folder, open_token, stored_identities
+from tinyfleet.edge.wire.identity import (
+    IDENTITIES,
+    Identity,
+    enrol,
+    identity_folder,
+    open_token,
+    secret_hash,
+    stored_identities,
+)
 
 SERVER_FILE = "server.json"
 """In the server's data folder, for as long as the server runs."""
 DEFAULT_FLEET = "home"
+
+log = logging.getLogger(__name__)
 
 
 def find_server(data: Path) -> dict[str, str]:
@@ -192,12 +203,21 @@ def _named_broker(broker: str, insecure: bool, shown: dict[str, Path | None]) ->
 
 
 def _enrol(text: str, data: Path, names: Sequence[str]) -> None:
-    """Use a token: for these names, those of them that have no identity yet, or for the name that it is for."""
+    """Use a token: for the name that it is for, or for those of these names that have not been enrolled with it. A name
+    that has a valid identity keeps it if the token is not for it."""
     token = EnrolmentToken.parse(text)
-    wanted = [name for name in names if Identity.load(identity_folder(data, name)) is None]
+    wanted = [name for name in names if token.name in (None, name)]
     if not names:
         if token.name is None:
             raise UserError("this token is for several devices; start them with it")
         wanted = [token.name]
     for name in wanted:
-        enrol(token, name, data)
+        stored = Identity.load(identity_folder(data, name))
+        if stored is not None and stored.enrolled_with == secret_hash(token):
+            continue  # a command may be started again and again with the same token
+        try:
+            enrol(token, name, data)
+        except UserError as error:
+            if stored is None or stored.has_ended:
+                raise
+            log.warning("%s keeps the identity that it has: %s", name, error)

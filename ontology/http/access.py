@@ -11,6 +11,7 @@ import hmac
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
@@ -28,7 +29,8 @@ from tinyfleet.ontology.http.request_handling import HttpError, problem
 Scope = Literal["read", "write", "operate", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
-COOKIE = "tinyfleet_session"
+COOKIE = "tinyfleet_session_{port}"
+"""A browser sends a cookie to all ports of a host: each server has a name of its own for its cookie."""
 CSRF_HEADER = "X-CSRF-Token"
 LOGIN_LIFE = 600.0
 """Seconds that a one-time address for logging in can be used."""
@@ -128,7 +130,7 @@ class Access:
             if owner is None:
                 raise HttpError(401, "the server does not know this token", {"WWW-Authenticate": "Bearer"})
             return Client(*owner)
-        session = self._session(request.cookies.get(COOKIE))
+        session = self._session(request.cookies.get(_cookie_name(request)))
         if session is None:
             return self._anonymous
         if not _own_page(request):
@@ -169,7 +171,7 @@ class Access:
 
     def csrf(self, request: Request) -> str | None:
         """The CSRF token of the request's session, if it has one."""
-        session = self._session(request.cookies.get(COOKIE))
+        session = self._session(request.cookies.get(_cookie_name(request)))
         return None if session is None else session.csrf
 
     def _session(self, cookie: str | None) -> _Session | None:
@@ -228,22 +230,27 @@ def login_routes(access: Access, *, secure: bool) -> list[Route]:
             return problem(
                 HttpError(403, "this address was used before or is too old; get a new one: tinyfleet server login")
             )
-        answer = RedirectResponse("/", 303)
+        # A page, not a redirect: a browser that came here from elsewhere would not send the cookie along with that.
+        answer = HTMLResponse('<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=/">')
         answer.set_cookie(
-            COOKIE, cookie, max_age=int(SESSION_LIFE), httponly=True, samesite="strict", secure=secure, path="/"
+            _cookie_name(request), cookie, int(SESSION_LIFE), httponly=True, samesite="strict", secure=secure, path="/"
         )
         return answer
 
     async def log_out(request: Request) -> Response:
-        access.log_out(request.cookies.get(COOKIE))
+        access.log_out(request.cookies.get(_cookie_name(request)))
         answer = Response(status_code=204)
-        answer.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=secure)
+        answer.delete_cookie(_cookie_name(request), httponly=True, samesite="strict", secure=secure)
         return answer
 
     return [
         Route("/login", log_in, methods=["GET"]),
         Route("/logout", guarded(access, "read", log_out), methods=["POST"]),
     ]
+
+
+def _cookie_name(request: Request) -> str:
+    return COOKIE.format(port=(request.scope.get("server") or ("", 0))[1])
 
 
 def _same(given: str, expected: str) -> bool:
@@ -271,9 +278,12 @@ class Boundary:
         Host names and addresses of this server: a page must not reach it by giving this machine another name.
     origins
         Origins whose pages may send requests with a token, never with a cookie.
+    answers
+        Counts the answers by their status.
     """
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str], origins: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: frozenset[str], origins: frozenset[str], answers: Counter[int]) -> None:
+        self._answers = answers
         self._app = app
         self._hosts = hosts
         self._origins = origins
@@ -289,6 +299,7 @@ class Boundary:
             added += [(b"access-control-allow-origin", origin.encode()), (b"vary", b"Origin")]
         if not self._known_host(headers.get("host", "")):
             await problem(HttpError(400, "this server does not have that host name"))(scope, receive, send)
+            self._answers[400] += 1
             return
         if scope["method"] == "OPTIONS" and origin in self._origins and "access-control-request-method" in headers:
             added += [
@@ -301,6 +312,7 @@ class Boundary:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
+                self._answers[message["status"]] += 1
                 present = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(each for each in added if each[0] not in present)]
                 if b"cache-control" not in present and not scope["path"].startswith("/page/"):

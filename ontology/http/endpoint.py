@@ -4,9 +4,11 @@ vocabulary at /vocabulary. Every route says which scope it needs; see `access`.
 
 import asyncio
 import ipaddress
+import logging
 import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
@@ -24,7 +26,7 @@ from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainT
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.edge.wire.broker_address import is_loopback
 from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.access import Access, Boundary, Served, authorised, guarded, login_routes
@@ -38,6 +40,8 @@ from tinyfleet.ontology.store.store import EmbeddedStore
 from tinyfleet.ontology.vocabulary import page
 from tinyfleet.ontology.vocabulary.entailment import VOCABULARY
 from tinyfleet.ontology.vocabulary.namespaces import PREFIXES, RDF, Iri
+
+log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).with_name("page") / "dist"
 """The query page, as tools/page.sh builds it."""
@@ -126,6 +130,12 @@ async def _no_route(request: Request, error: Exception) -> Response:
     )
 
 
+async def _failed(request: Request, error: Exception) -> Response:
+    """An error of the server's own: logged with all there is, answered without any of it."""
+    log.error("an error at %s", printable(request.url.path), exc_info=error)
+    return request_handling.problem(HttpError(500, "an error in the server; see its log"))
+
+
 class Endpoint:
     """Serves a graph, from a thread of this process.
 
@@ -160,10 +170,16 @@ class Endpoint:
 
     Attributes
     ----------
+    answers : Counter
+        Answers so far, by status.
     url, address : str
         Address of SPARQL, and of everything else.
     local_address : str
         Address of everything for clients on this machine.
+    port : int
+        TCP port.
+    routes : list
+        All routes.
 
     Raises
     ------
@@ -192,11 +208,13 @@ class Endpoint:
             raise UserError(f"without a certificate the HTTP server must not listen on {listen}, only on 127.0.0.1")
         self.access = access
         self.limits = limits or ConnectionLimits()
+        self.answers: Counter[int] = Counter()
         self._socket = _listening(listen, port)
+        self.port = int(self._socket.getsockname()[1])
         secure = certificate is not None
         local = "127.0.0.1" if ipaddress.ip_address(listen).is_unspecified else listen
         self.local_address, self.address = (
-            f"{'https' if secure else 'http'}://{_bracketed(host)}:{self._socket.getsockname()[1]}"
+            f"{'https' if secure else 'http'}://{_bracketed(host)}:{self.port}"
             for host in (local, next(iter(host_names), local))
         )
         self.url = f"{self.address}/sparql"
@@ -233,8 +251,8 @@ class Endpoint:
         names = frozenset({"127.0.0.1", "::1", "localhost", *(name.lower() for name in host_names)})
         application = Starlette(
             routes=paths,
-            middleware=[Middleware(Boundary, hosts=names, origins=frozenset(cors_origins))],
-            exception_handlers={HTTPException: _no_route},
+            middleware=[Middleware(Boundary, hosts=names, origins=frozenset(cors_origins), answers=self.answers)],
+            exception_handlers={HTTPException: _no_route, Exception: _failed},
             lifespan=purging,
         )
         config = uvicorn.Config(
@@ -248,6 +266,7 @@ class Endpoint:
             ssl_certfile=None if certificate is None else str(certificate[0]),
             ssl_keyfile=None if certificate is None else str(certificate[1]),
         )
+        self.routes = paths
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="endpoint", daemon=True

@@ -36,6 +36,8 @@ _CORES = os.cpu_count() or 1
 QUICK_WORKERS, SLOW_WORKERS = max(2, _CORES), max(1, _CORES // 2)
 QUICK_QUEUE, SLOW_QUEUE = 64, 8
 """Queries that may wait for a worker."""
+MAX_WAIT = 20.0
+"""Seconds that they may wait."""
 MEMORY = 2 << 30
 """Bytes of address space of a worker, the mapped files of the graph included."""
 CHECKPOINT_INTERVAL = 0.25
@@ -248,12 +250,12 @@ class _Lane:
         self._free = threading.Semaphore(self.size)
         self._lock = threading.Lock()
 
-    def run(self, job: Job, seconds: float, wait: float) -> Answer:
+    def run(self, job: Job, seconds: float) -> Answer:
         with self._lock:
             if self.waiting >= self.queue:
                 raise Busy("the server is busy with other queries; try again later")
             self.waiting += 1
-        got = self._free.acquire(timeout=wait)
+        got = self._free.acquire(timeout=MAX_WAIT)
         with self._lock:
             self.waiting -= 1
         if not got:
@@ -336,11 +338,11 @@ class QueryWorkers:
                     int(self._timeout) + 1,
                 )  # fmt: skip
                 try:
-                    return self._quick.run(job, min(SLICE, self._timeout), self._timeout)
+                    return self._quick.run(job, min(SLICE, self._timeout))
                 except _Slice:
                     pass
                 try:
-                    return self._slow.run(job, self._timeout, self._timeout)
+                    return self._slow.run(job, self._timeout)
                 except _Slice:
                     raise QueryTimeout("the query takes too long; make it more selective or add a LIMIT") from None
         except QueryStopped:
@@ -367,7 +369,7 @@ class QueryWorkers:
         try:
             with self._checkpoints.scratch() as folder:
                 job = Job(str(folder), sparql, BASE, True, None, None, None, None, 0, int(UPDATE_SECONDS) + 1)
-                return self._quick.run(job, UPDATE_SECONDS, self._timeout)
+                return self._quick.run(job, UPDATE_SECONDS)
         except _Slice:
             self.stopped += 1
             raise QueryTimeout(f"the update takes longer than {UPDATE_SECONDS:g} s; change less at a time") from None

@@ -5,9 +5,10 @@ them. If they name a broker, the devices of that fleet take part together with t
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from logging import INFO
+from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
@@ -15,7 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import load
 from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.broker_check import check_operator
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
+from tinyfleet.edge.wire.server_info import find_broker
 from tinyfleet.server.evaluate import baselines
 from tinyfleet.server.flower.composite_grid import CompositeGrid
 from tinyfleet.server.flower.grid import MqttGrid
@@ -40,9 +43,11 @@ def main(grid: Grid, context: Context) -> None:
     )
     initialization = initial_parameters(task.program, named_strategy, seed)
     with ExitStack() as stack:
-        if config["broker"]:
-            broker = BrokerAddress.parse(str(config["broker"]))
-            devices = stack.enter_context(MqttGrid(broker, str(config["fleet"]), task.program))
+        broker = broker_of(config)
+        if broker is not None:
+            fleet = str(config["fleet"])
+            check_operator(broker, fleet)
+            devices = stack.enter_context(MqttGrid(broker, fleet, task.program))
             grid = CompositeGrid([grid, devices])
         nodes = wait_for_nodes(grid, clients, float(config["wait"]))
         limit_clients(named_strategy.strategy, clients, len(nodes))
@@ -59,6 +64,26 @@ def main(grid: Grid, context: Context) -> None:
     for name, scores in baselines(task, learned, seed=seed).items():
         for score in scores:
             log(INFO, "%s, %d shots: %s %.3f +- %.3f", name, score.shots, score.metric, score.mean, score.spread)
+
+
+def broker_of(config: Mapping[str, object]) -> BrokerAddress | None:
+    """The MQTT broker that the run config names, or that of the server or the identity in its data folder."""
+
+    def file(key: str) -> Path | None:
+        return Path(str(config[key])) if config[key] else None
+
+    data = file("data")
+    if not config["broker"] and data is None:
+        return None
+    return find_broker(
+        str(config["broker"]) or None,
+        data or Path(),
+        insecure=bool(config["insecure"]),
+        ca=file("ca"),
+        cert=file("cert"),
+        key=file("key"),
+        password_file=file("password-file"),
+    )
 
 
 def wait_for_nodes(grid: Grid, count: int, timeout: float) -> Sequence[int]:
