@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.private_files import write_private
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.enrolment_token import EnrolmentToken
 from tinyfleet.edge.wire.identity import Identity, _request, enrol, identity_folder
@@ -42,7 +43,7 @@ class Place(NamedTuple):
         token = self.authority.open_token([name], role, URL, replace=True)
         done = self.authority.enrol(token.secret, name, _request(key, name))
         files = self.folder / f"{name}.key", self.folder / f"{name}.crt"
-        files[0].write_bytes(certificates.key_pem(key))
+        write_private(files[0], certificates.key_pem(key))
         files[1].write_text(done.certificate)
         address = self.broker.device_address if role == "device" else self.broker.address
         return dataclasses.replace(address, key=files[0], cert=files[1])
@@ -160,7 +161,7 @@ def test_only_the_fleets_own_get_in(place: Place, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other")
     assert "cannot be trusted" in refused(dataclasses.replace(device, ca=other.ca_file))
     foreign = Place(other, place.broker, tmp_path).join("kitchen")  # signed by another fleet's authority of that name
-    assert "alert" in refused(dataclasses.replace(foreign, ca=place.authority.ca_file))
+    assert "does not know the authority" in refused(dataclasses.replace(foreign, ca=place.authority.ca_file))
     other.close()
 
 
@@ -171,7 +172,7 @@ def test_an_expired_certificate_is_named(place: Place) -> None:
     pair = place.authority._clients["device"]
     old = certificates.client_certificate(pair, "old", key.public_key(), long_ago, LIFE["device"])
     assert address.key is not None and address.cert is not None
-    address.key.write_bytes(certificates.key_pem(key))
+    write_private(address.key, certificates.key_pem(key))
     address.cert.write_bytes(certificates.certificate_pem(old))
     assert "has expired" in refused(address)
 
@@ -307,7 +308,7 @@ def test_enrolment_over_http_and_renewal(server: FleetServer, tmp_path: Path) ->
     assert renewed.cert.read_text() != before
     Session(renewed.broker, "x").close()
     stranger = certificates.new_key()
-    identity.key.write_bytes(certificates.key_pem(stranger))
+    write_private(identity.key, certificates.key_pem(stranger))
     with pytest.raises(UserError, match="not signed by a valid key"):
         renewed.renew_if_due(now=identity.expires)
 
