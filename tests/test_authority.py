@@ -215,6 +215,24 @@ def test_a_revoked_operators_session_can_do_nothing_any_more(place: Place) -> No
         client.session.close()
 
 
+def test_an_operators_old_session_gets_nothing_back_with_its_name(place: Place) -> None:
+    thief, kitchen = Client(place.join("eve", "operator"), "thief"), Client(place.join("kitchen"))
+    kitchen.subscribe(TOPICS.command("kitchen"), ECHO)
+    thief.subscribe(TOPICS.reply("kitchen"))
+    owner = Client(place.join("eve", "operator"))  # enrolled again, with a key of its own
+    for client, payload in ((thief, b"from the thief"), (owner, b"marker")):
+        client.session.publish(TOPICS.command("kitchen"), payload)
+        client.session.flush(10)
+    assert not kitchen.hears(TOPICS.command("kitchen"), b"from the thief")
+    kitchen.session.publish(TOPICS.reply("kitchen"), b"a reply")
+    kitchen.session.flush(10)
+    thief.session.publish(TOPICS.command("kitchen"), b"one more")
+    thief.session.flush(10)  # the acknowledgement comes after what the broker had for this session before
+    assert (TOPICS.reply("kitchen"), b"a reply") not in thief.heard.queue
+    for client in (thief, kitchen, owner):
+        client.session.close()
+
+
 # Tokens
 
 
