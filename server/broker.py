@@ -130,7 +130,7 @@ class Broker:
 
     def _write_access_list(self) -> None:
         assert self._secured is not None
-        operators = self._secured.authority.identities.operators()
+        operators = self._secured.authority.operator_users()
         write_private(self._acl_file, broker_config.access_list(self._secured.fleet, operators))
 
     def _reload(self) -> None:

@@ -109,7 +109,7 @@ def access_list(fleet: str, operators: Iterable[str]) -> str:
     fleet
         The fleet's name.
     operators
-        Their names.
+        Their user names.
 
     Returns
     -------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import secrets
 import socket
@@ -178,7 +179,8 @@ class Authority:
 
     def _issue(self, name: str, role: Role, public_key: bytes) -> Issued:
         key = certificates.load_public_key(public_key)
-        certificate = certificates.client_certificate(self._clients[role], name, key, self._clock(), LIFE[role])
+        user = _operator_user(name, public_key) if role == "operator" else name
+        certificate = certificates.client_certificate(self._clients[role], user, key, self._clock(), LIFE[role])
         pem = certificates.certificate_pem(certificate).decode()
         return Issued(
             certificate.serial_number, name, role, public_key, pem, int(certificate.not_valid_after_utc.timestamp())
@@ -193,6 +195,10 @@ class Authority:
     def crl_of(self, role: Role) -> Path:
         """The file of that authority's revoked certificates."""
         return self.folder / f"{role}.crl"
+
+    def operator_users(self) -> list[str]:
+        """The valid operators, as the broker knows them."""
+        return [_operator_user(name, key) for name, key in self.identities.operators()]
 
     def write_broker_files(self) -> None:
         """Write the lists of revoked certificates."""
@@ -316,6 +322,8 @@ class Authority:
             raise UserError(f"the request is not signed by a valid key of {name:.32}; enrol again")
         issued = self._issue(name, role, certificates.public_bytes(certificates.requested_key(request)))
         self.identities.renew(issued)
+        if role == "operator":  # whose rights at the broker are its key's
+            self._publish()
         return issued
 
     def revoke(self, name: str) -> Role:
@@ -350,6 +358,12 @@ class Authority:
     def records(self) -> list[IdentityRecord]:
         """All identities but the server's own, by name."""
         return [record for record in self.identities.records() if record.name != SERVER]
+
+
+def _operator_user(name: str, public_key: bytes) -> str:
+    """An operator's user name at the broker. It names the key, too: a session that was open when the identity ended
+    goes on, and must not get back its rights when the name is enrolled again. No device can have a name with "/"."""
+    return f"{name}/{hashlib.sha256(public_key).hexdigest()[:24]}"
 
 
 def _host_name(name: str) -> str:

@@ -285,10 +285,13 @@ class Identities:
         )
         return [int(str(serial)) for (serial,) in rows]
 
-    def operators(self) -> list[str]:
-        """The names of the valid operators."""
-        rows = self._read("SELECT name FROM identity WHERE role = 'operator' AND revoked IS NULL ORDER BY name")
-        return [str(name) for (name,) in rows]
+    def operators(self) -> list[tuple[str, bytes]]:
+        """The names of the valid operators, with each key that has a certificate."""
+        rows = self._read(
+            "SELECT DISTINCT name, public_key FROM certificate WHERE role = 'operator' AND revoked IS NULL "
+            "ORDER BY name, public_key"
+        )
+        return rows  # type: ignore[return-value]
 
     # API tokens
 
