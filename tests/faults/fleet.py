@@ -352,7 +352,7 @@ class Fleet:
             with contextlib.suppress(queue.Empty):
                 while (topic := came.get(timeout=5)) != marker:
                     topics.add(topic)
-        known = {topic(name) for name in (*self.names, PROBE) for topic in (TOPICS.td, TOPICS.status)}
+        known = {topic(name) for name in (*self.names, PROBE) for topic in (TOPICS.td, TOPICS.status, TOPICS.echo)}
         return sorted(topics - known - {"tinyfleet/home/time"})
 
     def processes(self) -> list[str]:
