@@ -39,7 +39,9 @@ def main() -> None:
         with urllib.request.urlopen(put) as answer:
             print(answer.status, answer.reason)
         for row in server.store.query(f"PREFIX td: <https://www.w3.org/2019/wot/td#> {QUESTION}"):
-            with urllib.request.urlopen(f"{server.address}/things/{urllib.parse.quote(row['thing'], '')}") as answer:
+            address = f"{server.address}/things/{urllib.parse.quote(row['thing'], '')}"
+            get = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"})
+            with urllib.request.urlopen(get) as answer:
                 names = ", ".join(json.load(answer)["properties"])
             print(f"{row['title']} ({row['thing']}) has the property {names}")
 

@@ -150,13 +150,13 @@ def test_what_run_cannot_use_is_said_before_it_begins(
     assert "nor is it a query of the library" in run("--select", "no-such.rq")
     for name in ("a b", "x" * 33):
         assert "is not a valid fleet name; use 1 to 32 letters" in run("--fleet", name)
-    assert "no answer from http://127.0.0.1:9/sparql" in run()
+    assert "no MQTT broker answers at mqtts://x:1" in run()
 
 
 def test_a_method_has_one_colour_in_the_whole_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, _path, **_: figures.append(figure))
-    rounds = [Round(i, 1, [Participation("a", loss=1 / i)], {}, 1000, 1000, 9256, 0.1) for i in (1, 2)]
+    rounds = [Round(i, 1, [Participation("a", loss=1 / i)], {}, {}, 1000, 1000, 9256, 0.1) for i in (1, 2)]
     scores = [Score(shots, np.array([0.5, 0.6])) for shots in (1, 5)]
     starts = {"meta-learned (TinyMetaFed)": scores, "random weights": scores, "FedAvg's global model": scores}
     plot(tmp_path / "plot.png", "title", {"TinyMetaFed": rounds, "FedAvg": rounds}, starts)

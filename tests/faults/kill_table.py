@@ -1,4 +1,4 @@
-"""Kills each standing process of a fleet, and a run, at every point at which it sends or stores something, and at random.
+"""Kills each process of a fleet, and a run, at every point at which it sends or stores something, and at random.
 
     python tests/faults/kill_table.py [--every 1] [--random 20] [server broker agent gateway run]
 
@@ -56,7 +56,9 @@ def kill_everywhere(target: str, folder: Path, every: int = 1, random_kills: int
 def show_points(target: str, points: Sequence[Point]) -> None:
     """Print the list of points, those of one kind together."""
     kinds = Counter(point.kind for point in points)
-    print(f"{target}: {len(points)} points: " + ", ".join(f"{kind} {count}" for kind, count in kinds.items()), flush=True)
+    print(
+        f"{target}: {len(points)} points: " + ", ".join(f"{kind} {count}" for kind, count in kinds.items()), flush=True
+    )
 
 
 def show(outcome: Outcome) -> None:

@@ -67,7 +67,7 @@ class _Points:
 
 
 def _wrap(owner: Any, name: str, kind: Callable[..., str | None], points: _Points) -> None:
-    """Make each call of a method a point; `kind` gets the call's arguments and names it, or says that it is none."""
+    """Make each call of a method a point; `kind` gets the call's arguments and names it, or returns None: no point."""
     inner = getattr(owner, name)
 
     @functools.wraps(inner)
@@ -85,7 +85,7 @@ def _wrap(owner: Any, name: str, kind: Callable[..., str | None], points: _Point
 
 
 def _topic_kind(topic: str) -> str:
-    """The last part of a topic that is no number: "status", "command", "runs"; "drivers" of one with a random name."""
+    """The last part of a topic but for numbers: "status", "command", "runs"; "drivers" of one with a random name."""
     if "/drivers/" in topic:
         return "drivers"
     parts = [part for part in topic.split("/") if not re.fullmatch(r"[0-9]+|[0-9a-f]{16}|\+|#", part)]

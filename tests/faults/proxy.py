@@ -12,8 +12,8 @@ from typing import Literal
 
 Fault = Literal["none", "stall", "cut", "delay", "hold", "refuse", "double"]
 """What happens to a link: nothing; what is sent waits; it ends in the middle of a packet; everything comes late; it
-stays open for ever, but nothing comes through and no end is told; new connections end at once; messages come twice (only
-where packets are read)."""
+stays open, but nothing comes through any more and no end is told; new connections end at once; messages come twice
+(only where packets are read)."""
 
 _KINDS = {
     1: "CONNECT", 2: "CONNACK", 3: "PUBLISH", 4: "PUBACK", 8: "SUBSCRIBE", 9: "SUBACK", 10: "UNSUBSCRIBE",
@@ -124,8 +124,7 @@ class Proxy:
                 while self._fault == "stall" and not self._closing.wait(0.02):
                     pass
                 for key, _ in ready:
-                    end = key.fileobj
-                    assert isinstance(end, socket.socket)
+                    end = client if key.fileobj is client else broker
                     data = end.recv(65536)
                     if not data:
                         return
