@@ -1,4 +1,4 @@
-"""How much memory a device's process takes while it waits for work: resident KiB, beside a broker of its own.
+"""How much memory a device's process takes while it waits for work: resident KiB, beside a server of its own.
 
 python benchmarks/memory.py
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tinyfleet.server.broker import Broker
+from tinyfleet.server.fleet_server import FleetServer
 
 SETTLES = 2.0
 """Seconds after which a process has done what it does at its start."""
@@ -49,10 +49,14 @@ def main() -> None:
     table.add_column("KiB", justify="right")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        broker = stack.enter_context(Broker(0, folder))
-        for words in (["agent", "start"], ["agent", "start", "--online", "1"]):
-            kib = idle([*words, "--broker", broker.address.url, "--insecure"])
-            table.add_row(f"tinyfleet {' '.join(words)}", f"{kib:,}")
+        stack.enter_context(FleetServer(folder, "home", port=0, operator_port=0))
+        start = ["agent", "start", "--data", str(folder)]
+        for name, words in (
+            ("at its first start, which makes its key", start),
+            ("", start),
+            ("--online 1", [*start, "--online", "1"]),
+        ):
+            table.add_row(f"tinyfleet agent start {name}".strip(), f"{idle(words):,}")
     Console(highlight=False).print(table)
 
 
