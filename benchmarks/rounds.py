@@ -69,7 +69,9 @@ def measure(task: str, steps: int, count: int, devices: int, runs: int) -> list[
 
     results = []
     with ExitStack() as stack:
-        broker = stack.enter_context(Broker(0, Path(stack.enter_context(tempfile.TemporaryDirectory())), "mosquitto"))
+        broker = stack.enter_context(
+            Broker(0, Path(stack.enter_context(tempfile.TemporaryDirectory())), kind="mosquitto")
+        )
         where = broker.address.url
         command = [sys.executable, "-m", "tinyfleet", "device", "simulate", "--devices", str(devices), "--task", task]
         fleet = subprocess.Popen(

@@ -59,7 +59,8 @@ def received_sparse(payload: bytes, sent: SentParameters, program: Program, task
     success, parts = decode_reply(payload), ReplyParts()
     assert isinstance(success, Success)
     parts.add(success, payload)
-    return reply_content(parts, task, sent, program)
+    content, _norm = reply_content(parts, task, sent, program)
+    return content
 
 
 def received_dense(payload: bytes, sent: SentParameters, program: Program, task: TrainTask) -> RecordDict:

@@ -59,6 +59,8 @@ DISK_RETRY = 2.0
 """Seconds between two attempts to write to a disk that is full."""
 MAX_KNOWN = 100_000
 """Devices whose last report is remembered."""
+RENEWAL_INTERVAL = 12 * 3600.0
+"""Seconds after which the server looks whether its own certificates near their end."""
 CHECK_INTERVAL = 1.0
 """Seconds between two looks whether the threads live."""
 
@@ -256,7 +258,12 @@ class FleetServer:
 
     def _guard(self, writer: threading.Thread, endpoint: Endpoint) -> None:
         """A server that has lost a thread must not look as if it lived."""
+        renew_at = time.monotonic() + RENEWAL_INTERVAL
         while not self._closing.wait(CHECK_INTERVAL):
+            if time.monotonic() >= renew_at:
+                renew_at += RENEWAL_INTERVAL
+                if self.authority.renew_own():
+                    endpoint.read_certificate()
             for part, alive in (("writes what devices report", writer.is_alive()), ("serves HTTP", endpoint.alive)):
                 if not alive:
                     self._fail(f"the thread that {part} has died; start the server again")

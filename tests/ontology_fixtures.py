@@ -37,7 +37,7 @@ def oxigraph() -> str:
     if not program.exists():
         pytest.skip("the oxigraph server is not installed: pip install oxigraph")
     port = free_port()
-    command = [program, "serve", "--bind", f"127.0.0.1:{port}"]
+    command = [str(program), "serve", "--bind", f"127.0.0.1:{port}"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     atexit.register(server.kill)
     assert server.stderr is not None

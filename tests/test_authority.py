@@ -289,6 +289,22 @@ def test_time_ends_tokens_and_brings_new_certificates(tmp_path: Path) -> None:
     authority.close()
 
 
+def test_a_server_that_runs_for_years_renews_its_own_certificates(tmp_path: Path) -> None:
+    now = datetime.now(UTC).replace(microsecond=0)
+    authority = Authority(tmp_path / "authority", clock=lambda: now)
+    with Broker(0, tmp_path / "broker", secured=Secured(authority, "home")) as broker:
+        assert not authority.renew_own()
+        before = [file.read_bytes() for file in (authority.server_files[0], authority.client_files[0])]
+        now -= timedelta(days=300)  # so that those made then are of the past, and these of their future
+        assert authority.renew_own()
+        now += timedelta(days=300)
+        assert authority.renew_own()
+        after = [file.read_bytes() for file in (authority.server_files[0], authority.client_files[0])]
+        assert before[0] != after[0]
+        Session(broker.address, "owner").close()
+    authority.close()
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "a+", "#", "x" * 33, SERVER, "ü", "a b", "a\nb"])
 def test_a_name_that_cannot_be_a_topic_or_is_the_servers_is_refused(place: Place, name: str) -> None:
     with pytest.raises(UserError, match="cannot be a name"):

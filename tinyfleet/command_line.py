@@ -222,10 +222,11 @@ class Connection:
         """The broker for each of these devices; see `server_info.find_device_brokers`. It is checked for the first: the
         others are allowed the same, and hundreds may start at once."""
         from tinyfleet.edge.wire.broker_check import check_device
-        from tinyfleet.edge.wire.server_info import find_device_brokers
+        from tinyfleet.edge.wire.server_info import find_device_brokers, keep_renewed
 
         found = find_device_brokers(names, data=data, **asdict(self))
         check_device(found[0], fleet, names[0])
+        keep_renewed(names, data)
         return found
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from tinyfleet.edge.wire.identity import (
 SERVER_FILE = "server.json"
 """In the server's data folder, for as long as the server runs."""
 DEFAULT_FLEET = "home"
+RENEWAL_INTERVAL = 12 * 3600.0
+"""Seconds after which a running device looks whether its certificate nears its end."""
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +193,20 @@ def find_device_brokers(
             BrokerAddress.parse(server["device_broker"], ca=each.ca, cert=each.cert, key=each.key) for each in found
         ]
     return [each.broker for each in found]
+
+
+def keep_renewed(names: Sequence[str], data: Path) -> None:
+    """Renew the certificates of these devices in time, for as long as the process runs: a session that connects again
+    reads them from their files."""
+
+    def renew() -> None:
+        while True:
+            time.sleep(RENEWAL_INTERVAL)
+            for name in names:
+                if (identity := Identity.load(identity_folder(data, name))) is not None:
+                    identity.renewed_if_possible()
+
+    threading.Thread(target=renew, name="renewal", daemon=True).start()
 
 
 def _named_broker(broker: str, insecure: bool, shown: dict[str, Path | None]) -> BrokerAddress:

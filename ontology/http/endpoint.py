@@ -207,6 +207,7 @@ class Endpoint:
         if certificate is None and not is_loopback(listen):
             raise UserError(f"without a certificate the HTTP server must not listen on {listen}, only on 127.0.0.1")
         self.access = access
+        self._certificate = certificate
         self.limits = limits or ConnectionLimits()
         self.answers: Counter[int] = Counter()
         self._socket = _listening(listen, port)
@@ -277,6 +278,11 @@ class Endpoint:
     def alive(self) -> bool:
         """Whether it serves; false after `close`, or if its thread has died."""
         return self._thread.is_alive()
+
+    def read_certificate(self) -> None:
+        """Show the certificate that is in its files now, to new connections."""
+        if self._certificate is not None and self._server.config.ssl is not None:
+            self._server.config.ssl.load_cert_chain(*self._certificate)
 
     def close(self) -> None:
         """Finish the current requests, then stop."""

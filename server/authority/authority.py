@@ -96,10 +96,27 @@ class Authority:
         }
         self.identities = Identities(folder / "identities.sqlite")
         self.server_files = folder / "server.crt", folder / "server.key"
-        self._certify_server({"localhost", "127.0.0.1", "::1", *map(_host_name, host_names)})
+        self._names = {"localhost", "127.0.0.1", "::1", *map(_host_name, host_names)}
+        self._certify_server(self._names)
         self.client_files = folder / "client.crt", folder / "client.key"
         self._certify_client()
         self.write_broker_files()
+
+    def renew_own(self) -> bool:
+        """Make the server's own certificates again where they near their end; the broker reads them then.
+
+        Returns
+        -------
+        bool
+            Whether the HTTP server has to read its certificate again.
+        """
+        before = [file.read_bytes() for file in (self.server_files[0], self.client_files[0])]
+        self._certify_server(self._names)
+        self._certify_client()
+        after = [file.read_bytes() for file in (self.server_files[0], self.client_files[0])]
+        if after != before:
+            self._publish()
+        return after[0] != before[0]
 
     def close(self) -> None:
         """Close the identities' file."""
