@@ -32,6 +32,7 @@ from tinyfleet.server import run_report
 from tinyfleet.server.evaluate import SHOTS, one_pass
 from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.internals import log_level
+from tinyfleet.server.mosquitto import find_program
 from tinyfleet.server.named_strategies import make_strategy
 from tinyfleet.server.training_run import Round, RunResult, run
 
@@ -72,10 +73,13 @@ def run_demo(*, task_name: str, rounds: int, clients: int, devices: int, board: 
     _clear(data)
     with ExitStack() as stack:
         log_lines = threading.Event()
+        insecure = find_program() is None  # amqtt, this machine alone: a demo is all that it is for
         server = stack.enter_context(
-            FleetServer(data, FLEET, port=0, operator_port=0, on_log=lambda _: log_lines.set())
+            FleetServer(data, FLEET, port=0, operator_port=0, insecure=insecure, on_log=lambda _: log_lines.set())
         )
         console.print(f"broker      {server.broker_kind} on {server.device_broker.url}")
+        if insecure:
+            console.print("            without encryption and identities: mosquitto is not installed")
         console.print(f"graph       {data}, SPARQL at {server.endpoint}")
         emulator = why_no_board() if board else "--no-board was given"
         fleet = _Fleet(task, devices, board=emulator is None, data=data)

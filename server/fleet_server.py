@@ -141,6 +141,8 @@ class FleetServer:
         on_failure: Callable[[str], None] = lambda reason: None,
         grace: float = GRACE,
     ) -> None:
+        if insecure and not is_loopback(listen):
+            raise UserError(f"a server without security must not listen on {listen}; leave out --insecure or --listen")
         self.fleet = fleet_name(fleet)
         self.data = data
         limit = LogLimit(on_log, 100)

@@ -270,6 +270,11 @@ def test_without_a_certificate_it_stays_on_this_machine() -> None:
         Endpoint(store, Access.open(), listen="0.0.0.0")
 
 
+def test_a_server_without_security_stays_on_this_machine(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"must not listen on 0\.0\.0\.0"):
+        FleetServer(tmp_path, "home", listen="0.0.0.0", insecure=True)
+
+
 # Connections
 
 

@@ -361,7 +361,7 @@ def _text(url: str, method: str, content: bytes | None, context: ssl.SSLContext 
             time.sleep(attempt)
         request = urllib.request.Request(url, content, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT, context=context) as answer:
+            with _opener(url, context).open(request, timeout=TIMEOUT) as answer:
                 return str(answer.read(_LONGEST * 50).decode("utf-8", "replace"))
         except urllib.error.HTTPError as error:
             raise UserError(f"the server refuses: {_detail(error)}") from None
@@ -373,6 +373,22 @@ def _text(url: str, method: str, content: bytes | None, context: ssl.SSLContext 
                 ) from None
             problem = str(getattr(reason, "strerror", None) or reason)
     raise UserError(f"the fleet's server does not answer at {url} ({problem})")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """What is sent to the fleet's server is for it alone."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _opener(url: str, context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
+    handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+    if context is not None:
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    if is_loopback(urllib.parse.urlsplit(url).hostname or ""):
+        handlers.append(urllib.request.ProxyHandler({}))  # one from the environment is not meant for this machine
+    return urllib.request.build_opener(*handlers)
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
