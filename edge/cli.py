@@ -93,10 +93,11 @@ def start(
     from tinyfleet.edge.wire.errors import ProtocolError
 
     learning_task = tasks.load(task)
-    fleet_name = fleet_of(fleet, data)
     if client_index >= fleet_size:
         raise UserError(f"there is no client {client_index} in a fleet of {fleet_size}; raise --fleet-size")
     id = device_id or _own_name(connection, data)
+    connection.join(data, [id])
+    fleet_name = fleet_of(fleet, data)
     stream = DatasetStream(learning_task.client(client_index, fleet_size))
     recording = None
     if online:

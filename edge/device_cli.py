@@ -74,6 +74,7 @@ def simulate(
     if indices.stop > size:
         raise UserError(f"devices {first_index} to {indices.stop - 1} are not in a fleet of {size}; raise --fleet-size")
     names = [f"{prefix}-{i}" for i in indices]
+    connection.join(data, names)
     fleet_name = fleet_of(fleet, data)
     started = []
     try:

@@ -191,6 +191,7 @@ def start_run(
         strategy, learning_task, rounds=rounds, clients=clients_per_round, seed=seed, options=options
     )
     parameters = None if initialization is None else _parameters(initialization, learning_task.program)
+    connection.join(data)
     server = require_server(data)
     sparql = read_query(select)
     console = Console(highlight=False, quiet=as_json)
@@ -453,6 +454,7 @@ def deploy(
     from tinyfleet.server import deployment_report
 
     program = deployments.read_program(model)
+    connection.join(data)
     server = require_server(data)
     sparql = read_query(select)
     name = fleet_name(fleet_of(fleet, data))

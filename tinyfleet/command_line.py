@@ -209,6 +209,13 @@ class Connection:
         bool, typer.Option("--insecure", help="Accept a broker without encryption, on this machine only.")
     ] = False
 
+    def join(self, data: Path, names: Sequence[str] = ()) -> None:
+        """Use the enrolment token, if there is one: for these devices, else for the operator that it is for."""
+        from tinyfleet.edge.wire.server_info import use_token
+
+        if self.enrolment is not None:
+            use_token(self.enrolment, data, names)
+
     def find(self, data: Path, fleet: str) -> BrokerAddress:
         """The broker for an operator; see `server_info.find_broker`. It is checked."""
         from tinyfleet.edge.wire.broker_check import check_operator

@@ -94,8 +94,12 @@ def require_server(data: Path) -> dict[str, str]:
 
 
 def fleet_of(fleet: str | None, data: Path) -> str:
-    """The fleet that the user named, else the running server's, else the default."""
-    return fleet or find_server(data).get("fleet", DEFAULT_FLEET)
+    """The fleet that the user named, else the server's, else the one of this machine's devices, else the default."""
+    if fleet is not None:
+        return fleet
+    if (server := find_server(data)) and "fleet" in server:
+        return server["fleet"]
+    return next((each.fleet for each in stored_identities(data, "device")), DEFAULT_FLEET)
 
 
 def find_broker(
@@ -131,7 +135,7 @@ def find_broker(
     'mqtt://[::1]:1883'
     """
     if enrolment is not None:
-        _enrol(enrolment, data, [])
+        use_token(enrolment, data, [])
     if broker is not None:
         return _named_broker(broker, insecure, shown)
     server = require_server(data)
@@ -171,7 +175,7 @@ def find_device_brokers(
         If an address is invalid, or a device has no identity and cannot be enrolled.
     """
     if enrolment is not None:
-        _enrol(enrolment, data, names)
+        use_token(enrolment, data, names)
     if broker is not None:
         return [_named_broker(broker, insecure, shown)] * len(names)
     server = _running_server(data)
@@ -220,7 +224,7 @@ def _named_broker(broker: str, insecure: bool, shown: dict[str, Path | None]) ->
     return address
 
 
-def _enrol(text: str, data: Path, names: Sequence[str]) -> None:
+def use_token(text: str, data: Path, names: Sequence[str]) -> None:
     """Use a token: for the name that it is for, or for those of these names that have not been enrolled with it. A name
     that has a valid identity keeps it if the token is not for it."""
     token = EnrolmentToken.parse(text)
