@@ -296,8 +296,9 @@ class Identities:
     # API tokens
 
     def add_api_token(self, secret: str, name: str, scope: Scope, now: int) -> None:
-        """Keep a token of the HTTP API, of the operator `name`."""
+        """Keep the token of the HTTP API of the operator `name`, in place of an earlier one."""
         with self._write() as db:
+            db.execute("DELETE FROM api_token WHERE name = ?", (name,))
             db.execute("INSERT INTO api_token VALUES (?, ?, ?, ?)", (_hash(secret), name, scope, now))
 
     def scope_of(self, secret: str) -> tuple[str, Scope] | None:
