@@ -34,6 +34,7 @@ THOROUGH = {
     "test_engine_native", "test_exactness", "test_examples", "test_export_library", "test_features", "test_firmware",
     "test_firmware_fleet", "test_flower_transports", "test_fuzz", "test_gradients", "test_graph_crash",
     "test_grid_fleet", "test_hostile_queries", "test_house", "test_housekeeping", "test_how_to", "test_http_access",
+    "test_http_limits",
     "test_kills", "test_links", "test_litert", "test_match", "test_meta", "test_node_native",
     "test_ontology_boards", "test_ontology_describe",
     "test_ontology_index", "test_ontology_selocml", "test_ontology_shapes", "test_plan", "test_quantized_training",

@@ -74,6 +74,7 @@ class Here(Directory):
 
     def __init__(self, endpoint: Endpoint, store: EmbeddedStore, registry: Registry) -> None:
         super().__init__(endpoint.address, TOKEN)
+        self.endpoint = endpoint
         self.store = store
         self.registry = registry
 

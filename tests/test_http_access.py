@@ -5,8 +5,6 @@ import json
 import re
 import socket
 import ssl
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,6 @@ from ontology_fixtures import description, payload, status
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.access import COOKIE, SCOPES, Access, Client, Scope
-from tinyfleet.ontology.http.connections import ConnectionLimits
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.remote_store import RemoteStore
 from tinyfleet.ontology.store.store import EmbeddedStore
@@ -273,74 +270,6 @@ def test_without_a_certificate_it_stays_on_this_machine() -> None:
 def test_a_server_without_security_stays_on_this_machine(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must not listen on 0\.0\.0\.0"):
         FleetServer(tmp_path, "home", listen="0.0.0.0", insecure=True)
-
-
-# Connections
-
-
-@pytest.fixture(scope="module")
-def limited() -> Iterator[Endpoint]:
-    limits = ConnectionLimits(head_seconds=0.3, body_seconds=0.3, stalled_seconds=0.3, head_bytes=2000, per_address=5)
-    with EmbeddedStore() as store, Endpoint(store, Access.open(), limits=limits) as endpoint:
-        store.update("INSERT DATA { " + " ".join(f"<urn:{i}> <urn:p> '{'x' * 1000}' ." for i in range(20_000)) + " }")
-        yield endpoint
-
-
-HEAD = b"POST /sparql HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/sparql-query\r\nContent-Length: 100\r\n"
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [b"", b"G", b"GET / HTTP/1.1\r\nHost: localhost\r\n", b"GET /" + b"x" * 5000, HEAD + b"\r\n", HEAD + b"\r\nASK {"],
-)
-def test_a_request_that_does_not_end_is_ended(limited: Endpoint, sent: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", limited.port), timeout=20) as connection:
-        connection.sendall(sent)
-        assert ended(connection)
-
-
-def test_a_client_that_reads_nothing_is_ended(limited: Endpoint) -> None:
-    with socket.create_connection(("127.0.0.1", limited.port), timeout=20) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        before = limited.limits.refused
-        connection.sendall(
-            b"GET /sparql?query=SELECT%20*%20%7B%3Fs%20%3Fp%20%3Fo%7D HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        )
-        deadline = time.monotonic() + 20
-        while limited.limits.refused == before:
-            assert time.monotonic() < deadline
-            threading.Event().wait(0.02)
-
-
-def test_an_address_has_so_many_connections(limited: Endpoint) -> None:
-    some = [socket.create_connection(("127.0.0.1", limited.port), timeout=20) for _ in range(8)]
-    closed = 0
-    for connection in some:
-        connection.sendall(b"GET /sparql?query=ASK%7B%7D HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        closed += not received(connection).startswith(b"HTTP/1.1 200")
-    assert closed >= 3
-    for connection in some:
-        connection.close()
-
-
-def received(connection: socket.socket) -> bytes:
-    try:
-        return connection.recv(4096)
-    except ConnectionError:
-        return b""
-
-
-def ended(connection: socket.socket) -> bool:
-    try:
-        while connection.recv(65_536):
-            pass
-    except ConnectionError:
-        pass
-    return True
-
-
-def test_the_connections_that_were_refused_are_counted(limited: Endpoint) -> None:
-    assert limited.limits.refused > 0
 
 
 def test_a_wrong_scope_is_no_scope() -> None:

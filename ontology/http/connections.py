@@ -9,6 +9,19 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+HANDSHAKE_SECONDS = 10.0
+"""Time for a TLS handshake. Until it is done, a connection counts in none of the limits."""
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """The server's event loop. uvicorn leaves asyncio's minute for a handshake."""
+
+    async def create_server(self, *args: Any, **options: Any) -> asyncio.Server:
+        """Limit the time of handshakes."""
+        if options.get("ssl") is not None:
+            options["ssl_handshake_timeout"] = HANDSHAKE_SECONDS
+        return await super().create_server(*args, **options)
+
 
 @dataclass
 class ConnectionLimits:
@@ -23,7 +36,9 @@ class ConnectionLimits:
     stalled_seconds
         Time that a client may take no bytes of a response.
     head_bytes
-        Length of a request's line and headers.
+        Length of a request's line and headers; as much again of trailers, or of what is between two parts of a body.
+    pipelined
+        Requests that a client may send before the answer to an earlier one.
     total, per_address
         Connections at the same time, of all clients and of one address.
 
@@ -37,10 +52,16 @@ class ConnectionLimits:
     body_seconds: float = 60.0
     stalled_seconds: float = 30.0
     head_bytes: int = 65_536
+    pipelined: int = 16
     total: int = 512
     per_address: int = 256
     refused: int = 0
     _open: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def open(self) -> int:
+        """Connections now."""
+        return self._open.total()
 
     def protocol(self) -> type[asyncio.Protocol]:
         """uvicorn's protocol with these limits: uvicorn itself keeps a request that never ends."""
@@ -49,8 +70,10 @@ class ConnectionLimits:
         class Limited(HttpToolsProtocol):
             _timer: asyncio.TimerHandle | None = None  # of what is awaited now
             _stalled: asyncio.TimerHandle | None = None
+            _unread: asyncio.TimerHandle | None = None  # since the last response
             _in_request = False  # its head has come, its end has not
-            _head = 0
+            _refused = False
+            _head = 0  # bytes since the last that were of a body, or ended a request
 
             def connection_made(self, transport: Any) -> None:
                 super().connection_made(transport)
@@ -69,18 +92,25 @@ class ConnectionLimits:
                 super().connection_lost(exc)
 
             def data_received(self, data: bytes) -> None:
-                if not self._in_request:
-                    if self._timer is None:
-                        self._await(limits.head_seconds)
-                    self._head += len(data)
+                if not self._in_request and self._timer is None:
+                    self._await(limits.head_seconds)
+                self._head += len(data)
                 super().data_received(data)
-                if not self._in_request and self._head > limits.head_bytes:
+                if self._head > limits.head_bytes:
                     self._refuse()
 
             def on_headers_complete(self) -> None:
+                length = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+                if length > limits.head_bytes or len(self.pipeline) >= limits.pipelined:
+                    self._refuse()
+                    raise ConnectionAbortedError  # ends the parser, which may have thousands of requests left
                 self._in_request = True
                 self._await(limits.body_seconds)
                 super().on_headers_complete()
+
+            def on_body(self, body: bytes) -> None:
+                self._head = 0
+                super().on_body(body)
 
             def on_message_complete(self) -> None:
                 self._in_request, self._head = False, 0
@@ -88,6 +118,14 @@ class ConnectionLimits:
                     self._timer.cancel()
                     self._timer = None
                 super().on_message_complete()
+
+            def on_response_complete(self) -> None:
+                self._await_reading()
+                super().on_response_complete()
+
+            def send_400_response(self, msg: str) -> None:
+                super().send_400_response(msg)
+                self._await_reading()
 
             def pause_writing(self) -> None:
                 self._stalled = self.loop.call_later(limits.stalled_seconds, self._refuse)
@@ -104,13 +142,25 @@ class ConnectionLimits:
                 self._timer = self.loop.call_later(seconds, self._refuse)
 
             def _cancel_timers(self) -> None:
-                for timer in (self._timer, self._stalled):
+                for timer in (self._timer, self._stalled, self._unread):
                     if timer is not None:
                         timer.cancel()
                 self._timer = None
 
+            def _await_reading(self) -> None:
+                """A closed connection lives until its last bytes are taken; few bytes do not call `pause_writing`."""
+                if self._unread is not None:
+                    self._unread.cancel()
+                self._unread = self.loop.call_later(limits.stalled_seconds, self._refuse_unread)
+
+            def _refuse_unread(self) -> None:
+                at_end = self.transport.is_closing() or self.cycle.response_complete
+                if at_end and self.transport.get_write_buffer_size():
+                    self._refuse()
+
             def _refuse(self) -> None:
-                limits.refused += 1
+                limits.refused += not self._refused
+                self._refused = True
                 self._cancel_timers()
                 self.transport.abort()
 

@@ -14,6 +14,7 @@ from urllib.parse import quote, urlencode
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.ontology.http import request_handling
@@ -37,6 +38,8 @@ _ALIVE = 15.0
 """Seconds without events after which a stream sends a sign of life."""
 _BEHIND = 1000
 """Events that a client may lag behind; then its stream ends, and it can reconnect for the rest."""
+MAX_STREAMS = 100
+"""Streams of events at the same time."""
 
 _EVENTS = ("thing_created", "thing_updated", "thing_deleted")
 _JSON = ("", "application/td+json", "application/json", "application/ld+json")
@@ -169,10 +172,8 @@ class Directory:
             raise HttpError(400, "diff must be true or false")
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
-        stream = self._stream(kind, whole == "true", request.headers.get("last-event-id"))
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-    async def _stream(self, kind: str | None, whole: bool, since: str | None) -> AsyncIterator[str]:
+        if len(self._streams) >= MAX_STREAMS:
+            raise HttpError(503, f"there are {MAX_STREAMS} streams of events already", {"Retry-After": "60"})
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[ThingEvent | None] = asyncio.Queue()
 
@@ -186,6 +187,17 @@ class Directory:
             loop.call_soon_threadsafe(add, event)
 
         self._streams.add(put)
+        stream = self._stream(put, queue, kind, whole == "true", request.headers.get("last-event-id"))
+        return _EventStream(stream, lambda: self._streams.discard(put))
+
+    async def _stream(
+        self,
+        put: Callable[[ThingEvent | None], None],
+        queue: asyncio.Queue[ThingEvent | None],
+        kind: str | None,
+        whole: bool,
+        since: str | None,
+    ) -> AsyncIterator[str]:
         end = await in_thread(lambda: self._things.listen(put, since))
         try:
             yield ": the directory's events\n\n"
@@ -201,7 +213,6 @@ class Directory:
                     data = event.change if whole and event.kind != "thing_deleted" else {"id": event.id}
                     yield f"event: {event.kind}\ndata: {json.dumps(data)}\nid: {self._things.era}.{event.number}\n\n"
         finally:
-            self._streams.discard(put)
             end()
 
     async def _self(self, request: Request) -> Response:
@@ -234,6 +245,20 @@ class Directory:
             if thing is not None:
                 return thing
         raise HttpError(404, f"there is no description of {id:.200}")
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; `ended` is called at their end, also if they have not begun."""
+
+    def __init__(self, events: AsyncIterator[str], ended: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 def _answering(handler: _Handler) -> _Handler:

@@ -30,7 +30,7 @@ from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.edge.wire.broker_address import is_loopback
 from tinyfleet.ontology.http import request_handling
 from tinyfleet.ontology.http.access import Access, Boundary, Served, authorised, guarded, login_routes
-from tinyfleet.ontology.http.connections import ConnectionLimits
+from tinyfleet.ontology.http.connections import ConnectionLimits, Loop
 from tinyfleet.ontology.http.directory import Directory
 from tinyfleet.ontology.http.request_handling import HttpError, in_thread
 from tinyfleet.ontology.http.sparql import Protocol
@@ -262,6 +262,7 @@ class Endpoint:
             access_log=False,
             ws="none",
             http=self.limits.protocol(),
+            loop=f"{Loop.__module__}:{Loop.__name__}",
             server_header=False,
             timeout_graceful_shutdown=_SHUTDOWN,
             ssl_certfile=None if certificate is None else str(certificate[0]),

@@ -195,7 +195,7 @@ class ThingStore:
         with self.lock:
             if since is not None:
                 era, _, number = since.partition(".")
-                after = int(number) if era == self.era and number.isdecimal() else 0
+                after = int(number) if era == self.era and number.isdecimal() and len(number) < 20 else 0
                 for event in self._events:
                     if event.number > after:
                         listener(event)
