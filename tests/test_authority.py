@@ -18,7 +18,9 @@ from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.enrolment_token import EnrolmentToken
 from tinyfleet.edge.wire.identity import Identity, _request, enrol, identity_folder
 from tinyfleet.edge.wire.mqtt_session import Session
+from tinyfleet.edge.wire.server_info import find_broker, find_device_brokers, find_server, fleet_of, use_token
 from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.ontology.store.data_folder import remote_store
 from tinyfleet.server.authority import certificates
 from tinyfleet.server.authority.authority import LIFE, SERVER, Authority
 from tinyfleet.server.authority.identities import Role
@@ -364,6 +366,32 @@ def test_a_server_that_is_not_the_tokens_gets_nothing(server: FleetServer, tmp_p
     with pytest.raises(UserError, match="not encrypted"):
         enrol(dataclasses.replace(token, url="http://192.0.2.1:1"), "x", tmp_path)
     assert not identity_folder(tmp_path, "x").exists()
+
+
+def test_an_operator_on_another_machine(server: FleetServer, tmp_path: Path) -> None:
+    token = server.authority.open_token(["bob"], "operator", server.address)
+    use_token(token.text, tmp_path, [])
+    use_token(token.text, tmp_path, [])  # the same command again
+    Session(find_broker(None, tmp_path), "any").close()
+    graph = remote_store(find_server(tmp_path))
+    assert graph.ask("ASK { }")
+    server.authority.revoke("bob")
+    with pytest.raises(UserError, match="does not know this token"):
+        graph.ask("ASK { }")
+    assert "is revoked" in refused(find_broker(None, tmp_path))
+
+
+def test_a_device_takes_its_fleet_from_its_identity(server: FleetServer, tmp_path: Path) -> None:
+    assert fleet_of(None, tmp_path) == "home"  # the default, which is also this server's
+    use_token(server.authority.open_token(["far"], "device", server.address).text, tmp_path, ["far"])
+    folder = identity_folder(tmp_path, "far")
+    text = (folder / "identity.json").read_text()
+    (folder / "identity.json").write_text(text.replace('"fleet": "home"', '"fleet": "green"'))
+    assert fleet_of(None, tmp_path) == "green"
+    (address,) = find_device_brokers(["far"], None, tmp_path)
+    Session(address, "any").close()
+    with pytest.raises(UserError, match="near has no identity"):
+        find_device_brokers(["near"], None, tmp_path)
 
 
 @pytest.mark.parametrize(
