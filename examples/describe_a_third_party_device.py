@@ -28,7 +28,7 @@ QUESTION = "SELECT ?thing ?title WHERE { ?thing a td:Thing ; td:title ?title }"
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, FleetServer(Path(folder), "home", port=0) as server:
+    with tempfile.TemporaryDirectory() as folder, FleetServer(Path(folder), "home", port=0, operator_port=0) as server:
         token = json.loads(Path(folder, "server.json").read_text())["token"]
         put = urllib.request.Request(
             f"{server.address}/things/{LAMP['id']}",
