@@ -232,24 +232,6 @@ def test_streams_of_events_are_so_many(
         assert connection_answers(connection)
 
 
-def test_a_stream_that_nobody_reads_is_ended_and_another_is_not(limited: Here, limits: ConnectionLimits) -> None:
-    with connect(limited, buffer=4096) as silent, connect(limited) as reader:
-        for connection in (silent, reader):
-            connection.sendall(EVENTS)
-            assert connection_answers(connection)
-        ended = threading.Thread(target=lambda: until(lambda: limits.open == 1))
-        ended.start()
-        told = b""
-        for number in range(1000):
-            limited.registry.put_description(lamp(description=f"{number} " + "x" * 20_000))
-            while f'"description": "{number} '.encode() not in told:
-                told = told[-100:] + reader.recv(1 << 20)
-            if not ended.is_alive():
-                break
-        ended.join()
-        assert limits.open == 1
-
-
 @pytest.mark.parametrize("number", ["9" * 5000, "-1", "x", ""])
 def test_where_a_client_left_off_may_be_any_text(number: str) -> None:
     with EmbeddedStore() as store:

@@ -107,7 +107,7 @@ class AgentNode(Node):
             return True
         before = self._learner.drift
         self._learner.learn(*sample)
-        self._node.counters.samples += 1
+        self._node.counters.samples = min(self._node.counters.samples + 1, 0xFFFFFFFF)
         self.set_drift(self._learner.drift)
         return (before > 0) == (self._learner.drift > 0)
 

@@ -561,8 +561,6 @@ class Session:
             topic = printable(str(about[0]), 200) if about else "a new session"
             self._log_error("callback", f"an error while handling a message of {self._client_id}: {topic}")
 
-    # Called by paho.
-
     def _accepted(self, _client: mqtt.Client, _data: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
         if reason.is_failure:
             advice = _REASONS.get(int(reason.value), "")
@@ -580,6 +578,7 @@ class Session:
 
     def _lost(self, _client: mqtt.Client, _data: Any, _flags: Any, _reason: ReasonCode, _properties: Any) -> None:
         self._number += 1
+        lasted = time.monotonic() - self._since if self._connected.is_set() else 0.0  # 0: it was not accepted
         self._connected.clear()
         if self._known and self._on_lost is not None and not self._closing.is_set():
             self._call(self._on_lost)
@@ -588,9 +587,9 @@ class Session:
             self._log_refusal("refusal", self._no_connection(error))
         if not self._known and self._refusal is None:
             self._refusal = self._no_broker("another program is there") if error is None else self._no_connection(error)
-        if time.monotonic() - self._since > SHORT:
+        if lasted > SHORT:
             self._retry_at, self._retry, self._short = 0.0, RETRY[0], 0
-        elif not self._closing.is_set():
+        elif lasted and not self._closing.is_set():
             self._short += 1
             if self._short == 3:
                 log.warning(
