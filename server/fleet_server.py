@@ -88,7 +88,8 @@ class FleetServer:
     broker
         A running broker. Default: start one that only the fleet's identities may use.
     port, operator_port
-        Ports of the broker to start, for devices and for operators; 0 picks a free one.
+        Ports of the broker to start, for devices and for operators; 0 picks a free one. That for operators is the next
+        one by default.
     listen
         IP address on which broker and HTTP server listen. Default: this machine only.
     host_names
@@ -131,7 +132,7 @@ class FleetServer:
         *,
         broker: BrokerAddress | None = None,
         port: int = 8883,
-        operator_port: int = 8884,
+        operator_port: int | None = None,
         endpoint_port: int = 0,
         listen: str = LOOPBACK,
         host_names: Sequence[str] = (),
@@ -163,6 +164,8 @@ class FleetServer:
             stack.callback(self.authority.close)
             self._mosquitto: Mosquitto | None = None
             if broker is None:
+                if operator_port is None:
+                    operator_port = port + 1 if port else 0
                 secured = None if insecure else Secured(self.authority, fleet, operator_port, listen)
                 started = stack.enter_context(Broker(port, data / "broker", secured=secured, on_failure=self._fail))
                 self._mosquitto = started.mosquitto

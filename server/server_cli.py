@@ -27,11 +27,16 @@ def start_server(
         int, typer.Option("--port", metavar="N", min=0, max=65535, help="The broker's port for devices; 0: a free one.")
     ] = 8883,
     operator_port: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--operator-port", metavar="N", min=0, max=65535, help="The broker's port for operators; 0: a free one."
+            "--operator-port",
+            metavar="N",
+            min=0,
+            max=65535,
+            help="The broker's port for operators; 0: a free one.",
+            show_default="the next one",
         ),
-    ] = 8884,
+    ] = None,
     listen: Annotated[
         str,
         typer.Option("--listen", metavar="ADDRESS", help="IP address to listen on; 0.0.0.0: all of this machine's."),

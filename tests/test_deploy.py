@@ -422,7 +422,7 @@ def test_a_mistake_is_one_clear_line(running: Path, tmp_path: Path) -> None:
         ([large], "no device is left to send it to: device-0: RAM to run: the model requires"),
         ([good, "--select", "nonesuch"], "nor is it a query of the library"),
         ([good, "--select", no_id], "has a column ?id"),
-        ([good, "--fleet", "other"], "knows no device of the fleet 'other'"),
+        ([good, "--fleet", "other"], "lets this client not write or not read tinyfleet/other/"),
         ([good, "--broker", "http://nowhere"], "is not a broker's address"),
     ):
         done = tinyfleet("deploy", *words, data=running)

@@ -166,6 +166,14 @@ def test_words_that_only_look_like_a_fetch_are_free(text: str) -> None:
     check_update(text.replace("SELECT * {", "DELETE WHERE {"))
 
 
+def test_data_with_many_signs_and_datatypes_is_free() -> None:
+    values = " ".join(f"<urn:{i}> <urn:p> -{i}.5, '{i}'^^<urn:t> ." for i in range(1000))
+    check_update(f"INSERT DATA {{ {values} }}")
+    check_query("SELECT * { VALUES ?x { " + "'a'^^<urn:t> " * 1000 + "} }")
+    with pytest.raises(QueryRefused):
+        check_query("SELECT * { FILTER(1" + "-1" * 300 + ") }")
+
+
 def test_the_library_passes_its_own_limits() -> None:
     for name in library.names():
         check_query(library.text(name))

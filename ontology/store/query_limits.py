@@ -23,17 +23,19 @@ _WORDS = (
 )  # fmt: skip
 # A backslash escapes the next character of a name, so that this one begins no comment. Variables, names with a prefix
 # and language tags are no keywords.
-_TOKEN = re.compile(
+_TOKENS = (
     r"(?P<iri><[^<>\"{}|^`\\\x00-\x20]*>)|"
     + OPAQUE
     + r"|\\."
     + r"|[?$@]\w+"
     + r"|(?P<name>(?:\w[\w.-]*)?:(?:[\w.:-]|%[0-9A-Fa-f]{2}|\\.)*)(?P<pattern>(?:\s|#[^\n\r]*)*\{)?"
     + r"|(?P<word>[A-Za-z_]\w*)"
-    + r"|(?P<open>[({\[])|(?P<close>[)}\]])"
-    + r"|(?P<operator>&&|\|\||[!+*/^|-])",
-    re.DOTALL,
+    + r"|(?P<open>[({\[])|(?P<close>[)}\]])|\^\^"
+    + r"|(?P<operator>&&|\|\||[!+*/^|-])"
 )
+_QUERY = re.compile(_TOKENS, re.DOTALL)
+# The numbers in an update's data have signs.
+_UPDATE = re.compile(r"(?<=[\s,;.{(])[+-](?=[\d.])|" + _TOKENS, re.DOTALL)
 # Oxigraph's keywords need no space before or after them: trueSERVICE, SERVICEex:a. A comparison without spaces may look
 # like an IRI: FILTER(?a<?b)SERVICE$s#>
 _FETCHING = re.compile("SERVICE|LOAD", re.IGNORECASE)
@@ -65,7 +67,7 @@ def check_query(sparql: str) -> None:
     """
     if len(sparql) > MAX_LENGTH:
         raise QueryTooLong(f"the query is longer than {MAX_LENGTH} characters")
-    _check(sparql)
+    _check(sparql, _QUERY)
 
 
 def check_update(sparql: str) -> None:
@@ -76,13 +78,13 @@ def check_update(sparql: str) -> None:
     QueryRefused
         As for a query, and if it contains LOAD.
     """
-    _check(sparql)
+    _check(sparql, _UPDATE)
 
 
-def _check(sparql: str) -> None:
-    _check_tokens(sparql)
+def _check(sparql: str, tokens: re.Pattern[str]) -> None:
+    _check_tokens(sparql, tokens)
     if "\\u" in sparql or "\\U" in sparql:  # an escape may stand for a quote or a letter of a keyword
-        _check_tokens(_ESCAPE.sub(_unescaped, sparql))
+        _check_tokens(_ESCAPE.sub(_unescaped, sparql), tokens)
 
 
 def _unescaped(match: re.Match[str]) -> str:
@@ -92,10 +94,10 @@ def _unescaped(match: re.Match[str]) -> str:
         raise QueryRefused("an escape is no character") from None
 
 
-def _check_tokens(sparql: str) -> None:
+def _check_tokens(sparql: str, tokens: re.Pattern[str]) -> None:
     depth, previous = 0, ""
     counts: dict[str, int] = dict.fromkeys(_WORDS, 0)
-    for token in _TOKEN.finditer(sparql):
+    for token in tokens.finditer(sparql):
         if _fetches(token, depth, previous):
             raise FetchRefused(
                 "SERVICE is not allowed, nor LOAD: a query must not make the server fetch from elsewhere"
