@@ -23,7 +23,7 @@ from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.store.data_folder import remote_store
 from tinyfleet.server.authority import certificates
 from tinyfleet.server.authority.authority import LIFE, SERVER, Authority
-from tinyfleet.server.authority.identities import Role
+from tinyfleet.server.authority.identities import Issued, Role
 from tinyfleet.server.broker import Broker, Secured
 from tinyfleet.server.fleet_server import FleetServer
 
@@ -319,6 +319,36 @@ def test_a_name_is_taken_once_over_all_roles(place: Place) -> None:
     place.join("both", "operator")
     with pytest.raises(UserError, match="there is an operator both already"):
         place.authority.open_token(["both"], "device", URL, replace=True)
+
+
+def test_a_token_made_before_a_name_was_taken_does_not_take_it_over(place: Place) -> None:
+    authority = place.authority
+    first, second = authority.open_token(["twice"], "device", URL), authority.open_token(["twice"], "operator", URL)
+    key, other = certificates.new_key(), certificates.new_key()
+    device = authority.enrol(first.secret, "twice", _request(key, "twice"))
+    with pytest.raises(UserError, match="does not know this enrolment token"):
+        authority.enrol(second.secret, "twice", _request(other, "twice"))
+    assert authority.identities.role("twice") == "device"
+    assert authority.enrol(first.secret, "twice", _request(key, "twice")).certificate == device.certificate
+
+
+def test_an_identity_replaced_or_revoked_meanwhile_gets_no_certificate_and_no_api_token(place: Place) -> None:
+    """What another request has done between the check and the last step of a renewal or an enrolment."""
+    identities = place.authority.identities
+    old = Issued(10, "meanwhile", "operator", b"old key", "", 2**40)
+    new = Issued(11, "meanwhile", "operator", b"new key", "", 2**40)
+    identities.put(old, None, 0)
+    identities.put(new, None, 0)
+    with pytest.raises(UserError, match="meanwhile has been revoked"):
+        identities.renew(old._replace(serial=12), old.public_key)
+    with pytest.raises(UserError, match="meanwhile has been revoked"):
+        identities.add_api_token("late", old, "operate", 0)
+    assert identities.scope_of("late") is None
+    assert identities.public_keys("meanwhile", 0) == [new.public_key]
+    identities.revoke("meanwhile", 0)
+    with pytest.raises(UserError, match="meanwhile has been revoked"):
+        identities.add_api_token("late", new, "operate", 0)
+    assert identities.scope_of("late") is None
 
 
 # Over HTTP, and on disk

@@ -18,6 +18,7 @@ from tinyfleet.ontology.http.access import COOKIE, SCOPES, Access, Client, Scope
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.store.remote_store import RemoteStore
 from tinyfleet.ontology.store.store import EmbeddedStore
+from tinyfleet.server.authority.identities import Issued
 from tinyfleet.server.fleet_server import FleetServer
 
 ORIGIN = "https://dashboard.example"
@@ -60,8 +61,11 @@ class Answer(NamedTuple):
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FleetServer]:
     data = tmp_path_factory.mktemp("server")
     with FleetServer(data, "home", port=0, operator_port=0, cors_origins=[ORIGIN]) as running:
-        for scope in SCOPES:
-            running.authority.identities.add_api_token(f"the {scope} token", f"{scope}er", scope, 0)
+        identities = running.authority.identities
+        for serial, scope in enumerate(SCOPES, 1):
+            owner = Issued(serial, f"{scope}er", "operator", b"", "", 0)
+            identities.put(owner, None, 0)
+            identities.add_api_token(f"the {scope} token", owner, scope, 0)
         yield running
 
 

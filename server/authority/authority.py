@@ -308,7 +308,7 @@ class Authority:
         token = None
         if role == "operator":
             token = secrets.token_urlsafe(32)
-            self.identities.add_api_token(token, name, OPERATOR_SCOPE, now)
+            self.identities.add_api_token(token, issued, OPERATOR_SCOPE, now)
         return Enrolment(issued.pem, now, issued.not_after, role, self.identities.command_key(name), token)
 
     def renew(self, name: str, request: str, signature: bytes) -> Issued:
@@ -335,10 +335,11 @@ class Authority:
         """
         role = self.identities.role(name)
         keys = self.identities.public_keys(name, self._seconds())
-        if role is None or not any(certificates.is_signed_by(key, signature, request.encode()) for key in keys):
+        by = next((key for key in keys if certificates.is_signed_by(key, signature, request.encode())), None)
+        if role is None or by is None:
             raise UserError(f"the request is not signed by a valid key of {name:.32}; enrol again")
         issued = self._issue(name, role, certificates.public_bytes(certificates.requested_key(request)))
-        self.identities.renew(issued)
+        self.identities.renew(issued, by)
         if role == "operator":  # whose rights at the broker are its key's
             self._publish()
         return issued

@@ -175,6 +175,8 @@ class Identities:
                 (issued.public_key, _hash(secret), issued.name),
             ).rowcount
             if done:
+                # Another token for this name was made when nobody had it: it must not take the name over.
+                db.execute("DELETE FROM token WHERE name = ? AND public_key IS NULL", (issued.name,))
                 self._replace(db, issued, command_key, now)
                 return issued
         _, before = self.token_role(secret, issued.name, issued.public_key, now)
@@ -202,18 +204,19 @@ class Identities:
             (str(issued.serial), issued.name, issued.role, issued.public_key, issued.pem, issued.not_after),
         )
 
-    def renew(self, issued: Issued) -> None:
-        """Keep another certificate of an identity. The one before stays valid until it ends: its owner may not get the
-        answer.
+    def renew(self, issued: Issued, by: bytes) -> None:
+        """Keep another certificate of an identity, which the owner of the public key `by` has asked for. The one before
+        stays valid until it ends: its owner may not get the answer.
 
         Raises
         ------
         UserError
-            If the identity is revoked or unknown.
+            If that key's certificates have been revoked meanwhile.
         """
         with self._write() as db:
-            if not db.execute("SELECT 1 FROM identity WHERE name = ? AND revoked IS NULL", (issued.name,)).fetchone():
-                raise UserError(f"{issued.name} is not a valid identity")
+            valid = "SELECT 1 FROM certificate WHERE name = ? AND public_key = ? AND revoked IS NULL"
+            if not db.execute(valid, (issued.name, by)).fetchone():
+                raise UserError(f"the identity {issued.name} has been revoked; enrol again")
             self._insert(db, issued)
 
     def revoke(self, name: str, now: int) -> Role:
@@ -295,11 +298,20 @@ class Identities:
 
     # API tokens
 
-    def add_api_token(self, secret: str, name: str, scope: Scope, now: int) -> None:
-        """Keep the token of the HTTP API of the operator `name`, in place of an earlier one."""
+    def add_api_token(self, secret: str, owner: Issued, scope: Scope, now: int) -> None:
+        """Keep the token of the HTTP API of the operator with this certificate, in place of an earlier one.
+
+        Raises
+        ------
+        UserError
+            If the certificate has been revoked meanwhile.
+        """
         with self._write() as db:
-            db.execute("DELETE FROM api_token WHERE name = ?", (name,))
-            db.execute("INSERT INTO api_token VALUES (?, ?, ?, ?)", (_hash(secret), name, scope, now))
+            valid = "SELECT 1 FROM certificate WHERE serial = ? AND revoked IS NULL"
+            if not db.execute(valid, (str(owner.serial),)).fetchone():
+                raise UserError(f"the identity {owner.name} has been revoked; enrol again")
+            db.execute("DELETE FROM api_token WHERE name = ?", (owner.name,))
+            db.execute("INSERT INTO api_token VALUES (?, ?, ?, ?)", (_hash(secret), owner.name, scope, now))
 
     def scope_of(self, secret: str) -> tuple[str, Scope] | None:
         """Whose API token it is, and what it allows; None if it is unknown.
