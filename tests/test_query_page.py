@@ -1,11 +1,14 @@
 """The query page in a real browser: Chromium, driven by selenium. It asks nobody but its own server."""
 
+import http.server
 import json
 import shutil
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from ontology_fixtures import MODEL, TOKEN, description, payload, status
 
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http import endpoint as endpoint_module
-from tinyfleet.ontology.http.access import Access
+from tinyfleet.ontology.http.access import Access, Client
 from tinyfleet.ontology.http.endpoint import PAGE, Endpoint
 from tinyfleet.ontology.ingest.registry import Registry
 from tinyfleet.ontology.queries import library
@@ -230,3 +233,66 @@ def test_the_page_asks_nobody_but_its_own_server(page: Page, served: Endpoint) -
     }
     refused = [entry["message"] for entry in page.browser.get_log("browser") if "Content Security" in entry["message"]]
     assert refused == []
+
+
+ATTACK = """<!doctype html><title>waiting</title><img id="image" src="{target}/things">
+<script>
+const asked = [
+  fetch("{target}/things", {{ credentials: "include" }}).then((answer) => answer.text()),
+  fetch("{target}/sparql", {{
+    method: "POST", credentials: "include", body: "update=INSERT%20DATA%20%7B%3Curn%3Aa%3E%20%3Curn%3Ab%3E%201%7D",
+    headers: {{ "Content-Type": "application/x-www-form-urlencoded" }},
+  }}).then((answer) => answer.text()),
+  new Promise((resolve, reject) => {{
+    const events = new EventSource("{target}/events", {{ withCredentials: true }});
+    events.onopen = () => resolve("events");
+    events.onerror = () => reject(new Error("no events"));
+  }}),
+];
+Promise.allSettled(asked).then((all) => {{ document.title = "done: " + all.map((each) => each.status).join(" "); }});
+</script>"""
+
+
+@needs_page
+def test_a_browser_logs_in_once_and_pages_of_other_origins_gain_nothing(browser: Any) -> None:
+    """One on another port of the same host, whose requests carry the cookie, and one on another name of it."""
+    with EmbeddedStore() as store:
+        registry = Registry(store, "home")
+        assert registry.ingest_one(TOPICS.td("dev-1"), payload(description("dev-1", title="A secret lamp")))
+        access = Access.of_token(TOKEN)
+        with Endpoint(store, access, registry=registry) as endpoint:
+            login = f"{endpoint.address}/login?code={access.new_login(Client('owner', 'admin'))}"
+            browser.get(endpoint.address)
+            assert "tinyfleet server login" in browser.page_source
+            browser.get(login)
+            page = Page(browser, endpoint)
+            assert len(page.run()) == 1
+            with other_origin(ATTACK.format(target=endpoint.address).encode()) as port:
+                for host in ("127.0.0.1", "localhost"):
+                    browser.get(f"http://{host}:{port}/")
+                    page.until(lambda: browser.title.startswith("done"))
+                    assert browser.title == "done: rejected rejected rejected"
+                    assert browser.execute_script("return document.getElementById('image').naturalWidth") == 0
+            assert not store.ask("ASK { <urn:a> ?p ?o }")
+            browser.get(login)
+            assert "was used before" in browser.page_source
+
+
+@contextmanager
+def other_origin(content: bytes) -> Iterator[int]:
+    """A server of another origin that answers everything with this page; its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
