@@ -179,7 +179,8 @@ def _free_port(host: str, port: int) -> int:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise UserError(f"{host} is not an address of this machine; choose another with --listen") from error
             raise UserError(
-                f"port {port} on {host} is taken; is a server of yours running already? Choose another with --port or --operator-port"
+                f"port {port} on {host} is taken; is a server of yours running already? Choose another with --port "
+                "or --operator-port"
             ) from error
         return int(probe.getsockname()[1])
 
