@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
@@ -69,7 +68,7 @@ class EnrolmentApi:
         name, csr, signed = (_string(given, field) for field in ("name", "request", "signature"))
         try:
             signature = base64.b64decode(signed, validate=True)
-        except binascii.Error:
+        except ValueError:
             raise HttpError(400, "the signature must be in base64") from None
         issued = await in_thread(lambda: self._authority.renew(name, csr, signature))
         return JSONResponse({"certificate": issued.pem, "issued": int(time.time()), "expires": issued.not_after})

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 
-from tinyfleet.ontology.store.store import OPAQUE, StoreError
+from tinyfleet.ontology.store.store import LETTERS, OPAQUE, StoreError
 
-MAX_LENGTH = 262_144
+MAX_LENGTH = 65_536
 """Characters of a query or an update that has a pattern."""
 MAX_DEPTH = 64
 """Brackets within each other."""
@@ -28,7 +28,8 @@ _TOKENS = (
     + OPAQUE
     + r"|\\."
     + r"|[?$@]\w+"
-    + r"|(?P<name>(?:\w[\w.-]*)?:(?:[\w.:-]|%[0-9A-Fa-f]{2}|\\.)*)(?P<pattern>(?:\s|#[^\n\r]*)*\{)?"
+    # Possessive: in how many ways a row of # is comments does not matter.
+    + rf"|(?P<name>(?:\w{LETTERS})?:(?:[\w.:-]|%[0-9A-Fa-f]{{2}}|\\.)*)(?P<pattern>(?:\s|#[^\n\r]*+)*+\{{)?"
     + r"|(?P<word>[A-Za-z_]\w*)"
     + r"|(?P<open>[({\[])|(?P<close>[)}\]])|\^\^"
     + r"|(?P<operator>&&|\|\||[!+*/^|-])"
@@ -39,7 +40,6 @@ _UPDATE = re.compile(r"(?<=[\s,;.{(])[+-](?=[\d.])|" + _TOKENS, re.DOTALL)
 # Oxigraph's keywords need no space before or after them: trueSERVICE, SERVICEex:a. A comparison without spaces may look
 # like an IRI: FILTER(?a<?b)SERVICE$s#>
 _FETCHING = re.compile("SERVICE|LOAD", re.IGNORECASE)
-_HIDDEN = re.compile(r"\).*SERVICE", re.IGNORECASE)
 _BEFORE_GRAPH_NAMES = {"PREFIX", "GRAPH", "WITH", "USING", "NAMED", "TO"}
 _ESCAPE = re.compile(r"\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})")
 
@@ -121,7 +121,7 @@ def _check_tokens(sparql: str, tokens: re.Pattern[str]) -> None:
 def _fetches(token: re.Match[str], depth: int, previous: str) -> bool:
     """Whether Oxigraph may read SERVICE or LOAD in this token, which comes after the keyword `previous`."""
     if token["iri"]:
-        return _HIDDEN.search(token[0]) is not None
+        return "SERVICE" in token[0].partition(")")[2].upper()
     if token["word"]:
         return _FETCHING.search(token[0]) is not None
     if token["name"] and (found := _FETCHING.match(token[0])):

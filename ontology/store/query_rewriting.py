@@ -69,7 +69,7 @@ _VALUE = re.compile(r'"([^"]*)"|<([^>]*)>')
 @cache
 def _parse_library_query(name: str) -> re.Pattern[str]:
     """Matches a library query with its parameters unset or set to simple texts and IRIs, with or without a LIMIT."""
-    simple = r'UNDEF|(?:(?:[0-9]+|"[A-Za-z0-9._-]*"|<[A-Za-z][A-Za-z0-9+.-]*:[^<>"{}|^`\\\x00-\x20]*>) ?)*'
+    simple = r'UNDEF|(?:(?:[0-9]++|"[A-Za-z0-9._-]*"|<[A-Za-z][A-Za-z0-9+.-]*:[^<>"{}|^`\\\x00-\x20]*>) ?)*'
     return re.compile(parameter_pattern(library.text(name).strip(), simple) + r"(?:\s+LIMIT (?P<LIMIT>[0-9]{1,9}))?")
 
 

@@ -7,13 +7,13 @@ as empty: clearing or dropping it is not an error.
 import re
 from collections.abc import Collection
 
-from tinyfleet.ontology.store.store import OPAQUE, StoreError, term
+from tinyfleet.ontology.store.store import LETTERS, OPAQUE, StoreError, term
 from tinyfleet.ontology.vocabulary.namespaces import Iri
 
 # Tokens in which no brace or keyword is looked for come first: comments, IRIs, strings, variables, names, tags.
 _TOKEN = re.compile(
     OPAQUE + r"|[?$@]\w+"
-    r"|(?:\w[\w.-]*)?:(?:[\w.:-]|%[0-9A-Fa-f]{2}|\\.)*"
+    rf"|(?:\w{LETTERS})?:(?:[\w.:-]|%[0-9A-Fa-f]{{2}}|\\.)*|\\."
     r"|(?P<word>[A-Za-z]+)"
     r"|(?P<brace>[{}])",
     re.DOTALL,

@@ -172,7 +172,12 @@ OPAQUE = (
     r"|\"(?:[^\"\\\n\r]|\\.)*\""
     r"|'(?:[^'\\\n\r]|\\.)*'"
 )
-"""Matches SPARQL's comments, IRIs and strings. Try it first, so that nothing inside them matches."""
+"""Matches SPARQL's comments, IRIs and strings. Try it first, so that nothing inside them matches.
+
+Where a stranger's text is searched, a quote after a backslash must begin no string: each of many would seek its end.
+"""
+LETTERS = r"[\w.-]{0,63}+"
+"""Matches the rest of a name's prefix. It is tried at each letter of a text, so that it must look only so far."""
 
 _PARAMETER = re.compile(
     OPAQUE + r"|\bVALUES\s*[?$](?P<name>\w+)\s*\{\s*UNDEF\s*\}",

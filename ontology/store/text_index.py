@@ -13,7 +13,7 @@ import numpy as np
 import pyoxigraph as ox
 from numpy.typing import NDArray
 
-from tinyfleet.ontology.store.store import OPAQUE
+from tinyfleet.ontology.store.store import LETTERS, OPAQUE
 from tinyfleet.ontology.vocabulary.namespaces import TD
 
 MAX_CANDIDATES = 1000
@@ -111,8 +111,8 @@ def text_of(node: object) -> str:
 
 
 _TOKEN = re.compile(
-    rf"(?P<opaque>{OPAQUE})|(?P<var>[?$]\w+)|(?P<pname>(?:[A-Za-z][\w.-]*)?:(?:[\w%:-]+(?:\.+[\w%:-]+)*)?)|(?P<word>[A-Za-z]\w*)"
-    r"|(?P<other>&&|\|\||\^\^|[<>!]=|[0-9]+(?:\.[0-9]+)?|\S)",
+    rf"(?P<opaque>{OPAQUE})|(?P<var>[?$]\w+)|(?P<pname>(?:[A-Za-z]{LETTERS})?:(?:[\w%:-]+(?:\.+[\w%:-]+)*)?)"
+    r"|(?P<word>[A-Za-z]\w*)|(?P<other>\\.|&&|\|\||\^\^|[<>!]=|[0-9]+(?:\.[0-9]+)?|\S)",
     re.DOTALL,
 )
 _WORD = re.compile(r"(['\"])([^'\"\\\n\r]+)\1")
