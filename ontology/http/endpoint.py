@@ -235,7 +235,8 @@ class Endpoint:
             for method, path, needed, handler in served
         ]
         paths += login_routes(access, secure=secure)
-        paths.append(Mount("/page", StaticFiles(directory=PAGE, check_dir=False)))
+        if PAGE.is_dir():
+            paths.append(Mount("/page", StaticFiles(directory=PAGE)))
 
         @asynccontextmanager
         async def purging(_app: Starlette) -> AsyncIterator[None]:
