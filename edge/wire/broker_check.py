@@ -84,10 +84,7 @@ def check_device(broker: BrokerAddress, fleet: str, device: str, *, timeout: flo
         topic = _topics(fleet).echo(device)
     except ProtocolError as error:
         raise UserError(str(error)) from None
-    check = _Check(
-        broker, device_client_id(fleet, device), [topic], f"tinyfleet/{fleet}/devices/{device}/echo", timeout
-    )
-    check.run(owner=device)
+    _Check(broker, device_client_id(fleet, device), [topic], topic, timeout).run(owner=device)
 
 
 def _topics(fleet: str) -> Topics:

@@ -25,6 +25,7 @@ from tinyfleet.edge.wire.identity import (
 SERVER_FILE = "server.json"
 """In the server's data folder, for as long as the server runs."""
 DEFAULT_FLEET = "home"
+_RENEWED: set[Path] = set()  # the folders of the identities that this process keeps renewed
 RENEWAL_INTERVAL = 12 * 3600.0
 """Seconds after which a running device looks whether its certificate nears its end."""
 
@@ -203,14 +204,18 @@ def keep_renewed(names: Sequence[str], data: Path) -> None:
     """Renew the certificates of these devices in time, for as long as the process runs: a session that connects again
     reads them from their files."""
 
-    def renew() -> None:
-        while True:
-            time.sleep(RENEWAL_INTERVAL)
-            for name in names:
-                if (identity := Identity.load(identity_folder(data, name))) is not None:
-                    identity.renewed_if_possible()
+    first = not _RENEWED
+    _RENEWED.update(identity_folder(data, name) for name in names)
+    if first:  # a gateway asks for its boards again and again
+        threading.Thread(target=_renew, name="renewal", daemon=True).start()
 
-    threading.Thread(target=renew, name="renewal", daemon=True).start()
+
+def _renew() -> None:
+    while True:
+        time.sleep(RENEWAL_INTERVAL)
+        for folder in list(_RENEWED):
+            if (identity := Identity.load(folder)) is not None:
+                identity.renewed_if_possible()
 
 
 def _named_broker(broker: str, insecure: bool, shown: dict[str, Path | None]) -> BrokerAddress:
