@@ -111,6 +111,7 @@ class Proxy:
     def _forward(self, client: socket.socket, broker: socket.socket) -> None:
         other = {client: broker, broker: client}
         left = {client: b"", broker: b""}
+        copies: dict[socket.socket, list[bytes]] = {client: [], broker: []}
         with selectors.DefaultSelector() as waiting:
             for end in other:
                 waiting.register(end, selectors.EVENT_READ)
@@ -133,17 +134,32 @@ class Proxy:
                     if self._fault == "cut" and self._random.random() < 0.3:
                         other[end].sendall(data[: self._random.randrange(len(data))])
                         return
-                    left[end] = self._packets(left[end] + data, other[end])
+                    left[end] = self._packets(left[end] + data, other[end], copies[end], copies[other[end]])
 
-    def _packets(self, data: bytes, to: socket.socket) -> bytes:
-        """Forward whole packets, and return what is left of the last one."""
+    def _packets(self, data: bytes, to: socket.socket, got: list[bytes], sent: list[bytes]) -> bytes:
+        """Forward whole packets, and return what is left of the last one.
+
+        `got` and `sent` are the numbers of messages that the sender of these packets, and the other end, got twice. Who
+        sent a message once expects one acknowledgement: of a second one mosquitto makes room for a message more, which
+        it then sends before those that wait.
+        """
         if self._on_packet is None:
             to.sendall(data)
             return b""
         while (size := _size(data)) is not None and size <= len(data):
             kind = _KINDS.get(data[0] >> 4, "other")
             self._on_packet("before", kind)
-            to.sendall(data[:size] * (2 if self._fault == "double" and kind == "PUBLISH" else 1))
+            packet = data[:size]
+            if kind == "PUBLISH" and self._fault == "double":
+                to.sendall(packet * 2)
+                if packet[0] & 6:
+                    topic = 2 + next(at for at, byte in enumerate(packet[1:5]) if byte < 0x80)
+                    number = topic + 2 + int.from_bytes(packet[topic : topic + 2], "big")
+                    sent.append(packet[number : number + 2])
+            elif kind == "PUBACK" and packet[2:4] in got:
+                got.remove(packet[2:4])
+            else:
+                to.sendall(packet)
             self._on_packet("after", kind)
             data = data[size:]
         return data
