@@ -1,6 +1,6 @@
 """The versions on which a device and a server must agree."""
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 """Of the messages in wire/protocol.cddl: another one would misunderstand them."""
 PROGRAM_FORMAT = 2
 """Of the programs that the engine reads: MOTE_FORMAT_VERSION of its headers."""

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 CDDL = Path(__file__).resolve().parent.parent / "wire" / "protocol.cddl"
-ENTRIES = ["command", "reply", "status", "chunk"]
+ENTRIES = ["command", "time-message", "reply", "status", "chunk"]
 
 # Written at the top of zcbor's common header, so that no build has to define it. Canonical: arrays of known length,
 # which is what small CBOR readers expect.

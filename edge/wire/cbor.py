@@ -1,6 +1,6 @@
 """The part of CBOR that the wire uses, and no more: its bytes may come from anyone.
 
-protocol.cddl's messages are arrays of 32-bit integers, float32s, strings and typed arrays of floats, each in its
+protocol.cddl's messages are arrays of integers, float32s, strings and typed arrays of floats, each in its
 shortest form, as the C node's decoder demands too. A general decoder also builds shared references, big integers,
 dates and patterns, so nothing of a message is decoded by one. Errors name types and lengths, never what was sent.
 """
@@ -19,11 +19,11 @@ MAX_BYTES = 65_536
 TYPED_ARRAYS = (84, 85)
 """The only tags: RFC 8746's little-endian float16 and float32."""
 
-_MAX_DEPTH = 3  # arrays in arrays: a train task's phases
-_MAX_ITEMS = 16  # of one array
+_MAX_DEPTH = 4  # arrays in arrays: the phases of a command's train task
+_MAX_ITEMS = 17  # of one array
 _UNSIGNED, _NEGATIVE, _BYTES, _TEXT, _ARRAY, _MAP, _TAG, _SIMPLE = range(8)
-_ARGUMENT_SIZES = {24: 1, 25: 2, 26: 4}
-_SMALLEST = {1: 24, 2: 1 << 8, 4: 1 << 16}  # that need an argument of so many bytes
+_ARGUMENT_SIZES = {24: 1, 25: 2, 26: 4, 27: 8}
+_SMALLEST = {1: 24, 2: 1 << 8, 4: 1 << 16, 8: 1 << 32}  # that need an argument of so many bytes
 _SIMPLE_VALUES = {0xF4: False, 0xF5: True, 0xF6: None}
 _FLOAT32 = 0xFA
 _read_float32 = struct.Struct(">f").unpack_from
@@ -116,7 +116,7 @@ def _argument(data: bytes, at: int) -> tuple[int, int]:
         return argument, at + 1
     size = _ARGUMENT_SIZES.get(argument)
     if size is None:
-        raise ProtocolError(f"not of this protocol: a number of 64 bits or an indefinite length at byte {at}")
+        raise ProtocolError(f"not of this protocol: an indefinite length at byte {at}")
     end = at + 1 + size
     value = int.from_bytes(data[at + 1 : end], "big")
     if end > len(data):
@@ -143,6 +143,12 @@ def _string(data: bytes, at: int, end: int, kind: int) -> tuple[bytes | str, int
 def uint32(value: object, name: str) -> int:
     if type(value) is not int or not 0 <= value <= 0xFFFFFFFF:
         raise _wrong(name, "an integer in 0..2^32-1", value)
+    return value
+
+
+def uint64(value: object, name: str) -> int:
+    if type(value) is not int or not 0 <= value <= 0xFFFFFFFFFFFFFFFF:
+        raise _wrong(name, "an integer in 0..2^64-1", value)
     return value
 
 
@@ -180,6 +186,12 @@ def array(value: object, name: str, *lengths: int) -> list[Any]:
     if type(value) is not list or len(value) not in lengths:
         raise _wrong(name, f"an array of {' or '.join(map(str, lengths))}", value)
     return value
+
+
+def typed_array(value: object, tag: int) -> bytes:
+    if not isinstance(value, cbor2.CBORTag) or value.tag != tag:
+        raise ProtocolError("not a typed array of floats of this size")
+    return octets(value.value, "a typed array")
 
 
 def _wrong(name: str, wanted: str, value: object) -> ProtocolError:

@@ -1,15 +1,15 @@
-"""The messages between a server and its devices, as protocol.cddl describes them.
+"""What devices say: replies and their status, as protocol.cddl describes them.
 
-`encode` writes a message; `decode_command`, `decode_reply` and `decode_status` read one, and raise `ProtocolError` on
-anything that is not exactly such a message: their input may come from anyone. The C node's code is generated from the
-same protocol.cddl.
+`encode` writes a message; `decode_reply` and `decode_status` read one, and raise `ProtocolError` on anything that is
+not exactly such a message: their input may come from anyone. The C node's code is generated from the same
+protocol.cddl. What is said to devices is in commands.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any
 
 import cbor2
 import numpy as np
@@ -17,22 +17,28 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.engine_errors import error_name
 from tinyfleet.edge.versions import ENGINE_VERSION, PROGRAM_FORMAT, WIRE_VERSION
-from tinyfleet.edge.wire.cbor import Float32, array, boolean, dumps, int32, loads, octets, real, text, uint32
+from tinyfleet.edge.wire.cbor import (
+    Float32,
+    array,
+    boolean,
+    dumps,
+    int32,
+    loads,
+    octets,
+    real,
+    text,
+    uint32,
+    uint64,
+)
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
-
-MAX_PHASES = 4
-ALL_LAYERS = 0xFFFFFFFF
-"""The layer mask of all layers that may train."""
 
 _MAX_ENGINE = 16
 _FLOAT16S = 84  # RFC 8746 typed arrays, little-endian
 _FLOAT32S = 85
-_TRAIN, _EVALUATE, _UPDATE_MODEL, _REBOOT = 1, 2, 3, 4
 _SUCCESS, _FAILURE = 1, 2
 _DENSE, _SPARSE, _CHANGE = 1, 2, 3
 
 Floats = NDArray[np.float32]
-Kind = Literal["train", "evaluate"]
 
 
 class ErrorCode(IntEnum):
@@ -50,6 +56,16 @@ class ErrorCode(IntEnum):
     """The engine rejected it; detail is its error."""
     DIVERGED = 6
     """The parameters, the loss or the update are not finite (or, where f16 was asked for, are beyond its range)."""
+    DOWNGRADE = 7
+    """The program or the keys are no newer than what it had."""
+    FAILED_TRIAL = 8
+    """The program did worse on trial than its manifest allows; the device went back to the one before."""
+    STORE = 9
+    """Its store can't keep this; detail is the store's error."""
+    DAMAGED = 10
+    """The weights that arrived are not those that the command names."""
+    EXPIRED = 11
+    """The command expired before it was done."""
 
 
 _ERROR_TEXTS = {
@@ -59,110 +75,12 @@ _ERROR_TEXTS = {
     ErrorCode.SAMPLES: "its source gave no samples; check its sensor or its data",
     ErrorCode.ENGINE: "its engine rejected it; check the rates, the layers and the samples",
     ErrorCode.DIVERGED: "its numbers left the range of floats; lower the rate",
+    ErrorCode.DOWNGRADE: "it had a newer one before, and takes only newer ones; deploy it again with a higher version",
+    ErrorCode.FAILED_TRIAL: "the program did worse on trial than it may, so the device went back to the one before",
+    ErrorCode.STORE: "its store is full or failed; give it a larger store, or send it a smaller model",
+    ErrorCode.DAMAGED: "the weights that arrived are not those of the command; check who may write on the broker",
+    ErrorCode.EXPIRED: "it had no time left to finish; give it more time or fewer steps",
 }
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase of a train task.
-
-    Parameters
-    ----------
-    layers
-        The mask of the layers that train; all others are fixed.
-    steps
-        Samples to learn from, one step each.
-    rate
-        The learning rate.
-    proximal_mu
-        FedProx's mu: how strongly each step draws the parameters back to the round's. rate * proximal_mu < 1.
-    """
-
-    layers: int
-    steps: int
-    rate: float
-    proximal_mu: float = 0.0
-
-
-@dataclass(frozen=True)
-class UpdateFormat:
-    """Which of the learned parameters a device sends back, and how.
-
-    Parameters
-    ----------
-    shared
-        The mask of the layers to send.
-    half
-        Whether numbers travel as f16 rather than f32.
-    density
-        The share of the changes to send, the largest ones, in (0, 1]. With 1, values are sent instead of changes.
-    since
-        The phase at whose beginning changes are counted from; 0: the round's parameters. With since > 0 only changes
-        are sent.
-    clip
-        The largest Euclidean norm of the changes, which are scaled down to it; 0: no limit.
-    """
-
-    shared: int = ALL_LAYERS
-    half: bool = False
-    density: float = 1.0
-    since: int = 0
-    clip: float = 0.0
-
-
-@dataclass(frozen=True)
-class TrainTask:
-    """The command to train with a round's parameters, or to evaluate them.
-
-    Parameters
-    ----------
-    id
-        Comes back in the reply.
-    kind
-        "train", or "evaluate", which never sends an update.
-    run, round
-        Whose parameters to load.
-    model
-        The first 8 bytes of the SHA-256 of the program that this is for.
-    seed
-        Which samples the device draws.
-    phases
-        What to learn, at most MAX_PHASES.
-    query
-        Samples to score after that, which are never learned from.
-    update
-        What to send back; None: nothing.
-    """
-
-    id: int
-    kind: Kind
-    run: int
-    round: int
-    model: bytes
-    seed: int
-    phases: tuple[Phase, ...]
-    query: int = 0
-    update: UpdateFormat | None = None
-
-
-@dataclass(frozen=True)
-class UpdateModel:
-    """The command to fetch the program `model`, of `size` bytes with this CRC-32, and to run it from then on."""
-
-    id: int
-    model: bytes
-    size: int
-    crc: int
-
-
-@dataclass(frozen=True)
-class Reboot:
-    """The command to start again, from the built-in program."""
-
-    id: int
-
-
-Command = TrainTask | UpdateModel | Reboot
 
 
 @dataclass(frozen=True)
@@ -236,6 +154,29 @@ class Failure:
 Reply = Success | Failure
 
 
+class Trial(IntEnum):
+    """Whether the program that a device runs is confirmed."""
+
+    BUILT_IN = 0
+    """It runs the program that it was built with."""
+    ON_TRIAL = 1
+    """It runs an update that is not confirmed yet; a reset would take it back."""
+    CONFIRMED = 2
+    """It runs an update that it will come back with after a reset."""
+    ROLLED_BACK = 3
+    """Its last update failed on trial; it runs the program before."""
+
+
+class ResetReason(IntEnum):
+    """Why a device started."""
+
+    UNKNOWN = 0
+    POWER = 1
+    COMMAND = 2
+    FAULT = 3
+    PIN = 4
+
+
 @dataclass(frozen=True)
 class Status:
     """A device's state, or its will.
@@ -256,6 +197,20 @@ class Status:
         The version of the program format that the device's engine reads.
     engine
         The version of its engine, 1 to 16 characters.
+    trial
+        Whether its program is confirmed.
+    refused
+        Commands that were not authentic, not fresh or not allowed.
+    boots
+        Starts since its store was empty.
+    reset
+        Why it started.
+    ceiling
+        It refuses commands on its own topic whose counter is not higher.
+    nonce
+        8 bytes that a command must echo while the device does not know the time; None: it knows it.
+    keys
+        The version of the fleet's keys that it holds; 0: it was built without keys.
     """
 
     online: bool
@@ -267,6 +222,13 @@ class Status:
     drift: float | None = None
     program_format: int = PROGRAM_FORMAT
     engine: str = ENGINE_VERSION
+    trial: Trial = Trial.BUILT_IN
+    refused: int = 0
+    boots: int = 0
+    reset: ResetReason = ResetReason.UNKNOWN
+    ceiling: int = 0
+    nonce: bytes | None = None
+    keys: int = 0
 
 
 def error_text(failed: Failure) -> str:
@@ -283,35 +245,6 @@ def _numbers(values: Floats, half: bool) -> cbor2.CBORTag:
         with np.errstate(over="ignore"):
             return cbor2.CBORTag(_FLOAT16S, np.asarray(values).astype("<f2").tobytes())
     return cbor2.CBORTag(_FLOAT32S, np.asarray(values).astype("<f4").tobytes())
-
-
-def _train_task(m: TrainTask) -> list[Any]:
-    if len(m.phases) > MAX_PHASES:
-        raise ProtocolError(f"at most {MAX_PHASES} phases fit one message, not {len(m.phases)}")
-    update: list[Any] | None = None
-    if m.update is not None:
-        update = [uint32(m.update.shared, "shared"), boolean(m.update.half, "half"), Float32(m.update.density)]
-        if m.update.since or m.update.clip:
-            update += [uint32(m.update.since, "since"), Float32(m.update.clip)]
-    return [
-        {"train": _TRAIN, "evaluate": _EVALUATE}[m.kind],
-        uint32(m.id, "id"),
-        uint32(m.run, "run"),
-        uint32(m.round, "round"),
-        octets(m.model, "model", 8),
-        uint32(m.seed, "seed"),
-        [
-            [
-                uint32(p.layers, "layers"),
-                uint32(p.steps, "steps"),
-                Float32(p.rate),
-                *([Float32(p.proximal_mu)] if p.proximal_mu else []),
-            ]
-            for p in m.phases
-        ],
-        uint32(m.query, "query"),
-        update,
-    ]
 
 
 def _success(m: Success) -> list[Any]:
@@ -348,16 +281,23 @@ def _status(m: Status) -> list[Any]:
         None if m.drift is None else Float32(m.drift),
         uint32(m.program_format, "program-format"),
         text(m.engine, "engine", _MAX_ENGINE),
+        int(m.trial),
+        uint32(m.refused, "refused"),
+        uint32(m.boots, "boots"),
+        int(m.reset),
+        uint64(m.ceiling, "ceiling"),
+        None if m.nonce is None else octets(m.nonce, "nonce", 8),
+        uint32(m.keys, "keys"),
     ]
 
 
-def encode(message: Command | Reply | Status) -> bytes:
-    """Encode a message.
+def encode(message: Reply | Status) -> bytes:
+    """Encode a device's message.
 
     Parameters
     ----------
     message
-        Any message but a chunk.
+        A reply or a status.
 
     Returns
     -------
@@ -371,29 +311,14 @@ def encode(message: Command | Reply | Status) -> bytes:
 
     Examples
     --------
-    >>> encode(Reboot(7)).hex()
-    '820407'
+    >>> encode(Failure(7, ErrorCode.SAMPLES)).hex()
+    '8402070400'
     """
-    fields: list[Any]
     match message:
-        case TrainTask():
-            fields = _train_task(message)
-        case UpdateModel():
-            model = octets(message.model, "model", 8)
-            fields = [
-                _UPDATE_MODEL,
-                uint32(message.id, "id"),
-                model,
-                uint32(message.size, "size"),
-                uint32(message.crc, "crc"),
-            ]
-        case Reboot():
-            fields = [_REBOOT, uint32(message.id, "id")]
         case Success():
             fields = _success(message)
         case Failure():
-            detail = int32(message.detail, "detail")
-            fields = [_FAILURE, uint32(message.id, "id"), int(message.error), detail]
+            fields = [_FAILURE, uint32(message.id, "id"), int(message.error), int32(message.detail, "detail")]
         case Status():
             fields = _status(message)
     return dumps(fields)
@@ -443,56 +368,6 @@ def _from_gaps(data: bytes) -> NDArray[np.uint32]:
     if indices[-1] > 0xFFFFFFFF:
         raise ProtocolError("an index is larger than 32 bits")
     return np.asarray(indices, np.uint32)
-
-
-def decode_command(payload: bytes) -> Command:
-    """Decode a command, as a device does.
-
-    Raises
-    ------
-    ProtocolError
-        If the payload is not a command.
-    """
-    fields = loads(payload)
-    match uint32(fields[0], "a command's number"):
-        case 1 | 2 as kind:
-            _, id, run, round_, model, seed, phases, query, update = array(fields, "train-task", 9)
-            if type(phases) is not list or len(phases) > MAX_PHASES:
-                raise ProtocolError(f"phases must be an array of at most {MAX_PHASES}")
-            return TrainTask(
-                uint32(id, "id"),
-                "train" if kind == _TRAIN else "evaluate",
-                uint32(run, "run"),
-                uint32(round_, "round"),
-                octets(model, "model", 8),
-                uint32(seed, "seed"),
-                tuple(map(_decode_phase, phases)),
-                uint32(query, "query"),
-                None if update is None else _decode_format(update),
-            )
-        case 3:
-            _, id, model, size, crc = array(fields, "update-model", 5)
-            return UpdateModel(uint32(id, "id"), octets(model, "model", 8), uint32(size, "size"), uint32(crc, "crc"))
-        case 4:
-            _, id = array(fields, "reboot", 2)
-            return Reboot(uint32(id, "id"))
-    raise ProtocolError(f"no command is numbered {fields[0]}")
-
-
-def _decode_phase(fields: object) -> Phase:
-    layers, steps, rate, *proximal_mu = array(fields, "phase", 3, 4)
-    return Phase(
-        uint32(layers, "layers"),
-        uint32(steps, "steps"),
-        real(rate, "rate"),
-        *(real(p, "proximal-mu") for p in proximal_mu),
-    )
-
-
-def _decode_format(fields: object) -> UpdateFormat:
-    shared, half, density, *more = array(fields, "update", 3, 5)
-    format = UpdateFormat(uint32(shared, "shared"), boolean(half, "half"), real(density, "density"))
-    return replace(format, since=uint32(more[0], "since"), clip=real(more[1], "clip")) if more else format
 
 
 def decode_reply(payload: bytes) -> Reply:
@@ -566,7 +441,10 @@ def decode_status(payload: bytes) -> Status:
     version = 1 if type(fields[0]) is bool else uint32(fields[0], "wire")
     if version != WIRE_VERSION:
         raise WireVersionError(version, WIRE_VERSION)
-    _, online, model, samples, malformed, stale, battery, drift, program_format, engine = array(fields, "status", 10)
+    (
+        _, online, model, samples, malformed, stale, battery, drift, program_format, engine,
+        trial, refused, boots, reset, ceiling, nonce, keys,
+    ) = array(fields, "status", 17)  # fmt: skip
     return Status(
         boolean(online, "online"),
         octets(model, "model", 8),
@@ -577,4 +455,18 @@ def decode_status(payload: bytes) -> Status:
         None if drift is None else real(drift, "drift"),
         uint32(program_format, "program-format"),
         text(engine, "engine", _MAX_ENGINE),
+        Trial(_below(trial, "trial", len(Trial))),
+        uint32(refused, "refused"),
+        uint32(boots, "boots"),
+        ResetReason(_below(reset, "reset", len(ResetReason))),
+        uint64(ceiling, "ceiling"),
+        None if nonce is None else octets(nonce, "nonce", 8),
+        uint32(keys, "keys"),
     )
+
+
+def _below(value: object, name: str, end: int) -> int:
+    number = uint32(value, name)
+    if number >= end:
+        raise ProtocolError(f"{name} must be less than {end}")
+    return number

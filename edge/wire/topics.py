@@ -44,6 +44,7 @@ class Topics:
         self._device = re.compile(rf"{root}/devices/({_NAME.pattern})/(td|status|command|reply)")
         self._weights = re.compile(rf"{root}/runs/{_NUMBER}/{_NUMBER}/{_NUMBER}")
         self._driver = re.compile(rf"{root}/drivers/(run|model)/([0-9a-f]{{1,16}})/{_NAME.pattern}")
+        self._submission = re.compile(rf"{root}/submissions/({_NAME.pattern})")
         self._program = re.compile(rf"{root}/models/([0-9a-f]{{16}})/{_NUMBER}")
 
     def td(self, id: str) -> str:
@@ -66,6 +67,25 @@ class Topics:
         """A topic that a device may write and read, to find out whether the broker does what it acknowledges."""
         return self._of(id, "echo")
 
+    def group_command(self, group: str) -> str:
+        """Of the commands to all devices of a group."""
+        if not _NAME.fullmatch(group):
+            raise ProtocolError(f"a group's name is 1 to 32 letters, digits, '.', '_' or '-', not {group!r:.50}")
+        return f"{self.root}/groups/{group}/command"
+
+    @property
+    def time(self) -> str:
+        """Of the time, for devices without a clock."""
+        return f"{self.root}/time"
+
+    def submission(self, session: str) -> str:
+        """Of the commands that a session asks the server to send; "+" gives the filter for all sessions."""
+        return f"{self.root}/submissions/{session}"
+
+    def refused(self, session: str) -> str:
+        """Of those that the server does not send."""
+        return f"{self.root}/refused/{session}"
+
     def weights(self, run: int, round: int, chunk: int | str = "+") -> str:
         """The topic of one chunk of a round's weights; by default the filter for all of them."""
         return f"{self.root}/runs/{run}/{round}/{chunk}"
@@ -86,8 +106,8 @@ class Topics:
 
     def parse(self, topic: str) -> tuple[str, tuple[Any, ...]] | None:
         """What a topic is: ("td" | "status" | "command" | "reply", (id,)), ("weights", (run, round, chunk)),
-        ("program", (model, chunk)), ("driver", ("run", run) or ("model", model in hexadecimal digits)), or None if it
-        is not one of this fleet's."""
+        ("program", (model, chunk)), ("driver", ("run", run) or ("model", model in hexadecimal digits)),
+        ("submission", (session,)), or None if it is not one of these of this fleet."""
         if found := self._device.fullmatch(topic):
             return found[2], (found[1],)
         if found := self._weights.fullmatch(topic):
@@ -96,6 +116,8 @@ class Topics:
         if found := self._driver.fullmatch(topic):
             kind, id = found.groups()
             return "driver", (kind, int(id) if kind == "run" and id.isdecimal() else id)
+        if found := self._submission.fullmatch(topic):
+            return "submission", (found[1],)
         if found := self._program.fullmatch(topic):
             return ("program", (bytes.fromhex(found[1]), int(found[2]))) if int(found[2]) <= 0xFFFFFFFF else None
         return None
