@@ -128,7 +128,7 @@ class TrainTask:
     update
         What to send back; None: nothing.
     weights
-        The round's weights, little-endian float32s of at most MAX_INLINE bytes; or the hash of those that come in chunks.
+        The weights, little-endian float32s of at most MAX_INLINE bytes; or the hash of those that come in chunks.
     """
 
     id: int
