@@ -106,9 +106,12 @@ class AgentNode(Node):
                 log.warning("%s skipped %d samples: not finite, of another size or of no class", self.id, self.skipped)
             return True
         before = self._learner.drift
-        self._learner.learn(*sample)
+        error = self._learner.learn(*sample).error
         self._node.counters.samples = min(self._node.counters.samples + 1, 0xFFFFFFFF)
         self.set_drift(self._learner.drift)
+        if not self.observe(error):
+            self._reset()
+            return False
         return (before > 0) == (self._learner.drift > 0)
 
     def _is_usable(self, x: NDArray[np.float32], y: float | NDArray[np.float32]) -> bool:

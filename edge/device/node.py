@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +22,8 @@ from tinyfleet.edge.errors import ProgramError, UserError
 from tinyfleet.edge.model.learner import Learner, LearnerError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS
+from tinyfleet.edge.wire.keys import Keys
+from tinyfleet.edge.wire.messages import ResetReason
 from tinyfleet.edge.wire.topics import Topics
 
 OUT_BYTES = 8192
@@ -47,6 +51,23 @@ class MaskedLearner(Learner, Protocol):
     def mask(self, layers: int) -> None: ...
 
 
+class Store(Protocol):
+    """What keeps a node's records through a reset, as FileStore does. Errors: OSError."""
+
+    def get(self, key: int) -> bytes | None:
+        """The record under this key."""
+        ...
+
+    def set(self, key: int, data: bytes) -> None:
+        """Write a record, in full or not at all. Without data: remove it."""
+        ...
+
+
+def wall_clock() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
 class NodeCounters(NamedTuple):
     """What a node has counted since the start.
 
@@ -58,11 +79,14 @@ class NodeCounters(NamedTuple):
         Messages that were repeated, reordered, or of a round that is over.
     samples
         Samples learned from.
+    refused
+        Commands that were not authentic, not fresh or not allowed.
     """
 
     malformed: int
     stale: int
     samples: int
+    refused: int
 
 
 class Publish(NamedTuple):
@@ -113,11 +137,23 @@ class Node:
     arena_bytes
         Memory to learn in.
     model_slot_bytes
-        Memory for a program over the air; 0: it takes none.
+        Memory for a program over the air, twice; 0: it takes none.
     out_bytes
         Memory for one outgoing payload.
     sparse
         Whether there is memory for the copy of the parameters that sparse replies, clipping and a proximal term need.
+    keys
+        Whom it obeys; None: whoever can publish.
+    store
+        What survives a reset; None: nothing does.
+    keep_every
+        With a store: the parameters are kept after every so many train tasks; 0: they are not.
+    clock
+        The time; None: it takes the time from the server.
+    groups
+        Groups whose commands it obeys, at most 4.
+    reset
+        Why it starts.
 
     Attributes
     ----------
@@ -147,8 +183,17 @@ class Node:
         model_slot_bytes: int = PROGRAM_BYTES,
         out_bytes: int = OUT_BYTES,
         sparse: bool = True,
+        keys: Keys | None = None,
+        store: Store | None = None,
+        keep_every: int = 0,
+        clock: Callable[[], int] | None = wall_clock,
+        groups: Sequence[str] = (),
+        reset: ResetReason = ResetReason.UNKNOWN,
     ) -> None:
-        Topics(fleet).command(id)  # checks the names
+        topics = Topics(fleet)
+        topics.command(id)  # checks the names, as the next line does
+        if len([topics.group_command(group) for group in groups]) > lib.MOTE_GROUPS:
+            raise UserError(f"a device is in at most {lib.MOTE_GROUPS} groups, not {len(groups)}")
         if isinstance(source, DatasetStream):
             source.data.check_compatible(program)
         self.id = id
@@ -178,15 +223,22 @@ class Node:
             config.base_count = min(arena_bytes, CHUNK * MAX_CHUNKS) // 4
             config.base = ffi.cast("float *", memory(np.float32, config.base_count))
         if model_slot_bytes:
-            config.model_slot = ffi.cast("uint8_t *", memory(np.uint32, model_slot_bytes // 4))
+            for slot in range(2):
+                config.model_slot[slot] = ffi.cast("uint8_t *", memory(np.uint32, model_slot_bytes // 4))
             config.model_slot_size = model_slot_bytes // 4 * 4
         config.out, config.out_size = keep(ffi.new("uint8_t[]", out_bytes)), out_bytes
         inputs = math.prod(program.input_shape)
         classes = program.loss == "softmax_cross_entropy"
         sample: Vector = np.zeros(inputs + (1 if classes else math.prod(program.output_shape)), np.float32)
         config.sample, config.sample_count = keep(ffi.from_buffer("float[]", sample)), len(sample)
-        self._callbacks = _Callbacks(sample[:inputs], sample[inputs:], source, learner)
+        self._callbacks = _Callbacks(sample[:inputs], sample[inputs:], source, learner, store, clock)
         self._callbacks.fill(config)
+        config.keep_every, config.reset, config.nonce = keep_every, reset, secrets.token_bytes(lib.MOTE_NONCE)
+        for at, group in enumerate(groups):
+            config.groups[at] = keep(ffi.new("char[]", group.encode()))
+        if keys is not None:
+            config.keys = keep(_c_keys(keys))
+            config.verify.verify = lib.mote_ed25519_verify
         error = lib.mote_node_init(self._node, config)
         self._callbacks.raise_error()
         if error != lib.MOTE_OK and self._callbacks.learner_error is not None:
@@ -205,7 +257,7 @@ class Node:
     def counters(self) -> NodeCounters:
         """What it has counted since the start."""
         c = self._node.counters
-        return NodeCounters(c.malformed, c.stale, c.samples)
+        return NodeCounters(c.malformed, c.stale, c.samples, c.refused)
 
     @property
     def model(self) -> bytes:
@@ -271,6 +323,27 @@ class Node:
             else:
                 yield self._publish()
 
+    def keep_parameters(self) -> None:
+        """Keep the parameters as they are now for the next start, if there is a store.
+
+        Raises
+        ------
+        UserError
+            If the store cannot keep them.
+        """
+        if error := lib.mote_node_keep_weights(self._node):
+            raise UserError(f"the parameters can't be kept: {error_name(error)}")
+
+    def observe(self, loss: float) -> bool:
+        """Count a sample that its owner has learned from, or scored, for the trial of a program.
+
+        Returns
+        -------
+        bool
+            False: the program has failed on trial, and the one before runs.
+        """
+        return not lib.mote_node_observe(self._node, loss)
+
     def set_drift(self, drift: float) -> None:
         """Report drift in the status, 0 to 1, which is sent where drift begins or ends."""
         lib.mote_node_set_drift(self._node, drift)
@@ -285,12 +358,30 @@ class Node:
         return Publish(ffi.string(out.topic).decode(), payload, out.kind == lib.MOTE_PUBLISH_RETAINED)
 
 
+def _c_keys(keys: Keys) -> Any:
+    """A mote_keys_t."""
+    nothing = bytes(lib.MOTE_KEY)
+    c = ffi.new("mote_keys_t *")
+    c.command, c.current, c.next, c.root = keys.command, keys.current, keys.next or nothing, keys.root
+    c.version = keys.version
+    return c
+
+
 class _Callbacks:
-    """What the C node calls: the source, and the learner if it is Python's. x and y are the node's sample."""
+    """What the C node calls: the source, the learner if it is Python's, the clock and the store. x and y are the node's
+    sample."""
 
     def __init__(
-        self, x: Vector, y: Vector, source: Stream, make_learner: Callable[[Program], MaskedLearner] | None
+        self,
+        x: Vector,
+        y: Vector,
+        source: Stream,
+        make_learner: Callable[[Program], MaskedLearner] | None,
+        store: Store | None,
+        clock: Callable[[], int] | None,
     ) -> None:
+        self.store = store
+        self.clock = clock
         self._x, self._y = x, y
         self._source = source
         self._make_learner = make_learner
@@ -311,6 +402,10 @@ class _Callbacks:
                 self._handle, lib.mote_python_load, lib.mote_python_set, lib.mote_python_get, lib.mote_python_learn,
                 lib.mote_python_score,
             )  # fmt: skip
+        if self.clock is not None:
+            config.clock = (self._handle, lib.mote_python_now)
+        if self.store is not None:
+            config.keep = (self._handle, lib.mote_python_keep_get, lib.mote_python_keep_set)
 
     def raise_error(self) -> None:
         """Raise what a callback could not tell the C node as an error code."""
@@ -325,6 +420,8 @@ class _Callbacks:
             return error.code or int(lib.MOTE_ERR_ARGUMENT)
         if isinstance(error, ProgramError):
             return int(lib.MOTE_ERR_FORMAT)
+        if isinstance(error, OSError | UserError):
+            return int(lib.MOTE_ERR_STORE)
         self._error = error
         return int(lib.MOTE_ERR_ARGUMENT)
 
@@ -417,3 +514,26 @@ def _learn(callbacks: _Callbacks, _x: Any, _y: Any, rate: float, layers: int, lo
 def _score(callbacks: _Callbacks, _x: Any, _y: Any, loss: Any, correct: Any) -> int:
     loss[0], correct[0] = callbacks.score()
     return int(lib.MOTE_OK)
+
+
+@_callback
+def _keep_get(callbacks: _Callbacks, key: int, out: Any, capacity: int) -> int:
+    assert callbacks.store is not None
+    data = callbacks.store.get(key)
+    if data is None or len(data) > capacity:
+        return 0
+    ffi.memmove(out, data, len(data))
+    return len(data)
+
+
+@_callback
+def _keep_set(callbacks: _Callbacks, key: int, data: Any, size: int) -> int:
+    assert callbacks.store is not None
+    callbacks.store.set(key, bytes(ffi.buffer(data, size)) if size else b"")
+    return int(lib.MOTE_OK)
+
+
+@_callback
+def _now(callbacks: _Callbacks) -> int:
+    assert callbacks.clock is not None
+    return callbacks.clock()

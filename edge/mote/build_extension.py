@@ -25,9 +25,18 @@ GENERATED = Path("build/mote")  # the wire's C
 INCLUDES = (MOTE / "include", MOTE / "src" / "engine")
 
 # What Python sees, in the order of their dependencies.
-HEADERS = ["mote.h", "mote_host.h", "mote_node.h", "mote_stream.h", "mote_frame.h", "mote_mel.h"]
+HEADERS = [
+    "mote.h",
+    "mote_host.h",
+    "mote_cose.h",
+    "mote_store.h",
+    "mote_node.h",
+    "mote_stream.h",
+    "mote_frame.h",
+    "mote_mel.h",
+]
 
-# What C calls in Python (edge/device/node.py): a mote_source_t and a mote_learner_t.
+# What C calls in Python (edge/device/node.py): a mote_source_t, a mote_learner_t, a mote_clock_t and a mote_keep_t.
 CALLBACKS = """
 extern "Python" {
     int mote_python_open(void *, uint32_t);
@@ -37,6 +46,9 @@ extern "Python" {
     int mote_python_get(void *, float *, size_t);
     int mote_python_learn(void *, const float *, const float *, float, uint32_t, float *);
     int mote_python_score(void *, const float *, const float *, float *, int *);
+    uint64_t mote_python_now(void *);
+    int mote_python_keep_get(void *, uint32_t, void *, size_t);
+    int mote_python_keep_set(void *, uint32_t, const void *, size_t);
 }
 """
 

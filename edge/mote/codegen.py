@@ -1,4 +1,4 @@
-"""Generates the C node's encoder and decoder from the wire's CDDL file with zcbor.
+"""Generates the C node's encoder and decoder from the wire's CDDL file with zcbor, and puts Monocypher beside them.
 
     python codegen.py FOLDER    writes them to FOLDER, and prints the CDDL file that they were made from
 
@@ -8,6 +8,7 @@ folder of its own. This file imports nothing of the package, so that a build can
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ SETTINGS = """/* Changed from zcbor's own file: the setting that follows. */
 
 
 def generate(out: Path) -> list[Path]:
-    """Writes the generated and zcbor's run-time sources and headers into `out`, which is made if it is missing.
+    """Writes the generated, zcbor's run-time and Monocypher's sources and headers into `out`, made if it is missing.
 
     Returns the C files; `out` is their include folder.
     """
@@ -53,7 +54,9 @@ def generate(out: Path) -> list[Path]:
     for source in ("common", "decode", "encode"):
         shutil.copy(root / "src" / f"zcbor_{source}.c", out)
     names = ["protocol_decode.c", "protocol_encode.c", "zcbor_common.c", "zcbor_decode.c", "zcbor_encode.c"]
-    return [out / name for name in names]
+    # Run, not imported: a build runs this file by its path.
+    copy_monocypher = runpy.run_path(str(Path(__file__).resolve().parent / "monocypher.py"))["copy_to"]
+    return [*(out / name for name in names), *copy_monocypher(out)]
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ SPLIT = ("-g", "-ffunction-sections", "-fdata-sections")
 LINK = ("--specs=nano.specs", "-nostartfiles", "-Wl,--gc-sections", "-Wl,--fatal-warnings")
 
 ENGINE = build_extension.sources("engine", "int8")
-NODE = ENGINE + build_extension.sources("node")
+NODE = ENGINE + build_extension.sources("crypto", "node", "store")
 MEL = build_extension.sources("features")
 
 #: How arithmetic is compiled. exact: the same bits on every target. fast: products and sums fused and in any order.

@@ -35,7 +35,9 @@ enum {
     MOTE_ERR_TARGET = -6,     /* a class index or probability out of range, or a target that is not finite */
     MOTE_ERR_DIVERGED = -7,   /* the loss, a gradient or the output is not finite: the parameters, or the rate, are too
                                  large */
-    MOTE_ERR_UNSUPPORTED = -8 /* the program has an operator or a loss that this image does not hold */
+    MOTE_ERR_UNSUPPORTED = -8,    /* the program has an operator or a loss that this image does not hold */
+    MOTE_ERR_AUTHENTICATION = -9, /* a seal, a signature or a hash that is not right */
+    MOTE_ERR_STORE = -10          /* the store is full, or its flash failed */
 };
 
 /* An error's name, such as "MOTE_ERR_CRC"; "an unknown error" for any other number. */

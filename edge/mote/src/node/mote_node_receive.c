@@ -4,29 +4,6 @@
 #include "mote_node_internal.h"
 #include "protocol_decode.h"
 
-/* ---------------------------------------------------------------------------------------------------- loading */
-
-int mote_node_load(const mote_node_t *n, mote_t *m, const void *program, size_t size)
-{
-    int error = mote_load(m, program, size, n->config.arena, n->config.arena_size);
-    /* A fleet's samples, and the parameters that it exchanges, are floats. */
-    if (error == MOTE_OK && (mote_input_type(m) != MOTE_FLOAT32 || mote_parameters(m, NULL) == NULL ||
-                             mote_header(m)->loss == MOTE_NO_LOSS)) {
-        return MOTE_ERR_UNSUPPORTED;
-    }
-    if (error == MOTE_OK && n->config.learner.load != NULL) {
-        error = n->config.learner.load(n->config.learner.context, program, size);
-    }
-    return error;
-}
-
-int mote_node_load_builtin(mote_node_t *n)
-{
-    memcpy(n->model, n->config.model, sizeof n->model);
-    n->program_size = (uint32_t)n->config.program_size;
-    return mote_node_load(n, &n->mote, n->config.program, n->config.program_size);
-}
-
 /* --------------------------------------------------------------------------------------------------- commands */
 
 /* Wants no more chunks: the node unsubscribes from them. */
@@ -36,26 +13,28 @@ static void leave_chunks(mote_node_t *n)
         n->left = n->state;
         n->left_run = n->run;
         n->left_round = n->round;
-        memcpy(n->left_model, n->wanted_model, sizeof n->left_model);
+        memcpy(n->left_model, n->wanted_hash, sizeof n->left_model);
         n->pending |= UNSUBSCRIBE_CHUNKS;
     }
     n->pending &= ~(uint32_t)SUBSCRIBE_CHUNKS;
 }
 
 /* Drops what the node was doing, and begins another command. */
-static void begin(mote_node_t *n, uint32_t command_crc, uint32_t id, uint32_t state)
+void mote_node_begin(mote_node_t *n, const uint8_t hash[32], uint32_t id, uint32_t state)
 {
     leave_chunks(n);
+    if (n->state == TEST) {
+        (void)mote_node_reload(n); /* the program on test is loaded, not yet the one that runs */
+    }
     n->pending &= ~(uint32_t)SEND_REPLY;
-    memmove(n->recent + 1, n->recent, sizeof n->recent - sizeof n->recent[0]);
-    n->recent[0] = command_crc;
+    memcpy(n->hash, hash, sizeof n->hash);
     n->state = state;
     n->id = id;
     n->measured = 0;
     n->update = 0;
 }
 
-static void want_chunks(mote_node_t *n, uint32_t size)
+void mote_node_want_chunks(mote_node_t *n, uint32_t size)
 {
     memset(n->received, 0, sizeof n->received);
     n->wanted_size = size;
@@ -117,6 +96,31 @@ static int is_consistent(const task_t *t)
     return !t->update || (t->clip >= 0.0f && (t->since == 0 || (t->since < t->phases && !t->proximal)));
 }
 
+void mote_node_hash(const void *bytes, size_t size, uint8_t hash[32])
+{
+    mote_sha256_t s;
+    mote_sha256_init(&s);
+    mote_sha256_add(&s, bytes, size);
+    mote_sha256_end(&s, hash);
+}
+
+int mote_node_has_hash(const void *bytes, size_t size, const uint8_t hash[32])
+{
+    uint8_t digest[32];
+    mote_node_hash(bytes, size, digest);
+    return memcmp(digest, hash, sizeof digest) == 0;
+}
+
+/* All parameters of the round are there: those that the command named, or others. */
+static void take_parameters(mote_node_t *n)
+{
+    if (mote_node_has_hash(n->mote.arena, mote_header(&n->mote)->params, n->wanted_hash)) {
+        mote_node_start_training(n);
+    } else {
+        mote_node_finish(n, DAMAGED, 0);
+    }
+}
+
 static int trains_frozen_layers(const mote_node_t *n, const task_t *t)
 {
     for (uint32_t i = 0; i < t->phases; i++) {
@@ -153,8 +157,10 @@ static uint32_t check_task(const mote_node_t *n, const task_t *t, const uint8_t 
     return NO_ERROR;
 }
 
-static void begin_task(mote_node_t *n, uint32_t command_crc, const struct train_task *task)
+static void begin_task(mote_node_t *n, const uint8_t hash[32], const struct train_task *task)
 {
+    const struct zcbor_string *weights = &task->train_task_weights_inline_weights_m;
+    int is_inline = task->train_task_weights_choice == train_task_weights_inline_weights_m_c;
     task_t t;
     int32_t detail;
     read_task(&t, task);
@@ -167,11 +173,15 @@ static void begin_task(mote_node_t *n, uint32_t command_crc, const struct train_
         return;
     }
     uint32_t error = check_task(n, &t, task->train_task_model.value, &detail);
+    if (error == NO_ERROR && is_inline && weights->len != mote_header(&n->mote)->params) {
+        error = ENGINE;
+        detail = MOTE_ERR_ARGUMENT;
+    }
     if (error != NO_ERROR) {
         mote_node_reject(n, task->train_task_id, error, detail);
         return;
     }
-    begin(n, command_crc, task->train_task_id, WANT_PARAMETERS);
+    mote_node_begin(n, hash, task->train_task_id, WANT_PARAMETERS);
     n->has_round = 1;
     n->run = task->train_task_run;
     n->round = task->train_task_round;
@@ -189,40 +199,17 @@ static void begin_task(mote_node_t *n, uint32_t command_crc, const struct train_
     n->density = t.density;
     n->since = t.update ? t.since : 0;
     n->clip = t.clip;
-    want_chunks(n, mote_header(&n->mote)->params);
+    if (is_inline) {
+        memcpy(n->mote.arena, weights->value, weights->len);
+        mote_node_start_training(n);
+        return;
+    }
+    memcpy(n->wanted_hash, task->train_task_weights_sha256_m.value, sizeof n->wanted_hash);
+    mote_node_want_chunks(n, mote_header(&n->mote)->params);
     if (n->missing == 0) {
         leave_chunks(n);
-        mote_node_start_training(n);
+        take_parameters(n);
     }
-}
-
-/* Whether there is memory for a program over the air, and somebody who can run it. */
-static int takes_program(const mote_node_t *n, uint32_t size)
-{
-    const mote_node_config_t *c = &n->config;
-    return c->model_slot != NULL && size > 0 && size <= c->model_slot_size && size <= MOTE_CHUNK * MOTE_MAX_CHUNKS &&
-           (!mote_node_has_learner(n) || c->learner.load != NULL);
-}
-
-static void begin_model_update(mote_node_t *n, uint32_t command_crc, const struct update_model *command)
-{
-    if (memcmp(command->update_model_model.value, n->model, sizeof n->model) == 0) {
-        begin(n, command_crc, command->update_model_id, DONE);
-        mote_node_finish(n, NO_ERROR, 0);
-        return;
-    }
-    if (!takes_program(n, command->update_model_size)) {
-        mote_node_reject(n, command->update_model_id, NO_CAPACITY, 0);
-        return;
-    }
-    begin(n, command_crc, command->update_model_id, WANT_PROGRAM);
-    if (n->mote.program == n->config.model_slot) { /* the new program will overwrite the one that runs */
-        (void)mote_node_load_builtin(n);           /* it loaded before */
-        n->pending |= SEND_STATUS;
-    }
-    memcpy(n->wanted_model, command->update_model_model.value, sizeof n->wanted_model);
-    n->wanted_crc = command->update_model_crc;
-    want_chunks(n, command->update_model_size);
 }
 
 static void repeat(mote_node_t *n)
@@ -236,64 +223,81 @@ static void repeat(mote_node_t *n)
     }
 }
 
-static int is_recent(const mote_node_t *n, uint32_t command_crc)
+static void obey(mote_node_t *n, const uint8_t hash[32], const struct action_r *action)
 {
-    for (uint32_t i = 0; i < MOTE_RECENT; i++) {
-        if (n->recent[i] == command_crc) {
-            return 1;
-        }
-    }
-    return 0;
-}
-
-void mote_node_receive_command(mote_node_t *n, const uint8_t *payload, size_t size)
-{
-    struct command_r command;
-    size_t read = 0;
-    if (payload == NULL || cbor_decode_command(payload, size, &command, &read) != ZCBOR_SUCCESS || read != size) {
-        n->counters.malformed++;
-        return;
-    }
-    uint32_t crc = mote_crc32(0, payload, size);
-    if (n->state != IDLE && n->recent[0] == crc) {
-        repeat(n);
-    } else if (is_recent(n, crc)) {
-        n->counters.stale++;
-    } else if (command.command_choice == command_train_task_m_c) {
-        begin_task(n, crc, &command.command_train_task_m);
-    } else if (command.command_choice == command_update_model_m_c) {
-        begin_model_update(n, crc, &command.command_update_model_m);
-    } else {
-        begin(n, crc, command.command_reboot_m.reboot_id, DONE);
+    switch (action->action_choice) {
+    case action_train_task_m_c:
+        begin_task(n, hash, &action->action_train_task_m);
+        break;
+    case action_update_model_m_c:
+        mote_node_begin_update(n, hash, &action->action_update_model_m);
+        break;
+    case action_new_keys_m_c:
+        mote_node_set_keys(n, &action->action_new_keys_m);
+        break;
+    case action_forget_m_c:
+        mote_node_forget_all(n, hash, action->action_forget_m.forget_id);
+        break;
+    default:
+        mote_node_begin(n, hash, action->action_reboot_m.reboot_id, DONE);
         mote_node_finish(n, NO_ERROR, 0);
         n->pending |= REBOOT;
     }
 }
 
-/* ----------------------------------------------------------------------------------------------------- chunks */
-
-/* The whole program is there. */
-static void start_program(mote_node_t *n)
+static uint32_t id_of(const struct action_r *action)
 {
-    const mote_node_config_t *c = &n->config;
-    mote_t candidate;
-    int error = mote_crc32(0, c->model_slot, n->wanted_size) == n->wanted_crc ? MOTE_OK : MOTE_ERR_CRC;
-    if (error == MOTE_OK) {
-        size_t inputs = mote_inputs(&n->mote), targets = mote_targets(&n->mote);
-        error = mote_node_load(n, &candidate, c->model_slot, n->wanted_size);
-        if (error == MOTE_OK && (mote_inputs(&candidate) != inputs || mote_targets(&candidate) != targets)) {
-            error = MOTE_ERR_ARGUMENT; /* not for the samples of this device */
-        }
-        if (error == MOTE_OK) {
-            n->mote = candidate;
-            n->program_size = n->wanted_size;
-            memcpy(n->model, n->wanted_model, sizeof n->model);
-        } else {
-            (void)mote_node_load_builtin(n); /* its parameters may be gone, but it runs */
-        }
+    switch (action->action_choice) {
+    case action_train_task_m_c:
+        return action->action_train_task_m.train_task_id;
+    case action_update_model_m_c:
+        return action->action_update_model_m.update_model_id;
+    case action_new_keys_m_c:
+        return action->action_new_keys_m.new_keys_id;
+    case action_forget_m_c:
+        return action->action_forget_m.forget_id;
+    default:
+        return action->action_reboot_m.reboot_id;
     }
-    mote_node_finish(n, error == MOTE_OK ? NO_ERROR : BAD_PROGRAM, error);
 }
+
+void mote_node_receive_command(mote_node_t *n, const mote_node_message_t *m)
+{
+    struct command command;
+    uint8_t hash[32];
+    if (m->size == 0) { /* cleared */
+        return;
+    }
+    if (m->payload == NULL) {
+        n->counters.malformed++;
+        return;
+    }
+    mote_node_hash(m->payload, m->size, hash);
+    if (n->state != IDLE && memcmp(n->hash, hash, sizeof hash) == 0) {
+        repeat(n);
+        return;
+    }
+    if (n->has_rejected && memcmp(n->rejected_hash, hash, sizeof hash) == 0) {
+        n->pending |= SEND_REJECTION;
+        return;
+    }
+    if (!mote_node_accept(n, m, &command)) {
+        return;
+    }
+    memcpy(n->rejected_hash, hash, sizeof hash); /* if it is rejected */
+    n->has_rejected = 0;
+    int error = mote_node_keep_counter(n, m->source);
+    if (error != MOTE_OK) { /* obeyed, it could be obeyed again after a reset */
+        mote_node_reject(n, id_of(&command.command_action_m), STORE, error);
+        return;
+    }
+    obey(n, hash, &command.command_action_m);
+    if (memcmp(n->hash, hash, sizeof hash) == 0) { /* it was begun */
+        n->expires = command.command_expires;
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------------- chunks */
 
 /* A chunk's number, less than MOTE_MAX_CHUNKS; MOTE_MAX_CHUNKS if the text is not a number that a chunk can have. */
 static uint32_t chunk_number(const char *text, size_t size)
@@ -343,7 +347,7 @@ void mote_node_receive_chunk(mote_node_t *n, const char *text, size_t text_size,
         return;
     }
     n->received[number / 32] |= bit;
-    uint8_t *to = n->state == WANT_PARAMETERS ? n->mote.arena : n->config.model_slot;
+    uint8_t *to = n->state == WANT_PARAMETERS ? n->mote.arena : n->config.model_slot[n->target - 1];
     memcpy(to + chunk.chunk_offset, chunk.chunk_data.value, chunk.chunk_data.len);
     if (--n->missing > 0) {
         return;
@@ -351,8 +355,8 @@ void mote_node_receive_chunk(mote_node_t *n, const char *text, size_t text_size,
     uint32_t state = n->state;
     leave_chunks(n);
     if (state == WANT_PARAMETERS) {
-        mote_node_start_training(n);
+        take_parameters(n);
     } else {
-        start_program(n);
+        mote_node_start_program(n);
     }
 }

@@ -90,6 +90,23 @@ size_t mote_node_encode_part(mote_node_t *n)
     return size;
 }
 
+size_t mote_node_encode_rejection(mote_node_t *n)
+{
+    struct reply_r reply;
+    size_t size = 0;
+    if (n->rejected_error != NO_ERROR) {
+        return mote_node_encode_failure(n, n->rejected_id, n->rejected_error, n->rejected_detail);
+    }
+    memset(&reply, 0, sizeof reply);
+    reply.reply_choice = reply_success_m_c;
+    reply.reply_success_m.success_id = n->rejected_id;
+    reply.reply_success_m.success_parts = 1;
+    reply.reply_success_m.success_measured_choice = success_measured_nil_c;
+    reply.reply_success_m.success_update_choice = success_update_nil_c;
+    (void)cbor_encode_reply(n->config.out, n->config.out_size, &reply, &size);
+    return size;
+}
+
 void mote_node_send_reply(mote_node_t *n)
 {
     n->part = 0;
@@ -116,6 +133,7 @@ void mote_node_finish(mote_node_t *n, uint32_t error, int32_t detail)
 
 void mote_node_reject(mote_node_t *n, uint32_t id, uint32_t error, int32_t detail)
 {
+    n->has_rejected = 1;
     n->rejected_id = id;
     n->rejected_error = error;
     n->rejected_detail = detail;

@@ -51,6 +51,22 @@ const char *mote_node_device_topic(mote_node_t *n, const char *kind)
     return n->topic;
 }
 
+const char *mote_node_group_topic(mote_node_t *n, uint32_t group)
+{
+    size_t at = begin_topic(n);
+    add_text(n, &at, "/groups/");
+    add_text(n, &at, n->config.groups[group]);
+    add_text(n, &at, "/command");
+    return n->topic;
+}
+
+const char *mote_node_time_topic(mote_node_t *n)
+{
+    size_t at = begin_topic(n);
+    add_text(n, &at, "/time");
+    return n->topic;
+}
+
 const char *mote_node_chunk_filter(mote_node_t *n, uint32_t state, uint32_t run, uint32_t round, const uint8_t model[8])
 {
     size_t at = begin_topic(n);

@@ -84,8 +84,8 @@ static void draw_back(mote_node_t *n, uint32_t layers, float kept)
     }
 }
 
-/* FedProx's step, w - rate * (g + proximal_mu * (w - base)) = base + kept * (w - rate / kept * g - base). That kept > 0 was
- * checked when the command came. */
+/* FedProx's step, w - rate * (g + proximal_mu * (w - base)) = base + kept * (w - rate / kept * g - base). That kept > 0
+ * was checked when the command came. */
 static int learn_near_base(mote_node_t *n, const mote_phase_t *phase, const float *x, const float *y, float *loss)
 {
     float kept = 1.0f - phase->rate * phase->proximal_mu;
@@ -116,6 +116,9 @@ static int train_one(mote_node_t *n, const float *x, const float *y)
     if (error == MOTE_OK) {
         n->loss += loss;
         error = check_sum(n->loss);
+    }
+    if (error == MOTE_OK) {
+        error = mote_node_observe(n, loss);
     }
     if (error == MOTE_OK) {
         n->learned++;
@@ -152,6 +155,9 @@ static int score_one(mote_node_t *n, const float *x, const float *y)
         n->query_loss += loss;
         error = check_sum(n->query_loss);
     }
+    if (error == MOTE_OK && n->state == QUERY) {
+        error = mote_node_observe(n, loss);
+    }
     if (error == MOTE_OK) {
         n->queried++;
         n->correct += correct != 0;
@@ -181,30 +187,75 @@ static int next_phase(mote_node_t *n)
 static void finish_training(mote_node_t *n)
 {
     int diverged = n->update && !(mote_update_is_finite(n) && (n->clip <= 0.0f || mote_update_clip(n)));
+    if (!diverged && n->learned > 0 && n->config.keep_every > 0 && ++n->tasks >= n->config.keep_every) {
+        n->tasks = 0;
+        (void)mote_node_keep_weights(n); /* those kept before stay, if it fails */
+    }
     mote_node_finish(n, diverged ? DIVERGED : NO_ERROR, 0);
+}
+
+static int is_busy(const mote_node_t *n)
+{
+    return n->state == TRAIN || n->state == QUERY || n->state == TEST;
+}
+
+/* The next sample, learned from or scored. 0: none is there yet. */
+static int step_once(mote_node_t *n)
+{
+    float *x = n->config.sample, *y = x + mote_inputs(&n->mote);
+    int got = n->config.source.next(n->config.source.context, n->state != TRAIN, x, y);
+    if (got == 0) {
+        return 0;
+    }
+    if (got < 0) {
+        if (n->state == TEST) {
+            mote_node_end_test(n, got);
+        } else {
+            mote_node_finish(n, NO_SAMPLES, got);
+        }
+        return 0;
+    }
+    uint32_t before = n->trial;
+    int error = n->state == TRAIN ? train_one(n, x, y) : score_one(n, x, y);
+    if (error == MOTE_OK) {
+        return 1;
+    }
+    if (n->state == TEST) {
+        mote_node_end_test(n, error);
+    } else if (before == ON_TRIAL && n->trial == ROLLED_BACK) {
+        mote_node_finish(n, FAILED_TRIAL, 0);
+    } else {
+        fail(n, error);
+    }
+    return is_busy(n);
 }
 
 int mote_node_step(mote_node_t *n)
 {
-    float *x = n->config.sample, *y = x + mote_inputs(&n->mote);
+    if (!is_busy(n)) {
+        return 0;
+    }
+    uint64_t now = mote_node_now(n);
+    if (now != 0 && now >= n->expires) {
+        if (n->state == TEST) {
+            mote_node_end_test(n, MOTE_ERR_AUTHENTICATION);
+        } else {
+            mote_node_finish(n, EXPIRED, 0);
+        }
+        return 0;
+    }
     int error = n->state == TRAIN ? next_phase(n) : MOTE_OK;
-    if (n->state == QUERY && n->queried == n->query && error == MOTE_OK) {
-        finish_training(n);
-    }
-    if (error == MOTE_OK && (n->state == TRAIN || n->state == QUERY)) {
-        int query = n->state == QUERY;
-        int got = n->config.source.next(n->config.source.context, query, x, y);
-        if (got == 0) {
-            return 0;
-        }
-        if (got < 0) {
-            mote_node_finish(n, NO_SAMPLES, got);
-            return 0;
-        }
-        error = query ? score_one(n, x, y) : train_one(n, x, y);
-    }
     if (error != MOTE_OK) {
         fail(n, error);
+        return 0;
     }
-    return n->state == TRAIN || n->state == QUERY;
+    if (n->state == QUERY && n->queried == n->query) {
+        finish_training(n);
+        return 0;
+    }
+    if (n->state == TEST && n->queried == n->manifest[n->target - 1].tested) {
+        mote_node_end_test(n, MOTE_OK);
+        return 0;
+    }
+    return step_once(n);
 }
