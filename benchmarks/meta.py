@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinyfleet.edge.tasks import sine
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, UpdateFormat
 
 MODEL = sine.PROGRAM
 STEPS, BATCH, RATE = 32, 10, 0.02

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from omniglot_small import DRAWERS, SIDE, classifier, turned
 
 from tinyfleet.edge.tasks import Episodes, omniglot
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase
 from tinyfleet.server import simulator
 from tinyfleet.server.evaluate import Score
 

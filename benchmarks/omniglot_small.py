@@ -39,7 +39,7 @@ from tinyfleet.edge.model.layers import Conv2D, Dense, Flatten, Layer, ReLU
 from tinyfleet.edge.model.layers import build as build_program
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import omniglot
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build
 from tinyfleet.server import simulator

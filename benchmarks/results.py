@@ -40,7 +40,7 @@ from rich.table import Table
 from tinyfleet.edge import tasks
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import Hyperparameters, Task
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase
 from tinyfleet.server import simulator
 from tinyfleet.server.evaluate import seeds_of
 

@@ -22,8 +22,9 @@ from rich.table import Table
 
 from tinyfleet.edge.model.layers import Dense, ReLU, build
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.wire.commands import TrainTask, UpdateFormat
 from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
-from tinyfleet.edge.wire.messages import Metrics, Sparse, Success, TrainTask, UpdateFormat, decode_reply, encode
+from tinyfleet.edge.wire.messages import Metrics, Sparse, Success, decode_reply, encode
 from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.server.flower.broadcast import SentParameters
 from tinyfleet.server.flower.grid import RunGrid

@@ -24,17 +24,9 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.model.program import read_program as read_any_program
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks
+from tinyfleet.edge.wire.commands import UpdateModel
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import (
-    Failure,
-    Reply,
-    Status,
-    UpdateModel,
-    decode_reply,
-    decode_status,
-    encode,
-    error_text,
-)
+from tinyfleet.edge.wire.messages import Failure, Reply, Status, decode_reply, decode_status, encode, error_text
 from tinyfleet.edge.wire.mqtt_session import Message, Session
 from tinyfleet.edge.wire.topics import ANNOUNCEMENT, Topics
 from tinyfleet.ontology.ingest.describe import from_program

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
 from tinyfleet.edge.tasks import Episode, Split, Task
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """Learning rates that `one_pass` tries."""

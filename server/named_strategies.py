@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import MAX_NORM_RATIO, Hyperparameters, Task
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, UpdateFormat
 from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config
 from tinyfleet.server.flower.strategies import FOMAML, Asynchronous, Reptile, TinyMetaFed, TinyReptile
 

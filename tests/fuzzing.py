@@ -31,7 +31,8 @@ from tinyfleet.edge.mote.build_extension import INCLUDES, sources
 from tinyfleet.edge.mote.codegen import generate
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel, encode
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel
+from tinyfleet.edge.wire.messages import encode
 
 TESTS = Path(__file__).parent
 CORPUS = TESTS / "corpus"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -18,17 +20,19 @@ from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import (
+from tinyfleet.edge.wire.commands import (
     ALL_LAYERS,
-    Dense,
+    Action,
+    Manifest,
     Phase,
-    Reply,
-    Success,
+    Sha256,
     TrainTask,
     UpdateFormat,
-    decode_reply,
-    encode,
-)
+    UpdateModel,
+    encode_action,
+    encode_command,
+)  # fmt: skip
+from tinyfleet.edge.wire.messages import Dense, Reply, Success, decode_reply
 from tinyfleet.edge.wire.topics import Topics
 
 FLEET, ID = "home", "one"
@@ -42,6 +46,8 @@ HEAD_ONLY = build(
     weights={"dense_0/weights": np.ones((40, 6), np.float32), "dense_0/bias": np.zeros(40, np.float32)},
 )
 WEIGHTS = PROGRAM.initial(3)
+NOW = 1_800_000_000_000
+"""What time it is for the nodes here, Unix time in milliseconds."""
 
 
 def samples() -> ClientData:
@@ -67,18 +73,23 @@ class PythonStream:
 
 
 def mote(program: Program = PROGRAM, **options: Any) -> Node:
-    return Node(FLEET, ID, {"title": ID}, program, DatasetStream(DATA), **options)
+    return Node(FLEET, ID, {"title": ID}, program, DatasetStream(DATA), **{"clock": lambda: NOW} | options)
 
 
 def callbacks(program: Program = PROGRAM, **options: Any) -> Node:
     """With the C node's source and learner in Python; the same engine, so that the numbers are the same."""
-    return Node(FLEET, ID, {"title": ID}, program, PythonStream(), learner=MoteLearner, **options)
+    options = {"clock": lambda: NOW, "learner": MoteLearner} | options
+    return Node(FLEET, ID, {"title": ID}, program, PythonStream(), **options)
 
 
 both = pytest.mark.parametrize("make", [mote, callbacks])
 
 
-def work(id: int = 7, round: int = 1, **fields: Any) -> TrainTask:
+def data_of(vector: NDArray[np.float32]) -> bytes:
+    return vector.astype("<f4").tobytes()
+
+
+def work(id: int = 7, round: int = 1, *, vector: NDArray[np.float32] = WEIGHTS, **fields: Any) -> TrainTask:
     defaults: dict[str, Any] = {
         "kind": "train",
         "run": 5,
@@ -87,13 +98,14 @@ def work(id: int = 7, round: int = 1, **fields: Any) -> TrainTask:
         "phases": (Phase(ALL_LAYERS, 20, 0.1),),
         "query": 10,
         "update": UpdateFormat(),
+        "weights": Sha256.of(data_of(vector)),
     }
     return TrainTask(id=id, round=round, **(defaults | fields))
 
 
 def broadcast(order: TrainTask, vector: NDArray[np.float32] = WEIGHTS) -> list[tuple[str, bytes]]:
     """The round's retained messages."""
-    payloads = chunks(vector.astype("<f4").tobytes())
+    payloads = chunks(data_of(vector))
     return [(TOPICS.weights(order.run, order.round, i), payload) for i, payload in enumerate(payloads)]
 
 
@@ -101,8 +113,29 @@ def carried(program: Program) -> list[tuple[str, bytes]]:
     return [(TOPICS.program(program.model_id, i), payload) for i, payload in enumerate(chunks(program.data))]
 
 
-def do(node: Node, order: Any) -> list[Out]:
-    node.receive(TOPICS.command(ID), encode(order))
+def update(id: int, program: Program, version: int = 1, **changes: Any) -> UpdateModel:
+    """The command to run this program."""
+    inputs, outputs = int(np.prod(program.input_shape)), int(np.prod(program.output_shape))
+    hash = Sha256.of(program.data).digest
+    manifest = Manifest(hash, len(program.data), version, program.arena_bytes, inputs, outputs)
+    return UpdateModel(id, replace(manifest, **changes))
+
+
+_sent: WeakKeyDictionary[Node, dict[Action, bytes]] = WeakKeyDictionary()
+
+
+def command(node: Node, action: Action) -> bytes:
+    """The command for this node: a new one the first time, the same bytes again after that."""
+    sent = _sent.setdefault(node, {})
+    if action not in sent:
+        clock = node._callbacks.clock
+        now = NOW if clock is None else clock()
+        sent[action] = encode_command(now + 1000 + len(sent), now + 60_000, None, encode_action(action))
+    return sent[action]
+
+
+def do(node: Node, action: Action) -> list[Out]:
+    node.receive(TOPICS.command(ID), command(node, action))
     return list(node.poll())
 
 
@@ -123,6 +156,7 @@ def replies(outs: Iterable[Out]) -> list[Reply]:
 
 def serve(node: Node, order: TrainTask, vector: NDArray[np.float32] = WEIGHTS) -> list[Success]:
     """The replies to an order on a network that loses nothing."""
+    order = replace(order, weights=Sha256.of(data_of(vector)))
     assert Subscribe(TOPICS.weights(order.run, order.round)) in do(node, order)
     done = [did for did in replies(deliver(node, broadcast(order, vector))) if isinstance(did, Success)]
     assert [d.part for d in done] == list(range(len(done))) and {d.parts for d in done} == {len(done)}

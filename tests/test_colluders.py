@@ -12,8 +12,9 @@ from test_strategies import Nodes
 from tinyfleet.edge.model.layers import Dense as DenseLayer
 from tinyfleet.edge.model.layers import ReLU, build
 from tinyfleet.edge.tasks import MAX_NORM_RATIO
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, TrainTask, UpdateFormat
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Dense, Metrics, Phase, Sparse, Success, TrainTask, UpdateFormat
+from tinyfleet.edge.wire.messages import Dense, Metrics, Sparse, Success
 from tinyfleet.server.flower.broadcast import SentParameters
 from tinyfleet.server.flower.replies import ReplyError, ReplyParts, reply_content
 from tinyfleet.server.flower.reply_bounds import NormBound

@@ -35,19 +35,14 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel
 from tinyfleet.edge.wire.messages import (
-    ALL_LAYERS,
     Dense,
     ErrorCode,
     Failure,
-    Phase,
-    Reboot,
     Reply,
     Status,
     Success,
-    TrainTask,
-    UpdateFormat,
-    UpdateModel,
     decode_reply,
     decode_status,
     encode,

@@ -24,8 +24,9 @@ from tinyfleet.edge.model.layers import Dense, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.commands import TrainTask
 from tinyfleet.edge.wire.flower_records import vector_to_arrays
-from tinyfleet.edge.wire.messages import TrainTask, decode_status, encode
+from tinyfleet.edge.wire.messages import decode_status, encode
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.registry import Registry

@@ -10,7 +10,7 @@ import pytest
 from tinyfleet.edge import tasks
 from tinyfleet.edge.model.layers import Dense, build
 from tinyfleet.edge.tasks import Episode, Episodes, Split
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase
 from tinyfleet.server import run_report
 from tinyfleet.server.evaluate import baselines, few_shot, one_pass
 

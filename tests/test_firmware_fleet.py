@@ -28,20 +28,8 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import (
-    ALL_LAYERS,
-    ErrorCode,
-    Failure,
-    Phase,
-    Reboot,
-    Success,
-    TrainTask,
-    UpdateFormat,
-    UpdateModel,
-    decode_reply,
-    decode_status,
-    encode,
-)
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel
+from tinyfleet.edge.wire.messages import ErrorCode, Failure, Success, decode_reply, decode_status, encode
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue

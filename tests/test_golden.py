@@ -18,22 +18,16 @@ from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.chunks import Chunk, chunks, decode_chunk
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel, decode_command
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.messages import (
-    ALL_LAYERS,
     Dense,
     ErrorCode,
     Failure,
     Metrics,
-    Phase,
-    Reboot,
     Sparse,
     Status,
     Success,
-    TrainTask,
-    UpdateFormat,
-    UpdateModel,
-    decode_command,
     decode_reply,
     decode_status,
     encode,

@@ -25,19 +25,8 @@ from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model import layers
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import decode_chunk
-from tinyfleet.edge.wire.messages import (
-    Dense,
-    ErrorCode,
-    Failure,
-    Metrics,
-    Reply,
-    Sparse,
-    Status,
-    Success,
-    TrainTask,
-    decode_command,
-    encode,
-)
+from tinyfleet.edge.wire.commands import TrainTask, decode_command
+from tinyfleet.edge.wire.messages import Dense, ErrorCode, Failure, Metrics, Reply, Sparse, Status, Success, encode
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.flower.devices import node_id
 from tinyfleet.server.flower.grid import MqttGrid

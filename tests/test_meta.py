@@ -44,17 +44,9 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Episodes, omniglot
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, TrainTask, UpdateFormat
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
-from tinyfleet.edge.wire.messages import (
-    ALL_LAYERS,
-    Metrics,
-    Phase,
-    Success,
-    TrainTask,
-    UpdateFormat,
-    decode_reply,
-    encode,
-)
+from tinyfleet.edge.wire.messages import Metrics, Success, decode_reply, encode
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.server.evaluate import few_shot

@@ -32,18 +32,10 @@ from tinyfleet.edge.device.node import Node, Publish, Reboot, Subscribe, Unsubsc
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.layers import Dense as DenseLayer
 from tinyfleet.edge.model.layers import build
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, UpdateFormat
+from tinyfleet.edge.wire.commands import Reboot as RebootOrder
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import (
-    ALL_LAYERS,
-    ErrorCode,
-    Failure,
-    Phase,
-    Status,
-    Success,
-    UpdateFormat,
-    decode_status,
-)
-from tinyfleet.edge.wire.messages import Reboot as RebootOrder
+from tinyfleet.edge.wire.messages import ErrorCode, Failure, Status, Success, decode_status
 from tinyfleet.edge.wire.topics import Topics
 
 
@@ -69,8 +61,8 @@ def test_a_new_session_is_announced(make: Make) -> None:
     node = make()
     assert list(node.poll()) == []
     node.connected()
-    subscribe, td, status = node.poll()
-    assert subscribe == Subscribe(TOPICS.command(ID))
+    time, subscribe, td, status = node.poll()
+    assert (time, subscribe) == (Subscribe(TOPICS.time), Subscribe(TOPICS.command(ID)))
     assert td == Publish(TOPICS.td(ID), b'{"title": "one"}', True)
     assert isinstance(status, Publish) and status.retain and status.topic == TOPICS.status(ID)
     assert decode_status(status.payload).online and decode_status(status.payload).model == PROGRAM.model_id
@@ -179,6 +171,7 @@ def test_a_new_session_subscribes_to_what_is_missing(make: Make) -> None:
     do(node, work())
     node.connected()
     assert [o for o in node.poll() if isinstance(o, Subscribe)] == [
+        Subscribe(TOPICS.time),
         Subscribe(TOPICS.command(ID)),
         Subscribe(TOPICS.weights(5, 1)),
     ]
@@ -227,23 +220,23 @@ def test_a_model_of_which_nothing_trains_is_scored_at_once(make: Make) -> None:
     layer = {"dense_0/weights": np.ones((3, 6), np.float32), "dense_0/bias": np.zeros(3, np.float32)}
     frozen = build([DenseLayer(3)], (6,), "softmax_cross_entropy", trainable=[], weights=layer)
     node = make(frozen)
-    outs = do(node, work(kind="evaluate", model=frozen.model_id, phases=(), update=None))
+    outs = do(node, work(kind="evaluate", model=frozen.model_id, phases=(), update=None, vector=WEIGHTS[:0]))
     (done,) = replies([*outs, *deliver(node, [])])
     assert isinstance(done, Success) and done.metrics is not None and done.metrics.queried == 10
 
 
 @both
 def test_a_loss_that_is_not_finite_while_scoring_is_told(make: Make) -> None:
-    node, order = make(), work(kind="evaluate", phases=(), update=None)
-    do(node, order)
     huge = np.full_like(WEIGHTS, 3e38)
+    node, order = make(), work(kind="evaluate", phases=(), update=None, vector=huge)
+    do(node, order)
     assert replies(deliver(node, broadcast(order, huge))) == [Failure(7, ErrorCode.DIVERGED)]
 
 
 @both
 def test_a_model_of_one_number_has_no_right_answers_to_count(make: Make) -> None:
     one = build([DenseLayer(1)], (6,), "mse")
-    node, order = make(one), work(model=one.model_id)
+    node, order = make(one), work(model=one.model_id, vector=one.initial(1))
     do(node, order)
     (done,) = replies(deliver(node, broadcast(order, one.initial(1))))
     assert isinstance(done, Success) and done.metrics is not None

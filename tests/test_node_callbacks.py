@@ -39,7 +39,8 @@ from tinyfleet.edge.model.layers import build
 from tinyfleet.edge.model.learner import LearnerError, MoteLearner
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
-from tinyfleet.edge.wire.messages import ErrorCode, Failure, Phase, Success, UpdateFormat
+from tinyfleet.edge.wire.commands import Phase, UpdateFormat
+from tinyfleet.edge.wire.messages import ErrorCode, Failure, Success
 
 
 def test_a_device_with_too_little_memory_or_other_samples_says_so() -> None:
@@ -55,7 +56,7 @@ def test_samples_that_are_no_targets_of_the_model_are_not_learned(make: Make, mo
         ClientData, "check_compatible", lambda self, program: None
     )  # a device's own source is not checked
     regression = build([DenseLayer(3)], (6,), "mse")
-    node, order = make(regression), work(model=regression.model_id)
+    node, order = make(regression), work(model=regression.model_id, vector=regression.initial(0))
     do(node, order)
     (failed,) = replies(deliver(node, broadcast(order, regression.initial(0))))
     assert isinstance(failed, Failure) and failed.error is ErrorCode.ENGINE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import pytest
@@ -19,27 +18,20 @@ from node_fixtures import (
     broadcast,
     callbacks,
     carried,
+    command,
     deliver,
     do,
     mote,
     replies,
+    update,
     work,
 )
 
 from tinyfleet.edge.device.node import Node, NodeCounters
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import (
-    ALL_LAYERS,
-    Command,
-    ErrorCode,
-    Failure,
-    Phase,
-    TrainTask,
-    UpdateFormat,
-    UpdateModel,
-    encode,
-)
-from tinyfleet.edge.wire.messages import Reboot as RebootOrder
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Action, Manifest, Phase, TrainTask, UpdateFormat, UpdateModel
+from tinyfleet.edge.wire.commands import Reboot as RebootOrder
+from tinyfleet.edge.wire.messages import ErrorCode, Failure
 
 
 @both
@@ -56,15 +48,15 @@ def test_a_rate_that_is_none_is_refused_by_the_engine(make: Make, rate: float) -
 def test_anything_else_is_counted_and_dropped(make: Make, payload: bytes, data: st.DataObject) -> None:
     """Random bytes, and cut messages, on every topic."""
     node = make()
-    valid = encode(work())
-    payload = data.draw(st.one_of(st.just(payload), st.integers(0, len(valid) - 1).map(lambda n: valid[:n])))
+    valid = command(node, work())
+    payload = data.draw(st.one_of(st.just(payload), st.integers(1, len(valid) - 1).map(lambda n: valid[:n]))) or b"\0"
     node.receive(TOPICS.command(ID), payload)
     assert list(node.poll()) == [] and node.counters.malformed == 1
     do(node, work())
     for number in ("0", "00", "1", "-1", "4294967296", "99999", "+", ""):
-        node.receive(TOPICS.weights(5, 1, number), payload or b"\0")
+        node.receive(TOPICS.weights(5, 1, number), payload)
     node.receive(data.draw(st.text(max_size=40)), payload)
-    assert list(node.poll()) == [] and node.counters == NodeCounters(9, 1, 0)
+    assert list(node.poll()) == [] and node.counters == NodeCounters(9, 1, 0, 0)
     assert len(replies(deliver(node, broadcast(work())))) == 1
 
 
@@ -98,14 +90,14 @@ def test_a_chunk_that_does_not_fit_is_malformed(make: Make) -> None:
 @both
 def test_an_order_with_something_behind_it_is_malformed(make: Make) -> None:
     node = make()
-    node.receive(TOPICS.command(ID), encode(work()) + b"\0")
-    node.receive(TOPICS.command(ID), b"")
-    assert node.counters.malformed == 2 and list(node.poll()) == []
+    node.receive(TOPICS.command(ID), command(node, work()) + b"\0")
+    node.receive(TOPICS.command(ID), b"")  # cleared
+    assert node.counters.malformed == 1 and list(node.poll()) == []
 
 
 # ------------------------------------------------------------------------------------- the two nodes, side by side
 
-ORDERS: list[Command] = [
+ORDERS: list[Action] = [
     work(1, 1),
     work(2, 1, phases=(Phase(2, 3, 0.1), Phase(3, 4, 0.2)), update=UpdateFormat(half=True, density=0.1)),
     work(3, 2, update=UpdateFormat(shared=1, density=0.9), query=3),
@@ -119,9 +111,9 @@ ORDERS: list[Command] = [
     work(17, 6, phases=(Phase(3, 1, 1e6),), query=0, update=UpdateFormat(clip=1.0)),
     work(15, 7, phases=(Phase(3, 5, 0.5, 2.0),)),
     work(16, 7, update=UpdateFormat(since=1)),
-    UpdateModel(7, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data)),
-    UpdateModel(8, PROGRAM.model_id, len(PROGRAM.data), zlib.crc32(PROGRAM.data)),
-    UpdateModel(9, b"12345678", len(HEAD_ONLY.data), 5),
+    update(7, HEAD_ONLY, version=2),
+    update(8, PROGRAM, version=3),
+    UpdateModel(9, Manifest(b"12345678" + bytes(24), len(HEAD_ONLY.data), 9, 100, 6, 3)),
     RebootOrder(10),
 ]
 # What the broker keeps for each order, and so delivers to every new subscriber.
@@ -129,24 +121,24 @@ RETAINED: list[list[tuple[str, bytes]]] = [
     [*broadcast(order), *(broadcast(order, HEAD_ONLY.initial(1)) if order.round == 3 else [])]
     if isinstance(order, TrainTask)
     else carried(HEAD_ONLY)
-    if isinstance(order, UpdateModel) and order.model == HEAD_ONLY.model_id
+    if isinstance(order, UpdateModel) and order.manifest.model == HEAD_ONLY.model_id
     else carried(PROGRAM)
-    if isinstance(order, UpdateModel) and order.model == PROGRAM.model_id
+    if isinstance(order, UpdateModel) and order.manifest.model == PROGRAM.model_id
     else [(TOPICS.program(b"12345678", i), payload) for i, payload in enumerate(chunks(HEAD_ONLY.data))]
     for order in ORDERS
 ]
-MESSAGES = [(TOPICS.command(ID), encode(order)) for order in ORDERS] + [m for kept in RETAINED for m in kept]
-MESSAGES += [
+CHUNKS = [m for kept in RETAINED for m in kept]
+CHUNKS += [
     (TOPICS.weights(5, 1, 0), b""),
-    (TOPICS.command("two"), encode(work())),
+    (TOPICS.command("two"), b"\x84"),
     (TOPICS.weights(5, 1, 0), b"\x80"),
 ]
 
 actions = st.one_of(
-    st.integers(0, len(ORDERS) - 1),
-    st.integers(0, len(MESSAGES) - 1),
+    st.tuples(st.just("again"), st.integers(0, len(ORDERS) - 1)),
+    st.integers(0, len(CHUNKS) - 1),
     st.tuples(st.just("serve"), st.integers(0, len(ORDERS) - 1), st.randoms(use_true_random=False), st.booleans()),
-    st.tuples(st.just("cut"), st.integers(0, len(MESSAGES) - 1), st.integers(1, 20)),
+    st.tuples(st.just("cut"), st.integers(0, len(ORDERS) - 1), st.integers(1, 20)),
     st.tuples(st.just("step"), st.sampled_from([1, 12, 1000])),
     st.just("connected"),
 )
@@ -157,12 +149,14 @@ def act(nodes: list[Node], action: Any) -> None:
     steps = 0
     match action:
         case int():
-            messages = [MESSAGES[action]]
+            messages = [CHUNKS[action]]
+        case ("again", int(i)):
+            messages = [(TOPICS.command(ID), command(nodes[0], ORDERS[i]))]
         case ("serve", int(i), random, lossy):  # a whole order, its chunks in any order, perhaps one of them lost
             kept = random.sample(RETAINED[i], len(RETAINED[i]) - lossy)
-            messages, steps = [MESSAGES[i], *kept], 1000
+            messages, steps = [(TOPICS.command(ID), command(nodes[0], ORDERS[i])), *kept], 1000
         case ("cut", int(i), int(cut)):
-            messages = [(MESSAGES[i][0], MESSAGES[i][1][:-cut])]
+            messages = [(TOPICS.command(ID), command(nodes[0], ORDERS[i])[:-cut])]
         case ("step", int(count)):
             steps = count
     for node in nodes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 import pytest
 import small_models
@@ -23,6 +21,7 @@ from node_fixtures import (
     expected,
     replies,
     serve,
+    update,
     work,
 )
 
@@ -35,13 +34,14 @@ from tinyfleet.edge.model.layers import Dense as DenseLayer
 from tinyfleet.edge.model.layers import build
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import Dense, ErrorCode, Failure, Reply, Success, UpdateModel, decode_status
+from tinyfleet.edge.wire.commands import Manifest, Sha256, UpdateModel
+from tinyfleet.edge.wire.messages import Dense, ErrorCode, Failure, Reply, Success, decode_status
 
 
 @both
 def test_a_program_is_adopted_over_the_air(make: Make) -> None:
     node = make()
-    adopt = UpdateModel(3, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data))
+    adopt = update(3, HEAD_ONLY)
     assert do(node, adopt) == [Subscribe(TOPICS.program(HEAD_ONLY.model_id))]
     outs = deliver(node, carried(HEAD_ONLY))
     assert Unsubscribe(TOPICS.program(HEAD_ONLY.model_id)) in outs
@@ -51,11 +51,11 @@ def test_a_program_is_adopted_over_the_air(make: Make) -> None:
     assert status.model == HEAD_ONLY.model_id == node.model
     assert replies(do(node, adopt)) != [], "a repeated order is answered again"
     assert replies(do(node, work())) == [Failure(7, ErrorCode.WRONG_MODEL)]
-    order = work(id=8, model=HEAD_ONLY.model_id)
+    order = work(id=8, model=HEAD_ONLY.model_id, vector=HEAD_ONLY.initial(0))
     do(node, order)
     (learned,) = replies(deliver(node, broadcast(order, HEAD_ONLY.initial(0))))
     assert isinstance(learned, Success) and isinstance(learned.update, Dense) and len(learned.update.values) == 123
-    back = UpdateModel(4, PROGRAM.model_id, len(PROGRAM.data), zlib.crc32(PROGRAM.data))
+    back = update(4, PROGRAM, version=2)
     do(node, back)
     deliver(node, carried(PROGRAM))
     assert node.model == PROGRAM.model_id and serve(node, work(id=9))
@@ -75,9 +75,9 @@ def int8_input() -> Program:
 
 @both
 @pytest.mark.parametrize(
-    ("program", "crc", "error", "detail"),
+    ("program", "hash", "error", "detail"),
     [
-        (HEAD_ONLY.data, 1, ErrorCode.PROGRAM, -3),  # not the bytes that were promised
+        (HEAD_ONLY.data, bytes(32), ErrorCode.PROGRAM, -9),  # not the bytes that were promised
         (b"MOTE" + bytes(200), None, ErrorCode.PROGRAM, -2),  # no program
         (OTHER_SIZE.data, None, ErrorCode.PROGRAM, -1),  # takes other samples than this device has
         (OTHER_TARGETS.data, None, ErrorCode.PROGRAM, -1),
@@ -88,12 +88,12 @@ def int8_input() -> Program:
     ],
 )
 def test_a_program_that_does_not_fit_leaves_the_builtin_one(
-    make: Make, program: bytes, crc: int | None, error: ErrorCode, detail: int
+    make: Make, program: bytes, hash: bytes | None, error: ErrorCode, detail: int
 ) -> None:
     node = make(model_slot_bytes=1500)
-    model = b"12345678"
-    adopt = UpdateModel(3, model, len(program), zlib.crc32(program) if crc is None else crc)
-    outs = do(node, adopt)
+    manifest = Manifest(Sha256.of(program).digest if hash is None else hash, len(program), 1, 100, 6, 3)
+    model = manifest.model
+    outs = do(node, UpdateModel(3, manifest))
     outs += deliver(node, [(TOPICS.program(model, i), payload) for i, payload in enumerate(chunks(program))])
     assert replies(outs) == [Failure(3, error, detail)]
     assert node.model == PROGRAM.model_id
@@ -110,8 +110,8 @@ def test_a_program_that_fleets_cannot_exchange_is_refused_at_the_start(make: Mak
 def test_a_learner_that_loads_nothing_takes_no_program_over_the_air() -> None:
     node = callbacks()
     node._node.config.learner.load = ffi.NULL
-    update = UpdateModel(3, HEAD_ONLY.model_id, len(HEAD_ONLY.data), zlib.crc32(HEAD_ONLY.data))
-    assert replies(do(node, update)) == [Failure(3, ErrorCode.CAPACITY)]
+    order = update(3, HEAD_ONLY)
+    assert replies(do(node, order)) == [Failure(3, ErrorCode.CAPACITY)]
     assert np.array_equal(dense(serve(node, work())), expected(work())[0].parameters)
 
 
@@ -127,7 +127,7 @@ def test_a_model_larger_than_the_wire_is_turned_down(make: Make) -> None:
 @both
 def test_a_program_that_can_not_be_taken_is_turned_down(make: Make) -> None:
     def adopt(node: Node, size: int) -> list[Reply]:
-        return replies(do(node, UpdateModel(3, b"12345678", size, 0)))
+        return replies(do(node, UpdateModel(3, Manifest(b"12345678" + bytes(24), size, 1, 100, 6, 3))))
 
     assert adopt(make(model_slot_bytes=0), 100) == [Failure(3, ErrorCode.CAPACITY)]
     assert adopt(make(model_slot_bytes=100), 101) == [Failure(3, ErrorCode.CAPACITY)]

@@ -15,6 +15,7 @@ from node_fixtures import (
     Make,
     both,
     broadcast,
+    data_of,
     deliver,
     dense,
     do,
@@ -33,17 +34,8 @@ from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.model.layers import Dense as DenseLayer
 from tinyfleet.edge.model.layers import ReLU, build
 from tinyfleet.edge.model.learner import MoteLearner
-from tinyfleet.edge.wire.messages import (
-    ALL_LAYERS,
-    Dense,
-    ErrorCode,
-    Failure,
-    Phase,
-    Sparse,
-    Success,
-    TrainTask,
-    UpdateFormat,
-)
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Sha256, TrainTask, UpdateFormat
+from tinyfleet.edge.wire.messages import Dense, ErrorCode, Failure, Sparse, Success
 from tinyfleet.edge.wire.updates import apply_update
 
 
@@ -144,8 +136,9 @@ def test_an_update_is_clipped_on_the_device(make: Make) -> None:
 @both
 def test_an_update_whose_norm_is_no_number_has_diverged(make: Make) -> None:
     """Each of its values is one, so that without a norm to be clipped to it can be sent."""
-    node, far = make(), work(phases=(Phase(ALL_LAYERS, 1, 1e6),), query=0, update=UpdateFormat(clip=1.0))
     large = WEIGHTS * np.float32(-1e13)
+    format = UpdateFormat(clip=1.0)
+    node, far = make(), work(phases=(Phase(ALL_LAYERS, 1, 1e6),), query=0, update=format, vector=large)
     assert Subscribe(TOPICS.weights(far.run, far.round)) in do(node, far)
     assert replies(deliver(node, broadcast(far, large))) == [Failure(7, ErrorCode.DIVERGED)]
     assert np.isfinite(dense(serve(node, replace(far, id=8, update=UpdateFormat()), large))).all()
@@ -217,7 +210,7 @@ def test_sparse_replies_need_room_for_the_weights() -> None:
 def test_a_share_that_is_none_is_malformed(make: Make, density: float) -> None:
     node = make()
     assert do(node, work(update=UpdateFormat(density=density))) == []
-    assert node.counters == NodeCounters(1, 0, 0)
+    assert node.counters == NodeCounters(1, 0, 0, 0)
 
 
 @both
@@ -231,7 +224,7 @@ def test_a_share_that_is_none_is_malformed(make: Make, density: float) -> None:
     ],
 )
 def test_what_is_not_finite_is_not_sent(make: Make, vector: NDArray[np.float32], order: TrainTask) -> None:
-    node = make()
+    node, order = make(), replace(order, weights=Sha256.of(data_of(vector)))
     do(node, order)
     assert replies(deliver(node, broadcast(order, vector))) == [Failure(7, ErrorCode.DIVERGED)]
     assert serve(node, work(id=8)), "and the node goes on"
@@ -251,7 +244,7 @@ def test_layers_apart_are_shared_in_parts(make: Make) -> None:
     """Two layers, with one between them that stays."""
     deep = build([DenseLayer(4), ReLU(), DenseLayer(5), ReLU(), DenseLayer(3)], (6,), "softmax_cross_entropy")
     node, vector = make(deep), deep.initial(2)
-    order = work(model=deep.model_id, phases=(), update=UpdateFormat(shared=0b101))
+    order = work(model=deep.model_id, phases=(), update=UpdateFormat(shared=0b101), vector=vector)
     do(node, order)
     parts = [did.update for did in replies(deliver(node, broadcast(order, vector))) if isinstance(did, Success)]
     got = [(part.offset, part.values.tolist()) for part in parts if isinstance(part, Dense)]

@@ -20,22 +20,16 @@ from hypothesis.extra.numpy import arrays
 
 from tinyfleet.edge.mote.codegen import generate
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks, decode_chunk
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel, decode_command
 from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.messages import (
-    ALL_LAYERS,
     Dense,
     ErrorCode,
     Failure,
     Metrics,
-    Phase,
-    Reboot,
     Sparse,
     Status,
     Success,
-    TrainTask,
-    UpdateFormat,
-    UpdateModel,
-    decode_command,
     decode_reply,
     decode_status,
     encode,

@@ -11,18 +11,9 @@ from numpy.typing import NDArray
 from test_strategies import Nodes
 
 from tinyfleet.edge.model.layers import Dense, ReLU, build
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, TrainTask, UpdateFormat
 from tinyfleet.edge.wire.flower_records import SparseArrayRecord, vector_to_arrays
-from tinyfleet.edge.wire.messages import (
-    ALL_LAYERS,
-    Metrics,
-    Phase,
-    Sparse,
-    Success,
-    TrainTask,
-    UpdateFormat,
-    decode_reply,
-    encode,
-)
+from tinyfleet.edge.wire.messages import Metrics, Sparse, Success, decode_reply, encode
 from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.server.flower.broadcast import SentParameters
 from tinyfleet.server.flower.replies import ReplyParts, reply_content

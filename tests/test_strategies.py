@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.messages import ALL_LAYERS
+from tinyfleet.edge.wire.commands import ALL_LAYERS
 from tinyfleet.edge.wire.round_config import parse_round_config
 from tinyfleet.server.flower.grid import RunGrid
 from tinyfleet.server.flower.internals import new_run, stamp

@@ -17,8 +17,9 @@ from tinyfleet.edge.tasks import Task, keywords
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, TrainTask, UpdateFormat
 from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, Success, TrainTask, UpdateFormat, decode_reply, encode
+from tinyfleet.edge.wire.messages import Success, decode_reply, encode
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate

@@ -16,16 +16,9 @@ from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.tasks import Task
 from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.commands import Kind, TrainTask
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, single_records, to_metrics, vector_to_arrays
-from tinyfleet.edge.wire.messages import (
-    Failure,
-    Kind,
-    Success,
-    TrainTask,
-    decode_reply,
-    encode,
-    error_text,
-)
+from tinyfleet.edge.wire.messages import Failure, Success, decode_reply, encode, error_text
 from tinyfleet.edge.wire.round_config import parse_round_config
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.edge.wire.updates import apply_update

@@ -14,7 +14,8 @@ from flwr.common.constant import SType
 from numpy.typing import NDArray
 
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.wire.messages import Kind, Metrics
+from tinyfleet.edge.wire.commands import Kind
+from tinyfleet.edge.wire.messages import Metrics
 
 Vector = NDArray[np.float32]
 Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tinyfleet.edge.wire.cbor import uint32
+from tinyfleet.edge.wire.commands import ALL_LAYERS, MAX_PHASES, Kind, Phase, UpdateFormat
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import ALL_LAYERS, MAX_PHASES, Kind, Phase, UpdateFormat
 
 _FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 

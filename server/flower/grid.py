@@ -18,9 +18,10 @@ from flwr.serverapp import Grid
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import MAX_NORM_RATIO
 from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.commands import Kind, TrainTask
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.flower_records import single_records
-from tinyfleet.edge.wire.messages import Failure, Kind, TrainTask, decode_reply, decode_status, encode, error_text
+from tinyfleet.edge.wire.messages import Failure, decode_reply, decode_status, encode, error_text
 from tinyfleet.edge.wire.mqtt_session import Message as MqttMessage
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.round_config import RoundConfig, parse_round_config

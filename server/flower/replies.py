@@ -11,8 +11,9 @@ from flwr.app import ArrayRecord, RecordDict
 from numpy.typing import NDArray
 
 from tinyfleet.edge.model.program import Program
+from tinyfleet.edge.wire.commands import TrainTask
 from tinyfleet.edge.wire.flower_records import SparseArrayRecord, to_metrics, vector_to_arrays
-from tinyfleet.edge.wire.messages import Dense, Sparse, Success, TrainTask
+from tinyfleet.edge.wire.messages import Dense, Sparse, Success
 from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.server.flower.broadcast import SentParameters
 from tinyfleet.server.flower.reply_bounds import clip_error, metrics_error, update_error

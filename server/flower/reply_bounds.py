@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import MAX_NORM_RATIO
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Dense, Metrics, Sparse, Success, TrainTask
+from tinyfleet.edge.wire.commands import ALL_LAYERS, TrainTask
+from tinyfleet.edge.wire.messages import Dense, Metrics, Sparse, Success
 
 ENOUGH = 3
 """Replies that make a median of their own; of two, the median is their mean, which the longer one sets."""

@@ -15,7 +15,7 @@ from typing import Literal
 
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
-from tinyfleet.edge.wire.messages import TrainTask
+from tinyfleet.edge.wire.commands import TrainTask
 from tinyfleet.server.flower.broadcast import Broadcast
 from tinyfleet.server.flower.devices import StatusChange
 from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, NODE_UNAVAILABLE

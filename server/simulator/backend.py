@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.learner import MoteLearner, learn_many
 from tinyfleet.edge.model.program import Program
-from tinyfleet.edge.wire.messages import Phase
+from tinyfleet.edge.wire.commands import Phase
 from tinyfleet.server.simulator.keras_backend import Tensor, compile_function, devices, gradients
 from tinyfleet.server.simulator.networks import Network, network
 

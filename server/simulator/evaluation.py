@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyfleet.edge.tasks import Draw, Split
-from tinyfleet.edge.wire.messages import Phase
+from tinyfleet.edge.wire.commands import Phase
 from tinyfleet.server.evaluate import endless, seeds_of
 from tinyfleet.server.simulator.backend import Backend, Moments
 

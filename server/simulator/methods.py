@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Task
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, UpdateFormat
 from tinyfleet.server.flower.strategies import TinyMetaFed
 from tinyfleet.server.named_strategies import META_STRATEGIES, meta_strategy, random_initialization
 

@@ -10,17 +10,8 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.device.node import OUT_BYTES
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.messages import (
-    Dense,
-    ErrorCode,
-    Failure,
-    Metrics,
-    Sparse,
-    Success,
-    TrainTask,
-    UpdateFormat,
-    encode,
-)
+from tinyfleet.edge.wire.commands import TrainTask, UpdateFormat
+from tinyfleet.edge.wire.messages import Dense, ErrorCode, Failure, Metrics, Sparse, Success, encode
 from tinyfleet.edge.wire.updates import HEAD_BYTES, dense_parts, sparse_parts, varint_sizes
 from tinyfleet.server.simulator.methods import MethodSettings
 

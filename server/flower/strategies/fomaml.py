@@ -6,7 +6,7 @@ and the gradient is taken on samples that it had not adapted to.
 """
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, UpdateFormat
 from tinyfleet.server.flower.strategies.reptile import Reptile
 
 

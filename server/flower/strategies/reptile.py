@@ -17,8 +17,8 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, UpdateFormat
 from tinyfleet.edge.wire.flower_records import SparseArrayRecord, from_numpy, records_of_type, to_numpy
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
 from tinyfleet.edge.wire.round_config import RoundConfig, format_round_config
 from tinyfleet.server.flower.internals import log
 

@@ -10,7 +10,7 @@ Ren, Li, Anicic and Runkler, "TinyMetaFed: Efficient Federated Meta-Learning for
 import math
 
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.messages import ALL_LAYERS, Phase, UpdateFormat
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, UpdateFormat
 from tinyfleet.server.flower.strategies.reptile import Reptile
 
 
