@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -83,6 +82,3 @@ def said(outs: list[Out]) -> list[Reply]:
 def status(node: Node) -> Status:
     """The node's status now, as its will has it."""
     return decode_status(node.will().payload)
-
-
-Attack = Callable[[Node], bytes]

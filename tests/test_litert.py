@@ -183,7 +183,7 @@ def compare_nodes(folder: Path, name: str) -> float:
     from tinyfleet.edge.tasks import ClientData
     from tinyfleet.edge.wire.chunks import chunks
     from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, TrainTask, UpdateFormat
-from tinyfleet.edge.wire.messages import Success, decode_reply, encode
+    from tinyfleet.edge.wire.messages import Success, decode_reply, encode
     from tinyfleet.edge.wire.topics import Topics
     from tinyfleet.edge.wire.updates import apply_update
 

@@ -14,7 +14,7 @@ from tinyfleet.edge.mote.build_extension import FLAGS, INCLUDES, STRICT, sources
 from tinyfleet.edge.mote.codegen import generate
 from tinyfleet.firmware_tools.firmware.build import ENGINE
 
-NODE = sources("node")
+NODE = sources("crypto", "node", "store")
 CORTEX_M4 = ["-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16"]
 
 

@@ -79,7 +79,7 @@ def key_id(public: bytes) -> bytes:
 
 def public_key(key: Ed25519PrivateKey) -> bytes:
     """The public key of a private one, 32 bytes."""
-    return key.public_key().public_bytes_raw()
+    return bytes(key.public_key().public_bytes_raw())
 
 
 def _head(major: int, size: int) -> bytes:

@@ -65,7 +65,7 @@ class ErrorCode(IntEnum):
     DAMAGED = 10
     """The weights that arrived are not those that the command names."""
     EXPIRED = 11
-    """The command expired before it was done."""
+    """The command expired, or another came, before it was done."""
 
 
 _ERROR_TEXTS = {
@@ -79,7 +79,7 @@ _ERROR_TEXTS = {
     ErrorCode.FAILED_TRIAL: "the program did worse on trial than it may, so the device went back to the one before",
     ErrorCode.STORE: "its store is full or failed; give it a larger store, or send it a smaller model",
     ErrorCode.DAMAGED: "the weights that arrived are not those of the command; check who may write on the broker",
-    ErrorCode.EXPIRED: "it had no time left to finish; give it more time or fewer steps",
+    ErrorCode.EXPIRED: "it had no time left to finish, or another command came; give it more time or fewer steps",
 }
 
 

@@ -118,6 +118,8 @@ void mote_node_restore_program(mote_node_t *n, const mote_manifest_t *manifest);
 void mote_node_begin_update(mote_node_t *n, const uint8_t hash[32], const struct update_model *command);
 void mote_node_start_program(mote_node_t *n);       /* all chunks are there */
 void mote_node_end_test(mote_node_t *n, int error); /* it has been scored, or that failed */
+void mote_node_stop_test(mote_node_t *n);           /* for another command: the program on test is not yet the one that
+                                                       runs */
 void mote_node_forget_all(mote_node_t *n, const uint8_t hash[32], uint32_t id);
 
 /* ---- mote_node_receive.c */

@@ -241,6 +241,13 @@ void mote_node_end_test(mote_node_t *n, int error)
     }
 }
 
+void mote_node_stop_test(mote_node_t *n)
+{
+    if (n->state == TEST) {
+        reject_program(n, EXPIRED, 0);
+    }
+}
+
 int mote_node_observe(mote_node_t *n, float loss)
 {
     const mote_manifest_t *manifest = n->slot > 0 ? &n->manifest[n->slot - 1] : NULL;

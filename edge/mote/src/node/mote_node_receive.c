@@ -23,9 +23,6 @@ static void leave_chunks(mote_node_t *n)
 void mote_node_begin(mote_node_t *n, const uint8_t hash[32], uint32_t id, uint32_t state)
 {
     leave_chunks(n);
-    if (n->state == TEST) {
-        (void)mote_node_reload(n); /* the program on test is loaded, not yet the one that runs */
-    }
     n->pending &= ~(uint32_t)SEND_REPLY;
     memcpy(n->hash, hash, sizeof n->hash);
     n->state = state;
@@ -291,6 +288,7 @@ void mote_node_receive_command(mote_node_t *n, const mote_node_message_t *m)
         mote_node_reject(n, id_of(&command.command_action_m), STORE, error);
         return;
     }
+    mote_node_stop_test(n);
     obey(n, hash, &command.command_action_m);
     if (memcmp(n->hash, hash, sizeof hash) == 0) { /* it was begun */
         n->expires = command.command_expires;

@@ -237,9 +237,8 @@ int mote_node_step(mote_node_t *n)
     }
     uint64_t now = mote_node_now(n);
     if (now != 0 && now >= n->expires) {
-        if (n->state == TEST) {
-            mote_node_end_test(n, MOTE_ERR_AUTHENTICATION);
-        } else {
+        mote_node_stop_test(n);
+        if (is_busy(n)) {
             mote_node_finish(n, EXPIRED, 0);
         }
         return 0;
