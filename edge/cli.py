@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -83,7 +83,7 @@ def start(
     """
     from tinyfleet.edge import tasks
     from tinyfleet.edge.device.agent import AgentNode, OnlineLearning
-    from tinyfleet.edge.device.device import Device
+    from tinyfleet.edge.device.device import Device, groups_of
     from tinyfleet.edge.device.drift import PacedStream, default_drift_response
     from tinyfleet.edge.device.node import Node
     from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
@@ -114,14 +114,17 @@ def start(
 
     def node() -> Node:
         where = (fleet_name, id, td, learning_task.program, stream)
+        options: dict[str, Any] = {"learner": learner, "arena_bytes": arena, "model_slot_bytes": slot}
+        options |= {"keys": address.keys, "groups": groups_of(board)}
         if recording is None:
-            return Node(*where, learner=learner, arena_bytes=arena, model_slot_bytes=slot)
+            return Node(*where, **options)
         paced, response = PacedStream(recording, online), default_drift_response(learning_task)
         own = OnlineLearning(paced, learning_task.fedavg.rate, response)
-        return AgentNode(*where, learner=learner, arena_bytes=arena, model_slot_bytes=slot, online=own)
+        return AgentNode(*where, online=own, **options)
 
     try:
-        device = Device(node, connection.find_for_devices([id], data, fleet_name)[0], fleet_name)
+        address = connection.find_for_devices([id], data, fleet_name)[0]
+        device = Device(node, address, fleet_name)
     except ProtocolError as error:
         raise UserError(str(error)) from error
     run_devices([device], as_json)

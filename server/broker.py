@@ -130,8 +130,8 @@ class Broker:
 
     def _write_access_list(self) -> None:
         assert self._secured is not None
-        operators = self._secured.authority.operator_users()
-        write_private(self._acl_file, broker_config.access_list(self._secured.fleet, operators))
+        server, operators = self._secured.authority.broker_users()
+        write_private(self._acl_file, broker_config.access_list(self._secured.fleet, server, operators))
 
     def _reload(self) -> None:
         """Identities have changed: mosquitto reads who may do what, and who is revoked, once more."""

@@ -19,6 +19,9 @@ MAX_PACKET = 131_072
 MAX_CONNECTIONS = 20_000
 """Clients of one listener. A process may usually have fewer files open, and then that is the limit."""
 
+OPERATOR_KINDS = ("runs", "models", "drivers", "submissions")
+"""What operators write."""
+
 _GENERAL: Options = [
     ("persistence", "false"),  # devices publish their retained messages again when they reconnect
     # A description has at most 64 KiB, a chunk of weights 1 KiB: twice the larger, with its topic.
@@ -98,18 +101,19 @@ def secured(
     return options
 
 
-def access_list(fleet: str, operators: Iterable[str]) -> str:
+def access_list(fleet: str, server: Iterable[str], operators: Iterable[str]) -> str:
     """Who may write and read which topics; what is not in it is denied.
 
     A device writes what is its own, and reads the commands to it and what is broadcast. `%u` is the name in its
-    certificate. An operator, and the server is one, may do everything in its fleet.
+    certificate. An operator may read everything in the fleet and write models, weights and submissions, which ask the
+    server for commands. The server alone writes commands, and may do everything.
 
     Parameters
     ----------
     fleet
         The fleet's name.
-    operators
-        Their user names.
+    server, operators
+        User names of the server and of its operators.
 
     Returns
     -------
@@ -117,11 +121,15 @@ def access_list(fleet: str, operators: Iterable[str]) -> str:
         mosquitto's access control list.
     """
     topics = Topics(fleet)
-    own = f"tinyfleet/{fleet}/devices/%u"
+    own = f"{topics.root}/devices/%u"
     lines: list[str] = []
-    for operator in operators:
-        lines += [f"user {operator}", f"topic readwrite tinyfleet/{fleet}/#"]
+    for user in server:
+        lines += [f"user {user}", f"topic readwrite {topics.root}/#"]
+    for user in operators:
+        lines += [f"user {user}", f"topic read {topics.root}/#"]
+        lines += [f"topic write {topics.root}/{kind}/#" for kind in OPERATOR_KINDS]
     lines += [f"pattern write {own}/{kind}" for kind in ("td", "status", "reply", "event")]
     lines += [f"pattern readwrite {own}/echo", f"pattern read {own}/command"]
-    lines += [f"pattern read {topics.root}/{kind}/#" for kind in ("runs", "models")]
+    lines += [f"pattern read {topics.root}/{kind}/#" for kind in ("runs", "models", "groups")]
+    lines.append(f"pattern read {topics.time}")
     return "\n".join(lines) + "\n"

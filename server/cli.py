@@ -429,6 +429,18 @@ def deploy(
         float,
         typer.Option("--device-timeout", metavar="SECONDS", min=0.1, max=1e8, help="How long to wait for each device."),
     ] = 60.0,
+    test_samples: Annotated[
+        int,
+        typer.Option("--test-samples", metavar="N", min=0, max=1_000_000, help="Samples to score the model on first."),
+    ] = 0,
+    probation: Annotated[
+        int,
+        typer.Option("--probation", metavar="N", min=0, max=1_000_000, help="Samples to learn before it is confirmed."),
+    ] = 0,
+    max_loss: Annotated[
+        float,
+        typer.Option("--max-loss", metavar="LOSS", min=0, help="Mean loss at most, or a device goes back; 0: any."),
+    ] = 0.0,
     connection: Connection = CONNECTION,
     fleet: FleetOption = None,
     data: DataOption = DATA,
@@ -436,11 +448,13 @@ def deploy(
 ) -> None:
     """Send a model over the air to the devices that a query selects.
 
-    Devices that have no memory for the model, run it already or are offline are excluded. The exit status is 1 if a
-    device did not confirm that it runs the model.
+    Devices that have no memory for the model, run it already or are offline are excluded. A device tries the model
+    before it keeps it, and goes back to the one before if it does worse than it may. The exit status is 1 if a device
+    runs another model.
 
     Examples:
       tinyfleet deploy model.mote
+      tinyfleet deploy model.mote --test-samples 100 --max-loss 0.5 --yes
       tinyfleet deploy model.mote --select drifted --yes
       tinyfleet deploy model.mote --select my-devices.rq --yes --json
     """
@@ -481,13 +495,15 @@ def deploy(
                     fleet=name,
                     selected_by=select if select in library.names() else sparql,
                     timeout=device_timeout,
+                    trial=deployments.TrialConditions(test_samples, probation, max_loss),
                     on_result=on_result,
                 )
             summary |= {"deployment": ended.iri, "results": [asdict(result) for result in ended.results]}
             deployment_report.print_result(console, ended)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
-    if ended is not None and not ended.devices("confirmed") + ended.devices("failed"):
+    runs_it = [] if ended is None else ended.devices("confirmed") + ended.devices("on trial")
+    if ended is not None and not runs_it + ended.devices("failed"):
         typer.echo("error: no device replied; none is known to run the model", err=True)
-    if ended is not None and len(ended.devices("confirmed")) < len(plan.targets):
+    if ended is not None and len(runs_it) < len(plan.targets):
         raise typer.Exit(1)

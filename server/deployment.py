@@ -1,17 +1,17 @@
 """Sends a model over the air to the devices that a query selects, and writes the results into the graph.
 
 The program is published once, as retained chunks that the broker fans out; they are cleared when all devices are done.
-Each device is sent the command to update its model, and sent it again at growing intervals, until its status or its
-reply confirms the model, it reports an error, or its time is up. Commands, chunks and replies may be lost: a device
-that gets the same command again fetches the chunks that it lacks, or repeats its reply.
+The server is asked to send each device the command to update its model, and asked again at growing intervals, until
+the device's status or its reply confirms the model, it reports an error, or its time is up. Commands, chunks and replies
+may be lost: a device that gets the same command again fetches the chunks that it lacks, or repeats its reply.
 """
 
 import contextlib
 import itertools
+import math
 import secrets
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,9 +24,9 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.model.program import read_program as read_any_program
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks
-from tinyfleet.edge.wire.commands import UpdateModel
+from tinyfleet.edge.wire.commands import Manifest, Refusal, Sha256, Submitted, UpdateModel, encode_action
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import Failure, Reply, Status, decode_reply, decode_status, encode, error_text
+from tinyfleet.edge.wire.messages import Failure, Reply, Status, Trial, decode_reply, decode_status, error_text
 from tinyfleet.edge.wire.mqtt_session import Message, Session
 from tinyfleet.edge.wire.topics import ANNOUNCEMENT, Topics
 from tinyfleet.ontology.ingest.describe import from_program
@@ -34,13 +34,34 @@ from tinyfleet.ontology.ingest.lineage import Lineage
 from tinyfleet.ontology.queries import matching
 from tinyfleet.ontology.store.store import Store
 from tinyfleet.ontology.vocabulary.namespaces import Iri
+from tinyfleet.server.commands.client import CommandClient
+from tinyfleet.server.commands.service import MAX_LIFE
 
 MAX_CONCURRENT = 64
 """Devices that fetch the program at the same time: a broker queues all its chunks for each of them."""
 REPEAT = 2.0
 """Seconds until a device that has not replied is asked again; the interval doubles each time, up to 16 times this."""
 
-TargetStatus = Literal["confirmed", "failed", "no answer"]
+TargetStatus = Literal["confirmed", "on trial", "failed", "no answer"]
+
+
+@dataclass(frozen=True)
+class TrialConditions:
+    """What a model must do on a device before the device keeps it.
+
+    Parameters
+    ----------
+    tested
+        Samples of the device that it is scored on before it runs.
+    probation
+        Samples that it then learns from, or is scored on, before it is confirmed.
+    max_loss
+        The largest mean loss of either; 0: any that is finite.
+    """
+
+    tested: int = 0
+    probation: int = 0
+    max_loss: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,31 @@ def read_program(path: Path) -> Program:
             f"{path} has {len(program.data):,} bytes; {CHUNK * MAX_CHUNKS:,} can be sent; use a smaller model"
         )
     return program
+
+
+def manifest(program: Program, version: int, trial: TrialConditions = TrialConditions()) -> Manifest:
+    """What devices are told of a program.
+
+    Parameters
+    ----------
+    program
+        The program.
+    version
+        Devices take it only if this is higher than that of any they confirmed before.
+    trial
+        What it must do on a device before the device keeps it.
+    """
+    return Manifest(
+        Sha256.of(program.data).digest,
+        len(program.data),
+        version,
+        program.arena_bytes,
+        math.prod(program.input_shape),
+        math.prod(program.output_shape),
+        trial.tested,
+        trial.probation,
+        trial.max_loss,
+    )
 
 
 def plan_deployment(store: Store, program: Program, name: str, sparql: str, fleet: str) -> DeploymentPlan:
@@ -201,6 +247,7 @@ def deploy(
     fleet: str,
     selected_by: str,
     timeout: float = 60.0,
+    trial: TrialConditions = TrialConditions(),
     on_result: Callable[[TargetResult], None] = lambda result: None,
 ) -> DeploymentResult:
     """Sends the program to the plan's targets, and writes the deployment into the graph when it begins and ends.
@@ -221,6 +268,8 @@ def deploy(
         The query that selected the targets, for the graph.
     timeout
         Seconds that one device may take.
+    trial
+        What the model must do on a device before the device keeps it.
     on_result
         Called with each target's result.
 
@@ -235,7 +284,7 @@ def deploy(
     """
     targets = [match.device for match in deployment_plan.targets]
     lineage, number, began = Lineage(store, fleet), secrets.randbits(32), datetime.now(UTC)
-    with _Rollout(broker, fleet, program, targets, timeout) as rollout:
+    with _Rollout(broker, fleet, program, targets, timeout, trial) as rollout:
         about = lineage.deployment(number, deployment_plan.model, targets, selected_by=selected_by, started=began)
         interrupted = True
         try:
@@ -273,7 +322,13 @@ class _Rollout:
     """The session with the broker, and the targets at work. Use it in a `with`, and iterate over `run` once."""
 
     def __init__(
-        self, broker: BrokerAddress, fleet: str, program: Program, devices: Sequence[str], timeout: float
+        self,
+        broker: BrokerAddress,
+        fleet: str,
+        program: Program,
+        devices: Sequence[str],
+        timeout: float,
+        trial: TrialConditions,
     ) -> None:
         self.results: list[TargetResult] = []
         self._topics = Topics(fleet)
@@ -281,17 +336,24 @@ class _Rollout:
         payloads = enumerate(chunks(program.data))
         self._chunks = [Message(self._topics.program(program.model_id, n), payload, True) for n, payload in payloads]
         self._timeout = timeout
+        self._manifest = manifest(program, int(time.time()), trial)
         self._ids = itertools.count(secrets.randbits(32))
         self._changed = threading.Condition()  # guards the results, and the next two
         self._waiting: dict[str, _Target] = {}
         self._pending = list(reversed(devices))
         self._session: Session | None = None
         name = f"tinyfleet-deploy-{secrets.token_hex(4)}"
+        self._commands = CommandClient(self._topics, name, broker.api_token, self._on_refusal)
         self._driver = self._topics.driver("model", program.model_id, name)
         self._session = Session(
             broker, name, on_message=self._receive, on_connect=self._connected, will=(self._driver, b"")
         )
         self._connected()
+        try:
+            self._commands.require_server(broker)
+        except UserError:
+            self._session.close()
+            raise
 
     def __enter__(self) -> "_Rollout":
         return self
@@ -312,8 +374,8 @@ class _Rollout:
             with self._changed:
                 commands, until = self._due()
                 over = not self._waiting
-            for device, command in commands:  # not under the lock: the session's thread may wait for it
-                self._session.publish(self._topics.command(device), encode(command))
+            if commands:  # not under the lock: the session's thread may wait for it
+                self._session.send(self._commands.messages(commands))
             while reported < len(self.results):
                 yield self.results[reported]
                 reported += 1
@@ -323,21 +385,22 @@ class _Rollout:
                 if reported == len(self.results):
                     self._changed.wait(max(0.0, until - time.monotonic()))
 
-    def _due(self) -> tuple[list[tuple[str, UpdateModel]], float]:
+    def _due(self) -> tuple[list[Submitted], float]:
         """Gives up on targets that are late and begins with the next ones; returns the commands to send now, and
         when to look again."""
-        now, commands = time.monotonic(), []
+        now = time.monotonic()
+        commands: list[Submitted] = []
         for device, target in list(self._waiting.items()):
             if now >= target.began + self._timeout:
                 reason = f"no answer within {self._timeout:g} s" if target.online else "it went offline"
                 self._finish(device, "no answer", reason)
-        data = self._program.data
         while self._pending and len(self._waiting) < MAX_CONCURRENT:
-            command = UpdateModel(next(self._ids) & 0xFFFFFFFF, self._program.model_id, len(data), zlib.crc32(data))
+            command = UpdateModel(next(self._ids) & 0xFFFFFFFF, self._manifest)
             self._waiting[self._pending.pop()] = _Target(command, now, now)
         for device, target in self._waiting.items():
             if now >= target.resend_at:
-                commands.append((device, target.command))
+                life = max(1, int(1000 * (target.began + self._timeout - now)))
+                commands.append(Submitted(device, min(life, MAX_LIFE), encode_action(target.command)))
                 target.resend_at, target.resend_interval = (
                     now + target.resend_interval,
                     min(2 * target.resend_interval, 16 * REPEAT),
@@ -359,6 +422,7 @@ class _Rollout:
         self._session.publish(self._driver, ANNOUNCEMENT, retain=True)
         self._session.subscribe(self._topics.status("+"))
         self._session.subscribe(self._topics.reply("+"))
+        self._commands.subscribe(self._session)
         self._session.send(self._chunks)
 
     def _receive(self, topic: str, payload: bytes) -> None:
@@ -370,6 +434,14 @@ class _Rollout:
                     with self._changed:
                         if (target := self._waiting.get(device)) is not None:
                             self._take(device, target, message)
+            case None:
+                self._commands.receive(topic, payload)
+
+    def _on_refusal(self, refusal: Refusal) -> None:
+        with self._changed:
+            target = self._waiting.get(refusal.to)
+            if target is not None and target.command.id == refusal.id:
+                self._finish(refusal.to, "failed", refusal.reason)
 
     def _take(self, device: str, target: _Target, message: Status | Reply) -> None:
         if not isinstance(message, Status):
@@ -377,10 +449,10 @@ class _Rollout:
                 if isinstance(message, Failure):
                     self._finish(device, "failed", error_text(message))
                 else:
-                    self._finish(device, "confirmed")
+                    self._finish(device, "on trial" if self._manifest.probation else "confirmed")
             return
         if message.online and message.model == self._program.model_id:
-            self._finish(device, "confirmed")
+            self._finish(device, "on trial" if message.trial is Trial.ON_TRIAL else "confirmed")
         elif message.online and not target.online:  # it is back, and may have lost its command
             target.resend_at = time.monotonic()
             self._changed.notify_all()

@@ -55,12 +55,13 @@ class Results(Bar):
     def __call__(self, result: TargetResult) -> None:
         self.advance()
         line = f"{result.device}: {result.outcome} after {result.seconds:.1f} s"
-        style = None if result.outcome == "confirmed" else "yellow"
+        style = None if result.outcome in ("confirmed", "on trial") else "yellow"
         self._console.print(f"{line}{f': {result.reason}' if result.reason else ''}", style=style, soft_wrap=True)
 
 
 def print_result(console: Console, ended: DeploymentResult) -> None:
     """How many targets had which result, and how to ask the graph for them."""
-    kinds: tuple[TargetStatus, ...] = ("confirmed", "failed", "no answer")
-    console.print(", ".join(f"{len(ended.devices(kind))} {kind}" for kind in kinds))
+    kinds: tuple[TargetStatus, ...] = ("confirmed", "on trial", "failed", "no answer")
+    counts = [(len(ended.devices(kind)), kind) for kind in kinds]
+    console.print(", ".join(f"{count} {kind}" for count, kind in counts if count or kind != "on trial"))
     console.print(f"in the graph: tinyfleet query deployment-targets --param deployment={ended.iri}", soft_wrap=True)

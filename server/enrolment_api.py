@@ -34,9 +34,17 @@ class EnrolmentApi:
         The fleet's authority.
     about
         What a new identity is told of the fleet: its name, and the addresses of the broker for its role.
+    on_new_keys
+        Called when the fleet's keys have changed.
     """
 
-    def __init__(self, authority: Authority, about: Callable[[Role], Mapping[str, str]]) -> None:
+    def __init__(
+        self,
+        authority: Authority,
+        about: Callable[[Role], Mapping[str, str]],
+        on_new_keys: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_new_keys = on_new_keys
         self._authority = authority
         self._about = about
         self.served = [
@@ -46,6 +54,8 @@ class EnrolmentApi:
             Served("GET", "/identities", "admin", _answering(self._list)),
             Served("POST", "/identities/tokens", "admin", _answering(self._open_token)),
             Served("DELETE", "/identities/{name}", "admin", _answering(self._revoke)),
+            Served("GET", "/fleet-keys/proposed", "admin", _answering(self._propose_keys)),
+            Served("POST", "/fleet-keys", "admin", _answering(self._change_keys)),
         ]
 
     async def _ca(self, request: Request) -> Response:
@@ -58,7 +68,10 @@ class EnrolmentApi:
         content: dict[str, Any] = {**self._about(done.role), "role": done.role, "certificate": done.certificate}
         content |= {"issued": done.issued, "expires": done.expires}
         if done.command_key is not None:
+            change = done.keys.change
             content["command_key"] = done.command_key.hex()
+            content["fleet_keys"] = [change.current.hex(), change.next.hex()]
+            content |= {"keys_version": change.version, "root_key": done.keys.root.hex()}
         if done.api_token is not None:
             content["api_token"] = done.api_token
         return JSONResponse(content, 201)
@@ -102,6 +115,20 @@ class EnrolmentApi:
             for each in records
         ]
         return JSONResponse(rows)
+
+    async def _propose_keys(self, request: Request) -> Response:
+        change = await in_thread(self._authority.propose_keys)
+        return JSONResponse({"version": change.version, "current": change.current.hex(), "next": change.next.hex()})
+
+    async def _change_keys(self, request: Request) -> Response:
+        text = _string(await _object(request), "sealed")
+        try:
+            sealed = bytes.fromhex(text)
+        except ValueError:
+            raise HttpError(400, "sealed must be hexadecimal digits") from None
+        await in_thread(lambda: self._authority.change_keys(sealed, self._about("device")["fleet"]))
+        await in_thread(self._on_new_keys)
+        return JSONResponse({"version": self._authority.fleet_keys.version})
 
     async def _revoke(self, request: Request) -> Response:
         role = await in_thread(lambda: self._authority.revoke(request.path_params["name"]))

@@ -21,11 +21,13 @@ from starlette.responses import JSONResponse, Response
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.private_files import make_private_folder, write_private
 from tinyfleet.edge.wire.broker_address import BrokerAddress, is_loopback
+from tinyfleet.edge.wire.commands import Action, Forget, Reboot
+from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.log_limit import LogLimit
 from tinyfleet.edge.wire.mqtt_session import Receipt, Session
 from tinyfleet.edge.wire.server_info import SERVER_FILE
 from tinyfleet.edge.wire.topics import Topics
-from tinyfleet.ontology.http.access import Access, Client, Scope, Served
+from tinyfleet.ontology.http.access import SCOPES, Access, Client, Scope, Served
 from tinyfleet.ontology.http.endpoint import Endpoint
 from tinyfleet.ontology.http.request_handling import HttpError, in_thread, problem
 from tinyfleet.ontology.ingest.registry import IngestResult, Registry
@@ -36,6 +38,8 @@ from tinyfleet.ontology.vocabulary.namespaces import Iri, device_iri, fleet_name
 from tinyfleet.server.authority.authority import Authority, own_addresses
 from tinyfleet.server.authority.identities import Role
 from tinyfleet.server.broker import LOOPBACK, Broker, Secured
+from tinyfleet.server.commands.counters import Counters
+from tinyfleet.server.commands.service import CommandService
 from tinyfleet.server.enrolment_api import EnrolmentApi
 from tinyfleet.server.housekeeping import Housekeeper
 from tinyfleet.server.metrics import Monitoring
@@ -61,9 +65,12 @@ MAX_KNOWN = 100_000
 """Devices whose last report is remembered."""
 RENEWAL_INTERVAL = 12 * 3600.0
 """Seconds after which the server looks whether its own certificates near their end."""
+COUNTERS = "command-counter"
+"""File of the data folder, with the numbers that commands may have had."""
 CHECK_INTERVAL = 1.0
 """Seconds between two looks whether the threads live."""
 
+_ACTIONS: dict[str, Callable[[int], Action]] = {"reboot": Reboot, "reset": Forget}
 _Message = tuple[str, bytes, Receipt | None]
 _NEW_SESSION: _Message = ("a new session", b"", None)
 _LOST: _Message = ("the session is lost", b"", None)
@@ -163,12 +170,14 @@ class FleetServer:
             self.authority = Authority(data / AUTHORITY, names)
             stack.callback(self.authority.close)
             self._mosquitto: Mosquitto | None = None
+            is_secured = False
             if broker is None:
                 if operator_port is None:
                     operator_port = port + 1 if port else 0
                 secured = None if insecure else Secured(self.authority, fleet, operator_port, listen)
                 started = stack.enter_context(Broker(port, data / "broker", secured=secured, on_failure=self._fail))
                 self._mosquitto = started.mosquitto
+                is_secured = not insecure and started.kind == "mosquitto"
                 if started.kind == "amqtt":
                     on_log(
                         "mosquitto is not installed; amqtt takes its place, without encryption, identities or limits, "
@@ -181,8 +190,9 @@ class FleetServer:
                 )
             else:
                 self.broker, self.device_broker, self.broker_kind = broker, broker, "given"
-            enrolment = EnrolmentApi(self.authority, self._addresses)
+            enrolment = EnrolmentApi(self.authority, self._addresses, self._publish_keys)
             self._session: Session | None = None
+            self.commands: CommandService | None = None
             self.registry = Registry(self.store, fleet)
             self.token = secrets.token_urlsafe(32)
             access = Access(self._token_owner, "admin" if insecure else None)
@@ -202,6 +212,7 @@ class FleetServer:
                         *Monitoring(self, self.registry, self.store, lambda: served).served,
                         Served("POST", "/login-codes", "admin", self._new_login),
                         Served("DELETE", "/devices/{name}", "admin", self._forget_device),
+                        Served("POST", "/devices/{name}/commands/{action}", "operate", self._command_device),
                     ],
                 )
             )
@@ -225,6 +236,19 @@ class FleetServer:
                 self.broker, name, on_delivery=self._receive, on_connect=self._connected, on_lost=self._lost
             )
             stack.callback(self._session.close)
+            counters = Counters(data / COUNTERS)
+            stack.callback(counters.close)
+            self.commands = stack.enter_context(
+                CommandService(
+                    self.broker,
+                    fleet,
+                    name=f"tinyfleet-commands-{secrets.token_hex(4)}",
+                    next_counter=counters.next,
+                    signer=self.authority,
+                    may_command=lambda token: not is_secured or self._may_operate(token),
+                    takes_keyless=not is_secured,
+                )
+            )
             stack.callback(self._housekeeper.close)
             self._housekeeper.start(self._session)
             self._connected()
@@ -269,7 +293,9 @@ class FleetServer:
                 renew_at += RENEWAL_INTERVAL
                 if self.authority.renew_own():
                     endpoint.read_certificate()
-            for part, alive in (("writes what devices report", writer.is_alive()), ("serves HTTP", endpoint.alive)):
+            commands = self.commands is None or self.commands.alive
+            parts = [("writes what devices report", writer.is_alive()), ("serves HTTP", endpoint.alive)]
+            for part, alive in (*parts, ("commands devices", commands)):
                 if not alive:
                     self._fail(f"the thread that {part} has died; start the server again")
                     return
@@ -326,6 +352,28 @@ class FleetServer:
         if hmac.compare_digest(token.encode(), self.token.encode()):
             return "owner", "admin"
         return self.authority.identities.scope_of(token)
+
+    def _may_operate(self, token: str | None) -> bool:
+        owner = None if token is None else self._token_owner(token)
+        return owner is not None and SCOPES.index(owner[1]) >= SCOPES.index("operate")
+
+    def _publish_keys(self) -> None:
+        if self.commands is not None:
+            self.commands.publish_keys()
+
+    async def _command_device(self, request: Request) -> Response:
+        """Reboot a device, or make it forget what it keeps."""
+        name, action = request.path_params["name"], _ACTIONS.get(request.path_params["action"])
+        if action is None:
+            return problem(HttpError(404, f"a device can be asked to {' or to '.join(_ACTIONS)}"))
+        commands = self.commands
+        if commands is None:
+            return problem(HttpError(503, "the server is starting"))
+        try:
+            await in_thread(lambda: commands.command(name, action(secrets.randbits(32))))
+        except (UserError, ProtocolError) as error:
+            return problem(HttpError(409, str(error)))
+        return Response(status_code=202)
 
     def login_address(self) -> str:
         """An address that logs a browser in to the page, once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -77,3 +77,27 @@ def connection_options(broker: BrokerAddress) -> list[str]:
     if broker.password is not None and broker.ca is not None:
         options += ["--password-file", str(broker.ca.with_name("password"))]
     return options if broker.tls else [*options, "--insecure"]
+
+
+@contextmanager
+def command_services(
+    broker: BrokerAddress, fleets: Sequence[str] = ("home", "test", "mixed", "other")
+) -> Iterator[None]:
+    """What a server does for the commands to devices without keys, in these fleets."""
+    from tinyfleet.server.commands.counters import Counters
+    from tinyfleet.server.commands.service import CommandService
+
+    with ExitStack() as stack:
+        for fleet in fleets:
+            stack.enter_context(
+                CommandService(
+                    broker,
+                    fleet,
+                    name=f"commands-{fleet}",
+                    next_counter=Counters(None).next,
+                    signer=None,
+                    may_command=lambda token: True,
+                    takes_keyless=True,
+                )
+            )
+        yield

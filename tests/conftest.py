@@ -92,12 +92,21 @@ def plain_broker(port: int) -> BrokerAddress:
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[BrokerAddress]:
+def own_broker(tmp_path: Path) -> Iterator[BrokerAddress]:
     """A fresh mosquitto with TLS and access control; the address shows it a certificate."""
     from broker_fixtures import secured_broker  # only here: it needs the server's packages
 
     with secured_broker(tmp_path / "broker") as address:
         yield address
+
+
+@pytest.fixture
+def broker(own_broker: BrokerAddress) -> Iterator[BrokerAddress]:
+    """The same, with what commands devices without keys there."""
+    from broker_fixtures import command_services
+
+    with command_services(own_broker):
+        yield own_broker
 
 
 @pytest.fixture

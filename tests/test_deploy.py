@@ -45,6 +45,12 @@ NEW = build([Dense(400), ReLU(), Dense(3)], (6,), "softmax_cross_entropy")
 NEW = build([Dense(400), ReLU(), Dense(3)], (6,), "softmax_cross_entropy", weights=NEW.split(NEW.initial(1)))
 
 
+@pytest.fixture
+def broker(own_broker: BrokerAddress) -> BrokerAddress:
+    """Without a command service: the server that each test starts is one."""
+    return own_broker
+
+
 def samples() -> ClientData:
     random = np.random.default_rng(0)
     return ClientData.of([random.integers(0, 255, (12, 6), np.uint8) for _ in range(5)], 1 / 255, 3)

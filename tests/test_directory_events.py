@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 from directory_fixtures import PATCH, TOPICS, Directory, Here, at, given_back, lamp
 from ontology_fixtures import TOKEN, description, payload
 
@@ -22,6 +23,12 @@ from tinyfleet.ontology.store.store import EmbeddedStore
 from tinyfleet.server.fleet_server import FleetServer
 
 # Expiry.
+
+
+@pytest.fixture
+def broker(own_broker: BrokerAddress) -> BrokerAddress:
+    """Without a command service: the server that each test starts is one."""
+    return own_broker
 
 
 def test_a_time_to_live_becomes_an_expiry(directory: Here) -> None:

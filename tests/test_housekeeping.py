@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import free_port, plain_broker, start_mosquitto
 from ontology_fixtures import description, payload, status
 
@@ -18,6 +19,12 @@ from tinyfleet.server.fleet_server import FleetServer
 
 TOPICS = Topics("home")
 PREFIXES = "PREFIX tf: <https://w3id.org/tinyfleet#> PREFIX prov: <http://www.w3.org/ns/prov#> "
+
+
+@pytest.fixture
+def broker(own_broker: BrokerAddress) -> BrokerAddress:
+    """Without a command service: the server that each test starts is one."""
+    return own_broker
 
 
 class Lines(queue.Queue[str]):

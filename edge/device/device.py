@@ -24,6 +24,7 @@ from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.broker_check import device_client_id, release_name
+from tinyfleet.edge.wire.messages import ResetReason
 from tinyfleet.edge.wire.mqtt_session import Message, Session
 
 log = logging.getLogger(__name__)
@@ -70,12 +71,14 @@ class Device:
         self.error: Exception | None = None
         self._last_bug, self._bugs = "", 0
         self.node = make_node()
+        self.node.set_reset_reason(ResetReason.POWER)
         self._session = self._open()
 
     def run(self) -> None:
         """Serve until `stop` is called, from another thread or a signal handler."""
         while self._serve():
             self.node = self._make_node()
+            self.node.set_reset_reason(ResetReason.COMMAND)
             while not self._stopping.is_set():
                 try:
                     self._session = self._open()
@@ -189,6 +192,11 @@ class Device:
         return True
 
 
+def groups_of(board: Board) -> tuple[str, ...]:
+    """The groups whose commands a device obeys: of all, of the fleet's keys, and of its board."""
+    return "all", "keys", board.id[:32]
+
+
 def virtual_device(
     broker: BrokerAddress, fleet: str, id: str, program: Program, data: ClientData, board: Board = VIRTUAL
 ) -> Device:
@@ -222,6 +230,16 @@ def virtual_device(
     td = thing_description(fleet, id, board, "mote", ENGINE_VERSION, arena, program.model_id, PROGRAM_BYTES)
 
     def node() -> Node:
-        return Node(fleet, id, td, program, DatasetStream(data), arena_bytes=arena, model_slot_bytes=PROGRAM_BYTES)
+        return Node(
+            fleet,
+            id,
+            td,
+            program,
+            DatasetStream(data),
+            arena_bytes=arena,
+            model_slot_bytes=PROGRAM_BYTES,
+            keys=broker.keys,
+            groups=groups_of(board),
+        )
 
     return Device(node, broker, fleet)

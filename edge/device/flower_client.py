@@ -4,6 +4,7 @@ It runs the C node and passes it each message in memory, so the results are the 
 node config says which part of the data the device holds: partition-id, of num-partitions.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -16,14 +17,17 @@ from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.tasks import Task
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.commands import Kind, TrainTask
+from tinyfleet.edge.wire.commands import Kind, Sha256, TrainTask, encode_action, encode_command
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, single_records, to_metrics, vector_to_arrays
-from tinyfleet.edge.wire.messages import Failure, Success, decode_reply, encode, error_text
+from tinyfleet.edge.wire.messages import Failure, Success, decode_reply, error_text
 from tinyfleet.edge.wire.round_config import parse_round_config
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.edge.wire.updates import apply_update
 
 Vector = NDArray[np.float32]
+
+NOW = 1
+"""The time here, which stands still: Flower's transport says whom to obey, and for how long."""
 
 app = ClientApp()
 
@@ -81,6 +85,7 @@ def serve(message: Message, kind: Kind, task: Task, index: int, fleet_size: int)
         DatasetStream(task.client(index, fleet_size)),
         arena_bytes=task.program.arena_bytes,
         model_slot_bytes=0,
+        clock=lambda: NOW,
     )
     parts = _run(node, train_task, parameters)
     metrics = parts[0].metrics
@@ -99,10 +104,11 @@ _task = lru_cache(tasks.load)  # a process serves many messages
 
 def _run(node: Node, train_task: TrainTask, parameters: Vector) -> list[Success]:
     """Pass one command and the round's parameters to the node, and return the parts of its reply."""
-    topics = Topics("flower")
-    node.receive(topics.command(node.id), encode(train_task))
+    topics, data = Topics("flower"), parameters.astype("<f4").tobytes()
+    action = encode_action(replace(train_task, weights=Sha256.of(data)))
+    node.receive(topics.command(node.id), encode_command(NOW + 1, NOW + 1, None, action))
     list(node.poll())
-    for n, chunk in enumerate(chunks(parameters.astype("<f4").tobytes())):
+    for n, chunk in enumerate(chunks(data)):
         node.receive(topics.weights(train_task.run, train_task.round, n), chunk)
     while node.step():
         pass

@@ -152,8 +152,6 @@ class Node:
         The time; None: it takes the time from the server.
     groups
         Groups whose commands it obeys, at most 4.
-    reset
-        Why it starts.
 
     Attributes
     ----------
@@ -188,7 +186,6 @@ class Node:
         keep_every: int = 0,
         clock: Callable[[], int] | None = wall_clock,
         groups: Sequence[str] = (),
-        reset: ResetReason = ResetReason.UNKNOWN,
     ) -> None:
         topics = Topics(fleet)
         topics.command(id)  # checks the names, as the next line does
@@ -233,7 +230,7 @@ class Node:
         config.sample, config.sample_count = keep(ffi.from_buffer("float[]", sample)), len(sample)
         self._callbacks = _Callbacks(sample[:inputs], sample[inputs:], source, learner, store, clock)
         self._callbacks.fill(config)
-        config.keep_every, config.reset, config.nonce = keep_every, reset, secrets.token_bytes(lib.MOTE_NONCE)
+        config.keep_every, config.nonce = keep_every, secrets.token_bytes(lib.MOTE_NONCE)
         for at, group in enumerate(groups):
             config.groups[at] = keep(ffi.new("char[]", group.encode()))
         if keys is not None:
@@ -343,6 +340,10 @@ class Node:
             False: the program has failed on trial, and the one before runs.
         """
         return not lib.mote_node_observe(self._node, loss)
+
+    def set_reset_reason(self, reason: ResetReason) -> None:
+        """Report in the status why it started."""
+        self._node.config.reset = reason
 
     def set_drift(self, drift: float) -> None:
         """Report drift in the status, 0 to 1, which is sent where drift begins or ends."""

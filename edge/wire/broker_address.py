@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tinyfleet.edge.errors import UserError
+from tinyfleet.edge.wire.keys import Keys
 
 PASSWORD_VARIABLE = "TINYFLEET_BROKER_PASSWORD"
 """Environment variable with the password of the broker's user."""
@@ -42,6 +43,10 @@ class BrokerAddress:
         PEM file with the certificate authority that signed the broker's certificate. Default: the system's authorities.
     cert, key
         PEM files with the client's certificate and its private key, for brokers that ask for one.
+    api_token
+        What an operator shows the server there, to command devices.
+    keys
+        Whom a device obeys there; None: whoever can publish.
 
     Raises
     ------
@@ -64,6 +69,8 @@ class BrokerAddress:
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
+    api_token: str | None = field(default=None, repr=False)
+    keys: Keys | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.tls and not is_loopback(self.host):

@@ -376,6 +376,12 @@ def encode_command(counter: int, expires: int, nonce: bytes | None, action: byte
     return bytes(head)
 
 
+def sealed_size(action: bytes) -> int:
+    """Bytes of the command with this encoded action, sealed for a device that knows the time (COSE_Mac0)."""
+    payload = len(encode_command(1 << 40, 1 << 40, None, action))
+    return 7 + (1 if payload < 24 else 2 if payload < 0x100 else 3) + payload + 34
+
+
 def encode_time(now: int) -> bytes:
     """Encode the time message: the Unix time in milliseconds."""
     return dumps([uint64(now, "now")])

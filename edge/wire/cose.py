@@ -69,7 +69,8 @@ def sign1(payload: bytes, key: Ed25519PrivateKey, topic: str) -> bytes:
 
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     protected: dict[int, object] = {COSEHeaders.ALG: COSEAlgs.EDDSA, COSEHeaders.KID: key_id(public_key(key))}
-    return COSE.new().encode(payload, COSEKey.from_pem(pem), protected=protected, external_aad=topic.encode())
+    sealed: bytes = COSE.new().encode(payload, COSEKey.from_pem(pem), protected=protected, external_aad=topic.encode())
+    return sealed
 
 
 def key_id(public: bytes) -> bytes:

@@ -25,6 +25,7 @@ from tinyfleet.edge.private_files import make_private_folder, write_private
 from tinyfleet.edge.wire.broker_address import BrokerAddress, is_loopback
 from tinyfleet.edge.wire.enrolment_token import EnrolmentToken
 from tinyfleet.edge.wire.json_text import parse_json
+from tinyfleet.edge.wire.keys import Keys
 
 IDENTITIES = "identities"
 """The folder of a machine's identities, in its data folder."""
@@ -58,6 +59,8 @@ class Identity:
         An operator's token for the HTTP API.
     enrolled_with
         SHA-256 of the enrolment token's secret, as hexadecimal digits.
+    fleet_keys, keys_version, root_key
+        For a device, the fleet's current and next public key, their version, and the public root key.
     """
 
     folder: Path
@@ -72,6 +75,23 @@ class Identity:
     command_key: str | None = None
     api_token: str | None = None
     enrolled_with: str | None = None
+    fleet_keys: list[str] | None = None
+    keys_version: int = 0
+    root_key: str | None = None
+
+    @property
+    def keys(self) -> Keys | None:
+        """Whom a device obeys; None for an operator, and for one that was enrolled before there were keys."""
+        if self.command_key is None or self.root_key is None or not self.fleet_keys:
+            return None
+        current, next, *_ = [*map(bytes.fromhex, self.fleet_keys), None]
+        assert current is not None
+        return Keys(bytes.fromhex(self.command_key), current, next, bytes.fromhex(self.root_key), self.keys_version)
+
+    def at(self, url: str) -> BrokerAddress:
+        """A broker at this address, and what this identity shows it."""
+        broker = BrokerAddress.parse(url, ca=self.ca, cert=self.cert, key=self.key)
+        return replace(broker, api_token=self.api_token, keys=self.keys)
 
     @property
     def ca(self) -> Path:
@@ -91,7 +111,7 @@ class Identity:
     @property
     def broker(self) -> BrokerAddress:
         """The broker, and what this identity shows it."""
-        return BrokerAddress.parse(self.broker_url, ca=self.ca, cert=self.cert, key=self.key)
+        return self.at(self.broker_url)
 
     @classmethod
     def load(cls, folder: Path) -> Identity | None:
@@ -232,6 +252,7 @@ def enrol(token: EnrolmentToken, name: str, data: Path) -> Identity:
         identity = Identity(
             folder, name, said["role"], said["fleet"], said["broker"], token.url, said["endpoint"], said["issued"],
             said["expires"], said.get("command_key"), said.get("api_token"), secret_hash(token),
+            said.get("fleet_keys"), said.get("keys_version", 0), said.get("root_key"),
         )  # fmt: skip
         certificate = said["certificate"]
     except KeyError as error:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tinyfleet.edge.errors import UserError
@@ -141,7 +142,8 @@ def find_broker(
         return _named_broker(broker, insecure, shown)
     server = require_server(data)
     ca, cert, key = (Path(server[name]) if name in server else None for name in ("ca", "cert", "key"))
-    return BrokerAddress.parse(server["broker"], ca=ca, cert=cert, key=key)
+    address = BrokerAddress.parse(server["broker"], ca=ca, cert=cert, key=key)
+    return replace(address, api_token=server.get("token"))
 
 
 def find_device_brokers(
@@ -194,9 +196,7 @@ def find_device_brokers(
         identities |= {name: enrol(token, name, data) for name in missing}
     found = [identity.renewed_if_possible() for identity in identities.values() if identity is not None]
     if server:  # whose ports may be others than when the device was enrolled
-        return [
-            BrokerAddress.parse(server["device_broker"], ca=each.ca, cert=each.cert, key=each.key) for each in found
-        ]
+        return [each.at(server["device_broker"]) for each in found]
     return [each.broker for each in found]
 
 

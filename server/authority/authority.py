@@ -16,11 +16,14 @@ from cryptography import x509
 
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.private_files import make_private_folder, write_private
+from tinyfleet.edge.wire import cose
 from tinyfleet.edge.wire.broker_address import is_loopback
 from tinyfleet.edge.wire.enrolment_token import EnrolmentToken
+from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.http.access import Scope
 from tinyfleet.server.authority import certificates
 from tinyfleet.server.authority.certificates import KeyPair
+from tinyfleet.server.authority.fleet_keys import ROOT_KEY, FleetKeys, KeyChange, read_root_key, write_root_key
 from tinyfleet.server.authority.identities import Identities, IdentityRecord, Issued, Role
 
 SERVER = "server"
@@ -48,6 +51,8 @@ class Enrolment(NamedTuple):
         A device's key for the commands to it, 32 bytes.
     api_token
         An operator's token for the HTTP API.
+    keys
+        The fleet's keys, whose public parts a device is told.
     """
 
     certificate: str
@@ -56,6 +61,7 @@ class Enrolment(NamedTuple):
     role: Role
     command_key: bytes | None
     api_token: str | None
+    keys: FleetKeys
 
 
 class Authority:
@@ -70,6 +76,8 @@ class Authority:
         Its folder; only its owner may enter.
     host_names
         Host names and IP addresses under which clients on the network find the server.
+    root_key
+        The public root key, for keys that are made now. Default: one is made, and left beside the folder.
     clock
         The time.
 
@@ -80,7 +88,12 @@ class Authority:
     """
 
     def __init__(
-        self, folder: Path, host_names: Iterable[str] = (), *, clock: Callable[[], datetime] = certificates.utc_now
+        self,
+        folder: Path,
+        host_names: Iterable[str] = (),
+        *,
+        root_key: bytes | None = None,
+        clock: Callable[[], datetime] = certificates.utc_now,
     ) -> None:
         self.folder = folder
         self._clock = clock
@@ -101,6 +114,14 @@ class Authority:
         self.client_files = folder / "client.crt", folder / "client.key"
         self._certify_client()
         self.write_broker_files()
+        self.fleet_keys = FleetKeys.load(folder) or self._make_keys(root_key)
+        self._keys_next: FleetKeys | None = None  # proposed, and not signed yet
+
+    def _make_keys(self, root_key: bytes | None) -> FleetKeys:
+        if root_key is None:
+            file = self.folder.parent / ROOT_KEY
+            root_key = cose.public_key(read_root_key(file) if file.exists() else write_root_key(file))
+        return FleetKeys.make(self.folder, root_key)
 
     def renew_own(self) -> bool:
         """Make the server's own certificates again where they near their end; the broker reads them then.
@@ -213,9 +234,10 @@ class Authority:
         """The file of that authority's revoked certificates."""
         return self.folder / f"{role}.crl"
 
-    def operator_users(self) -> list[str]:
-        """The valid operators, as the broker knows them."""
-        return [_operator_user(name, key) for name, key in self.identities.operators()]
+    def broker_users(self) -> tuple[list[str], list[str]]:
+        """The server itself and the valid operators, as the broker knows them."""
+        users = [(name, _operator_user(name, key)) for name, key in self.identities.operators()]
+        return [user for name, user in users if name == SERVER], [user for name, user in users if name != SERVER]
 
     def write_broker_files(self) -> None:
         """Write the lists of revoked certificates."""
@@ -309,7 +331,9 @@ class Authority:
         if role == "operator":
             token = secrets.token_urlsafe(32)
             self.identities.add_api_token(token, issued, OPERATOR_SCOPE, now)
-        return Enrolment(issued.pem, now, issued.not_after, role, self.identities.command_key(name), token)
+        return Enrolment(
+            issued.pem, now, issued.not_after, role, self.identities.command_key(name), token, self.fleet_keys
+        )
 
     def renew(self, name: str, request: str, signature: bytes) -> Issued:
         """Another certificate for an identity.
@@ -358,6 +382,42 @@ class Authority:
         self._publish()
         self._ended(name, role)
         return role
+
+    # Commands
+
+    def command_key(self, device: str) -> bytes | None:
+        """The key that a device shares with the server; None if it is not enrolled."""
+        return self.identities.command_key(device)
+
+    def sign(self, payload: bytes, topic: str) -> bytes:
+        """A COSE_Sign1 with the fleet's current key."""
+        return cose.sign1(payload, self.fleet_keys.current, topic)
+
+    @property
+    def new_keys(self) -> bytes | None:
+        """The last change of the fleet's keys, sealed with the root key."""
+        return self.fleet_keys.new_keys
+
+    def propose_keys(self) -> KeyChange:
+        """The next change of keys, for the root key to sign."""
+        with self._lock:
+            change, self._keys_next = self.fleet_keys.propose()
+            return change
+
+    def change_keys(self, sealed: bytes, fleet: str) -> None:
+        """Take the proposed keys.
+
+        Raises
+        ------
+        UserError
+            If nothing was proposed, or it is not signed by the root key for this fleet.
+        """
+        with self._lock:
+            if self._keys_next is None:
+                raise UserError("no change of keys was proposed; ask again")
+            keys = self._keys_next.signed(sealed, Topics(fleet).group_command("keys"))
+            keys.save()
+            self.fleet_keys, self._keys_next = keys, None
 
     def takeover(self, name: str) -> tuple[bytes, bytes]:
         """A key and a certificate in a device's name, valid for minutes and kept nowhere: connecting with them ends the

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire.chunks import chunks
+from tinyfleet.edge.wire.commands import MAX_INLINE, Sha256
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, parameter_keys
 from tinyfleet.edge.wire.mqtt_session import Message as MqttMessage
 from tinyfleet.edge.wire.topics import Topics
@@ -55,8 +56,13 @@ class Broadcast:
     parameters: SentParameters
     run: int  # numbers of the run and of the round on the wire
     number: int
-    chunks: list[MqttMessage]
+    chunks: list[MqttMessage]  # none: the parameters are in the commands
     open_requests: int = 0
+
+    @property
+    def weights(self) -> bytes | Sha256:
+        """What a train task says of them."""
+        return Sha256.of(self.parameters.data) if self.chunks else self.parameters.data
 
     @property
     def clearing(self) -> list[MqttMessage]:
@@ -77,13 +83,13 @@ class Broadcasts:
         self._current: list[Broadcast] = []
         self._ended: deque[Broadcast] = deque(maxlen=REMEMBERED)
 
-    def add(self, run_id: int, parameters: SentParameters) -> Broadcast:
-        """A new broadcast. The caller sends its chunks."""
+    def add(self, run_id: int, parameters: SentParameters, devices: int) -> Broadcast:
+        """A new broadcast to so many devices. The caller sends its chunks. Few parameters for one device go into its
+        command."""
         run, number = run_id & 0xFFFFFFFF, next(self._numbers)
-        messages = [
-            MqttMessage(self._topics.weights(run, number, n), payload, True)
-            for n, payload in enumerate(chunks(parameters.data))
-        ]
+        is_inline = devices == 1 and len(parameters.data) <= MAX_INLINE
+        payloads = () if is_inline else enumerate(chunks(parameters.data))
+        messages = [MqttMessage(self._topics.weights(run, number, n), payload, True) for n, payload in payloads]
         self._current.append(Broadcast(parameters, run, number, messages))
         return self._current[-1]
 

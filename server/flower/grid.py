@@ -7,6 +7,7 @@ fails or disappears costs its own reply and no other.
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from logging import WARNING
@@ -15,28 +16,35 @@ from typing import NamedTuple
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import MAX_NORM_RATIO
 from tinyfleet.edge.wire.broker_address import BrokerAddress
-from tinyfleet.edge.wire.commands import Kind, TrainTask
+from tinyfleet.edge.wire.commands import Kind, Refusal, Submitted, TrainTask, encode_action, sealed_size
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.flower_records import single_records
-from tinyfleet.edge.wire.messages import Failure, decode_reply, decode_status, encode, error_text
+from tinyfleet.edge.wire.messages import Failure, decode_reply, decode_status, error_text
 from tinyfleet.edge.wire.mqtt_session import Message as MqttMessage
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.round_config import RoundConfig, parse_round_config
 from tinyfleet.edge.wire.topics import ANNOUNCEMENT, Topics
+from tinyfleet.server.commands.client import CommandClient
+from tinyfleet.server.commands.service import MAX_LIFE
 from tinyfleet.server.flower.broadcast import Broadcast, Broadcasts, SentParameters
 from tinyfleet.server.flower.devices import DeviceTable, node_id
-from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, Run, log, new_run, stamp
+from tinyfleet.server.flower.internals import NO_REPLY, NODE_FAILED, NODE_UNAVAILABLE, Run, log, new_run, stamp
 from tinyfleet.server.flower.replies import ReplyError, encoding, is_valid_part, reply_content
 from tinyfleet.server.flower.reply_bounds import NormBound
 from tinyfleet.server.flower.requests import Request, RequestScheduler, RoundEvent
 
+MAX_CLEARING = 256
+"""Messages that wait to be taken back with others; a round of a large model is taken back at once."""
+
 
 @dataclass
 class Traffic:
-    """Payload bytes since the grid was opened, and messages that it discarded. A broadcast counts once."""
+    """Payload bytes since the grid was opened, and messages that it discarded. A broadcast counts once, a command as
+    the server seals it."""
 
     bytes_down: int = 0
     bytes_up: int = 0
@@ -165,12 +173,19 @@ class MqttGrid(RunGrid):
         self._devices = DeviceTable()
         self._broadcasts = Broadcasts(self._topics)
         self._session: Session | None = None
+        self._clearing: list[MqttMessage] = []  # what is to be taken back with the next messages
         name = f"tinyfleet-grid-{secrets.token_hex(4)}"
+        self._commands = CommandClient(self._topics, name, broker.api_token, self._on_refusal)
         self._driver = self._topics.driver("run", self.run.run_id & 0xFFFFFFFF, name)
         self._session = Session(
             broker, name, on_message=self._receive, on_connect=self._connected, will=(self._driver, b"")
         )
         self._connected()
+        try:
+            self._commands.require_server(broker)
+        except UserError:
+            self._session.close()
+            raise
 
     def __enter__(self) -> "MqttGrid":
         return self
@@ -186,6 +201,8 @@ class MqttGrid(RunGrid):
         for broadcast in broadcasts:
             self._end_broadcast(broadcast)
         if self._session is not None:
+            submitted = [Submitted(device, 0, payload) for device, payload in self._requests.withdrawn()]
+            self._send(self._clearing, self._commands.messages(submitted))
             self._session.publish(self._driver, b"", retain=True)
             if self._session.connected:
                 self._session.flush(2)  # so that nothing of the run stays at the broker
@@ -270,12 +287,13 @@ class MqttGrid(RunGrid):
             if id(record) not in by_record:
                 by_record[id(record)] = SentParameters.from_record(record, self.program)
             checked.append((message, self._device_request(message, config), by_record[id(record)]))
+        keys = [(parameters.data, *parameters.record) for _, _, parameters in checked]
+        devices = Counter(keys)
         broadcasts: dict[tuple[bytes | str, ...], Broadcast] = {}
         message_ids = []
-        for message, device_request, parameters in checked:
-            same = parameters.data, *parameters.record
+        for (message, device_request, parameters), same in zip(checked, keys, strict=True):
             if same not in broadcasts:
-                broadcasts[same] = self._broadcast(parameters, device_request.server_round)
+                broadcasts[same] = self._broadcast(parameters, device_request.server_round, devices[same])
             message_ids.append(self._open_request(message, device_request, broadcasts[same]))
         self._transmit([chunk for broadcast in broadcasts.values() for chunk in broadcast.chunks])
         self._requests.deliver_events(self._on_event)
@@ -401,9 +419,9 @@ class MqttGrid(RunGrid):
         round_config = parse_round_config(config, kind, message.metadata.dst_node_id)
         return _DeviceRequest(device, kind, round_config, value if isinstance(value, int) else 0)
 
-    def _broadcast(self, parameters: SentParameters, server_round: int) -> Broadcast:
+    def _broadcast(self, parameters: SentParameters, server_round: int, devices: int) -> Broadcast:
         with self._changed:
-            broadcast = self._broadcasts.add(self._run.run_id, parameters)
+            broadcast = self._broadcasts.add(self._run.run_id, parameters, devices)
             self._requests.report(RoundEvent("broadcast", server_round))
         return broadcast
 
@@ -418,6 +436,7 @@ class MqttGrid(RunGrid):
             phases=asked.round_config.phases,
             query=asked.round_config.query,
             update=asked.round_config.update,
+            weights=broadcast.weights,
         )
         now, message_id = time.monotonic(), stamp(message)
         with self._changed:
@@ -427,7 +446,7 @@ class MqttGrid(RunGrid):
                 server_round=asked.server_round,
                 broadcast=broadcast,
                 train_task=train_task,
-                payload=encode(train_task),
+                payload=encode_action(train_task),
                 expires=now + message.metadata.ttl,
                 resend_at=now,
                 offline_since=None if self._devices.is_online(asked.device) else now,
@@ -436,19 +455,30 @@ class MqttGrid(RunGrid):
         return message_id
 
     def _transmit(self, before: Sequence[MqttMessage] = ()) -> None:
-        """Sends the messages `before`, and the commands that are due."""
-        commands = [MqttMessage(self._topics.command(due.device), due.payload) for due in self._requests.due()]
-        if before or commands:  # not under the lock: the session's thread may wait for it
-            self._send([*before, *commands])
+        """Sends the messages `before`, and submits the commands that are due. What is not needed any longer is taken
+        back with them: a message of its own would cost as much as a command."""
+        due = self._requests.due()
+        withdrawn = self._requests.withdrawn()
+        submitted = [Submitted(device, 0, payload) for device, payload in withdrawn]
+        submitted += [Submitted(each.device, _life(each), each.payload) for each in due]
+        if before or submitted:  # not under the lock: the session's thread may wait for it
+            with self._changed:
+                clearing, self._clearing = self._clearing, []
+            self.traffic.bytes_down += sum(sealed_size(each.payload) for each in due)
+            self._send([*before, *clearing], self._commands.messages(submitted))
 
     def _end_broadcast(self, broadcast: Broadcast) -> None:
         with self._changed:
             self._broadcasts.end(broadcast)
-        self._send(broadcast.clearing)  # a connection that breaks now may lose these: see `_connected`
+            self._clearing += broadcast.clearing  # a connection that breaks may lose these: see `_connected`
+            if len(self._clearing) <= MAX_CLEARING:
+                return
+            clearing, self._clearing = self._clearing, []
+        self._send(clearing)
 
-    def _send(self, messages: Sequence[MqttMessage]) -> None:
+    def _send(self, messages: Sequence[MqttMessage], submissions: Sequence[MqttMessage] = ()) -> None:
         assert self._session is not None
-        self._session.send(messages)
+        self._session.send([*messages, *submissions])
         self.traffic.bytes_down += sum(len(message.payload) for message in messages)
 
     # From the devices; called by the session's thread
@@ -461,6 +491,7 @@ class MqttGrid(RunGrid):
         self._session.publish(self._driver, ANNOUNCEMENT, retain=True)
         self._session.subscribe(self._topics.status("+"))
         self._session.subscribe(self._topics.reply("+"))
+        self._commands.subscribe(self._session)
         with self._changed:
             current, ended = self._broadcasts.current(), self._broadcasts.ended()
         for broadcast in ended:
@@ -479,6 +510,14 @@ class MqttGrid(RunGrid):
                 self._on_status(device, payload)
             case "reply", (str(device),):
                 self._on_reply(device, payload)
+            case None:
+                self._commands.receive(topic, payload)
+
+    def _on_refusal(self, refusal: Refusal) -> None:
+        with self._changed:
+            request = self._requests.find(refusal.id)
+            if request is not None and request.device == refusal.to:
+                self._requests.fail(request, NODE_UNAVAILABLE, refusal.reason)
 
     def _on_status(self, device: str, payload: bytes) -> None:
         try:
@@ -531,3 +570,8 @@ class MqttGrid(RunGrid):
         metrics = content["metrics"]
         assert isinstance(metrics, MetricRecord)
         self._requests.succeed(request, content, metrics, encoding(update))
+
+
+def _life(request: Request) -> int:
+    """Milliseconds until a request expires."""
+    return min(MAX_LIFE, max(1, int(1000 * (request.expires - time.monotonic()))))

@@ -1,7 +1,7 @@
 """The open requests of a grid: when each device is asked, asked again, and given up.
 
-A request is one command to one device. It is sent again at growing intervals, with identical bytes, until the device
-replies, stays offline for too long, or the request expires.
+A request is one command to one device, which the server sends. It is submitted again at growing intervals, until the
+device replies, stays offline for too long, or the request expires: a submission may be lost, or the server start again.
 """
 
 import itertools
@@ -64,7 +64,7 @@ class Request:
     server_round: int
     broadcast: Broadcast
     train_task: TrainTask
-    payload: bytes  # the command as it travels
+    payload: bytes  # the action, as it is submitted
     expires: float
     resend_at: float
     offline_since: float | None
@@ -101,6 +101,7 @@ class RequestScheduler:
         self._by_message: dict[str, Request] = {}
         self._open: dict[int, Request] = {}  # by the command's id, until there is a reply
         self._events: list[RoundEvent] = []
+        self._withdrawn: list[tuple[str, bytes]] = []
 
     def new_id(self) -> int:
         """A number for the next command."""
@@ -140,6 +141,12 @@ class RequestScheduler:
                     due.append(request)
         return due
 
+    def withdrawn(self) -> list[tuple[str, bytes]]:
+        """The devices and commands that were given up since the last call."""
+        with self.changed:
+            withdrawn, self._withdrawn = self._withdrawn, []
+        return withdrawn
+
     def wait(self, requests: Iterable[Request], until: float = math.inf) -> None:
         """Waits until something arrives, an action is due for one of these requests, or the time `until`. The caller
         holds the lock."""
@@ -176,6 +183,8 @@ class RequestScheduler:
     def fail(self, request: Request, code: int, reason: str) -> None:
         """Ends a request with an error, unless it has ended. The caller holds the lock."""
         if request.reply is None:
+            if request.transmissions:
+                self._withdrawn.append((request.device, request.payload))
             error = Message(Error(code, f"{request.device}: {reason}"), reply_to=request.message)
             self._end(request, error, RoundEvent("no_reply", request.server_round, request.device, reason))
 

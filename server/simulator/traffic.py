@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tinyfleet.edge.device.node import OUT_BYTES
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.commands import TrainTask, UpdateFormat
+from tinyfleet.edge.wire.commands import MAX_INLINE, Sha256, TrainTask, UpdateFormat, encode_action, sealed_size
 from tinyfleet.edge.wire.messages import Dense, ErrorCode, Failure, Metrics, Sparse, Success, encode
 from tinyfleet.edge.wire.updates import HEAD_BYTES, dense_parts, sparse_parts, varint_sizes
 from tinyfleet.server.simulator.methods import MethodSettings
@@ -106,5 +106,8 @@ def _length_bytes(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 def round_bytes_down(initialization: Vector, settings: MethodSettings, number: int, clients: int) -> int:
     """Payload bytes that a round sends: the parameters once, and a command to each client."""
     phases = tuple(replace(phase, proximal_mu=settings.proximal) for phase in settings.phases)
-    command = TrainTask(COMMAND_ID, "train", COMMAND_ID, number, bytes(8), COMMAND_ID, phases, 0, settings.update)
-    return sum(map(len, chunks(initialization.astype("<f4").tobytes()))) + clients * len(encode(command))
+    data = initialization.astype("<f4").tobytes()
+    is_inline = clients == 1 and len(data) <= MAX_INLINE
+    weights = data if is_inline else Sha256.of(data)
+    task = TrainTask(COMMAND_ID, "train", COMMAND_ID, number, bytes(8), COMMAND_ID, phases, 0, settings.update, weights)
+    return (0 if is_inline else sum(map(len, chunks(data)))) + clients * sealed_size(encode_action(task))

@@ -1,0 +1,1 @@
+"""Commands to devices: numbered, sealed and sent by the server's process alone."""
