@@ -25,7 +25,9 @@ from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.broker_check import NameTaken, device_client_id, release_name
 from tinyfleet.edge.wire.chunks import MAX_CHUNKS
+from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.log_limit import LogLimit
+from tinyfleet.edge.wire.messages import decode_status
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 
@@ -45,7 +47,8 @@ MAX_RATE = 5_000
 
 _PUBLISHES = {serial_frames.PUBLISH, serial_frames.PUBLISH_RETAINED}
 _KINDS = {*_PUBLISHES, serial_frames.SUBSCRIBE, serial_frames.UNSUBSCRIBE}
-_WILL = re.compile(r"tinyfleet/([A-Za-z0-9._-]{1,32})/devices/([A-Za-z0-9._-]{1,32})/status")
+_NAME = "[A-Za-z0-9._-]{1,32}"
+_WILL = re.compile(rf"tinyfleet/({_NAME})/devices/({_NAME})/status")
 _NOTHING = re.compile(r"(?!)")
 
 
@@ -116,6 +119,7 @@ class Gateway:
         self._reported = False  # that the board is part of the fleet
         self._new = threading.Event()  # the broker has a new session, to which the board must announce itself
         self._will: tuple[str, bytes] | None = None
+        self._gave_keys = False  # to the board that is on the line now
         self._own: set[str] = set()  # topics that the board may publish to
         self._heard = _NOTHING  # filters that it may listen to
         self._announcement: set[str] = set()  # the topics of what a board sends when its session is new
@@ -166,6 +170,7 @@ class Gateway:
         pending = b""
         second, frames = 0, 0
         self._greeted = -RETRY_SECONDS
+        self._gave_keys = False
         silent_since: float | None = time.monotonic()
         while not stop.is_set():
             self._greet_if_due()
@@ -253,18 +258,23 @@ class Gateway:
         if time.monotonic() < self._not_before:
             return
         fleet, device = found.groups()
+        broker = self._find_broker(fleet, device)
+        if self._gives_keys(broker, will):
+            return
         topics = Topics(fleet)
         self._end_session()
         self._fleet, self.device = fleet, device
         root = re.escape(f"tinyfleet/{fleet}")
         command = re.escape(topics.command(device))
-        self._heard = re.compile(rf"{command}|{root}/runs/[0-9]+/[0-9]+/\+|{root}/models/[0-9a-f]{{16}}/\+")
+        self._heard = re.compile(
+            rf"{command}|{root}/(time|groups/{_NAME}/command|runs/[0-9]+/[0-9]+/\+|models/[0-9a-f]{{16}}/\+)"
+        )
         self._own = {topics.td(device), topics.status(device), topics.reply(device)}
         self._announcement = {topics.td(device), topics.status(device), topics.command(device)}
         self._will = topic, will
         try:
             self._session = Session(
-                self._find_broker(fleet, device),
+                broker,
                 device_client_id(fleet, device),
                 on_message=self._from_broker,
                 on_connect=self._session_is_new,
@@ -278,6 +288,17 @@ class Gateway:
                 self._not_before = time.monotonic() + TAKEN_SECONDS
             return
         self._was_joined = True
+
+    def _gives_keys(self, broker: BrokerAddress, will: bytes) -> bool:
+        """Tell a board whom to obey, unless it has been told: it says HELLO again then."""
+        with contextlib.suppress(ProtocolError):
+            if decode_status(will).keys == 0:  # it has started again
+                self._gave_keys = False
+        if broker.keys is None or self._gave_keys:
+            return False
+        self._gave_keys = True
+        self._send(serial_frames.KEYS, payload=serial_frames.keys_payload(broker.keys))
+        return True
 
     def _end_session(self) -> None:
         session, self._session = self._session, None

@@ -2,8 +2,8 @@
 
 The program is published once, as retained chunks that the broker fans out; they are cleared when all devices are done.
 The server is asked to send each device the command to update its model, and asked again at growing intervals, until
-the device's status or its reply confirms the model, it reports an error, or its time is up. Commands, chunks and replies
-may be lost: a device that gets the same command again fetches the chunks that it lacks, or repeats its reply.
+the device's status or its reply confirms the model, it reports an error, or its time is up. Commands, chunks and
+replies may be lost: a device that gets the same command again fetches the chunks that it lacks, or repeats its reply.
 """
 
 import contextlib

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from cobs import cobs  # type: ignore[import-untyped]
 
+from tinyfleet.edge.wire.keys import Keys
+
 MAX_FRAME = 65_536
 """Bytes of the largest frame that a reader accepts; longer ones are dropped."""
 
-# What a frame carries. A device sends the first five; a gateway HELLO, CONNECTED and MESSAGE.
+# What a frame carries. A device sends the first five; a gateway HELLO, CONNECTED, MESSAGE and KEYS.
 PUBLISH, PUBLISH_RETAINED, SUBSCRIBE, UNSUBSCRIBE = 1, 2, 3, 4
-HELLO, CONNECTED, MESSAGE = 16, 17, 18
+HELLO, CONNECTED, MESSAGE, KEYS = 16, 17, 18, 19
 
 
 class Frame(NamedTuple):
@@ -63,6 +66,12 @@ def encode(frame: Frame) -> bytes:
     body = bytes((frame.kind, len(name))) + name + frame.payload
     coded: bytes = cobs.encode(body + zlib.crc32(body).to_bytes(4, "little"))
     return b"\0" + coded + b"\0"
+
+
+def keys_payload(keys: Keys) -> bytes:
+    """What a gateway sends a board in a KEYS frame: whom to obey, and 8 random bytes."""
+    public = keys.current + (keys.next or bytes(32)) + keys.root
+    return keys.command + public + keys.version.to_bytes(4, "little") + secrets.token_bytes(8)
 
 
 class FrameReader:

@@ -384,6 +384,7 @@ def build(
             **_task(data),
             "fleet": fleet,
             "id": device_id,
+            "board": target.board.id[:32],
             "model_slot_bytes": model_slot_bytes,
         },
         foreign=generated,

@@ -5,7 +5,8 @@
  * Baker 1999, "Consistent overhead byte stuffing".
  *
  * The device speaks first: HELLO carries the topic and payload of its will. The gateway opens a session with that will
- * and answers CONNECTED; then the device announces itself. A gateway that has just started asks with an empty HELLO.
+ * and answers CONNECTED; then the device announces itself. A gateway that has just started asks with an empty HELLO. One
+ * that has keys for the device answers a first HELLO with KEYS, and the device takes them and says HELLO again.
  * Otherwise the device sends what mote_node_poll gives, and the gateway what arrives from the broker.
  */
 #ifndef MOTE_FRAME_H
@@ -19,7 +20,11 @@ extern "C" {
 #endif
 
 /* Besides MOTE_PUBLISH ... MOTE_UNSUBSCRIBE of mote_node.h. */
-enum { MOTE_FRAME_HELLO = 16, MOTE_FRAME_CONNECTED = 17, MOTE_FRAME_MESSAGE = 18 };
+enum { MOTE_FRAME_HELLO = 16, MOTE_FRAME_CONNECTED = 17, MOTE_FRAME_MESSAGE = 18, MOTE_FRAME_KEYS = 19 };
+
+/* The payload of KEYS: the command key, the fleet's current and next key (zeros: none) and its root key, 32 bytes each;
+ * their version, u32 little-endian; and 8 random bytes, for boards that have nothing random. */
+#define MOTE_FRAME_KEYS_SIZE 140u
 
 typedef struct {
     int kind;

@@ -9,7 +9,7 @@
 #include "uart.h"
 
 enum {
-    FRAME = 2 + 255 + MOTE_CHUNK + 64 + 4, /* head, topic, a chunk in its CBOR, CRC */
+    FRAME = 2 + 255 + MOTE_MAX_INLINE + 320 + 4, /* head, topic, a command with weights in it, CRC */
     OUT = MOTE_CHUNK + 128,
     TARGETS = DEVICE_OUTPUTS, /* at most: one of them under softmax cross-entropy */
 };
@@ -23,10 +23,12 @@ static uint8_t frame_buffer[FRAME];
 static union {
     uint8_t bytes[DEVICE_MODEL_SLOT_BYTES];
     uint32_t aligned;
-} model_slot;
+} model_slot[2];
 #endif
 
 static mote_node_t node;
+static mote_node_config_t config;
+static mote_keys_t keys;
 static mote_stream_t stream;
 static mote_frame_reader_t reader;
 
@@ -74,9 +76,33 @@ static void send_all(void)
     }
 }
 
+static void start_node(void)
+{
+    if (mote_node_init(&node, &config) != MOTE_OK) {
+        board_fault();
+    }
+}
+
+/* Who is at the other end of the line says whom to obey, and could write another firmware as well. */
+static void take_keys(const uint8_t *bytes)
+{
+    uint8_t *to[4] = {keys.command, keys.current, keys.next, keys.root};
+    for (int i = 0; i < 4; i++, bytes += MOTE_KEY) {
+        memcpy(to[i], bytes, MOTE_KEY);
+    }
+    keys.version = bytes[0] | (uint32_t)bytes[1] << 8 | (uint32_t)bytes[2] << 16 | (uint32_t)bytes[3] << 24;
+    memcpy(config.nonce, bytes + 4, sizeof config.nonce);
+    config.keys = &keys;
+    config.verify.verify = mote_ed25519_verify;
+    start_node();
+}
+
 static void take(const mote_frame_t *frame)
 {
-    if (frame->kind == MOTE_FRAME_HELLO) {
+    if (frame->kind == MOTE_FRAME_KEYS && frame->size == MOTE_FRAME_KEYS_SIZE) {
+        take_keys(frame->payload);
+        hello();
+    } else if (frame->kind == MOTE_FRAME_HELLO) {
         hello();
     } else if (frame->kind == MOTE_FRAME_CONNECTED) {
         mote_node_connected(&node);
@@ -104,8 +130,6 @@ static void start(void)
     stream.ways = DEVICE_WAYS;
     stream.fixed = DEVICE_FIXED;
 
-    mote_node_config_t config;
-    memset(&config, 0, sizeof config);
     config.fleet = DEVICE_FLEET;
     config.id = DEVICE_ID;
     config.td = (const char *)device_td;
@@ -120,16 +144,18 @@ static void start(void)
     config.sample = sample;
     config.sample_count = DEVICE_INPUTS + TARGETS;
 #if DEVICE_MODEL_SLOT_BYTES > 0
-    config.model_slot = model_slot.bytes;
+    config.model_slot[0] = model_slot[0].bytes;
+    config.model_slot[1] = model_slot[1].bytes;
     config.model_slot_size = DEVICE_MODEL_SLOT_BYTES;
 #endif
     config.out = out;
     config.out_size = sizeof out;
     config.source = mote_stream_source(&stream);
     config.source.open = open_stream;
-    if (mote_node_init(&node, &config) != MOTE_OK) {
-        board_fault();
-    }
+    config.groups[0] = "all";
+    config.groups[1] = "keys";
+    config.groups[2] = DEVICE_BOARD;
+    start_node();
     mote_frame_reader_init(&reader, frame_buffer, sizeof frame_buffer);
 }
 
