@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 import typer
 from broker_fixtures import connection_options
 from conftest import free_port, plain_broker, start_mosquitto
+from plain_commands import plain
 
 from tinyfleet.__main__ import main
 from tinyfleet.edge.cli import run_devices
@@ -35,7 +35,7 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import ClientData
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, Sha256, TrainTask, UpdateFormat, UpdateModel
 from tinyfleet.edge.wire.messages import (
     Dense,
     ErrorCode,
@@ -45,11 +45,11 @@ from tinyfleet.edge.wire.messages import (
     Success,
     decode_reply,
     decode_status,
-    encode,
 )
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.server_info import find_broker
 from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.server.deployment import manifest
 
 ROOT = Path(__file__).parents[1]
 TOPICS = Topics("home")
@@ -106,7 +106,7 @@ class Server:
         return status
 
     def ask(self, id: str, order: TrainTask | UpdateModel | Reboot) -> None:
-        self.session.publish(TOPICS.command(id), encode(order))
+        self.session.publish(TOPICS.command(id), plain(order))
 
     def broadcast(self, run: int, round: int, program: Program = PROGRAM) -> None:
         for i, payload in enumerate(chunks(program.initial(1).tobytes())):
@@ -140,7 +140,8 @@ def device(request: pytest.FixtureRequest, server: Server, broker: Broker) -> It
 
 def work(id: int, round: int, program: Program = PROGRAM, **fields: Any) -> TrainTask:
     phases = (Phase(ALL_LAYERS, 20, 0.1),)
-    return TrainTask(id, "train", 5, round, program.model_id, 3, phases, 5, UpdateFormat(**fields))
+    weights = Sha256.of(program.initial(1).tobytes())
+    return TrainTask(id, "train", 5, round, program.model_id, 3, phases, 5, UpdateFormat(**fields), weights)
 
 
 def test_a_device_works_and_says_goodbye(server: Server, device: Device) -> None:
@@ -167,7 +168,7 @@ def test_an_order_before_its_weights_is_served_when_they_come(server: Server, de
 def test_a_program_over_the_air(server: Server, device: Device) -> None:
     for i, payload in enumerate(chunks(WIDER.data)):
         server.session.publish(TOPICS.program(WIDER.model_id, i), payload, retain=True)
-    server.ask("one", UpdateModel(1, WIDER.model_id, len(WIDER.data), zlib.crc32(WIDER.data)))
+    server.ask("one", UpdateModel(1, manifest(WIDER, 1)))
     server.wait(TOPICS.status("one"), lambda s: s.model == WIDER.model_id)
     server.broadcast(5, 1, WIDER)
     server.ask("one", work(2, 1, WIDER))
@@ -344,7 +345,9 @@ def test_a_device_survives_a_bug_in_its_learner(broker: Broker, server: Server) 
     server.online("one")
     server.broadcast(1, 1)
     for id in (1, 2):
-        server.ask("one", TrainTask(id, "train", 1, 1, PROGRAM.model_id, 0, (Phase(ALL_LAYERS, 3, 0.1),), 0, None))
+        weights = Sha256.of(PROGRAM.initial(1).tobytes())
+        phases = (Phase(ALL_LAYERS, 3, 0.1),)
+        server.ask("one", TrainTask(id, "train", 1, 1, PROGRAM.model_id, 0, phases, 0, None, weights))
         assert server.result("one", id) == [Failure(id, ErrorCode.ENGINE, -1)]
     device.stop()
     assert device.join(30)

@@ -13,6 +13,7 @@ import pytest
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
+from plain_commands import plain
 from test_grid_fleet import FEATURES, PROGRAM, START, WAYS, client
 
 from tinyfleet.edge.device.agent import AgentNode, OnlineLearning
@@ -24,9 +25,9 @@ from tinyfleet.edge.model.layers import Dense, Tanh, build
 from tinyfleet.edge.model.learner import MoteLearner
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.commands import TrainTask
+from tinyfleet.edge.wire.commands import Sha256, TrainTask
 from tinyfleet.edge.wire.flower_records import vector_to_arrays
-from tinyfleet.edge.wire.messages import decode_status, encode
+from tinyfleet.edge.wire.messages import decode_status
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest.registry import Registry
@@ -214,8 +215,9 @@ def test_an_agent_skips_and_counts_samples_that_no_model_takes(caplog: pytest.Lo
     td = thing_description("test", "pi", VIRTUAL, "mote", "0.2.0", 65_536, PROGRAM.model_id)
     online = OnlineLearning(Sensor([(good, 0.0), *faulty]), 0.02, None)
     node = AgentNode("test", "pi", td, PROGRAM, DatasetStream(client(0, 1)), online=online)
-    work = TrainTask(1, "train", 5, 1, PROGRAM.model_id, 3, (), 0, None)
-    node.receive(TOPICS.command("pi"), encode(work))
+    weights = Sha256.of(START.astype("<f4").tobytes())
+    work = TrainTask(1, "train", 5, 1, PROGRAM.model_id, 3, (), 0, None, weights)
+    node.receive(TOPICS.command("pi"), plain(work))
     for number, payload in enumerate(chunks(START.astype("<f4").tobytes())):
         node.receive(TOPICS.weights(5, 1, number), payload)
     list(node.poll())

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import tty
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 from broker_fixtures import connection_options
 from conftest import free_port, plain_broker, start_mosquitto
 from firmware_fixtures import FLEET, ID, LIMIT, NEEDS_TOOLS, ROOT, TOPICS, mlp, samples
+from plain_commands import plain
 
 from tinyfleet.edge._mote import lib
 from tinyfleet.edge.device.node import Node, Publish
@@ -28,13 +28,14 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel
-from tinyfleet.edge.wire.messages import ErrorCode, Failure, Success, decode_reply, decode_status, encode
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, Sha256, TrainTask, UpdateFormat, UpdateModel
+from tinyfleet.edge.wire.messages import ErrorCode, Failure, Success, decode_reply, decode_status
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import emulate
 from tinyfleet.firmware_tools.gateway import Gateway
+from tinyfleet.server.deployment import manifest
 
 pytestmark = NEEDS_TOOLS
 
@@ -86,9 +87,10 @@ class Observer:
 
     def ask(self, order: TrainTask, again: float) -> dict[int, bytes]:
         """Sends an order, and again whenever nothing new has come for so many seconds, as a server does."""
+        payload = plain(order, nonce=bytes(8))
         for _ in range(int(LIMIT * 3 / again)):
             before = len(self._heard)
-            self.session.publish(TOPICS.command(ID), encode(order))
+            self.session.publish(TOPICS.command(ID), payload)
             while self.wait(lambda: self.replied(order.id) or len(self._heard) > before, again):  # noqa: B023
                 if self.replied(order.id):
                     return self.parts(order.id)
@@ -122,6 +124,7 @@ def order(number: int, density: float = 1.0, half: bool = False) -> TrainTask:
         phases=(Phase(2, 10, 0.05), Phase(ALL_LAYERS, 40, 0.02)),
         query=8,
         update=UpdateFormat(ALL_LAYERS, half, density),
+        weights=Sha256.of(mlp().initial(number).tobytes()),
     )
 
 
@@ -136,7 +139,7 @@ def host_reply(work: TrainTask) -> list[bytes]:
     node = Node(FLEET, ID, {}, mlp(), DatasetStream(samples()), out_bytes=1024 + 128)
     node.connected()
     list(node.poll())
-    node.receive(TOPICS.command(ID), encode(work))
+    node.receive(TOPICS.command(ID), plain(work))
     list(node.poll())
     for topic, payload in weights_of(work.round).items():
         node.receive(topic, payload)
@@ -168,7 +171,7 @@ def test_a_board_behind_a_gateway_learns_what_the_host_learns(
                 assert [parts[i] for i in range(len(parts))] == host_reply(work)
 
             observer.forget()
-            observer.session.publish(TOPICS.command(ID), encode(Reboot(3)))
+            observer.session.publish(TOPICS.command(ID), plain(Reboot(3), nonce=bytes(8)))
             assert observer.wait(lambda: bool(observer.said(TOPICS.td(ID))))  # it has announced itself again
             assert observer.wait(lambda: observer.online() is True)
             assert gateway.counters.damaged == gateway.counters.dropped == 0
@@ -185,8 +188,8 @@ def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path
             observer.session.publish(TOPICS.program(offered.model_id, i), chunk, retain=True)
 
     def adopt(number: int, offered: Program) -> None:
-        order = UpdateModel(number, offered.model_id, len(offered.data), zlib.crc32(offered.data))
-        observer.session.publish(TOPICS.command(ID), encode(order))
+        order = UpdateModel(number, manifest(offered, number))
+        observer.session.publish(TOPICS.command(ID), plain(order, nonce=bytes(8)))
 
     def runs(model: bytes) -> bool:
         said = observer.said(TOPICS.status(ID))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plain_commands import plain
 
 from tinyfleet.edge.model.learner import LearnerError, LiteRTLearner, MoteLearner
 
@@ -182,8 +183,8 @@ def compare_nodes(folder: Path, name: str) -> float:
     from tinyfleet.edge.model.program import Program
     from tinyfleet.edge.tasks import ClientData
     from tinyfleet.edge.wire.chunks import chunks
-    from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, TrainTask, UpdateFormat
-    from tinyfleet.edge.wire.messages import Success, decode_reply, encode
+    from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Sha256, TrainTask, UpdateFormat
+    from tinyfleet.edge.wire.messages import Success, decode_reply
     from tinyfleet.edge.wire.topics import Topics
     from tinyfleet.edge.wire.updates import apply_update
 
@@ -200,7 +201,7 @@ def compare_nodes(folder: Path, name: str) -> float:
     tasks[-1] = replace(tasks[-1], phases=tuple(replace(phase, proximal_mu=0.0) for phase in tasks[-1].phases))
 
     def run(node: Node, task: TrainTask) -> tuple[Any, Any]:
-        node.receive(topics.command("one"), encode(task))
+        node.receive(topics.command("one"), plain(replace(task, weights=Sha256.of(start.tobytes()))))
         for i, chunk in enumerate(chunks(start.tobytes())):
             node.receive(topics.weights(1, task.round, i), chunk)
         while node.step():

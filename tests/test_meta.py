@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
+from plain_commands import plain
 from test_grid_fleet import Start, devices  # noqa: F401
 
 from tinyfleet.__main__ import cli
@@ -44,9 +45,9 @@ from tinyfleet.edge.model.program import Program
 from tinyfleet.edge.tasks import Episodes, omniglot
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, TrainTask, UpdateFormat
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Sha256, TrainTask, UpdateFormat
 from tinyfleet.edge.wire.flower_records import arrays_to_vector, vector_to_arrays
-from tinyfleet.edge.wire.messages import Metrics, Success, decode_reply, encode
+from tinyfleet.edge.wire.messages import Metrics, Success, decode_reply
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.edge.wire.updates import apply_update
 from tinyfleet.server.evaluate import few_shot
@@ -220,8 +221,8 @@ def node_replies(start: NDArray[np.float32], learned: NDArray[np.float32], how: 
 
     topics, stream = Topics("home"), DatasetStream(DIGITS.client(0, 1))
     node = Node("home", "one", {}, DIGITS.program, stream, learner=Learned)
-    task = TrainTask(1 << 20, "train", 1, 1, DIGITS.program.model_id, 1, (), 0, how)
-    node.receive(topics.command("one"), encode(task))
+    task = TrainTask(1 << 20, "train", 1, 1, DIGITS.program.model_id, 1, (), 0, how, Sha256.of(start.tobytes()))
+    node.receive(topics.command("one"), plain(task))
     for i, chunk in enumerate(chunks(start.tobytes())):
         node.receive(topics.weights(1, 1, i), chunk)
     while node.step():

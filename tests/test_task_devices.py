@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord
+from plain_commands import plain
 
 from tinyfleet.edge import datasets, tasks
 from tinyfleet.edge.device.device import virtual_device
@@ -17,9 +18,9 @@ from tinyfleet.edge.tasks import Task, keywords
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, TrainTask, UpdateFormat
+from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Sha256, TrainTask, UpdateFormat
 from tinyfleet.edge.wire.flower_records import to_metrics, vector_to_arrays
-from tinyfleet.edge.wire.messages import Success, decode_reply, encode
+from tinyfleet.edge.wire.messages import Success, decode_reply
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue
 from tinyfleet.firmware_tools.firmware import build, emulate
@@ -48,7 +49,10 @@ _load = cache(tasks.load)
 
 def order(task: Task) -> TrainTask:
     phases = (Phase(ALL_LAYERS, 60, task.meta.rate),)
-    return TrainTask(1, "train", 1, 1, task.program.model_id, 5, phases, 12, UpdateFormat(ALL_LAYERS, False, 0.5))
+    weights = Sha256.of(task.program.initial(1).astype("<f4").tobytes())
+    return TrainTask(
+        1, "train", 1, 1, task.program.model_id, 5, phases, 12, UpdateFormat(ALL_LAYERS, False, 0.5), weights
+    )
 
 
 def replies(node: Node, task: Task) -> list[bytes]:
@@ -56,7 +60,7 @@ def replies(node: Node, task: Task) -> list[bytes]:
     work, said = order(task), []
     node.connected()
     list(node.poll())
-    node.receive(TOPICS.command(ID), encode(work))
+    node.receive(TOPICS.command(ID), plain(work))
     for i, chunk in enumerate(chunks(task.program.initial(1).astype("<f4").tobytes())):
         list(node.poll())
         node.receive(TOPICS.weights(1, 1, i), chunk)
@@ -132,7 +136,7 @@ def over_the_line(url: str, task: Task, count: int) -> list[bytes]:
 
         send(
             serial_frames.Frame(serial_frames.CONNECTED),
-            serial_frames.Frame(serial_frames.MESSAGE, TOPICS.command(ID), encode(order(task))),
+            serial_frames.Frame(serial_frames.MESSAGE, TOPICS.command(ID), plain(order(task), nonce=bytes(8))),
         )
         while len(said) < count:
             received = line.recv(4096)

@@ -111,7 +111,7 @@ class CommandScheduler:
         if there is not None and there.encoded == encoded:
             if not life:
                 self._end(there)
-            elif there.done_at is not None:  # the reply was lost on its way to who asks
+            else:  # a reply that the device has sent was lost on its way to who asks, or the command to the device was
                 there.done_at = None
                 there.parts.clear()
                 yield from self._publish(to, there)
