@@ -59,10 +59,15 @@ class Target:
 
 
 def _messages(data: bytes) -> None:
-    from tinyfleet.edge.wire import chunks, messages
+    from tinyfleet.edge.wire import chunks, commands, messages
     from tinyfleet.edge.wire.errors import ProtocolError
 
-    decoders: list[Callable[[bytes], Any]] = [messages.decode_command, messages.decode_reply]
+    decoders: list[Callable[[bytes], Any]] = [
+        commands.decode_command,
+        commands.decode_submission,
+        commands.decode_refusal,
+    ]
+    decoders += [messages.decode_reply]
     for decode in [*decoders, messages.decode_status, chunks.decode_chunk]:
         try:
             str(decode(data))

@@ -17,9 +17,9 @@ import shutil
 import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,21 @@ from tinyfleet.edge.mote.build_extension import INCLUDES, sources
 from tinyfleet.edge.mote.codegen import generate
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.chunks import chunks
-from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel
-from tinyfleet.edge.wire.messages import encode
+from tinyfleet.edge.wire.commands import (
+    ALL_LAYERS,
+    Forget,
+    Manifest,
+    NewKeys,
+    Phase,
+    Reboot,
+    Sha256,
+    TrainTask,
+    UpdateFormat,
+    UpdateModel,
+    encode_action,
+    encode_command,
+)  # fmt: skip
+from tinyfleet.edge.wire.cose import mac0
 
 TESTS = Path(__file__).parent
 CORPUS = TESTS / "corpus"
@@ -55,14 +68,17 @@ def compile_target(name: str, folder: Path) -> Path:
     if clang is None:
         raise NoFuzzer("clang is not installed: apt-get install clang libclang-rt-14-dev")
     flags = ["-std=c99", "-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
-    files = list(sources("engine", "int8", *["node"] * (name != "load")))
+    files = list(sources("engine", "int8", *["crypto", "node", "store"] * (name != "load")))
     folders = [*INCLUDES, folder]
     if name != "load":
         generated = generate(folder / "wire")
         files += generated
         folders.append(generated[0].parent)
         words = ",".join(str(word) for (word,) in struct.iter_unpack("<I", PROGRAM.data))
-        (folder / "fuzz_program.h").write_text(f"static const uint32_t program[] = {{{words}}};\n")
+        (folder / "fuzz_program.h").write_text(
+            f"static const uint32_t program[] = {{{words}}};\n"
+            f'#define MODEL_TOPIC "tinyfleet/home/models/{OTHER.model_id.hex()}/0"\n'
+        )
     binary = folder / f"fuzz_{name}"
     command = [
         clang,
@@ -122,16 +138,20 @@ def node_seeds() -> list[bytes]:
     model = bytes(7) + b"\1"
     updates = [None, UpdateFormat(), UpdateFormat(1, True, 1.0), UpdateFormat(ALL_LAYERS, False, 0.2)]
     updates += [UpdateFormat(2, True, 0.5)]
-    weights = _message(0xA0, PROGRAM.initial(1).tobytes())
+    start = PROGRAM.initial(1).tobytes()
+    weights = _message(0xA0, start)
     orders = [
-        TrainTask(1 + i, "train", 5, 1, model, i, (Phase(2, 3, 0.1), Phase(3, 9, 0.1)), 4, update)
+        TrainTask(1 + i, "train", 5, 1, model, i, (Phase(2, 3, 0.1), Phase(3, 9, 0.1)), 4, update, start)
         for i, update in enumerate(updates)
     ]
-    adopt = UpdateModel(9, bytes(7) + b"\2", len(OTHER.data), zlib.crc32(OTHER.data))
+    adopt = UpdateModel(9, Manifest(Sha256.of(OTHER.data).digest, len(OTHER.data), 1, OTHER.arena_bytes, 6, 4, 2, 3))
     assert len(OTHER.data) <= 1024
-    found = [_message(0x80, encode(order)) + weights + b"\x3f" * 8 + b"\x40\x3f" for order in orders]
-    found += [_message(0x80, encode(adopt)) + _message(0xC0, OTHER.data) + found[0]]
-    found += [_message(0x80, encode(Reboot(3)))]
+    found = [_message(0x90, encode_action(order)) + weights + b"\x3f" * 8 + b"\x40\x3f" for order in orders]
+    found += [_message(0x90, encode_action(adopt)) + _message(0xC0, OTHER.data) + found[0]]
+    found += [_message(0x90, encode_action(action)) for action in (Reboot(3), Forget(4), NewKeys(5, 2, bytes(32)))]
+    hashed = replace(orders[0], weights=Sha256.of(start))
+    found += [_message(0x90, encode_action(hashed)) + weights + b"\x3f" * 8]
+    found += [_message(0x80, mac0(encode_command(2000, 3000, None, encode_action(Reboot(3))), bytes(32), "t"))]
     found += [_message(0xE0, chunk) for chunk in chunks(np.zeros(103, np.float32).tobytes())]
     line = b"".join(
         serial_frames.encode(serial_frames.Frame(serial_frames.MESSAGE, "a topic", seed[:200])) for seed in found

@@ -19,7 +19,6 @@ from conftest import free_port, plain_broker, start_mosquitto
 from firmware_fixtures import FLEET, ID, LIMIT, NEEDS_TOOLS, ROOT, TOPICS, mlp, samples
 from plain_commands import plain
 
-from tinyfleet.edge._mote import lib
 from tinyfleet.edge.device.node import Node, Publish
 from tinyfleet.edge.device.sources import DatasetStream
 from tinyfleet.edge.errors import UserError
@@ -204,7 +203,7 @@ def test_a_board_takes_another_model_over_the_air(firmware: Callable[[str], Path
         assert observer.wait(lambda: bool(observer.said(TOPICS.reply(ID))))
         failed = decode_reply(observer.said(TOPICS.reply(ID))[-1])
         assert isinstance(failed, Failure)
-        assert (failed.id, failed.error, failed.detail) == (1, ErrorCode.PROGRAM, lib.MOTE_ERR_ARENA)
+        assert (failed.id, failed.error) == (1, ErrorCode.CAPACITY)
         adopt(2, small)
         assert observer.wait(lambda: runs(small.model_id))
     observer.session.close()

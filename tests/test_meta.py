@@ -476,7 +476,7 @@ def test_jax_gives_the_same_on_two_devices(tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np\n"
         "from tinyfleet.edge.model.program import Program\n"
-        "from tinyfleet.edge.wire.messages import Phase\n"
+        "from tinyfleet.edge.wire.commands import Phase\n"
         "import keras\nfrom tinyfleet.server import simulator as meta\n"
         "folder = sys.argv[1]\n"
         "given = np.load(f'{folder}/in.npz')\n"

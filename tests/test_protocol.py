@@ -20,16 +20,41 @@ from hypothesis.extra.numpy import arrays
 
 from tinyfleet.edge.mote.codegen import generate
 from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS, chunks, decode_chunk
-from tinyfleet.edge.wire.commands import ALL_LAYERS, Phase, Reboot, TrainTask, UpdateFormat, UpdateModel, decode_command
+from tinyfleet.edge.wire.commands import (
+    ALL_LAYERS,
+    Command,
+    Forget,
+    Manifest,
+    NewKeys,
+    Phase,
+    Reboot,
+    Sha256,
+    Submission,
+    Submitted,
+    TrainTask,
+    UpdateFormat,
+    UpdateModel,
+    decode_action,
+    decode_command,
+    decode_refusal,
+    decode_submission,
+    encode_action,
+    encode_command,
+    encode_submission,
+    sealed_size,
+)  # fmt: skip
+from tinyfleet.edge.wire.cose import mac0
 from tinyfleet.edge.wire.errors import ProtocolError
 from tinyfleet.edge.wire.messages import (
     Dense,
     ErrorCode,
     Failure,
     Metrics,
+    ResetReason,
     Sparse,
     Status,
     Success,
+    Trial,
     decode_reply,
     decode_status,
     encode,
@@ -44,8 +69,14 @@ model = st.binary(min_size=8, max_size=8)
 formats = st.builds(UpdateFormat, u32, st.booleans(), f32) | st.builds(UpdateFormat, u32, st.booleans(), f32, u32, f32)
 phases = st.lists(st.builds(Phase, u32, u32, f32) | st.builds(Phase, u32, u32, f32, f32), max_size=4).map(tuple)
 works = st.builds(TrainTask, u32, st.sampled_from(["train", "evaluate"]), u32, u32, model, u32, phases, u32)
-works = st.builds(lambda work, update: replace(work, update=update), works, st.none() | formats)
-orders = st.one_of(works, st.builds(UpdateModel, u32, model, u32, u32), st.builds(Reboot, u32))
+hashes = st.binary(min_size=32, max_size=32)
+weights = st.builds(Sha256, hashes) | st.binary(max_size=40).map(lambda data: data[: len(data) // 4 * 4])
+works = st.builds(lambda w, update, data: replace(w, update=update, weights=data), works, st.none() | formats, weights)
+manifests = st.builds(Manifest, hashes, u32, u32, u32, u32, u32, u32, u32, f32)
+keys = st.builds(NewKeys, u32, u32, hashes, st.none() | hashes)
+orders = st.one_of(works, st.builds(UpdateModel, u32, manifests), st.builds(Reboot, u32), st.builds(Forget, u32), keys)
+u64 = st.integers(0, 2**64 - 1)
+commands = st.builds(Command, u64, u64, st.none() | model, orders)
 metrics = st.builds(Metrics, u32, f32, u32, u32, f32, u32)
 values = arrays(np.float32, st.integers(0, 40), elements=st.floats(width=16, allow_nan=False))
 denses = st.builds(Dense, u32, values, st.booleans(), st.booleans())
@@ -63,7 +94,23 @@ dones = st.builds(
 dids = st.one_of(dones, st.builds(Failure, u32, st.sampled_from(ErrorCode), st.integers(-(2**31), 2**31 - 1)))
 engines = st.text(min_size=1, max_size=16).filter(lambda text: len(text.encode()) <= 16 and text.isprintable())
 statuses = st.builds(Status, st.booleans(), model, u32, u32, u32, st.none() | f32, st.none() | f32, u32, engines)
+statuses = st.builds(
+    lambda status, trial, refused, boots, reset, ceiling, nonce, version: replace(
+        status, trial=trial, refused=refused, boots=boots, reset=reset, ceiling=ceiling, nonce=nonce, keys=version
+    ),
+    statuses, st.sampled_from(Trial), u32, u32, st.sampled_from(ResetReason), u64, st.none() | model, u32,
+)  # fmt: skip
 
+
+def written(message: Any) -> bytes:
+    if isinstance(message, Command):
+        return encode_command(message.counter, message.expires, message.nonce, encode_action(message.action))
+    return encode(message)
+
+
+DECODERS: list[Callable[[bytes], Any]] = [
+    decode_command, decode_action, decode_submission, decode_refusal, decode_reply, decode_status, decode_chunk,
+]  # fmt: skip
 Transcode = Callable[[str, bytes], bytes | None]
 
 
@@ -87,11 +134,21 @@ def transcode(tmp_path_factory: pytest.TempPathFactory) -> Transcode:
     return run
 
 
-@given(message=orders)
-def test_commands_go_round(transcode: Transcode, message: Any) -> None:
-    payload = encode(message)
+@given(message=commands)
+def test_commands_go_round(transcode: Transcode, message: Command) -> None:
+    payload = written(message)
     assert decode_command(payload) == message
+    assert decode_action(encode_action(message.action)) == message.action
     assert transcode("command", payload) == payload
+
+
+tokens = st.none() | st.text("abcXYZ019-_", min_size=1, max_size=128)
+submitted = st.builds(Submitted, st.text("ab/.-", min_size=1, max_size=39), u32, st.binary(min_size=1, max_size=200))
+
+
+@given(st.builds(Submission, tokens, st.lists(submitted, min_size=1, max_size=16).map(tuple)))
+def test_submissions_go_round(submission: Submission) -> None:
+    assert decode_submission(encode_submission(submission)) == submission
 
 
 @given(message=dids)
@@ -134,15 +191,15 @@ def test_what_takes_too_many_chunks_is_refused() -> None:
         list(chunks(bytes(CHUNK * MAX_CHUNKS + 1)))
 
 
-@given(message=st.one_of(orders, dids, statuses), cut=st.integers(1, 60), more=st.binary(min_size=1, max_size=3))
+@given(message=st.one_of(commands, dids, statuses), cut=st.integers(1, 60), more=st.binary(min_size=1, max_size=3))
 def test_a_message_that_is_cut_or_too_long_is_refused(
     transcode: Transcode, message: Any, cut: int, more: bytes
 ) -> None:
-    whole = encode(message)
+    whole = written(message)
     name, decode = next(
         (name, decode)
         for name, decode, kinds in (
-            ("command", decode_command, (TrainTask, UpdateModel, Reboot)),
+            ("command", decode_command, Command),
             ("reply", decode_reply, (Success, Failure)),
             ("status", decode_status, (Status,)),
         )
@@ -157,20 +214,23 @@ def test_a_message_that_is_cut_or_too_long_is_refused(
 @given(payload=st.binary(max_size=60))
 @settings(max_examples=300)
 def test_random_bytes_raise_nothing_else(payload: bytes) -> None:
-    for decode in (decode_command, decode_reply, decode_status, decode_chunk):
+    for decode in DECODERS:
         with contextlib.suppress(ProtocolError):
             decode(payload)
 
 
 @given(
-    message=st.one_of(orders, dids, statuses), at=st.integers(0, 10**6), byte=st.integers(0, 255), insert=st.booleans()
+    message=st.one_of(commands, dids, statuses),
+    at=st.integers(0, 10**6),
+    byte=st.integers(0, 255),
+    insert=st.booleans(),
 )
 @settings(max_examples=1500)
 def test_python_refuses_what_the_c_decoder_refuses(
     transcode: Transcode, message: Any, at: int, byte: int, insert: bool
 ) -> None:
     """With one byte changed or inserted: both accept or both refuse, but for what C leaves to its caller to check."""
-    whole = encode(message)
+    whole = written(message)
     at %= len(whole)
     damaged = whole[:at] + bytes([byte]) + whole[at + (not insert) :]
     for name, decode in (("command", decode_command), ("reply", decode_reply), ("status", decode_status)):
@@ -241,15 +301,15 @@ ODDITIES = {
     "true as an integer": cbor2.dumps([*STATUS[:3], True, *STATUS[4:]]),
     "1 as true": cbor2.dumps([*STATUS[:1], 1, *STATUS[2:]]),
     "a negative count": cbor2.dumps([*STATUS[:3], -1, *STATUS[4:]]),
-    "an engine that clears the terminal": cbor2.dumps([*STATUS[:9], "\x1b[2J"]),
-    "an engine of two lines": cbor2.dumps([*STATUS[:9], "1\n2"]),
+    "an engine that clears the terminal": cbor2.dumps([*STATUS[:9], "\x1b[2J", *STATUS[10:]]),
+    "an engine of two lines": cbor2.dumps([*STATUS[:9], "1\n2", *STATUS[10:]]),
 }
 
 
 @pytest.mark.parametrize("payload", ODDITIES.values(), ids=ODDITIES)
 def test_what_else_cbor_can_say_is_refused_at_once_and_not_repeated(payload: bytes) -> None:
     began = time.perf_counter()
-    for decode in (decode_command, decode_reply, decode_status, decode_chunk):
+    for decode in DECODERS:
         with pytest.raises(ProtocolError) as refused:
             decode(payload)
         said = str(refused.value)
@@ -280,7 +340,10 @@ def test_other_cbor_raises_nothing_else(value: Any) -> None:
         Reboot(-1),
         Reboot(2**32),
         Reboot(True),
-        UpdateModel(1, b"short", 1, 1),
+        UpdateModel(1, Manifest(b"short", 1, 1, 1, 1, 1)),
+        Forget(2**32),
+        NewKeys(1, 1, bytes(31)),
+        TrainTask(1, "train", 1, 1, bytes(8), 1, (), weights=bytes(2052)),
         Failure(1, ErrorCode.CAPACITY, 2**31),
         TrainTask(1, "train", 1, 1, bytes(8), 1, (Phase(1, 1, 0.1),) * 5),
         TrainTask(1, "train", 1, 1, bytes(8), 1, (Phase(1, 1, 1e39),)),
@@ -291,7 +354,7 @@ def test_other_cbor_raises_nothing_else(value: Any) -> None:
 )
 def test_what_the_wire_cannot_carry_is_refused(message: Any) -> None:
     with pytest.raises(ProtocolError):
-        encode(message)
+        (encode if isinstance(message, Success | Failure) else encode_action)(message)
 
 
 def test_a_gap_that_is_too_long_is_refused() -> None:
@@ -304,7 +367,10 @@ def test_a_gap_that_is_too_long_is_refused() -> None:
 def test_messages_are_small() -> None:
     """What the tables of bytes rest on."""
     work = TrainTask(1, "train", 1, 1, bytes(8), 1, (Phase(ALL_LAYERS, 32, 0.1),), 8, UpdateFormat())
-    assert len(encode(work)) <= 45
+    action = encode_action(replace(work, weights=Sha256.of(b"")))
+    assert len(action) <= 45 + 34 and sealed_size(action) <= len(action) + 63
+    sealed = mac0(encode_command(1 << 40, 1 << 40, None, action), bytes(32), "t")
+    assert sealed_size(action) == len(sealed)
     hundred = Sparse(np.arange(0, 2000, 20, dtype=np.uint32), np.ones(100, np.float32), half=True)
     assert len(encode(Success(1, update=hundred))) <= 100 * 3 + 20
 

@@ -6,6 +6,7 @@ Where samples come from and what learns are callbacks of the C node; Python may 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import secrets
 import time
@@ -25,6 +26,8 @@ from tinyfleet.edge.wire.chunks import CHUNK, MAX_CHUNKS
 from tinyfleet.edge.wire.keys import Keys
 from tinyfleet.edge.wire.messages import ResetReason
 from tinyfleet.edge.wire.topics import Topics
+
+log = logging.getLogger(__name__)
 
 OUT_BYTES = 8192
 """Room for one outgoing payload: a larger update goes in parts."""
@@ -421,8 +424,6 @@ class _Callbacks:
             return error.code or int(lib.MOTE_ERR_ARGUMENT)
         if isinstance(error, ProgramError):
             return int(lib.MOTE_ERR_FORMAT)
-        if isinstance(error, OSError | UserError):
-            return int(lib.MOTE_ERR_STORE)
         self._error = error
         return int(lib.MOTE_ERR_ARGUMENT)
 
@@ -520,7 +521,11 @@ def _score(callbacks: _Callbacks, _x: Any, _y: Any, loss: Any, correct: Any) -> 
 @_callback
 def _keep_get(callbacks: _Callbacks, key: int, out: Any, capacity: int) -> int:
     assert callbacks.store is not None
-    data = callbacks.store.get(key)
+    try:
+        data = callbacks.store.get(key)
+    except (OSError, UserError) as error:
+        log.error("the store can't be read: %s", error)
+        return int(lib.MOTE_ERR_STORE)
     if data is None or len(data) > capacity:
         return 0
     ffi.memmove(out, data, len(data))
@@ -530,7 +535,11 @@ def _keep_get(callbacks: _Callbacks, key: int, out: Any, capacity: int) -> int:
 @_callback
 def _keep_set(callbacks: _Callbacks, key: int, data: Any, size: int) -> int:
     assert callbacks.store is not None
-    callbacks.store.set(key, bytes(ffi.buffer(data, size)) if size else b"")
+    try:
+        callbacks.store.set(key, bytes(ffi.buffer(data, size)) if size else b"")
+    except (OSError, UserError) as error:
+        log.error("the store can't keep what the device must remember: %s", error)
+        return int(lib.MOTE_ERR_STORE)
     return int(lib.MOTE_OK)
 
 

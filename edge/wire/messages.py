@@ -76,7 +76,7 @@ _ERROR_TEXTS = {
     ErrorCode.ENGINE: "its engine rejected it; check the rates, the layers and the samples",
     ErrorCode.DIVERGED: "its numbers left the range of floats; lower the rate",
     ErrorCode.DOWNGRADE: "it had a newer one before, and takes only newer ones; deploy it again with a higher version",
-    ErrorCode.FAILED_TRIAL: "the program did worse on trial than it may, so the device went back to the one before",
+    ErrorCode.FAILED_TRIAL: "the program did worse on trial than it may, and the one before runs; train it further",
     ErrorCode.STORE: "its store is full or failed; give it a larger store, or send it a smaller model",
     ErrorCode.DAMAGED: "the weights that arrived are not those of the command; check who may write on the broker",
     ErrorCode.EXPIRED: "it had no time left to finish, or another command came; give it more time or fewer steps",

@@ -198,6 +198,36 @@ static void read_frames(const uint8_t *data, size_t size)
     free(buffer);
 }
 
+static const mote_keys_t keys = {{0}, {1}, {2}, {3}, 1};
+
+static uint64_t now(void *context)
+{
+    (void)context;
+    return 1000;
+}
+
+/* The fuzzer's bytes as the action of the next command, sealed for a node with keys: it could not make these. */
+static void receive_action(mote_node_t *n, const uint8_t *action, size_t size)
+{
+    static uint64_t counter;
+    counter = n->counter[0].last + 1;
+    uint8_t bytes[4096 + 64] = {0x84, 0x1b};
+    size_t at = 2;
+    for (int i = 0; i < 8; i++) {
+        bytes[at++] = (uint8_t)(counter >> (56 - 8 * i));
+    }
+    if (counter < 0x100000000u) { /* in its shortest form */
+        bytes[1] = counter < 0x10000u ? 0x19 : 0x1a;
+        size_t width = counter < 0x10000u ? 2 : 4;
+        memmove(bytes + 2, bytes + 10 - width, width);
+        at = 2 + width;
+    }
+    memcpy(bytes + at, "\x19\x0f\xa0\xf6", 4); /* expires at 4000, no nonce */
+    at += 4;
+    memcpy(bytes + at, action, size);
+    receive(n, "tinyfleet/home/devices/one/command", bytes, at + size);
+}
+
 static void run(const uint8_t *data, size_t size, int has_learner)
 {
     mote_node_config_t config;
@@ -215,7 +245,12 @@ static void run(const uint8_t *data, size_t size, int has_learner)
     config.base_count = BASE;
     config.sample = room((INPUTS + 1) * sizeof(float));
     config.sample_count = INPUTS + 1;
-    config.model_slot = room(ADOPTED);
+    config.model_slot[0] = room(ADOPTED);
+    config.model_slot[1] = room(ADOPTED);
+    config.clock.now = now;
+    config.groups[1] = "all";
+    config.keys = has_learner ? &keys : NULL;
+    config.verify.verify = mote_ed25519_verify;
     config.model_slot_size = ADOPTED;
     config.out = room(MOTE_OUT);
     config.out_size = MOTE_OUT;
@@ -252,14 +287,21 @@ static void run(const uint8_t *data, size_t size, int has_learner)
             mote_node_connected(n);
             mote_node_will(n, &will);
             look(will.payload, will.size);
+        } else if (what < 0x90) {
+            static const char *const topics[] = {"tinyfleet/home/devices/one/command", "tinyfleet/home/time",
+                                                 "tinyfleet/home/groups/all/command"};
+            receive(n, topics[number % 3], data, length);
         } else if (what < 0xa0) {
-            receive(n, "tinyfleet/home/devices/one/command", data, length);
+            const mote_keys_t *with = n->config.keys;
+            n->config.keys = NULL;
+            receive_action(n, data, length);
+            n->config.keys = with;
         } else if (what < 0xc0) {
             strcpy(topic, "tinyfleet/home/runs/5/1/0");
             topic[24] = (char)('0' + number);
             receive_chunk(n, topic, number * MOTE_CHUNK, data, length < MOTE_CHUNK ? length : MOTE_CHUNK);
         } else if (what < 0xe0) {
-            strcpy(topic, "tinyfleet/home/models/0000000000000002/0");
+            strcpy(topic, MODEL_TOPIC);
             topic[39] = (char)('0' + number);
             receive_chunk(n, topic, number * MOTE_CHUNK, data, length < MOTE_CHUNK ? length : MOTE_CHUNK);
         } else if (what < 0xf0) {
@@ -277,7 +319,8 @@ static void run(const uint8_t *data, size_t size, int has_learner)
     free(config.arena);
     free(config.base);
     free(config.sample);
-    free(config.model_slot);
+    free(config.model_slot[0]);
+    free(config.model_slot[1]);
     free(config.out);
     free(learner_arena);
     free(n);

@@ -15,7 +15,7 @@
         return (int)written;                                                                                           \
     }
 
-TRANSCODE(command, command_r)
+TRANSCODE(command, command)
 TRANSCODE(reply, reply_r)
 TRANSCODE(status, status)
 TRANSCODE(chunk, chunk)
