@@ -188,6 +188,36 @@ def forget_device(name: NameArgument, data: DataOption = DATA) -> None:
     typer.echo(f"device {name} is forgotten")
 
 
+@device_app.command("reboot")
+def reboot_device(name: NameArgument, data: DataOption = DATA) -> None:
+    """Make a device start again.
+
+    The command is signed, and expires after a minute.
+
+    Examples:
+      tinyfleet device reboot kitchen
+    """
+    from tinyfleet.edge.wire.identity import call_server
+
+    call_server(require_server(data), "POST", f"/devices/{name}/commands/reboot")
+    typer.echo(f"{name} is told to start again")
+
+
+@device_app.command("reset")
+def reset_device(name: NameArgument, data: DataOption = DATA) -> None:
+    """Make a device forget the models and weights that it keeps.
+
+    It runs the program that it was built with then. Its identity, its keys and its counters stay.
+
+    Examples:
+      tinyfleet device reset kitchen
+    """
+    from tinyfleet.edge.wire.identity import call_server
+
+    call_server(require_server(data), "POST", f"/devices/{name}/commands/reset")
+    typer.echo(f"{name} is told to forget what it keeps")
+
+
 def _day(time: str) -> str:
     return datetime.fromisoformat(time).date().isoformat()
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
 
 from tinyfleet.command_line import CONNECTION, DATA, CommandGroup, Connection, DataOption, with_connection
+from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.wire.server_info import DEFAULT_FLEET, require_server
 
 server_app = CommandGroup("""Run the fleet's server.
 
 Examples:
   tinyfleet server start
+  tinyfleet server init --root-key /media/stick/root-key.json
+  tinyfleet server rotate-keys --root-key /media/stick/root-key.json
 """)
 
 
@@ -76,6 +80,7 @@ def start_server(
       tinyfleet server start --listen 0.0.0.0 --host-name fleet.example
       tinyfleet server start --broker mqtts://me@10.0.0.5 --password-file secret
     """
+    from tinyfleet.server.authority.fleet_keys import ROOT_KEY
     from tinyfleet.server.fleet_server import FleetServer
 
     stopped = threading.Event()
@@ -107,6 +112,10 @@ def start_server(
         on_log=lambda line: typer.echo(line),
         on_failure=fail,
     ) as running:
+        if (data / ROOT_KEY).exists():
+            typer.echo(
+                f"root key: move {data / ROOT_KEY} away from this machine; who has it commands the fleet", err=True
+            )
         if connection.insecure:
             typer.echo("INSECURE: any program on this machine can control the fleet", err=True)
         typer.echo(f"broker:   {running.broker_kind} on {running.device_broker.url}")
@@ -120,6 +129,62 @@ def start_server(
         typer.echo(f"tinyfleet: {failures[0]}", err=True)
         raise typer.Exit(1)
     typer.echo("stopped")
+
+
+RootKeyOption = Annotated[
+    Path,
+    typer.Option("--root-key", metavar="FILE", help="The fleet's root key. Keep it where the server cannot read it."),
+]
+
+
+@server_app.command("init")
+def init_server(root_key: RootKeyOption, data: DataOption = DATA) -> None:
+    """Make a fleet's authority, and write its root key to a file once.
+
+    Devices obey what the fleet's keys sign, and take others when the root key has signed them. Whoever takes the server
+    does not get it. With a FILE that holds a root key already, the new server's keys are of the same root: its first
+    `rotate-keys` makes the devices obey it.
+
+    Examples:
+      tinyfleet server init --root-key /media/stick/root-key.json
+    """
+    from tinyfleet.edge.wire import cose
+    from tinyfleet.server.authority import fleet_keys
+    from tinyfleet.server.authority.authority import Authority
+    from tinyfleet.server.fleet_server import AUTHORITY
+
+    folder = data / AUTHORITY
+    if fleet_keys.FleetKeys.load(folder) is not None:
+        raise UserError(f"there are keys in {folder} already; to change them: tinyfleet server rotate-keys")
+    there = root_key.exists()
+    key = fleet_keys.read_root_key(root_key) if there else fleet_keys.write_root_key(root_key)
+    Authority(folder, root_key=cose.public_key(key)).close()
+    typer.echo(f"authority: {folder}")
+    typer.echo(f"root key:  {root_key}{' (it was there)' if there else ''}; keep it away from this machine, and a copy")
+
+
+@server_app.command("rotate-keys")
+def rotate_keys(root_key: RootKeyOption, data: DataOption = DATA) -> None:
+    """Replace the fleet's keys: the next becomes the current one, and a new one is made.
+
+    The root key signs the change here; the running server gets the signature alone, and publishes it to all devices.
+    Devices that are offline take it when they come back.
+
+    Examples:
+      tinyfleet server rotate-keys --root-key /media/stick/root-key.json
+    """
+    from tinyfleet.edge.wire import cose
+    from tinyfleet.edge.wire.identity import call_server
+    from tinyfleet.edge.wire.topics import Topics
+    from tinyfleet.server.authority.fleet_keys import KeyChange, read_root_key
+
+    key, server = read_root_key(root_key), require_server(data)
+    proposed = call_server(server, "GET", "/fleet-keys/proposed")
+    current, next = (bytes.fromhex(proposed[name]) for name in ("current", "next"))
+    payload = KeyChange(int(proposed["version"]), current, next).payload
+    sealed = cose.sign1(payload, key, Topics(server["fleet"]).group_command("keys"))
+    said = call_server(server, "POST", "/fleet-keys", {"sealed": sealed.hex()})
+    typer.echo(f"the fleet's keys have version {said['version']} now")
 
 
 @server_app.command("login")

@@ -67,7 +67,7 @@ class Client:
         self.heard: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.session = Session(broker, id, on_message=lambda *message: self.heard.put(message))
 
-    def subscribe(self, topic: str, sync: str = "tinyfleet/home/sync") -> None:
+    def subscribe(self, topic: str, sync: str = "tinyfleet/home/runs/9/9/9") -> None:
         """Returns once the broker has the subscription: it then knows the later one to `sync`, too."""
         self.session.subscribe(topic)
         self.session.subscribe(sync)
@@ -99,7 +99,10 @@ ACCESS = [
     (TOPICS.reply("hall"), False, False),
     ("tinyfleet/home/devices/hall/echo", False, False),
     (TOPICS.driver("run", 5, "a"), False, False),
-    ("tinyfleet/home/time", False, False),
+    ("tinyfleet/home/time", False, True),
+    (TOPICS.group_command("all"), False, True),
+    (TOPICS.submission("kitchen"), False, False),
+    (TOPICS.refused("kitchen"), False, False),
     ("tinyfleet/other/devices/kitchen/status", False, False),
     ("anything", False, False),
     ("$SYS/broker/uptime", False, False),
@@ -204,33 +207,46 @@ def test_a_revoked_device_is_out_at_once_and_stays_out(place: Place) -> None:
     lost.session.close()
 
 
+def test_an_operator_commands_through_the_server_alone(place: Place) -> None:
+    anna, kitchen = Client(place.join("anna", "operator")), Client(place.join("kitchen"))
+    owner = Client(place.broker.address)
+    for topic in (TOPICS.command("kitchen"), TOPICS.group_command("all"), TOPICS.time):
+        kitchen.subscribe(topic, ECHO)
+        anna.session.publish(topic, b"from an operator")
+        anna.session.flush(10)
+        owner.session.publish(topic, b"marker")
+        assert not kitchen.hears(topic, b"from an operator")
+    for client in (anna, kitchen, owner):
+        client.session.close()
+
+
 def test_a_revoked_operators_session_can_do_nothing_any_more(place: Place) -> None:
     anna, kitchen = Client(place.join("anna", "operator")), Client(place.join("kitchen"))
-    kitchen.subscribe(TOPICS.command("kitchen"), ECHO)
-    anna.session.publish(TOPICS.command("kitchen"), b"before")
+    kitchen.subscribe(TOPICS.weights(5, 1, 0), ECHO)
+    anna.session.publish(TOPICS.weights(5, 1, 0), b"before")
     assert kitchen.heard.get(timeout=10)[1] == b"before"
     place.authority.revoke("anna")
-    anna.session.publish(TOPICS.command("kitchen"), b"after")
+    anna.session.publish(TOPICS.weights(5, 1, 0), b"after")
     anna.session.flush(10)
     owner = Client(place.broker.address)
-    owner.session.publish(TOPICS.command("kitchen"), b"marker")
-    assert not kitchen.hears(TOPICS.command("kitchen"), b"after")
+    owner.session.publish(TOPICS.weights(5, 1, 0), b"marker")
+    assert not kitchen.hears(TOPICS.weights(5, 1, 0), b"after")
     for client in (anna, kitchen, owner):
         client.session.close()
 
 
 def test_an_operators_old_session_gets_nothing_back_with_its_name(place: Place) -> None:
     thief, kitchen = Client(place.join("eve", "operator"), "thief"), Client(place.join("kitchen"))
-    kitchen.subscribe(TOPICS.command("kitchen"), ECHO)
+    kitchen.subscribe(TOPICS.weights(5, 1, 0), ECHO)
     thief.subscribe(TOPICS.reply("kitchen"))
     owner = Client(place.join("eve", "operator"))  # enrolled again, with a key of its own
     for client, payload in ((thief, b"from the thief"), (owner, b"marker")):
-        client.session.publish(TOPICS.command("kitchen"), payload)
+        client.session.publish(TOPICS.weights(5, 1, 0), payload)
         client.session.flush(10)
-    assert not kitchen.hears(TOPICS.command("kitchen"), b"from the thief")
+    assert not kitchen.hears(TOPICS.weights(5, 1, 0), b"from the thief")
     kitchen.session.publish(TOPICS.reply("kitchen"), b"a reply")
     kitchen.session.flush(10)
-    thief.session.publish(TOPICS.command("kitchen"), b"one more")
+    thief.session.publish(TOPICS.weights(5, 1, 0), b"one more")
     thief.session.flush(10)  # the acknowledgement comes after what the broker had for this session before
     assert (TOPICS.reply("kitchen"), b"a reply") not in thief.heard.queue
     for client in (thief, kitchen, owner):
