@@ -141,7 +141,7 @@ RootKeyOption = Annotated[
 def init_server(root_key: RootKeyOption, data: DataOption = DATA) -> None:
     """Make a fleet's authority, and write its root key to a file once.
 
-    Devices obey what the fleet's keys sign, and take others when the root key has signed them. Whoever takes the server
+    Devices obey what the fleet's keys sign, and take others when the root key has signed them. Who takes the server
     does not get it. With a FILE that holds a root key already, the new server's keys are of the same root: its first
     `rotate-keys` makes the devices obey it.
 

@@ -146,7 +146,7 @@ class Node:
     sparse
         Whether there is memory for the copy of the parameters that sparse replies, clipping and a proximal term need.
     keys
-        Whom it obeys; None: whoever can publish.
+        Whom it obeys; None: anyone who can publish.
     store
         What survives a reset; None: nothing does.
     keep_every

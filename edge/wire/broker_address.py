@@ -46,7 +46,7 @@ class BrokerAddress:
     api_token
         What an operator shows the server there, to command devices.
     keys
-        Whom a device obeys there; None: whoever can publish.
+        Whom a device obeys there; None: anyone who can publish.
 
     Raises
     ------

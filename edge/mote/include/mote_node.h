@@ -90,7 +90,7 @@ typedef struct {
     size_t out_size;
     mote_source_t source;
     mote_learner_t learner;
-    const mote_keys_t *keys; /* NULL: it obeys whoever can publish */
+    const mote_keys_t *keys; /* NULL: it obeys anyone who can publish */
     mote_verify_t verify;    /* checks signatures; mote_ed25519_verify, or the platform's hardware. With keys, needed */
     mote_clock_t clock;      /* now: NULL: the time comes from the server, signed */
     mote_keep_t keep;        /* what survives a reset; get: NULL: nothing does */
