@@ -195,6 +195,7 @@ class FleetServer:
             self.commands: CommandService | None = None
             self.registry = Registry(self.store, fleet)
             self.token = secrets.token_urlsafe(32)
+            self.broker = dataclasses.replace(self.broker, api_token=self.token)
             access = Access(self._token_owner, "admin" if insecure else None)
             served = stack.enter_context(
                 Endpoint(

@@ -299,17 +299,17 @@ def incompatibility(store: Store) -> object:
 def test_a_device_of_another_wire_version_is_named_and_left_out(store: Store, registry: Registry) -> None:
     registry.ingest_one(TD, payload(description()))
     registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
-    reason = "speaks wire version 3, this server speaks 2; update the server"
+    reason = "speaks wire version 4, this server speaks 3; update the server"
     for _ in range(2):
-        (result,) = registry.ingest([(TOPICS.status("dev-1"), cbor2.dumps([3, True, "anything"]))])
+        (result,) = registry.ingest([(TOPICS.status("dev-1"), cbor2.dumps([4, True, "anything"]))])
         assert result is not None and (result.online, result.rejection) == (False, None)
         assert result.incompatibility == reason
     device = about(store, device_iri("home", "dev-1"))
-    assert (device["online"], device["wireVersion"], device["incompatibility"]) == ([False], [3], [reason])
+    assert (device["online"], device["wireVersion"], device["incompatibility"]) == ([False], [4], [reason])
     assert "battery" not in device and "samplesLearned" not in device and device["offlineSince"] == [NOW]
     for fleet in (None, "home"):
         rows = store.query(library.text("incompatible"), **({} if fleet is None else {"fleet": fleet}))
-        assert [(row["id"], row["reason"], row["wire"]) for row in rows] == [("dev-1", reason, 3)]
+        assert [(row["id"], row["reason"], row["wire"]) for row in rows] == [("dev-1", reason, 4)]
     assert not store.query(library.text("incompatible"), fleet="away")
 
     (result,) = registry.ingest([(TOPICS.status("dev-1"), status())])
@@ -321,16 +321,16 @@ def test_a_device_of_another_wire_version_is_named_and_left_out(store: Store, re
 
 def test_an_unsupported_program_format_is_named(store: Store, registry: Registry) -> None:
     registry.ingest_one(TD, payload(description()))
-    (result,) = registry.ingest([(TD, payload(description(tf__wireVersion=2, tf__programFormat=1)))])
+    (result,) = registry.ingest([(TD, payload(description(tf__wireVersion=3, tf__programFormat=1)))])
     reason = f"reads program format 1, this server sends {PROGRAM_FORMAT}; update its firmware"
     assert result is not None and result.incompatibility == reason and incompatibility(store) == [reason]
-    registry.ingest_one(TD, payload(description(tf__wireVersion=2, tf__programFormat=PROGRAM_FORMAT)))
+    registry.ingest_one(TD, payload(description(tf__wireVersion=3, tf__programFormat=PROGRAM_FORMAT)))
     assert incompatibility(store) is None
 
 
 def test_a_description_of_another_wire_version_is_named(store: Store, registry: Registry) -> None:
     (result,) = registry.ingest([(TD, payload(description(tf__wireVersion=1)))])
-    reason = "speaks wire version 1, this server speaks 2; update its firmware"
+    reason = "speaks wire version 1, this server speaks 3; update its firmware"
     assert result is not None and result.incompatibility == reason and incompatibility(store) == [reason]
     registry.ingest_one(TD, payload(description()))
     assert incompatibility(store) == [reason], "a description without a version says nothing about it"

@@ -426,7 +426,7 @@ CASES: Mapping[str, Sequence[Case]] = {
         (
             {"fleet": "past"},
             ("id", "reason", "wire", "format"),
-            [("old", "speaks wire version 1, this server speaks 2; update its firmware", 1, None)],
+            [("old", "speaks wire version 1, this server speaks 3; update its firmware", 1, None)],
         ),
         (HOME, ("id",), []),
     ],
