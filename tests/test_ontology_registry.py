@@ -14,6 +14,7 @@ from ontology_fixtures import MODEL, NOW, TD, TOPICS, description, everything, o
 
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, host_board, thing_description
 from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
+from tinyfleet.edge.wire.messages import Trial
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue as boards
 from tinyfleet.ontology.ingest import describe
@@ -98,7 +99,9 @@ def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_tha
 def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
     received = bytes(8)
     assert registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
-    assert registry.ingest_one(TOPICS.status("dev-1"), status(model=received, samples=9, stale=1))
+    assert registry.ingest_one(
+        TOPICS.status("dev-1"), status(model=received, samples=9, stale=1, trial=Trial.CONFIRMED, boots=3, refused=2)
+    )
     state = about(store, device_iri("home", "dev-1"))
     assert state == {
         "online": [True],
@@ -106,6 +109,10 @@ def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
         "samplesLearned": [9],
         "malformedMessages": [0],
         "staleMessages": [1],
+        "refusedCommands": [2],
+        "trial": ["confirmed"],
+        "boots": [3],
+        "keysVersion": [0],
         "wireVersion": [WIRE_VERSION],
         "programFormat": [PROGRAM_FORMAT],
     }

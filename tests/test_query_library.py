@@ -10,6 +10,7 @@ import rdflib
 from ontology_fixtures import description, open_store, payload, status
 
 from tinyfleet.edge.model.layers import Dense, ReLU, build
+from tinyfleet.edge.wire.messages import Trial
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
@@ -75,7 +76,7 @@ def fill(store: Store) -> None:
     say("fit", 1, battery=0.125, drift=0.75)
     say("tight", 2, drift=0.625)
     say("tight", 30, drift=0.125, battery=0.75)
-    say("small", malformed=3, stale=1)
+    say("small", malformed=3, stale=1, trial=Trial.ROLLED_BACK, boots=2, refused=4)
     say("odd", model=bytes(8), stale=2)
     say("pi")
     say("away")
@@ -430,6 +431,7 @@ CASES: Mapping[str, Sequence[Case]] = {
         ),
         (HOME, ("id",), []),
     ],
+    "trials": [(HOME, ("id", "trial", "boots", "refused"), [("small", "rolled back", 2, 4)])],
     "troubled": [
         (HOME, ("id", "malformed", "stale", "engineVersion"), [("small", 3, 1, "0.0.9"), ("odd", 0, 2, "0.1.0")]),
     ],
