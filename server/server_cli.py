@@ -167,8 +167,8 @@ def init_server(root_key: RootKeyOption, data: DataOption = DATA) -> None:
 def rotate_keys(root_key: RootKeyOption, data: DataOption = DATA) -> None:
     """Replace the fleet's keys; the root key signs the change.
 
-    The next key becomes the current one, and a new next one is made. The root key signs that here; the running server gets the signature alone, and publishes it to all devices.
-    Devices that are offline take it when they come back.
+    The next key becomes the current one, and a new next one is made. The root key signs that here; the running server
+    gets the signature alone, and publishes it to all devices. Those that are offline take it when they come back.
 
     Examples:
       tinyfleet server rotate-keys --root-key /media/stick/root-key.json

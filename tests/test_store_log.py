@@ -32,8 +32,8 @@ class Flash:
             ffi.callback("int(void *, uint32_t, void *, uint32_t)", self._write),
             ffi.callback("int(void *, uint32_t)", self._erase),
         ]
-        self.c.read, self.c.erase = self._kept[0], self._kept[2]
-        self.c.write = ffi.cast("int(*)(void *, uint32_t, void *, uint32_t)", self._kept[1])
+        self.c.read_at, self.c.erase_page = self._kept[0], self._kept[2]
+        self.c.write_at = ffi.cast("int(*)(void *, uint32_t, void *, uint32_t)", self._kept[1])
         self.c.page_size, self.c.pages, self.c.unit = page_size, pages, unit
 
     def copy(self) -> Flash:

@@ -74,8 +74,8 @@ class FileStore:
         self._handle: Any = ffi.new_handle(self)
         self._host: Any = ffi.new("mote_host_flash_t *", (self._memory, self._handle))
         flash = ffi.new("mote_flash_t *")
-        flash.context, flash.read = self._host, lib.mote_host_flash_read
-        flash.write, flash.erase = lib.mote_python_flash_write, lib.mote_python_flash_erase
+        flash.context, flash.read_at = self._host, lib.mote_host_flash_read
+        flash.write_at, flash.erase_page = lib.mote_python_flash_write, lib.mote_python_flash_erase
         flash.page_size, flash.pages, flash.unit = PAGE, self._pages, 1
         self._store: Any = ffi.new("mote_store_t *")
         self._check(lib.mote_store_open(self._store, flash))

@@ -20,13 +20,13 @@ typedef struct {
     int (*set)(void *context, uint32_t key, const void *data, size_t size);
 } mote_keep_t;
 
-/* Pages of flash. Addresses count from 0. Each callback returns MOTE_OK or an error; write gets whole units that are
- * erased, which are of ones; erase makes a page of ones. */
+/* Pages of flash. Addresses count from 0. Each callback returns MOTE_OK or an error; write_at gets whole units that
+ * are erased, which are of ones; erase_page makes a page of ones. */
 typedef struct {
     void *context;
-    int (*read)(void *context, uint32_t at, void *out, uint32_t size);
-    int (*write)(void *context, uint32_t at, const void *bytes, uint32_t size);
-    int (*erase)(void *context, uint32_t page);
+    int (*read_at)(void *context, uint32_t at, void *out, uint32_t size);
+    int (*write_at)(void *context, uint32_t at, const void *bytes, uint32_t size);
+    int (*erase_page)(void *context, uint32_t page);
     uint32_t page_size; /* bytes, at least 128, at most 65536, a multiple of the unit */
     uint32_t pages;     /* at least 3 */
     uint32_t unit;      /* bytes that are written at once: 1, 2, 4, 8 or 16 */

@@ -30,7 +30,7 @@ static uint32_t padded(const mote_store_t *s, uint32_t size)
 
 static int read_at(const mote_store_t *s, uint32_t at, void *out, uint32_t size)
 {
-    return s->flash.read(s->flash.context, at, out, size);
+    return s->flash.read_at(s->flash.context, at, out, size);
 }
 
 static int is_blank(const mote_store_t *s, uint32_t page, uint32_t from)
@@ -55,7 +55,7 @@ static int is_blank(const mote_store_t *s, uint32_t page, uint32_t from)
 static int erase_unless_blank(const mote_store_t *s, uint32_t page)
 {
     int blank = is_blank(s, page, 0);
-    return blank == 0 ? s->flash.erase(s->flash.context, page) : blank < 0 ? blank : MOTE_OK;
+    return blank == 0 ? s->flash.erase_page(s->flash.context, page) : blank < 0 ? blank : MOTE_OK;
 }
 
 /* The page's sequence number in *sequence: 1, 0 if it is no page of a log, or an error. */
@@ -71,7 +71,7 @@ static int write_page(mote_store_t *s, uint32_t page, uint32_t sequence)
 {
     page_t header = {MAGIC, sequence, 0xffffffffu, 0};
     header.crc = mote_crc32(0, &header, 12);
-    int error = s->flash.write(s->flash.context, page * s->flash.page_size, &header, sizeof header);
+    int error = s->flash.write_at(s->flash.context, page * s->flash.page_size, &header, sizeof header);
     s->head = page;
     s->end = HEADER;
     s->sequence = sequence;
@@ -217,7 +217,7 @@ static int append(mote_store_t *s, record_t *record, const uint8_t *data, uint32
     for (uint32_t pass = 0; pass < 2; pass++) { /* the CRC stands in front of the data */
         if (pass == 1 && error == MOTE_OK) {
             record->crc = crc;
-            error = s->flash.write(s->flash.context, at, record, HEADER);
+            error = s->flash.write_at(s->flash.context, at, record, HEADER);
         }
         for (uint32_t done = 0; done < record->size && error == MOTE_OK; done += BLOCK) {
             uint32_t left = record->size - done, size = left < BLOCK ? left : BLOCK;
@@ -230,7 +230,7 @@ static int append(mote_store_t *s, record_t *record, const uint8_t *data, uint32
             if (error == MOTE_OK && pass == 0) {
                 crc = mote_crc32(crc, block, size);
             } else if (error == MOTE_OK) {
-                error = s->flash.write(s->flash.context, at + HEADER + done, block, padded(s, size));
+                error = s->flash.write_at(s->flash.context, at + HEADER + done, block, padded(s, size));
             }
         }
     }
@@ -385,7 +385,7 @@ static int finish_advance(mote_store_t *s)
             return error;
         }
         if (!moved) {
-            error = s->flash.erase(s->flash.context, s->head);
+            error = s->flash.erase_page(s->flash.context, s->head);
             if (error == MOTE_OK) {
                 s->sequence = 0;
                 error = find_head(s);
@@ -399,7 +399,7 @@ static int finish_advance(mote_store_t *s)
 static int is_geometry(const mote_flash_t *f)
 {
     int unit = f->unit == 1 || f->unit == 2 || f->unit == 4 || f->unit == 8 || f->unit == 16;
-    return f->read != NULL && f->write != NULL && f->erase != NULL && unit && f->page_size >= 128 &&
+    return f->read_at != NULL && f->write_at != NULL && f->erase_page != NULL && unit && f->page_size >= 128 &&
            f->page_size <= 65536 && f->page_size % f->unit == 0 && f->pages >= 3 &&
            f->pages <= 0x7fffffffu / f->page_size;
 }
