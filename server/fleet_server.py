@@ -195,6 +195,8 @@ class FleetServer:
             self.commands: CommandService | None = None
             self.registry = Registry(self.store, fleet)
             self.token = secrets.token_urlsafe(32)
+            # What the owner shows to command devices goes through the broker: it can do no more than that.
+            self._submission_token = secrets.token_urlsafe(32) if is_secured else None
             access = Access(self._token_owner, "admin" if insecure else None)
             served = stack.enter_context(
                 Endpoint(
@@ -351,6 +353,8 @@ class FleetServer:
     def _token_owner(self, token: str) -> tuple[str, Scope] | None:
         if hmac.compare_digest(token.encode(), self.token.encode()):
             return "owner", "admin"
+        if self._submission_token is not None and hmac.compare_digest(token.encode(), self._submission_token.encode()):
+            return "owner", "operate"
         return self.authority.identities.scope_of(token)
 
     def _may_operate(self, token: str | None) -> bool:
@@ -399,6 +403,8 @@ class FleetServer:
             "token": self.token,
             "fleet": self.fleet,
         }
+        if self._submission_token is not None:
+            address["submission_token"] = self._submission_token
         write_private(path, json.dumps(address))
 
     def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:

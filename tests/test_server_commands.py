@@ -30,9 +30,10 @@ from tinyfleet.edge.wire.commands import (
     encode_action,
     encode_submission,
 )
+from tinyfleet.edge.wire.identity import call_server
 from tinyfleet.edge.wire.messages import ErrorCode, Failure, Status, Success, decode_status
 from tinyfleet.edge.wire.mqtt_session import Message, Session
-from tinyfleet.edge.wire.server_info import find_broker, find_device_brokers
+from tinyfleet.edge.wire.server_info import find_broker, find_device_brokers, require_server
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.commands.counters import AHEAD, BLOCK, Counters
 from tinyfleet.server.commands.scheduler import LINGER, RESEND, CommandScheduler, Out, Outstanding
@@ -312,6 +313,19 @@ def test_an_enrolled_device_obeys_the_server_and_nobody_else(
     finally:
         device.stop()
         assert device.join(20)
+
+
+def test_what_is_shown_at_the_broker_cannot_administer(server: FleetServer) -> None:
+    token = find_broker(None, server.data).api_token
+    assert token is not None and token != server.token
+    assert server._token_owner(token) == ("owner", "operate")
+    with pytest.raises(UserError, match=r"403|scope|may not"):
+        call_server({**require_server(server.data), "token": token}, "GET", "/fleet-keys/proposed")
+
+
+def test_no_token_goes_to_a_broker_that_others_run(tmp_path: Path, own_broker: BrokerAddress) -> None:
+    with FleetServer(tmp_path / "data", "home", broker=own_broker) as server:
+        assert find_broker(None, server.data).api_token is None
 
 
 def test_a_device_without_keys_is_not_commanded(server: FleetServer, asking: Asking) -> None:
