@@ -79,7 +79,7 @@ def test_an_incompatible_device_is_left_out_until_it_is_updated(store: Store) ->
     assert selected() == [False] * 4
     unmet = matching.unmet_requirements(store, "home", model=MODEL, device="fit")
     assert [str(miss) for miss in unmet["fit", MODEL]] == [
-        "speaks wire version 3, this server speaks 2; update the server"
+        "speaks wire version 4, this server speaks 3; update the server"
     ]
     assert registry.ingest_one(topics.status("fit"), status(model=PROGRAM.model_id, program_format=PROGRAM_FORMAT + 1))
     assert selected() == [False] * 4

@@ -29,7 +29,7 @@ from tinyfleet.edge.errors import UserError, printable
 from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
 from tinyfleet.edge.wire.errors import ProtocolError, WireVersionError
 from tinyfleet.edge.wire.log_limit import LogLimit
-from tinyfleet.edge.wire.messages import Status, decode_status
+from tinyfleet.edge.wire.messages import Status, Trial, decode_status
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import lineage
 from tinyfleet.ontology.ingest.describe import known_parts
@@ -271,6 +271,11 @@ class Registry:
             facts[TF.samplesLearned] = status.samples
             facts[TF.malformedMessages] = status.malformed
             facts[TF.staleMessages] = status.stale
+            facts[TF.refusedCommands] = status.refused or None
+            facts[TF.trialState] = _TRIAL_STATES[status.trial]
+            facts[TF.boots] = status.boots or None
+            facts[TF.resetReason] = status.reset.name.lower() if status.reset else None
+            facts[TF.keysVersion] = status.keys
             facts[TF.battery] = status.battery
             facts[TF.drift] = status.drift
         for subject, changes in history.changes(iri, status, self._clock()).items():
@@ -458,8 +463,26 @@ def _update(device_is_older: bool) -> str:
 _OFFLINE = Status(False, bytes(8))
 # What was known of a device's state before it turned out that its statuses cannot be read.
 _NO_STATE: dict[Iri, Binding | None] = dict.fromkeys(
-    (TF.programFormat, TF.samplesLearned, TF.malformedMessages, TF.staleMessages, TF.battery, TF.drift)
+    (
+        TF.programFormat,
+        TF.samplesLearned,
+        TF.malformedMessages,
+        TF.staleMessages,
+        TF.refusedCommands,
+        TF.trialState,
+        TF.boots,
+        TF.resetReason,
+        TF.keysVersion,
+        TF.battery,
+        TF.drift,
+    )
 )
+_TRIAL_STATES = {
+    Trial.BUILT_IN: None,
+    Trial.ON_TRIAL: "on trial",
+    Trial.CONFIRMED: "confirmed",
+    Trial.ROLLED_BACK: "rolled back",
+}
 
 
 class _ParsedMessage(NamedTuple):
