@@ -44,6 +44,7 @@ from tinyfleet.server.enrolment_api import EnrolmentApi
 from tinyfleet.server.housekeeping import Housekeeper
 from tinyfleet.server.metrics import Monitoring
 from tinyfleet.server.mosquitto import Mosquitto
+from tinyfleet.server.reconciliation import report_other_models
 
 AUTHORITY = "authority"
 """Folder of the fleet's authority, in the data folder."""
@@ -489,18 +490,19 @@ class FleetServer:
         self.ingested += len(batch)
         if self._session is not None:
             self._session.received(receipt for _, _, receipt in batch)
-        for result in filter(None, results):
-            self._report(result)
+        online = [result.device for result in filter(None, results) if self._report(result)]
+        report_other_models(self.store, self.fleet, online, self._on_log)
 
-    def _report(self, result: IngestResult) -> None:
-        """Log what changed. A state that was reported last for the device is not repeated."""
+    def _report(self, result: IngestResult) -> bool:
+        """Log what changed; whether the device has come online. A state that was reported last for the device is not
+        repeated."""
         if result.rejection is not None:
             self._on_log("rejected", result.rejection)
-            return
+            return False
         if result.kind == "td":
             self._on_log("described", f"{result.device}: {'described' if result.online else 'removed'}")
             if result.incompatibility is None:
-                return
+                return False
         line = f"{result.device}: {'online' if result.online else 'offline'}"
         if result.incompatibility is not None:
             line = f"device {result.device} {result.incompatibility}"
@@ -509,6 +511,8 @@ class FleetServer:
                 self._known.clear()
             self._known[result.device] = line
             self._on_log("state", line)
+            return result.online and result.kind == "status"
+        return False
 
 
 @contextmanager
