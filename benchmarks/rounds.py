@@ -66,13 +66,25 @@ def visits(task_name: str, broker: BrokerAddress, steps: int, count: int, device
 def measure(task: str, steps: int, count: int, devices: int, runs: int) -> list[dict[str, Any]]:
     """The same with a broker and devices around it, `runs` times; `first` in seconds since the process was started."""
     from tinyfleet.server.broker import Broker
+    from tinyfleet.server.commands.counters import Counters
+    from tinyfleet.server.commands.service import CommandService
 
     results = []
     with ExitStack() as stack:
-        broker = stack.enter_context(
-            Broker(0, Path(stack.enter_context(tempfile.TemporaryDirectory())), kind="mosquitto")
-        )
+        folder, counting = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
+        broker = stack.enter_context(Broker(0, Path(folder), kind="mosquitto"))
         where = broker.address.url
+        stack.enter_context(
+            CommandService(
+                broker.address,
+                FLEET,
+                name="commands",
+                next_counter=Counters(Path(counting) / "counter").next,
+                signer=None,
+                may_command=lambda _token: True,
+                takes_keyless=True,
+            )
+        )
         command = [sys.executable, "-m", "tinyfleet", "device", "simulate", "--devices", str(devices), "--task", task]
         fleet = subprocess.Popen(
             [*command, "--fleet", FLEET, "--broker", where, "--insecure"], stdout=subprocess.PIPE, text=True

@@ -21,6 +21,8 @@ MAX_CONNECTIONS = 20_000
 
 OPERATOR_KINDS = ("runs", "models", "drivers", "submissions")
 """What operators write."""
+OPERATOR_READS = ("devices", "groups", "runs", "models", "drivers", "refused", "time")
+"""What operators read: not submissions, as each holds its sender's token."""
 
 _GENERAL: Options = [
     ("persistence", "false"),  # devices publish their retained messages again when they reconnect
@@ -105,8 +107,8 @@ def access_list(fleet: str, server: Iterable[str], operators: Iterable[str]) -> 
     """Who may write and read which topics; what is not in it is denied.
 
     A device writes what is its own, and reads the commands to it and what is broadcast. `%u` is the name in its
-    certificate. An operator may read everything in the fleet and write models, weights and submissions, which ask the
-    server for commands. The server alone writes commands, and may do everything.
+    certificate. An operator may read all in the fleet but submissions, and write models, weights and submissions, which
+    ask the server for commands. The server alone writes commands, and may do everything.
 
     Parameters
     ----------
@@ -126,7 +128,8 @@ def access_list(fleet: str, server: Iterable[str], operators: Iterable[str]) -> 
     for user in server:
         lines += [f"user {user}", f"topic readwrite {topics.root}/#"]
     for user in operators:
-        lines += [f"user {user}", f"topic read {topics.root}/#"]
+        lines.append(f"user {user}")
+        lines += [f"topic read {topics.root}/{kind}/#" for kind in OPERATOR_READS]
         lines += [f"topic write {topics.root}/{kind}/#" for kind in OPERATOR_KINDS]
     lines += [f"pattern write {own}/{kind}" for kind in ("td", "status", "reply", "event")]
     lines += [f"pattern readwrite {own}/echo", f"pattern read {own}/command"]

@@ -301,6 +301,7 @@ def deploy(
                 started=began,
                 ended=datetime.now(UTC),
                 confirmed=ended.devices("confirmed"),
+                tried=ended.devices("on trial"),
                 failed=ended.devices("failed"),
                 interrupted=interrupted,
             )

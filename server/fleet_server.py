@@ -44,6 +44,7 @@ from tinyfleet.server.enrolment_api import EnrolmentApi
 from tinyfleet.server.housekeeping import Housekeeper
 from tinyfleet.server.metrics import Monitoring
 from tinyfleet.server.mosquitto import Mosquitto
+from tinyfleet.server.reconciliation import report_other_models
 
 AUTHORITY = "authority"
 """Folder of the fleet's authority, in the data folder."""
@@ -195,7 +196,9 @@ class FleetServer:
             self.commands: CommandService | None = None
             self.registry = Registry(self.store, fleet)
             self.token = secrets.token_urlsafe(32)
-            self.broker = dataclasses.replace(self.broker, api_token=self.token)
+            # What the owner shows to command devices goes through the broker: it can do no more than that.
+            self._submission_token = secrets.token_urlsafe(32) if is_secured else None
+            self.broker = dataclasses.replace(self.broker, api_token=self._submission_token)
             access = Access(self._token_owner, "admin" if insecure else None)
             served = stack.enter_context(
                 Endpoint(
@@ -352,6 +355,8 @@ class FleetServer:
     def _token_owner(self, token: str) -> tuple[str, Scope] | None:
         if hmac.compare_digest(token.encode(), self.token.encode()):
             return "owner", "admin"
+        if self._submission_token is not None and hmac.compare_digest(token.encode(), self._submission_token.encode()):
+            return "owner", "operate"
         return self.authority.identities.scope_of(token)
 
     def _may_operate(self, token: str | None) -> bool:
@@ -400,6 +405,8 @@ class FleetServer:
             "token": self.token,
             "fleet": self.fleet,
         }
+        if self._submission_token is not None:
+            address["submission_token"] = self._submission_token
         write_private(path, json.dumps(address))
 
     def _receive(self, topic: str, payload: bytes, receipt: Receipt | None) -> None:
@@ -484,18 +491,19 @@ class FleetServer:
         self.ingested += len(batch)
         if self._session is not None:
             self._session.received(receipt for _, _, receipt in batch)
-        for result in filter(None, results):
-            self._report(result)
+        online = [result.device for result in filter(None, results) if self._report(result)]
+        report_other_models(self.store, self.fleet, online, self._on_log)
 
-    def _report(self, result: IngestResult) -> None:
-        """Log what changed. A state that was reported last for the device is not repeated."""
+    def _report(self, result: IngestResult) -> bool:
+        """Log what changed; whether the device has come online. A state that was reported last for the device is not
+        repeated."""
         if result.rejection is not None:
             self._on_log("rejected", result.rejection)
-            return
+            return False
         if result.kind == "td":
             self._on_log("described", f"{result.device}: {'described' if result.online else 'removed'}")
             if result.incompatibility is None:
-                return
+                return False
         line = f"{result.device}: {'online' if result.online else 'offline'}"
         if result.incompatibility is not None:
             line = f"device {result.device} {result.incompatibility}"
@@ -504,6 +512,8 @@ class FleetServer:
                 self._known.clear()
             self._known[result.device] = line
             self._on_log("state", line)
+            return result.online and result.kind == "status"
+        return False
 
 
 @contextmanager

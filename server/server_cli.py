@@ -7,13 +7,16 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinyfleet.command_line import CONNECTION, DATA, CommandGroup, Connection, DataOption, with_connection
+from tinyfleet.command_line import CONNECTION, DATA, CommandGroup, Connection, DataOption, FleetOption, with_connection
 from tinyfleet.edge.errors import UserError
-from tinyfleet.edge.wire.server_info import DEFAULT_FLEET, require_server
+from tinyfleet.edge.wire.server_info import DEFAULT_FLEET, find_server, require_server
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 server_app = CommandGroup("""Run the fleet's server.
 
@@ -164,11 +167,12 @@ def init_server(root_key: RootKeyOption, data: DataOption = DATA) -> None:
 
 
 @server_app.command("rotate-keys")
-def rotate_keys(root_key: RootKeyOption, data: DataOption = DATA) -> None:
+def rotate_keys(root_key: RootKeyOption, fleet: FleetOption = None, data: DataOption = DATA) -> None:
     """Replace the fleet's keys; the root key signs the change.
 
     The next key becomes the current one, and a new next one is made. The root key signs that here; the running server
-    gets the signature alone, and publishes it to all devices. Those that are offline take it when they come back.
+    gets the signature alone, and publishes it to all devices. Devices that are offline take it when they come back. If no server runs, the next one that starts publishes it; name
+    the fleet then, unless it is home.
 
     Examples:
       tinyfleet server rotate-keys --root-key /media/stick/root-key.json
@@ -176,15 +180,36 @@ def rotate_keys(root_key: RootKeyOption, data: DataOption = DATA) -> None:
     from tinyfleet.edge.wire import cose
     from tinyfleet.edge.wire.identity import call_server
     from tinyfleet.edge.wire.topics import Topics
-    from tinyfleet.server.authority.fleet_keys import KeyChange, read_root_key
+    from tinyfleet.server.authority.fleet_keys import FLEET_KEYS, KeyChange, read_root_key
+    from tinyfleet.server.fleet_server import AUTHORITY
 
-    key, server = read_root_key(root_key), require_server(data)
+    key, server = read_root_key(root_key), find_server(data)
+    if not server and (data / AUTHORITY / FLEET_KEYS).exists():
+        version = _rotate_on_disk(data / AUTHORITY, key, fleet or DEFAULT_FLEET)
+        typer.echo(f"the fleet's keys have version {version} now; the server publishes them when it starts")
+        return
+    server = require_server(data)
     proposed = call_server(server, "GET", "/fleet-keys/proposed")
     current, next = (bytes.fromhex(proposed[name]) for name in ("current", "next"))
     payload = KeyChange(int(proposed["version"]), current, next).payload
     sealed = cose.sign1(payload, key, Topics(server["fleet"]).group_command("keys"))
     said = call_server(server, "POST", "/fleet-keys", {"sealed": sealed.hex()})
     typer.echo(f"the fleet's keys have version {said['version']} now")
+
+
+def _rotate_on_disk(folder: Path, key: Ed25519PrivateKey, fleet: str) -> int:
+    """Change the keys of an authority that no server uses now; returns their version."""
+    from tinyfleet.edge.wire import cose
+    from tinyfleet.edge.wire.topics import Topics
+    from tinyfleet.server.authority.authority import Authority
+
+    authority = Authority(folder)
+    try:
+        payload = authority.propose_keys().payload
+        authority.change_keys(cose.sign1(payload, key, Topics(fleet).group_command("keys")), fleet)
+        return authority.keys_version
+    finally:
+        authority.close()
 
 
 @server_app.command("login")

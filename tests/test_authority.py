@@ -220,6 +220,20 @@ def test_an_operator_commands_through_the_server_alone(place: Place) -> None:
         client.session.close()
 
 
+def test_an_operator_does_not_hear_what_another_submits(place: Place) -> None:
+    anna, owner = Client(place.join("anna", "operator"), "anna"), Client(place.broker.address, "owner")
+    anna.subscribe("#")
+    owner.subscribe(TOPICS.submission("+"))
+    for client in (anna, owner):  # a submission holds a token
+        client.session.publish(TOPICS.submission("a"), b"a submission")
+        client.session.flush(10)
+        owner.session.publish(TOPICS.reply("kitchen"), b"marker")
+        assert not anna.hears(TOPICS.submission("a"), b"a submission")
+    assert [owner.heard.get(timeout=10) for _ in range(2)] == 2 * [(TOPICS.submission("a"), b"a submission")]
+    for client in (anna, owner):
+        client.session.close()
+
+
 def test_a_revoked_operators_session_can_do_nothing_any_more(place: Place) -> None:
     anna, kitchen = Client(place.join("anna", "operator")), Client(place.join("kitchen"))
     kitchen.subscribe(TOPICS.weights(5, 1, 0), ECHO)

@@ -157,6 +157,28 @@ def test_devices_get_the_model_and_the_graph_says_so(
         plan(server.store)
 
 
+def test_a_model_on_trial_is_not_confirmed_and_a_device_that_comes_back_without_it_is_reported(
+    server: FleetServer, broker: BrokerAddress, start: Start, heard: News
+) -> None:
+    device = start(mote(broker, "one"))
+    ended = deploy(server, plan(server.store), trial=deployments.TrialConditions(probation=1_000_000))
+    assert ended.devices("on trial") == ["one"] and ended.devices("confirmed") == []
+    wait_for_graph(server, NEW)
+    targets = library.text("deployment-targets")
+    assert [row["outcome"] for row in server.store.query(targets, deployment=ended.iri)] == ["on trial"]
+    assert [(row["id"], row["state"]) for row in server.store.query(library.text("trials"))] == [("one", "on trial")]
+    device.stop()
+    assert device.join(10)
+    heard.until("one: offline")
+    start(mote(broker, "one"))  # without a store: it has only the model that it was built with
+    given, running = model_iri(NEW.model_id), model_iri(OLD.model_id)
+    heard.until(
+        f"one: was given {given} and does not run it any more: it runs {running} (tinyfleet query stale-models)"
+    )
+    assert [row["outcome"] for row in server.store.query(targets, deployment=ended.iri)] == ["replaced"]
+    assert not server.store.query(library.text("trials"))
+
+
 def wait_for_graph(server: FleetServer, program: Program) -> None:
     """Until the registry, which hears what the deployment hears, has written that all run it."""
     sparql = f"ASK {{ ?d <{TF.currentModel}> ?m FILTER(?m != <{model_iri(program.model_id)}>) }}"

@@ -14,7 +14,7 @@ from ontology_fixtures import MODEL, NOW, TD, TOPICS, description, everything, o
 
 from tinyfleet.edge.device.thing_description import VIRTUAL, Board, host_board, thing_description
 from tinyfleet.edge.versions import PROGRAM_FORMAT, WIRE_VERSION
-from tinyfleet.edge.wire.messages import Trial
+from tinyfleet.edge.wire.messages import ResetReason, Trial
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.firmware_tools.boards import catalogue as boards
 from tinyfleet.ontology.ingest import describe
@@ -73,7 +73,7 @@ def test_many_devices_say_their_board_once(store: Store, registry: Registry) -> 
         assert registry.ingest_one(TOPICS.td(f"dev-{i}"), payload(description(f"dev-{i}")))
     per_device = sum(map(len, about(store, device_iri("home", "dev-2")).values()))
     assert len(everything(store)) == one + 9 * per_device
-    assert per_device <= 18, "with the seven of its state: 25 triples"
+    assert per_device <= 18, "with the eight of its state: 26 triples"
     assert len(store.query("SELECT ?b WHERE { ?b <https://w3id.org/tinyfleet#ramBytes> ?r }")) == 1
 
 
@@ -99,9 +99,7 @@ def test_a_device_has_the_subsystems_of_its_board_also_when_more_is_known_of_tha
 def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
     received = bytes(8)
     assert registry.ingest_one(TOPICS.status("dev-1"), status(samples=5, battery=0.5))
-    assert registry.ingest_one(
-        TOPICS.status("dev-1"), status(model=received, samples=9, stale=1, trial=Trial.CONFIRMED, boots=3, refused=2)
-    )
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(model=received, samples=9, stale=1))
     state = about(store, device_iri("home", "dev-1"))
     assert state == {
         "online": [True],
@@ -109,13 +107,21 @@ def test_a_status_becomes_state(store: Store, registry: Registry) -> None:
         "samplesLearned": [9],
         "malformedMessages": [0],
         "staleMessages": [1],
-        "refusedCommands": [2],
-        "trial": ["confirmed"],
-        "boots": [3],
         "keysVersion": [0],
         "wireVersion": [WIRE_VERSION],
         "programFormat": [PROGRAM_FORMAT],
     }
+
+
+def test_a_status_says_what_was_tried_and_why_the_device_started(store: Store, registry: Registry) -> None:
+    special = {"trial": Trial.ROLLED_BACK, "boots": 4, "reset": ResetReason.FAULT, "refused": 2, "keys": 5}
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(**special))
+    state = about(store, device_iri("home", "dev-1"))
+    expected = {"trialState": "rolled back", "boots": 4, "resetReason": "fault", "refusedCommands": 2, "keysVersion": 5}
+    assert {name: state[name] for name in expected} == {name: [value] for name, value in expected.items()}
+    assert registry.ingest_one(TOPICS.status("dev-1"), status(trial=Trial.CONFIRMED))
+    state = about(store, device_iri("home", "dev-1"))
+    assert state["trialState"] == ["confirmed"] and "refusedCommands" not in state and "resetReason" not in state
 
 
 def test_a_will_marks_a_device_offline_since_now_and_nothing_else(store: Store, registry: Registry) -> None:
@@ -328,10 +334,10 @@ def test_a_device_of_another_wire_version_is_named_and_left_out(store: Store, re
 
 def test_an_unsupported_program_format_is_named(store: Store, registry: Registry) -> None:
     registry.ingest_one(TD, payload(description()))
-    (result,) = registry.ingest([(TD, payload(description(tf__wireVersion=3, tf__programFormat=1)))])
+    (result,) = registry.ingest([(TD, payload(description(tf__wireVersion=WIRE_VERSION, tf__programFormat=1)))])
     reason = f"reads program format 1, this server sends {PROGRAM_FORMAT}; update its firmware"
     assert result is not None and result.incompatibility == reason and incompatibility(store) == [reason]
-    registry.ingest_one(TD, payload(description(tf__wireVersion=3, tf__programFormat=PROGRAM_FORMAT)))
+    registry.ingest_one(TD, payload(description(tf__wireVersion=WIRE_VERSION, tf__programFormat=PROGRAM_FORMAT)))
     assert incompatibility(store) is None
 
 

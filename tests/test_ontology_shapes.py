@@ -90,7 +90,7 @@ GOOD: dict[Iri, dict[Iri, Any]] = {
     },
     DEPLOYMENT: {
         RDF.type: TF.Deployment, TF.fleet: "home", TF.ofModel: M, TF.target: [DEVICE, device_iri("home", "e")],
-        TF.confirmedBy: DEVICE, TF.failedOn: device_iri("home", "e"), TF.selectedBy: "clients",
+        TF.confirmedBy: DEVICE, TF.failedOn: device_iri("home", "e"), TF.triedBy: DEVICE, TF.selectedBy: "clients",
         PROV.startedAtTime: NOW, PROV.endedAtTime: NOW,
     },
     DRIFT: {RDF.type: TF.DriftEvent, TF.device: DEVICE, TF.drift: 3.5, TF.ofModel: M, SOSA.resultTime: NOW},
@@ -188,6 +188,7 @@ RULES: list[tuple[Iri, Iri, list[Any]]] = [
     (DEPLOYMENT, TF.target, [None, "d"]),
     (DEPLOYMENT, TF.confirmedBy, ["d", device_iri("home", "e")]),
     (DEPLOYMENT, TF.failedOn, ["e", DEVICE]),
+    (DEPLOYMENT, TF.triedBy, ["f", device_iri("home", "e")]),
     (DEPLOYMENT, TF.selectedBy, ["", 5, ["a", "b"]]),
     (DEPLOYMENT, PROV.startedAtTime, [None, "now"]),
     (DEPLOYMENT, PROV.endedAtTime, ["now", [NOW, datetime(2027, 1, 1, tzinfo=UTC)]]),

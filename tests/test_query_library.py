@@ -10,7 +10,7 @@ import rdflib
 from ontology_fixtures import description, open_store, payload, status
 
 from tinyfleet.edge.model.layers import Dense, ReLU, build
-from tinyfleet.edge.wire.messages import Trial
+from tinyfleet.edge.wire.messages import ResetReason, Trial
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.ontology.ingest import describe
 from tinyfleet.ontology.ingest.lineage import Lineage, Participation
@@ -76,8 +76,8 @@ def fill(store: Store) -> None:
     say("fit", 1, battery=0.125, drift=0.75)
     say("tight", 2, drift=0.625)
     say("tight", 30, drift=0.125, battery=0.75)
-    say("small", malformed=3, stale=1, trial=Trial.ROLLED_BACK, boots=2, refused=4)
-    say("odd", model=bytes(8), stale=2)
+    say("small", malformed=3, stale=1, trial=Trial.ROLLED_BACK, boots=3, reset=ResetReason.FAULT)
+    say("odd", model=bytes(8), stale=2, trial=Trial.ON_TRIAL)
     say("pi")
     say("away")
     say("away", 5, online=False)
@@ -145,6 +145,7 @@ def fill(store: Store) -> None:
         confirmed=["fit", "tight"], failed=["odd"],
     )  # fmt: skip
     lineage.deployment(2, MODEL, ["fit"], selected_by="drifted", started=at(12))
+    lineage.deployment(3, ODD, ["odd", "small"], selected_by="all", started=at(5), ended=at(6), tried=["odd", "small"])
 
 
 @pytest.fixture(scope="module", params=["memory", "remote", "rdflib"])
@@ -212,15 +213,21 @@ CASES: Mapping[str, Sequence[Case]] = {
                 ("odd", "failed", MODEL, ODD),
                 ("away", "no answer", MODEL, MODEL),
             ],
-        )
+        ),
+        (
+            {"deployment": deployment_iri("home", 3)},
+            ("id", "outcome", "model", "running"),
+            [("odd", "on trial", ODD, ODD), ("small", "rolled back", ODD, MODEL)],
+        ),
     ],
     "deployments": [
         (
             HOME,
-            ("deployment", "targets", "confirmed", "failed", "silent", "began", "ended", "selected"),
+            ("deployment", "targets", "confirmed", "tried", "failed", "silent", "began", "ended", "selected"),
             [
-                (deployment_iri("home", 2), 1, 0, 0, 1, at(12), None, "drifted"),
-                (deployment_iri("home", 1), 4, 2, 1, 1, at(10), at(11), "runnable"),
+                (deployment_iri("home", 2), 1, 0, 0, 0, 1, at(12), None, "drifted"),
+                (deployment_iri("home", 1), 4, 2, 0, 1, 1, at(10), at(11), "runnable"),
+                (deployment_iri("home", 3), 2, 0, 2, 0, 0, at(5), at(6), "all"),
             ],
         ),
     ],
@@ -360,7 +367,16 @@ CASES: Mapping[str, Sequence[Case]] = {
         (HOME, ("sensor", "devices"), [("pdm-microphone", 6), ("hts221", 5)]),
         ({"fleet": "elsewhere"}, ("sensor", "boards", "devices"), [("hts221", NANO, 1), ("pdm-microphone", NANO, 1)]),
     ],
-    "stale-models": [(HOME, ("id", "running", "given", "since", "confirmed"), [("odd", ODD, MODEL, at(10), False)])],
+    "stale-models": [
+        (
+            HOME,
+            ("id", "running", "given", "since", "confirmed"),
+            [
+                ("odd", ODD, MODEL, at(10), False),
+                ("small", MODEL, ODD, at(5), False),
+            ],
+        )
+    ],
     "stale-versions": [
         (
             HOME,
@@ -431,7 +447,14 @@ CASES: Mapping[str, Sequence[Case]] = {
         ),
         (HOME, ("id",), []),
     ],
-    "trials": [(HOME, ("id", "trial", "boots", "refused"), [("small", "rolled back", 2, 4)])],
+    "trials": [
+        (
+            HOME,
+            ("id", "state", "running", "boots", "reset"),
+            [("odd", "on trial", ODD, None, None), ("small", "rolled back", MODEL, 3, "fault")],
+        ),
+        ({"state": "rolled back"}, ("id",), [("small",)]),
+    ],
     "troubled": [
         (HOME, ("id", "malformed", "stale", "engineVersion"), [("small", 3, 1, "0.0.9"), ("odd", 0, 2, "0.1.0")]),
     ],

@@ -16,6 +16,7 @@ from tinyfleet.__main__ import main
 from tinyfleet.edge.device.device import virtual_device
 from tinyfleet.edge.errors import UserError
 from tinyfleet.edge.tasks import load
+from tinyfleet.edge.wire import cose
 from tinyfleet.edge.wire.broker_address import BrokerAddress
 from tinyfleet.edge.wire.commands import (
     Action,
@@ -30,10 +31,15 @@ from tinyfleet.edge.wire.commands import (
     encode_action,
     encode_submission,
 )
+from tinyfleet.edge.wire.identity import call_server
+from tinyfleet.edge.wire.keys import Keys
 from tinyfleet.edge.wire.messages import ErrorCode, Failure, Status, Success, decode_status
 from tinyfleet.edge.wire.mqtt_session import Message, Session
-from tinyfleet.edge.wire.server_info import find_broker, find_device_brokers
+from tinyfleet.edge.wire.server_info import find_broker, find_device_brokers, require_server
 from tinyfleet.edge.wire.topics import Topics
+from tinyfleet.server.authority.authority import Authority
+from tinyfleet.server.authority.fleet_keys import write_root_key
+from tinyfleet.server.commands import scheduler as scheduling
 from tinyfleet.server.commands.counters import AHEAD, BLOCK, Counters
 from tinyfleet.server.commands.scheduler import LINGER, RESEND, CommandScheduler, Out, Outstanding
 from tinyfleet.server.fleet_server import FleetServer
@@ -272,13 +278,13 @@ def test_an_enrolled_device_obeys_the_server_and_nobody_else(
 ) -> None:
     task = load("sine")
     (address,) = find_device_brokers(["one"], None, server.data)
-    assert address.keys is not None and address.keys.version == 1
+    assert address.keys is not None and address.keys.version == server.authority.keys_version
     device = virtual_device(address, "home", "one", task.program, task.client(0, 16))
     first = device.node
     device.start()
     try:
         wait_until(lambda: server.commands is not None and server.commands._scheduler.status_of("one") is not None)
-        assert decode_status(first.will().payload).keys == 1
+        assert decode_status(first.will().payload).keys == address.keys.version
         asking.submit(Reboot(1))
         wait_until(lambda: device.node is not first)
         # What the server refuses.
@@ -295,12 +301,15 @@ def test_an_enrolled_device_obeys_the_server_and_nobody_else(
         assert "no action has this number" in asking.refused()
         asking.submit(Reboot(3), to="no/name")
         assert "name" in asking.refused()
+        asking.submit(Reboot(3), to="a-stranger")
+        assert "not enrolled here" in asking.refused()
         # Keys are rotated by the root key, which the server left beside its folder.
         current = device.node
         rotate = "server", "rotate-keys", "--data", str(server.data), "--root-key"
         assert run(*rotate, str(server.data / "root-key.json")) == 0
         assert "the fleet's keys have version" in capsys.readouterr().out
-        wait_until(lambda: decode_status(current.will().payload).keys > 1)
+        wait_until(lambda: decode_status(current.will().payload).keys == server.authority.keys_version)
+        assert server.authority.keys_version > address.keys.version
         asking.submit(Forget(4))
         wait_until(lambda: server.commands is not None and server.commands._scheduler.outstanding("one") is None)
         assert current.counters.refused == current.counters.malformed == 0
@@ -312,6 +321,19 @@ def test_an_enrolled_device_obeys_the_server_and_nobody_else(
     finally:
         device.stop()
         assert device.join(20)
+
+
+def test_what_is_shown_at_the_broker_cannot_administer(server: FleetServer) -> None:
+    token = find_broker(None, server.data).api_token
+    assert token is not None and token != server.token
+    assert server._token_owner(token) == ("owner", "operate")
+    with pytest.raises(UserError, match=r"403|scope|may not"):
+        call_server({**require_server(server.data), "token": token}, "GET", "/fleet-keys/proposed")
+
+
+def test_no_token_goes_to_a_broker_that_others_run(tmp_path: Path, own_broker: BrokerAddress) -> None:
+    with FleetServer(tmp_path / "data", "home", broker=own_broker) as server:
+        assert find_broker(None, server.data).api_token is None
 
 
 def test_a_device_without_keys_is_not_commanded(server: FleetServer, asking: Asking) -> None:
@@ -329,6 +351,56 @@ def test_a_device_without_keys_is_not_commanded(server: FleetServer, asking: Ask
     finally:
         device.stop()
         assert device.join(20)
+
+
+def test_a_server_that_is_lost_is_replaced_by_one_with_the_same_root_key(
+    tmp_path: Path, own_broker: BrokerAddress, run: Command
+) -> None:
+    root, data = tmp_path / "root.json", tmp_path / "new"
+    lost = Authority(tmp_path / "lost", root_key=cose.public_key(write_root_key(root)))
+    change = lost.fleet_keys.change
+    lost.close()
+    keys = Keys(bytes(range(32)), change.current, change.next, lost.fleet_keys.root, change.version - 1000)
+    task = load("sine")
+    device = virtual_device(replace(own_broker, keys=keys), "home", "one", task.program, task.client(0, 16))
+    node = device.node
+    device.start()
+    try:
+        options = "--root-key", str(root), "--data", str(data)
+        assert run("server", "init", *options) == 0
+        with FleetServer(data, "home", broker=own_broker) as server:
+            asking = Asking(own_broker, None)
+            commands = server.commands
+            assert commands is not None
+            wait_until(lambda: commands._scheduler.status_of("one") is not None)
+            asking.submit(Reboot(1))
+            assert "rotate-keys" in asking.refused()
+        assert run("server", "rotate-keys", *options) == 0, "while no server runs"
+        with FleetServer(data, "home", broker=own_broker) as server:
+            version = server.authority.keys_version
+            wait_until(lambda: decode_status(node.will().payload).keys == version)
+            commands = server.commands
+            assert commands is not None
+            wait_until(lambda: (status := commands._scheduler.status_of("one")) is not None and status.keys == version)
+            asking.submit(TrainTask(2, "train", 1, 1, bytes(8), 1, ()))
+            wait_until(lambda: "one" in commands._scheduler._open and commands._scheduler.outstanding("one") is None)
+            assert node.counters.refused == 0
+            asking.session.close()
+    finally:
+        device.stop()
+        assert device.join(20)
+
+
+def test_commands_have_a_bound_and_those_that_are_done_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "MAX_OPEN", 2)
+    s = Scheduled()
+    s.submit(Reboot(1), "a")
+    s.submit(Reboot(1), "b")
+    assert s.scheduler.has_room("a") and not s.scheduler.has_room("c")
+    s.scheduler.on_reply("a", Success(1))
+    assert not s.scheduler.has_room("c"), "it is at the broker still"
+    assert Out("a", b"") in s.later(LINGER)
+    assert s.scheduler.has_room("c") and s.scheduler.outstanding("b") is not None
 
 
 def test_without_a_server_a_run_says_so(own_broker: BrokerAddress, monkeypatch: pytest.MonkeyPatch) -> None:

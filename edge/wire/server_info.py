@@ -44,8 +44,8 @@ def find_server(data: Path) -> dict[str, str]:
     Returns
     -------
     dict
-        Addresses of the broker, the HTTP API and SPARQL; files ca, cert and key; token and fleet. Empty if there is
-        none.
+        Addresses of the broker, the HTTP API and SPARQL; files ca, cert and key; token, fleet, and on a broker of
+        the server's own submission_token. Empty if there is none.
 
     Raises
     ------
@@ -70,7 +70,8 @@ def _operators_server(data: Path) -> dict[str, str]:
     each = operators[0].renewed_if_possible()
     files = {"ca": str(each.ca), "cert": str(each.cert), "key": str(each.key)}
     addresses = {"broker": each.broker_url, "http": each.http_url, "endpoint": each.endpoint_url}
-    return {**addresses, **files, "fleet": each.fleet, "token": each.api_token or ""}
+    token = each.api_token or ""
+    return {**addresses, **files, "fleet": each.fleet, "token": token, "submission_token": token}
 
 
 def _running_server(data: Path) -> dict[str, str]:
@@ -143,7 +144,7 @@ def find_broker(
     server = require_server(data)
     ca, cert, key = (Path(server[name]) if name in server else None for name in ("ca", "cert", "key"))
     address = BrokerAddress.parse(server["broker"], ca=ca, cert=cert, key=key)
-    return replace(address, api_token=server.get("token"))
+    return replace(address, api_token=server.get("submission_token"))
 
 
 def find_device_brokers(

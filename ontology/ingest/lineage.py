@@ -227,6 +227,7 @@ class Lineage:
         started: datetime,
         ended: datetime | None = None,
         confirmed: Iterable[str] = (),
+        tried: Iterable[str] = (),
         failed: Iterable[str] = (),
         interrupted: bool = False,
     ) -> Iri:
@@ -244,6 +245,7 @@ class Lineage:
                 PROV.used: model,
                 TF.target: iris(targets),
                 TF.confirmedBy: iris(confirmed),
+                TF.triedBy: iris(tried),
                 TF.failedOn: iris(failed),
                 TF.failed: True if interrupted else None,
                 TF.selectedBy: selected_by,

@@ -271,9 +271,10 @@ class Registry:
             facts[TF.samplesLearned] = status.samples
             facts[TF.malformedMessages] = status.malformed
             facts[TF.staleMessages] = status.stale
-            facts[TF.refusedCommands] = status.refused
-            facts[TF.trial] = _TRIALS[status.trial]
-            facts[TF.boots] = status.boots
+            facts[TF.refusedCommands] = status.refused or None
+            facts[TF.trialState] = _TRIAL_STATES[status.trial]
+            facts[TF.boots] = status.boots or None
+            facts[TF.resetReason] = status.reset.name.lower() if status.reset else None
             facts[TF.keysVersion] = status.keys
             facts[TF.battery] = status.battery
             facts[TF.drift] = status.drift
@@ -463,12 +464,21 @@ _OFFLINE = Status(False, bytes(8))
 # What was known of a device's state before it turned out that its statuses cannot be read.
 _NO_STATE: dict[Iri, Binding | None] = dict.fromkeys(
     (
-        TF.programFormat, TF.samplesLearned, TF.malformedMessages, TF.staleMessages, TF.battery, TF.drift,
-        TF.refusedCommands, TF.trial, TF.boots, TF.keysVersion,
+        TF.programFormat,
+        TF.samplesLearned,
+        TF.malformedMessages,
+        TF.staleMessages,
+        TF.refusedCommands,
+        TF.trialState,
+        TF.boots,
+        TF.resetReason,
+        TF.keysVersion,
+        TF.battery,
+        TF.drift,
     )
-)  # fmt: skip
-_TRIALS = {
-    Trial.BUILT_IN: "built in",
+)
+_TRIAL_STATES = {
+    Trial.BUILT_IN: None,
     Trial.ON_TRIAL: "on trial",
     Trial.CONFIRMED: "confirmed",
     Trial.ROLLED_BACK: "rolled back",

@@ -394,6 +394,11 @@ class Authority:
         return cose.sign1(payload, self.fleet_keys.current, topic)
 
     @property
+    def keys_version(self) -> int:
+        """The version of the fleet's keys."""
+        return self.fleet_keys.version
+
+    @property
     def new_keys(self) -> bytes | None:
         """The last change of the fleet's keys, sealed with the root key."""
         return self.fleet_keys.new_keys

@@ -85,9 +85,11 @@ class FleetKeys:
             ) from None
 
     @classmethod
-    def make(cls, folder: Path, root: bytes, version: int = 1) -> FleetKeys:
-        """New keys under this root key, on disk."""
-        keys = cls(folder, version, Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate(), root)
+    def make(cls, folder: Path, root: bytes) -> FleetKeys:
+        """New keys under this root key, on disk. Their version is the time, so that no two servers of one root key give
+        the same version to different keys."""
+        current, next = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+        keys = cls(folder, int(time.time()), current, next, root)
         keys.save()
         return keys
 

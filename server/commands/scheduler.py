@@ -22,6 +22,8 @@ RESEND = 2.0
 MAX_BACKOFF = 16
 LINGER = 5.0
 """Seconds that a command which has ended stays at the broker."""
+MAX_OPEN = 100_000
+"""Devices and groups that have a command at a time. Others are refused: whoever may command, memory has an end."""
 GROUPS = "groups/"
 """What a group's name begins with, where a device's could stand."""
 
@@ -89,6 +91,13 @@ class CommandScheduler:
         """The command that a device or a group is sent now."""
         command = self._open.get(to)
         return None if command is None or command.done_at is not None else command
+
+    def has_room(self, to: str) -> bool:
+        """Whether another command can be kept. Those that are done and taken back give way."""
+        if to in self._open or len(self._open) < MAX_OPEN:
+            return True
+        self._open = {name: each for name, each in self._open.items() if each.done_at is None or each.is_published}
+        return len(self._open) < MAX_OPEN
 
     def submit(self, to: str, life: int, action: Action, encoded: bytes) -> Iterator[Out]:
         """Take a command.

@@ -25,11 +25,11 @@ from tinyfleet.edge.wire.commands import (
     encode_time,
 )
 from tinyfleet.edge.wire.errors import ProtocolError
-from tinyfleet.edge.wire.messages import decode_reply, decode_status
+from tinyfleet.edge.wire.messages import Status, decode_reply, decode_status
 from tinyfleet.edge.wire.mqtt_session import Message, Session
 from tinyfleet.edge.wire.topics import Topics
 from tinyfleet.server.commands.counters import unix_ms
-from tinyfleet.server.commands.scheduler import GROUPS, CommandScheduler, Out, Outstanding
+from tinyfleet.server.commands.scheduler import GROUPS, MAX_OPEN, CommandScheduler, Out, Outstanding
 
 TIME_INTERVAL = 60.0
 """Seconds between two messages with the time."""
@@ -42,7 +42,10 @@ WITHOUT_KEYS = (
     "it was built without keys, and would obey anyone; enrol it (tinyfleet device enrol NAME), or run a server that "
     "takes such devices on this machine: tinyfleet server start --insecure"
 )
-
+NOT_ENROLLED = (
+    "it is not enrolled here; enrol it (tinyfleet device enrol NAME), or, if another server of the same root key "
+    "enrolled it: tinyfleet server rotate-keys"
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,11 @@ class Signer(Protocol):
 
     def sign(self, payload: bytes, topic: str) -> bytes:
         """A COSE_Sign1 with the fleet's current key."""
+        ...
+
+    @property
+    def keys_version(self) -> int:
+        """The version of the fleet's keys."""
         ...
 
     @property
@@ -181,11 +189,17 @@ class CommandService:
             return None  # nothing is known of it yet
         if status.keys == 0:
             return payload if self._takes_keyless else None
-        if self._signer is None or (key := self._signer.command_key(to)) is None:
+        if self._signer is None:
             return None
-        if isinstance(command.action, TrainTask):
+        key = self._signer.command_key(to)
+        if key is not None and isinstance(command.action, TrainTask):
             return cose.mac0(payload, key, topic)
-        return self._signer.sign(payload, topic)
+        return self._signer.sign(payload, topic) if key is not None or self._obeys_us(status) else None
+
+    def _obeys_us(self, status: Status) -> bool:
+        """Whether a device that is not enrolled here holds this server's keys: another server of the same root key
+        enrolled it, and was lost."""
+        return self._signer is not None and status.keys == self._signer.keys_version
 
     @staticmethod
     def _payload(command: Outstanding) -> bytes:
@@ -195,14 +209,18 @@ class CommandService:
         """Why this action is not sent to that recipient; None if it is."""
         if isinstance(action, NewKeys):
             return "a change of keys is signed by the root key: tinyfleet server rotate-keys"
-        status = self._scheduler.status_of(to)
-        if status is None:  # a group, or nothing is known of it yet
+        if not self._scheduler.has_room(to):
+            return f"{MAX_OPEN:,} commands are under way; wait until some have ended"
+        if to.startswith(GROUPS):
             return None
-        if status.keys == 0:
+        status = self._scheduler.status_of(to)
+        if status is None and self._takes_keyless:  # it may yet come
+            return None
+        if status is not None and status.keys == 0:
             return None if self._takes_keyless else WITHOUT_KEYS
-        if self._signer is None or self._signer.command_key(to) is None:
-            return "it is not enrolled here; enrol it: tinyfleet device enrol"
-        return None
+        if self._signer is not None and self._signer.command_key(to) is not None:
+            return None
+        return None if status is not None and self._obeys_us(status) else NOT_ENROLLED
 
     # Called by the session's thread
 
