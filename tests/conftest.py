@@ -40,7 +40,8 @@ THOROUGH = {
     "test_ontology_boards", "test_ontology_describe",
     "test_ontology_index", "test_ontology_selocml", "test_ontology_shapes", "test_plan", "test_quantized_training",
     "test_query_library", "test_query_page", "test_robust", "test_server_bounds", "test_session",
-    "test_file_store", "test_server_commands", "test_sparql_protocol", "test_supervision", "test_task_devices", "test_tflite_models", "test_wheel",
+    "test_file_store", "test_server_commands",
+    "test_sparql_protocol", "test_supervision", "test_task_devices", "test_tflite_models", "test_wheel",
 }  # fmt: skip
 #: The longest test of all: it comes first, or else one worker is still busy with it when the others have finished.
 LONGEST = "test_no_program_and_no_message_makes_it_read_or_write_outside"
