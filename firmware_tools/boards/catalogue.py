@@ -49,6 +49,27 @@ class Uart:
 
 
 @dataclass(frozen=True)
+class StorePages:
+    """The pages of a board's flash that hold what it keeps through a reset.
+
+    Parameters
+    ----------
+    driver
+        The firmware's file is src/flash_{driver}.c.
+    address, pages, page_size
+        Where they are; behind the memory of the program.
+    unit
+        Bytes that are written at once.
+    """
+
+    driver: str
+    address: int
+    pages: int
+    page_size: int
+    unit: int
+
+
+@dataclass(frozen=True)
 class Build:
     """How to build firmware for a board.
 
@@ -64,6 +85,8 @@ class Build:
         Its memory.
     uart
         None without a driver: then no node can run on it, only programs that measure or check something.
+    store
+        None without a driver for the board's flash.
     """
 
     cpu: tuple[str, ...]
@@ -72,6 +95,7 @@ class Build:
     flash: Region
     ram: Region
     uart: Uart | None
+    store: StorePages | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +210,11 @@ def read_board_file(path: Path) -> BoardTarget:
                 rx_irq=entry(port, "rx_irq", int),
                 baud=entry(port, "baud", int),
             )
+        store = None
+        if "store" in part:
+            kept = entry(part, "store", dict)
+            numbers = (entry(kept, key, int) for key in ("address", "pages", "page_size", "unit"))
+            store = StorePages(entry(kept, "driver", str), *numbers)
         build = Build(
             cpu=strings(part, "cpu"),
             exact=strings(part, "exact") if "exact" in part else (),
@@ -193,6 +222,7 @@ def read_board_file(path: Path) -> BoardTarget:
             flash=region(part, "flash"),
             ram=region(part, "ram"),
             uart=uart,
+            store=store,
         )
     machine = entry(entry(top, "emulator", dict), "machine", str) if "emulator" in top else None
     return BoardTarget(board, build, machine)

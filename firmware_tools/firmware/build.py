@@ -425,6 +425,28 @@ def build_cose_benchmark(target: BoardTarget, elf: Path, messages: Mapping[str, 
     )
 
 
+def build_store_check(target: BoardTarget, elf: Path) -> Path:
+    """The program that counts in the board's store (see src/main_store.c).
+
+    Raises
+    ------
+    UserError
+        If there is no driver for the board's flash.
+    """
+    store = target.buildable().store
+    if store is None:
+        raise UserError(f"there is no driver for the flash of board '{target.board.id}'")
+    engine = build_extension.MOTE / "src" / "engine"
+    shared = [*build_extension.sources("store"), engine / "mote_crc.c", engine / "mote_error.c"]
+    numbers = {name: value for name, value in asdict(store).items() if name != "driver"}
+    return link(
+        target,
+        elf,
+        [SOURCES / "main_store.c", SOURCES / f"flash_{store.driver}.c", SOURCES / "semihost.c", *shared],
+        defines={f"store_{name}": value for name, value in numbers.items()},
+    )
+
+
 def build_mel_benchmark(target: BoardTarget, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
     """The program that counts the instructions of one frame's features (see src/bench_mel.c)."""
     return link(
