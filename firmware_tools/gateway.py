@@ -258,28 +258,12 @@ class Gateway:
         if time.monotonic() < self._not_before:
             return
         fleet, device = found.groups()
-        broker = self._find_broker(fleet, device)
-        if self._gives_keys(broker, will):
-            return
-        topics = Topics(fleet)
         self._end_session()
-        self._fleet, self.device = fleet, device
-        root = re.escape(f"tinyfleet/{fleet}")
-        command = re.escape(topics.command(device))
-        self._heard = re.compile(
-            rf"{command}|{root}/(time|groups/{_NAME}/command|runs/[0-9]+/[0-9]+/\+|models/[0-9a-f]{{16}}/\+)"
-        )
-        self._own = {topics.td(device), topics.status(device), topics.reply(device)}
-        self._announcement = {topics.td(device), topics.status(device), topics.command(device)}
-        self._will = topic, will
         try:
-            self._session = Session(
-                broker,
-                device_client_id(fleet, device),
-                on_message=self._from_broker,
-                on_connect=self._session_is_new,
-                will=self._will,
-            )
+            broker = self._find_broker(fleet, device)
+            if self._gives_keys(broker, will):
+                return
+            self._connect(fleet, device, broker, (topic, will))
         except UserError as error:
             if not self._was_joined:
                 raise
@@ -289,8 +273,27 @@ class Gateway:
             return
         self._was_joined = True
 
+    def _connect(self, fleet: str, device: str, broker: BrokerAddress, will: tuple[str, bytes]) -> None:
+        topics = Topics(fleet)
+        self._fleet, self.device = fleet, device
+        root = re.escape(f"tinyfleet/{fleet}")
+        command = re.escape(topics.command(device))
+        self._heard = re.compile(
+            rf"{command}|{root}/(time|groups/{_NAME}/command|runs/[0-9]+/[0-9]+/\+|models/[0-9a-f]{{16}}/\+)"
+        )
+        self._own = {topics.td(device), topics.status(device), topics.reply(device)}
+        self._announcement = {topics.td(device), topics.status(device), topics.command(device)}
+        self._will = will
+        self._session = Session(
+            broker,
+            device_client_id(fleet, device),
+            on_message=self._from_broker,
+            on_connect=self._session_is_new,
+            will=will,
+        )
+
     def _gives_keys(self, broker: BrokerAddress, will: bytes) -> bool:
-        """Tell a board whom to obey, unless it has been told: it says HELLO again then."""
+        """Tell a board whom to obey, unless it has been told: it says HELLO again then. It is greeted until it does."""
         with contextlib.suppress(ProtocolError):
             if decode_status(will).keys == 0:  # it has started again
                 self._gave_keys = False

@@ -29,7 +29,8 @@ settings.load_profile("tinyfleet")
 
 #: The files whose tests compile, emulate, or start TensorFlow, brokers or servers. `make test-fast` leaves them out.
 THOROUGH = {
-    "test_authority", "test_board_store", "test_broker_check", "test_c_library", "test_compiler", "test_compiler_commands",
+    "test_authority", "test_board_store", "test_broker_check", "test_c_library", "test_compiler",
+    "test_compiler_commands",
     "test_data_folder", "test_demo", "test_deploy", "test_device", "test_directory_events", "test_docs",
     "test_engine_native", "test_exactness", "test_examples", "test_export_library", "test_features", "test_firmware",
     "test_firmware_commands", "test_firmware_fleet", "test_flower_transports", "test_fuzz", "test_gradients",
