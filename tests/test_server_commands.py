@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -42,6 +45,7 @@ from tinyfleet.server.authority.fleet_keys import write_root_key
 from tinyfleet.server.commands import scheduler as scheduling
 from tinyfleet.server.commands.counters import AHEAD, BLOCK, Counters
 from tinyfleet.server.commands.scheduler import LINGER, RESEND, CommandScheduler, Out, Outstanding
+from tinyfleet.server.commands.service import CommandService
 from tinyfleet.server.fleet_server import FleetServer
 
 NOW = 1_800_000_000_000
@@ -208,6 +212,48 @@ def test_without_a_number_nothing_is_sent_and_it_is_tried_again() -> None:
     assert list(scheduler.submit("a", 60_000, Reboot(1), b"1")) == []
     time[0] = RESEND + 0.1
     assert list(scheduler.due()) == [Out("a", b"x")]
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("submit"), st.sampled_from(["a", "b", "groups/all"]), st.integers(1, 3), st.integers(0, 20_000)),
+    st.tuples(st.just("later"), st.floats(0.1, 30), st.none(), st.none()),
+    st.tuples(st.just("reply"), st.sampled_from("ab"), st.integers(1, 3), st.booleans()),
+    st.tuples(st.just("status"), st.sampled_from("ab"), st.sampled_from([None, b"12345678"]), st.integers(0, 99)),
+    st.tuples(st.just("forgotten"), st.none(), st.none(), st.none()),
+)
+
+
+@given(st.lists(STEPS, max_size=80))
+def test_a_topic_never_goes_back_and_is_empty_in_the_end(steps: list[tuple[str, Any, Any, Any]]) -> None:
+    s = Scheduled()
+    last: dict[str, tuple[int, bytes]] = {}  # the highest counter of each recipient, and the bytes with it
+    there: dict[str, bytes] = {}  # what the broker retains
+
+    def publish(outs: list[Out]) -> None:
+        for to, payload in outs:
+            there[to] = payload
+            if payload:
+                counter = int(payload.split()[1])
+                highest, bytes_ = last.get(to, (-1, b""))
+                assert counter > highest or (counter, payload) == (highest, bytes_), "equal numbers, equal bytes"
+                last[to] = counter, payload
+
+    for kind, first, second, third in steps:
+        match kind:
+            case "submit":
+                publish(s.submit(Reboot(second), first, third))
+            case "later":
+                publish(s.later(first))
+            case "reply":
+                s.scheduler.on_reply(first, Failure(second, ErrorCode.SAMPLES) if third else Success(second, 0, 2))
+            case "status":
+                publish(s.status(first, nonce=second, ceiling=NOW + third))
+            case _:
+                publish(list(s.scheduler.resend_all()))
+    publish(s.later(20.0))
+    publish(s.later(LINGER))
+    assert not any(there.values()) and not s.later(1e5)
+    assert not s.scheduler._open
 
 
 # The server
@@ -386,6 +432,71 @@ def test_a_server_that_is_lost_is_replaced_by_one_with_the_same_root_key(
             wait_until(lambda: "one" in commands._scheduler._open and commands._scheduler.outstanding("one") is None)
             assert node.counters.refused == 0
             asking.session.close()
+    finally:
+        device.stop()
+        assert device.join(20)
+
+
+def knows_one(commands: CommandService) -> bool:
+    return commands._scheduler.status_of("one") is not None
+
+
+def test_a_server_of_a_restored_backup_is_obeyed_and_a_replay_is_not(tmp_path: Path, own_broker: BrokerAddress) -> None:
+    data, backup = tmp_path / "data", tmp_path / "backup"
+    seen: queue.Queue[bytes] = queue.Queue()
+    task = load("sine")
+    with FleetServer(data, "home", broker=own_broker) as server:
+        change, root = server.authority.fleet_keys.change, server.authority.fleet_keys.root
+    shutil.copytree(data, backup)
+    keys = Keys(bytes(32), change.current, change.next, root, change.version)
+    listening = Session(own_broker, "listening", on_message=lambda _, payload: seen.put(payload))
+    listening.subscribe(TOPICS.command("one"))
+    device = virtual_device(replace(own_broker, keys=keys), "home", "one", task.program, task.client(0, 16))
+    nodes = [device.node]
+    device.start()
+    try:
+        for folder in (data, backup):
+            with FleetServer(folder, "home", broker=own_broker) as server:
+                assert server.commands is not None
+                wait_until(partial(knows_one, server.commands))
+                asking = Asking(own_broker, None)
+                asking.session.send([Message(TOPICS.submission("asking"), b"\x82\xf6\x99\x03\xe8", False)])
+                asking.submit(Reboot(len(nodes)))
+                wait_until(lambda: device.node not in nodes)
+                nodes.append(device.node)
+                asking.session.close()
+        replayed = {payload for payload in seen.queue if payload}
+        assert len(replayed) == 2
+
+        def replay() -> bool:  # again and again: until it has subscribed, the device gets nothing
+            for payload in replayed:
+                listening.publish(TOPICS.command("one"), payload)
+            counters = nodes[-1].counters  # as they are now
+            return counters.stale + counters.refused >= 6
+
+        wait_until(replay)
+        assert device.node is nodes[-1], "it has not started again"
+    finally:
+        listening.close()
+        device.stop()
+        assert device.join(20)
+
+
+def test_a_groups_command_reaches_its_devices_and_new_ones(server: FleetServer, asking: Asking) -> None:
+    (address,) = find_device_brokers(["one"], None, server.data)
+    task = load("sine")
+    asking.submit(Reboot(9), to="groups/all")
+    commands = server.commands
+    assert commands is not None
+    wait_until(lambda: commands._scheduler.outstanding("groups/all") is not None)
+    device = virtual_device(address, "home", "one", task.program, task.client(0, 16))
+    first = device.node
+    device.start()
+    try:
+        wait_until(lambda: first.counters.stale + first.counters.refused > 0 or device.node is not first)
+        assert device.node is first, "the command is from before its start"
+        asking.submit(Reboot(10), to="groups/all")
+        wait_until(lambda: device.node is not first)
     finally:
         device.stop()
         assert device.join(20)

@@ -23,7 +23,7 @@ MAX_BACKOFF = 16
 LINGER = 5.0
 """Seconds that a command which has ended stays at the broker."""
 MAX_OPEN = 100_000
-"""Devices and groups that have a command at a time. Others are refused: whoever may command, memory has an end."""
+"""Devices and groups that have a command at a time. Others are refused, as memory has an end."""
 GROUPS = "groups/"
 """What a group's name begins with, where a device's could stand."""
 
