@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from tinyfleet.edge.device.device import Device
     from tinyfleet.edge.device.node import Node
 
+KEEP_EVERY = 10
+"""Train tasks after which an agent keeps its weights."""
+
 agent_app = CommandGroup("""Run this machine as a device that learns.
 
 Examples:
@@ -73,6 +76,7 @@ def start(
 
     A Raspberry Pi, for example. The device ID is the one of its identity, else the host's name. With --online it also
     learns from the task's recording of a held-out device, and detects drift. A --tflite model stays the one it runs.
+    What survives a restart (the model that was confirmed, weights, keys, counters) is in the data folder.
 
     Examples:
       tinyfleet agent start
@@ -87,10 +91,12 @@ def start(
     from tinyfleet.edge.device.drift import PacedStream, default_drift_response
     from tinyfleet.edge.device.node import Node
     from tinyfleet.edge.device.sources import DatasetStream, RecordedStream
+    from tinyfleet.edge.device.store import FileStore
     from tinyfleet.edge.device.thing_description import host_board, thing_description
     from tinyfleet.edge.model.learner import LiteRTLearner
     from tinyfleet.edge.versions import ENGINE_VERSION
     from tinyfleet.edge.wire.errors import ProtocolError
+    from tinyfleet.edge.wire.topics import Topics
 
     learning_task = tasks.load(task)
     if client_index >= fleet_size:
@@ -115,7 +121,7 @@ def start(
     def node() -> Node:
         where = (fleet_name, id, td, learning_task.program, stream)
         options: dict[str, Any] = {"learner": learner, "arena_bytes": arena, "model_slot_bytes": slot}
-        options |= {"keys": address.keys, "groups": groups_of(board)}
+        options |= {"keys": address.keys, "groups": groups_of(board), "store": store, "keep_every": KEEP_EVERY}
         if recording is None:
             return Node(*where, **options)
         paced, response = PacedStream(recording, online), default_drift_response(learning_task)
@@ -124,10 +130,11 @@ def start(
 
     try:
         address = connection.find_for_devices([id], data, fleet_name)[0]
-        device = Device(node, address, fleet_name)
+        Topics(fleet_name).command(id)  # checks the names
+        with FileStore(data / "devices" / f"{fleet_name}.{id}.store") as store:
+            run_devices([Device(node, address, fleet_name)], as_json)
     except ProtocolError as error:
         raise UserError(str(error)) from error
-    run_devices([device], as_json)
 
 
 def _own_name(connection: Connection, data: Path) -> str:

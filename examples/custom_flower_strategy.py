@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from tinyfleet import MqttGrid, load_task
 from tinyfleet.edge.device.device import virtual_device
 from tinyfleet.edge.device.flower_client import vector_to_arrays
-from tinyfleet.server.broker import Broker
+from tinyfleet.server.fleet_server import FleetServer
 from tinyfleet.server.flower.internals import log_level
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     log_level(40)  # Flower's own log: errors only
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        address = stack.enter_context(Broker(0, Path(folder))).address
+        address = stack.enter_context(FleetServer(Path(folder), "home", port=0, insecure=True)).broker
         for i in range(4):
             device = virtual_device(address, "home", f"device-{i}", task.program, task.client(i, 4))
             device.start()

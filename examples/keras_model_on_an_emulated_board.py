@@ -37,7 +37,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         elf = build("mps2-an386", program, samples, "home", "board-01", folder / "firmware")
-        server = stack.enter_context(FleetServer(folder / "data", "home", port=0, operator_port=0))
+        server = stack.enter_context(FleetServer(folder / "data", "home", port=0, insecure=True))
         board = stack.enter_context(Emulator(load_board("mps2-an386"), elf))
         stop, gateway = threading.Event(), Gateway(board.url, lambda *_: server.broker)
         threading.Thread(target=gateway.run, args=(stop,)).start()

@@ -198,6 +198,7 @@ class FleetServer:
             self.token = secrets.token_urlsafe(32)
             # What the owner shows to command devices goes through the broker: it can do no more than that.
             self._submission_token = secrets.token_urlsafe(32) if is_secured else None
+            self.broker = dataclasses.replace(self.broker, api_token=self._submission_token)
             access = Access(self._token_owner, "admin" if insecure else None)
             served = stack.enter_context(
                 Endpoint(

@@ -168,11 +168,11 @@ def init_server(root_key: RootKeyOption, data: DataOption = DATA) -> None:
 
 @server_app.command("rotate-keys")
 def rotate_keys(root_key: RootKeyOption, fleet: FleetOption = None, data: DataOption = DATA) -> None:
-    """Replace the fleet's keys: the next becomes the current one, and a new one is made.
+    """Replace the fleet's keys; the root key signs the change.
 
-    The root key signs the change here; the running server gets the signature alone, and publishes it to all devices.
-    Devices that are offline take it when they come back. If no server runs, the next one that starts publishes it; name
-    the fleet then, unless it is home.
+    The next key becomes the current one, and a new next one is made. The root key signs that here; the running server
+    gets the signature alone, and publishes it to all devices. Devices that are offline take it when they come back. If
+    no server runs, the next one that starts publishes it; name the fleet then, unless it is home.
 
     Examples:
       tinyfleet server rotate-keys --root-key /media/stick/root-key.json

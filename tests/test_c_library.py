@@ -105,7 +105,7 @@ def test_the_headers_are_for_c_plus_plus(tmp_path: Path) -> None:
 
 def test_python_says_errors_by_the_library_s_names() -> None:
     codes = [getattr(lib, name) for name in dir(lib) if name.startswith("MOTE_ERR_")]
-    assert len(codes) == 8
+    assert len(codes) == 10
     for name in dir(lib):
         if name.startswith("MOTE_ERR_"):
             assert error_name(getattr(lib, name)) == name

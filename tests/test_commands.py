@@ -25,11 +25,11 @@ from tinyfleet.edge.wire.broker_address import BrokerAddress
 ROOT = Path(__file__).parents[1]
 TREE = {
     "demo": (),
-    "server": ("start", "login"),
+    "server": ("start", "init", "rotate-keys", "login"),
     "run": ("start", "simulate"),
     "deploy": (),
     "agent": ("start",),
-    "device": ("simulate", "enrol", "list", "revoke", "forget"),
+    "device": ("simulate", "enrol", "list", "revoke", "forget", "reboot", "reset"),
     "gateway": ("start",),
     "task": ("list",),
     "model": ("compile", "plan", "export", "describe", "match"),

@@ -111,9 +111,11 @@ def test_a_plan_for_some_layers_learns_the_same_bits_in_no_more_memory(net: Net,
         x, y = sample(whole.program, seed + step)
         losses = [loss_or_none(learner, x, y) for learner in (part, whole)]
         assert losses[0] == losses[1]
-        assert np.array_equal(part.infer(x), whole.infer(x), equal_nan=True)
-        if losses[0] is None:
+        ours, theirs = output_or_none(part, x), output_or_none(whole, x)
+        if losses[0] is None or ours is None or theirs is None:
+            assert ours is theirs is None or losses[0] is None
             return
+        assert np.array_equal(ours, theirs)
     learned = whole.program.split(whole.parameters)
     for name, array in part.program.split(part.parameters).items():
         assert np.array_equal(array, learned[name])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from broker_fixtures import connection_options
+from broker_fixtures import command_services, connection_options
 from conftest import free_port, plain_broker, start_mosquitto
 from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg, FedMedian, Krum, Strategy
@@ -188,6 +188,7 @@ def test_two_fleets_as_one_grid(broker: BrokerAddress, devices: Start) -> None:
 def test_a_round_over_the_broker_in_pure_python(tmp_path: Path, devices: Start) -> None:
     pytest.importorskip("amqtt")
     with Broker(0, tmp_path, kind="amqtt") as broker, ExitStack() as stack:
+        stack.enter_context(command_services(broker.address, ["test"]))
         fleet = devices(3, broker=broker.address)
         stack.callback(lambda: [device.stop() for device in fleet])
         result = learned(FedAvg(fraction_evaluate=0.0), broker.address, 3)
@@ -208,8 +209,8 @@ class News(queue.Queue[str]):
 
 
 @pytest.fixture
-def server(tmp_path: Path, broker: BrokerAddress) -> Iterator[FleetServer]:
-    with FleetServer(tmp_path / "data", "test", broker=broker) as server:
+def server(tmp_path: Path, own_broker: BrokerAddress) -> Iterator[FleetServer]:
+    with FleetServer(tmp_path / "data", "test", broker=own_broker) as server:
         yield server
 
 

@@ -92,7 +92,7 @@ def sources(*folders: str) -> list[Path]:
         path
         for folder in folders
         for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in (".py", ".c", ".h") and "node_modules" not in path.parts
+        if path.suffix in (".py", ".c", ".h") and not {"node_modules", "monocypher"} & set(path.parts)
     ]
 
 

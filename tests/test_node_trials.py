@@ -255,7 +255,7 @@ def test_weights_are_kept_after_so_many_tasks() -> None:
     assert np.array_equal(restored.parameters, kept)
     assert isinstance(Server(restored).trains(PROGRAM, 5), Success)
     assert np.array_equal(restored.parameters, first), "and a round begins with its own"
-    assert not np.array_equal(device(store=store).parameters, kept), "a device that keeps none begins with the initial ones"
+    assert not np.array_equal(device(store=store).parameters, kept), "not without being asked to"
 
 
 def test_weights_of_another_model_are_not_used() -> None:

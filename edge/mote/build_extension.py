@@ -36,7 +36,8 @@ HEADERS = [
     "mote_mel.h",
 ]
 
-# What C calls in Python (edge/device/node.py): a mote_source_t, a mote_learner_t, a mote_clock_t and a mote_keep_t.
+# What C calls in Python (edge/device/node.py): a mote_source_t, a mote_learner_t, a mote_clock_t, a mote_keep_t
+# and (edge/device/store.py) a mote_flash_t.
 CALLBACKS = """
 extern "Python" {
     int mote_python_open(void *, uint32_t);
@@ -49,6 +50,8 @@ extern "Python" {
     uint64_t mote_python_now(void *);
     int mote_python_keep_get(void *, uint32_t, void *, size_t);
     int mote_python_keep_set(void *, uint32_t, const void *, size_t);
+    int mote_python_flash_write(void *, uint32_t, const void *, uint32_t);
+    int mote_python_flash_erase(void *, uint32_t);
 }
 """
 

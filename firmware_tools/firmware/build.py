@@ -409,6 +409,22 @@ def build_benchmark(
     )
 
 
+def build_cose_benchmark(target: BoardTarget, elf: Path, messages: Mapping[str, bytes]) -> Path:
+    """The program that counts the instructions of opening sealed messages (see src/bench_cose.c)."""
+    generated = codegen.generate(elf.parent / "wire")
+    error, crypto = build_extension.MOTE / "src" / "engine" / "mote_error.c", build_extension.sources("crypto")
+    monocypher = [path for path in generated if path.name == "monocypher.c"]
+    return link(
+        target,
+        elf,
+        [SOURCES / "main_bench.c", SOURCES / "bench_cose.c", SOURCES / "semihost.c", *crypto, error],
+        blobs=dict(messages),
+        defines={"steps": 3},
+        foreign=monocypher,
+        include=[generated[0].parent],
+    )
+
+
 def build_mel_benchmark(target: BoardTarget, elf: Path, *, steps: int, profile: Profile = "exact") -> Path:
     """The program that counts the instructions of one frame's features (see src/bench_mel.c)."""
     return link(

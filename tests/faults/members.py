@@ -15,6 +15,7 @@ from tinyfleet.edge.device.thing_description import VIRTUAL, thing_description
 from tinyfleet.edge.versions import ENGINE_VERSION
 from tinyfleet.edge.wire import serial_frames
 from tinyfleet.edge.wire.broker_address import BrokerAddress
+from tinyfleet.edge.wire.keys import Keys
 from tinyfleet.edge.wire.mqtt_session import Session
 from tinyfleet.edge.wire.topics import Topics
 
@@ -33,7 +34,13 @@ class Board:
         arena = max(65_536, program.arena_bytes)
         td = thing_description("home", name, VIRTUAL, "mote", ENGINE_VERSION, arena, program.model_id, 65_536)
         self.name = name
-        self._node = Node("home", name, td, program, DatasetStream(data), arena_bytes=arena, model_slot_bytes=65_536)
+
+        def make(keys: Keys | None) -> Node:
+            stream = DatasetStream(data)
+            return Node("home", name, td, program, stream, arena_bytes=arena, model_slot_bytes=65_536, keys=keys)
+
+        self._make = make
+        self._node = make(None)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._ending = False
         self.port = f"socket://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -69,12 +76,20 @@ class Board:
 
     def _receive(self, frame: serial_frames.Frame, line: socket.socket) -> None:
         if frame.kind == serial_frames.HELLO:
-            will = self._node.will()
-            self._put(line, serial_frames.HELLO, will.topic, will.payload)
+            self._say_hello(line)
+        elif frame.kind == serial_frames.KEYS:
+            command, current, next, root = (frame.payload[at : at + 32] for at in range(0, 128, 32))
+            version = int.from_bytes(frame.payload[128:132], "little")
+            self._node = self._make(Keys(command, current, next, root, version))
+            self._say_hello(line)
         elif frame.kind == serial_frames.CONNECTED:
             self._node.connected()
         elif frame.kind == serial_frames.MESSAGE:
             self._node.receive(frame.topic, frame.payload)
+
+    def _say_hello(self, line: socket.socket) -> None:
+        will = self._node.will()
+        self._put(line, serial_frames.HELLO, will.topic, will.payload)
 
     def _send(self, line: socket.socket, out: object) -> None:
         match out:

@@ -21,6 +21,14 @@ size_t mote_get_real(const mote_t *m, float *values);
 /* The same back: rounded to the nearest, saturated. The values are finite. Momentum is cleared. */
 void mote_set_real(mote_t *m, const float *values);
 
+/* Flash in memory: what a mote_flash_t's context points to, for reading in C. */
+typedef struct {
+    const uint8_t *image;
+    void *owner; /* who writes and erases */
+} mote_host_flash_t;
+
+int mote_host_flash_read(void *flash, uint32_t at, void *out, uint32_t size);
+
 #ifdef __cplusplus
 }
 #endif

@@ -63,7 +63,7 @@ static int32_t *biases(const layer_t *l)
 static int32_t quantized(float v, float scale, float limit)
 {
     double q = (double)v / (double)scale;
-    q = q < -(double)limit ? -(double)limit : q > (double)limit ? (double)limit : q;
+    q = q<-(double)limit ? -(double)limit : q>(double) limit ? (double)limit : q;
     return (int32_t)(q + (q < 0 ? -0.5 : 0.5));
 }
 
@@ -125,4 +125,10 @@ void mote_set_real(mote_t *m, const float *values)
             biases(&l)[o] = quantized(*values++, l.in_scale * l.scales[o], 2147483520.0f);
         }
     }
+}
+
+int mote_host_flash_read(void *flash, uint32_t at, void *out, uint32_t size)
+{
+    memcpy(out, ((const mote_host_flash_t *)flash)->image + at, size);
+    return MOTE_OK;
 }
