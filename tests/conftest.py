@@ -32,13 +32,15 @@ THOROUGH = {
     "test_authority", "test_broker_check", "test_c_library", "test_compiler", "test_compiler_commands",
     "test_data_folder", "test_demo", "test_deploy", "test_device", "test_directory_events", "test_docs",
     "test_engine_native", "test_exactness", "test_examples", "test_export_library", "test_features", "test_firmware",
-    "test_firmware_fleet", "test_flower_transports", "test_fuzz", "test_gradients", "test_graph_crash",
+    "test_firmware_commands", "test_firmware_fleet", "test_flower_transports", "test_fuzz", "test_gradients",
+    "test_graph_crash",
     "test_grid_fleet", "test_hostile_queries", "test_house", "test_housekeeping", "test_how_to", "test_http_access",
     "test_http_limits",
     "test_kills", "test_links", "test_litert", "test_match", "test_meta", "test_node_native",
     "test_ontology_boards", "test_ontology_describe",
     "test_ontology_index", "test_ontology_selocml", "test_ontology_shapes", "test_plan", "test_quantized_training",
     "test_query_library", "test_query_page", "test_robust", "test_server_bounds", "test_session",
+    "test_file_store", "test_server_commands",
     "test_sparql_protocol", "test_supervision", "test_task_devices", "test_tflite_models", "test_wheel",
 }  # fmt: skip
 #: The longest test of all: it comes first, or else one worker is still busy with it when the others have finished.
