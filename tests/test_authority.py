@@ -234,6 +234,30 @@ def test_an_operator_does_not_hear_what_another_submits(place: Place) -> None:
         client.session.close()
 
 
+@pytest.mark.parametrize(
+    "topic",
+    [
+        TOPICS.time,
+        TOPICS.refused("anna"),
+        TOPICS.status("kitchen"),
+        TOPICS.command("kitchen"),
+        TOPICS.reply("kitchen"),
+        TOPICS.group_command("keys"),
+        TOPICS.weights(5, 1, 0),
+        TOPICS.program(bytes(8), 0),
+        TOPICS.driver("run", 5, "a"),
+    ],
+)
+def test_an_operator_reads_what_a_run_and_a_deployment_need(place: Place, topic: str) -> None:
+    anna, owner = Client(place.join("anna", "operator"), "anna"), Client(place.broker.address, "owner")
+    anna.subscribe(topic)
+    owner.session.publish(topic, b"for all")
+    owner.session.publish(topic, b"marker")
+    assert anna.hears(topic, b"for all")
+    for client in (anna, owner):
+        client.session.close()
+
+
 def test_a_revoked_operators_session_can_do_nothing_any_more(place: Place) -> None:
     anna, kitchen = Client(place.join("anna", "operator")), Client(place.join("kitchen"))
     kitchen.subscribe(TOPICS.weights(5, 1, 0), ECHO)
