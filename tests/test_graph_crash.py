@@ -89,8 +89,8 @@ def test_what_was_written_before_the_kill_is_there_and_whole(tmp_path: Path) -> 
         assert n in (said, said + 1)  # the one after the last that was told of may be there, too
         last = int(str(n))
     with IndexedStore(tmp_path / "graph") as store:
-        assert not store.indexed, "an index that was not saved with this graph must not be taken for its"
-        assert store.wait()
+        assert store.wait() and store.indexed
+        assert samples(store) == found, "an index that was not saved with this graph must not be taken for its"
 
 
 def test_what_the_broker_was_told_is_in_the_graph_when_the_server_is_killed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,14 @@ class Puppet:
     def reply(self, did: Reply | bytes, as_: str | None = None) -> None:
         payload = did if isinstance(did, bytes) else encode(did)
         self._client.publish(TOPICS.reply(as_ or self.name), payload, qos=1).wait_for_publish(15)
+
+    def reply_until(self, result: Future[list[Message]], did: Reply) -> None:
+        """Replies, and again to each repeated command, as devices do: the grid may not have been listening yet."""
+        self.reply(did)
+        while not result.done():
+            with suppress(queue.Empty):
+                self.requests.get(timeout=0.2)
+                self.reply(did)
 
     def vanish(self) -> None:
         """Breaks the connection, so that the broker publishes the will."""
@@ -456,7 +464,7 @@ def test_a_broker_that_restarts_costs_no_reply(tmp_path: Path) -> None:
             broker = start_mosquitto(tmp_path, port)  # it has forgotten everything
             assert device.work() == work
             assert device.weights(work).tolist() == START.tolist(), "the grid has published them again"
-            device.reply(dense(work, START)[0])
+            device.reply_until(result, dense(work, START)[0])
             assert not result.result(15)[0].has_error()
     device.leave()
     broker.terminate()
@@ -473,7 +481,7 @@ def test_what_a_broken_connection_may_have_lost_is_sent_again_at_once(broker: Br
             grid._session._client.wire._sock.shutdown(socket.SHUT_RDWR)  # there is no public way to lose it
             assert device.work() == work
             assert device.weights(work).tolist() == START.tolist()
-            device.reply(dense(work, START)[0])
+            device.reply_until(result, dense(work, START)[0])
             assert not result.result(15)[0].has_error()
     assert retained(broker) == {TOPICS.status("a")}
 
