@@ -57,9 +57,6 @@ static int make_nonce(mote_node_t *n)
 
 int mote_node_start_authority(mote_node_t *n)
 {
-    if (n->config.keys != NULL && n->keys.version == 0) { /* none were kept */
-        n->keys = *n->config.keys;
-    }
     begin_counters(n, 0);
     return make_nonce(n) ? MOTE_OK : MOTE_ERR_ARGUMENT;
 }
@@ -74,11 +71,8 @@ static int is_set(const uint8_t key[MOTE_KEY])
 
 static int has_id(const uint8_t key[MOTE_KEY], const uint8_t id[8])
 {
-    mote_sha256_t hash;
     uint8_t digest[32];
-    mote_sha256_init(&hash);
-    mote_sha256_add(&hash, key, MOTE_KEY);
-    mote_sha256_end(&hash, digest);
+    mote_node_hash(key, MOTE_KEY, digest);
     return is_set(key) && memcmp(digest, id, 8) == 0;
 }
 
